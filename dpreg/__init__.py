@@ -1,0 +1,34 @@
+"""Distributed data-parallel regression in JAX: the answer does not depend on how many devices computed it."""
+
+from dpreg.data.dataset import Block, Dataset
+from dpreg.data.sources import ArraySource, RegressionData, Source
+from dpreg.data.synthetic import SyntheticRegressionData
+from dpreg.data.tables import read_table
+from dpreg.errors import Diverged, InputError
+from dpreg.models.linear import LinearRegressionScratch
+from dpreg.models.losses import squared_loss
+from dpreg.models.module import Module
+from dpreg.models.sgd import SGD
+from dpreg.parallel.step import TrainState
+from dpreg.trainer import Progress, Trainer
+
+__all__ = [
+    "SGD",
+    "ArraySource",
+    "Block",
+    "Dataset",
+    "Diverged",
+    "InputError",
+    "LinearRegressionScratch",
+    "Module",
+    "Progress",
+    "RegressionData",
+    "Source",
+    "SyntheticRegressionData",
+    "TrainState",
+    "Trainer",
+    "read_table",
+    "squared_loss",
+]
+
+__version__ = "0.1.0"

@@ -1,0 +1,127 @@
+"""What a run is: one frozen dataclass, filled from absl flags. No JAX, and nothing else reads flags."""
+
+import dataclasses
+import math
+from typing import Any, get_args, get_origin, get_type_hints
+
+from absl import flags
+
+from dpreg.errors import InputError
+
+
+def _flag(default: Any, help: str) -> Any:
+    return dataclasses.field(default=default, metadata={"help": help})
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """A run, by its flags: each field is the flag of the same name. The defaults are those of D2L section 3.4.
+
+    Raises:
+      InputError: for a value that no run can have; names the flag.
+    """
+
+    dataset: str = _flag("synthetic", "What to fit: synthetic, a .csv or .parquet file, or tfds:NAME.")
+    data_dir: str | None = _flag(None, "Where TFDS datasets are prepared. Default: TFDS's own place.")
+    features: tuple[str, ...] = _flag((), "Columns to fit on, separated by commas. Default: all but the target.")
+    target: tuple[str, ...] = _flag((), "Column to predict; several separated by commas.")
+    validation_fraction: float = _flag(
+        0.1, "Share of a file's rows held out for validation, in [0, 1); a TFDS dataset's own split comes first."
+    )
+    standardize: bool | None = _flag(
+        None,
+        "Fit on features of mean 0 and deviation 1; reported parameters are in original units. Default: files only.",
+    )
+    w: tuple[float, ...] = _flag((2.0, -3.4), "True weights of the synthetic data, separated by commas.")
+    b: float = _flag(4.2, "True bias of the synthetic data.")
+    noise: float = _flag(0.01, "Standard deviation of the synthetic noise.")
+    num_train: int = _flag(1000, "Synthetic rows to fit.")
+    num_val: int = _flag(1000, "Synthetic rows held out for validation.")
+    lr: float = _flag(0.03, "Learning rate, per step of the global batch.")
+    sigma: float = _flag(0.01, "Standard deviation of the initial weights.")
+    batch_size: int = _flag(32, "Rows of a global batch, over all devices: a multiple of num_shards.")
+    max_epochs: int = _flag(3, "How often every row is used.")
+    gradient_clip_val: float = _flag(0.0, "Largest norm of the global gradient; 0 for no limit.")
+    seed: int = _flag(0, "Of the synthetic rows, the initial parameters, the order and dropout.")
+    num_shards: int = _flag(8, "Logical shards of the run: as many devices can share it.")
+    reduction: str = _flag("pmean", "pmean, or ordered: the same bits on any number of devices.")
+    backend: str = _flag("jit", "jit (shard_map) or pmap: the same results.")
+    placement: str = _flag("auto", "Where rows wait for their step: device, host, or auto: on devices if they fit.")
+    log_every_steps: int = _flag(0, "Steps between lines of metrics.jsonl; 0 for eight lines an epoch.")
+    platform: str | None = _flag(None, "cpu, gpu or tpu. Default: the best there is.")
+    num_devices: int | None = _flag(
+        None, "Devices of this process; on cpu, as many are simulated. Default: all, up to num_shards."
+    )
+    workdir: str | None = _flag(None, "Where the outputs go. Default: a new folder in runs/, named by the time.")
+
+    def __post_init__(self) -> None:
+        for name in ("w", "b", "noise", "lr", "sigma", "gradient_clip_val", "validation_fraction"):
+            value = getattr(self, name)
+            if not all(math.isfinite(v) for v in (value if isinstance(value, tuple) else (value,))):
+                self._refuse(name, "use a finite number")
+        for name in ("num_train", "batch_size", "max_epochs", "num_shards", "num_devices"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                self._refuse(name, "use 1 or more")
+        for name in ("num_val", "noise", "sigma", "gradient_clip_val", "seed", "log_every_steps"):
+            if getattr(self, name) < 0:
+                self._refuse(name, "use 0 or more")
+        if max(self.num_train + self.num_val, self.seed) >= 2**31:
+            raise InputError("--num_train plus --num_val, and --seed, have to be under 2147483648")
+        if self.lr <= 0:
+            self._refuse("lr", "use a learning rate above 0, such as 0.03")
+        if not self.w:
+            self._refuse("w", "give at least one weight, such as --w=2,-3.4")
+        if not 0 <= self.validation_fraction < 1:
+            self._refuse("validation_fraction", "use 0 or more, and under 1")
+        if self.platform not in (None, "cpu", "gpu", "tpu"):
+            self._refuse("platform", "use cpu, gpu or tpu")
+        if self.dataset != "synthetic" and not self.target and not self.dataset.startswith("tfds:"):
+            raise InputError(f"--dataset={self.dataset}: say which column to predict, with --target=COLUMN")
+
+    def _refuse(self, name: str, remedy: str) -> None:
+        raise InputError(f"--{name}={_text(getattr(self, name))}: {remedy}")
+
+    @classmethod
+    def from_flags(cls, values: flags.FlagValues) -> "Config":
+        """The config that parsed flags describe."""
+        given: dict[str, Any] = {field.name: values[field.name].value for field in dataclasses.fields(cls)}
+        for name, value in given.items():
+            if isinstance(value, list):
+                given[name] = tuple(value)
+        try:
+            given["w"] = tuple(map(float, given["w"]))
+        except ValueError as error:
+            raise InputError(f"--w={_text(given['w'])}: give numbers separated by commas") from error
+        return cls(**given)
+
+    def to_flagfile(self) -> str:
+        """A flagfile that repeats the run. It leaves out where the outputs go, so as not to overwrite them."""
+        lines = []
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if field.name != "workdir" and value not in (None, ()):
+                lines.append(f"--{field.name}={_text(value)}\n")
+        return "".join(lines)
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
+def define_flags() -> None:
+    """Defines a flag for each field of `Config`: the only place where a default stands is the field."""
+    define: dict[Any, Any] = {
+        str: flags.DEFINE_string,
+        int: flags.DEFINE_integer,
+        float: flags.DEFINE_float,
+        bool: flags.DEFINE_bool,
+        tuple: flags.DEFINE_list,
+    }
+    types = get_type_hints(Config)
+    for field in dataclasses.fields(Config):
+        kind = types[field.name]
+        choices = (get_origin(kind), kind, *get_args(kind))  # tuple[float, ...] is a list flag, int | None an int flag
+        default = list(map(str, field.default)) if isinstance(field.default, tuple) else field.default
+        define[next(c for c in choices if c in define)](field.name, default, field.metadata["help"])

@@ -1,0 +1,1 @@
+"""Rows: sources, their order, and their way to the devices."""

@@ -1,0 +1,300 @@
+"""The pipeline from a source to the devices: shuffle, batch, repeat, shard; then blocks of steps."""
+
+import dataclasses
+import functools
+import itertools
+import os
+import queue
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from dpreg.data.order import Sampler
+from dpreg.data.sources import Rows, Source
+from dpreg.errors import InputError
+
+PLACEMENTS = ("auto", "device", "host")
+
+_BLOCK_BYTES = 16 << 20  # larger blocks were slower to transfer, smaller ones are dominated by the call
+_BLOCK_STEPS = 1 << 14
+_RESIDENT_FRACTION = 0.25  # of a device's memory: rows up to this size are kept there
+
+Batch = dict[str, Array]
+
+
+class Block(NamedTuple):
+    """The batches of `num_steps` consecutive steps, from `first_step` on.
+
+    `data` is what lies on the devices: with placement "host" the batches themselves,
+    `[K, devices, slots, shard_batch, ...]`; with "device" all rows of the run's shards,
+    `[devices, slots, rows, ...]`, from which the compiled call gathers.
+    """
+
+    first_step: int
+    num_steps: int
+    data: Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Dataset:
+    """Rows of a source on their way to the devices, in the manner of tf.data.
+
+    Batch sizes are global and sharding comes last, so the batches do not depend on the devices:
+
+        dataset = Dataset(source).shuffle(seed).batch(32).repeat(3).shard(mesh, num_shards=8)
+        for block in dataset.prefetch(2): ...
+
+    It is random access: a block is a function of its first step. Each device, and so each process, asks the
+    source for the rows of its own shards only.
+    """
+
+    source: Source
+    seed: int | None = None
+    global_batch: int = 1
+    epochs: int = 1
+    mesh: Mesh | None = None
+    num_shards: int = 1
+    placement: str = "auto"
+    ahead: int = 0
+    steps_per_block: int | None = None
+
+    def shuffle(self, seed: int) -> "Dataset":
+        """Each epoch in an order of its own, a function of (seed, epoch, shard). Without: the source's order."""
+        return dataclasses.replace(self, seed=seed)
+
+    def batch(self, global_batch: int) -> "Dataset":
+        """Rows of one step, over all devices and processes."""
+        return dataclasses.replace(self, global_batch=global_batch)
+
+    def repeat(self, epochs: int) -> "Dataset":
+        """How often every row is used."""
+        return dataclasses.replace(self, epochs=epochs)
+
+    def shard(self, mesh: Mesh, num_shards: int) -> "Dataset":
+        """Cuts the rows into logical shards and gives each device of the mesh a contiguous range of them."""
+        return dataclasses.replace(self, mesh=mesh, num_shards=num_shards)
+
+    def place(self, placement: str, steps_per_block: int | None = None) -> "Dataset":
+        """Where the rows wait: on the "device", on the "host", or ("auto") on the device where they fit."""
+        return dataclasses.replace(self, placement=placement, steps_per_block=steps_per_block)
+
+    def prefetch(self, ahead: int) -> "Dataset":
+        """Lets a background thread gather this many blocks ahead, where that helps (not on CPU devices)."""
+        return dataclasses.replace(self, ahead=ahead)
+
+    def __iter__(self) -> Iterator[Block]:
+        return self.blocks(0, self.num_steps)
+
+    @functools.cached_property
+    def sampler(self) -> Sampler:
+        """The order of the rows."""
+        return Sampler(len(self.source), self.num_shards, self.global_batch, self.seed is not None)
+
+    @property
+    def num_steps(self) -> int:
+        """Steps of all epochs."""
+        return self.epochs * self.sampler.steps_per_epoch
+
+    @property
+    def slots(self) -> int:
+        """Slots for shards on a device: the last devices may carry fewer."""
+        return -(-self.num_shards // self._mesh.size)
+
+    @functools.cached_property
+    def row_bytes(self) -> int:
+        """Bytes of one row: features, targets and weight."""
+        return sum(column.nbytes for column in self.source[np.zeros(1, np.int32)].values())
+
+    @functools.cached_property
+    def block_steps(self) -> int:
+        """Steps of one block, K: chosen by bytes. 2 at least, since K = 1 would be compiled to other bits."""
+        steps = self.steps_per_block or _BLOCK_BYTES // (self.row_bytes * self.global_batch)
+        return max(2, min(steps, self.sampler.steps_per_epoch, _BLOCK_STEPS))
+
+    @functools.cached_property
+    def resolved_placement(self) -> str:
+        """What "auto" became: "device" or "host"."""
+        if self.placement != "auto":
+            return self.placement
+        share = self.slots * (self.sampler.shard_capacity + 1) * self.row_bytes
+        return "device" if share <= _RESIDENT_FRACTION * _device_memory(self._mesh) else "host"
+
+    @functools.cached_property
+    def data(self) -> Batch | None:
+        """What stays on the devices for the whole run: all rows with placement "device", else nothing.
+
+        `[devices, slots, capacity + 1, ...]`: behind the rows of each shard lie rows of weight 0, its padding.
+        """
+        if self.resolved_placement != "device":
+            return None
+        every = np.arange(self.sampler.shard_capacity + 1)
+        return self._assemble(0, lambda shards: np.minimum(every, self.sampler.shard_size(shards)[:, None]))
+
+    @property
+    def device_axis(self) -> int:
+        """The axis of a block's data that devices lie along."""
+        return 0 if self.resolved_placement == "device" else 1
+
+    @functools.cached_property
+    def carried(self) -> tuple[Array, Array]:
+        """For each device its first shard and how many it carries: two [devices] int32 arrays."""
+        first = np.arange(self._mesh.size, dtype=np.int32) * self.slots
+        count = np.clip(self.num_shards - first, 0, self.slots).astype(np.int32)
+        return self._put(first.shape, 0, lambda d: first[d : d + 1]), self._put(
+            count.shape, 0, lambda d: count[d : d + 1]
+        )
+
+    def blocks(self, start: int, stop: int) -> Iterator[Block]:
+        """The blocks of steps [start, stop)."""
+        firsts = range(start, stop, self.block_steps)
+        if self.data is not None:
+            made: Iterator[Batch] = itertools.repeat(self.data, len(firsts))
+        elif self.ahead and self._mesh.devices.flat[0].platform != "cpu":
+            made = _ahead(self._gathered, firsts, self.ahead)
+        else:
+            made = map(self._gathered, firsts)
+        for first, data in zip(firsts, made, strict=True):
+            yield Block(first, min(self.block_steps, stop - first), data)
+
+    def reader(self, data: Batch, shards: Array, first_step: Array, seed: Array) -> Callable[..., Batch]:
+        """How a compiled step reads a block: traced, on one device.
+
+        Args:
+          data: this device's part of `Block.data`.
+          shards: [slots] int32, the shards it carries.
+          first_step, seed: int32 scalars.
+
+        Returns:
+          `read(k, slot) -> {"x": [b, d], "y": [b, t], "weight": [b]}`, the rows of step `first_step + k` of
+          the shard in a slot; `read(k)` gives all slots, stacked in the first axis.
+        """
+        # Both ways flatten the slots into the axis read from: an axis of length 1 would be compiled otherwise.
+        if self.resolved_placement == "host":
+
+            def read_block(k: Array, slot: Array | None = None) -> Batch:
+                if slot is None:
+                    return {name: lax.dynamic_index_in_dim(column, k, keepdims=False) for name, column in data.items()}
+                return {
+                    name: lax.dynamic_index_in_dim(
+                        column.reshape(-1, *column.shape[2:]), k * self.slots + slot, keepdims=False
+                    )
+                    for name, column in data.items()
+                }
+
+            return read_block
+
+        steps = first_step + jnp.arange(self.block_steps)
+        positions = self.sampler.positions(steps[:, None], shards[None, :], seed)
+        stride = self.sampler.shard_capacity + 1
+        rows = positions + stride * jnp.arange(self.slots)[None, :, None]
+        flat = {name: column.reshape(-1, *column.shape[2:]) for name, column in data.items()}
+
+        def read_resident(k: Array, slot: Array | None = None) -> Batch:
+            if slot is None:
+                chosen = lax.dynamic_index_in_dim(rows, k, keepdims=False)
+            else:
+                chosen = lax.dynamic_index_in_dim(
+                    rows.reshape(-1, rows.shape[-1]), k * self.slots + slot, keepdims=False
+                )
+            return {name: column.at[chosen].get(mode="promise_in_bounds") for name, column in flat.items()}
+
+        return read_resident
+
+    def _gathered(self, first_step: int) -> Batch:
+        """The batches of a block, [K, devices, slots, shard_batch, ...]."""
+        steps = np.arange(first_step, first_step + self.block_steps)[:, None]
+        return self._assemble(1, lambda shards: self.sampler.positions(steps, shards[None], self.seed or 0))
+
+    def _assemble(self, axis: int, positions_of: Callable[[np.ndarray], np.ndarray]) -> Batch:
+        """Global arrays whose part on each device is gathered from the source for that device alone.
+
+        Args:
+          axis: where the axis of devices goes.
+          positions_of: for shard numbers [slots], which of their rows: [..., slots, rows], as `Sampler.positions`.
+        """
+        sampler = self.sampler
+
+        @functools.cache  # one gather for all columns
+        def part(device: int) -> Rows:
+            shards = np.arange(device * self.slots, (device + 1) * self.slots)
+            positions, size = positions_of(shards), sampler.shard_size(shards)[:, None]
+            start = np.array([sampler.shard_start(shard) for shard in shards])[:, None]
+            padding = (positions >= size).ravel()
+            # In place of padding a row of the device's own, so that a process reads nothing else.
+            indices = np.minimum(start + np.minimum(positions, np.maximum(size - 1, 0)), sampler.num_rows - 1)
+            rows = self.source[indices.ravel()]
+            for column in rows.values():
+                column[padding] = 0
+            shape = (*positions.shape[:axis], 1, *positions.shape[axis:])
+            return {name: column.reshape(*shape, *column.shape[1:]) for name, column in rows.items()}
+
+        first = next(i for i, d in enumerate(self._mesh.devices.flat) if d.process_index == jax.process_index())
+
+        def whole(name: str) -> Array:
+            shape = list(part(first)[name].shape)
+            shape[axis] = self._mesh.size
+            return self._put(tuple(shape), axis, lambda device: part(device)[name])
+
+        return {name: whole(name) for name in ("x", "y", "weight")}
+
+    def _put(self, shape: tuple[int, ...], axis: int, part: Callable[[int], np.ndarray]) -> Array:
+        """A global array of which `part(d)` is what device d holds; devices lie along `axis`."""
+        sharding = NamedSharding(self._mesh, PartitionSpec(*[None] * axis, "data"))
+
+        def local(index: Any) -> np.ndarray:
+            return part(index[axis].start or 0)
+
+        return jax.make_array_from_callback(shape, sharding, local)
+
+    @property
+    def _mesh(self) -> Mesh:
+        if self.mesh is None:
+            raise InputError("the dataset is not sharded: call .shard(mesh, num_shards) before iterating")
+        return self.mesh
+
+
+def _device_memory(mesh: Mesh) -> int:
+    """Bytes that one device has for itself; simulated CPU devices share the machine's."""
+    stats = mesh.devices.flat[0].memory_stats() or {}
+    if "bytes_limit" in stats:
+        return stats["bytes_limit"]
+    machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return machine // len(mesh.local_devices)
+
+
+def _ahead(make: Callable[[int], Any], firsts: range, ahead: int) -> Iterator[Any]:
+    """`map(make, firsts)` on a thread of its own, at most `ahead` results early."""
+    results: queue.Queue[tuple[Any, BaseException | None]] = queue.Queue(ahead)
+    stopped = threading.Event()
+
+    def put(item: tuple[Any, BaseException | None]) -> None:
+        while not stopped.is_set():
+            try:
+                return results.put(item, timeout=0.1)
+            except queue.Full:
+                continue
+
+    def work() -> None:
+        try:
+            for first in firsts:
+                if stopped.is_set():
+                    return
+                put((make(first), None))
+        except BaseException as error:
+            put((None, error))
+
+    threading.Thread(target=work, daemon=True).start()
+    try:
+        for _ in firsts:
+            result, error = results.get()
+            if error is not None:
+                raise error
+            yield result
+    finally:
+        stopped.set()

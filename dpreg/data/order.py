@@ -1,0 +1,161 @@
+"""Which row a shard reads at which position: arithmetic on (seed, epoch, shard, position), nothing stored."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from dpreg.errors import InputError
+
+Integers = Any  # a NumPy or a JAX array of integers, or an int
+
+_ROUNDS = 6
+_SMALLEST_DOMAIN = 64  # with fewer, orders of a few elements are measurably unequal in frequency
+
+
+def _mix(word: Integers, key: Integers) -> Integers:
+    """Keyed 32-bit hash with full avalanche (the finaliser of MurmurHash3, Appleby 2011). uint32 -> uint32."""
+    word = (word ^ key) * np.uint32(0x9E3779B1)
+    word = (word ^ (word >> np.uint32(16))) * np.uint32(0x85EBCA6B)
+    word = (word ^ (word >> np.uint32(13))) * np.uint32(0xC2B2AE35)
+    return word ^ (word >> np.uint32(16))
+
+
+def keyed_hash(index: Integers, *key: int) -> Integers:
+    """A pseudo-random uint32 for each index: a function of it and the key. NumPy or JAX, as `index` is."""
+    word = np.zeros(1, np.uint32)
+    for part in key:
+        word = _mix(np.full(1, part, np.uint32), word + np.uint32(1))
+    return _mix(index.astype(np.uint32), word)
+
+
+def permute(position: Integers, size: Integers, *key: Integers) -> Integers:
+    """The element that a keyed pseudo-random permutation of `range(size)` puts at `position`.
+
+    An alternating Feistel network over the next power of two (a domain under `2 * size`, but not under
+    64), with cycle walking: values outside `range(size)` are sent through again until they fall inside
+    (Black and Rogaway, "Ciphers with arbitrary finite domains", 2002). NumPy arrays give a NumPy array, JAX arrays
+    a JAX array with the same values; all arguments broadcast.
+
+    Args:
+      position: integers in `[0, size)`. Positions outside are returned unchanged.
+      size: number of elements, at most 2**31.
+      *key: non-negative integers, such as (seed, epoch, shard); each different tuple is another order.
+
+    Returns:
+      int32 array: a bijection of `range(size)` for each size and key.
+    """
+    xp = jnp if any(isinstance(v, jax.Array) for v in (position, size, *key)) else np
+    shape = np.broadcast_shapes(*(np.shape(v) for v in (position, size, *key)))
+    rank = max(len(shape), 1)  # of arrays, also where scalars are given: NumPy warns when a scalar wraps around
+
+    def word_of(value: Integers) -> Integers:
+        return xp.asarray(value).astype(np.uint32).reshape((1,) * (rank - np.ndim(value)) + np.shape(value))
+
+    position, size = word_of(position), word_of(size)
+    mixed = word_of(0)
+    for part in key:
+        mixed = _mix(word_of(part), mixed + np.uint32(1))
+    round_keys = [_mix(word_of(r), mixed) for r in range(_ROUNDS)]
+
+    last = xp.maximum(size, np.uint32(_SMALLEST_DOMAIN)) - np.uint32(1)
+    width = np.uint32(32) - (lax.clz(last) if xp is jnp else _leading_zeros(last))
+    low_width = (width + np.uint32(1)) >> np.uint32(1)
+    low_mask = (np.uint32(1) << low_width) - np.uint32(1)
+    high_mask = (np.uint32(1) << (width - low_width)) - np.uint32(1)
+
+    def network(value: Integers) -> Integers:
+        high, low = value >> low_width, value & low_mask
+        for r in range(0, _ROUNDS, 2):
+            high = (high ^ _mix(low, round_keys[r])) & high_mask
+            low = (low ^ _mix(high, round_keys[r + 1])) & low_mask
+        return (high << low_width) | low
+
+    def walk(value: Integers) -> Integers:
+        return xp.where(value >= size, network(value), value)
+
+    inside = position < size
+    value = xp.where(inside, network(xp.where(inside, position, np.uint32(0))), np.uint32(0))
+    if xp is jnp:
+        value = lax.while_loop(lambda v: (inside & (v >= size)).any(), walk, value)
+    else:
+        while (inside & (value >= size)).any():
+            value = walk(value)
+    return xp.where(inside, value, position).astype(np.int32).reshape(shape)
+
+
+def _leading_zeros(word: np.ndarray) -> np.ndarray:
+    """`lax.clz` for a NumPy array of uint32 below 2**31. Exact: float64 holds every uint32."""
+    return (32 - np.frexp(word.astype(np.float64))[1]).astype(np.uint32)
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampler:
+    """The rows of every batch of a run: stateless, so a step number is the whole position in the data.
+
+    Rows `[0, num_rows)` are cut into `num_shards` contiguous logical shards whose sizes differ by one at
+    most. At each step every shard gives `shard_batch` rows; an epoch uses every row exactly once and pads
+    the ragged ends. None of it knows of devices.
+
+    Raises:
+      InputError: when `num_shards` does not divide `global_batch`; names the nearest values that work.
+    """
+
+    num_rows: int
+    num_shards: int
+    global_batch: int
+    shuffle: bool = True
+
+    def __post_init__(self) -> None:
+        shards, batch = self.num_shards, self.global_batch
+        if shards < 1 or batch < 1 or batch % shards:
+            near = sorted({max(batch // max(shards, 1), 1) * shards, -(-batch // max(shards, 1)) * shards})
+            raise InputError(
+                f"--batch_size={batch} is not a multiple of --num_shards={shards}: "
+                f"use --batch_size={' or '.join(map(str, near))}, or another --num_shards"
+            )
+
+    @property
+    def shard_batch(self) -> int:
+        """Rows that one shard gives to one step."""
+        return self.global_batch // self.num_shards
+
+    @property
+    def shard_capacity(self) -> int:
+        """Rows of the largest shard."""
+        return -(-self.num_rows // self.num_shards)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Steps that use every row once."""
+        return -(-self.shard_capacity // self.shard_batch)
+
+    def shard_size(self, shard: Integers) -> Integers:
+        """Rows of a shard: 0 for shards at or past `num_shards`, the empty slots of the last devices."""
+        shard = shard if isinstance(shard, jax.Array) else np.asarray(shard, np.int32)
+        size = self.num_rows // self.num_shards + (shard < self.num_rows % self.num_shards).astype(np.int32)
+        return size * (shard < self.num_shards).astype(np.int32)
+
+    def shard_start(self, shard: int) -> int:
+        """The first row of a shard; `num_rows` for shards past the last."""
+        quotient, remainder = divmod(self.num_rows, self.num_shards)
+        return min(quotient * shard + min(shard, remainder), self.num_rows)
+
+    def positions(self, step: Integers, shard: Integers, seed: Integers) -> Integers:
+        """Where in its shard each row of a batch lies. `step` and `shard` broadcast, NumPy or JAX.
+
+        Returns:
+          int32 [..., shard_batch]: in `[0, shard_size)`, or `shard_size` where the batch is padded.
+        """
+        size = self.shard_size(shard)[..., None]
+        offset = (step % self.steps_per_epoch * self.shard_batch)[..., None]
+        within = np.arange(self.shard_batch, dtype=np.int32).reshape((1,) * (offset.ndim - 1) + (-1,))
+        position = offset + within
+        if self.shuffle:
+            epoch = (step // self.steps_per_epoch)[..., None]
+            position = permute(position, size, seed, epoch, shard[..., None])
+        xp = jnp if isinstance(position, jax.Array) else np
+        return xp.minimum(position, size).astype(np.int32)

@@ -1,0 +1,132 @@
+"""Rows: what a source is, and those that are arrays in memory."""
+
+import dataclasses
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from dpreg.data.order import permute
+from dpreg.errors import InputError
+
+Rows = dict[str, np.ndarray]
+
+
+class Source(Protocol):
+    """Rows by index. `source[indices]` gathers them in one vectorised call, in the order asked.
+
+    Its result is `{"x": [n, d], "y": [n, t], "weight": [n]}`, float32 and freshly allocated.
+    """
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, indices: np.ndarray) -> Rows: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class ArraySource:
+    """A source over arrays, also memory-mapped ones.
+
+    Args:
+      x: [n, d] features, or [n] for a single one.
+      y: [n, t] targets, or [n] for a single one.
+      weight: [n] non-negative sample weights; 1 by default. A row of weight 0 counts for nothing.
+
+    Raises:
+      InputError: when shapes disagree, or a value is not finite or a weight negative (names the row).
+    """
+
+    x: np.ndarray
+    y: np.ndarray
+    weight: np.ndarray
+
+    def __init__(self, x: ArrayLike, y: ArrayLike, weight: ArrayLike | None = None):
+        columns = {
+            "x": np.asarray(x, np.float32),
+            "y": np.asarray(y, np.float32),
+            "weight": np.ones(len(np.asarray(y)), np.float32) if weight is None else np.asarray(weight, np.float32),
+        }
+        for name, array in columns.items():
+            if name != "weight" and array.ndim == 1:
+                columns[name] = array = array[:, None]
+            if array.ndim != (1 if name == "weight" else 2):
+                raise InputError(
+                    f"{name} has shape {list(array.shape)}: give rows in the first axis, columns in the second"
+                )
+            if len(array) != len(columns["x"]):
+                raise InputError(f"{name} has {len(array)} rows and x has {len(columns['x'])}: they must agree")
+            bad = ~np.isfinite(array).reshape(len(array), -1).all(axis=1)
+            if bad.any():
+                raise InputError(f"{name} has a value that is not finite in row {bad.argmax()}: clean it first")
+            object.__setattr__(self, name, array)
+        if (self.weight < 0).any():
+            raise InputError(f"weight is negative in row {(self.weight < 0).argmax()}: weights are 0 or more")
+
+    def __len__(self) -> int:
+        return len(self.weight)
+
+    def __getitem__(self, indices: np.ndarray) -> Rows:
+        return {"x": self.x[indices], "y": self.y[indices], "weight": self.weight[indices]}
+
+
+@dataclasses.dataclass(frozen=True)
+class Shuffled:
+    """A source in a fixed pseudo-random order, so that contiguous shards of it are random samples."""
+
+    source: Source
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, indices: np.ndarray) -> Rows:
+        return self.source[permute(indices, len(self))]
+
+
+@dataclasses.dataclass(frozen=True)
+class Scaling:
+    """Features as the model sees them: (x - mean) / scale, both [d] float64."""
+
+    mean: np.ndarray
+    scale: np.ndarray
+
+    @classmethod
+    def of(cls, x: np.ndarray) -> "Scaling":
+        """The scaling that gives [n, d] `x` mean 0 and deviation 1. A constant column is only centred."""
+        scale = x.std(axis=0, dtype=np.float64)
+        return cls(x.mean(axis=0, dtype=np.float64), np.where(scale > 0, scale, 1.0))
+
+    def __call__(self, x: np.ndarray) -> np.ndarray:
+        """Scales features [n, d]; computed in float64, given as float32."""
+        return ((x - self.mean) / self.scale).astype(np.float32)
+
+    def to_original_units(self, w: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Weights [d, t] and bias [t] of the model on scaled features -> those on the original ones."""
+        w = np.asarray(w, np.float64) / self.scale[:, None]
+        return w, np.asarray(b, np.float64) - self.mean @ w
+
+
+class RegressionData:
+    """Training and validation rows with what is known of them: the data module that `Trainer.fit` takes.
+
+    Args:
+      train: the rows to fit.
+      val: rows held out, or None.
+      batch_size: rows of one global batch.
+      features: names of the d features, where they have names.
+      scaling: how `train` and `val` were scaled, to report parameters in original units; None if not.
+    """
+
+    def __init__(
+        self,
+        train: Source,
+        val: Source | None = None,
+        batch_size: int = 32,
+        features: tuple[str, ...] | None = None,
+        scaling: Scaling | None = None,
+    ):
+        if len(train) < 1:
+            raise InputError("there are no training rows: give at least one")
+        self.train, self.val, self.batch_size, self.scaling = train, val, batch_size, scaling
+        first = train[np.zeros(1, np.int32)]
+        self.num_inputs, self.num_targets = first["x"].shape[1], first["y"].shape[1]
+        self.features = features

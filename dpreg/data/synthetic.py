@@ -1,0 +1,99 @@
+"""Synthetic regression data whose true parameters are known."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from numpy.typing import ArrayLike
+
+from dpreg.data.sources import RegressionData, Rows
+
+_CHUNK = 4096  # rows generated at once: one compiled shape, and memory that does not grow with the rows asked
+
+
+@jax.jit
+def _generate(indices: Array, seed: Array, w: Array, b: Array, noise: Array) -> tuple[Array, Array]:
+    def row(index: Array) -> tuple[Array, Array]:
+        key_x, key_noise = jax.random.split(jax.random.fold_in(jax.random.key(seed), index))
+        x = jax.random.normal(key_x, (w.shape[0],))
+        # Products and their sum as written, not a matmul: the order of the sum is then the row's own.
+        y = (x[:, None] * w).sum(axis=0) + b + noise * jax.random.normal(key_noise, (w.shape[1],))
+        return x, y
+
+    return jax.vmap(row)(indices)
+
+
+@dataclasses.dataclass(frozen=True)
+class SyntheticSource:
+    """Rows of y = x w + b + e with x ~ N(0, I) and e ~ N(0, noise^2), each a function of (seed, its index).
+
+    Nothing is stored: a row is generated when it is asked for, so any number of rows costs no memory.
+
+    Args:
+      w: [d, t] float32; b: [t] float32; noise: standard deviation of e.
+      num_rows: rows of this source.
+      first: the index of its first row, so that training and validation rows come from one sequence.
+      seed: the sequence.
+    """
+
+    w: np.ndarray
+    b: np.ndarray
+    noise: float
+    num_rows: int
+    first: int = 0
+    seed: int = 0
+
+    def __len__(self) -> int:
+        return self.num_rows
+
+    def __getitem__(self, indices: np.ndarray) -> Rows:
+        count = len(indices)
+        # Shapes are powers of two: few compilations, and no row falls into the remainder of a vector loop.
+        chunk = min(_CHUNK, max(16, 1 << (count - 1).bit_length() if count else 0))
+        padded = np.zeros(-(-count // chunk) * chunk, np.uint32)
+        padded[:count] = np.asarray(indices, np.uint32) + np.uint32(self.first)
+        x = np.empty((count, self.w.shape[0]), np.float32)
+        y = np.empty((count, self.w.shape[1]), np.float32)
+        for start in range(0, count, chunk):
+            rows = slice(start, min(start + chunk, count))
+            made = _generate(
+                padded[start : start + chunk], np.uint32(self.seed), self.w, self.b, np.float32(self.noise)
+            )
+            x[rows], y[rows] = (np.asarray(column)[: rows.stop - start] for column in made)
+        return {"x": x, "y": y, "weight": np.ones(count, np.float32)}
+
+
+class SyntheticRegressionData(RegressionData):
+    """Synthetic data for linear regression, y = x w + b + noise (D2L section 3.3.1).
+
+    Args:
+      w: [d] true weights, or [d, t] for t targets.
+      b: true bias, or [t].
+      noise: standard deviation of the noise.
+      num_train, num_val: rows to fit, rows held out.
+      batch_size: rows of one global batch.
+      seed: another seed is another sample.
+
+    Attributes:
+      w, b: the truth, as given (JAX arrays).
+    """
+
+    def __init__(
+        self,
+        w: ArrayLike,
+        b: ArrayLike,
+        noise: float = 0.01,
+        num_train: int = 1000,
+        num_val: int = 1000,
+        batch_size: int = 32,
+        seed: int = 0,
+    ):
+        self.w, self.b = jnp.asarray(w, jnp.float32), jnp.asarray(b, jnp.float32)
+        weights = np.asarray(w, np.float32)
+        weights = weights.reshape(len(weights), -1)
+        bias = np.broadcast_to(np.asarray(b, np.float32).ravel(), (weights.shape[1],))
+        source = functools.partial(SyntheticSource, weights, bias, float(noise), seed=seed)
+        super().__init__(source(num_train), source(num_val, first=num_train) if num_val else None, batch_size)

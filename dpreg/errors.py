@@ -1,0 +1,20 @@
+"""What can go wrong through no fault of the code, each with the exit code that tells it."""
+
+
+class InputError(ValueError):
+    """The caller asked for something that cannot be done. The message is one line: what, where, what to do."""
+
+    exit_code = 2
+
+
+class Diverged(ArithmeticError):  # noqa: N818 (what happened, not whose error)
+    """The loss is no longer finite. The trainer's state is the last good one, before `step`."""
+
+    exit_code = 3
+
+    def __init__(self, step: int):
+        super().__init__(
+            f"the loss is not finite at step {step}: the state before it is kept; "
+            "try a smaller --lr, or --gradient_clip_val"
+        )
+        self.step = step

@@ -1,0 +1,44 @@
+"""The loss curve on disk: metrics.jsonl, one object a log point."""
+
+import json
+import pathlib
+from typing import Any, TextIO
+
+from dpreg.trainer import Progress
+
+
+class MetricsWriter:
+    """Appends a line for each log point: step, epoch, train_loss, and at the end of an epoch val_loss and metrics.
+
+    Each line is on disk before the next step is told, so an interrupted run keeps its curve.
+    """
+
+    def __init__(self, path: pathlib.Path):
+        self._file: TextIO = path.open("w", encoding="utf-8")
+
+    def __call__(self, progress: Progress) -> None:
+        """Writes the log point, if it is one."""
+        if progress.train_loss is None:
+            return
+        record: dict[str, Any] = {
+            "step": progress.step,
+            "epoch": progress.epoch,
+            "train_loss": progress.train_loss,
+        }
+        if progress.val_loss is not None:
+            record |= {"val_loss": progress.val_loss, **(progress.metrics or {})}
+        if progress.rows_per_second is not None:
+            record["rows_per_second"] = progress.rows_per_second
+        self._file.write(json.dumps(record) + "\n")
+        self._file.flush()
+
+    def __enter__(self) -> "MetricsWriter":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._file.close()
+
+
+def read_metrics(path: pathlib.Path) -> list[dict[str, Any]]:
+    """The log points of a run, in order."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]

@@ -1,0 +1,88 @@
+"""summary.json: what a run was, reached and cost."""
+
+import hashlib
+import importlib.metadata
+import platform
+from typing import Any
+
+import jax
+import numpy as np
+
+from dpreg.data.sources import RegressionData
+from dpreg.data.synthetic import SyntheticRegressionData
+from dpreg.trainer import Trainer
+
+_VERSIONS = ("dpreg", "jax", "jaxlib", "flax", "optax", "numpy")
+
+
+def summarize(trainer: Trainer, data: RegressionData) -> dict[str, Any]:
+    """The summary of a finished run, ready for JSON.
+
+    `train_loss` is the mean over the last epoch; `rows_per_second` counts training alone: no ingest, no
+    compilation, no evaluation.
+    """
+    epochs = trainer.step / trainer.train.sampler.steps_per_epoch
+    rows, train_seconds = epochs * len(data.train), trainer.seconds["train"]
+    return {
+        "step": trainer.step,
+        "epoch": epochs,
+        "train_loss": trainer.train_loss,
+        "val_loss": trainer.val_loss,
+        "metrics": trainer.metrics,
+        **describe_parameters(trainer.state.params, data),
+        "params_sha256": params_sha256(trainer.state.params),
+        "rows_per_second": rows / train_seconds,
+        "steps_per_second": trainer.step / train_seconds,
+        "seconds": trainer.seconds,
+        "device_count": trainer.mesh.size,
+        "device_kind": trainer.mesh.devices.flat[0].device_kind,
+        "process_count": jax.process_count(),
+        "num_shards": trainer.num_shards,
+        "placement": trainer.train.resolved_placement,
+        "reduction": trainer.reduction,
+        "backend": trainer.backend,
+        "versions": {"python": platform.python_version(), **{name: _version(name) for name in _VERSIONS}},
+    }
+
+
+def describe_parameters(params: Any, data: RegressionData) -> dict[str, Any]:
+    """`parameters` of a linear model, in the units of the data, and `parameter_error` where the truth is known.
+
+    With named columns `w` is by name, else a list; `b` is a number. Several targets make lists of both.
+    """
+    if set(params) != {"w", "b"}:
+        return {}
+    w, b = np.asarray(params["w"]), np.asarray(params["b"])
+    if data.scaling is not None:
+        w, b = data.scaling.to_original_units(w, b)
+    one = data.num_targets == 1
+    listed = (w[:, 0] if one else w).tolist()
+    result: dict[str, Any] = {
+        "parameters": {
+            "w": listed if data.features is None else dict(zip(data.features, listed, strict=True)),
+            "b": float(b[0]) if one else b.tolist(),
+        }
+    }
+    if isinstance(data, SyntheticRegressionData):
+        error_w, error_b = np.asarray(data.w) - w.reshape(data.w.shape), np.asarray(data.b) - b
+        result["parameter_error"] = {
+            "w": error_w.tolist(),
+            "b": float(error_b[0]) if one else error_b.tolist(),
+        }
+    return result
+
+
+def params_sha256(params: Any) -> str:
+    """SHA-256 of the parameters: leaves in the order of their paths (sorted), each row-major and little-endian."""
+    digest = hashlib.sha256()
+    for _, leaf in sorted(jax.tree_util.tree_leaves_with_path(params), key=lambda item: jax.tree_util.keystr(item[0])):
+        array = np.asarray(leaf)
+        digest.update(np.ascontiguousarray(array.astype(array.dtype.newbyteorder("<"))).tobytes())
+    return digest.hexdigest()
+
+
+def _version(name: str) -> str:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"

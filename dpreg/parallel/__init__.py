@@ -1,0 +1,1 @@
+"""Devices, the reduction over them, and the compiled steps."""

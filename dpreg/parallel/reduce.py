@@ -1,0 +1,78 @@
+"""From the losses of logical shards to the sums over the global batch: where devices meet."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.flatten_util import ravel_pytree
+
+AXIS = "data"  # the mesh axis that shards lie along
+
+PyTree = Any
+# (params, batch of one shard, shard number) -> (weighted loss sum, whatever else is to be summed)
+ShardLoss = Callable[[PyTree, PyTree, Array], tuple[Array, PyTree]]
+
+
+def value_and_gradient(loss: ShardLoss, params: PyTree, batch: PyTree, shard: Array) -> tuple[PyTree, Array, PyTree]:
+    """The sums of one shard: (gradient, loss, the rest)."""
+    (value, rest), gradient = jax.value_and_grad(loss, has_aux=True)(params, batch, shard)
+    return gradient, value, rest
+
+
+def value_and_gradient_together(
+    loss: ShardLoss, params: PyTree, batches: PyTree, shards: Array
+) -> tuple[PyTree, Array, PyTree]:
+    """The sums over shards stacked in the first axis: one gradient of the summed losses, not a sum of gradients."""
+
+    def summed(params: PyTree) -> tuple[Array, PyTree]:
+        values, rest = jax.vmap(loss, in_axes=(None, 0, 0))(params, batches, shards)
+        return values.sum(), jax.tree.map(lambda leaf: leaf.sum(axis=0), rest)
+
+    (value, rest), gradient = jax.value_and_grad(summed, has_aux=True)(params)
+    return gradient, value, rest
+
+
+def one_by_one(turn: Callable[[Array, PyTree], PyTree], count: Array, start: PyTree) -> PyTree:
+    """Applies `turn(i, value)` for i in [0, count) in a loop whose trip count the compiler cannot know.
+
+    So it can neither unroll the loop nor fuse its body with what surrounds it, and what the body computes
+    does not depend on the surroundings, which differ with the number of devices.
+    """
+    return lax.fori_loop(0, count, turn, start)
+
+
+def mean_over_devices(sums: PyTree) -> PyTree:
+    """`lax.pmean` of all leaves in one buffer: one all-reduce a step, whatever the compiler would combine."""
+    flat, unravel = ravel_pytree(sums)
+    return unravel(lax.pmean(flat, AXIS))
+
+
+def ordered_sum(sums_of: Callable[[Array], PyTree], slots: int, carried: Array, num_shards: int) -> PyTree:
+    """The sum over all logical shards, to the same bits on any number of devices.
+
+    Each device computes its shards one by one; the partial sums of all shards are gathered and added in one
+    fixed binary tree over the shards.
+
+    Args:
+      sums_of: the sums of the shard in a slot of this device.
+      slots: slots of a device (static); num_shards: logical shards of the run (static).
+      carried: how many slots of this device hold a shard: int32, known only at run time.
+    """
+    flat, unravel = ravel_pytree(jax.tree.map(jnp.zeros_like, jax.eval_shape(sums_of, jnp.int32(0))))
+
+    def fill(slot: Array, buffer: Array) -> Array:
+        return lax.dynamic_update_index_in_dim(buffer, ravel_pytree(sums_of(slot))[0], slot, 0)
+
+    # Two rows at least: with one, the compiler knows where the loop writes, and fuses otherwise.
+    buffer = one_by_one(fill, carried, jnp.zeros((max(slots, 2), flat.size), flat.dtype))
+    gathered = lax.all_gather(buffer[:slots], AXIS, tiled=True)
+    return unravel(tree_sum(list(gathered[:num_shards])))
+
+
+def tree_sum(parts: list[Array]) -> Array:
+    """The sum of neighbours, of neighbouring pairs, and so on: an order that depends on `len(parts)` alone."""
+    while len(parts) > 1:
+        parts = [sum(parts[i + 1 : i + 2], parts[i]) for i in range(0, len(parts), 2)]
+    return parts[0]

@@ -1,0 +1,348 @@
+"""The compiled train and evaluation steps: the algorithm, on every device."""
+
+import inspect
+import types
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import linen as nn
+from flax.training import train_state
+from jax import Array, lax
+from jax.sharding import Mesh, PartitionSpec
+
+from dpreg.parallel.reduce import (
+    AXIS,
+    PyTree,
+    mean_over_devices,
+    one_by_one,
+    ordered_sum,
+    value_and_gradient,
+    value_and_gradient_together,
+)
+
+REDUCTIONS = ("pmean", "ordered")
+BACKENDS = ("jit", "pmap")
+
+# Under `ordered` the program of one device must compute the bits of the program of many. Only the latter
+# has its common subexpressions merged (by the partitioner) before the first algebraic simplification, and
+# that one rewrites x / s as x * (1 / s) where s has a single user. Without merging, both are simplified alike.
+_ORDERED_OPTIONS = types.MappingProxyType({"xla_disable_hlo_passes": "cse"})
+
+# On CPU the shards of a device are taken one by one where their batches together would not stay in cache.
+_CACHE_BYTES = 1 << 20
+
+
+class TrainState(train_state.TrainState):
+    """flax's TrainState (step, params, optimizer state) with the running statistics of BatchNorm."""
+
+    batch_stats: PyTree
+
+
+class Model(Protocol):
+    """A flax module with a loss per row and an optimizer, see `dpreg.Module`."""
+
+    @property
+    def init(self) -> Callable[..., PyTree]:
+        """As of `flax.linen.Module`."""
+
+    @property
+    def apply(self) -> Callable[..., Any]:
+        """As of `flax.linen.Module`."""
+
+    def loss(self, prediction: Array, target: Array) -> Array:
+        """The loss of each row: [n, t], [n, t] -> [n]."""
+
+    def configure_optimizers(self) -> optax.GradientTransformation:
+        """The optimizer."""
+
+
+class Clock(NamedTuple):
+    """What a call is told at run time, replicated int32 scalars.
+
+    `one` is 1: the compiler does not know it, which keeps a loop of `one` turn a loop.
+    """
+
+    first_step: Any
+    num_steps: Any
+    seed: Any
+    one: Any = 1
+
+    def packed(self) -> np.ndarray:
+        """As one array: one transfer."""
+        return np.array(self, np.int32)
+
+
+class Carried(NamedTuple):
+    """Which logical shards a device carries: [devices] int32 outside a step, scalars inside."""
+
+    first: Any
+    count: Any
+
+
+class Read(Protocol):
+    """How a step finds its rows in what lies on the device: see `dpreg.data.dataset`."""
+
+    def __call__(self, k: Array, slot: Array | None = None) -> PyTree:
+        """The batch of step k of the block: that of one slot, or of all slots stacked in the first axis."""
+
+
+class Layout(NamedTuple):
+    """How rows reach the steps: all that is static, besides the model.
+
+    Attributes:
+      reader: (data, shards [slots], first step, seed) -> Read, traced inside the step.
+      device_axis: the axis of the data that devices lie along.
+      block_steps: steps that one call takes at most, K.
+      slots: slots for shards on a device; the last devices may carry fewer shards.
+      num_shards: logical shards of the run, L.
+      batch_bytes: bytes of one step's rows on one device.
+    """
+
+    reader: Callable[[PyTree, Array, Array, Array], Read]
+    device_axis: int
+    block_steps: int
+    slots: int
+    num_shards: int
+    batch_bytes: int
+
+
+def forward(
+    model: Model, variables: Mapping[str, PyTree], batch: PyTree, train: bool, key: Array | None = None
+) -> tuple[Array, PyTree]:
+    """Predictions [n, t] for the rows of one shard, and the batch statistics after them.
+
+    `train` reaches models whose `__call__` takes it. Rows of weight 0 are hidden from every `nn.BatchNorm`;
+    where all rows are, none is hidden: flax would give NaN, and such statistics are weighted with 0 anyway.
+    """
+    mode = {"train": train} if "train" in inspect.signature(type(model).__call__).parameters else {}
+    real = batch["weight"] > 0
+    mask = real | ~real.any()
+
+    def hide_padding(next_call: Callable[..., Any], args: Any, kwargs: Any, context: Any) -> Any:
+        if isinstance(context.module, nn.BatchNorm) and context.method_name == "__call__":
+            kwargs = {"mask": mask.reshape(-1, *[1] * (args[0].ndim - 1)), **kwargs}
+        return next_call(*args, **kwargs)
+
+    with nn.intercept_methods(hide_padding):
+        prediction, updated = model.apply(
+            variables,
+            batch["x"],
+            **mode,
+            mutable=["batch_stats"] if train else [],
+            rngs=None if key is None else {"dropout": key},
+        )
+    return prediction, updated.get("batch_stats", {})
+
+
+class _Rest(NamedTuple):
+    """What is summed over shards besides gradients and losses."""
+
+    weight: Array  # of the rows
+    rows: Array  # those with a weight, counted
+    batch_stats: PyTree  # times rows
+
+
+def compile_train_block(
+    model: Model,
+    state: TrainState,
+    layout: Layout,
+    mesh: Mesh,
+    arguments: tuple[Any, ...],
+    reduction: str,
+    backend: str,
+) -> Callable[..., tuple[TrainState, Array]]:
+    """Compiles `num_steps` consecutive training steps into one call.
+
+    Args:
+      arguments: (data, carried, packed clock), as the calls will give them.
+
+    Returns:
+      `f(state, data, carried, clock) -> (state, sums)`; the state given is consumed. `sums` is
+      [block_steps, 2]: each step's weighted loss sum and weight sum (under pmean, both divided by the number
+      of devices). A step whose loss or new parameters are not finite leaves the state as it was, as do all
+      after it, and gives NaN for the loss.
+    """
+    cpu = mesh.devices.flat[0].platform == "cpu"
+    together = not (cpu and layout.batch_bytes > _CACHE_BYTES)
+
+    def block(state: TrainState, data: PyTree, carried: Carried, packed: Array) -> tuple[TrainState, Array]:
+        clock = Clock(*packed)
+        shards = carried.first + jnp.arange(layout.slots)
+        read = layout.reader(data, shards, clock.first_step, clock.seed)
+        seed_key = jax.random.key(clock.seed)
+
+        def step(k: Array, carry: tuple[TrainState, Array]) -> tuple[TrainState, Array]:
+            state, history = carry
+            step_key = jax.random.fold_in(seed_key, clock.first_step + k)
+
+            def loss(params: PyTree, batch: PyTree, shard: Array) -> tuple[Array, _Rest]:
+                key = jax.random.fold_in(step_key, shard)
+                prediction, batch_stats = forward(
+                    model, {"params": params, "batch_stats": state.batch_stats}, batch, train=True, key=key
+                )
+                weight, rows = batch["weight"], (batch["weight"] > 0).sum(dtype=jnp.float32)
+                losses = jnp.where(weight > 0, model.loss(prediction, batch["y"]), 0)
+                rest = _Rest(weight.sum(), rows, jax.tree.map(lambda leaf: leaf * rows, batch_stats))
+                return jnp.vdot(losses, weight), rest
+
+            def sums_of(slot: Array) -> tuple[PyTree, Array, _Rest]:
+                return value_and_gradient(loss, state.params, read(k, slot), shards[slot])
+
+            if reduction == "ordered":
+                sums = ordered_sum(sums_of, layout.slots, carried.count, layout.num_shards)
+            elif together:
+                sums = mean_over_devices(value_and_gradient_together(loss, state.params, read(k), shards))
+            else:
+                zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(sums_of, k))
+                add = lambda slot, total: jax.tree.map(jnp.add, total, sums_of(slot))  # noqa: E731
+                sums = mean_over_devices(one_by_one(add, carried.count, zeros))
+
+            def update(_: Array, state: TrainState) -> TrainState:
+                return _updated(state, sums, clock.first_step + k)
+
+            new = one_by_one(update, clock.one, state) if reduction == "ordered" else update(k, state)
+            _, value, rest = sums
+            value = jnp.where(new.step > clock.first_step + k, value, jnp.nan)
+            return new, history.at[k].set(jnp.stack([value, rest.weight]))
+
+        return lax.fori_loop(0, clock.num_steps, step, (state, jnp.zeros((layout.block_steps, 2))))
+
+    options = _ORDERED_OPTIONS if reduction == "ordered" else {}
+    return _compile(block, layout, mesh, (state, *arguments), backend, dict(options), donate=True)
+
+
+def _updated(state: TrainState, sums: tuple[PyTree, Array, _Rest], step: Array) -> TrainState:
+    """The state after a step with these sums; as it was, where that is not finite or an earlier step stopped."""
+    gradient, value, rest = sums
+    # A multiplication by the inverse, as the compiler would make it anyway in some of the programs.
+    per_weight = 1 / jnp.where(rest.weight > 0, rest.weight, 1)
+    per_row = 1 / jnp.where(rest.rows > 0, rest.rows, 1)
+    new = state.apply_gradients(
+        grads=jax.tree.map(lambda leaf: leaf * per_weight, gradient),
+        batch_stats=jax.tree.map(
+            lambda summed, old: jnp.where(rest.rows > 0, summed * per_row, old), rest.batch_stats, state.batch_stats
+        ),
+    )
+    finite = jnp.isfinite(value) & jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(new.params)]).all()
+    good = finite & (state.step == step)
+    return jax.tree.map(lambda new, old: jnp.where(good, new, old), new, state)
+
+
+class Moments(NamedTuple):
+    """What evaluation keeps of the rows of a shard's batch, weighted: enough for the loss and R^2, exactly.
+
+    Targets have an axis of their own: [t]. `mean` and `spread` are those of the targets: their weighted mean
+    and the weighted sum of squares around it.
+    """
+
+    weight: Array
+    loss: Array
+    absolute_error: Array
+    squared_error: Array
+    mean: Array
+    spread: Array
+
+
+def compile_eval_block(
+    model: Model,
+    state: TrainState,
+    layout: Layout,
+    mesh: Mesh,
+    arguments: tuple[Any, ...],
+    reduction: str,
+    backend: str,
+) -> Callable[..., Moments]:
+    """Compiles the evaluation of `num_steps` consecutive batches into one call.
+
+    Traced apart from training: the model is told `train=False`, and nothing of the state changes.
+
+    Returns:
+      `f(state, data, carried, clock) -> Moments`, each [block_steps, shards, ...], zero past `num_steps`.
+    """
+
+    def block(state: TrainState, data: PyTree, carried: Carried, packed: Array) -> Moments:
+        clock = Clock(*packed)
+        shards = carried.first + jnp.arange(layout.slots)
+        read = layout.reader(data, shards, clock.first_step, clock.seed)
+
+        def moments(batch: PyTree) -> Moments:
+            variables = {"params": state.params, "batch_stats": state.batch_stats}
+            prediction, _ = forward(model, variables, batch, train=False)
+            weight, target = batch["weight"], batch["y"]
+            losses = jnp.where(weight > 0, model.loss(prediction, target), 0)
+            error = jnp.where(weight[:, None] > 0, prediction - target, 0)
+            total = weight.sum()
+            mean = weight @ target / jnp.where(total > 0, total, 1)
+            return Moments(
+                total,
+                jnp.vdot(losses, weight),
+                weight @ jnp.abs(error),
+                weight @ jnp.square(error),
+                mean,
+                weight @ jnp.square(target - mean[None]),
+            )
+
+        one = jax.eval_shape(lambda: moments(read(jnp.int32(0), jnp.int32(0))))
+        slots = max(layout.slots, 2)
+        zeros = jax.tree.map(lambda leaf: jnp.zeros((layout.block_steps, slots, *leaf.shape), leaf.dtype), one)
+
+        def step(k: Array, history: Moments) -> Moments:
+            def fill(slot: Array, history: Moments) -> Moments:
+                return jax.tree.map(lambda all, new: all.at[k, slot].set(new), history, moments(read(k, slot)))
+
+            if reduction == "ordered":
+                return one_by_one(fill, carried.count, history)
+            return jax.tree.map(
+                lambda all, new: all.at[k, : layout.slots].set(new), history, jax.vmap(moments)(read(k))
+            )
+
+        history = lax.fori_loop(0, clock.num_steps, step, zeros)
+        return jax.tree.map(
+            lambda leaf: lax.all_gather(leaf[:, : layout.slots], AXIS, axis=1, tiled=True)[:, : layout.num_shards],
+            history,
+        )
+
+    options = _ORDERED_OPTIONS if reduction == "ordered" else {}
+    return _compile(block, layout, mesh, (state, *arguments), backend, dict(options), donate=False)
+
+
+def _compile(
+    block: Callable[..., Any],
+    layout: Layout,
+    mesh: Mesh,
+    arguments: tuple[Any, ...],
+    backend: str,
+    options: dict[str, Any],
+    donate: bool,
+) -> Callable[..., Any]:
+    """Compiles `block(state, data, carried, clock)` for the mesh ahead of its first call, on either backend."""
+    axis, donated = layout.device_axis, (0,) if donate else ()
+    if backend == "pmap":
+        function = jax.pmap(
+            block,
+            axis_name=AXIS,
+            in_axes=(None, axis, 0, None),
+            out_axes=None,
+            devices=list(mesh.devices.flat),
+            donate_argnums=donated,
+        )
+    else:
+
+        def local(state: TrainState, data: PyTree, carried: Carried, clock: Array) -> Any:
+            data = jax.tree.map(lambda leaf: leaf.squeeze(axis), data)
+            return block(state, data, jax.tree.map(lambda leaf: leaf.squeeze(0), carried), clock)
+
+        along, replicated = PartitionSpec(*[None] * axis, AXIS), PartitionSpec()
+        mapped = jax.shard_map(
+            local,
+            mesh=mesh,
+            in_specs=(replicated, along, PartitionSpec(AXIS), replicated),
+            out_specs=replicated,
+            check_vma=False,
+        )
+        function = jax.jit(mapped, donate_argnums=donated)
+    return function.lower(*arguments).compile(compiler_options=options)

@@ -1,0 +1,127 @@
+"""The pipeline: both placements give the same batches, whatever the devices."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import Mesh
+from models import Rows
+
+import dpreg
+from dpreg.data.sources import Shuffled
+
+
+def mesh(num_devices):
+    return Mesh(np.array(jax.devices()[:num_devices]), ("data",))
+
+
+def batches(dataset):
+    """All batches as [steps, shards, b, ...], read the way the compiled step reads them."""
+    first, count = (np.asarray(part) for part in dataset.carried)
+    steps = []
+    for block in dataset:
+        parts = []
+        for device in range(dataset.mesh.size):
+            local = jax.tree.map(
+                lambda leaf, d=device: np.take(np.asarray(leaf), d, axis=dataset.device_axis), block.data
+            )
+            shards = first[device] + np.arange(dataset.slots)
+            read = dataset.reader(jax.tree.map(jnp.asarray, local), jnp.asarray(shards), jnp.int32(block.first_step), 5)
+            stacked = [read(k) for k in range(block.num_steps)]
+            for k, slot in itertools.product(range(block.num_steps), range(dataset.slots)):
+                for name, column in read(k, slot).items():
+                    np.testing.assert_array_equal(column, stacked[k][name][slot])
+            parts.append(jax.tree.map(lambda *leaves, n=count[device]: np.stack(leaves)[:, :n], *stacked))
+        steps.append(jax.tree.map(lambda *leaves: np.concatenate(leaves, axis=1), *parts))
+    return jax.tree.map(lambda *leaves: np.concatenate(leaves), *steps)
+
+
+@pytest.mark.parametrize("rows", [3, 50, 203])
+def test_batches_do_not_depend_on_devices_placement_or_block(rows):
+    source = Rows(rows, weighted=True).source()
+    reference = None
+    for devices, placement, steps in itertools.product((1, 3, 8), ("device", "host"), (2, 3)):
+        dataset = dpreg.Dataset(source).shuffle(5).batch(16).repeat(2).shard(mesh(devices), num_shards=8)
+        result = batches(dataset.place(placement, steps).prefetch(2))
+        reference = reference or result
+        for name, column in result.items():
+            np.testing.assert_array_equal(column, reference[name])
+    once = reference["y"][: len(reference["y"]) // 2].ravel()
+    assert sorted(once[once != 0]) == sorted(source.y.ravel())
+
+
+def test_each_device_asks_only_for_its_own_rows():
+    asked = []
+
+    class Recorder(dpreg.ArraySource):
+        def __getitem__(self, indices):
+            asked.append(indices)
+            return super().__getitem__(indices)
+
+    source = Recorder(np.arange(80.0), np.arange(80.0) + 1)
+    dataset = dpreg.Dataset(source).shuffle(0).batch(16).shard(mesh(4), num_shards=8).place("host", 2)
+    list(dataset.blocks(0, 2))
+    asked = [set(indices) for indices in asked if len(indices) > 1]
+    assert len(asked) == 4
+    for device, indices in enumerate(asked):
+        assert indices <= set(range(20 * device, 20 * device + 20)) | {0}
+
+
+def test_auto_keeps_small_rows_on_the_devices_and_streams_large_ones():
+    class Large:
+        def __len__(self):
+            return 10**10
+
+        def __getitem__(self, indices):
+            one = np.ones((len(indices), 1), np.float32)
+            return {"x": one, "y": one, "weight": one[:, 0]}
+
+    pipeline = dpreg.Dataset(Large()).batch(8).shard(mesh(2), num_shards=8)
+    assert pipeline.resolved_placement == "host"
+    assert next(iter(pipeline)).data["x"].shape[1:] == (2, 4, 1, 1)
+    small = dpreg.Dataset(Rows(10).source()).batch(8).shard(mesh(2), num_shards=8)
+    assert small.resolved_placement == "device"
+
+
+def test_a_dataset_without_devices_says_so():
+    with pytest.raises(dpreg.InputError, match="shard"):
+        next(iter(dpreg.Dataset(Rows(10).source()).batch(8)))
+
+
+def test_shuffled_is_a_fixed_order_of_the_same_rows():
+    source = Rows(100).source()
+    shuffled = Shuffled(source)[np.arange(100)]["y"]
+    assert not np.array_equal(shuffled, source.y)
+    np.testing.assert_array_equal(np.sort(shuffled, 0), np.sort(source.y, 0))
+
+
+def test_synthetic_rows_are_a_function_of_seed_and_index():
+    data = dpreg.SyntheticRegressionData((2, -3.4), 4.2, num_train=5000, num_val=10)
+    rows = data.train[np.arange(5000)]
+    picked = np.array([4999, 0, 77, 77])
+    for name, column in data.train[picked].items():
+        np.testing.assert_array_equal(column, rows[name][picked])
+    expected = rows["x"].astype(np.float64) @ [[2], [-3.4]] + 4.2
+    noise = rows["y"] - expected
+    assert abs(noise.std() - 0.01) < 5e-4
+    assert abs(rows["x"].mean()) < 0.05
+    assert abs(rows["x"].std() - 1) < 0.03
+    assert not np.isin(data.val[np.arange(10)]["y"], rows["y"]).any()
+    other = dpreg.SyntheticRegressionData((2, -3.4), 4.2, num_train=5000, seed=1).train[picked]
+    assert not np.isin(other["y"], rows["y"]).any()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((np.ones((3, 2)), np.ones(4)), "y has 4 rows and x has 3"),
+        ((np.array([[1.0], [np.nan]]), np.ones(2)), "x has a value that is not finite in row 1"),
+        ((np.ones((2, 2, 2)), np.ones(2)), "x has shape"),
+        ((np.ones(2), np.ones(2), np.array([1.0, -1.0])), "weight is negative in row 1"),
+    ],
+)
+def test_bad_arrays_are_refused(arguments, message):
+    with pytest.raises(dpreg.InputError, match=message):
+        dpreg.ArraySource(*arguments)

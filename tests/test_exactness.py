@@ -1,0 +1,188 @@
+"""The promise: the answer does not depend on how many devices computed it."""
+
+import functools
+import hashlib
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import linen as nn
+from models import Net, Rows
+
+import dpreg
+from dpreg.data.order import Sampler
+
+DEVICES = (1, 2, 3, 4, 6, 8)
+LAYOUTS = list(itertools.product(("jit", "pmap"), ("device", "host")))
+OPTIMIZERS = {
+    "sgd": optax.sgd(0.05),
+    "adam": optax.adam(0.01),
+    "clip+momentum": optax.chain(optax.clip_by_global_norm(0.3), optax.sgd(0.05, momentum=0.9)),
+}
+# (rows, global batch): ragged, fewer than a batch, fewer than the shards
+SIZES = {"ragged": (203, 64), "less than a batch": (21, 64), "less than the shards": (5, 16)}
+
+
+def trained(model, data, max_epochs=2, num_devices=None, **arguments):
+    trainer = dpreg.Trainer(max_epochs, num_devices, **arguments)
+    records = []
+    trainer.observers = (records.append,)
+    with jax.numpy_dtype_promotion("standard" if isinstance(model, Net) else "strict"):  # optax.adam needs it
+        trainer.fit(model, data)
+    curve = [(r.step, r.train_loss, r.val_loss) for r in records if r.train_loss is not None]
+    leaves = [np.asarray(leaf) for leaf in jax.tree.leaves((trainer.state.params, trainer.state.batch_stats))]
+    assert all(np.isfinite(leaf).all() for leaf in leaves)
+    return leaves, curve
+
+
+def digest(result):
+    leaves, curve = result
+    return hashlib.sha256(b"".join(leaf.tobytes() for leaf in leaves) + repr(curve).encode()).hexdigest()
+
+
+def linear_run(**arguments):
+    data = dpreg.SyntheticRegressionData((2, -3.4), 4.2, num_train=1003, num_val=101, batch_size=64)
+    return digest(trained(dpreg.LinearRegressionScratch(2, 0.03), data, reduction="ordered", **arguments))
+
+
+@functools.cache
+def network_run(optimizer, size, num_devices=8, num_val=0, **arguments):
+    num_rows, batch = SIZES[size]
+    data = Rows(num_rows, weighted=True).data(batch, num_val)
+    return digest(trained(Net(OPTIMIZERS[optimizer]), data, 2, num_devices, reduction="ordered", **arguments))
+
+
+@pytest.mark.parametrize(("backend", "placement"), LAYOUTS)
+def test_ordered_linear_gives_the_same_bits_on_any_number_of_devices(backend, placement):
+    results = {n: linear_run(num_devices=n, backend=backend, placement=placement) for n in DEVICES}
+    assert results == dict.fromkeys(DEVICES, linear_run(num_devices=8))
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize(("backend", "placement"), LAYOUTS)
+def test_ordered_network_gives_the_same_bits_on_any_number_of_devices(backend, placement, optimizer, size):
+    devices = DEVICES if size == "ragged" else (1, 3, 8)
+    results = {n: network_run(optimizer, size, n, backend=backend, placement=placement) for n in devices}
+    assert results == dict.fromkeys(devices, network_run(optimizer, size))
+
+
+def test_ordered_validation_gives_the_same_bits_on_any_number_of_devices():
+    results = {n: network_run("sgd", "ragged", n, num_val=37) for n in DEVICES}
+    assert len(set(results.values())) == 1
+
+
+@pytest.mark.parametrize("reduction", ["pmean", "ordered"])
+def test_steps_per_block_do_not_change_the_result(reduction):
+    def run(steps):
+        model, data = Net(OPTIMIZERS["adam"]), Rows(203, weighted=True).data(16)
+        return digest(trained(model, data, reduction=reduction, steps_per_block=steps, num_devices=2))
+
+    assert {run(steps) for steps in (1, 2, 5, 13, 50)} == {run(None)}
+
+
+def sgd_in_float64(x, y, weight, lr, batches, start):
+    """Weighted minibatch SGD on linear least squares, as the book has it; nothing of dpreg in it."""
+    w, b = np.array(start[0], np.float64), np.array(start[1], np.float64)
+    losses = []
+    for rows in batches:
+        x_b, y_b, c = x[rows].astype(np.float64), y[rows].astype(np.float64), weight[rows].astype(np.float64)
+        error = x_b @ w + b - y_b
+        losses.append((c @ (error**2).sum(1) / 2, c.sum()))
+        total = c.sum() or 1.0
+        w -= lr * (x_b.T @ (c[:, None] * error)) / total
+        b -= lr * (c @ error) / total
+    return w, b, losses
+
+
+def batches_of(sampler, seed, epochs):
+    for step in range(epochs * sampler.steps_per_epoch):
+        rows = []
+        for shard in range(sampler.num_shards):
+            size = sampler.shard_size(shard)
+            positions = sampler.positions(np.array(step), np.array(shard), seed)
+            rows += [sampler.shard_start(shard) + p for p in positions if p < size]
+        yield np.array(rows)
+
+
+@pytest.mark.parametrize("reduction", ["pmean", "ordered"])
+@pytest.mark.parametrize(("backend", "placement"), LAYOUTS)
+@pytest.mark.parametrize("weighted", [False, True])
+def test_agrees_with_sgd_in_float64(reduction, backend, placement, weighted):
+    source = Rows(1003, num_inputs=5, weighted=weighted).source()
+    model = dpreg.LinearRegressionScratch(5, 0.03)
+    start = model.init(jax.random.key(0), source.x[:1])["params"]
+    sampler = Sampler(1003, 8, 64)
+    batches = list(batches_of(sampler, 0, 3))
+    assert sorted(np.concatenate(batches)) == sorted(list(range(1003)) * 3)
+    w, b, losses = sgd_in_float64(source.x, source.y, source.weight, 0.03, batches, (start["w"], start["b"]))
+    last_epoch = np.array(losses[-sampler.steps_per_epoch :]).sum(0)
+    for n in DEVICES:
+        trainer = dpreg.Trainer(3, n, reduction=reduction, backend=backend, placement=placement)
+        trainer.fit(model, dpreg.RegressionData(source, None, 64))
+        np.testing.assert_allclose(trainer.state.params["w"], w, rtol=1e-6, atol=1e-7)
+        np.testing.assert_allclose(trainer.state.params["b"], b, rtol=1e-6, atol=1e-7)
+        np.testing.assert_allclose(trainer.train_loss, last_epoch[0] / last_epoch[1], rtol=1e-6)
+
+
+def network_in_float64(model, source, batch_size, seed, epochs):
+    """The same training of `Net`, shard by shard in float64, on real rows only: no padding, no masks, no dpreg.
+
+    Rows of weight 0 are left out as well. Dropout draws its mask in float32, as the float32 model does.
+    """
+    sampler = Sampler(len(source), 8, batch_size)
+    variables = model.init(jax.random.key(seed), jnp.asarray(source.x[:1]))
+    with jax.enable_x64(True):
+        to_float64 = lambda tree: jax.tree.map(lambda leaf: jnp.asarray(np.asarray(leaf), jnp.float64), tree)  # noqa: E731
+        params, stats = to_float64(variables["params"]), to_float64(variables["batch_stats"])
+        optimizer = model.configure_optimizers()
+        opt_state = optimizer.init(params)
+
+        def shard_loss(params, stats, x, y, weight, kept, key):
+            def masked_dropout(next_call, args, kwargs, context):
+                if not isinstance(context.module, nn.Dropout):
+                    return next_call(*args, **kwargs)
+                drawn = (sampler.shard_batch, args[0].shape[1])
+                keep = jax.random.bernoulli(context.module.make_rng("dropout"), jnp.float32(0.75), drawn)[kept]
+                return jnp.where(keep, args[0] / 0.75, 0)
+
+            with nn.intercept_methods(masked_dropout):
+                prediction, new = model.apply(
+                    {"params": params, "batch_stats": stats}, x, True, mutable=["batch_stats"], rngs={"dropout": key}
+                )
+            return (weight * jnp.square(prediction - y)[:, 0] / 2).sum(), new["batch_stats"]
+
+        gradient_of = jax.value_and_grad(shard_loss, has_aux=True)
+        for step in range(epochs * sampler.steps_per_epoch):
+            step_key = jax.random.fold_in(jax.random.key(seed), step)
+            totals, weights, count = None, 0.0, 0
+            for shard in range(8):
+                positions = sampler.positions(np.array(step), np.array(shard), seed)
+                rows = sampler.shard_start(shard) + np.minimum(positions, sampler.shard_size(shard) - 1)
+                kept = np.flatnonzero((positions < sampler.shard_size(shard)) & (source.weight[rows] > 0))
+                if not len(kept):
+                    continue
+                x, y, weight = (np.float64(c[rows[kept]]) for c in (source.x, source.y, source.weight))
+                key = jax.random.fold_in(step_key, shard)
+                (_, new), gradient = gradient_of(params, stats, x, y, weight, kept, key)
+                part = (gradient, jax.tree.map(lambda leaf, n=kept.size: leaf * n, new))
+                totals = part if totals is None else jax.tree.map(jnp.add, totals, part)
+                weights, count = weights + weight.sum(), count + len(kept)
+            gradient, new = totals
+            updates, opt_state = optimizer.update(jax.tree.map(lambda g, w=weights: g / w, gradient), opt_state, params)
+            params, stats = optax.apply_updates(params, updates), jax.tree.map(lambda leaf, n=count: leaf / n, new)
+        return [np.asarray(leaf) for leaf in jax.tree.leaves((params, stats))]
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_network_agrees_with_float64(optimizer):
+    model, data = Net(OPTIMIZERS[optimizer]), Rows(203, weighted=True).data(64)
+    with jax.numpy_dtype_promotion("standard"):
+        expected = np.concatenate([leaf.ravel() for leaf in network_in_float64(model, data.train, 64, 0, 2)])
+    for n, reduction in itertools.product((1, 3, 8), ("pmean", "ordered")):
+        leaves, _ = trained(model, data, 2, n, reduction=reduction)
+        result = np.concatenate([leaf.ravel() for leaf in leaves])
+        assert np.linalg.norm(result - expected) <= 1e-6 * np.linalg.norm(expected), (n, reduction)

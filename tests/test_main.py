@@ -1,0 +1,213 @@
+"""The main door, as a user opens it: a process of its own, its outputs and its exit code."""
+
+import hashlib
+import json
+import pathlib
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+ROOT = pathlib.Path(__file__).parent.parent
+CPU = "--flagfile=configs/cpu.cfg"
+
+
+def dpreg(*arguments, timeout=240):
+    command = [sys.executable, "-m", "dpreg.main", *map(str, arguments)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=timeout)
+
+
+def finished(*arguments):
+    done = dpreg(*arguments)
+    assert done.returncode == 0, done.stderr
+    return done
+
+
+def summary_of(workdir):
+    return json.loads((workdir / "summary.json").read_text())
+
+
+def test_the_default_run_and_its_outputs(tmp_path):
+    done = finished(CPU, f"--workdir={tmp_path}")
+    assert re.search(r"error in estimating w: \[.*\]\nerror in estimating b: ", done.stdout)
+    assert str(tmp_path) in done.stdout
+    assert "epoch 3.00/3  step 96/96  loss" in done.stderr
+
+    summary = summary_of(tmp_path)
+    np.testing.assert_allclose(summary["parameter_error"]["w"], [0.107, -0.183], atol=0.06)
+    assert summary["parameter_error"]["b"] == pytest.approx(0.226, abs=0.06)
+    assert (summary["step"], summary["epoch"], summary["device_count"], summary["num_shards"]) == (96, 3, 8, 8)
+    assert (summary["placement"], summary["reduction"], summary["backend"]) == ("device", "pmean", "jit")
+    assert set(summary["seconds"]) == {"ingest", "compile", "train", "eval"}
+    assert set(summary["metrics"]) == {"rmse", "mae", "r2"}
+    w, b = (np.float32(summary["parameters"][name]) for name in "wb")
+    # The documented order of bytes: b before w.
+    assert summary["params_sha256"] == hashlib.sha256(b.tobytes() + w.tobytes()).hexdigest()
+
+    records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [r["step"] for r in records] == list(range(4, 97, 4))
+    assert [r["step"] for r in records if "val_loss" in r] == [32, 64, 96]
+    assert records[-1]["val_loss"] == summary["val_loss"]
+
+    report = (tmp_path / "report.html").read_text()
+    assert report.count("<polyline") == 2
+    assert not re.search(r"(src|href)=|https?:|@import|url\(", report)
+    assert list((tmp_path / "checkpoints").iterdir()) == [tmp_path / "checkpoints" / "96"]
+
+
+def test_the_flags_it_wrote_repeat_the_run(tmp_path):
+    first = ("--platform=cpu", "--num_devices=3", "--reduction=ordered", "--w=1,2,3", "--num_train=77", "--b=-1")
+    finished(*first, f"--workdir={tmp_path / 'a'}")
+    finished(f"--flagfile={tmp_path / 'a' / 'flags.cfg'}", f"--workdir={tmp_path / 'b'}")
+    assert summary_of(tmp_path / "a")["params_sha256"] == summary_of(tmp_path / "b")["params_sha256"]
+    assert (tmp_path / "a" / "flags.cfg").read_text() == (tmp_path / "b" / "flags.cfg").read_text()
+
+
+def test_ordered_runs_agree_to_the_bit_between_processes(tmp_path):
+    common = ("--platform=cpu", "--reduction=ordered", "--num_train=1003", "--batch_size=64")
+    hashes = set()
+    for name, rest in {
+        "one": ("--num_devices=1",),
+        "eight": ("--num_devices=8", "--backend=pmap"),
+        "three": ("--num_devices=3", "--placement=host"),
+    }.items():
+        finished(*common, *rest, f"--workdir={tmp_path / name}")
+        hashes.add(summary_of(tmp_path / name)["params_sha256"])
+    assert len(hashes) == 1
+
+
+def test_a_tfds_dataset_prepared_on_disk(tmp_path):
+    arguments = (CPU, "--dataset=tfds:synthetic_regression", f"--data_dir={tmp_path / 'data'}")
+    finished(*arguments, f"--workdir={tmp_path / 'a'}", "--max_epochs=10")
+    np.testing.assert_allclose(summary_of(tmp_path / "a")["parameters"]["w"], [2, -3.4], atol=0.003)
+    assert summary_of(tmp_path / "a")["parameters"]["b"] == pytest.approx(4.2, abs=0.003)
+    finished(*arguments, f"--workdir={tmp_path / 'b'}", "--max_epochs=10")
+    assert summary_of(tmp_path / "a")["params_sha256"] == summary_of(tmp_path / "b")["params_sha256"]
+
+
+def test_a_table(tmp_path):
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(500, 2)) * [3, 0.01] + [1000, 5]
+    y = x @ [2.0, -30.0] + 7 + rng.normal(size=500)
+    lines = ["height,width,cost", *(f"{a:.9g},{b:.9g},{c:.9g}" for (a, b), c in zip(x, y, strict=True))]
+    (tmp_path / "table.csv").write_text("\n".join(lines) + "\n")
+    workdir = tmp_path / "w"
+    finished(CPU, f"--dataset={tmp_path / 'table.csv'}", "--target=cost", "--max_epochs=40", f"--workdir={workdir}")
+    summary = summary_of(workdir)
+    assert summary["metrics"]["r2"] > 0.9
+    assert summary["parameters"]["w"]["height"] == pytest.approx(2, abs=0.1)
+    assert set(summary["parameters"]["w"]) == {"height", "width"}
+
+
+@pytest.fixture
+def tables(tmp_path):
+    contents = {
+        "good": "a,b,y\n1,2,3\n4,5,6\n",
+        "text": "a,b,y\n1,2,3\n4,x,6\n",
+        "nan": "a,b,y\n1,2,3\n4,nan,6\n",
+        "missing": "a,b,y\n1,2,3\n4,,6\n",
+        "infinite": "a,b,y\n1,2,3\n4,1e300,6\n",
+        "ragged": "a,b,y\n1,2,3\n4,5\n",
+        "empty": "",
+        "headed": "a,b,y\n",
+        "twice": "a,a,y\n1,2,3\n",
+    }
+    for name, text in contents.items():
+        (tmp_path / f"{name}.csv").write_text(text)
+    (tmp_path / "broken.parquet").write_bytes(b"PAR1 not really")
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--nosuchflag=1"], "nosuchflag"),
+        (["--batch_sise=64"], "Did you mean: batch_size"),
+        (["--flagfile=nowhere.cfg"], "nowhere.cfg"),
+        (["train"], "train: not a flag"),
+        (["--max_epochs=many"], "--max_epochs=many"),
+        (["--num_devices=0"], "--num_devices=0: use 1 or more"),
+        (["--num_devices=9"], "use --num_devices=8 or --num_shards=9"),
+        (["--platform=gpu"], "--flagfile=configs/cpu.cfg"),
+        (["--platform=abacus"], "use cpu, gpu or tpu"),
+        (["--batch_size=30"], "use --batch_size=24 or 32"),
+        (["--lr=-1"], "--lr=-1.0: use a learning rate above 0"),
+        (["--lr=nan"], "--lr=nan: use a finite number"),
+        (["--w=2,x"], "--w=2,x"),
+        (["--reduction=mean"], "use one of pmean, ordered"),
+        (["--dataset=nowhere", "--target=y"], "unknown; use synthetic, a .csv or .parquet file, or tfds:NAME"),
+        (["--dataset=nowhere.csv", "--target=y"], "no such file"),
+        (["--dataset=tfds:nowhere"], "nowhere"),
+        (["--dataset={}/good.csv"], "--target=COLUMN"),
+        (["--dataset={}/good.csv", "--target=z"], "column 'z' is not there; the columns are a, b, y"),
+        (["--dataset={}/text.csv", "--target=y"], "column 'b' is not numeric but string ('x' in row 2)"),
+        (["--dataset={}/nan.csv", "--target=y"], "column 'b' has 1 missing values, the first in row 2"),
+        (["--dataset={}/missing.csv", "--target=y"], "column 'b' has 1 missing values, the first in row 2"),
+        (["--dataset={}/infinite.csv", "--target=y"], "column 'b' has 1 values that are not finite"),
+        (["--dataset={}/ragged.csv", "--target=y"], "Row #3: Expected 3 columns, got 2"),
+        (["--dataset={}/empty.csv", "--target=y"], "Empty CSV file"),
+        (["--dataset={}/headed.csv", "--target=y"], "there are no rows"),
+        (["--dataset={}/twice.csv", "--target=y"], "column 'a' is twice"),
+        (["--dataset={}/broken.parquet", "--target=y"], "not a readable parquet file"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_bad_input_is_one_line_and_exit_code_2_and_leaves_nothing(tables, arguments, said):
+    workdir = tables / "new" / "w"
+    done = dpreg(f"--workdir={workdir}", *(a.format(tables) for a in arguments))
+    assert done.returncode == 2
+    lines = done.stderr.splitlines()
+    assert len(lines) == 1, done.stderr
+    assert said in lines[0]
+    assert done.stdout == ""
+    assert not workdir.parent.exists()
+
+
+def test_a_workdir_that_cannot_be_written(tmp_path):
+    (tmp_path / "file").write_text("")
+    done = dpreg(f"--workdir={tmp_path / 'file' / 'w'}")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert len(done.stderr.splitlines()) == 1
+    assert "cannot be written" in done.stderr
+
+
+def test_bad_input_leaves_an_earlier_run_alone(tmp_path):
+    finished("--platform=cpu", "--max_epochs=1", f"--workdir={tmp_path}")
+    before = {path: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
+    assert dpreg("--batch_size=30", f"--workdir={tmp_path}").returncode == 2
+    assert {path: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()} == before
+
+
+def test_divergence_is_exit_code_3_and_keeps_the_last_good_state(tmp_path):
+    import orbax.checkpoint as ocp
+
+    done = dpreg(CPU, "--lr=30", f"--workdir={tmp_path}")
+    assert done.returncode == 3
+    step = int(re.search(r"not finite at step (\d+)", done.stderr.splitlines()[-1]).group(1))
+    assert not (tmp_path / "summary.json").exists()
+    with ocp.StandardCheckpointer() as checkpointer:
+        state = checkpointer.restore(tmp_path / "checkpoints" / str(step - 1))
+    assert state["step"] == step - 1
+    assert np.isfinite(state["params"]["w"]).all()
+
+
+def test_help_is_there():
+    done = dpreg("--help")
+    assert "--num_devices" in done.stdout
+    assert "Logical shards" in done.stdout
+
+
+def test_a_terminal_shows_a_bar(tmp_path):
+    script = pathlib.Path(__file__).with_name("terminal.py")
+    done = subprocess.run(
+        [sys.executable, script, sys.executable, "-m", "dpreg.main", CPU, f"--workdir={tmp_path}"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stdout
+    assert "epoch 3.0/3" in done.stdout
+    assert "rows/s" in done.stdout

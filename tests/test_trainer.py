@@ -1,0 +1,267 @@
+"""The loop: D2L's interface, separate traces, exact validation, and stopping where the loss does."""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import linen as nn
+from models import Foreign, Net, Rows
+
+import dpreg
+from dpreg.data.sources import Shuffled
+from dpreg.parallel.reduce import tree_sum
+
+
+def test_the_snippet_of_the_book_runs_on_all_devices():
+    model = dpreg.LinearRegressionScratch(2, lr=0.03)
+    data = dpreg.SyntheticRegressionData(w=jnp.array([2, -3.4]), b=4.2)
+    trainer = dpreg.Trainer(max_epochs=3)
+    trainer.fit(model, data)
+    params = trainer.state.params
+    assert len(params["w"].devices()) == 8
+    # What 96 exact steps leave of the truth, 0.97**96, give or take what a sample of 1,000 rows does.
+    np.testing.assert_allclose(data.w - params["w"].reshape(data.w.shape), [0.107, -0.183], atol=0.06)
+    np.testing.assert_allclose(data.b - params["b"], [0.226], atol=0.06)
+    trainer = dpreg.Trainer(max_epochs=10)
+    trainer.fit(model, data)
+    np.testing.assert_allclose(trainer.state.params["w"].ravel(), [2, -3.4], atol=0.003)
+    np.testing.assert_allclose(trainer.state.params["b"], [4.2], atol=0.003)
+
+
+def test_the_same_seed_gives_the_same_result_twice_and_another_seed_another():
+    def run(seed):
+        trainer = dpreg.Trainer(1, seed=seed)
+        trainer.fit(Net(optax.sgd(0.05)), Rows(100).data(16))
+        return np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(trainer.state.params)])
+
+    np.testing.assert_array_equal(run(3), run(3))
+    assert not np.array_equal(run(3), run(4))
+
+
+def test_any_flax_module_with_a_loss_and_an_optimizer_trains():
+    source = Rows(400).source()
+    trainer = dpreg.Trainer(30)
+    trainer.fit(Foreign(), dpreg.RegressionData(source, source, 16))
+    best = np.abs(
+        source.y - np.c_[source.x, np.ones(400)] @ np.linalg.lstsq(np.c_[source.x, np.ones(400)], source.y)[0]
+    )
+    assert trainer.val_loss < 1.05 * best.mean()
+
+
+class Modes(dpreg.Module):
+    """Predicts differently in training: what tells a validation that runs the training trace."""
+
+    lr: float = 0.0
+
+    @nn.compact
+    def __call__(self, x, train=False):
+        w = self.param("w", nn.initializers.zeros, (x.shape[1], 1))
+        return jnp.matmul(x, w) + (1000.0 if train else 0.0)
+
+
+def test_validation_is_not_traced_as_training():
+    data = dpreg.RegressionData(dpreg.ArraySource(np.ones(16), np.zeros(16)), Rows(9, num_inputs=1).source(), 8)
+    trainer = dpreg.Trainer(1)
+    trainer.fit(Modes(), data)
+    assert trainer.train_loss == 1000.0**2 / 2
+    assert trainer.val_loss == pytest.approx(float(np.square(data.val.y).mean() / 2), rel=1e-6)
+
+
+@pytest.mark.parametrize("num_devices", [1, 3, 8])
+@pytest.mark.parametrize("placement", ["device", "host"])
+def test_validation_is_the_exact_weighted_mean_over_all_rows(num_devices, placement):
+    val = Rows(101, num_inputs=2, weighted=True, seed=4).source()
+    val = dpreg.ArraySource(val.x, np.c_[val.y, 50 + val.y**2], val.weight)
+    model = dpreg.LinearRegressionScratch(2, lr=0.01, num_targets=2)
+    trainer = dpreg.Trainer(1, num_devices, placement=placement)
+    trainer.fit(model, dpreg.RegressionData(val, val, 16))
+    x, y, c = (column.astype(np.float64) for column in (val.x, val.y, val.weight))
+    error = x @ np.float64(trainer.state.params["w"]) + np.float64(trainer.state.params["b"]) - y
+    center = c @ y / c.sum()
+    r2 = 1 - (c @ error**2) / (c @ (y - center) ** 2)
+    assert trainer.val_loss == pytest.approx((c @ (error**2).sum(1) / 2) / c.sum(), rel=1e-6)
+    assert trainer.metrics["rmse"] == pytest.approx(np.sqrt((c @ error**2).mean() / c.sum()), rel=1e-6)
+    assert trainer.metrics["mae"] == pytest.approx((c @ abs(error)).mean() / c.sum(), rel=1e-6)
+    assert trainer.metrics["r2"] == pytest.approx(r2.mean(), rel=1e-5)
+
+
+def test_gradient_clip_val_scales_the_global_gradient_to_its_norm():
+    source = Rows(8).source()
+    model = dpreg.LinearRegressionScratch(3, lr=1.0)
+    start = model.init(jax.random.key(0), source.x[:1])["params"]
+    moved = {}
+    for clip in (0.0, 0.1):
+        trainer = dpreg.Trainer(1, gradient_clip_val=clip)
+        trainer.fit(model, dpreg.RegressionData(source, None, 8))
+        moved[clip] = np.concatenate([np.ravel(trainer.state.params[k] - start[k]) for k in ("w", "b")])
+    assert np.linalg.norm(moved[0.0]) > 0.2
+    np.testing.assert_allclose(moved[0.1], moved[0.0] * 0.1 / np.linalg.norm(moved[0.0]), rtol=1e-5)
+
+
+def test_rows_of_weight_zero_count_for_nothing_and_all_of_them_give_zeros():
+    source = Rows(100).source()
+    ghost = dpreg.ArraySource(source.x, source.y, np.zeros(100))
+    for model in (dpreg.LinearRegressionScratch(3, lr=0.1), Net(optax.sgd(0.1))):
+        trainer = dpreg.Trainer(1)
+        trainer.fit(model, dpreg.RegressionData(ghost, ghost, 16))
+        start = model.init(jax.random.key(0), source.x[:1])
+        jax.tree.map(np.testing.assert_array_equal, trainer.state.params, start["params"])
+        jax.tree.map(np.testing.assert_array_equal, trainer.state.batch_stats, start.get("batch_stats", {}))
+        assert (trainer.train_loss, trainer.val_loss) == (0.0, 0.0)
+
+
+@pytest.mark.parametrize("reduction", ["pmean", "ordered"])
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_state(reduction):
+    x = np.ones((64, 1), np.float32)
+    y = np.zeros(64)
+    y[0] = 1e30  # its square is not a float32
+    source = dpreg.ArraySource(x, y)
+    trainer = dpreg.Trainer(5, 2, reduction=reduction, seed=1)
+    with pytest.raises(dpreg.Diverged, match=r"not finite at step (\d+)") as caught:
+        trainer.fit(dpreg.LinearRegressionScratch(1, lr=0.1), dpreg.RegressionData(source, None, 8))
+    assert 1 <= caught.value.step <= 8
+    assert int(trainer.state.step) == trainer.step == caught.value.step - 1
+    w = 0.0
+    model = dpreg.LinearRegressionScratch(1, lr=0.1)
+    start = model.init(jax.random.key(1), x[:1])["params"]
+    w, b = float(start["w"][0, 0]), 0.0
+    for _ in range(trainer.step):  # all good batches are alike: x = 1, y = 0
+        w, b = w - 0.1 * (w + b), b - 0.1 * (w + b)
+    np.testing.assert_allclose(trainer.state.params["w"], [[w]], rtol=1e-5)
+
+
+@pytest.mark.parametrize("reduction", ["pmean", "ordered"])
+def test_log_points_tile_the_epoch(reduction):
+    records = []
+    trainer = dpreg.Trainer(2, log_every_steps=3, observers=[records.append], reduction=reduction, steps_per_block=4)
+    trainer.fit(dpreg.LinearRegressionScratch(3, 0.1), Rows(80).data(8, num_val=5))
+    points = [r for r in records if r.train_loss is not None]
+    assert [r.step for r in points] == [3, 6, 9, 10, 13, 16, 19, 20]
+    assert [r.step for r in points if r.val_loss is not None] == [10, 20]
+    assert [r.epoch for r in points] == pytest.approx([0.3, 0.6, 0.9, 1, 1.3, 1.6, 1.9, 2])
+    last = [r.train_loss for r in points[4:]]
+    assert np.dot(last, [3, 3, 3, 1]) / 10 == pytest.approx(trainer.train_loss, rel=1e-6)
+
+
+def test_sorted_rows_train_as_well_as_shuffled_ones():
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(2048, 4))
+    y = np.sin(x @ rng.normal(size=(4, 1))) + 0.1 * rng.normal(size=(2048, 1))
+    order = np.argsort(y[:, 0])
+    val = dpreg.ArraySource(x[:512], y[:512])
+    x, y = x[512:], y[512:]
+    order = np.argsort(y[:, 0])
+
+    def loss(train):
+        trainer = dpreg.Trainer(20)
+        trainer.fit(Net(optax.adam(0.01)), dpreg.RegressionData(train, val, 128))
+        return trainer.val_loss
+
+    with jax.numpy_dtype_promotion("standard"):
+        mixed = loss(dpreg.ArraySource(x, y))
+        in_order = loss(Shuffled(dpreg.ArraySource(x[order], y[order])))
+        contiguous = loss(dpreg.ArraySource(x[order], y[order]))
+    assert in_order < 1.2 * mixed
+    assert contiguous > 2 * mixed  # so that the comparison can fail
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 7, 8])
+def test_tree_sum_adds_neighbours_first(count):
+    parts = [jnp.float32(10.0) ** k for k in range(count)]
+    assert float(tree_sum(list(parts))) == sum(10.0**k for k in range(count))
+    if count == 3:
+        big = [jnp.float32(v) for v in (1e8, -1e8, 1.0)]
+        assert float(tree_sum(big)) == 1.0
+
+
+class Deep(dpreg.Module):
+    lr: float = 0.1
+
+    @nn.compact
+    def __call__(self, x):
+        for width in (16, 16):
+            x = nn.relu(nn.Dense(width)(x))
+        return nn.Dense(1)(x)
+
+
+@functools.cache
+def program(kind, reduction, backend="jit"):
+    model = {"linear": dpreg.LinearRegressionScratch(3, 0.1), "mlp": Deep()}[kind]
+    trainer = dpreg.Trainer(1, reduction=reduction, backend=backend)
+    trainer.prepare_data(Rows(100).data(16))
+    trainer.prepare_model(model)
+    return trainer._train_block.as_text()
+
+
+@pytest.mark.parametrize("backend", ["jit", "pmap"])
+@pytest.mark.parametrize("kind", ["linear", "mlp"])
+def test_the_compiled_step_communicates_once(kind, backend):
+    text = program(kind, "pmean", backend)
+    assert text.count(" all-reduce(") + text.count(" all-reduce-start(") == 1
+    assert "all-gather" not in text
+    assert "input_output_alias" in text  # the state is donated
+
+
+@pytest.mark.parametrize("kind", ["linear", "mlp"])
+def test_the_compiled_ordered_step_gathers_once(kind):
+    text = program(kind, "ordered")
+    assert text.count(" all-gather(") + text.count(" all-gather-start(") == 1
+    assert "all-reduce" not in text
+
+
+def test_steps_are_traced_once_and_fetch_nothing_between_blocks():
+    traced = []
+
+    class Counting(dpreg.LinearRegressionScratch):
+        def loss(self, prediction, target):
+            traced.append(1)
+            return super().loss(prediction, target)
+
+    trainer = dpreg.Trainer(4, steps_per_block=3)
+    data = Rows(100).data(16, num_val=20)
+    trainer.prepare_data(data)
+    trainer.prepare_model(Counting(3, 0.1))
+    before = len(traced)
+    with jax.transfer_guard_device_to_host("disallow_explicit"):
+        for block, _ in trainer._train_blocks(0, 7):
+            assert block.num_steps in (3, 1)
+    for _ in range(4):
+        trainer.fit_epoch()
+    assert len(traced) == before
+
+
+def test_a_model_with_other_variables_is_refused():
+    class Counter(dpreg.Module):
+        lr: float = 0.1
+
+        @nn.compact
+        def __call__(self, x):
+            self.variable("calls", "count", lambda: jnp.zeros(()))
+            return nn.Dense(1)(x)
+
+    with pytest.raises(dpreg.InputError, match="calls"):
+        dpreg.Trainer(1).fit(Counter(), Rows(10).data(8))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"num_devices": 0}, "--num_devices=0"),
+        ({"num_devices": 9}, "--num_devices=9 with --num_shards=8"),
+        ({"num_devices": 9, "num_shards": 16}, "8 cpu devices"),
+        ({"reduction": "mean"}, "--reduction=mean: use one of pmean, ordered"),
+        ({"backend": "tf"}, "--backend=tf"),
+        ({"placement": "disk"}, "--placement=disk"),
+        ({"gradient_clip_val": math.nan}, "--gradient_clip_val=nan"),
+        ({"platform": "gpu"}, "--platform=gpu: there is none; this machine has 8 cpu devices"),
+        ({"max_epochs": 0}, "--max_epochs=0"),
+    ],
+)
+def test_what_a_trainer_cannot_do_is_one_line(arguments, message):
+    with pytest.raises(dpreg.InputError, match=message) as caught:
+        dpreg.Trainer(**{"max_epochs": 1, **arguments})
+    assert "\n" not in str(caught.value)
