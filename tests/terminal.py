@@ -13,4 +13,5 @@ def _read(descriptor: int) -> bytes:
     return os.read(descriptor, 4096)
 
 
-sys.exit(os.waitstatus_to_exitcode(pty.spawn(sys.argv[1:], _read)))
+if __name__ == "__main__":
+    sys.exit(os.waitstatus_to_exitcode(pty.spawn(sys.argv[1:], _read)))

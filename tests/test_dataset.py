@@ -38,7 +38,7 @@ def batches(dataset):
     return jax.tree.map(lambda *leaves: np.concatenate(leaves), *steps)
 
 
-@pytest.mark.parametrize("rows", [3, 50, 203])
+@pytest.mark.parametrize("rows", [3, 53])
 def test_batches_do_not_depend_on_devices_placement_or_block(rows):
     source = Rows(rows, weighted=True).source()
     reference = None

@@ -224,7 +224,7 @@ class Dataset:
         def part(device: int) -> Rows:
             shards = np.arange(device * self.slots, (device + 1) * self.slots)
             positions, size = positions_of(shards), sampler.shard_size(shards)[:, None]
-            start = np.array([sampler.shard_start(shard) for shard in shards])[:, None]
+            start = np.array([sampler.shard_start(int(shard)) for shard in shards])[:, None]
             padding = (positions >= size).ravel()
             # In place of padding a row of the device's own, so that a process reads nothing else.
             indices = np.minimum(start + np.minimum(positions, np.maximum(size - 1, 0)), sampler.num_rows - 1)

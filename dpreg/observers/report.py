@@ -9,7 +9,7 @@ from typing import Any
 
 from dpreg.config import Config
 
-_WIDTH, _HEIGHT, _LEFT, _BOTTOM, _MARGIN = 720, 320, 64, 40, 16
+_WIDTH, _HEIGHT, _LEFT, _BOTTOM, _MARGIN = 720, 320, 84, 48, 16
 _SERIES = (("train_loss", "training loss"), ("val_loss", "validation loss"))
 
 _STYLE = """
@@ -23,6 +23,7 @@ body { margin: 0 auto; max-width: 62rem; padding: 1.5rem 1rem 3rem; background: 
 h1 { font-size: 1.5rem; margin: 0; } h2 { font-size: 1.1rem; margin: 2rem 0 .5rem; }
 p { margin: .25rem 0 0; color: var(--faint); }
 svg { width: 100%; height: auto; display: block; font: 13px system-ui, sans-serif; }
+@media (max-width: 40rem) { svg { font-size: 22px; } }
 svg text { fill: var(--faint); } .grid { stroke: var(--line); }
 .curve { fill: none; stroke-width: 2; stroke-linejoin: round; }
 .train_loss { stroke: var(--train_loss); } .val_loss { stroke: var(--val_loss); }
@@ -130,17 +131,18 @@ def _curves(records: Sequence[Mapping[str, Any]]) -> str:
         return _MARGIN + (_HEIGHT - _BOTTOM - _MARGIN) * (high - scale(loss)) / (high - low)
 
     parts = []
-    for i in range(5):
-        value = low + (high - low) * i / 4
-        loss = 10**value if logarithmic else value
+    decades = range(math.ceil(low), math.floor(high) + 1, max(1, round((high - low) / 5)))
+    whole = logarithmic and len(decades) >= 3
+    for value in decades if whole else (low + (high - low) * i / 4 for i in range(5)):
+        loss = 10.0**value if logarithmic else value
         parts.append(
             f'<line class="grid" x1="{_LEFT}" x2="{_WIDTH - _MARGIN}" y1="{down(loss):.1f}" y2="{down(loss):.1f}"/>'
         )
         parts.append(f'<text x="{_LEFT - 8}" y="{down(loss) + 4:.1f}" text-anchor="end">{loss:.3g}</text>')
     for i in range(5):
         epoch = last * i / 4
-        parts.append(f'<text x="{across(epoch):.1f}" y="{_HEIGHT - 20}" text-anchor="middle">{epoch:.3g}</text>')
-    parts.append(f'<text x="{(_LEFT + _WIDTH) / 2}" y="{_HEIGHT - 3}" text-anchor="middle">epoch</text>')
+        parts.append(f'<text x="{across(epoch):.1f}" y="{_HEIGHT - 26}" text-anchor="middle">{epoch:.3g}</text>')
+    parts.append(f'<text x="{(_LEFT + _WIDTH) / 2}" y="{_HEIGHT - 4}" text-anchor="middle">epoch</text>')
     for name, points in series.items():
         line = " ".join(f"{across(x):.1f},{down(y):.1f}" for x, y in points)
         parts.append(f'<polyline class="curve {name}" points="{line}"/>')

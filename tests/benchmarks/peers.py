@@ -1,0 +1,115 @@
+"""Rows per second of dpreg beside PyTorch DDP, in one run: `python tests/benchmarks/peers.py`.
+
+Needs `pip install torch` (the CPU build will do). Each program runs in a process of its own, the programs in
+turn, on one device and in its steady state: the first epoch is not counted. Prints the median of the rounds
+and its ratio to DDP's. Absolute figures drift with the machine; ratios are what counts.
+"""
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+
+WORKLOADS = {"narrow": (20_000, 2, 32), "middle": (100_000, 32, 1024), "wide": (40_000, 1024, 4096)}
+PROGRAMS = ("ddp", "pmean", "ordered")
+SECONDS = 3.0  # at least this long is measured
+
+
+def ddp(num_rows: int, num_inputs: int, batch: int) -> float:
+    """The loop of the DistributedDataParallel tutorial: DataLoader, DistributedSampler, gloo, one process."""
+    import torch
+    from torch.nn.parallel import DistributedDataParallel
+    from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
+
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29511"}
+    torch.distributed.init_process_group("gloo", rank=0, world_size=1)
+    torch.manual_seed(0)
+    x = torch.randn(num_rows, num_inputs)
+    y = x @ torch.randn(num_inputs, 1) + 4.2
+    dataset = TensorDataset(x, y)
+    sampler = DistributedSampler(dataset)
+    loader = DataLoader(dataset, batch_size=batch, sampler=sampler)
+    model = DistributedDataParallel(torch.nn.Linear(num_inputs, 1))
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-4)
+    loss_function = torch.nn.MSELoss()
+
+    def epoch(number: int) -> None:
+        sampler.set_epoch(number)
+        for x_batch, y_batch in loader:
+            optimizer.zero_grad()
+            loss_function(model(x_batch), y_batch).backward()
+            optimizer.step()
+
+    rate = steady_rate(epoch, num_rows)
+    torch.distributed.destroy_process_group()
+    return rate
+
+
+def dpreg(num_rows: int, num_inputs: int, batch: int, reduction: str) -> float:
+    """The same work through `Trainer.fit_epoch`: one device, rows on it."""
+    import numpy as np
+
+    import dpreg as package
+
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((num_rows, num_inputs), np.float32)
+    y = x @ rng.standard_normal((num_inputs, 1), np.float32) + np.float32(4.2)
+    trainer = package.Trainer(1_000_000, 1, reduction=reduction, placement="device", platform="cpu")
+    trainer.prepare_data(package.RegressionData(package.ArraySource(x, y), None, batch))
+    trainer.prepare_model(package.LinearRegressionScratch(num_inputs, lr=1e-4))
+    return steady_rate(lambda number: trainer.fit_epoch(), num_rows)
+
+
+def steady_rate(epoch, num_rows: int) -> float:
+    """Rows per second of epochs after the first."""
+    epoch(0)
+    started, epochs = time.perf_counter(), 0
+    while time.perf_counter() - started < SECONDS:
+        epochs += 1
+        epoch(epochs)
+    return epochs * num_rows / (time.perf_counter() - started)
+
+
+def main() -> None:
+    """Runs all, or with --program one in this process."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--program", choices=PROGRAMS)
+    parser.add_argument("--workload", choices=WORKLOADS)
+    parser.add_argument("--rounds", type=int, default=3)
+    arguments = parser.parse_args()
+    if arguments.program:
+        sizes = WORKLOADS[arguments.workload]
+        rate = ddp(*sizes) if arguments.program == "ddp" else dpreg(*sizes, arguments.program)
+        print(json.dumps(rate))
+        return
+
+    print(
+        f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}, {arguments.rounds} rounds"
+    )
+    print(
+        f"{'rows, inputs, batch':>22}" + "".join(f"{p + ' rows/s':>18}" for p in PROGRAMS) + "   pmean/ddp ordered/ddp"
+    )
+    for workload, sizes in WORKLOADS.items():
+        if arguments.workload not in (None, workload):
+            continue
+        rates = {program: [] for program in PROGRAMS}
+        for _ in range(arguments.rounds):
+            for program in PROGRAMS:
+                command = [sys.executable, __file__, f"--program={program}", f"--workload={workload}"]
+                done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=True)
+                rates[program].append(json.loads(done.stdout.splitlines()[-1]))
+        medians = {program: statistics.median(values) for program, values in rates.items()}
+        print(
+            f"{sizes!s:>22}"
+            + "".join(f"{medians[p]:>18,.0f}" for p in PROGRAMS)
+            + f"{medians['pmean'] / medians['ddp']:>12.0f}{medians['ordered'] / medians['ddp']:>12.0f}",
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    main()
