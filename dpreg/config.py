@@ -9,8 +9,9 @@ from absl import flags
 from dpreg.errors import InputError
 
 
-def _flag(default: Any, help: str) -> Any:
-    return dataclasses.field(default=default, metadata={"help": help})
+def _flag(default: Any, help: str, decides: bool = False) -> Any:
+    """A field and its flag; `decides` where another value is another answer (up to rounding)."""
+    return dataclasses.field(default=default, metadata={"help": help, "decides": decides})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,30 +22,35 @@ class Config:
       InputError: for a value that no run can have; names the flag.
     """
 
-    dataset: str = _flag("synthetic", "What to fit: synthetic, a .csv or .parquet file, or tfds:NAME.")
+    dataset: str = _flag("synthetic", "What to fit: synthetic, a .csv or .parquet file, or tfds:NAME.", decides=True)
     data_dir: str | None = _flag(None, "Where TFDS datasets are prepared. Default: TFDS's own place.")
-    features: tuple[str, ...] = _flag((), "Columns to fit on, separated by commas. Default: all but the target.")
-    target: tuple[str, ...] = _flag((), "Column to predict; several separated by commas.")
+    features: tuple[str, ...] = _flag(
+        (), "Columns to fit on, separated by commas. Default: all but the target.", decides=True
+    )
+    target: tuple[str, ...] = _flag((), "Column to predict; several separated by commas.", decides=True)
     validation_fraction: float = _flag(
-        0.1, "Share of a file's rows held out for validation, in [0, 1); a TFDS dataset's own split comes first."
+        0.1,
+        "Share of a file's rows held out for validation, in [0, 1); a TFDS dataset's own split comes first.",
+        decides=True,
     )
     standardize: bool | None = _flag(
         None,
         "Fit on features of mean 0 and deviation 1; reported parameters are in original units. Default: files only.",
+        decides=True,
     )
     w: tuple[float, ...] = _flag((2.0, -3.4), "True weights of the synthetic data, separated by commas.")
     b: float = _flag(4.2, "True bias of the synthetic data.")
     noise: float = _flag(0.01, "Standard deviation of the synthetic noise.")
     num_train: int = _flag(1000, "Synthetic rows to fit.")
     num_val: int = _flag(1000, "Synthetic rows held out for validation.")
-    lr: float = _flag(0.03, "Learning rate, per step of the global batch.")
-    sigma: float = _flag(0.01, "Standard deviation of the initial weights.")
-    batch_size: int = _flag(32, "Rows of a global batch, over all devices: a multiple of num_shards.")
+    lr: float = _flag(0.03, "Learning rate, per step of the global batch.", decides=True)
+    sigma: float = _flag(0.01, "Standard deviation of the initial weights.", decides=True)
+    batch_size: int = _flag(32, "Rows of a global batch, over all devices: a multiple of num_shards.", decides=True)
     max_epochs: int = _flag(3, "How often every row is used.")
-    gradient_clip_val: float = _flag(0.0, "Largest norm of the global gradient; 0 for no limit.")
-    seed: int = _flag(0, "Of the synthetic rows, the initial parameters, the order and dropout.")
-    num_shards: int = _flag(8, "Logical shards of the run: as many devices can share it.")
-    reduction: str = _flag("pmean", "pmean, or ordered: the same bits on any number of devices.")
+    gradient_clip_val: float = _flag(0.0, "Largest norm of the global gradient; 0 for no limit.", decides=True)
+    seed: int = _flag(0, "Of the synthetic rows, the initial parameters, the order and dropout.", decides=True)
+    num_shards: int = _flag(8, "Logical shards of the run: as many devices can share it.", decides=True)
+    reduction: str = _flag("pmean", "pmean, or ordered: the same bits on any number of devices.", decides=True)
     backend: str = _flag("jit", "jit (shard_map) or pmap: the same results.")
     placement: str = _flag("auto", "Where rows wait for their step: device, host, or auto: on devices if they fit.")
     log_every_steps: int = _flag(0, "Steps between lines of metrics.jsonl; 0 for eight lines an epoch.")
@@ -52,6 +58,12 @@ class Config:
     num_devices: int | None = _flag(
         None, "Devices of this process; on cpu, as many are simulated. Default: all, up to num_shards."
     )
+    checkpoint_every_seconds: float = _flag(
+        60.0, "Seconds between checkpoints, besides the one at the end; 0 for none."
+    )
+    checkpoint_every_steps: int = _flag(0, "Steps between checkpoints; 0 to save by time only.")
+    keep: int = _flag(3, "How many checkpoints to keep, the newest.")
+    resume: str = _flag("auto", "auto: go on where the workdir's run of the same answer stopped; never; must.")
     workdir: str | None = _flag(None, "Where the outputs go. Default: a new folder in runs/, named by the time.")
 
     def __post_init__(self) -> None:
@@ -59,10 +71,19 @@ class Config:
             value = getattr(self, name)
             if not all(math.isfinite(v) for v in (value if isinstance(value, tuple) else (value,))):
                 self._refuse(name, "use a finite number")
-        for name in ("num_train", "batch_size", "max_epochs", "num_shards", "num_devices"):
+        for name in ("num_train", "batch_size", "max_epochs", "num_shards", "num_devices", "keep"):
             if (value := getattr(self, name)) is not None and value < 1:
                 self._refuse(name, "use 1 or more")
-        for name in ("num_val", "noise", "sigma", "gradient_clip_val", "seed", "log_every_steps"):
+        for name in (
+            "num_val",
+            "noise",
+            "sigma",
+            "gradient_clip_val",
+            "seed",
+            "log_every_steps",
+            "checkpoint_every_seconds",
+            "checkpoint_every_steps",
+        ):
             if getattr(self, name) < 0:
                 self._refuse(name, "use 0 or more")
         if max(self.num_train + self.num_val, self.seed) >= 2**31:
@@ -75,6 +96,8 @@ class Config:
             self._refuse("validation_fraction", "use 0 or more, and under 1")
         if self.platform not in (None, "cpu", "gpu", "tpu"):
             self._refuse("platform", "use cpu, gpu or tpu")
+        if self.resume not in ("auto", "never", "must"):
+            self._refuse("resume", "use auto, never or must")
         if self.dataset != "synthetic" and not self.target and not self.dataset.startswith("tfds:"):
             raise InputError(f"--dataset={self.dataset}: say which column to predict, with --target=COLUMN")
 
@@ -93,6 +116,10 @@ class Config:
         except ValueError as error:
             raise InputError(f"--w={_text(given['w'])}: give numbers separated by commas") from error
         return cls(**given)
+
+    def identity(self) -> dict[str, Any]:
+        """What decides the answer, besides the rows: a run may only be continued by one that is alike in it."""
+        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.metadata["decides"]}
 
     def to_flagfile(self) -> str:
         """A flagfile that repeats the run. It leaves out where the outputs go, so as not to overwrite them."""

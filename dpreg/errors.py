@@ -18,3 +18,13 @@ class Diverged(ArithmeticError):  # noqa: N818 (what happened, not whose error)
             "try a smaller --lr, or --gradient_clip_val"
         )
         self.step = step
+
+
+class Preempted(Exception):  # noqa: N818
+    """The run was asked to stop, and its state is saved: start it again to go on."""
+
+    exit_code = 75
+
+    def __init__(self, step: int):
+        super().__init__(f"stopped at step {step}, which is saved: the same command goes on from there")
+        self.step = step

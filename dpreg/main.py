@@ -3,6 +3,8 @@
 import contextlib
 import json
 import pathlib
+import shutil
+import signal
 import sys
 import tempfile
 import time
@@ -14,8 +16,8 @@ from absl import app, flags, logging
 
 from dpreg.build import build_data, build_model, build_trainer
 from dpreg.config import Config, define_flags
-from dpreg.errors import Diverged, InputError
-from dpreg.observers.checkpoint import save_state
+from dpreg.errors import Diverged, InputError, Preempted
+from dpreg.observers.checkpoint import Checkpoints
 from dpreg.observers.metrics import MetricsWriter, read_metrics
 from dpreg.observers.progress import ProgressDisplay
 from dpreg.observers.report import write_report
@@ -29,6 +31,7 @@ def run(config: Config) -> None:
     Raises:
       InputError: for what cannot be done; nothing is left behind then.
       Diverged: when the loss is no longer finite; the last good state is saved then.
+      Preempted: when a signal asked the run to stop; its state is saved then.
     """
     devices.start(config.platform, config.num_devices)
     with _workdir(config) as workdir, ProgressDisplay() as progress:
@@ -40,23 +43,37 @@ def run(config: Config) -> None:
         trainer.prepare_data(data)
         progress.doing("compiling")
         trainer.prepare_model(build_model(config, data))
-        progress.say(
-            f"{len(data.train):,} rows in {config.num_shards} shards on {devices.describe(trainer.mesh.devices.flat)}: "
-            f"placement {trainer.train.resolved_placement}, reduction {config.reduction}, backend {config.backend}"
-        )
-
-        for stale in ("summary.json", "report.html"):
-            (workdir / stale).unlink(missing_ok=True)
-        (workdir / "flags.cfg").write_text(config.to_flagfile(), encoding="utf-8")
-        with MetricsWriter(workdir / "metrics.jsonl") as metrics:
-            trainer.observers = (progress, metrics)
-            try:
-                for _ in range(config.max_epochs):
-                    trainer.fit_epoch()
-            except Diverged:
-                save_state(workdir / "checkpoints", trainer.state)
-                raise
-        save_state(workdir / "checkpoints", trainer.state)
+        identity = config.identity() | {"data": data.fingerprint()}
+        with Checkpoints(
+            workdir / "checkpoints",
+            identity,
+            config.checkpoint_every_seconds,
+            config.checkpoint_every_steps,
+            config.keep,
+        ) as checkpoints:
+            if config.resume == "never":
+                checkpoints.clear()
+            elif not checkpoints.restore(trainer) and config.resume == "must":
+                raise InputError(f"--resume=must: {workdir} holds no checkpoint that can be read")
+            progress.say(
+                f"{len(data.train):,} rows in {config.num_shards} shards "
+                f"on {devices.describe(trainer.mesh.devices.flat)}: "
+                f"placement {trainer.train.resolved_placement}, reduction {config.reduction}, backend {config.backend}"
+            )
+            if trainer.step:
+                progress.say(f"going on from step {trainer.step:,}")
+            for stale in ("summary.json", "report.html"):
+                (workdir / stale).unlink(missing_ok=True)
+            (workdir / "flags.cfg").write_text(config.to_flagfile(), encoding="utf-8")
+            with MetricsWriter(workdir / "metrics.jsonl", trainer.step) as metrics, _preemption(checkpoints):
+                trainer.observers, trainer.checkpoints = (progress, metrics), checkpoints
+                try:
+                    while trainer.step < trainer.train.num_steps:
+                        trainer.fit_epoch()
+                except Diverged:
+                    checkpoints.save(trainer)
+                    raise
+                checkpoints.save(trainer)
         summary = summarize(trainer, data)
         (workdir / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
         write_report(workdir / "report.html", config, summary, read_metrics(workdir / "metrics.jsonl"))
@@ -64,6 +81,16 @@ def run(config: Config) -> None:
     for name, error in summary.get("parameter_error", {}).items():
         print(f"error in estimating {name}: {np.array(error)}")
     print(f"outputs in {workdir}: summary.json, metrics.jsonl, report.html, flags.cfg, checkpoints")
+
+
+@contextlib.contextmanager
+def _preemption(checkpoints: Checkpoints) -> Iterator[None]:
+    """Meanwhile SIGTERM, by which clusters take a machine back, asks for a checkpoint."""
+    before = signal.signal(signal.SIGTERM, checkpoints.preempt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 @contextlib.contextmanager
@@ -80,8 +107,8 @@ def _workdir(config: Config) -> Iterator[pathlib.Path]:
     try:
         yield path
     except InputError:
-        for folder in created:
-            folder.rmdir()
+        if created:
+            shutil.rmtree(created[-1])
         raise
 
 
@@ -102,7 +129,7 @@ def _main(argv: list[str]) -> None:
         logging.set_verbosity(logging.WARNING)
     try:
         run(Config.from_flags(flags.FLAGS))
-    except (InputError, Diverged) as error:
+    except (InputError, Diverged, Preempted) as error:
         _leave(error, error.exit_code)
 
 

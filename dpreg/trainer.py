@@ -5,7 +5,7 @@ import dataclasses
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +15,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from dpreg.data.dataset import PLACEMENTS, Block, Dataset
 from dpreg.data.sources import RegressionData
-from dpreg.errors import Diverged, InputError
+from dpreg.errors import Diverged, InputError, Preempted
 from dpreg.parallel import devices
 from dpreg.parallel.step import (
     BACKENDS,
@@ -43,7 +43,7 @@ class Progress:
       epoch, max_epochs: epochs done, in parts; epochs of the run.
       train_loss: mean loss per weight over the steps since the last log point; None between log points.
       val_loss, metrics: the mean loss and the metrics on the validation rows; only at the end of an epoch.
-      rows_per_second: training speed since the last log point.
+      rows_per_second: training speed in this epoch so far.
     """
 
     step: int
@@ -53,7 +53,7 @@ class Progress:
     train_loss: float | None = None
     val_loss: float | None = None
     metrics: Mapping[str, float] | None = None
-    rows_per_second: float | None = None
+    rows_per_second: float = 0.0
 
     @property
     def epoch_ended(self) -> bool:
@@ -62,6 +62,19 @@ class Progress:
 
 
 Observer = Callable[[Progress], None]
+
+
+class Saver(Protocol):
+    """What the trainer asks of that which saves it, see `dpreg.observers.checkpoint`."""
+
+    every_steps: int  # save when the step is a multiple of it; 0 for no such rule
+    preempted: bool  # whether the run is to stop once it is saved
+
+    def due(self) -> bool:
+        """Whether to save as soon as the steps in flight are done."""
+
+    def save(self, trainer: "Trainer") -> None:
+        """Saves the trainer, no step of which is in flight."""
 
 
 class Trainer:
@@ -85,7 +98,9 @@ class Trainer:
 
     Attributes:
       state: the TrainState, replicated over the devices.
-      step: steps done.
+      step, steps_trained: steps done; those of them that this trainer did, not one that it goes on from.
+      epoch_sums: [steps of an epoch, 2] weighted loss sum and weight sum of each step of this epoch so far.
+      checkpoints: what saves the run while it trains; None for nothing.
       train_loss, val_loss, metrics: of the last epoch.
       seconds: where the time went: "ingest" (rows to the devices), "compile", "train", "eval".
 
@@ -128,6 +143,8 @@ class Trainer:
         self.train_loss = math.nan
         self.val_loss: float | None = None
         self.metrics: dict[str, float] = {}
+        self.steps_trained, self._speed = 0, 0.0
+        self.checkpoints: Saver | None = None
         self._replicated = NamedSharding(self.mesh, PartitionSpec())
 
     def fit(self, model: Model, data: RegressionData) -> None:
@@ -143,7 +160,7 @@ class Trainer:
         """
         self.prepare_data(data)
         self.prepare_model(model)
-        for _ in range(self.max_epochs):
+        while self.step < self.train.num_steps:
             self.fit_epoch()
 
     def prepare_data(self, data: RegressionData) -> None:
@@ -171,7 +188,7 @@ class Trainer:
             raise InputError(f"the model has variables {sorted(variables)}: only params and batch_stats can be trained")
         state = TrainState.create(apply_fn=model.apply, params=params, tx=optimizer, batch_stats=batch_stats)
         self.state = jax.device_put(state.replace(step=jnp.int32(0)), self._replicated)
-        self.step = 0
+        self.step, self.epoch_sums = 0, np.zeros((self.train.sampler.steps_per_epoch, 2))
         self._train_block = self._compiled(compile_train_block, model, self.train)
         self._eval_block = self._compiled(compile_eval_block, model, self.val) if self.val else None
         self.seconds["compile"] += time.perf_counter() - started
@@ -192,48 +209,87 @@ class Trainer:
         """What the compiled steps take for a block: rows, shards and clock."""
         return block.data, self._carried, Clock(block.first_step, block.num_steps, self.seed).packed()
 
+    def resume(self, state: TrainState, epoch_sums: np.ndarray) -> None:
+        """Goes on from a state: its step, and the sums of the steps of its epoch so far, as in `epoch_sums`."""
+        self.state, self.step, self.epoch_sums = state, int(state.step), epoch_sums.astype(np.float64)
+        if self.step and self.step % self.train.sampler.steps_per_epoch == 0:
+            self.train_loss = _mean(self.epoch_sums)
+            self.validate()
+
     def fit_epoch(self) -> None:
-        """One pass over the training rows, then validation.
+        """Trains to the end of the epoch that the next step belongs to, then validates.
 
         Raises:
           Diverged: when the loss is no longer finite.
+          Preempted: when the run was asked to stop; its state is saved.
         """
-        steps, rows = self.train.sampler.steps_per_epoch, len(self.train.source)
-        every = self.log_every_steps or max(1, steps // 8)
-        start, logged = self.step, 0
-        sums = np.zeros((steps, 2))  # of losses and weights, by step
-        began = logged_at = time.perf_counter()
-        for block, block_sums in self._in_order(self._train_blocks(start, start + steps)):
-            done = block.first_step - start + block.num_steps
-            sums[done - block.num_steps : done] = block_sums[: block.num_steps]
-            finite = np.isfinite(sums[:done, 0])
-            if not finite.all():
-                self.step = start + int(finite.argmin())
-                raise Diverged(self.step + 1)
-            self.step = start + done
-            now = time.perf_counter()
-            speed = rows / steps * (done - logged) / (now - logged_at)
-            self._tell(self.step, rows_per_second=speed)
-            for point in range(logged + every, min(done + 1, steps), every):
-                self._tell(start + point, train_loss=_mean(sums[logged:point]), rows_per_second=speed)
-                logged, logged_at = point, now
-        self.seconds["train"] += time.perf_counter() - began
-        self.train_loss = _mean(sums)
+        steps = self.train.sampler.steps_per_epoch
+        start = self.step - self.step % steps
+        if self.step == start:
+            self.epoch_sums = np.zeros((steps, 2))
+        while self.step < start + steps:
+            self._train_on(start)
+            if self.step < start + steps:
+                self._rest()
+        self.train_loss = _mean(self.epoch_sums)
         self.validate()
         if self.val_loss is not None and not math.isfinite(self.val_loss):
             raise Diverged(self.step)
+        unlogged = (steps - 1) // self._log_every * self._log_every
         self._tell(
             self.step,
-            train_loss=_mean(sums[logged:]),
+            train_loss=_mean(self.epoch_sums[unlogged:]),
             val_loss=self.val_loss,
             metrics=self.metrics,
-            rows_per_second=speed,
         )
+        self._rest()
 
-    def _train_blocks(self, start: int, stop: int) -> Iterator[tuple[Block, Any]]:
-        for block in self.train.blocks(start, stop):
+    def _train_on(self, start: int) -> None:
+        """Trains the epoch that began at step `start`, to its end or until it is time to save."""
+        steps, every, first = self.train.sampler.steps_per_epoch, self._log_every, self.step
+        began = time.perf_counter()
+        for block, sums in self._in_order(self._train_blocks(start + steps)):
+            before = self.step - start
+            done = before + block.num_steps
+            self.epoch_sums[before:done] = sums[: block.num_steps]
+            finite = np.isfinite(self.epoch_sums[before:done, 0])
+            if not finite.all():
+                good = before + int(finite.argmin())
+                self.epoch_sums[good:], self.step = 0, start + good
+                raise Diverged(self.step + 1)
+            self.step = start + done
+            self._speed = (self.step - first) * len(self.train.source) / steps / (time.perf_counter() - began)
+            self._tell(self.step)
+            for point in range(before // every * every + every, min(done + 1, steps), every):
+                mean = _mean(self.epoch_sums[point - every : point])
+                self._tell(start + point, train_loss=mean)
+        self.seconds["train"] += time.perf_counter() - began
+        self.steps_trained += self.step - first
+
+    def _train_blocks(self, stop: int) -> Iterator[tuple[Block, Any]]:
+        """Dispatches blocks up to step `stop`, or until it is time to save."""
+        first = self.step
+        if self.checkpoints and (every := self.checkpoints.every_steps):
+            stop = min(stop, first - first % every + every)
+        for block in self.train.blocks(first, stop):
+            if block.first_step > first and self.checkpoints and self.checkpoints.due():
+                return
             self.state, sums = self._train_block(self.state, *self.prepare_batch(block))
             yield block._replace(data=None), sums
+
+    def _rest(self) -> None:
+        """With no step in flight: saves where that is due, and leaves where that was asked for."""
+        if self.checkpoints is None:
+            return
+        every = self.checkpoints.every_steps
+        if self.checkpoints.due() or (every and self.step % every == 0):
+            self.checkpoints.save(self)
+        if self.checkpoints.preempted:
+            raise Preempted(self.step)
+
+    @property
+    def _log_every(self) -> int:
+        return self.log_every_steps or max(1, self.train.sampler.steps_per_epoch // 8)
 
     def validate(self) -> None:
         """Sets `val_loss` and `metrics`: exact weighted means over all validation rows, whatever their batches."""
@@ -259,7 +315,9 @@ class Trainer:
 
     def _tell(self, step: int, **values: Any) -> None:
         steps = self.train.sampler.steps_per_epoch
-        progress = Progress(step, self.train.num_steps, step / steps, self.max_epochs, **values)
+        progress = Progress(
+            step, self.train.num_steps, step / steps, self.max_epochs, rows_per_second=self._speed, **values
+        )
         for observer in self.observers:
             observer(progress)
 

@@ -1,6 +1,7 @@
 """Rows: what a source is, and those that are arrays in memory."""
 
 import dataclasses
+import hashlib
 from typing import Protocol
 
 import numpy as np
@@ -21,6 +22,9 @@ class Source(Protocol):
     def __len__(self) -> int: ...
 
     def __getitem__(self, indices: np.ndarray) -> Rows: ...
+
+    def fingerprint(self) -> str:
+        """The same for the same rows in the same order, and only for those."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,6 +72,13 @@ class ArraySource:
     def __getitem__(self, indices: np.ndarray) -> Rows:
         return {"x": self.x[indices], "y": self.y[indices], "weight": self.weight[indices]}
 
+    def fingerprint(self) -> str:
+        """SHA-256 of all values."""
+        digest = hashlib.sha256(repr((self.x.shape, self.y.shape)).encode())
+        for column in (self.x, self.y, self.weight):
+            digest.update(np.ascontiguousarray(column).data)
+        return digest.hexdigest()
+
 
 @dataclasses.dataclass(frozen=True)
 class Shuffled:
@@ -80,6 +91,10 @@ class Shuffled:
 
     def __getitem__(self, indices: np.ndarray) -> Rows:
         return self.source[permute(indices, len(self))]
+
+    def fingerprint(self) -> str:
+        """Of the rows before the shuffle, which is always the same."""
+        return self.source.fingerprint()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,3 +145,9 @@ class RegressionData:
         first = train[np.zeros(1, np.int32)]
         self.num_inputs, self.num_targets = first["x"].shape[1], first["y"].shape[1]
         self.features = features
+
+    def fingerprint(self) -> str:
+        """Of the rows, training and validation."""
+        return hashlib.sha256(
+            " ".join(source.fingerprint() for source in (self.train, self.val) if source).encode()
+        ).hexdigest()

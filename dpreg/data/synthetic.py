@@ -65,6 +65,10 @@ class SyntheticSource:
             x[rows], y[rows] = (np.asarray(column)[: rows.stop - start] for column in made)
         return {"x": x, "y": y, "weight": np.ones(count, np.float32)}
 
+    def fingerprint(self) -> str:
+        """Of what the rows are made from."""
+        return repr((self.w.tolist(), self.b.tolist(), self.noise, self.num_rows, self.first, self.seed))
+
 
 class SyntheticRegressionData(RegressionData):
     """Synthetic data for linear regression, y = x w + b + noise (D2L section 3.3.1).

@@ -1,24 +1,143 @@
-"""The state of a run on disk, written by Orbax."""
+"""The run on disk: saved by time while it trains, restored to go on, whole or not at all."""
 
+import hashlib
+import json
+import logging
 import pathlib
+import time
+from collections.abc import Mapping
+from typing import Any
 
-from dpreg.parallel.step import TrainState
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+
+from dpreg.errors import InputError
+from dpreg.trainer import Trainer
 
 
-def save_state(folder: pathlib.Path, state: TrainState) -> pathlib.Path:
-    """Writes step, params, optimizer state and batch statistics to `folder/STEP`, whole or not at all.
+class Checkpoints:
+    """The checkpoints of a run: Orbax writes them, in the background and atomically.
 
-    Reading it back needs Orbax alone: `StandardCheckpointer().restore(path)`.
+    A checkpoint is the TrainState, the loss sums of the epoch it stands in, and what the run is. It does not
+    depend on devices, processes or backend. A checksum of the content tells a damaged one.
+
+    Args:
+      folder: where they lie, one folder a step.
+      identity: what decides the run's answer; a run is only continued by one of the same identity.
+      every_seconds, every_steps: how often to save besides the end; 0 for never.
+      keep: how many to keep, the newest.
     """
-    import orbax.checkpoint as ocp  # takes a second to import: not before the first step
 
-    path = folder.absolute() / str(int(state.step))
-    content = {
-        "step": state.step,
-        "params": state.params,
-        "opt_state": state.opt_state,
-        "batch_stats": state.batch_stats,
+    def __init__(
+        self,
+        folder: pathlib.Path,
+        identity: Mapping[str, Any],
+        every_seconds: float = 60.0,
+        every_steps: int = 0,
+        keep: int = 3,
+    ):
+        self.every_steps, self.preempted = every_steps, False
+        self._identity: dict[str, Any] = json.loads(json.dumps(identity))
+        self._every_seconds, self._saved_at = every_seconds, time.monotonic()
+        options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=True)
+        self._manager = ocp.CheckpointManager(folder.absolute(), options=options)
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._manager.close()  # waits for what is being written
+
+    def preempt(self, *signal: object) -> None:
+        """Asks for a checkpoint as soon as steps in flight are done; a signal handler."""
+        self.preempted = True
+
+    def due(self) -> bool:
+        """Whether it is time to save."""
+        late = self._every_seconds and time.monotonic() - self._saved_at >= self._every_seconds
+        return self.preempted or bool(late)
+
+    def save(self, trainer: Trainer) -> None:
+        """Starts to write the trainer's state, which has to be at rest: no step in flight."""
+        content = _content(trainer)
+        meta = {"identity": self._identity, "checksum": _checksum(content, self._identity)}
+        if trainer.step not in self._manager.all_steps():
+            self._manager.save(
+                trainer.step,
+                args=ocp.args.Composite(state=ocp.args.StandardSave(content), meta=ocp.args.JsonSave(meta)),
+                force=True,
+            )
+        self._saved_at = time.monotonic()
+
+    def restore(self, trainer: Trainer) -> bool:
+        """Gives the trainer the newest checkpoint that can be read; False where there is none.
+
+        A damaged one is reported, deleted, and the one before it taken.
+
+        Raises:
+          InputError: when the checkpoint is of a run with another answer; names what differs.
+        """
+        for step in sorted(self._manager.all_steps(), reverse=True):
+            wanted = jax.tree.map(ocp.utils.to_shape_dtype_struct, _content(trainer))
+            try:
+                meta = self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())).meta
+                identity = meta["identity"]
+            except Exception as error:  # Orbax raises many kinds for a damaged file
+                self._discard(step, error)
+                continue
+            self._compare(identity)
+            try:
+                content = self._manager.restore(
+                    step, args=ocp.args.Composite(state=ocp.args.StandardRestore(wanted))
+                ).state
+                if _checksum(content, identity) != meta["checksum"]:
+                    raise ValueError("its bytes are not those that were written")
+            except Exception as error:
+                self._discard(step, error)
+                continue
+            train_state = trainer.state.replace(**content["train_state"])
+            trainer.resume(train_state, np.asarray(content["epoch_sums"]))
+            return True
+        return False
+
+    def clear(self) -> None:
+        """Deletes all checkpoints."""
+        for step in self._manager.all_steps():
+            self._manager.delete(step)
+
+    def _compare(self, identity: Mapping[str, Any]) -> None:
+        names = [name for name, value in self._identity.items() if identity.get(name) != value]
+        if names:
+            differences = ", ".join(f"{n} was {identity.get(n)} and is {self._identity[n]}" for n in names)
+            raise InputError(
+                f"the workdir holds another run: {differences}; "
+                "take those values, another --workdir, or --resume=never to start over"
+            )
+
+    def _discard(self, step: int, error: Exception) -> None:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        logging.warning("checkpoint %d is damaged and deleted: %s", step, reason[:200])
+        self._manager.delete(step)  # else a later save of the same step would be skipped
+
+
+def _content(trainer: Trainer) -> dict[str, Any]:
+    state = trainer.state
+    return {
+        "train_state": {
+            "step": state.step,
+            "params": state.params,
+            "opt_state": state.opt_state,
+            "batch_stats": state.batch_stats,
+        },
+        "epoch_sums": jax.device_put(jnp.asarray(trainer.epoch_sums, jnp.float32), state.step.sharding),
     }
-    with ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save(path, content, force=True)
-    return path
+
+
+def _checksum(content: Any, identity: Mapping[str, Any]) -> str:
+    digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode())
+    for path, leaf in jax.tree_util.tree_leaves_with_path(content):
+        digest.update(jax.tree_util.keystr(path).encode())
+        digest.update(np.asarray(leaf).tobytes())
+    return digest.hexdigest()

@@ -11,10 +11,16 @@ class MetricsWriter:
     """Appends a line for each log point: step, epoch, train_loss, and at the end of an epoch val_loss and metrics.
 
     Each line is on disk before the next step is told, so an interrupted run keeps its curve.
+
+    Args:
+      path: the file.
+      step: the step that the run goes on from: lines up to it are kept, later ones are written again.
     """
 
-    def __init__(self, path: pathlib.Path):
+    def __init__(self, path: pathlib.Path, step: int = 0):
+        kept = [record for record in read_metrics(path) if record["step"] <= step]
         self._file: TextIO = path.open("w", encoding="utf-8")
+        self._file.writelines(json.dumps(record) + "\n" for record in kept)
 
     def __call__(self, progress: Progress) -> None:
         """Writes the log point, if it is one."""
@@ -24,11 +30,10 @@ class MetricsWriter:
             "step": progress.step,
             "epoch": progress.epoch,
             "train_loss": progress.train_loss,
+            "rows_per_second": progress.rows_per_second,
         }
         if progress.val_loss is not None:
             record |= {"val_loss": progress.val_loss, **(progress.metrics or {})}
-        if progress.rows_per_second is not None:
-            record["rows_per_second"] = progress.rows_per_second
         self._file.write(json.dumps(record) + "\n")
         self._file.flush()
 
@@ -40,5 +45,6 @@ class MetricsWriter:
 
 
 def read_metrics(path: pathlib.Path) -> list[dict[str, Any]]:
-    """The log points of a run, in order."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    """The log points of a run, in order; none where there is no file. A line cut off by a crash is left out."""
+    lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []
+    return [json.loads(line) for line in lines]

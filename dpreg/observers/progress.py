@@ -51,7 +51,7 @@ class ProgressDisplay:
             self._loss = f"loss {progress.train_loss:.4g}"
             if progress.val_loss is not None:
                 self._loss += f"  val {progress.val_loss:.4g}"
-        speed = "" if progress.rows_per_second is None else f"{progress.rows_per_second:,.0f} rows/s"
+        speed = f"{progress.rows_per_second:,.0f} rows/s"
         if self._console.is_terminal:
             self._bar.update(
                 self._task,

@@ -19,20 +19,20 @@ def summarize(trainer: Trainer, data: RegressionData) -> dict[str, Any]:
     """The summary of a finished run, ready for JSON.
 
     `train_loss` is the mean over the last epoch; `rows_per_second` counts training alone: no ingest, no
-    compilation, no evaluation.
+    compilation, no evaluation, and no step before a resume. It is 0 where no step was left to do.
     """
-    epochs = trainer.step / trainer.train.sampler.steps_per_epoch
-    rows, train_seconds = epochs * len(data.train), trainer.seconds["train"]
+    steps_an_epoch = trainer.train.sampler.steps_per_epoch
+    steps_per_second = trainer.steps_trained / trainer.seconds["train"] if trainer.steps_trained else 0.0
     return {
         "step": trainer.step,
-        "epoch": epochs,
+        "epoch": trainer.step / steps_an_epoch,
         "train_loss": trainer.train_loss,
         "val_loss": trainer.val_loss,
         "metrics": trainer.metrics,
         **describe_parameters(trainer.state.params, data),
         "params_sha256": params_sha256(trainer.state.params),
-        "rows_per_second": rows / train_seconds,
-        "steps_per_second": trainer.step / train_seconds,
+        "rows_per_second": steps_per_second * len(data.train) / steps_an_epoch,
+        "steps_per_second": steps_per_second,
         "seconds": trainer.seconds,
         "device_count": trainer.mesh.size,
         "device_kind": trainer.mesh.devices.flat[0].device_kind,

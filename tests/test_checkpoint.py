@@ -1,0 +1,163 @@
+"""A run that is stopped anywhere goes on to the same bits and the same curve, on any devices."""
+
+import contextlib
+import json
+import os
+import pathlib
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import optax
+import pytest
+from models import Net, Rows
+
+import dpreg
+from dpreg.errors import Preempted
+from dpreg.observers.checkpoint import Checkpoints
+from dpreg.observers.metrics import MetricsWriter, read_metrics
+
+IDENTITY = {"lr": 0.05}
+ROOT = pathlib.Path(__file__).parent.parent
+
+
+def prepared(**arguments):
+    trainer = dpreg.Trainer(3, reduction="ordered", log_every_steps=3, steps_per_block=2, **arguments)
+    trainer.prepare_data(Rows(153, weighted=True).data(16, num_val=20))
+    trainer.prepare_model(Net(optax.sgd(0.05, momentum=0.9)))
+    return trainer
+
+
+def train(folder, stop_at=None, identity=IDENTITY, **arguments):
+    """Trains for 3 epochs of 10 steps, or until a signal comes at a step, going on from what lies in the folder."""
+    folder.mkdir(exist_ok=True)
+    trainer = prepared(**arguments)
+    with Checkpoints(folder / "checkpoints", identity, every_steps=stop_at or 0) as checkpoints:
+        checkpoints.restore(trainer)
+        began_at = trainer.step
+        with MetricsWriter(folder / "metrics.jsonl", trainer.step) as metrics:
+            signal_comes = lambda p: checkpoints.preempt() if stop_at and p.step >= stop_at else None  # noqa: E731
+            trainer.observers, trainer.checkpoints = (metrics, signal_comes), checkpoints
+            with contextlib.suppress(Preempted):
+                while trainer.step < trainer.train.num_steps:
+                    trainer.fit_epoch()
+                checkpoints.save(trainer)
+    return trainer, began_at
+
+
+def leaves_of(trainer):
+    state = trainer.state
+    leaves = jax.tree.leaves((state.step, state.params, state.opt_state, state.batch_stats))
+    return b"".join(np.asarray(leaf).tobytes() for leaf in leaves)
+
+
+def outcome(folder, trainer):
+    curve = [{k: v for k, v in r.items() if k != "rows_per_second"} for r in read_metrics(folder / "metrics.jsonl")]
+    return leaves_of(trainer), curve, trainer.train_loss, trainer.val_loss
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("whole")
+    trainer, _ = train(folder)
+    return outcome(folder, trainer)
+
+
+@pytest.mark.parametrize("stops", [(4, 7), (10, 29), (30,)])
+def test_a_stopped_run_goes_on_to_the_same_bits_on_other_devices(tmp_path, whole, stops):
+    for stop, devices in zip(stops, (3, 1), strict=False):
+        trainer, _ = train(tmp_path, stop, num_devices=devices)
+        assert trainer.step == stop
+    trainer, began_at = train(tmp_path, num_devices=8, backend="pmap", placement="host")
+    assert began_at == stops[-1]
+    assert outcome(tmp_path, trainer) == whole
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # Orbax drops tasks when one fails
+def test_a_flipped_byte_in_any_file_is_noticed_and_the_checkpoint_before_is_used(tmp_path, caplog):
+    saved = {stop: leaves_of(train(tmp_path / "w", stop)[0]) for stop in (4, 7)}
+    trainer, noticed = prepared(), []
+    newest = tmp_path / "w" / "checkpoints" / "7"
+    files = [path.relative_to(newest) for path in newest.rglob("*") if path.is_file() and path.stat().st_size]
+    for number, file in enumerate(files):
+        folder = tmp_path / str(number)
+        shutil.copytree(tmp_path / "w" / "checkpoints", folder)
+        damaged = folder / "7" / file
+        content = bytearray(damaged.read_bytes())
+        content[len(content) // 2] ^= 0x10
+        damaged.write_bytes(content)
+        caplog.clear()
+        with Checkpoints(folder, IDENTITY) as checkpoints:
+            assert checkpoints.restore(trainer)
+        assert leaves_of(trainer) == saved[trainer.step]
+        assert ("checkpoint 7 is damaged" in caplog.text) == (trainer.step == 4) == (not (folder / "7").exists())
+        if trainer.step == 4:
+            noticed.append(file.name)
+    assert {"metadata", "manifest.ocdbt"} <= set(noticed)
+    assert any(len(name) == 32 for name in noticed)  # Orbax's data files
+
+
+def test_another_run_is_refused_by_the_names_of_what_differs(tmp_path):
+    train(tmp_path, 4)
+    with pytest.raises(dpreg.InputError, match=r"another run: lr was 0\.05 and is 0\.1"):
+        train(tmp_path, identity={"lr": 0.1})
+
+
+def command(workdir, *rest):
+    flags = ("--platform=cpu", "--num_train=20000", "--batch_size=32", "--reduction=ordered", f"--workdir={workdir}")
+    return [sys.executable, "-m", "dpreg.main", *flags, *rest]
+
+
+def run(workdir, *rest):
+    return subprocess.run(command(workdir, *rest), cwd=ROOT, capture_output=True, text=True, timeout=240)
+
+
+def wait_for(condition, process):
+    for _ in range(1200):
+        if condition() or process.poll() is not None:
+            return
+        time.sleep(0.05)
+
+
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])
+def test_a_killed_process_loses_nothing_but_time(tmp_path, how):
+    epochs = "--max_epochs=200"
+    process = subprocess.Popen(
+        command(tmp_path / "w", epochs, "--num_devices=2", "--checkpoint_every_seconds=0.3"),
+        cwd=ROOT,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    folder = tmp_path / "w" / "checkpoints"
+    wait_for(lambda: folder.exists() and any(path.name.isdigit() for path in folder.iterdir()), process)
+    os.kill(process.pid, how)
+    said = process.communicate(timeout=120)[1]
+    assert process.returncode == (75 if how == signal.SIGTERM else -how), said
+    if how == signal.SIGTERM:
+        assert "the same command goes on from there" in said.splitlines()[-1]
+    done = run(tmp_path / "w", epochs, "--num_devices=1")
+    assert "going on from step" in done.stderr
+    assert run(tmp_path / "whole", epochs, "--num_devices=1").returncode == 0
+    summaries = [json.loads((tmp_path / name / "summary.json").read_text()) for name in ("w", "whole")]
+    assert summaries[0]["params_sha256"] == summaries[1]["params_sha256"]
+    curves = [read_metrics(tmp_path / name / "metrics.jsonl") for name in ("w", "whole")]
+    assert len(curves[0]) == len(curves[1])
+    for resumed, expected in zip(*curves, strict=True):
+        assert resumed | {"rows_per_second": 0} == expected | {"rows_per_second": 0}
+
+
+def test_resume_never_starts_over_and_must_needs_something(tmp_path):
+    assert run(tmp_path / "w", "--max_epochs=1").returncode == 0
+    again = run(tmp_path / "w", "--max_epochs=1", "--resume=never")
+    assert (again.returncode, "going on" in again.stderr) == (0, False)
+    again = run(tmp_path / "w", "--max_epochs=2", "--resume=must")
+    assert (again.returncode, "going on from step 625" in again.stderr) == (0, True)
+    other = run(tmp_path / "w", "--seed=1")
+    assert (other.returncode, len(other.stderr.splitlines())) == (2, 1)
+    assert "seed was 0 and is 1" in other.stderr
+    empty = run(tmp_path / "new", "--resume=must")
+    assert (empty.returncode, len(empty.stderr.splitlines()), (tmp_path / "new").exists()) == (2, 1, False)
