@@ -9,9 +9,9 @@ from absl import flags
 from dpreg.errors import InputError
 
 
-def _flag(default: Any, help: str, decides: bool = False) -> Any:
-    """A field and its flag; `decides` where another value is another answer (up to rounding)."""
-    return dataclasses.field(default=default, metadata={"help": help, "decides": decides})
+def _flag(default: Any, help: str, decides: bool = False, who: bool = False) -> Any:
+    """A field and its flag; `decides` where another value is another answer, `who` where it says who asks."""
+    return dataclasses.field(default=default, metadata={"help": help, "decides": decides, "who": who})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,13 +58,20 @@ class Config:
     num_devices: int | None = _flag(
         None, "Devices of this process; on cpu, as many are simulated. Default: all, up to num_shards."
     )
+    coordinator_address: str | None = _flag(
+        None, "HOST:PORT where process 0 of several serves; auto asks the cluster.", who=True
+    )
+    num_processes: int | None = _flag(None, "How many processes run this together.", who=True)
+    process_id: int | None = _flag(None, "Which of them this is, from 0.", who=True)
     checkpoint_every_seconds: float = _flag(
         60.0, "Seconds between checkpoints, besides the one at the end; 0 for none."
     )
     checkpoint_every_steps: int = _flag(0, "Steps between checkpoints; 0 to save by time only.")
     keep: int = _flag(3, "How many checkpoints to keep, the newest.")
     resume: str = _flag("auto", "auto: go on where the workdir's run of the same answer stopped; never; must.")
-    workdir: str | None = _flag(None, "Where the outputs go. Default: a new folder in runs/, named by the time.")
+    workdir: str | None = _flag(
+        None, "Where the outputs go. Default: a new folder in runs/, named by the time.", who=True
+    )
 
     def __post_init__(self) -> None:
         for name in ("w", "b", "noise", "lr", "sigma", "gradient_clip_val", "validation_fraction"):
@@ -96,10 +103,28 @@ class Config:
             self._refuse("validation_fraction", "use 0 or more, and under 1")
         if self.platform not in (None, "cpu", "gpu", "tpu"):
             self._refuse("platform", "use cpu, gpu or tpu")
+        several = (self.coordinator_address, self.num_processes, self.process_id)
+        if any(value is not None for value in several):
+            self._check_processes(*several)
         if self.resume not in ("auto", "never", "must"):
             self._refuse("resume", "use auto, never or must")
         if self.dataset != "synthetic" and not self.target and not self.dataset.startswith("tfds:"):
             raise InputError(f"--dataset={self.dataset}: say which column to predict, with --target=COLUMN")
+
+    def _check_processes(self, address: str | None, processes: int | None, process: int | None) -> None:
+        if address == "auto" and processes is None and process is None:
+            return
+        if address is None or processes is None or process is None:
+            raise InputError("--coordinator_address, --num_processes and --process_id go together: give all three")
+        host, _, port = address.rpartition(":")
+        if not host or not port.isdigit() or not 0 < int(port) < 65536:
+            self._refuse("coordinator_address", "give the host and the port of process 0, such as node1:29500")
+        if processes < 1:
+            self._refuse("num_processes", "use 1 or more")
+        if not 0 <= process < processes:
+            self._refuse("process_id", f"with --num_processes={processes} use 0 to {processes - 1}")
+        if not self.workdir:
+            raise InputError("several processes need a folder that all see: give --workdir")
 
     def _refuse(self, name: str, remedy: str) -> None:
         raise InputError(f"--{name}={_text(getattr(self, name))}: {remedy}")
@@ -121,14 +146,14 @@ class Config:
         """What decides the answer, besides the rows: a run may only be continued by one that is alike in it."""
         return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.metadata["decides"]}
 
+    def shared(self) -> dict[str, Any]:
+        """What all processes of a run have to agree on."""
+        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if not f.metadata["who"]}
+
     def to_flagfile(self) -> str:
-        """A flagfile that repeats the run. It leaves out where the outputs go, so as not to overwrite them."""
-        lines = []
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if field.name != "workdir" and value not in (None, ()):
-                lines.append(f"--{field.name}={_text(value)}\n")
-        return "".join(lines)
+        """A flagfile that repeats the run. It leaves out who runs it, and where the outputs go."""
+        given = {name: value for name, value in self.shared().items() if value not in (None, ())}
+        return "".join(f"--{name}={_text(value)}\n" for name, value in given.items())
 
 
 def _text(value: Any) -> str:

@@ -28,3 +28,9 @@ class Preempted(Exception):  # noqa: N818
     def __init__(self, step: int):
         super().__init__(f"stopped at step {step}, which is saved: the same command goes on from there")
         self.step = step
+
+
+class ProcessLost(RuntimeError):  # noqa: N818
+    """Another process of the run is gone or cannot be reached."""
+
+    exit_code = 76

@@ -2,95 +2,133 @@
 
 import contextlib
 import json
+import os
 import pathlib
 import shutil
 import signal
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Iterator
 from typing import NoReturn
 
+import jax
 import numpy as np
 from absl import app, flags, logging
+from rich.console import Console
 
 from dpreg.build import build_data, build_model, build_trainer
 from dpreg.config import Config, define_flags
-from dpreg.errors import Diverged, InputError, Preempted
+from dpreg.data.sources import RegressionData
+from dpreg.errors import Diverged, InputError, Preempted, ProcessLost
 from dpreg.observers.checkpoint import Checkpoints
 from dpreg.observers.metrics import MetricsWriter, read_metrics
 from dpreg.observers.progress import ProgressDisplay
 from dpreg.observers.report import write_report
 from dpreg.observers.summary import summarize
 from dpreg.parallel import devices
+from dpreg.trainer import Trainer
 
 
 def run(config: Config) -> None:
     """Trains as the config says and writes the outputs into its workdir.
+
+    Of several processes, all train, evaluate and save; the first alone shows and reports.
 
     Raises:
       InputError: for what cannot be done; nothing is left behind then.
       Diverged: when the loss is no longer finite; the last good state is saved then.
       Preempted: when a signal asked the run to stop; its state is saved then.
     """
-    devices.start(config.platform, config.num_devices)
-    with _workdir(config) as workdir, ProgressDisplay() as progress:
-        trainer = build_trainer(config)
-        started = time.perf_counter()
-        progress.doing(f"reading {config.dataset}")
-        data = build_data(config)
-        trainer.seconds["ingest"] += time.perf_counter() - started
-        trainer.prepare_data(data)
-        progress.doing("compiling")
-        trainer.prepare_model(build_model(config, data))
-        identity = config.identity() | {"data": data.fingerprint()}
-        with Checkpoints(
-            workdir / "checkpoints",
-            identity,
-            config.checkpoint_every_seconds,
-            config.checkpoint_every_steps,
-            config.keep,
-        ) as checkpoints:
-            if config.resume == "never":
-                checkpoints.clear()
-            elif not checkpoints.restore(trainer) and config.resume == "must":
-                raise InputError(f"--resume=must: {workdir} holds no checkpoint that can be read")
-            progress.say(
-                f"{len(data.train):,} rows in {config.num_shards} shards "
-                f"on {devices.describe(trainer.mesh.devices.flat)}: "
-                f"placement {trainer.train.resolved_placement}, reduction {config.reduction}, backend {config.backend}"
-            )
-            if trainer.step:
-                progress.say(f"going on from step {trainer.step:,}")
+    with contextlib.ExitStack() as stack:
+        first = jax.process_index() == 0
+        workdir = stack.enter_context(_workdir(config))
+        progress = stack.enter_context(ProgressDisplay(Console(stderr=True, quiet=not first)))
+        trainer, data = _prepared(config, progress)
+        checkpoints = stack.enter_context(_checkpoints(config, workdir, trainer, data))
+        platform = devices.describe(trainer.mesh.devices.flat)
+        progress.say(
+            f"{len(data.train):,} rows in {config.num_shards} shards on {platform}: "
+            f"placement {trainer.train.resolved_placement}, reduction {config.reduction}, backend {config.backend}"
+        )
+        if trainer.step:
+            progress.say(f"going on from step {trainer.step:,}")
+        if first:
             for stale in ("summary.json", "report.html"):
                 (workdir / stale).unlink(missing_ok=True)
             (workdir / "flags.cfg").write_text(config.to_flagfile(), encoding="utf-8")
-            with MetricsWriter(workdir / "metrics.jsonl", trainer.step) as metrics, _preemption(checkpoints):
-                trainer.observers, trainer.checkpoints = (progress, metrics), checkpoints
-                try:
-                    while trainer.step < trainer.train.num_steps:
-                        trainer.fit_epoch()
-                except Diverged:
-                    checkpoints.save(trainer)
-                    raise
-                checkpoints.save(trainer)
-        summary = summarize(trainer, data)
-        (workdir / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
-        write_report(workdir / "report.html", config, summary, read_metrics(workdir / "metrics.jsonl"))
+            metrics = stack.enter_context(MetricsWriter(workdir / "metrics.jsonl", trainer.step))
+            trainer.observers = (progress, metrics)
+        try:
+            while trainer.step < trainer.train.num_steps:
+                trainer.fit_epoch()
+        except Diverged:
+            checkpoints.save(trainer)
+            raise
+        checkpoints.save(trainer)
 
+    if not first:
+        return
+    summary = summarize(trainer, data)
+    (workdir / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+    write_report(workdir / "report.html", config, summary, read_metrics(workdir / "metrics.jsonl"))
     for name, error in summary.get("parameter_error", {}).items():
         print(f"error in estimating {name}: {np.array(error)}")
     print(f"outputs in {workdir}: summary.json, metrics.jsonl, report.html, flags.cfg, checkpoints")
 
 
+def _prepared(config: Config, progress: ProgressDisplay) -> tuple[Trainer, RegressionData]:
+    """The trainer with its rows in place and its steps compiled."""
+    trainer = build_trainer(config)
+    started = time.perf_counter()
+    progress.doing(f"reading {config.dataset}")
+    data = build_data(config)
+    trainer.seconds["ingest"] += time.perf_counter() - started
+    trainer.prepare_data(data)
+    progress.doing("compiling")
+    trainer.prepare_model(build_model(config, data))
+    return trainer, data
+
+
 @contextlib.contextmanager
-def _preemption(checkpoints: Checkpoints) -> Iterator[None]:
-    """Meanwhile SIGTERM, by which clusters take a machine back, asks for a checkpoint."""
-    before = signal.signal(signal.SIGTERM, checkpoints.preempt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
+def _checkpoints(
+    config: Config, workdir: pathlib.Path, trainer: Trainer, data: RegressionData
+) -> Iterator[Checkpoints]:
+    """The run's checkpoints, the trainer brought to the newest as --resume says; SIGTERM asks for one meanwhile."""
+    with Checkpoints(
+        workdir / "checkpoints",
+        config.identity() | {"data": data.fingerprint()},
+        config.checkpoint_every_seconds,
+        config.checkpoint_every_steps,
+        config.keep,
+    ) as checkpoints:
+        if config.resume == "never":
+            checkpoints.clear()
+        elif not checkpoints.restore(trainer) and config.resume == "must":
+            raise InputError(f"--resume=must: {workdir} holds no checkpoint that can be read")
+        trainer.checkpoints = checkpoints
+        if jax.process_count() > 1:  # JAX's own handler tells all processes
+            yield checkpoints
+            return
+        before = signal.signal(signal.SIGTERM, checkpoints.preempt)
+        try:
+            yield checkpoints
+        finally:
+            signal.signal(signal.SIGTERM, before)
+
+
+def _agree(config: Config) -> None:
+    """Several processes have to be started alike."""
+    mine = config.shared()
+    for process, text in enumerate(devices.exchange(json.dumps(mine))):
+        theirs, own = json.loads(text), json.loads(json.dumps(mine))
+        for name in mine:
+            if theirs[name] != own[name]:
+                raise InputError(
+                    f"--{name} is {own[name]} in process {jax.process_index()} and {theirs[name]} in process "
+                    f"{process}: start all processes with the same flags"
+                )
 
 
 @contextlib.contextmanager
@@ -98,17 +136,30 @@ def _workdir(config: Config) -> Iterator[pathlib.Path]:
     """The folder of the outputs, checked before anything costly; gone again if nothing came of the run."""
     path = pathlib.Path(config.workdir or f"runs/{time.strftime('%Y%m%d-%H%M%S')}")
     created = [folder for folder in (path, *path.parents) if not folder.exists()]
+    first = jax.process_index() == 0
+    devices.exchange()  # all have looked; the first makes it
     try:
-        path.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path):
-            pass
-    except OSError as error:
-        raise InputError(f"--workdir={path}: cannot be written: {error.strerror}; name another folder") from error
-    try:
+        try:
+            if first:
+                path.mkdir(parents=True, exist_ok=True)
+            devices.exchange()
+            with tempfile.NamedTemporaryFile(dir=path, prefix=".process-") as mine:
+                # All look for what each wrote, before any takes it away.
+                names = devices.exchange(pathlib.Path(mine.name).name)
+                missing = [process for process, name in enumerate(names) if not (path / name).exists()]
+                if missing:
+                    raise InputError(
+                        f"--workdir={path}: process {jax.process_index()} and process {missing[0]} see different "
+                        "folders there; name one that all see"
+                    )
+                devices.exchange()
+        except OSError as error:
+            raise InputError(f"--workdir={path}: cannot be written: {error.strerror}; name another folder") from error
+        devices.exchange()
         yield path
     except InputError:
-        if created:
-            shutil.rmtree(created[-1])
+        if first and created:
+            shutil.rmtree(created[-1], ignore_errors=True)
         raise
 
 
@@ -128,13 +179,44 @@ def _main(argv: list[str]) -> None:
     if not flags.FLAGS["verbosity"].present:
         logging.set_verbosity(logging.WARNING)
     try:
-        run(Config.from_flags(flags.FLAGS))
-    except (InputError, Diverged, Preempted) as error:
+        config = Config.from_flags(flags.FLAGS)
+        devices.start(
+            config.platform, config.num_devices, config.coordinator_address, config.num_processes, config.process_id
+        )
+        if jax.process_count() == 1:
+            run(config)
+        else:
+            _run_among_others(config)
+    except (InputError, Diverged, Preempted, ProcessLost) as error:
         _leave(error, error.exit_code)
 
 
+def _run_among_others(config: Config) -> None:
+    """As `run`, in one of several processes: they end alike, and none waits for one that is lost."""
+    try:
+        try:
+            _agree(config)
+            run(config)
+        except devices.AgreedError:
+            raise
+        except InputError as error:
+            devices.exchange(error=str(error))
+    except (InputError, Diverged, Preempted):
+        raise
+    except BaseException:
+        traceback.print_exc()
+        _tell(
+            ProcessLost(f"process {jax.process_index()} cannot go on: an error of its own, or another process is lost")
+        )
+        os._exit(ProcessLost.exit_code)  # a normal exit would wait for the others
+
+
+def _tell(error: Exception) -> None:
+    print("dpreg:", " ".join(str(error).split()), file=sys.stderr, flush=True)
+
+
 def _leave(error: Exception, code: int) -> NoReturn:
-    print("dpreg:", " ".join(str(error).split()), file=sys.stderr)
+    _tell(error)
     sys.exit(code)
 
 

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 
 from dpreg.data.dataset import PLACEMENTS, Block, Dataset
 from dpreg.data.sources import RegressionData
@@ -145,7 +145,6 @@ class Trainer:
         self.metrics: dict[str, float] = {}
         self.steps_trained, self._speed = 0, 0.0
         self.checkpoints: Saver | None = None
-        self._replicated = NamedSharding(self.mesh, PartitionSpec())
 
     def fit(self, model: Model, data: RegressionData) -> None:
         """Trains the model for `max_epochs`, validating after each.
@@ -187,10 +186,12 @@ class Trainer:
         if variables:
             raise InputError(f"the model has variables {sorted(variables)}: only params and batch_stats can be trained")
         state = TrainState.create(apply_fn=model.apply, params=params, tx=optimizer, batch_stats=batch_stats)
-        self.state = jax.device_put(state.replace(step=jnp.int32(0)), self._replicated)
+        self.state = devices.replicated(state.replace(step=np.int32(0)), self.mesh)
         self.step, self.epoch_sums = 0, np.zeros((self.train.sampler.steps_per_epoch, 2))
         self._train_block = self._compiled(compile_train_block, model, self.train)
         self._eval_block = self._compiled(compile_eval_block, model, self.val) if self.val else None
+        # Compiled unevenly fast, but met before the first collective, which waits for nobody long.
+        devices.exchange()
         self.seconds["compile"] += time.perf_counter() - started
 
     def _compiled(self, compile_block: Callable[..., Any], model: Model, dataset: Dataset) -> Callable[..., Any]:

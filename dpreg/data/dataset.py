@@ -261,7 +261,7 @@ class Dataset:
 
 def _device_memory(mesh: Mesh) -> int:
     """Bytes that one device has for itself; simulated CPU devices share the machine's."""
-    stats = mesh.devices.flat[0].memory_stats() or {}
+    stats = mesh.local_devices[0].memory_stats() or {}
     if "bytes_limit" in stats:
         return stats["bytes_limit"]
     machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

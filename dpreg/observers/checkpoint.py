@@ -9,11 +9,12 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
 
 from dpreg.errors import InputError
+from dpreg.parallel.devices import Announcements, replicated
 from dpreg.trainer import Trainer
 
 
@@ -41,6 +42,7 @@ class Checkpoints:
         self.every_steps, self.preempted = every_steps, False
         self._identity: dict[str, Any] = json.loads(json.dumps(identity))
         self._every_seconds, self._saved_at = every_seconds, time.monotonic()
+        self._time_is_up, self._asked = Announcements(), 0
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=True)
         self._manager = ocp.CheckpointManager(folder.absolute(), options=options)
 
@@ -51,13 +53,17 @@ class Checkpoints:
         self._manager.close()  # waits for what is being written
 
     def preempt(self, *signal: object) -> None:
-        """Asks for a checkpoint as soon as steps in flight are done; a signal handler."""
+        """Asks for a checkpoint as soon as steps in flight are done, and then to stop; a signal handler."""
         self.preempted = True
 
     def due(self) -> bool:
-        """Whether it is time to save."""
-        late = self._every_seconds and time.monotonic() - self._saved_at >= self._every_seconds
-        return self.preempted or bool(late)
+        """Whether it is time to save: the same in all processes, which have to ask equally often."""
+        if jax.process_count() > 1:
+            self._asked += 1
+            self.preempted = multihost_utils.reached_preemption_sync_point(self._asked)
+        if self._every_seconds and time.monotonic() - self._saved_at >= self._every_seconds:
+            self._time_is_up.announce()
+        return self._time_is_up.heard() or self.preempted
 
     def save(self, trainer: Trainer) -> None:
         """Starts to write the trainer's state, which has to be at rest: no step in flight."""
@@ -131,7 +137,7 @@ def _content(trainer: Trainer) -> dict[str, Any]:
             "opt_state": state.opt_state,
             "batch_stats": state.batch_stats,
         },
-        "epoch_sums": jax.device_put(jnp.asarray(trainer.epoch_sums, jnp.float32), state.step.sharding),
+        "epoch_sums": replicated(trainer.epoch_sums.astype(np.float32), trainer.mesh),
     }
 
 

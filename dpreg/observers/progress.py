@@ -24,7 +24,7 @@ class ProgressDisplay:
             TextColumn("{task.fields[loss]}  {task.fields[speed]}"),
             TimeRemainingColumn(),
             console=self._console,
-            disable=not self._console.is_terminal,
+            disable=not self._console.is_terminal or self._console.quiet,
         )
         self._task = self._bar.add_task("", total=None, epoch="", loss="", speed="")
 
@@ -61,7 +61,7 @@ class ProgressDisplay:
                 loss=self._loss,
                 speed=speed,
             )
-        elif progress.epoch_ended or time.monotonic() - self._printed > _LINE_SECONDS:
+        elif progress.epoch_ended or (self._loss and time.monotonic() - self._printed > _LINE_SECONDS):
             self._printed = time.monotonic()
             done = f"step {progress.step:,}/{progress.num_steps:,}"
             self.say(f"epoch {progress.epoch:.2f}/{progress.max_epochs}  {done}  {self._loss}  {speed}")
