@@ -1,6 +1,8 @@
 """What a run is: one frozen dataclass, filled from absl flags. No JAX, and nothing else reads flags."""
 
+import csv
 import dataclasses
+import io
 import math
 from typing import Any, get_args, get_origin, get_type_hints
 
@@ -95,6 +97,14 @@ class Config:
                 self._refuse(name, "use 0 or more")
         if max(self.num_train + self.num_val, self.seed) >= 2**31:
             raise InputError("--num_train plus --num_val, and --seed, have to be under 2147483648")
+        if self.num_devices is not None and self.num_devices > self.num_shards:
+            self._refuse(
+                "num_devices",
+                f"a device needs a shard of its own; use --num_devices={self.num_shards} "
+                f"or --num_shards={self.num_devices}",
+            )
+        if self.standardize and self.dataset == "synthetic":
+            self._refuse("standardize", "synthetic rows are of mean 0 and deviation 1 already; leave it out")
         if self.lr <= 0:
             self._refuse("lr", "use a learning rate above 0, such as 0.03")
         if not self.w:
@@ -159,7 +169,11 @@ class Config:
 def _text(value: Any) -> str:
     if isinstance(value, bool):
         return str(value).lower()
-    return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+    if not isinstance(value, tuple):
+        return str(value)
+    line = io.StringIO()
+    csv.writer(line, lineterminator="").writerow(value)  # a name may hold a comma
+    return line.getvalue()
 
 
 def define_flags() -> None:

@@ -8,15 +8,20 @@ class InputError(ValueError):
 
 
 class Diverged(ArithmeticError):  # noqa: N818 (what happened, not whose error)
-    """The loss is no longer finite. The trainer's state is the last good one, before `step`."""
+    """The loss is no longer finite, in training at `step` or in validation after it.
+
+    The trainer's state is the last good one: before the step, or after it where only validation failed.
+    """
 
     exit_code = 3
 
-    def __init__(self, step: int):
-        super().__init__(
-            f"the loss is not finite at step {step}: the state before it is kept; "
-            "try a smaller --lr, or --gradient_clip_val"
+    def __init__(self, step: int, validation: bool = False):
+        what = (
+            f"the validation loss is not finite after step {step}: the state after it is kept; look at those rows, or"
         )
+        if not validation:
+            what = f"the loss is not finite at step {step}: the state before it is kept;"
+        super().__init__(f"{what} try a smaller --lr, or --gradient_clip_val")
         self.step = step
 
 

@@ -81,11 +81,12 @@ def run(config: Config) -> None:
 def _prepared(config: Config, progress: ProgressDisplay) -> tuple[Trainer, RegressionData]:
     """The trainer with its rows in place and its steps compiled."""
     trainer = build_trainer(config)
-    started = time.perf_counter()
     progress.doing(f"reading {config.dataset}")
+    started = time.perf_counter()
     data = build_data(config)
-    trainer.seconds["ingest"] += time.perf_counter() - started
+    reading = time.perf_counter() - started
     trainer.prepare_data(data)
+    trainer.seconds["ingest"] += reading
     progress.doing("compiling")
     trainer.prepare_model(build_model(config, data))
     return trainer, data
@@ -135,12 +136,11 @@ def _agree(config: Config) -> None:
 def _workdir(config: Config) -> Iterator[pathlib.Path]:
     """The folder of the outputs, checked before anything costly; gone again if nothing came of the run."""
     path = pathlib.Path(config.workdir or f"runs/{time.strftime('%Y%m%d-%H%M%S')}")
-    created = [folder for folder in (path, *path.parents) if not folder.exists()]
-    first = jax.process_index() == 0
-    devices.exchange()  # all have looked; the first makes it
+    first, created = jax.process_index() == 0, list[pathlib.Path]()
     try:
         try:
             if first:
+                created = [folder for folder in (path, *path.parents) if not folder.exists()]
                 path.mkdir(parents=True, exist_ok=True)
             devices.exchange()
             with tempfile.NamedTemporaryFile(dir=path, prefix=".process-") as mine:
@@ -158,7 +158,7 @@ def _workdir(config: Config) -> Iterator[pathlib.Path]:
         devices.exchange()
         yield path
     except InputError:
-        if first and created:
+        if created:
             shutil.rmtree(created[-1], ignore_errors=True)
         raise
 
@@ -170,7 +170,7 @@ def _parse(argv: list[str]) -> list[str]:
         if len(rest) > 1:
             raise InputError(f"{rest[1]}: not a flag; flags are given as --name=value")
         return rest
-    except (flags.Error, InputError) as error:
+    except (flags.Error, InputError, UnicodeDecodeError) as error:
         _leave(error, InputError.exit_code)
 
 
@@ -189,6 +189,10 @@ def _main(argv: list[str]) -> None:
             _run_among_others(config)
     except (InputError, Diverged, Preempted, ProcessLost) as error:
         _leave(error, error.exit_code)
+    except OSError as error:
+        if error.filename is None:
+            raise
+        _leave(InputError(f"{error.filename}: {error.strerror}: free or change it"), InputError.exit_code)
 
 
 def _run_among_others(config: Config) -> None:

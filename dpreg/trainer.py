@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import logging
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -28,10 +29,12 @@ from dpreg.parallel.step import (
     TrainState,
     compile_eval_block,
     compile_train_block,
+    train_argument,
 )
 
 # Calls dispatched and not yet finished. Simulated CPU devices deadlock when a program runs far ahead of them.
 _MAX_IN_FLIGHT = 8
+_FEW_ROWS = 16  # fewer make poor batch statistics
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,8 +136,11 @@ class Trainer:
                 raise InputError(f"--{name}={value}: use one of {', '.join(allowed)}")
         if not (math.isfinite(gradient_clip_val) and gradient_clip_val >= 0):
             raise InputError(f"--gradient_clip_val={gradient_clip_val}: use a norm above 0, or 0 for no limit")
-        if max_epochs < 1:
-            raise InputError(f"--max_epochs={max_epochs}: use 1 or more")
+        for name, number in (("max_epochs", max_epochs), ("num_shards", num_shards)):
+            if number < 1:
+                raise InputError(f"--{name}={number}: use 1 or more")
+        if not 0 <= seed < 2**31:
+            raise InputError(f"--seed={seed}: use 0 to 2147483647")
         self.max_epochs, self.gradient_clip_val, self.num_shards = max_epochs, gradient_clip_val, num_shards
         self.reduction, self.backend, self.seed, self.observers = reduction, backend, seed, tuple(observers)
         self.log_every_steps, self.steps_per_block, self.placement = log_every_steps, steps_per_block, placement
@@ -165,6 +171,7 @@ class Trainer:
     def prepare_data(self, data: RegressionData) -> None:
         """Brings the rows to where the steps read them."""
         started = time.perf_counter()
+        self.seconds, self.steps_trained = dict.fromkeys(self.seconds, 0.0), 0
         self.train = self._placed(Dataset(data.train).shuffle(self.seed).batch(data.batch_size).repeat(self.max_epochs))
         self.val = self._placed(Dataset(data.val).batch(data.batch_size)) if data.val else None
         self._carried = Carried(*self.train.carried)
@@ -181,10 +188,17 @@ class Trainer:
         if self.gradient_clip_val:
             optimizer = optax.chain(optax.clip_by_global_norm(self.gradient_clip_val), optimizer)
         row = self.train.source[np.zeros(1, np.int32)]["x"]
-        variables = dict(model.init(jax.random.key(self.seed), jnp.asarray(row)))
+        variables = dict(model.init(jax.random.key(self.seed), jnp.asarray(row), **train_argument(model, False)))
         params, batch_stats = variables.pop("params"), variables.pop("batch_stats", {})
         if variables:
             raise InputError(f"the model has variables {sorted(variables)}: only params and batch_stats can be trained")
+        if batch_stats and self.train.sampler.shard_batch < _FEW_ROWS:
+            logging.warning(
+                "batch statistics of %d rows: BatchNorm sees the rows of one shard, batch_size / num_shards; "
+                "give it %d or more",
+                self.train.sampler.shard_batch,
+                _FEW_ROWS,
+            )
         state = TrainState.create(apply_fn=model.apply, params=params, tx=optimizer, batch_stats=batch_stats)
         self.state = devices.replicated(state.replace(step=np.int32(0)), self.mesh)
         self.step, self.epoch_sums = 0, np.zeros((self.train.sampler.steps_per_epoch, 2))
@@ -235,7 +249,7 @@ class Trainer:
         self.train_loss = _mean(self.epoch_sums)
         self.validate()
         if self.val_loss is not None and not math.isfinite(self.val_loss):
-            raise Diverged(self.step)
+            raise Diverged(self.step, validation=True)
         unlogged = (steps - 1) // self._log_every * self._log_every
         self._tell(
             self.step,
@@ -250,20 +264,19 @@ class Trainer:
         steps, every, first = self.train.sampler.steps_per_epoch, self._log_every, self.step
         began = time.perf_counter()
         for block, sums in self._in_order(self._train_blocks(start + steps)):
+            finite = np.isfinite(sums[: block.num_steps, 0])
+            good = block.num_steps if finite.all() else int(finite.argmin())
             before = self.step - start
-            done = before + block.num_steps
-            self.epoch_sums[before:done] = sums[: block.num_steps]
-            finite = np.isfinite(self.epoch_sums[before:done, 0])
-            if not finite.all():
-                good = before + int(finite.argmin())
-                self.epoch_sums[good:], self.step = 0, start + good
-                raise Diverged(self.step + 1)
+            done = before + good
+            self.epoch_sums[before:done] = sums[:good]
             self.step = start + done
             self._speed = (self.step - first) * len(self.train.source) / steps / (time.perf_counter() - began)
-            self._tell(self.step)
             for point in range(before // every * every + every, min(done + 1, steps), every):
                 mean = _mean(self.epoch_sums[point - every : point])
                 self._tell(start + point, train_loss=mean)
+            self._tell(self.step)
+            if good < block.num_steps:
+                raise Diverged(self.step + 1)
         self.seconds["train"] += time.perf_counter() - began
         self.steps_trained += self.step - first
 
@@ -290,7 +303,7 @@ class Trainer:
 
     @property
     def _log_every(self) -> int:
-        return self.log_every_steps or max(1, self.train.sampler.steps_per_epoch // 8)
+        return self.log_every_steps or -(-self.train.sampler.steps_per_epoch // 8)
 
     def validate(self) -> None:
         """Sets `val_loss` and `metrics`: exact weighted means over all validation rows, whatever their batches."""

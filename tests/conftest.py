@@ -3,8 +3,9 @@
 import jax
 import pytest
 
-jax.config.update("jax_platforms", "cpu")
-jax.config.update("jax_num_cpu_devices", 8)
+from dpreg.parallel import devices
+
+devices.start("cpu", 8)  # as a run does, the compilation cache included
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 

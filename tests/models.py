@@ -1,6 +1,7 @@
 """Models that tests train: what a user would write."""
 
 import dataclasses
+from collections.abc import Callable
 
 import jax.numpy as jnp
 import numpy as np
@@ -15,12 +16,13 @@ class Net(dpreg.Module):
 
     optimizer: optax.GradientTransformation
     width: int = 16
+    activation: Callable = nn.relu
 
     @nn.compact
     def __call__(self, x, train=False):
         x = nn.Dense(self.width, use_bias=False)(x)
         x = nn.BatchNorm(use_running_average=not train, momentum=0.9, use_fast_variance=False)(x)
-        x = nn.relu(x)
+        x = self.activation(x)
         x = nn.Dropout(0.25, deterministic=not train)(x)
         x = nn.relu(nn.Dense(self.width)(x))
         return nn.Dense(1)(x)

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import pathlib
 import re
 import subprocess
@@ -130,6 +131,8 @@ def tables(tmp_path):
         (["--max_epochs=many"], "--max_epochs=many"),
         (["--num_devices=0"], "--num_devices=0: use 1 or more"),
         (["--num_devices=9"], "use --num_devices=8 or --num_shards=9"),
+        (["--num_devices=50000"], "use --num_devices=8 or --num_shards=50000"),
+        (["--standardize"], "--standardize=true"),
         (["--platform=gpu"], "--flagfile=configs/cpu.cfg"),
         (["--platform=abacus"], "use cpu, gpu or tpu"),
         (["--batch_size=30"], "use --batch_size=24 or 32"),
@@ -141,7 +144,7 @@ def tables(tmp_path):
         (["--dataset=nowhere.csv", "--target=y"], "no such file"),
         (["--dataset=tfds:nowhere"], "nowhere"),
         (["--dataset={}/good.csv"], "--target=COLUMN"),
-        (["--dataset={}/good.csv", "--target=z"], "column 'z' is not there; the columns are a, b, y"),
+        (["--dataset={}/good.csv", "--target=z"], "column 'z' is not there; the columns are 'a', 'b', 'y'"),
         (["--dataset={}/text.csv", "--target=y"], "column 'b' is not numeric but string ('x' in row 2)"),
         (["--dataset={}/nan.csv", "--target=y"], "column 'b' has 1 missing values, the first in row 2"),
         (["--dataset={}/missing.csv", "--target=y"], "column 'b' has 1 missing values, the first in row 2"),
@@ -163,6 +166,23 @@ def test_bad_input_is_one_line_and_exit_code_2_and_leaves_nothing(tables, argume
     assert said in lines[0]
     assert done.stdout == ""
     assert not workdir.parent.exists()
+
+
+def test_platforms_that_are_not_there_are_named(tmp_path):
+    environment = os.environ | {"JAX_PLATFORMS": "cuda"}
+    command = [sys.executable, "-m", "dpreg.main", f"--workdir={tmp_path / 'w'}"]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240)
+    assert (done.returncode, len(done.stderr.splitlines())) == (2, 1), done.stderr
+    assert "JAX_PLATFORMS=cuda" in done.stderr
+
+
+def test_column_names_with_commas_repeat_from_the_flags_written(tmp_path):
+    (tmp_path / "t.csv").write_text('a,"b,c", y\n' + "".join(f"{i},{i * i % 7},{i % 5}\n" for i in range(50)))
+    quoted = '--features="b,c",a'
+    finished("--platform=cpu", f"--dataset={tmp_path / 't.csv'}", "--target=y", quoted, f"--workdir={tmp_path / 'a'}")
+    finished(f"--flagfile={tmp_path / 'a' / 'flags.cfg'}", f"--workdir={tmp_path / 'b'}")
+    assert set(summary_of(tmp_path / "b")["parameters"]["w"]) == {"a", "b,c"}
+    assert summary_of(tmp_path / "a")["params_sha256"] == summary_of(tmp_path / "b")["params_sha256"]
 
 
 def test_a_workdir_that_cannot_be_written(tmp_path):
@@ -187,8 +207,10 @@ def test_divergence_is_exit_code_3_and_keeps_the_last_good_state(tmp_path):
     assert done.returncode == 3
     step = int(re.search(r"not finite at step (\d+)", done.stderr.splitlines()[-1]).group(1))
     assert not (tmp_path / "summary.json").exists()
+    steps = [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert steps == list(range(4, step, 4))
     with ocp.StandardCheckpointer() as checkpointer:
-        state = checkpointer.restore(tmp_path / "checkpoints" / str(step - 1))
+        state = checkpointer.restore(tmp_path / "checkpoints" / str(step - 1) / "state")["train_state"]
     assert state["step"] == step - 1
     assert np.isfinite(state["params"]["w"]).all()
 

@@ -61,7 +61,28 @@ def test_features_are_standardised_by_the_training_rows(table):
     held_out = np.round(all_rows(data.val)["x"][:, 0] * data.scaling.scale[0] + data.scaling.mean[0]).astype(int)
     kept = np.setdiff1d(np.arange(1000), held_out)
     assert data.scaling.mean[0] == pytest.approx(kept.mean(), rel=1e-9)
-    assert data.scaling.scale[1] == pytest.approx(columns["a"][kept].astype(np.float32).std(dtype=np.float64), rel=1e-9)
+    assert data.scaling.scale[1] == pytest.approx(columns["a"][kept].astype(np.float64).std(), rel=1e-9)
+
+
+def test_a_column_far_from_zero_keeps_its_digits(tmp_path):
+    t = 1.7e9 + np.arange(100.0)
+    pyarrow.parquet.write_table(pa.table({"t": t, "y": 0.5 * np.arange(100.0)}), tmp_path / "t.parquet")
+    data = dpreg.read_table(str(tmp_path / "t.parquet"), "y")
+    x, y = (all_rows(data.train)[name][:, 0].astype(np.float64) for name in "xy")
+    np.testing.assert_allclose(np.polyfit(x, y, 1)[0], 0.5 * data.scaling.scale[0], rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("target", "features", "said"),
+    [("y", ("k", "k"), "'k' is asked for twice"), (("y", "y"), (), "'y' is asked for twice"), ("y", ("k", "y"), "'y'")],
+)
+def test_a_column_named_twice_is_refused(table, target, features, said):
+    with pytest.raises(dpreg.InputError, match=said):
+        dpreg.read_table(str(table[0] / "t.parquet"), target, features)
+
+
+def test_one_row_is_always_fitted(table):
+    assert len(dpreg.read_table(str(table[0] / "t.parquet"), "y", validation_fraction=0.9999).train) == 1
 
 
 def test_parameters_in_original_units_predict_the_same():
@@ -74,8 +95,8 @@ def test_parameters_in_original_units_predict_the_same():
 
 
 def test_a_constant_column_is_only_centred():
-    scaling = Scaling.of(np.full((5, 1), 3.0))
-    np.testing.assert_array_equal(scaling(np.full((2, 1), 4.0)), [[1.0], [1.0]])
+    scaling = Scaling.of(np.full((7, 1), 0.1))  # the mean of which is not quite 0.1
+    np.testing.assert_allclose(scaling(np.full((2, 1), 1.1)), [[1.0], [1.0]])
 
 
 def test_the_tfds_builder_holds_the_synthetic_rows(tmp_path):
@@ -119,6 +140,6 @@ def test_imports_go_downward():
             continue
         for line in path.read_text().splitlines():
             words = line.split()
-            if len(words) > 1 and words[0] in ("from", "import") and words[1].startswith("dpreg."):
+            if len(words) > 1 and words[0] in ("from", "import") and words[1].split(".")[0] == "dpreg":
                 other = words[1].split(".")[1]
                 assert level[other] < level[own] or other == own, f"{path.name}: {line}"

@@ -102,6 +102,65 @@ def test_gradient_clip_val_scales_the_global_gradient_to_its_norm():
     np.testing.assert_allclose(moved[0.1], moved[0.0] * 0.1 / np.linalg.norm(moved[0.0]), rtol=1e-5)
 
 
+class Relative(dpreg.Module):
+    """A loss and a model that rows of zeros would make NaN: padding has to be real rows."""
+
+    lr: float = 0.01
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.Dense(4, use_bias=False)(x)
+        return nn.Dense(1)(x / jnp.linalg.norm(x, axis=1, keepdims=True))
+
+    def loss(self, prediction, target):
+        return (jnp.abs(prediction - target) / jnp.abs(target)).sum(axis=1)
+
+
+@pytest.mark.parametrize("placement", ["device", "host"])
+def test_padding_does_no_harm_to_a_loss_that_zeros_would(placement):
+    trainer = dpreg.Trainer(2, placement=placement)
+    trainer.fit(Relative(), Rows(100).data(32))
+    assert math.isfinite(trainer.train_loss)
+
+
+class MeanLoss(dpreg.LinearRegressionScratch):
+    def loss(self, prediction, target):
+        return jnp.square(prediction - target).mean() / 2
+
+
+class ColumnLoss(dpreg.LinearRegressionScratch):
+    def loss(self, prediction, target):
+        return jnp.square(prediction - target) / 2
+
+
+@pytest.mark.parametrize("model", [MeanLoss(3, 0.1), ColumnLoss(3, 0.1)])
+def test_a_loss_that_is_not_per_row_is_refused(model):
+    with pytest.raises(dpreg.InputError, match="one value for each row"):
+        dpreg.Trainer(1).fit(model, Rows(64).data(32))
+
+
+class Flat(Foreign):
+    @nn.compact
+    def __call__(self, x, train):
+        return nn.Dense(1)(x)[:, 0]
+
+    def loss(self, prediction, target):
+        return jnp.abs(prediction - target[:, 0])
+
+
+def test_a_prediction_without_columns_is_refused_where_it_is_measured():
+    with pytest.raises(dpreg.InputError, match="one column for each target"):
+        dpreg.Trainer(1).fit(Flat(), Rows(64).data(32, num_val=8))
+
+
+def test_a_validation_loss_that_is_not_finite_says_so():
+    val = dpreg.ArraySource(np.ones((4, 3)), np.array([0, 0, 1e30, 0]))
+    trainer = dpreg.Trainer(2)
+    with pytest.raises(dpreg.Diverged, match="validation loss is not finite after step 8"):
+        trainer.fit(dpreg.LinearRegressionScratch(3, 0.1), dpreg.RegressionData(Rows(64).source(), val, 8))
+    assert int(trainer.state.step) == trainer.step == 8
+
+
 def test_rows_of_weight_zero_count_for_nothing_and_all_of_them_give_zeros():
     source = Rows(100).source()
     ghost = dpreg.ArraySource(source.x, source.y, np.zeros(100))
@@ -213,7 +272,7 @@ def test_the_compiled_ordered_step_gathers_once(kind):
     assert "all-reduce" not in text
 
 
-def test_steps_are_traced_once_and_fetch_nothing_between_blocks():
+def test_steps_are_traced_once_and_fetched_once_a_block(monkeypatch):
     traced = []
 
     class Counting(dpreg.LinearRegressionScratch):
@@ -226,11 +285,12 @@ def test_steps_are_traced_once_and_fetch_nothing_between_blocks():
     trainer.prepare_data(data)
     trainer.prepare_model(Counting(3, 0.1))
     before = len(traced)
-    with jax.transfer_guard_device_to_host("disallow_explicit"):
-        for block, _ in trainer._train_blocks(0, 7):
-            assert block.num_steps in (3, 1)
-    for _ in range(4):
+    fetched = []
+    get = jax.device_get
+    monkeypatch.setattr(jax, "device_get", lambda value: fetched.append(1) or get(value))
+    for epoch in range(1, 5):
         trainer.fit_epoch()
+        assert len(fetched) == epoch * (3 + 1)  # 7 steps are 3 blocks; 2 of validation are one
     assert len(traced) == before
 
 

@@ -115,7 +115,9 @@ class Dataset:
     def block_steps(self) -> int:
         """Steps of one block, K: chosen by bytes. 2 at least, since K = 1 would be compiled to other bits."""
         steps = self.steps_per_block or _BLOCK_BYTES // (self.row_bytes * self.global_batch)
-        return max(2, min(steps, self.sampler.steps_per_epoch, _BLOCK_STEPS))
+        epoch = self.sampler.steps_per_epoch
+        blocks = -(-epoch // max(1, min(steps, _BLOCK_STEPS)))
+        return max(2, -(-epoch // blocks))  # evenly, since all blocks are gathered whole
 
     @functools.cached_property
     def resolved_placement(self) -> str:
@@ -226,11 +228,10 @@ class Dataset:
             positions, size = positions_of(shards), sampler.shard_size(shards)[:, None]
             start = np.array([sampler.shard_start(int(shard)) for shard in shards])[:, None]
             padding = (positions >= size).ravel()
-            # In place of padding a row of the device's own, so that a process reads nothing else.
+            # Padding is a row of the device's own without weight: any model takes it, and no other is read.
             indices = np.minimum(start + np.minimum(positions, np.maximum(size - 1, 0)), sampler.num_rows - 1)
             rows = self.source[indices.ravel()]
-            for column in rows.values():
-                column[padding] = 0
+            rows["weight"] = np.where(padding, np.float32(0), rows["weight"])
             shape = (*positions.shape[:axis], 1, *positions.shape[axis:])
             return {name: column.reshape(*shape, *column.shape[1:]) for name, column in rows.items()}
 

@@ -50,6 +50,8 @@ class ArraySource:
             "y": np.asarray(y, np.float32),
             "weight": np.ones(len(np.asarray(y)), np.float32) if weight is None else np.asarray(weight, np.float32),
         }
+        if not len(columns["y"]):
+            raise InputError("there are no rows: give at least one")
         for name, array in columns.items():
             if name != "weight" and array.ndim == 1:
                 columns[name] = array = array[:, None]
@@ -107,8 +109,8 @@ class Scaling:
     @classmethod
     def of(cls, x: np.ndarray) -> "Scaling":
         """The scaling that gives [n, d] `x` mean 0 and deviation 1. A constant column is only centred."""
-        scale = x.std(axis=0, dtype=np.float64)
-        return cls(x.mean(axis=0, dtype=np.float64), np.where(scale > 0, scale, 1.0))
+        scale = np.where(x.max(axis=0) > x.min(axis=0), x.std(axis=0, dtype=np.float64), 1.0)
+        return cls(x.mean(axis=0, dtype=np.float64), scale)
 
     def __call__(self, x: np.ndarray) -> np.ndarray:
         """Scales features [n, d]; computed in float64, given as float32."""

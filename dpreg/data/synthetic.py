@@ -10,16 +10,18 @@ from jax import Array
 from numpy.typing import ArrayLike
 
 from dpreg.data.sources import RegressionData, Rows
+from dpreg.errors import InputError
 
-_CHUNK = 4096  # rows generated at once: one compiled shape, and memory that does not grow with the rows asked
+_CHUNK = 1024  # rows generated at once: always as many, since another shape could be compiled to other bits
+_ROWS_KEY = 2  # of the seed's random key: the part for rows, apart from those for parameters and dropout
 
 
 @jax.jit
 def _generate(indices: Array, seed: Array, w: Array, b: Array, noise: Array) -> tuple[Array, Array]:
     def row(index: Array) -> tuple[Array, Array]:
-        key_x, key_noise = jax.random.split(jax.random.fold_in(jax.random.key(seed), index))
+        rows_key = jax.random.fold_in(jax.random.key(seed), _ROWS_KEY)
+        key_x, key_noise = jax.random.split(jax.random.fold_in(rows_key, index))
         x = jax.random.normal(key_x, (w.shape[0],))
-        # Products and their sum as written, not a matmul: the order of the sum is then the row's own.
         y = (x[:, None] * w).sum(axis=0) + b + noise * jax.random.normal(key_noise, (w.shape[1],))
         return x, y
 
@@ -51,16 +53,14 @@ class SyntheticSource:
 
     def __getitem__(self, indices: np.ndarray) -> Rows:
         count = len(indices)
-        # Shapes are powers of two: few compilations, and no row falls into the remainder of a vector loop.
-        chunk = min(_CHUNK, max(16, 1 << (count - 1).bit_length() if count else 0))
-        padded = np.zeros(-(-count // chunk) * chunk, np.uint32)
+        padded = np.zeros(-(-count // _CHUNK) * _CHUNK, np.uint32)
         padded[:count] = np.asarray(indices, np.uint32) + np.uint32(self.first)
         x = np.empty((count, self.w.shape[0]), np.float32)
         y = np.empty((count, self.w.shape[1]), np.float32)
-        for start in range(0, count, chunk):
-            rows = slice(start, min(start + chunk, count))
+        for start in range(0, count, _CHUNK):
+            rows = slice(start, min(start + _CHUNK, count))
             made = _generate(
-                padded[start : start + chunk], np.uint32(self.seed), self.w, self.b, np.float32(self.noise)
+                padded[start : start + _CHUNK], np.uint32(self.seed), self.w, self.b, np.float32(self.noise)
             )
             x[rows], y[rows] = (np.asarray(column)[: rows.stop - start] for column in made)
         return {"x": x, "y": y, "weight": np.ones(count, np.float32)}
@@ -95,6 +95,8 @@ class SyntheticRegressionData(RegressionData):
         batch_size: int = 32,
         seed: int = 0,
     ):
+        if num_train < 1 or num_val < 0 or not 0 <= seed < 2**32:
+            raise InputError(f"num_train={num_train}, num_val={num_val}, seed={seed}: use at least 1, 0 and 0")
         self.w, self.b = jnp.asarray(w, jnp.float32), jnp.asarray(b, jnp.float32)
         weights = np.asarray(w, np.float32)
         weights = weights.reshape(len(weights), -1)

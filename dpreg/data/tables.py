@@ -39,20 +39,28 @@ def read_table(
     """
     target = (target,) if isinstance(target, str) else tuple(target)
     table = _read(path)
+    table = table.rename_columns([name.strip() for name in table.column_names])
     names = table.column_names
     features = tuple(features) or tuple(name for name in names if name not in target)
     for name in (*features, *target):
         if names.count(name) != 1:
             found = "twice" if names.count(name) else "not there"
-            raise InputError(f"{path}: column {name!r} is {found}; the columns are {', '.join(names)}")
-    if overlap := [name for name in features if name in target]:
-        raise InputError(f"{path}: column {overlap[0]!r} cannot be a feature and the target")
+            raise InputError(f"{path}: column {name!r} is {found}; the columns are {', '.join(map(repr, names))}")
+    check_named_once(path, features, target)
     if not features:
         raise InputError(f"{path}: there is no column to fit on besides the target")
     if not table.num_rows:
         raise InputError(f"{path}: there are no rows")
     x, y = (np.stack([_numbers(path, table, name) for name in group], axis=1) for group in (features, target))
     return split_rows(x, y, features, batch_size, validation_fraction, standardize)
+
+
+def check_named_once(where: str, features: Sequence[str], target: Sequence[str]) -> None:
+    """Raises InputError when a column is named twice, or as a feature and the target."""
+    named = (*features, *target)
+    for name in named:
+        if named.count(name) > 1:
+            raise InputError(f"{where}: column {name!r} is asked for twice in features and target; name it once")
 
 
 def split_rows(
@@ -65,8 +73,7 @@ def split_rows(
 ) -> RegressionData:
     """Rows [n, d], [n, t] as data: held out by a keyed hash of the row number, scaled, and shuffled once."""
     held_out = keyed_hash(np.arange(len(x)), 1) < np.uint32(validation_fraction * 0xFFFFFFFF)
-    if held_out.all():
-        held_out[:] = False
+    held_out[keyed_hash(np.arange(len(x)), 1).argmax()] = False  # one row to fit there always is
     return regression_data(x[~held_out], y[~held_out], x[held_out], y[held_out], features, batch_size, standardize)
 
 
@@ -106,7 +113,7 @@ def _read(path: str) -> pa.Table:
 
 
 def _numbers(path: str, table: pa.Table, name: str) -> np.ndarray:
-    """A column as float32 [n], all finite."""
+    """A column as float64 [n], all of it finite as float32."""
     column = table[name]
     kind = column.type
     if pa.types.is_boolean(kind):
@@ -121,9 +128,8 @@ def _numbers(path: str, table: pa.Table, name: str) -> np.ndarray:
     if missing:
         row = pc.index(column.is_null(), True).as_py()
         raise InputError(f"{path}: column {name!r} has {missing} missing values, the first in row {row + 1}")
-    with np.errstate(over="ignore"):  # reported below, with the row
-        values = column.to_numpy().astype(np.float32)
-    bad = ~np.isfinite(values)
+    values = column.to_numpy().astype(np.float64)
+    bad = ~(np.abs(values) <= np.finfo(np.float32).max)
     if bad.any():
         row = int(bad.argmax())
         raise InputError(

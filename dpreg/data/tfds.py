@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from dpreg.data.sources import RegressionData
-from dpreg.data.tables import regression_data, split_rows
+from dpreg.data.tables import check_named_once, regression_data, split_rows
 from dpreg.errors import InputError
 
 _READ_ROWS = 4096
@@ -57,7 +57,7 @@ def read_tfds(
         raise InputError(f"{where}: {reason} Prepare it with file_format=array_record under --data_dir.") from error
 
     supervised: Any = builder.info.supervised_keys or ((), ())
-    columns = list(builder.info.features)
+    columns = sorted(builder.info.features)
     target = tuple(target) or tuple(np.atleast_1d(supervised[1]))
     if not target:
         raise InputError(f"{where}: say what to predict with --target; it has {', '.join(columns)}")
@@ -65,25 +65,34 @@ def read_tfds(
     for column in (*features, *target):
         if column not in columns:
             raise InputError(f"{where}: there is no feature {column!r}; it has {', '.join(columns)}")
-        if not np.issubdtype(builder.info.features[column].np_dtype, np.number):
-            raise InputError(f"{where}: feature {column!r} is not numeric; choose with --features")
+        feature = builder.info.features[column]
+        numeric = isinstance(feature, tfds.features.Tensor) and (
+            np.issubdtype(feature.np_dtype, np.number) or feature.np_dtype == np.bool_
+        )
+        if not numeric or None in feature.shape:
+            raise InputError(f"{where}: feature {column!r} is not numbers of a fixed shape; choose with --features")
+    check_named_once(where, features, target)
     if "train" not in splits:
         raise InputError(f"{where}: there is no split 'train'; it has {', '.join(splits)}")
 
     scalar = all(builder.info.features[column].shape == () for column in features)
     names = features if scalar else None
-    x, y = (_read(splits["train"], group) for group in (features, target))
+    x, y = (_read(where, splits["train"], group) for group in (features, target))
     held_out = next((splits[s] for s in ("validation", "val", "test") if s in splits), None)
     if held_out is None:
         return split_rows(x, y, names, batch_size, validation_fraction, standardize)
-    x_val, y_val = (_read(held_out, group) for group in (features, target))
+    x_val, y_val = (_read(where, held_out, group) for group in (features, target))
     return regression_data(x, y, x_val, y_val, names, batch_size, standardize)
 
 
-def _read(split: Any, columns: Sequence[str]) -> np.ndarray:
-    """All rows of some columns, float32 [n, sum of their sizes]."""
+def _read(where: str, split: Any, columns: Sequence[str]) -> np.ndarray:
+    """All rows of some columns, finite float64 [n, sum of their sizes]."""
     parts = []
     for start in range(0, len(split), _READ_ROWS):
         records = split.__getitems__(range(start, min(start + _READ_ROWS, len(split))))
         parts.append(np.stack([np.concatenate([np.ravel(record[c]) for c in columns]) for record in records]))
-    return np.concatenate(parts).astype(np.float32)
+    values = np.concatenate(parts).astype(np.float64)
+    bad = ~(np.abs(values) <= np.finfo(np.float32).max).all(axis=1)
+    if bad.any():
+        raise InputError(f"{where}: {' or '.join(columns)} has a value that is not finite in row {bad.argmax() + 1}")
+    return values

@@ -103,6 +103,11 @@ class Checkpoints:
             except Exception as error:
                 self._discard(step, error)
                 continue
+            if step > trainer.train.num_steps:
+                raise InputError(
+                    f"the workdir's run is at step {step:,}, past the {trainer.train.num_steps:,} of these epochs; "
+                    "give more --max_epochs, another --workdir, or --resume=never to start over"
+                )
             train_state = trainer.state.replace(**content["train_state"])
             trainer.resume(train_state, np.asarray(content["epoch_sums"]))
             return True

@@ -19,9 +19,9 @@ class ProgressDisplay:
         self._console = console or Console(stderr=True)
         self._loss, self._printed = "", time.monotonic()
         self._bar = Bar(
-            TextColumn("{task.fields[epoch]}"),
+            TextColumn("{task.fields[epoch]}", markup=False),
             BarColumn(),
-            TextColumn("{task.fields[loss]}  {task.fields[speed]}"),
+            TextColumn("{task.fields[loss]}  {task.fields[speed]}", markup=False),
             TimeRemainingColumn(),
             console=self._console,
             disable=not self._console.is_terminal or self._console.quiet,
@@ -43,7 +43,7 @@ class ProgressDisplay:
 
     def say(self, line: str) -> None:
         """A line of its own, above the bar."""
-        self._console.print(line, highlight=False, soft_wrap=True)
+        self._console.print(line, highlight=False, markup=False, soft_wrap=True)
 
     def __call__(self, progress: Progress) -> None:
         """Shows where the run is. Without a terminal: a line each 10 seconds, and at the end of an epoch."""

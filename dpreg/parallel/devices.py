@@ -2,7 +2,6 @@
 
 import itertools
 import os
-import pathlib
 import socket
 import sys
 import time
@@ -62,9 +61,12 @@ def start(
                     "call devices.start before any other use of JAX"
                 ) from error
     if not jax.config.values["jax_compilation_cache_dir"]:
-        home = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache")
-        jax.config.update("jax_compilation_cache_dir", str(home / "dpreg" / "xla"))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+        home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+        if not home.startswith("~"):  # where there is no home, there is no cache
+            jax.config.update("jax_compilation_cache_dir", os.path.join(home, "dpreg", "xla"))
+            jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    # Products of float32 as such, also where a chip would round their factors first.
+    jax.config.update("jax_default_matmul_precision", "highest")
 
     timeouts: dict[str, Any] = {
         "initialization_timeout": _JOIN_SECONDS,
@@ -88,6 +90,11 @@ def start(
         )
     elif coordinator_address == "auto" or _in_cluster():
         jax.distributed.initialize(**timeouts)
+    try:
+        jax.local_devices()
+    except (RuntimeError, AssertionError) as error:
+        asked = os.environ.get("JAX_PLATFORMS", "")
+        raise InputError(f"JAX finds no device with JAX_PLATFORMS={asked}: unset it, or use --platform=cpu") from error
 
 
 def _in_cluster() -> bool:
@@ -214,9 +221,9 @@ def data_mesh(num_shards: int, platform: str | None = None, num_devices: int | N
     try:
         local = jax.local_devices(backend=platform)
     except RuntimeError as error:
-        found = jax.default_backend()
+        config = _CONFIGS[jax.default_backend()]
         raise InputError(
-            f"--platform={platform}: there is none; this machine has {_there()}: use --flagfile={_CONFIGS[found]}"
+            f"--platform={platform}: there is none; this machine has {_there()}: use --flagfile={config}"
         ) from error
     processes = jax.process_count()
     wanted = min(len(local), max(num_shards // processes, 1)) if num_devices is None else num_devices

@@ -14,6 +14,7 @@ from flax.training import train_state
 from jax import Array, lax
 from jax.sharding import Mesh, PartitionSpec
 
+from dpreg.errors import InputError
 from dpreg.parallel.reduce import (
     AXIS,
     PyTree,
@@ -23,6 +24,8 @@ from dpreg.parallel.reduce import (
     value_and_gradient,
     value_and_gradient_together,
 )
+
+TRAINING_KEY = 1  # of the run's random key: the part for dropout, apart from that for the first parameters
 
 REDUCTIONS = ("pmean", "ordered")
 BACKENDS = ("jit", "pmap")
@@ -118,13 +121,14 @@ def forward(
     `train` reaches models whose `__call__` takes it. Rows of weight 0 are hidden from every `nn.BatchNorm`;
     where all rows are, none is hidden: flax would give NaN, and such statistics are weighted with 0 anyway.
     """
-    mode = {"train": train} if "train" in inspect.signature(type(model).__call__).parameters else {}
+    mode = train_argument(model, train)
     real = batch["weight"] > 0
     mask = real | ~real.any()
 
     def hide_padding(next_call: Callable[..., Any], args: Any, kwargs: Any, context: Any) -> Any:
         if isinstance(context.module, nn.BatchNorm) and context.method_name == "__call__":
-            kwargs = {"mask": mask.reshape(-1, *[1] * (args[0].ndim - 1)), **kwargs}
+            x = args[0] if args else kwargs["x"]
+            kwargs = {"mask": mask.reshape(-1, *[1] * (x.ndim - 1)), **kwargs}
         return next_call(*args, **kwargs)
 
     with nn.intercept_methods(hide_padding):
@@ -136,6 +140,26 @@ def forward(
             rngs=None if key is None else {"dropout": key},
         )
     return prediction, updated.get("batch_stats", {})
+
+
+def train_argument(model: Model, train: bool) -> dict[str, bool]:
+    """How to tell the model whether it trains: nothing, where its `__call__` does not ask."""
+    return {"train": train} if "train" in inspect.signature(type(model).__call__).parameters else {}
+
+
+def row_losses(model: Model, prediction: Array, batch: PyTree) -> Array:
+    """The loss of each row, [n]; 0 for rows without weight.
+
+    Raises:
+      InputError: when the model's loss gives anything but one value a row, such as their mean.
+    """
+    losses = model.loss(prediction, batch["y"])
+    if losses.shape != batch["weight"].shape:
+        raise InputError(
+            f"the model's loss gives {list(losses.shape)} for {len(batch['weight'])} rows: "
+            "give one value for each row, [rows], and no mean: rows have weights"
+        )
+    return jnp.where(batch["weight"] > 0, losses, 0)
 
 
 class _Rest(NamedTuple):
@@ -173,7 +197,7 @@ def compile_train_block(
         clock = Clock(*packed)
         shards = carried.first + jnp.arange(layout.slots)
         read = layout.reader(data, shards, clock.first_step, clock.seed)
-        seed_key = jax.random.key(clock.seed)
+        seed_key = jax.random.fold_in(jax.random.key(clock.seed), TRAINING_KEY)
 
         def step(k: Array, carry: tuple[TrainState, Array]) -> tuple[TrainState, Array]:
             state, history = carry
@@ -185,12 +209,13 @@ def compile_train_block(
                     model, {"params": params, "batch_stats": state.batch_stats}, batch, train=True, key=key
                 )
                 weight, rows = batch["weight"], (batch["weight"] > 0).sum(dtype=jnp.float32)
-                losses = jnp.where(weight > 0, model.loss(prediction, batch["y"]), 0)
+                losses = row_losses(model, prediction, batch)
                 rest = _Rest(weight.sum(), rows, jax.tree.map(lambda leaf: leaf * rows, batch_stats))
                 return jnp.vdot(losses, weight), rest
 
             def sums_of(slot: Array) -> tuple[PyTree, Array, _Rest]:
-                return value_and_gradient(loss, state.params, read(k, slot), shards[slot])
+                # Not shards[slot]: of a single slot the compiler would know the shard before the loop runs.
+                return value_and_gradient(loss, state.params, read(k, slot), carried.first + slot)
 
             if reduction == "ordered":
                 sums = ordered_sum(sums_of, layout.slots, carried.count, layout.num_shards)
@@ -273,7 +298,12 @@ def compile_eval_block(
             variables = {"params": state.params, "batch_stats": state.batch_stats}
             prediction, _ = forward(model, variables, batch, train=False)
             weight, target = batch["weight"], batch["y"]
-            losses = jnp.where(weight > 0, model.loss(prediction, target), 0)
+            losses = row_losses(model, prediction, batch)
+            if prediction.shape != target.shape:
+                raise InputError(
+                    f"the model predicts {list(prediction.shape)} where the target is {list(target.shape)}: "
+                    "give one column for each target"
+                )
             error = jnp.where(weight[:, None] > 0, prediction - target, 0)
             total = weight.sum()
             mean = weight @ target / jnp.where(total > 0, total, 1)
