@@ -1,6 +1,7 @@
 """A run that is stopped anywhere goes on to the same bits and the same curve, on any devices."""
 
 import contextlib
+import gc
 import json
 import os
 import pathlib
@@ -97,6 +98,7 @@ def test_a_flipped_byte_in_any_file_is_noticed_and_the_checkpoint_before_is_used
         assert ("checkpoint 7 is damaged" in caplog.text) == (trainer.step == 4) == (not (folder / "7").exists())
         if trainer.step == 4:
             noticed.append(file.name)
+    gc.collect()  # the tasks that Orbax dropped complain here, not in a later test
     assert {"metadata", "manifest.ocdbt"} <= set(noticed)
     assert any(len(name) == 32 for name in noticed)  # Orbax's data files
 

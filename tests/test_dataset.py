@@ -38,13 +38,13 @@ def batches(dataset):
     return jax.tree.map(lambda *leaves: np.concatenate(leaves), *steps)
 
 
-@pytest.mark.parametrize("rows", [3, 53])
-def test_batches_do_not_depend_on_devices_placement_or_block(rows):
+@pytest.mark.parametrize("rows", [3, 37])
+def test_batches_do_not_depend_on_devices_or_placement(rows):
     source = Rows(rows, weighted=True).source()
     reference = None
-    for devices, placement, steps in itertools.product((1, 3, 8), ("device", "host"), (2, 3)):
+    for devices, placement in itertools.product((1, 3, 8), ("device", "host")):
         dataset = dpreg.Dataset(source).shuffle(5).batch(16).repeat(2).shard(mesh(devices), num_shards=8)
-        result = batches(dataset.place(placement, steps).prefetch(2))
+        result = batches(dataset.place(placement, 2).prefetch(2))
         reference = reference or result
         for name, column in result.items():
             np.testing.assert_array_equal(column, reference[name])
