@@ -12,20 +12,17 @@ from numpy.typing import ArrayLike
 from dpreg.data.sources import RegressionData, Rows
 from dpreg.errors import InputError
 
-_CHUNK = 1024  # rows generated at once: always as many, since another shape could be compiled to other bits
+# Rows are drawn in one compiled shape without ragged ends: the compiler may give the remainder of a vector loop
+# other bits, and a row must not depend on those drawn with it.
+_CHUNK, _LANES = 1024, 16
 _ROWS_KEY = 2  # of the seed's random key: the part for rows, apart from those for parameters and dropout
 
 
-@jax.jit
-def _generate(indices: Array, seed: Array, w: Array, b: Array, noise: Array) -> tuple[Array, Array]:
-    def row(index: Array) -> tuple[Array, Array]:
-        rows_key = jax.random.fold_in(jax.random.key(seed), _ROWS_KEY)
-        key_x, key_noise = jax.random.split(jax.random.fold_in(rows_key, index))
-        x = jax.random.normal(key_x, (w.shape[0],))
-        y = (x[:, None] * w).sum(axis=0) + b + noise * jax.random.normal(key_noise, (w.shape[1],))
-        return x, y
-
-    return jax.vmap(row)(indices)
+@functools.partial(jax.jit, static_argnames="width")
+def _normals(indices: Array, seed: Array, width: int) -> Array:
+    """Standard normal numbers, [rows, width] float32: a function of seed and index."""
+    key = jax.random.fold_in(jax.random.key(seed), _ROWS_KEY)
+    return jax.vmap(lambda index: jax.random.normal(jax.random.fold_in(key, index), (width,)))(indices)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,18 +49,19 @@ class SyntheticSource:
         return self.num_rows
 
     def __getitem__(self, indices: np.ndarray) -> Rows:
-        count = len(indices)
+        count, (num_inputs, num_targets) = len(indices), self.w.shape
+        width = -(-(num_inputs + num_targets) // _LANES) * _LANES
         padded = np.zeros(-(-count // _CHUNK) * _CHUNK, np.uint32)
         padded[:count] = np.asarray(indices, np.uint32) + np.uint32(self.first)
-        x = np.empty((count, self.w.shape[0]), np.float32)
-        y = np.empty((count, self.w.shape[1]), np.float32)
+        drawn = np.empty((len(padded), num_inputs + num_targets), np.float32)
         for start in range(0, count, _CHUNK):
-            rows = slice(start, min(start + _CHUNK, count))
-            made = _generate(
-                padded[start : start + _CHUNK], np.uint32(self.seed), self.w, self.b, np.float32(self.noise)
-            )
-            x[rows], y[rows] = (np.asarray(column)[: rows.stop - start] for column in made)
-        return {"x": x, "y": y, "weight": np.ones(count, np.float32)}
+            chunk = slice(start, start + _CHUNK)
+            drawn[chunk] = np.asarray(_normals(padded[chunk], np.uint32(self.seed), width))[:, : drawn.shape[1]]
+        x, e = np.ascontiguousarray(drawn[:count, :num_inputs]), drawn[:count, num_inputs:]
+        y = self.b + self.noise * e.astype(np.float64)
+        for column, weights in zip(x.T, self.w, strict=True):  # one by one: a matmul's order may depend on the rows
+            y += column[:, None] * weights.astype(np.float64)
+        return {"x": x, "y": y.astype(np.float32), "weight": np.ones(count, np.float32)}
 
     def fingerprint(self) -> str:
         """Of what the rows are made from."""
