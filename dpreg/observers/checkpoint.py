@@ -42,7 +42,7 @@ class Checkpoints:
         self.every_steps, self.preempted = every_steps, False
         self._identity: dict[str, Any] = json.loads(json.dumps(identity))
         self._every_seconds, self._saved_at = every_seconds, time.monotonic()
-        self._time_is_up, self._asked = Announcements(), 0
+        self._time_is_up, self._asked, self._due = Announcements(), 0, False
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=True)
         self._manager = ocp.CheckpointManager(folder.absolute(), options=options)
 
@@ -60,10 +60,12 @@ class Checkpoints:
         """Whether it is time to save: the same in all processes, which have to ask equally often."""
         if jax.process_count() > 1:
             self._asked += 1
-            self.preempted = multihost_utils.reached_preemption_sync_point(self._asked)
-        if self._every_seconds and time.monotonic() - self._saved_at >= self._every_seconds:
+            # True at one call alone: what was heard holds until it is acted upon.
+            self.preempted |= multihost_utils.reached_preemption_sync_point(self._asked)
+        if not self._due and self._every_seconds and time.monotonic() - self._saved_at >= self._every_seconds:
             self._time_is_up.announce()
-        return self._time_is_up.heard() or self.preempted
+        self._due |= self._time_is_up.heard() or self.preempted
+        return self._due
 
     def save(self, trainer: Trainer) -> None:
         """Starts to write the trainer's state, which has to be at rest: no step in flight."""
@@ -75,7 +77,7 @@ class Checkpoints:
                 args=ocp.args.Composite(state=ocp.args.StandardSave(content), meta=ocp.args.JsonSave(meta)),
                 force=True,
             )
-        self._saved_at = time.monotonic()
+        self._saved_at, self._due = time.monotonic(), False
 
     def restore(self, trainer: Trainer) -> bool:
         """Gives the trainer the newest checkpoint that can be read; False where there is none.
