@@ -10,6 +10,8 @@ from absl import flags
 
 from dpreg.errors import InputError
 
+MODES = ("train", "doctor")
+
 
 def _flag(default: Any, help: str, decides: bool = False, who: bool = False) -> Any:
     """A field and its flag; `decides` where another value is another answer, `who` where it says who asks."""
@@ -24,6 +26,7 @@ class Config:
       InputError: for a value that no run can have; names the flag.
     """
 
+    mode: str = _flag("train", "train; or doctor: whether a run could start here, and what keeps it from it.")
     dataset: str = _flag("synthetic", "What to fit: synthetic, a .csv or .parquet file, or tfds:NAME.", decides=True)
     data_dir: str | None = _flag(None, "Where TFDS datasets are prepared. Default: TFDS's own place.")
     features: tuple[str, ...] = _flag(
@@ -70,6 +73,12 @@ class Config:
     )
     checkpoint_every_steps: int = _flag(0, "Steps between checkpoints; 0 to save by time only.")
     keep: int = _flag(3, "How many checkpoints to keep, the newest.")
+    audit: bool = _flag(True, "Check each epoch that every row was used exactly once, over all processes.")
+    step_timeout: float | None = _flag(
+        None,
+        "Seconds without results after which a run ends as hung; 0 for never. "
+        "Default: 120, or 20 times the slowest so far.",
+    )
     resume: str = _flag("auto", "auto: go on where the workdir's run of the same answer stopped; never; must.")
     workdir: str | None = _flag(
         None, "Where the outputs go. Default: a new folder in runs/, named by the time.", who=True
@@ -92,8 +101,9 @@ class Config:
             "log_every_steps",
             "checkpoint_every_seconds",
             "checkpoint_every_steps",
+            "step_timeout",
         ):
-            if getattr(self, name) < 0:
+            if (getattr(self, name) or 0) < 0:
                 self._refuse(name, "use 0 or more")
         if max(self.num_train + self.num_val, self.seed) >= 2**31:
             raise InputError("--num_train plus --num_val, and --seed, have to be under 2147483648")
@@ -116,6 +126,8 @@ class Config:
         several = (self.coordinator_address, self.num_processes, self.process_id)
         if any(value is not None for value in several):
             self._check_processes(*several)
+        if self.mode not in MODES:
+            self._refuse("mode", f"use {' or '.join(MODES)}")
         if self.resume not in ("auto", "never", "must"):
             self._refuse("resume", "use auto, never or must")
         if self.dataset != "synthetic" and not self.target and not self.dataset.startswith("tfds:"):

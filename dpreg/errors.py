@@ -25,6 +25,12 @@ class Diverged(ArithmeticError):  # noqa: N818 (what happened, not whose error)
         self.step = step
 
 
+class AuditFailed(RuntimeError):  # noqa: N818
+    """An epoch did not use every row exactly once: a fault of the program or of the machine, not of the caller."""
+
+    exit_code = 1
+
+
 class Preempted(Exception):  # noqa: N818
     """The run was asked to stop, and its state is saved: start it again to go on."""
 

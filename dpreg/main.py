@@ -1,16 +1,14 @@
 """The main door: `python -m dpreg.main --flagfile=configs/cpu.cfg`. Parses, starts the devices, hands over."""
 
 import contextlib
+import functools
 import json
-import os
 import pathlib
-import shutil
 import signal
 import sys
-import tempfile
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NoReturn
 
 import jax
@@ -21,13 +19,16 @@ from rich.console import Console
 from dpreg.build import build_data, build_model, build_trainer
 from dpreg.config import Config, define_flags
 from dpreg.data.sources import RegressionData
-from dpreg.errors import Diverged, InputError, Preempted, ProcessLost
+from dpreg.doctor import agree, examine
+from dpreg.errors import AuditFailed, Diverged, InputError, Preempted, ProcessLost
 from dpreg.observers.checkpoint import Checkpoints
 from dpreg.observers.metrics import MetricsWriter, read_metrics
 from dpreg.observers.progress import ProgressDisplay
 from dpreg.observers.report import write_report
 from dpreg.observers.summary import summarize
-from dpreg.parallel import devices
+from dpreg.observers.workdir import open_workdir
+from dpreg.parallel import devices, processes
+from dpreg.parallel.deadline import Deadline
 from dpreg.trainer import Trainer
 
 
@@ -42,11 +43,16 @@ def run(config: Config) -> None:
       Preempted: when a signal asked the run to stop; its state is saved then.
     """
     with contextlib.ExitStack() as stack:
+        agree(config)
         first = jax.process_index() == 0
-        workdir = stack.enter_context(_workdir(config))
+        announcements = stack.enter_context(_stop_signals())
+        deadline = stack.enter_context(Deadline(config.step_timeout))
+        workdir = stack.enter_context(open_workdir(config.workdir))
         progress = stack.enter_context(ProgressDisplay(Console(stderr=True, quiet=not first)))
         trainer, data = _prepared(config, progress)
-        checkpoints = stack.enter_context(_checkpoints(config, workdir, trainer, data))
+        trainer.heartbeat = deadline.progress
+        deadline.progress()
+        checkpoints = stack.enter_context(_checkpoints(config, workdir, trainer, data, announcements))
         platform = devices.describe(trainer.mesh.devices.flat)
         progress.say(
             f"{len(data.train):,} rows in {config.num_shards} shards on {platform}: "
@@ -93,74 +99,43 @@ def _prepared(config: Config, progress: ProgressDisplay) -> tuple[Trainer, Regre
 
 
 @contextlib.contextmanager
+def _stop_signals() -> Iterator[processes.Announcements]:
+    """SIGTERM asks all processes to save and stop, as does SIGUSR1, which mpirun passes on. A second does no harm."""
+    announcements = processes.Announcements()
+    before = [
+        (number, signal.signal(number, lambda *_: announcements.ask("stop")))
+        for number in (signal.SIGTERM, signal.SIGUSR1)
+    ]
+    try:
+        yield announcements
+    finally:
+        for number, handler in before:
+            signal.signal(number, handler)
+
+
+@contextlib.contextmanager
 def _checkpoints(
-    config: Config, workdir: pathlib.Path, trainer: Trainer, data: RegressionData
+    config: Config,
+    workdir: pathlib.Path,
+    trainer: Trainer,
+    data: RegressionData,
+    announcements: processes.Announcements,
 ) -> Iterator[Checkpoints]:
-    """The run's checkpoints, the trainer brought to the newest as --resume says; SIGTERM asks for one meanwhile."""
+    """The run's checkpoints, with the trainer brought to the newest, as --resume says."""
     with Checkpoints(
         workdir / "checkpoints",
         config.identity() | {"data": data.fingerprint()},
         config.checkpoint_every_seconds,
         config.checkpoint_every_steps,
         config.keep,
+        announcements,
     ) as checkpoints:
         if config.resume == "never":
             checkpoints.clear()
         elif not checkpoints.restore(trainer) and config.resume == "must":
             raise InputError(f"--resume=must: {workdir} holds no checkpoint that can be read")
         trainer.checkpoints = checkpoints
-        if jax.process_count() > 1:  # JAX's own handler tells all processes
-            yield checkpoints
-            return
-        before = signal.signal(signal.SIGTERM, checkpoints.preempt)
-        try:
-            yield checkpoints
-        finally:
-            signal.signal(signal.SIGTERM, before)
-
-
-def _agree(config: Config) -> None:
-    """Several processes have to be started alike."""
-    mine = config.shared()
-    for process, text in enumerate(devices.exchange(json.dumps(mine))):
-        theirs, own = json.loads(text), json.loads(json.dumps(mine))
-        for name in mine:
-            if theirs[name] != own[name]:
-                raise InputError(
-                    f"--{name} is {own[name]} in process {jax.process_index()} and {theirs[name]} in process "
-                    f"{process}: start all processes with the same flags"
-                )
-
-
-@contextlib.contextmanager
-def _workdir(config: Config) -> Iterator[pathlib.Path]:
-    """The folder of the outputs, checked before anything costly; gone again if nothing came of the run."""
-    path = pathlib.Path(config.workdir or f"runs/{time.strftime('%Y%m%d-%H%M%S')}")
-    first, created = jax.process_index() == 0, list[pathlib.Path]()
-    try:
-        try:
-            if first:
-                created = [folder for folder in (path, *path.parents) if not folder.exists()]
-                path.mkdir(parents=True, exist_ok=True)
-            devices.exchange()
-            with tempfile.NamedTemporaryFile(dir=path, prefix=".process-") as mine:
-                # All look for what each wrote, before any takes it away.
-                names = devices.exchange(pathlib.Path(mine.name).name)
-                missing = [process for process, name in enumerate(names) if not (path / name).exists()]
-                if missing:
-                    raise InputError(
-                        f"--workdir={path}: process {jax.process_index()} and process {missing[0]} see different "
-                        "folders there; name one that all see"
-                    )
-                devices.exchange()
-        except OSError as error:
-            raise InputError(f"--workdir={path}: cannot be written: {error.strerror}; name another folder") from error
-        devices.exchange()
-        yield path
-    except InputError:
-        if created:
-            shutil.rmtree(created[-1], ignore_errors=True)
-        raise
+        yield checkpoints
 
 
 def _parse(argv: list[str]) -> list[str]:
@@ -183,11 +158,12 @@ def _main(argv: list[str]) -> None:
         devices.start(
             config.platform, config.num_devices, config.coordinator_address, config.num_processes, config.process_id
         )
+        door = examine if config.mode == "doctor" else run
         if jax.process_count() == 1:
-            run(config)
+            door(config)
         else:
-            _run_among_others(config)
-    except (InputError, Diverged, Preempted, ProcessLost) as error:
+            _among_others(functools.partial(door, config))
+    except (InputError, Diverged, AuditFailed, Preempted, ProcessLost) as error:
         _leave(error, error.exit_code)
     except OSError as error:
         if error.filename is None:
@@ -195,24 +171,20 @@ def _main(argv: list[str]) -> None:
         _leave(InputError(f"{error.filename}: {error.strerror}: free or change it"), InputError.exit_code)
 
 
-def _run_among_others(config: Config) -> None:
-    """As `run`, in one of several processes: they end alike, and none waits for one that is lost."""
+def _among_others(work: Callable[[], None]) -> None:
+    """In one of several processes: they end alike, all together, and none waits for one that is lost."""
     try:
         try:
-            _agree(config)
-            run(config)
-        except devices.AgreedError:
+            processes.agreed(work)
+        except (Diverged, AuditFailed, Preempted):  # as in all others
+            processes.exchange()
             raise
-        except InputError as error:
-            devices.exchange(error=str(error))
-    except (InputError, Diverged, Preempted):
+    except (InputError, Diverged, AuditFailed, Preempted):
         raise
-    except BaseException:
-        traceback.print_exc()
-        _tell(
-            ProcessLost(f"process {jax.process_index()} cannot go on: an error of its own, or another process is lost")
-        )
-        os._exit(ProcessLost.exit_code)  # a normal exit would wait for the others
+    except BaseException as error:
+        if not isinstance(error, ProcessLost):
+            traceback.print_exc()
+        processes.end_as_lost(error)
 
 
 def _tell(error: Exception) -> None:

@@ -12,12 +12,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from dpreg.data.dataset import PLACEMENTS, Block, Dataset
 from dpreg.data.sources import RegressionData
-from dpreg.errors import Diverged, InputError, Preempted
-from dpreg.parallel import devices
+from dpreg.errors import AuditFailed, Diverged, InputError, Preempted
+from dpreg.parallel import devices, processes
 from dpreg.parallel.step import (
     BACKENDS,
     REDUCTIONS,
@@ -47,6 +48,7 @@ class Progress:
       train_loss: mean loss per weight over the steps since the last log point; None between log points.
       val_loss, metrics: the mean loss and the metrics on the validation rows; only at the end of an epoch.
       rows_per_second: training speed in this epoch so far.
+      audit: [2] uint32, how many rows this epoch used and the sum of their tags; only at the end of an audited one.
     """
 
     step: int
@@ -57,6 +59,7 @@ class Progress:
     val_loss: float | None = None
     metrics: Mapping[str, float] | None = None
     rows_per_second: float = 0.0
+    audit: np.ndarray | None = None
 
     @property
     def epoch_ended(self) -> bool:
@@ -97,6 +100,7 @@ class Trainer:
       platform: "cpu", "gpu" or "tpu"; None takes JAX's default.
       log_every_steps: steps between log points; 0 for eight an epoch.
       steps_per_block: steps of one compiled call; None chooses by bytes. The result does not depend on it.
+      audit: whether to count the rows that the steps used, and to check each epoch that it used every row once.
       observers: called with a `Progress` after every block, log point and epoch.
 
     Attributes:
@@ -104,6 +108,7 @@ class Trainer:
       step, steps_trained: steps done; those of them that this trainer did, not one that it goes on from.
       epoch_sums: [steps of an epoch, 2] weighted loss sum and weight sum of each step of this epoch so far.
       checkpoints: what saves the run while it trains; None for nothing.
+      heartbeat: called whenever results have come from the devices, or a checkpoint has been taken.
       train_loss, val_loss, metrics: of the last epoch.
       seconds: where the time went: "ingest" (rows to the devices), "compile", "train", "eval".
 
@@ -125,6 +130,7 @@ class Trainer:
         platform: str | None = None,
         log_every_steps: int = 0,
         steps_per_block: int | None = None,
+        audit: bool = True,
         observers: Iterable[Observer] = (),
     ):
         for name, value, allowed in (
@@ -151,6 +157,10 @@ class Trainer:
         self.metrics: dict[str, float] = {}
         self.steps_trained, self._speed = 0, 0.0
         self.checkpoints: Saver | None = None
+        self.heartbeat: Callable[[], None] = lambda: None
+        # Rows used in this epoch: by this process lately, and by all before that (None: not audited).
+        self.audit, self._lately_used = audit, np.zeros(2, np.uint32)
+        self._epoch_used: np.ndarray | None = None
 
     def fit(self, model: Model, data: RegressionData) -> None:
         """Trains the model for `max_epochs`, validating after each.
@@ -172,7 +182,8 @@ class Trainer:
         """Brings the rows to where the steps read them."""
         started = time.perf_counter()
         self.seconds, self.steps_trained = dict.fromkeys(self.seconds, 0.0), 0
-        self.train = self._placed(Dataset(data.train).shuffle(self.seed).batch(data.batch_size).repeat(self.max_epochs))
+        train = Dataset(data.train).shuffle(self.seed).batch(data.batch_size).repeat(self.max_epochs)
+        self.train = self._placed(train.tag(self.audit))
         self.val = self._placed(Dataset(data.val).batch(data.batch_size)) if data.val else None
         self._carried = Carried(*self.train.carried)
         jax.block_until_ready([dataset.data for dataset in (self.train, self.val) if dataset])
@@ -205,7 +216,7 @@ class Trainer:
         self._train_block = self._compiled(compile_train_block, model, self.train)
         self._eval_block = self._compiled(compile_eval_block, model, self.val) if self.val else None
         # Compiled unevenly fast, but met before the first collective, which waits for nobody long.
-        devices.exchange()
+        processes.exchange()
         self.seconds["compile"] += time.perf_counter() - started
 
     def _compiled(self, compile_block: Callable[..., Any], model: Model, dataset: Dataset) -> Callable[..., Any]:
@@ -224,9 +235,20 @@ class Trainer:
         """What the compiled steps take for a block: rows, shards and clock."""
         return block.data, self._carried, Clock(block.first_step, block.num_steps, self.seed).packed()
 
-    def resume(self, state: TrainState, epoch_sums: np.ndarray) -> None:
-        """Goes on from a state: its step, and the sums of the steps of its epoch so far, as in `epoch_sums`."""
+    def rows_used(self) -> np.ndarray | None:
+        """What this epoch used so far, as `Dataset.tags`; None if not audited. All processes have to ask alike."""
+        if self._epoch_used is not None:
+            everywhere = multihost_utils.process_allgather(self._lately_used).reshape(-1, 2)
+            self._begin_audit(self._epoch_used + everywhere.sum(axis=0, dtype=np.uint32))
+        return self._epoch_used
+
+    def _begin_audit(self, used: np.ndarray | None) -> None:
+        self._epoch_used, self._lately_used = used if self.audit else None, np.zeros(2, np.uint32)
+
+    def resume(self, state: TrainState, epoch_sums: np.ndarray, rows_used: np.ndarray | None = None) -> None:
+        """Goes on from a state: its step, the sums of the steps of its epoch so far, and the rows they used."""
         self.state, self.step, self.epoch_sums = state, int(state.step), epoch_sums.astype(np.float64)
+        self._begin_audit(rows_used)
         if self.step and self.step % self.train.sampler.steps_per_epoch == 0:
             self.train_loss = _mean(self.epoch_sums)
             self.validate()
@@ -237,16 +259,19 @@ class Trainer:
         Raises:
           Diverged: when the loss is no longer finite.
           Preempted: when the run was asked to stop; its state is saved.
+          AuditFailed: when the epoch did not use every row once.
         """
         steps = self.train.sampler.steps_per_epoch
         start = self.step - self.step % steps
         if self.step == start:
             self.epoch_sums = np.zeros((steps, 2))
+            self._begin_audit(np.zeros(2, np.uint32))
         while self.step < start + steps:
             self._train_on(start)
             if self.step < start + steps:
                 self._rest()
         self.train_loss = _mean(self.epoch_sums)
+        audit = self._audited()
         self.validate()
         if self.val_loss is not None and not math.isfinite(self.val_loss):
             raise Diverged(self.step, validation=True)
@@ -256,19 +281,32 @@ class Trainer:
             train_loss=_mean(self.epoch_sums[unlogged:]),
             val_loss=self.val_loss,
             metrics=self.metrics,
+            audit=audit,
         )
         self._rest()
+
+    def _audited(self) -> np.ndarray | None:
+        """What the epoch used, once it is known to be every row once."""
+        used = self.rows_used()
+        if used is not None and (used != self.train.tags).any():
+            what, due = (f"{rows:,} rows with tags {tags:08x}" for rows, tags in (used, self.train.tags))
+            raise AuditFailed(
+                f"the epoch that ends at step {self.step} did not use every row once: {what} where it has {due}; "
+                "a fault of dpreg or of the machine: report it with flags.cfg"
+            )
+        return used
 
     def _train_on(self, start: int) -> None:
         """Trains the epoch that began at step `start`, to its end or until it is time to save."""
         steps, every, first = self.train.sampler.steps_per_epoch, self._log_every, self.step
         began = time.perf_counter()
-        for block, sums in self._in_order(self._train_blocks(start + steps)):
+        for block, (sums, used) in self._in_order(self._train_blocks(start + steps)):
             finite = np.isfinite(sums[: block.num_steps, 0])
             good = block.num_steps if finite.all() else int(finite.argmin())
             before = self.step - start
             done = before + good
             self.epoch_sums[before:done] = sums[:good]
+            self._lately_used += np.reshape(used, (-1, 2)).sum(axis=0, dtype=np.uint32)
             self.step = start + done
             self._speed = (self.step - first) * len(self.train.source) / steps / (time.perf_counter() - began)
             for point in range(before // every * every + every, min(done + 1, steps), every):
@@ -288,8 +326,8 @@ class Trainer:
         for block in self.train.blocks(first, stop):
             if block.first_step > first and self.checkpoints and self.checkpoints.due():
                 return
-            self.state, sums = self._train_block(self.state, *self.prepare_batch(block))
-            yield block._replace(data=None), sums
+            self.state, sums, used = self._train_block(self.state, *self.prepare_batch(block))
+            yield block._replace(data=None), (sums, [part.data for part in used.addressable_shards])
 
     def _rest(self) -> None:
         """With no step in flight: saves where that is due, and leaves where that was asked for."""
@@ -298,6 +336,7 @@ class Trainer:
         every = self.checkpoints.every_steps
         if self.checkpoints.due() or (every and self.step % every == 0):
             self.checkpoints.save(self)
+            self.heartbeat()
         if self.checkpoints.preempted:
             raise Preempted(self.step)
 
@@ -315,17 +354,20 @@ class Trainer:
         self.val_loss, self.metrics = _metrics([moments for _, moments in self._in_order(blocks)])
         self.seconds["eval"] += time.perf_counter() - started
 
-    @staticmethod
-    def _in_order(dispatched: Iterable[tuple[Block, Any]]) -> Iterator[tuple[Block, Any]]:
+    def _in_order(self, dispatched: Iterable[tuple[Block, Any]]) -> Iterator[tuple[Block, Any]]:
         """Results on the host, in order, while a bounded number of later calls is under way."""
         under_way: collections.deque[tuple[Block, Any]] = collections.deque()
         for call in dispatched:
             under_way.append(call)
             if len(under_way) > _MAX_IN_FLIGHT:
-                block, result = under_way.popleft()
-                yield block, jax.device_get(result)
+                yield self._arrived(*under_way.popleft())
         for block, result in under_way:
-            yield block, jax.device_get(result)
+            yield self._arrived(block, result)
+
+    def _arrived(self, block: Block, result: Any) -> tuple[Block, Any]:
+        arrived = jax.device_get(result)
+        self.heartbeat()
+        return block, arrived
 
     def _tell(self, step: int, **values: Any) -> None:
         steps = self.train.sampler.steps_per_epoch

@@ -33,23 +33,38 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if parsed.processes < 1:
         parser.error("--processes: use 1 or more")
 
+    told_to_stop = threading.Event()
+    run: Run | None = None
+
+    def pass_on(number: int, frame: FrameType | None) -> None:
+        del frame
+        told_to_stop.set()
+        if run is not None:
+            run.signal(number)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, pass_on)
+    code = PREEMPTED  # of a run that was stopped before its first process
     for attempt in range(parsed.max_restarts + 1):
         if attempt:
             delay = min(2.0 ** (attempt - 1), 60.0)
-            print(f"local: starting again in {delay:.0f} s ({attempt} of {parsed.max_restarts})", flush=True)
-            time.sleep(delay)
+            say(f"starting again in {delay:.0f} s ({attempt} of {parsed.max_restarts})")
+            told_to_stop.wait(delay)
+        if told_to_stop.is_set():
+            break
         run = Run(parsed.processes, parsed.flags)
+        if told_to_stop.is_set():
+            run.signal(signal.SIGTERM)
         code = run.wait()
-        if code in FINAL or run.told_to_stop:
+        if code in FINAL:
             break
     return code
 
 
 class Run:
-    """One attempt: the processes, their output, and the signals passed on to them."""
+    """One attempt: the processes and their output."""
 
     def __init__(self, processes: int, flags: Sequence[str]):
-        self.told_to_stop = False
         address = f"127.0.0.1:{free_port()}"
         self._processes = [
             subprocess.Popen(
@@ -66,30 +81,26 @@ class Run:
         self._readers = [threading.Thread(target=self._show, args=(i,)) for i in range(processes)]
         for reader in self._readers:
             reader.start()
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self._pass_on)
 
     def wait(self) -> int:
         """Waits for the end of all, ending the others soon after the first that fails; the run's exit code."""
+        ended: dict[int, int] = {}  # process -> exit code, in the order in which they ended
         deadline = float("inf")
-        first_failed: int | None = None
-        while any(process.poll() is None for process in self._processes):
-            codes = [process.returncode for process in self._processes if process.returncode is not None]
-            if codes and deadline == float("inf"):
-                failed = [code for code in codes if code]
-                first_failed = failed[0] if failed else None
-                by_themselves = first_failed in (None, PREEMPTED, *FINAL)
-                deadline = time.monotonic() + (GRACE_SECONDS if by_themselves else 0)
+        while len(ended) < len(self._processes):
+            for number, process in enumerate(self._processes):
+                if number not in ended and process.poll() is not None:
+                    ended[number] = process.returncode
+                    agreed = process.returncode in (PREEMPTED, *FINAL)  # then the others end alike by themselves
+                    if not agreed and time.monotonic() < deadline:
+                        say(f"process {number} {how_it_ended(process.returncode)}; ending the others")
+                    deadline = min(deadline, time.monotonic() + (GRACE_SECONDS if agreed else 0))
             if time.monotonic() >= deadline:
-                for process in self._processes:
-                    with contextlib.suppress(ProcessLookupError):
-                        process.kill()
+                self.signal(signal.SIGKILL)
             time.sleep(0.02)
         for reader in self._readers:
             reader.join()
-        failed = [process.returncode for process in self._processes if process.returncode]
-        code = first_failed or (failed[0] if failed else 0)
-        return code if code in (*FINAL, PREEMPTED) else LOST
+        code = next((code for code in ended.values() if code), 0)
+        return code if code > 0 else LOST if code else 0
 
     def _show(self, number: int) -> None:
         output = self._processes[number].stdout
@@ -97,12 +108,21 @@ class Run:
         for line in output:
             print(f"[{number}] {line}", end="", flush=True)
 
-    def _pass_on(self, number: int, frame: FrameType | None) -> None:
-        del frame
-        self.told_to_stop = True
+    def signal(self, number: int) -> None:
+        """Sends a signal to all that still run."""
         for process in self._processes:
-            if process.poll() is None:
+            with contextlib.suppress(ProcessLookupError):
                 process.send_signal(number)
+
+
+def say(line: str) -> None:
+    """A line of the launcher's own, between those of the processes."""
+    print(f"local: {line}", flush=True)
+
+
+def how_it_ended(code: int) -> str:
+    """Such as "was ended by SIGKILL"."""
+    return f"ended with exit code {code}" if code >= 0 else f"was ended by {signal.Signals(-code).name}"
 
 
 def free_port() -> int:

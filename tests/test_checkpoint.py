@@ -95,12 +95,52 @@ def test_a_flipped_byte_in_any_file_is_noticed_and_the_checkpoint_before_is_used
         with Checkpoints(folder, IDENTITY) as checkpoints:
             assert checkpoints.restore(trainer)
         assert leaves_of(trainer) == saved[trainer.step]
-        assert ("checkpoint 7 is damaged" in caplog.text) == (trainer.step == 4) == (not (folder / "7").exists())
+        assert (
+            ("checkpoint 7 is damaged" in caplog.text)
+            == (trainer.step == 4)
+            == (not (folder / "7").exists())
+            == (folder / "damaged-7").exists()
+        )
         if trainer.step == 4:
             noticed.append(file.name)
     gc.collect()  # the tasks that Orbax dropped complain here, not in a later test
     assert {"metadata", "manifest.ocdbt"} <= set(noticed)
     assert any(len(name) == 32 for name in noticed)  # Orbax's data files
+
+
+def test_a_flipped_byte_in_what_the_run_is_is_damage_not_another_run(tmp_path, caplog):
+    train(tmp_path, 4)
+    train(tmp_path, 7)
+    file = tmp_path / "checkpoints" / "7" / "meta" / "metadata"
+    content = file.read_bytes()
+    assert b'"lr": 0.05' in content
+    file.write_bytes(content.replace(b'"lr": 0.05', b'"lr": 0.15'))
+    trainer = prepared()
+    with Checkpoints(tmp_path / "checkpoints", IDENTITY) as checkpoints:
+        assert checkpoints.restore(trainer)
+    assert trainer.step == 4
+    assert "checkpoint 7 is damaged, and set aside as damaged-7" in caplog.text
+
+
+def test_another_model_under_the_same_flags_is_refused_and_nothing_is_lost(tmp_path):
+    train(tmp_path, 4)
+    trainer = prepared()
+    trainer.prepare_model(Net(optax.sgd(0.05, momentum=0.9), width=8))
+    with (
+        Checkpoints(tmp_path / "checkpoints", IDENTITY) as checkpoints,
+        pytest.raises(dpreg.InputError, match=r"another model: .*'kernel'.* was float32\[16, 1\] and is float32\[8"),
+    ):
+        checkpoints.restore(trainer)
+    assert (tmp_path / "checkpoints" / "4").exists()
+
+
+def test_an_epoch_that_was_not_audited_from_its_start_is_not_audited(tmp_path):
+    train(tmp_path, 4, audit=False)
+    train(tmp_path)
+    audits = [record.get("audit") for record in read_metrics(tmp_path / "metrics.jsonl") if record["step"] % 10 == 0]
+    assert audits[0] is None
+    assert audits[1] == audits[2]
+    assert audits[1]["rows"] == 153
 
 
 def test_another_run_is_refused_by_the_names_of_what_differs(tmp_path):

@@ -1,15 +1,23 @@
 """The launchers: real Open MPI and Slurm where they are installed; the others as far as can be checked."""
 
+import contextlib
+import dataclasses
 import json
 import os
 import pathlib
 import shutil
+import signal
 import socket
 import subprocess
 import sys
 import time
 
+import psutil
 import pytest
+import yaml
+from cluster import complete, wait_until
+
+from dpreg.config import Config
 
 ROOT = pathlib.Path(__file__).parent.parent
 LAUNCH = ROOT / "launch"
@@ -36,6 +44,33 @@ def test_open_mpi_trains_to_the_bits_of_one_process(tmp_path, alone):
     assert done.returncode == 0, done.stderr
     assert "of 2 processes" in done.stderr
     assert sha_of(tmp_path) == alone
+
+
+@pytest.mark.skipif(not shutil.which("mpirun"), reason="Open MPI is not installed")
+@pytest.mark.parametrize("whom", ["a process", "the script"])
+def test_a_preempted_run_of_open_mpi_is_started_again_unless_it_was_told_to_stop(tmp_path, whom):
+    environment = os.environ | {"MPIRUN_FLAGS": "--allow-run-as-root --oversubscribe", "PYTHON": sys.executable}
+    flags = [*WORK, "--num_train=20000", "--max_epochs=20", f"--workdir={tmp_path}", "--checkpoint_every_steps=100"]
+    script = subprocess.Popen(
+        [LAUNCH / "mpi.sh", "2", *flags],
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        assert wait_until(lambda: complete(tmp_path), script)
+        below = psutil.Process(script.pid).children(recursive=True)
+        workers = [process for process in below if process.cmdline()[1:3] == ["-m", "dpreg.main"]]
+        (script if whom == "the script" else workers[1]).send_signal(signal.SIGTERM)
+        said = script.communicate(timeout=200)[1]
+    finally:
+        for process in [*below, script]:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+    assert ("going on from step" in said) == (whom == "a process"), said
+    assert script.returncode == (0 if whom == "a process" else 75), said
 
 
 @pytest.fixture
@@ -119,6 +154,100 @@ def test_shell_scripts_pass_shellcheck():
     scripts = [*LAUNCH.glob("*.sh"), *LAUNCH.glob("*.sbatch"), ROOT / ".ci" / "run"]
     done = subprocess.run(["shellcheck", *scripts], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
+
+
+ANY = object()
+METADATA = {"name": str, "labels": ANY, "annotations": ANY, "namespace": str}
+POD_SPEC = {
+    "serviceAccountName": str,
+    "restartPolicy": ("Never",),  # a pod failure policy asks for it
+    "terminationGracePeriodSeconds": int,
+    "containers": [
+        {
+            "name": str,
+            "image": str,
+            "command": [str],
+            "args": [str],
+            "env": [{"name": str, "value": str}],
+            "resources": {"limits": ANY, "requests": ANY},
+            "volumeMounts": [{"name": str, "mountPath": str, "readOnly": bool}],
+        }
+    ],
+    "volumes": [{"name": str, "persistentVolumeClaim": {"claimName": str}}],
+}
+JOB_SPEC = {
+    "parallelism": int,
+    "completions": int,
+    "completionMode": ("Indexed", "NonIndexed"),
+    "backoffLimit": int,
+    "activeDeadlineSeconds": int,
+    "podFailurePolicy": {
+        "rules": [
+            {
+                "action": ("FailJob", "FailIndex", "Ignore", "Count"),
+                "onExitCodes": {"containerName": str, "operator": ("In", "NotIn"), "values": [int]},
+            }
+        ]
+    },
+    "template": {"metadata": METADATA, "spec": POD_SPEC},
+}
+# The fields of jobset.x-k8s.io/v1alpha2 and those of batch/v1 and v1 below them, as far as a launcher may need them.
+JOBSET_SPEC = {
+    "network": {"enableDNSHostnames": bool, "subdomain": str, "publishNotReadyAddresses": bool},
+    "coordinator": {"replicatedJob": str, "jobIndex": int, "podIndex": int},
+    "failurePolicy": {
+        "maxRestarts": int,
+        "restartStrategy": ("Recreate", "BlockingRecreate"),
+        "rules": [
+            {
+                "name": str,
+                "action": ("FailJobSet", "RestartJobSet", "RestartJobSetAndIgnoreMaxRestarts"),
+                "onJobFailureReasons": [str],
+                "targetReplicatedJobs": [str],
+            }
+        ],
+    },
+    "successPolicy": {"operator": ("All", "Any"), "targetReplicatedJobs": [str]},
+    "suspend": bool,
+    "ttlSecondsAfterFinished": int,
+    "replicatedJobs": [{"name": str, "replicas": int, "template": {"metadata": METADATA, "spec": JOB_SPEC}}],
+}
+
+
+def check_fields(value, fields, path):
+    if fields is ANY:
+        return
+    if isinstance(fields, dict):
+        assert isinstance(value, dict), path
+        for name, below in value.items():
+            assert name in fields, f"{path}.{name} is no field of it"
+            check_fields(below, fields[name], f"{path}.{name}")
+    elif isinstance(fields, list):
+        assert isinstance(value, list), path
+        for number, below in enumerate(value):
+            check_fields(below, fields[0], f"{path}[{number}]")
+    elif isinstance(fields, tuple):
+        assert value in fields, path
+    else:
+        assert type(value) is fields, path
+
+
+def test_the_jobset_has_fields_that_exist():
+    *roles, jobset = yaml.safe_load_all((LAUNCH / "gke_jobset.yaml").read_text())
+    assert [document["kind"] for document in roles] == ["ServiceAccount", "Role", "RoleBinding"]
+    assert (jobset["apiVersion"], jobset["kind"]) == ("jobset.x-k8s.io/v1alpha2", "JobSet")
+    check_fields(jobset["spec"], JOBSET_SPEC, "spec")
+    check_fields(jobset["metadata"], METADATA, "metadata")
+    (job,) = jobset["spec"]["replicatedJobs"]
+    job = job["template"]["spec"]
+    pod = job["template"]["spec"]
+    assert job["parallelism"] == job["completions"]
+    assert pod["serviceAccountName"] == roles[0]["metadata"]["name"] == roles[2]["subjects"][0]["name"]
+    (container,) = pod["containers"]
+    assert job["podFailurePolicy"]["rules"][0]["onExitCodes"]["containerName"] == container["name"]
+    assert {mount["name"] for mount in container["volumeMounts"]} == {volume["name"] for volume in pod["volumes"]}
+    known = {field.name for field in dataclasses.fields(Config)} | {"flagfile"}
+    assert {argument.removeprefix("--").partition("=")[0] for argument in container["args"]} <= known
 
 
 def test_every_launcher_says_what_was_run():

@@ -1,88 +1,66 @@
 """Several processes: the same bits as one, and a run that outlives any of them."""
 
 import json
-import pathlib
 import random
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 
-import psutil
 import pytest
+from cluster import (
+    ROOT,
+    WORK,
+    alone,
+    complete,
+    ended,
+    free_address,
+    outcome,
+    start,
+    stepping,
+    together,
+    wait_until,
+    workers,
+)
 
-from dpreg.observers.metrics import read_metrics
+from dpreg.errors import InputError, ProcessLost
+from dpreg.parallel import processes
+from dpreg.parallel.deadline import Deadline
 
-ROOT = pathlib.Path(__file__).parent.parent
-# 600 steps of real work: 20 epochs of 30 steps
-WORK = ("--platform=cpu", "--reduction=ordered", "--num_train=960", "--batch_size=32", "--max_epochs=20", "--lr=0.01")
-
-
-def start(processes, workdir, *flags, restarts=0):
-    command = [sys.executable, "launch/local.py", f"--processes={processes}", f"--max_restarts={restarts}"]
-    return subprocess.Popen(
-        [*command, "--", *WORK, f"--num_devices={8 // processes}", f"--workdir={workdir}", *flags],
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-
-
-def ended(launcher, timeout=240):
-    try:
-        said = launcher.communicate(timeout=timeout)[0]
-    finally:
-        for process in psutil.Process().children(recursive=True):
-            if "dpreg.main" in " ".join(process.cmdline()):
-                process.kill()
-    return launcher.returncode, said
-
-
-def outcome(workdir):
-    curve = [{k: v for k, v in r.items() if k != "rows_per_second"} for r in read_metrics(workdir / "metrics.jsonl")]
-    summary = json.loads((workdir / "summary.json").read_text())
-    return summary["params_sha256"], curve, summary["train_loss"], summary["val_loss"]
+MAIN = ("-m", "dpreg.main")
 
 
 @pytest.fixture(scope="module")
-def alone(tmp_path_factory):
+def expected(tmp_path_factory):
     workdir = tmp_path_factory.mktemp("alone")
-    command = [sys.executable, "-m", "dpreg.main", *WORK, "--num_devices=8", f"--workdir={workdir}"]
-    subprocess.run(command, cwd=ROOT, check=True, capture_output=True, timeout=240)
+    alone(workdir)
     return outcome(workdir)
 
 
-@pytest.mark.parametrize(
-    ("processes", "flags"), [(2, ()), (4, ()), (2, ("--backend=pmap",)), (2, ("--placement=host",))]
-)
-def test_processes_give_the_bits_of_one(tmp_path, alone, processes, flags):
-    code, said = ended(start(processes, tmp_path, *flags))
+@pytest.mark.parametrize(("count", "flags"), [(2, ()), (4, ()), (2, ("--backend=pmap",)), (2, ("--placement=host",))])
+def test_processes_give_the_bits_of_one(tmp_path, expected, count, flags):
+    code, said = ended(start(count, tmp_path, *flags))
     assert code == 0, said
-    assert f"8 cpu devices of {processes} processes" in said
-    assert outcome(tmp_path) == alone
+    assert f"8 cpu devices of {count} processes" in said
+    assert outcome(tmp_path) == expected
     summary = json.loads((tmp_path / "summary.json").read_text())
-    assert (summary["process_count"], summary["device_count"]) == (processes, 8)
+    assert (summary["process_count"], summary["device_count"]) == (count, 8)
 
 
-def workers(launcher):
-    return sorted(psutil.Process(launcher.pid).children(), key=lambda p: p.cmdline()[-1])
-
-
-def wait_until(condition, launcher):
-    deadline = time.monotonic() + 120
-    while not condition() and launcher.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.02)
-
-
-def complete(workdir):
-    folder = workdir / "checkpoints"
-    return [int(path.name) for path in folder.iterdir() if path.name.isdigit()] if folder.exists() else []
+def test_pmean_is_equal_to_rounding(tmp_path):
+    code, said = ended(start(2, tmp_path / "two", "--reduction=pmean"))
+    assert code == 0, said
+    alone(tmp_path / "one", "--reduction=pmean")
+    (_, two, *_), (_, one, *_) = outcome(tmp_path / "two"), outcome(tmp_path / "one")
+    for ours, theirs in zip(two, one, strict=True):
+        assert ours["train_loss"] == pytest.approx(theirs["train_loss"], rel=1e-5)
+        assert ours.get("audit") == theirs.get("audit")
 
 
 @pytest.mark.parametrize(("victim", "how"), [(0, signal.SIGKILL), (1, signal.SIGKILL), (1, signal.SIGSTOP)])
-def test_a_lost_process_costs_nothing_but_time(tmp_path, alone, victim, how):
+def test_a_lost_process_costs_nothing_but_time(tmp_path, expected, victim, how):
     launcher = start(2, tmp_path, "--checkpoint_every_steps=50", restarts=1)
     wait_until(lambda: complete(tmp_path), launcher)
     time.sleep(random.Random(victim).random())
@@ -91,45 +69,110 @@ def test_a_lost_process_costs_nothing_but_time(tmp_path, alone, victim, how):
     assert code == 0, said
     assert "starting again" in said
     assert "going on from step" in said
-    assert outcome(tmp_path) == alone
+    assert outcome(tmp_path) == expected
 
 
-def test_sigterm_to_one_process_saves_in_all_and_exits_75(tmp_path):
-    longer = "--max_epochs=400"  # all hear of the signal within seconds
-    launcher = start(2, tmp_path / "w", longer, "--checkpoint_every_steps=50")
-    wait_until(lambda: complete(tmp_path / "w"), launcher)
-    workers(launcher)[1].send_signal(signal.SIGTERM)
-    code, said = ended(launcher)
-    assert code == 75, said
-    assert said.count("the same command goes on from there") == 2
-    for name in ("w", "whole"):
-        command = [sys.executable, "-m", "dpreg.main", *WORK, longer, "--num_devices=1", f"--workdir={tmp_path / name}"]
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240)
-        assert ("going on from step" in done.stderr) == (name == "w"), done.stderr
-    assert outcome(tmp_path / "w") == outcome(tmp_path / "whole")
-
-
-def pair(first, second):
-    """Two processes of one run, started by hand: the exit code and stderr of each."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        address = f"--coordinator_address=127.0.0.1:{listener.getsockname()[1]}"
+@pytest.mark.parametrize(("victim", "how"), [(0, signal.SIGKILL), (2, signal.SIGKILL), (0, signal.SIGSTOP)])
+def test_without_a_launcher_the_others_end_with_76_within_15_seconds(tmp_path, victim, how):
+    flags = (*WORK, "--max_epochs=10000", "--num_devices=2", free_address(), f"--workdir={tmp_path}")
     running = [
         subprocess.Popen(
-            [sys.executable, "-m", "dpreg.main", "--platform=cpu", "--num_devices=1", address, *flags],
+            [sys.executable, *MAIN, *flags, "--num_processes=3", f"--process_id={i}"],
             cwd=ROOT,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             text=True,
         )
-        for flags in (("--process_id=0", *first), ("--process_id=1", *second))
+        for i in range(3)
     ]
     try:
-        said = [process.communicate(timeout=100)[1] for process in running]
-        return [(process.returncode, text) for process, text in zip(running, said, strict=True)]
+        wait_until(lambda: stepping(tmp_path), running[0])
+        running[victim].send_signal(how)
+        sent = time.monotonic()
+        for number in {0, 1, 2} - {victim}:
+            said = running[number].communicate(timeout=60)[1]
+            assert running[number].returncode == 76, said
+            assert time.monotonic() - sent < 15
+            assert "start all again to go on from the newest checkpoint" in said
     finally:
         for process in running:
             process.kill()
+
+
+# 10 blocks an epoch, of 25 steps of 800 rows of 200 features
+WIDE = (
+    "--platform=cpu",
+    "--reduction=ordered",
+    f"--w={','.join(['1'] * 200)}",
+    "--batch_size=800",
+    "--num_train=200000",
+    "--num_val=800",
+    "--lr=0.001",
+)
+
+
+def test_sigterm_to_one_process_saves_in_all_within_an_epoch_and_exits_75(tmp_path):
+    epochs = "--max_epochs=30"
+    often = ("--checkpoint_every_seconds=0.3", "--keep=1000")
+    launcher = start(2, tmp_path / "w", epochs, *often, devices=1, work=WIDE)
+    wait_until(lambda: complete(tmp_path / "w"), launcher)
+    workers(launcher)[1].send_signal(signal.SIGTERM)
+    time.sleep(0.5)
+    for worker in workers(launcher):  # a second one does no harm
+        worker.send_signal(signal.SIGTERM)
+    code, said = ended(launcher)
+    assert code == 75, said
+    assert said.count("the same command goes on from there") == 2
+    stopped_at = max(complete(tmp_path / "w"))
+    assert f"stopped at step {stopped_at}," in said
+    assert any(step % 250 for step in complete(tmp_path / "w")), "none was saved within an epoch"
+    for name in ("w", "whole"):
+        done = alone(tmp_path / name, epochs, devices=1, work=WIDE)
+        assert (f"going on from step {stopped_at:,}" in done.stderr) == (name == "w"), done.stderr
+    assert outcome(tmp_path / "w") == outcome(tmp_path / "whole")
+
+
+def faulty(number, fault, *flags, patch="rows_used"):
+    """How to start a process in which a method of the trainer does something else."""
+    code = (
+        f"import time, dpreg.trainer as t; t.Trainer.{patch} = lambda *a: {fault}; from dpreg.main import main; main()"
+    )
+    command = ("-c", code) if fault else MAIN
+    return command, [*flags, "--num_processes=2", f"--process_id={number}"], ROOT
+
+
+@pytest.mark.parametrize("who", [0, 1])
+def test_an_exception_in_one_process_ends_all_with_76_and_its_reason(tmp_path, who):
+    flags = ("--platform=cpu", "--num_devices=2", free_address(), f"--workdir={tmp_path}")
+    faults = ["", ""]
+    faults[who] = "int('boom')"
+    results = together(*(faulty(i, fault, *flags) for i, fault in enumerate(faults)))
+    for code, lines, _, _ in results:
+        assert code == 76, lines
+        assert any("the run lost a process" in line or "lost another process" in line for line in lines), lines
+    assert "boom" in "".join(results[who][1])
+    assert results[1][3] - results[0][3] < 15
+
+
+def test_a_process_that_hangs_is_ended_with_its_stacks(tmp_path):
+    """Its heartbeats go on: only the deadline notices."""
+    flags = ("--platform=cpu", "--num_devices=2", free_address(), f"--workdir={tmp_path}", "--step_timeout=4")
+    results = together(faulty(0, "", *flags), faulty(1, "time.sleep(1000)", *flags))
+    assert [code for code, *_ in results] == [76, 76]
+    said = "\n".join(results[1][1])
+    assert "had no result for 4 s (--step_timeout)" in said
+    assert "in rows_used" in said or "in <lambda>" in said
+
+
+def test_the_deadline_grows_with_the_slowest_wait_and_can_be_off():
+    deadline = Deadline()
+    assert deadline.limit == 120
+    deadline._waited = 30.0
+    deadline.progress()
+    assert deadline.limit == 600
+    assert Deadline(7.0).limit == 7
+    with Deadline(0.0) as never:
+        assert not never._thread.is_alive()
 
 
 @pytest.mark.parametrize(
@@ -139,16 +182,73 @@ def pair(first, second):
         (["--num_shards=1", "--batch_size=4"], ["--num_shards=1", "--batch_size=4"], "in each of 2 processes"),
         (["--batch_size=30"], ["--batch_size=30"], "use --batch_size=24 or 32"),
         ([], ["--workdir={}/other"], "see different folders"),
+        ([], ["--num_processes=3"], "--num_processes is 2 in process 0 and 3 in process 1"),
     ],
 )
 def test_what_several_processes_cannot_do_is_one_line_in_each(tmp_path, first, second, said):
     (tmp_path / "other").mkdir()
-    common = ("--num_processes=2", f"--workdir={tmp_path / 'w'}")
-    for code, stderr in pair((*common, *first), (*common, *(flag.format(tmp_path) for flag in second))):
-        lines = [line for line in stderr.splitlines() if "Gloo" not in line]
-        assert (code, len(lines)) == (2, 1), stderr
+    common = ("--platform=cpu", "--num_devices=1", free_address(), "--num_processes=2", f"--workdir={tmp_path / 'w'}")
+    starts = [
+        (MAIN, [*common, f"--process_id={i}", *(flag.format(tmp_path) for flag in own)], ROOT)
+        for i, own in enumerate((first, second))
+    ]
+    for code, lines, _, _ in together(*starts):
+        assert (code, len(lines)) == (2, 1), lines
         assert said in lines[0]
     assert not (tmp_path / "w").exists()
+
+
+def roll(port, *others, num_processes=3):
+    """What process 0 and the others make of a roll call: None where all is well."""
+    results = {}
+
+    def run(name, function, *arguments):
+        try:
+            results[name] = function("127.0.0.1", port, *arguments)
+        except (InputError, ProcessLost) as error:
+            results[name] = error
+
+    threads = [threading.Thread(target=run, args=(-1, processes._call_roll, num_processes))]
+    for name, (process, claimed) in enumerate(others):
+        threads.append(threading.Thread(target=run, args=(name, processes._answer_roll, claimed, process)))
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    return [results[name] for name in range(-1, len(others))]
+
+
+def test_the_roll_call_tells_all_what_is_wrong(monkeypatch, capfd):
+    port = int(free_address().rpartition(":")[2])
+    assert roll(port, (1, 3), (2, 3)) == [None, None, None]
+    for error in roll(port, (1, 3), (1, 3)):
+        assert isinstance(error, InputError)
+        assert "--process_id=1: two processes have it" in str(error)
+    monkeypatch.setattr(processes, "_JOIN_SECONDS", 2)
+    zero, one = roll(port, (1, 3))
+    assert isinstance(zero, ProcessLost)
+    assert "process 2 did not come to process 0 at 127.0.0.1" in str(zero)
+    assert str(one) == str(zero)
+    with pytest.raises(ProcessLost, match=r"process 1 found no process 0 at 127\.0\.0\.1:.*Connection refused"):
+        processes._answer_roll("127.0.0.1", port, 2, 1)
+
+
+def test_the_roll_call_minds_neither_strangers_nor_one_that_went_and_came_again():
+    port, results = int(free_address().rpartition(":")[2]), []
+    zero = threading.Thread(target=lambda: results.append(processes._call_roll("127.0.0.1", port, 2)))
+    zero.start()
+    for said in (b"GET / HTTP/1.1\r\n\r\n", b"[]\n", b"", b'{"process_id": 1, "num_processes": 2}\n'):
+        while True:
+            try:
+                with socket.create_connection(("127.0.0.1", port), timeout=1) as connection:
+                    connection.sendall(said)
+                break
+            except ConnectionRefusedError:  # process 0 does not listen yet
+                time.sleep(0.01)
+    assert zero.is_alive()
+    processes._answer_roll("127.0.0.1", port, 2, 1)
+    zero.join(10)
+    assert results == [None]
 
 
 @pytest.mark.parametrize(
@@ -158,11 +258,14 @@ def test_what_several_processes_cannot_do_is_one_line_in_each(tmp_path, first, s
         (["--coordinator_address=node:1234", "--num_processes=2", "--process_id=2"], "use 0 to 1"),
         (["--coordinator_address=node", "--num_processes=2", "--process_id=0"], "give the host and the port"),
         (["--coordinator_address=a:1", "--num_processes=2", "--process_id=0", "--workdir="], "give --workdir"),
+        (["--coordinator_address=auto", "--workdir=/nowhere"], "JAX finds no cluster to ask here"),
+        (["--step_timeout=-1"], "use 0 or more"),
+        (["--mode=cure"], "use train or doctor"),
     ],
 )
 def test_bad_process_flags_are_one_line(flags, said):
-    done = subprocess.run([sys.executable, "-m", "dpreg.main", *flags], cwd=ROOT, capture_output=True, text=True)
-    assert (done.returncode, len(done.stderr.splitlines())) == (2, 1)
+    done = subprocess.run([sys.executable, *MAIN, *flags], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, len(done.stderr.splitlines())) == (2, 1), done.stderr
     assert said in done.stderr
 
 
@@ -172,6 +275,6 @@ def test_a_port_that_is_taken_is_noticed():
         listener.listen()
         address = f"--coordinator_address=127.0.0.1:{listener.getsockname()[1]}"
         flags = [address, "--num_processes=2", "--process_id=0", "--workdir=/nowhere"]
-        done = subprocess.run([sys.executable, "-m", "dpreg.main", *flags], cwd=ROOT, capture_output=True, text=True)
+        done = subprocess.run([sys.executable, *MAIN, *flags], cwd=ROOT, capture_output=True, text=True)
     assert (done.returncode, len(done.stderr.splitlines())) == (2, 1)
-    assert "serves there" in done.stderr
+    assert "process 0 cannot serve there" in done.stderr

@@ -15,7 +15,7 @@ import numpy as np
 from jax import Array, lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from dpreg.data.order import Sampler
+from dpreg.data.order import Sampler, row_tag
 from dpreg.data.sources import Rows, Source
 from dpreg.errors import InputError
 
@@ -23,6 +23,7 @@ PLACEMENTS = ("auto", "device", "host")
 
 _BLOCK_BYTES = 16 << 20  # larger blocks were slower to transfer, smaller ones are dominated by the call
 _BLOCK_STEPS = 1 << 14
+_TAG_ROWS = 1 << 18  # at a time: they stay in cache
 _RESIDENT_FRACTION = 0.25  # of a device's memory: rows up to this size are kept there
 
 Batch = dict[str, Array]
@@ -62,6 +63,7 @@ class Dataset:
     num_shards: int = 1
     placement: str = "auto"
     ahead: int = 0
+    tagged: bool = False
     steps_per_block: int | None = None
 
     def shuffle(self, seed: int) -> "Dataset":
@@ -88,6 +90,10 @@ class Dataset:
         """Lets a background thread gather this many blocks ahead, where that helps (not on CPU devices)."""
         return dataclasses.replace(self, ahead=ahead)
 
+    def tag(self, tagged: bool = True) -> "Dataset":
+        """Lets each row carry a tag, by which those can be counted that a step used: see `tags`."""
+        return dataclasses.replace(self, tagged=tagged)
+
     def __iter__(self) -> Iterator[Block]:
         return self.blocks(0, self.num_steps)
 
@@ -95,6 +101,13 @@ class Dataset:
     def sampler(self) -> Sampler:
         """The order of the rows."""
         return Sampler(len(self.source), self.num_shards, self.global_batch, self.seed is not None)
+
+    @functools.cached_property
+    def tags(self) -> np.ndarray:
+        """What an epoch has to use: how many rows, and the sum of their tags: [2] uint32, whatever their order."""
+        rows = len(self.source)
+        sums = [row_tag(np.arange(i, min(i + _TAG_ROWS, rows))).sum(dtype=np.uint32) for i in range(0, rows, _TAG_ROWS)]
+        return np.array([rows, np.array(sums).sum(dtype=np.uint32)], np.uint32)
 
     @property
     def num_steps(self) -> int:
@@ -173,8 +186,9 @@ class Dataset:
           first_step, seed: int32 scalars.
 
         Returns:
-          `read(k, slot) -> {"x": [b, d], "y": [b, t], "weight": [b]}`, the rows of step `first_step + k` of
-          the shard in a slot; `read(k)` gives all slots, stacked in the first axis.
+          `read(k, slot) -> {"x": [b, d], "y": [b, t], "weight": [b]}` (with tags also "tag": [b] uint32, 0 for
+          padding), the rows of step `first_step + k` of the shard in a slot; `read(k)` gives all slots,
+          stacked in the first axis.
         """
         # Both ways flatten the slots into the axis read from: an axis of length 1 would be compiled otherwise.
         if self.resolved_placement == "host":
@@ -232,6 +246,8 @@ class Dataset:
             indices = np.minimum(start + np.minimum(positions, np.maximum(size - 1, 0)), sampler.num_rows - 1)
             rows = self.source[indices.ravel()]
             rows["weight"] = np.where(padding, np.float32(0), rows["weight"])
+            if self.tagged:
+                rows["tag"] = np.where(padding, np.uint32(0), row_tag(indices.ravel()))
             shape = (*positions.shape[:axis], 1, *positions.shape[axis:])
             return {name: column.reshape(*shape, *column.shape[1:]) for name, column in rows.items()}
 
@@ -242,7 +258,7 @@ class Dataset:
             shape[axis] = self._mesh.size
             return self._put(tuple(shape), axis, lambda device: part(device)[name])
 
-        return {name: whole(name) for name in ("x", "y", "weight")}
+        return {name: whole(name) for name in ("x", "y", "weight", *(["tag"] if self.tagged else []))}
 
     def _put(self, shape: tuple[int, ...], axis: int, part: Callable[[int], np.ndarray]) -> Array:
         """A global array of which `part(d)` is what device d holds; devices lie along `axis`."""

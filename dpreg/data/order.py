@@ -32,6 +32,11 @@ def keyed_hash(index: Integers, *key: int) -> Integers:
     return _mix(index.astype(np.uint32), word)
 
 
+def row_tag(index: Integers) -> Integers:
+    """A pseudo-random odd uint32 for each row index: sums of them tell sets of rows apart, in any order."""
+    return keyed_hash(index, 0x7A6) | np.uint32(1)
+
+
 def permute(position: Integers, size: Integers, *key: Integers) -> Integers:
     """The element that a keyed pseudo-random permutation of `range(size)` puts at `position`.
 

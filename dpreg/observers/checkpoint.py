@@ -4,31 +4,33 @@ import hashlib
 import json
 import logging
 import pathlib
+import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
-from jax.experimental import multihost_utils
 
 from dpreg.errors import InputError
-from dpreg.parallel.devices import Announcements, replicated
+from dpreg.parallel import processes
+from dpreg.parallel.devices import replicated
 from dpreg.trainer import Trainer
 
 
 class Checkpoints:
     """The checkpoints of a run: Orbax writes them, in the background and atomically.
 
-    A checkpoint is the TrainState, the loss sums of the epoch it stands in, and what the run is. It does not
-    depend on devices, processes or backend. A checksum of the content tells a damaged one.
+    A checkpoint is the TrainState, the loss sums and the rows used of the epoch it stands in, and what the run
+    is. It does not depend on devices, processes or backend. Checksums tell a damaged one.
 
     Args:
       folder: where they lie, one folder a step.
       identity: what decides the run's answer; a run is only continued by one of the same identity.
       every_seconds, every_steps: how often to save besides the end; 0 for never.
       keep: how many to keep, the newest.
+      announcements: where "stop" may be asked for, also by `preempt`; "save" is, when it is time.
     """
 
     def __init__(
@@ -38,13 +40,15 @@ class Checkpoints:
         every_seconds: float = 60.0,
         every_steps: int = 0,
         keep: int = 3,
+        announcements: processes.Announcements | None = None,
     ):
         self.every_steps, self.preempted = every_steps, False
         self._identity: dict[str, Any] = json.loads(json.dumps(identity))
         self._every_seconds, self._saved_at = every_seconds, time.monotonic()
-        self._time_is_up, self._asked, self._due = Announcements(), 0, False
+        self._announcements, self._due = announcements or processes.Announcements(), False
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=True)
-        self._manager = ocp.CheckpointManager(folder.absolute(), options=options)
+        self._folder = folder.absolute()
+        self._manager = ocp.CheckpointManager(self._folder, options=options)
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -52,25 +56,24 @@ class Checkpoints:
     def __exit__(self, *error: object) -> None:
         self._manager.close()  # waits for what is being written
 
-    def preempt(self, *signal: object) -> None:
-        """Asks for a checkpoint as soon as steps in flight are done, and then to stop; a signal handler."""
-        self.preempted = True
+    def preempt(self) -> None:
+        """Asks for a checkpoint as soon as steps in flight are done, and then to stop."""
+        self._announcements.ask("stop")
 
     def due(self) -> bool:
         """Whether it is time to save: the same in all processes, which have to ask equally often."""
-        if jax.process_count() > 1:
-            self._asked += 1
-            # True at one call alone: what was heard holds until it is acted upon.
-            self.preempted |= multihost_utils.reached_preemption_sync_point(self._asked)
-        if not self._due and self._every_seconds and time.monotonic() - self._saved_at >= self._every_seconds:
-            self._time_is_up.announce()
-        self._due |= self._time_is_up.heard() or self.preempted
+        time_is_up = self._every_seconds and time.monotonic() - self._saved_at >= self._every_seconds
+        if time_is_up and not self._due and jax.process_index() == 0:
+            self._announcements.ask("save")
+        what = self._announcements.heard()
+        # What was heard holds until it is acted upon.
+        self._due, self.preempted = self._due or bool(what), self.preempted or what == "stop"
         return self._due
 
     def save(self, trainer: Trainer) -> None:
         """Starts to write the trainer's state, which has to be at rest: no step in flight."""
         content = _content(trainer)
-        meta = {"identity": self._identity, "checksum": _checksum(content, self._identity)}
+        meta = _sealed({"identity": self._identity, "leaves": _leaves(content), "content": _checksum(content)})
         if trainer.step not in self._manager.all_steps():
             self._manager.save(
                 trainer.step,
@@ -82,61 +85,75 @@ class Checkpoints:
     def restore(self, trainer: Trainer) -> bool:
         """Gives the trainer the newest checkpoint that can be read; False where there is none.
 
-        A damaged one is reported, deleted, and the one before it taken.
+        A damaged one is reported, set aside, and the one before it taken.
 
         Raises:
           InputError: when the checkpoint is of a run with another answer; names what differs.
         """
-        for step in sorted(self._manager.all_steps(), reverse=True):
-            wanted = jax.tree.map(ocp.utils.to_shape_dtype_struct, _content(trainer))
-            try:
-                meta = self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())).meta
-                identity = meta["identity"]
-            except Exception as error:  # Orbax raises many kinds for a damaged file
-                self._discard(step, error)
+        wanted = jax.tree.map(ocp.utils.to_shape_dtype_struct, _content(trainer))
+        # A step that process 0 sees is tried by all, and taken or discarded by all.
+        for step in json.loads(processes.exchange(json.dumps(sorted(self._manager.all_steps(), reverse=True)))[0]):
+            meta = self._read(step, "meta", ocp.args.JsonRestore(), lambda meta: meta == _sealed(dict(meta)))
+            if meta is None:
                 continue
-            self._compare(identity)
-            try:
-                content = self._manager.restore(
-                    step, args=ocp.args.Composite(state=ocp.args.StandardRestore(wanted))
-                ).state
-                if _checksum(content, identity) != meta["checksum"]:
-                    raise ValueError("its bytes are not those that were written")
-            except Exception as error:
-                self._discard(step, error)
+            self._compare("run", meta["identity"], self._identity)
+            self._compare("model", meta["leaves"], _leaves(wanted))
+
+            def is_whole(content: Any, checksum: str = meta["content"]) -> bool:
+                return _checksum(content) == checksum
+
+            content = self._read(step, "state", ocp.args.StandardRestore(wanted), is_whole)
+            if content is None:
                 continue
             if step > trainer.train.num_steps:
                 raise InputError(
                     f"the workdir's run is at step {step:,}, past the {trainer.train.num_steps:,} of these epochs; "
                     "give more --max_epochs, another --workdir, or --resume=never to start over"
                 )
-            train_state = trainer.state.replace(**content["train_state"])
-            trainer.resume(train_state, np.asarray(content["epoch_sums"]))
+            train_state, used = trainer.state.replace(**content["train_state"]), np.asarray(content["rows_used"])
+            trainer.resume(train_state, np.asarray(content["epoch_sums"]), used if used.any() else None)
             return True
         return False
+
+    def _read(self, step: int, item: str, how: Any, is_whole: Callable[[Any], bool]) -> Any:
+        """An item of a checkpoint; None, and the checkpoint set aside, where any process finds it damaged."""
+        content, damage = None, ""
+        try:
+            content = self._manager.restore(step, args=ocp.args.Composite(**{item: how}))[item]
+            if not is_whole(content):
+                damage = "its bytes are not those that were written"
+        except Exception as error:  # Orbax raises many kinds for a damaged file
+            damage = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+        damages = [told for told in processes.exchange(damage) if told]
+        if not damages:
+            return content
+        # Out of the way, else a later save of the same step would be skipped.
+        aside = f"damaged-{step}"
+        logging.warning("checkpoint %d is damaged, and set aside as %s: %s", step, aside, damages[0])
+        if jax.process_index() == 0:
+            shutil.rmtree(self._folder / aside, ignore_errors=True)
+            (self._folder / str(step)).rename(self._folder / aside)
+        processes.exchange()
+        self._manager.reload()
+        return None
 
     def clear(self) -> None:
         """Deletes all checkpoints."""
         for step in self._manager.all_steps():
             self._manager.delete(step)
 
-    def _compare(self, identity: Mapping[str, Any]) -> None:
-        names = [name for name, value in self._identity.items() if identity.get(name) != value]
+    def _compare(self, what: str, was: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+        names = [name for name in {**now, **was} if was.get(name) != now.get(name)]
         if names:
-            differences = ", ".join(f"{n} was {identity.get(n)} and is {self._identity[n]}" for n in names)
+            differences = ", ".join(f"{n} was {was.get(n)} and is {now.get(n)}" for n in names)
             raise InputError(
-                f"the workdir holds another run: {differences}; "
+                f"the workdir holds another {what}: {differences}; "
                 "take those values, another --workdir, or --resume=never to start over"
             )
 
-    def _discard(self, step: int, error: Exception) -> None:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        logging.warning("checkpoint %d is damaged and deleted: %s", step, reason[:200])
-        self._manager.delete(step)  # else a later save of the same step would be skipped
-
 
 def _content(trainer: Trainer) -> dict[str, Any]:
-    state = trainer.state
+    state, used = trainer.state, trainer.rows_used()
     return {
         "train_state": {
             "step": state.step,
@@ -145,11 +162,26 @@ def _content(trainer: Trainer) -> dict[str, Any]:
             "batch_stats": state.batch_stats,
         },
         "epoch_sums": replicated(trainer.epoch_sums.astype(np.float32), trainer.mesh),
+        "rows_used": replicated(np.zeros(2, np.uint32) if used is None else used, trainer.mesh),
     }
 
 
-def _checksum(content: Any, identity: Mapping[str, Any]) -> str:
-    digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode())
+def _leaves(content: Any) -> dict[str, str]:
+    """The kind of each leaf, such as {"['train_state']['params']['w']": "float32[2, 1]"}."""
+    return {
+        jax.tree_util.keystr(path): f"{leaf.dtype}{list(leaf.shape)}"
+        for path, leaf in jax.tree_util.tree_leaves_with_path(content)
+    }
+
+
+def _sealed(meta: dict[str, Any]) -> dict[str, Any]:
+    """With the checksum of everything else in it."""
+    meta.pop("checksum", None)
+    return meta | {"checksum": hashlib.sha256(json.dumps(meta, sort_keys=True).encode()).hexdigest()}
+
+
+def _checksum(content: Any) -> str:
+    digest = hashlib.sha256()
     for path, leaf in jax.tree_util.tree_leaves_with_path(content):
         digest.update(jax.tree_util.keystr(path).encode())
         digest.update(np.asarray(leaf).tobytes())

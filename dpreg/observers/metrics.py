@@ -8,7 +8,9 @@ from dpreg.trainer import Progress
 
 
 class MetricsWriter:
-    """Appends a line for each log point: step, epoch, train_loss, and at the end of an epoch val_loss and metrics.
+    """Appends a line for each log point: step, epoch, train_loss, rows_per_second.
+
+    At the end of an epoch also val_loss, metrics and audit.
 
     Each line is on disk before the next step is told, so an interrupted run keeps its curve.
 
@@ -34,6 +36,8 @@ class MetricsWriter:
         }
         if progress.val_loss is not None:
             record |= {"val_loss": progress.val_loss, **(progress.metrics or {})}
+        if progress.audit is not None:
+            record["audit"] = {"rows": int(progress.audit[0]), "tags": f"{progress.audit[1]:08x}"}
         self._file.write(json.dumps(record) + "\n")
         self._file.flush()
 

@@ -12,8 +12,6 @@ from dpreg.data.sources import RegressionData
 from dpreg.data.synthetic import SyntheticRegressionData
 from dpreg.trainer import Trainer
 
-_VERSIONS = ("dpreg", "jax", "jaxlib", "flax", "optax", "numpy")
-
 
 def summarize(trainer: Trainer, data: RegressionData) -> dict[str, Any]:
     """The summary of a finished run, ready for JSON.
@@ -41,7 +39,7 @@ def summarize(trainer: Trainer, data: RegressionData) -> dict[str, Any]:
         "placement": trainer.train.resolved_placement,
         "reduction": trainer.reduction,
         "backend": trainer.backend,
-        "versions": {"python": platform.python_version(), **{name: _version(name) for name in _VERSIONS}},
+        "versions": {"python": platform.python_version(), **package_versions()},
     }
 
 
@@ -81,8 +79,13 @@ def params_sha256(params: Any) -> str:
     return digest.hexdigest()
 
 
-def _version(name: str) -> str:
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed"
+def package_versions() -> dict[str, str]:
+    """The versions of the packages that a result depends on."""
+
+    def version(name: str) -> str:
+        try:
+            return importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            return "not installed"
+
+    return {name: version(name) for name in ("dpreg", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")}

@@ -185,15 +185,16 @@ def compile_train_block(
       arguments: (data, carried, packed clock), as the calls will give them.
 
     Returns:
-      `f(state, data, carried, clock) -> (state, sums)`; the state given is consumed. `sums` is
+      `f(state, data, carried, clock) -> (state, sums, used)`; the state given is consumed. `sums` is
       [block_steps, 2]: each step's weighted loss sum and weight sum (under pmean, both divided by the number
-      of devices). A step whose loss or new parameters are not finite leaves the state as it was, as do all
-      after it, and gives NaN for the loss.
+      of devices). `used` lies along the devices, each with two uint32: how many tagged rows it used, and the
+      sum of their tags. A step whose loss or new parameters are not finite leaves the state as it was, as do
+      all after it, uses no rows and gives NaN for the loss.
     """
     cpu = mesh.devices.flat[0].platform == "cpu"
     together = not (cpu and layout.batch_bytes > _CACHE_BYTES)
 
-    def block(state: TrainState, data: PyTree, carried: Carried, packed: Array) -> tuple[TrainState, Array]:
+    def block(state: TrainState, data: PyTree, carried: Carried, packed: Array) -> tuple[TrainState, Array, Array]:
         clock = Clock(*packed)
         shards = carried.first + jnp.arange(layout.slots)
         read = layout.reader(data, shards, clock.first_step, clock.seed)
@@ -234,10 +235,18 @@ def compile_train_block(
             value = jnp.where(new.step > clock.first_step + k, value, jnp.nan)
             return new, history.at[k].set(jnp.stack([value, rest.weight]))
 
-        return lax.fori_loop(0, clock.num_steps, step, (state, jnp.zeros((layout.block_steps, 2))))
+        steps = jnp.arange(layout.block_steps)
+        state, history = lax.fori_loop(0, clock.num_steps, step, (state, jnp.zeros((layout.block_steps, 2))))
+        used = jnp.zeros((1, 2), jnp.uint32)
+        if "tag" in data:
+            tags = jax.vmap(lambda k: read(k)["tag"])(steps)
+            tags = jnp.where((clock.first_step + steps < state.step)[:, None, None], tags, 0)
+            used = jnp.stack([(tags > 0).sum(dtype=tags.dtype), tags.sum()])[None]
+        return state, history, used
 
     options = _ORDERED_OPTIONS if reduction == "ordered" else {}
-    return _compile(block, layout, mesh, (state, *arguments), backend, dict(options), donate=True)
+    outputs = (None, None, 0)
+    return _compile(block, layout, mesh, (state, *arguments), backend, dict(options), outputs, donate=True)
 
 
 def _updated(state: TrainState, sums: tuple[PyTree, Array, _Rest], step: Array) -> TrainState:
@@ -337,7 +346,7 @@ def compile_eval_block(
         )
 
     options = _ORDERED_OPTIONS if reduction == "ordered" else {}
-    return _compile(block, layout, mesh, (state, *arguments), backend, dict(options), donate=False)
+    return _compile(block, layout, mesh, (state, *arguments), backend, dict(options), None, donate=False)
 
 
 def _compile(
@@ -347,16 +356,21 @@ def _compile(
     arguments: tuple[Any, ...],
     backend: str,
     options: dict[str, Any],
+    outputs: Any,
     donate: bool,
 ) -> Callable[..., Any]:
-    """Compiles `block(state, data, carried, clock)` for the mesh ahead of its first call, on either backend."""
+    """Compiles `block(state, data, carried, clock)` for the mesh ahead of its first call, on either backend.
+
+    Args:
+      outputs: for each output None where all devices have the same, or 0 where devices lie along its first axis.
+    """
     axis, donated = layout.device_axis, (0,) if donate else ()
     if backend == "pmap":
         function = jax.pmap(
             block,
             axis_name=AXIS,
             in_axes=(None, axis, 0, None),
-            out_axes=None,
+            out_axes=outputs,
             devices=list(mesh.devices.flat),
             donate_argnums=donated,
         )
@@ -371,7 +385,11 @@ def _compile(
             local,
             mesh=mesh,
             in_specs=(replicated, along, PartitionSpec(AXIS), replicated),
-            out_specs=replicated,
+            out_specs=jax.tree.map(
+                lambda axis: replicated if axis is None else PartitionSpec(AXIS),
+                outputs,
+                is_leaf=lambda axis: axis is None,
+            ),
             check_vma=False,
         )
         function = jax.jit(mapped, donate_argnums=donated)

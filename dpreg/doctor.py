@@ -1,0 +1,201 @@
+"""`--mode=doctor`: whether a run could start here, and what keeps it from it. In seconds, on all its processes."""
+
+import functools
+import json
+import platform
+import socket
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+from jax import lax
+from jax.sharding import NamedSharding, PartitionSpec
+
+from dpreg.build import build_data
+from dpreg.config import Config
+from dpreg.errors import InputError
+from dpreg.observers.summary import package_versions
+from dpreg.observers.workdir import open_workdir
+from dpreg.parallel import devices, processes
+from dpreg.parallel.deadline import Deadline
+from dpreg.parallel.reduce import AXIS
+
+_MAX_SKEW_SECONDS = 5.0
+_REDUCED_BYTES = 1 << 20
+_HANGS_AFTER_SECONDS = 60.0
+
+
+def examine(config: Config) -> None:
+    """Checks one thing after another, on all processes, and prints on the first what was found.
+
+    Raises:
+      InputError: when something was wrong; names the checks. What was found is printed by then.
+    """
+    wrong = []
+    with Deadline(_HANGS_AFTER_SECONDS) as deadline:
+        for name, check in _CHECKS:
+            deadline.progress()
+            try:
+                found, well = processes.agreed(functools.partial(check, config)), True
+            except InputError as error:
+                found, well = str(error), False
+                wrong.append(name)
+            if jax.process_index() == 0:
+                print(f"{'ok' if well else 'WRONG':<6}{name:<12}{found}", flush=True)
+    if wrong:
+        raise InputError(f"the doctor found something wrong with: {', '.join(wrong)}")
+
+
+def _of_all(value: Any) -> list[Any]:
+    """The values of all processes."""
+    return [json.loads(text) for text in processes.exchange(json.dumps(value))]
+
+
+def _versions(config: Config) -> str:
+    del config
+    everywhere = _of_all({"python": platform.python_version(), **package_versions()})
+    for process, versions in enumerate(everywhere):
+        for name, version in versions.items():
+            if version != everywhere[0][name]:
+                raise InputError(
+                    f"{name} is {everywhere[0][name]} in process 0 and {version} in process {process}: "
+                    "install the same everywhere"
+                )
+    return ", ".join(f"{name} {version}" for name, version in everywhere[0].items())
+
+
+def _flags(config: Config) -> str:
+    agree(config)
+    return f"the same in {jax.process_count()} process{'es' if jax.process_count() > 1 else ''}"
+
+
+def agree(config: Config) -> None:
+    """Several processes have to be started alike.
+
+    Raises:
+      InputError: when a flag is not the same in all; names it.
+    """
+    own = json.loads(json.dumps(config.shared()))
+    for process, theirs in enumerate(_of_all(own)):
+        for name in own:
+            if theirs[name] != own[name]:
+                raise InputError(
+                    f"--{name} is {own[name]} in process {jax.process_index()} and {theirs[name]} in process "
+                    f"{process}: start all processes with the same flags"
+                )
+
+
+def _devices(config: Config) -> str:
+    mesh = devices.data_mesh(config.num_shards, config.platform, config.num_devices)
+    counts = _of_all([len(mesh.local_devices), mesh.local_devices[0].device_kind])
+    for process, count in enumerate(counts):
+        if count != counts[0]:
+            raise InputError(
+                f"process 0 has {counts[0][0]} devices of kind {counts[0][1]}, process {process} {count[0]} of kind "
+                f"{count[1]}: give all the same with --num_devices, or mend that host"
+            )
+    return f"{devices.describe(mesh.devices.flat)} ({counts[0][1]}) for {config.num_shards} shards"
+
+
+def _network(config: Config) -> str:
+    """Processes on several hosts reach each other by the addresses of their host names."""
+    del config
+    try:
+        own = socket.gethostbyname(socket.gethostname())
+    except OSError:
+        own = ""
+    hosts = _of_all([socket.gethostname(), own])
+    address = processes.coordinator()
+    if address is None:
+        return "a single process"
+    names = sorted({name for name, _ in hosts})
+    if len(names) > 1:
+        if processes.is_loopback(processes.split_address(address)[0]):
+            raise InputError(f"--coordinator_address={address} is of one machine alone: use the address of its network")
+        for process, (name, resolved) in enumerate(hosts):
+            if not resolved or processes.is_loopback(resolved):
+                raise InputError(
+                    f"process {process}: its host {name} resolves its own name to {resolved or 'nothing'}, which other "
+                    "hosts cannot reach: put its address in that host's /etc/hosts"
+                )
+    return f"coordinator at {address}, reached by {len(hosts)} processes on {', '.join(names)}"
+
+
+def _all_reduce(config: Config) -> str:
+    """A sum over all devices whose value is known, and how long sums take."""
+    mesh = devices.data_mesh(config.num_shards, config.platform, config.num_devices)
+    sharding = NamedSharding(mesh, PartitionSpec(AXIS))
+
+    def summed(length: int) -> tuple[np.ndarray, float]:
+        def ranks(index: Any) -> np.ndarray:
+            return np.full((1, length), index[0].start or 0, np.float32)
+
+        values = jax.make_array_from_callback((mesh.size, length), sharding, ranks)
+        body = jax.shard_map(
+            lambda part: lax.psum(part, AXIS), mesh=mesh, in_specs=PartitionSpec(AXIS), out_specs=PartitionSpec()
+        )
+        function = jax.jit(body).lower(values).compile()
+        processes.exchange()
+        seconds = []
+        for _ in range(6):
+            started = time.perf_counter()
+            result = jax.block_until_ready(function(values))
+            seconds.append(time.perf_counter() - started)
+        return np.asarray(result.addressable_data(0)), statistics.median(seconds[1:])
+
+    try:
+        (small, latency), (large, seconds) = summed(1), summed(_REDUCED_BYTES // 4)
+    except jax.errors.JaxRuntimeError as error:
+        raise InputError(
+            f"the devices cannot add up ({' '.join(str(error).split())[:200]}): see that hosts reach each other"
+        ) from error
+    due = mesh.size * (mesh.size - 1) / 2
+    for values in (small, large):
+        if (values != due).any():
+            raise InputError(f"the sum over devices is {values.flat[(values != due).argmax()]} instead of {due}")
+    return f"right; {latency * 1e3:.2f} ms for 4 B, {seconds * 1e3:.2f} ms for 1 MiB"
+
+
+def _workdir(config: Config) -> str:
+    with open_workdir(config.workdir, keep=False) as path:
+        return f"{path} can be written" + (" and is seen by all" if jax.process_count() > 1 else "")
+
+
+def _data(config: Config) -> str:
+    started = time.perf_counter()
+    try:
+        data = build_data(config)
+    except OSError as error:
+        raise InputError(f"--dataset={config.dataset}: {error.strerror or error}") from error
+    prints = _of_all(data.fingerprint())
+    for process, fingerprint in enumerate(prints):
+        if fingerprint != prints[0]:
+            raise InputError(f"process {process} reads other rows than process 0: give both the same files")
+    return f"{len(data.train):,} rows of {data.num_inputs} features, read in {time.perf_counter() - started:.1f} s"
+
+
+def _clocks(config: Config) -> str:
+    del config
+    spreads = []
+    for _ in range(3):
+        processes.exchange()
+        times = _of_all(time.time())
+        spreads.append(max(times) - min(times))
+    if (skew := min(spreads)) > _MAX_SKEW_SECONDS:
+        raise InputError(f"clocks are {skew:.1f} s apart: logs cannot be put in order; run a time service")
+    return f"within {skew * 1e3:.0f} ms of each other"
+
+
+_CHECKS: tuple[tuple[str, Callable[[Config], str]], ...] = (
+    ("versions", _versions),
+    ("flags", _flags),
+    ("network", _network),
+    ("clocks", _clocks),
+    ("workdir", _workdir),
+    ("devices", _devices),
+    ("all-reduce", _all_reduce),
+    ("data", _data),
+)

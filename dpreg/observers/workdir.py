@@ -1,0 +1,54 @@
+"""The folder of a run's outputs, the same for all its processes."""
+
+import contextlib
+import pathlib
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator
+
+import jax
+
+from dpreg.errors import InputError
+from dpreg.parallel import processes
+
+
+@contextlib.contextmanager
+def open_workdir(name: str | None, keep: bool = True) -> Iterator[pathlib.Path]:
+    """The folder, made where there is none, and checked before anything costly.
+
+    Args:
+      name: None for a new folder in runs/, named by the time.
+      keep: False takes the folder away at the end, if it was made here; an InputError does so, too.
+
+    Raises:
+      InputError: when it cannot be written, or not all processes see the same folder there.
+    """
+    path = pathlib.Path(name or f"runs/{time.strftime('%Y%m%d-%H%M%S')}")
+    created = list[pathlib.Path]()
+    try:
+        try:
+            if jax.process_index() == 0:
+                created = [folder for folder in (path, *path.parents) if not folder.exists()]
+                path.mkdir(parents=True, exist_ok=True)
+            processes.exchange()
+            with tempfile.NamedTemporaryFile(dir=path, prefix=".process-") as mine:
+                # All look for what each wrote, before any takes it away.
+                names = processes.exchange(pathlib.Path(mine.name).name)
+                missing = [process for process, name in enumerate(names) if not (path / name).exists()]
+                if missing:
+                    raise InputError(
+                        f"--workdir={path}: process {jax.process_index()} and process {missing[0]} see different "
+                        "folders there; name one that all see"
+                    )
+                processes.exchange()
+        except OSError as error:
+            raise InputError(f"--workdir={path}: cannot be written: {error.strerror}; name another folder") from error
+        processes.exchange()
+        yield path
+    except InputError:
+        keep = False
+        raise
+    finally:
+        if created and not keep:
+            shutil.rmtree(created[-1], ignore_errors=True)

@@ -1,0 +1,112 @@
+"""What happens when a process of a run is killed: every victim, signal and moment, and how long it takes.
+
+    python tests/benchmarks/faults.py [--rounds 1] [--only saving]
+
+Each case trains 600 steps in two processes of `launch/local.py`, hits one process, and compares what comes out of
+the restarted run with the run of one process that nothing happened to: parameters to the bit, and every line of
+metrics.jsonl. Prints the seconds from the signal to the end of all processes, and to the first step after it.
+"""
+
+import argparse
+import itertools
+import pathlib
+import random
+import signal
+import sys
+import tempfile
+import threading
+import time
+
+sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
+
+import psutil
+from cluster import alone, complete, outcome, start, wait_until, workers
+
+SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGSTOP)
+# Evaluation takes most of the time, so that a random moment falls into it.
+EVALUATING = ("--num_val=150000",)
+
+
+def saving(workdir):
+    folder = workdir / "checkpoints"
+    return complete(workdir) and any("tmp" in path.name for path in folder.iterdir())
+
+
+def is_alive(process):
+    try:
+        return process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+# When to hit: a condition to wait for, a random delay after it in seconds, and flags that go with it.
+MOMENTS = {
+    "joining": (lambda workdir: True, 4.0, ()),
+    "compiling": (lambda workdir: workdir.exists(), 2.5, ()),
+    "stepping": (lambda workdir: len(complete(workdir)) > 0, 1.0, ()),
+    "evaluating": (lambda workdir: len(complete(workdir)) > 0, 2.0, EVALUATING),
+    "saving": (saving, 0.1, ()),
+    "exiting": (lambda workdir: 600 in complete(workdir), 0.5, ()),
+}
+
+
+def case(victim, how, moment, expected, random_delay):
+    """Runs one case: (seconds to the end of all, seconds to the next step, times restarted), or what went wrong."""
+    condition, delay, flags = MOMENTS[moment]
+    with tempfile.TemporaryDirectory() as folder:
+        workdir = pathlib.Path(folder) / "w"
+        launcher = start(2, workdir, "--checkpoint_every_steps=20", *flags, restarts=3)
+        lines = []
+
+        def listen():
+            lines.extend((time.monotonic(), line) for line in launcher.stdout)
+
+        listener = threading.Thread(target=listen)
+        listener.start()
+        try:
+            wait_until(lambda: len(workers(launcher)) == 2, launcher)
+            if not wait_until(lambda: condition(workdir), launcher):
+                return "the moment did not come"
+            time.sleep(delay * random_delay)
+            hit = workers(launcher)
+            if len(hit) < 2:
+                return "the run was over"
+            sent = time.monotonic()
+            hit[victim].send_signal(how)
+            wait_until(lambda: not any(map(is_alive, hit)), launcher)
+            gone = time.monotonic() - sent
+            code = launcher.wait(240)
+        finally:
+            launcher.kill()
+            listener.join()
+        again = [at for at, line in lines if "] epoch" in line and at > sent + gone]
+        restarts = sum("starting again" in line for _, line in lines)
+        if code or outcome(workdir) != expected[flags]:
+            return f"WRONG: exit code {code}\n" + "".join(line for _, line in lines)
+        return gone, again[0] - sent if again and restarts else float("nan"), restarts
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--only", choices=list(MOMENTS))
+    parsed = parser.parse_args()
+    delays, failures, expected = random.Random(parsed.seed), 0, {}
+    for flags in ((), EVALUATING):
+        with tempfile.TemporaryDirectory() as folder:
+            alone(pathlib.Path(folder), *flags)
+            expected[flags] = outcome(pathlib.Path(folder))
+    print(f"{'moment':<12}{'process':<9}{'signal':<9}{'all gone':>10}{'stepping':>10}{'restarts':>10}", flush=True)
+    moments = [parsed.only] if parsed.only else list(MOMENTS)
+    for _, moment, victim, how in itertools.product(range(parsed.rounds), moments, (0, 1), SIGNALS):
+        result = case(victim, how, moment, expected, delays.random())
+        text = result if isinstance(result, str) else "{:>9.1f}s{:>9.1f}s{:>10}".format(*result)
+        failures += isinstance(result, str) and result.startswith("WRONG")
+        print(f"{moment:<12}{victim:<9}{how.name:<9}{text}", flush=True)
+    print(f"{failures} wrong")
+    return bool(failures)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

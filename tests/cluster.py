@@ -1,0 +1,112 @@
+"""Runs of several processes on this machine, as a user starts them: for tests and tests/benchmarks/faults.py."""
+
+import json
+import pathlib
+import socket
+import subprocess
+import sys
+import time
+
+import psutil
+
+from dpreg.observers.metrics import read_metrics
+
+ROOT = pathlib.Path(__file__).parent.parent
+# 600 steps of real work: 20 epochs of 30 steps
+WORK = ("--platform=cpu", "--reduction=ordered", "--num_train=960", "--batch_size=32", "--max_epochs=20", "--lr=0.01")
+
+
+def start(processes, workdir, *flags, devices=None, restarts=0, work=WORK):
+    """launch/local.py in the background; its output is in one pipe."""
+    command = [sys.executable, "launch/local.py", f"--processes={processes}", f"--max_restarts={restarts}"]
+    return subprocess.Popen(
+        [*command, "--", *work, f"--num_devices={devices or 8 // processes}", f"--workdir={workdir}", *flags],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def ended(launcher, timeout=240):
+    """Its exit code and what it said. No process of it outlives this."""
+    try:
+        said = launcher.communicate(timeout=timeout)[0]
+    finally:
+        for process in psutil.Process().children(recursive=True):
+            if "dpreg.main" in " ".join(process.cmdline()):
+                process.kill()
+    return launcher.returncode, said
+
+
+def alone(workdir, *flags, devices=8, work=WORK):
+    """The same work in one process."""
+    command = [sys.executable, "-m", "dpreg.main", *work, f"--num_devices={devices}", f"--workdir={workdir}", *flags]
+    return subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True, timeout=240)
+
+
+def outcome(workdir):
+    """All of a run that may not depend on who ran it."""
+    curve = [{k: v for k, v in r.items() if k != "rows_per_second"} for r in read_metrics(workdir / "metrics.jsonl")]
+    summary = json.loads((workdir / "summary.json").read_text())
+    return summary["params_sha256"], curve, summary["train_loss"], summary["val_loss"]
+
+
+def workers(launcher):
+    """The processes of the run, by their ids."""
+    try:
+        children = psutil.Process(launcher.pid).children()
+        return sorted(children, key=lambda p: int(p.cmdline()[-1].removeprefix("--process_id=")))
+    except (psutil.NoSuchProcess, psutil.ZombieProcess, IndexError, ValueError):
+        return []
+
+
+def wait_until(condition, launcher, seconds=120):
+    """Waits until the condition holds, or the run has ended; whether it holds."""
+    deadline = time.monotonic() + seconds
+    while not (held := condition()) and launcher.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.01)
+    return held
+
+
+def complete(workdir):
+    """The steps of the checkpoints that are whole."""
+    folder = workdir / "checkpoints"
+    return [int(path.name) for path in folder.iterdir() if path.name.isdigit()] if folder.exists() else []
+
+
+def free_address():
+    """A flag with an address that nobody uses."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return f"--coordinator_address=127.0.0.1:{listener.getsockname()[1]}"
+
+
+def stepping(workdir):
+    """Whether steps have been told of."""
+    return bool(read_metrics(workdir / "metrics.jsonl"))
+
+
+def together(*starts, timeout=100):
+    """Processes started by hand, each by its (command after python, flags, folder): exit code, stderr and seconds."""
+    running, began = [], time.monotonic()
+    for command, flags, folder in starts:
+        running.append(
+            subprocess.Popen(
+                [sys.executable, *command, *flags],
+                cwd=folder,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+        )
+    try:
+        results = []
+        for process in running:
+            out, err = process.communicate(timeout=timeout)
+            lines = [line for line in err.splitlines() if "Gloo" not in line]
+            results.append((process.returncode, lines, out, time.monotonic() - began))
+        return results
+    finally:
+        for process in running:
+            process.kill()

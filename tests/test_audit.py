@@ -1,0 +1,83 @@
+"""Every epoch proves that it used each row once; what does not is an error."""
+
+import itertools
+
+import numpy as np
+import pytest
+from models import Net, Rows
+from optax import sgd
+
+import dpreg
+from dpreg.data.order import Sampler, row_tag
+from dpreg.errors import AuditFailed
+
+
+def tag(index):
+    """The tag of a row, computed in Python integers."""
+
+    def mix(word, key):
+        word = (word ^ key) * 0x9E3779B1 % 2**32
+        word = (word ^ word >> 16) * 0x85EBCA6B % 2**32
+        word = (word ^ word >> 13) * 0xC2B2AE35 % 2**32
+        return word ^ word >> 16
+
+    return mix(index, mix(0x7A6, 1)) | 1
+
+
+def audits_of(trainer, data):
+    audits = []
+    trainer.observers = (lambda progress: audits.append(progress.audit) if progress.epoch_ended else None,)
+    trainer.fit(dpreg.LinearRegressionScratch(3, 0.01), data)
+    return audits
+
+
+def test_tags_are_odd_and_tell_rows_apart():
+    tags = row_tag(np.arange(100_000))
+    assert tags[:50].tolist() == [tag(i) for i in range(50)]
+    assert (tags % 2 == 1).all()
+    assert len(np.unique(tags)) > 99_990  # a birthday problem among 2**31
+
+
+@pytest.mark.parametrize("rows", [3, 37, 160])
+def test_an_epoch_uses_each_row_once_on_any_devices(rows):
+    due = [rows, sum(map(tag, range(rows))) % 2**32]
+    data = Rows(rows, weighted=True).data(16, num_val=5)
+    for devices, placement, backend in itertools.product((1, 3, 8), ("device", "host"), ("jit", "pmap")):
+        trainer = dpreg.Trainer(
+            3, devices, placement=placement, backend=backend, steps_per_block=2, reduction="ordered"
+        )
+        assert [audit.tolist() for audit in audits_of(trainer, data)] == [due] * 3
+    assert audits_of(dpreg.Trainer(3, audit=False), data) == [None] * 3
+
+
+def repeated(self, step, shard, seed):
+    """As the sampler, but the first row of each shard takes the place of the last."""
+    positions, size = Sampler.true_positions(self, step, shard, seed), self.shard_size(shard)[..., None]
+    return positions * (positions != size - 1).astype(np.int32)
+
+
+def dropped(self, step, shard, seed):
+    """As the sampler, but without the last row of each shard."""
+    positions, size = Sampler.true_positions(self, step, shard, seed), self.shard_size(shard)[..., None]
+    return positions + (positions == size - 1).astype(np.int32)
+
+
+@pytest.mark.parametrize("placement", ["device", "host"])
+@pytest.mark.parametrize("fault", [repeated, dropped])
+def test_a_row_used_twice_or_not_at_all_ends_the_run(monkeypatch, fault, placement):
+    monkeypatch.setattr(Sampler, "true_positions", Sampler.positions, raising=False)
+    monkeypatch.setattr(Sampler, "positions", fault)
+    trainer = dpreg.Trainer(2, 4, placement=placement)
+    with pytest.raises(AuditFailed, match="the epoch that ends at step 10 did not use every row once") as caught:
+        audits_of(trainer, Rows(153).data(16))
+    assert "\n" not in str(caught.value)
+    assert f" {153 - 8 * (fault is dropped)} rows with tags" in str(caught.value)
+
+
+def test_steps_that_were_not_taken_are_not_counted():
+    data = Rows(160).data(16)
+    data.train.y[:] = np.float32(1e38)
+    trainer = dpreg.Trainer(1)
+    with pytest.raises(dpreg.Diverged):
+        trainer.fit(Net(sgd(1.0)), data)
+    assert trainer.rows_used()[0] == 16 * trainer.step

@@ -1,0 +1,93 @@
+"""--mode=doctor names what would keep a run from starting."""
+
+import subprocess
+import sys
+
+import pytest
+from cluster import ROOT, ended, free_address, start, together
+
+from dpreg import doctor
+from dpreg.config import Config
+from dpreg.errors import InputError
+from dpreg.parallel import processes
+
+CHECKS = ["versions", "flags", "network", "clocks", "workdir", "devices", "all-reduce", "data"]
+DOCTOR = ("--mode=doctor", "--platform=cpu", "--num_devices=2")
+
+
+def findings(out):
+    words = [line.split() for line in out.splitlines()]  # Gloo says something, too
+    return {line[1]: line[0] for line in words if len(line) > 1 and line[1] in CHECKS}
+
+
+def test_all_is_well_and_nothing_is_left_behind(tmp_path):
+    command = [sys.executable, "-m", "dpreg.main", *DOCTOR, f"--workdir={tmp_path / 'a' / 'b'}"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert findings(done.stdout) == dict.fromkeys(CHECKS, "ok")
+    assert not (tmp_path / "a").exists()
+    code, said = ended(start(2, tmp_path / "c", "--mode=doctor"))
+    assert code == 0
+    assert said.count("ok  ") == len(CHECKS)
+    assert "reached by 2 processes" in said
+    assert not (tmp_path / "c").exists()
+
+
+def patched(code, number, *flags):
+    return ("-c", f"{code}; from dpreg.main import main; main()"), [*flags, f"--process_id={number}"], ROOT
+
+
+@pytest.mark.parametrize(
+    ("fault", "check", "said"),
+    [
+        (
+            "from dpreg import doctor; doctor.package_versions = lambda: {'jax': '0.1'}",
+            "versions",
+            "jax is",
+        ),
+        ("import time; now = time.time; time.time = lambda: now() + 60", "clocks", "clocks are 60.0 s apart"),
+        ("import jax; jax.lax.psum = lambda x, axis: jax.lax.pmean(x, axis)", "all-reduce", "instead of 6.0"),
+        ("from dpreg import doctor; doctor.build_data = lambda config: open('/nowhere')", "data", "No such file"),
+    ],
+)
+def test_what_is_wrong_in_one_process_is_found_by_all(tmp_path, fault, check, said):
+    flags = (*DOCTOR, free_address(), "--num_processes=2", f"--workdir={tmp_path}")
+    both = fault if check == "all-reduce" else ""  # the program has to be the same
+    results = together(patched(both or "pass", 0, *flags), patched(fault, 1, *flags))
+    for code, lines, _, _ in results:
+        assert (code, len(lines)) == (2, 1), lines
+        assert f"the doctor found something wrong with: {check}" in lines[0]
+    out = results[0][2]
+    assert findings(out) == dict.fromkeys(CHECKS, "ok") | {check: "WRONG"}
+    assert said in out
+    assert not findings(results[1][2])  # the first alone reports
+
+
+def test_other_rows_under_the_same_name_are_found(tmp_path):
+    starts = []
+    flags = (*DOCTOR, free_address(), "--num_processes=2", f"--workdir={tmp_path / 'w'}", "--target=y")
+    for number in range(2):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        (folder / "t.csv").write_text("x,y\n" + "".join(f"{i},{i + number * (i == 7)}\n" for i in range(20)))
+        starts.append((("-m", "dpreg.main"), [*flags, "--dataset=t.csv", f"--process_id={number}"], folder))
+    (code, _, out, _), _ = together(*starts)
+    assert code == 2
+    assert "process 1 reads other rows than process 0" in out
+
+
+@pytest.mark.parametrize(
+    ("coordinator", "hosts", "said"),
+    [
+        ("127.0.0.1:1", [["a", "10.0.0.1"], ["b", "10.0.0.2"]], "is of one machine alone"),
+        ("10.0.0.1:1", [["a", "10.0.0.1"], ["b", "127.0.1.1"]], "process 1: its host b resolves its own name to 127"),
+        ("10.0.0.1:1", [["a", "10.0.0.1"], ["b", ""]], "resolves its own name to nothing"),
+    ],
+)
+def test_addresses_that_other_hosts_cannot_reach_are_found(monkeypatch, coordinator, hosts, said):
+    monkeypatch.setattr(processes, "coordinator", lambda: coordinator)
+    monkeypatch.setattr(doctor, "_of_all", lambda value: hosts)
+    with pytest.raises(InputError, match=said):
+        doctor._network(Config())
+    monkeypatch.setattr(doctor, "_of_all", lambda value: [hosts[0]] * 2)
+    assert "reached by 2 processes on a" in doctor._network(Config())
