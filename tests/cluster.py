@@ -1,5 +1,6 @@
 """Runs of several processes on this machine, as a user starts them: for tests and tests/benchmarks/faults.py."""
 
+import contextlib
 import json
 import pathlib
 import socket
@@ -34,8 +35,9 @@ def ended(launcher, timeout=240):
         said = launcher.communicate(timeout=timeout)[0]
     finally:
         for process in psutil.Process().children(recursive=True):
-            if "dpreg.main" in " ".join(process.cmdline()):
-                process.kill()
+            with contextlib.suppress(psutil.NoSuchProcess):  # also a zombie is none
+                if "dpreg.main" in " ".join(process.cmdline()):
+                    process.kill()
     return launcher.returncode, said
 
 
@@ -108,5 +110,11 @@ def together(*starts, timeout=100):
             results.append((process.returncode, lines, out, time.monotonic() - began))
         return results
     finally:
-        for process in running:
-            process.kill()
+        end(running)
+
+
+def end(running):
+    """Kills what still runs, and closes its pipes."""
+    for process in running:
+        process.kill()
+        process.communicate()

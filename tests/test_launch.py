@@ -50,7 +50,7 @@ def test_open_mpi_trains_to_the_bits_of_one_process(tmp_path, alone):
 @pytest.mark.parametrize("whom", ["a process", "the script"])
 def test_a_preempted_run_of_open_mpi_is_started_again_unless_it_was_told_to_stop(tmp_path, whom):
     environment = os.environ | {"MPIRUN_FLAGS": "--allow-run-as-root --oversubscribe", "PYTHON": sys.executable}
-    flags = [*WORK, "--num_train=20000", "--max_epochs=20", f"--workdir={tmp_path}", "--checkpoint_every_steps=100"]
+    flags = [*WORK, "--num_train=20000", "--max_epochs=4", f"--workdir={tmp_path}", "--checkpoint_every_steps=100"]
     script = subprocess.Popen(
         [LAUNCH / "mpi.sh", "2", *flags],
         cwd=ROOT,

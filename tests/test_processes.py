@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 import signal
 import socket
 import subprocess
@@ -15,6 +16,7 @@ from cluster import (
     WORK,
     alone,
     complete,
+    end,
     ended,
     free_address,
     outcome,
@@ -95,8 +97,7 @@ def test_without_a_launcher_the_others_end_with_76_within_15_seconds(tmp_path, v
             assert time.monotonic() - sent < 15
             assert "start all again to go on from the newest checkpoint" in said
     finally:
-        for process in running:
-            process.kill()
+        end(running)
 
 
 # 10 blocks an epoch, of 25 steps of 800 rows of 200 features
@@ -130,6 +131,24 @@ def test_sigterm_to_one_process_saves_in_all_within_an_epoch_and_exits_75(tmp_pa
         done = alone(tmp_path / name, epochs, devices=1, work=WIDE)
         assert (f"going on from step {stopped_at:,}" in done.stderr) == (name == "w"), done.stderr
     assert outcome(tmp_path / "w") == outcome(tmp_path / "whole")
+
+
+def test_a_run_stopped_in_two_processes_goes_on_in_any_number(tmp_path, expected):
+    launcher = start(2, tmp_path / "w", "--checkpoint_every_steps=20")
+    wait_until(lambda: complete(tmp_path / "w"), launcher)
+    workers(launcher)[0].send_signal(signal.SIGTERM)
+    code, said = ended(launcher)
+    assert code == 75, said
+    for count, devices in ((1, 8), (1, 2), (4, 1)):
+        workdir = tmp_path / f"{count}x{devices}"
+        shutil.copytree(tmp_path / "w", workdir)
+        if count == 1:
+            said = alone(workdir, devices=devices).stderr
+        else:
+            code, said = ended(start(count, workdir, devices=devices))
+            assert code == 0, said
+        assert "going on from step" in said
+        assert outcome(workdir) == expected
 
 
 def faulty(number, fault, *flags, patch="rows_used"):

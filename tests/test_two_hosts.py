@@ -8,7 +8,7 @@ import sys
 import time
 
 import pytest
-from cluster import ROOT, WORK, alone, complete, outcome, wait_until
+from cluster import ROOT, WORK, alone, complete, end, outcome, wait_until
 
 PORT = 29500
 HOSTS = {"red": "10.77.0.1", "blue": "10.77.0.2"}
@@ -73,8 +73,7 @@ def results(running, timeout):
     try:
         said = ["\n".join(process.communicate(timeout=timeout)) for process in running]
     finally:
-        for process in running:
-            process.kill()
+        end(running)
     return [process.returncode for process in running], said
 
 
@@ -84,8 +83,8 @@ def test_a_cut_cable_ends_both_hosts_and_the_next_attempt_finishes_to_the_same_b
     assert codes == [0, 0], said
     assert "reached by 2 processes on blue, red" in said[0]
 
-    work = (*WORK, "--num_train=6400")  # 4000 steps
-    flags = (*work, "--num_devices=4", f"--workdir={tmp_path / 'w'}", "--checkpoint_every_steps=250")
+    work = (*WORK, "--num_train=3200")  # 2000 steps
+    flags = (*work, "--num_devices=4", f"--workdir={tmp_path / 'w'}", "--checkpoint_every_steps=100")
     running = launch(commands, *flags)
     assert wait_until(lambda: complete(tmp_path / "w"), running[0])
     cable("down")

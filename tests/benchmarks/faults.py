@@ -86,6 +86,40 @@ def case(victim, how, moment, expected, random_delay):
         return gone, again[0] - sent if again and restarts else float("nan"), restarts
 
 
+def kill_one(launcher, workdir, delays, while_it_saves):
+    """Kills a random process some time after the next checkpoint, and waits for the end of all."""
+    newest = max(complete(workdir), default=0)
+    wait_until(lambda: max(complete(workdir), default=0) > newest, launcher)
+    if while_it_saves:
+        wait_until(lambda: saving(workdir), launcher)
+    else:
+        time.sleep(0.5 * delays.random())
+    hit = workers(launcher)
+    delays.choice(hit).send_signal(signal.SIGKILL)
+    wait_until(lambda: not any(map(is_alive, hit)), launcher)
+
+
+def five_kills(delays, expected):
+    """One run whose processes are killed five times."""
+    with tempfile.TemporaryDirectory() as folder:
+        workdir = pathlib.Path(folder) / "w"
+        launcher = start(2, workdir, "--checkpoint_every_steps=20", restarts=10)
+        lines = []
+        listener = threading.Thread(target=lambda: lines.extend(launcher.stdout))
+        listener.start()
+        try:
+            for number in range(5):
+                kill_one(launcher, workdir, delays, while_it_saves=number == 2)
+            code = launcher.wait(240)
+        finally:
+            launcher.kill()
+            listener.join()
+        restarts = sum("starting again" in line for line in lines)
+        if code or outcome(workdir) != expected[()] or restarts != 5:
+            return f"WRONG: exit code {code}, {restarts} restarts\n" + "".join(lines)
+        return "the same bits and the same curve"
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=1)
@@ -104,6 +138,10 @@ def main():
         text = result if isinstance(result, str) else "{:>9.1f}s{:>9.1f}s{:>10}".format(*result)
         failures += isinstance(result, str) and result.startswith("WRONG")
         print(f"{moment:<12}{victim:<9}{how.name:<9}{text}", flush=True)
+    if not parsed.only:
+        result = five_kills(delays, expected)
+        failures += result.startswith("WRONG")
+        print(f"one run, a random process killed at five random moments, once while it saves: {result}")
     print(f"{failures} wrong")
     return bool(failures)
 

@@ -1,0 +1,51 @@
+"""What checkpoints cost while a run trains: steps with a save against steps without one, in turns.
+
+    python tests/benchmarks/saving.py [--pairs 15] [--seconds 5]
+
+Each turn trains for a few seconds, with a save at its beginning or without. The median ratio of their steps is what
+saving at that interval costs; a longer interval costs in proportion less.
+"""
+
+import argparse
+import pathlib
+import statistics
+import tempfile
+import time
+
+import dpreg
+from dpreg.observers.checkpoint import Checkpoints
+from dpreg.parallel import devices
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--pairs", type=int, default=15)
+    parser.add_argument("--seconds", type=float, default=5.0)
+    parsed = parser.parse_args()
+    devices.start("cpu", 1)
+    data = dpreg.SyntheticRegressionData([1.0] * 32, 0.0, num_train=100_000, num_val=0, batch_size=1024)
+    trainer = dpreg.Trainer(10**6)
+    trainer.prepare_data(data)
+    trainer.prepare_model(dpreg.LinearRegressionScratch(32, 1e-4))
+
+    def turn(saves):
+        began, first = time.perf_counter(), trainer.step
+        if saves:
+            checkpoints.save(trainer)
+        while time.perf_counter() - began < parsed.seconds:
+            trainer.fit_epoch()
+        return (trainer.step - first) / (time.perf_counter() - began)
+
+    with tempfile.TemporaryDirectory() as folder, Checkpoints(pathlib.Path(folder), {}, 0.0) as checkpoints:
+        turn(True)
+        ratios = []
+        for _ in range(parsed.pairs):
+            ratios += [turn(True) / turn(False), 1 / (turn(False) / turn(True))]  # either goes first, against drift
+    ratio = statistics.median(ratios)
+    spread = statistics.stdev(ratios) / len(ratios) ** 0.5
+    print(f"a save every {parsed.seconds:g} s: {ratio:.3f} of the steps without (+- {spread:.3f})")
+    print(f"every 60 s, in proportion: {1 - (1 - ratio) * parsed.seconds / 60:.4f}")
+
+
+if __name__ == "__main__":
+    main()
