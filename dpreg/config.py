@@ -77,7 +77,7 @@ class Config:
     step_timeout: float | None = _flag(
         None,
         "Seconds without results after which a run ends as hung; 0 for never. "
-        "Default: 120, or 20 times the slowest so far.",
+        "Default: 120, or 20 times the slowest of late (600 for the first).",
     )
     resume: str = _flag("auto", "auto: go on where the workdir's run of the same answer stopped; never; must.")
     workdir: str | None = _flag(

@@ -22,10 +22,11 @@ from dpreg.observers.workdir import open_workdir
 from dpreg.parallel import devices, processes
 from dpreg.parallel.deadline import Deadline
 from dpreg.parallel.reduce import AXIS
+from dpreg.parallel.roll_call import is_loopback, split_address
 
 _MAX_SKEW_SECONDS = 5.0
 _REDUCED_BYTES = 1 << 20
-_HANGS_AFTER_SECONDS = 60.0
+_SUM_SECONDS = 60.0
 
 
 def examine(config: Config) -> None:
@@ -35,16 +36,16 @@ def examine(config: Config) -> None:
       InputError: when something was wrong; names the checks. What was found is printed by then.
     """
     wrong = []
-    with Deadline(_HANGS_AFTER_SECONDS) as deadline:
-        for name, check in _CHECKS:
-            deadline.progress()
-            try:
-                found, well = processes.agreed(functools.partial(check, config)), True
-            except InputError as error:
-                found, well = str(error), False
-                wrong.append(name)
-            if jax.process_index() == 0:
-                print(f"{'ok' if well else 'WRONG':<6}{name:<12}{found}", flush=True)
+    for name, check in _CHECKS:
+        if check is _all_reduce and "devices" in wrong:
+            continue  # it could not end
+        try:
+            found, well = processes.agreed(functools.partial(check, config)), True
+        except InputError as error:
+            found, well = str(error), False
+            wrong.append(name)
+        if jax.process_index() == 0:
+            print(f"{'ok' if well else 'WRONG':<6}{name:<12}{found}", flush=True)
     if wrong:
         raise InputError(f"the doctor found something wrong with: {', '.join(wrong)}")
 
@@ -113,10 +114,10 @@ def _network(config: Config) -> str:
         return "a single process"
     names = sorted({name for name, _ in hosts})
     if len(names) > 1:
-        if processes.is_loopback(processes.split_address(address)[0]):
+        if is_loopback(split_address(address)[0]):
             raise InputError(f"--coordinator_address={address} is of one machine alone: use the address of its network")
         for process, (name, resolved) in enumerate(hosts):
-            if not resolved or processes.is_loopback(resolved):
+            if not resolved or is_loopback(resolved):
                 raise InputError(
                     f"process {process}: its host {name} resolves its own name to {resolved or 'nothing'}, which other "
                     "hosts cannot reach: put its address in that host's /etc/hosts"
@@ -147,7 +148,9 @@ def _all_reduce(config: Config) -> str:
         return np.asarray(result.addressable_data(0)), statistics.median(seconds[1:])
 
     try:
-        (small, latency), (large, seconds) = summed(1), summed(_REDUCED_BYTES // 4)
+        with Deadline(config.step_timeout or _SUM_SECONDS) as deadline:
+            deadline.begin()
+            (small, latency), (large, seconds) = summed(1), summed(_REDUCED_BYTES // 4)
     except jax.errors.JaxRuntimeError as error:
         raise InputError(
             f"the devices cannot add up ({' '.join(str(error).split())[:200]}): see that hosts reach each other"

@@ -45,13 +45,13 @@ def run(config: Config) -> None:
     with contextlib.ExitStack() as stack:
         agree(config)
         first = jax.process_index() == 0
-        announcements = stack.enter_context(_stop_signals())
+        announcements = _stop_signals()
         deadline = stack.enter_context(Deadline(config.step_timeout))
         workdir = stack.enter_context(open_workdir(config.workdir))
         progress = stack.enter_context(ProgressDisplay(Console(stderr=True, quiet=not first)))
         trainer, data = _prepared(config, progress)
         trainer.heartbeat = deadline.progress
-        deadline.progress()
+        deadline.begin()
         checkpoints = stack.enter_context(_checkpoints(config, workdir, trainer, data, announcements))
         platform = devices.describe(trainer.mesh.devices.flat)
         progress.say(
@@ -98,19 +98,15 @@ def _prepared(config: Config, progress: ProgressDisplay) -> tuple[Trainer, Regre
     return trainer, data
 
 
-@contextlib.contextmanager
-def _stop_signals() -> Iterator[processes.Announcements]:
-    """SIGTERM asks all processes to save and stop, as does SIGUSR1, which mpirun passes on. A second does no harm."""
+def _stop_signals() -> processes.Announcements:
+    """SIGTERM asks all processes to save and stop, as does SIGUSR1, which mpirun passes on.
+
+    To the end of the process: a second one, or one that comes while the run ends, does no harm.
+    """
     announcements = processes.Announcements()
-    before = [
-        (number, signal.signal(number, lambda *_: announcements.ask("stop")))
-        for number in (signal.SIGTERM, signal.SIGUSR1)
-    ]
-    try:
-        yield announcements
-    finally:
-        for number, handler in before:
-            signal.signal(number, handler)
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, lambda *_: announcements.ask("stop"))
+    return announcements
 
 
 @contextlib.contextmanager

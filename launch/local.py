@@ -4,11 +4,14 @@
 
 What follows `--` goes to each `python -m dpreg.main`; this only says who each of them is. When one dies the
 others are ended at once; with --max_restarts all are then started again, on a new port, and go on from the
-newest checkpoint. The exit code is the run's: 0, 2 or 3 as of one process, 75 preempted, 76 for a process lost.
+newest checkpoint. The exit code is the run's: 0 to 3 as of one process, 75 preempted, 76 for a process lost.
+
+On CPU each process simulates --num_devices of its own; of GPUs each gets one, by its number.
 """
 
 import argparse
 import contextlib
+import os
 import signal
 import socket
 import subprocess
@@ -18,7 +21,7 @@ import time
 from collections.abc import Sequence
 from types import FrameType
 
-FINAL = (0, 2, 3)  # done, wrong input, diverged: starting again would change nothing
+FINAL = (0, 1, 2, 3)  # done, a fault, wrong input, diverged: starting again would change nothing
 PREEMPTED, LOST = 75, 76
 GRACE_SECONDS = 15.0  # for the others to end by themselves once one has
 
@@ -52,7 +55,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             told_to_stop.wait(delay)
         if told_to_stop.is_set():
             break
-        run = Run(parsed.processes, parsed.flags)
+        again = ["--resume=auto"] if attempt else []  # whatever the first attempt was told
+        run = Run(parsed.processes, [*parsed.flags, *again])
         if told_to_stop.is_set():
             run.signal(signal.SIGTERM)
         code = run.wait()
@@ -75,6 +79,8 @@ class Run:
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
                 text=True,
+                errors="replace",
+                env={"JAX_LOCAL_DEVICE_IDS": str(i), **os.environ},
             )
             for i in range(processes)
         ]

@@ -14,12 +14,13 @@ set -u
 processes=$1
 shift
 stopped=
+again=() # from the second time on, whatever the flags say
 # mpirun ends its processes at SIGTERM, and passes SIGUSR1 on to them: they save and exit with 75.
 trap 'stopped=1; kill -USR1 "$mpirun" 2>/dev/null' TERM INT
 while :; do
   # shellcheck disable=SC2086  # MPIRUN_FLAGS are several words
   mpirun ${HOSTFILE:+--hostfile "$HOSTFILE"} ${MPIRUN_FLAGS:-} -n "$processes" \
-    "${PYTHON:-python}" -m dpreg.main "$@" &
+    "${PYTHON:-python}" -m dpreg.main "$@" "${again[@]}" &
   mpirun=$!
   wait "$mpirun"
   code=$?
@@ -30,4 +31,5 @@ while :; do
   if [ "$code" -ne 75 ] || [ -n "$stopped" ]; then
     exit "$code"
   fi
+  again=(--resume=auto)
 done

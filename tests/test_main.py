@@ -8,8 +8,12 @@ import re
 import subprocess
 import sys
 
+import jax
 import numpy as np
 import pytest
+
+from dpreg.errors import InputError
+from dpreg.observers.workdir import open_workdir
 
 ROOT = pathlib.Path(__file__).parent.parent
 CPU = "--flagfile=configs/cpu.cfg"
@@ -233,3 +237,24 @@ def test_a_terminal_shows_a_bar(tmp_path):
     assert done.returncode == 0, done.stdout
     assert "epoch 3.0/3" in done.stdout
     assert "rows/s" in done.stdout
+
+
+def test_a_run_that_cannot_start_takes_no_other_run_with_it(tmp_path):
+    def cannot_start(workdir, beside=None):
+        with open_workdir(str(workdir)):
+            if beside:
+                beside.mkdir()
+            raise InputError("too late")
+
+    with pytest.raises(InputError, match="too late"):
+        cannot_start(tmp_path / "sweep" / "a", tmp_path / "sweep" / "b")
+    assert [path.name for path in (tmp_path / "sweep").iterdir()] == ["b"]
+    with pytest.raises(InputError, match="too late"):
+        cannot_start(tmp_path / "new" / "a")
+    assert not (tmp_path / "new").exists()
+
+
+def test_several_processes_need_a_workdir(monkeypatch):
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    with pytest.raises(InputError, match="give --workdir"), open_workdir(None):
+        pass

@@ -28,7 +28,7 @@ from cluster import (
 )
 
 from dpreg.errors import InputError, ProcessLost
-from dpreg.parallel import processes
+from dpreg.parallel import roll_call
 from dpreg.parallel.deadline import Deadline
 
 MAIN = ("-m", "dpreg.main")
@@ -51,6 +51,14 @@ def test_processes_give_the_bits_of_one(tmp_path, expected, count, flags):
     assert (summary["process_count"], summary["device_count"]) == (count, 8)
 
 
+def test_longer_blocks_in_one_process_than_in_two_change_no_bit(tmp_path):
+    one_epoch = ("--num_train=19200", "--max_epochs=1")  # 600 steps: a block of one process, three of two
+    code, said = ended(start(2, tmp_path / "two", *one_epoch))
+    assert code == 0, said
+    alone(tmp_path / "one", *one_epoch)
+    assert outcome(tmp_path / "two") == outcome(tmp_path / "one")
+
+
 def test_pmean_is_equal_to_rounding(tmp_path):
     code, said = ended(start(2, tmp_path / "two", "--reduction=pmean"))
     assert code == 0, said
@@ -63,7 +71,8 @@ def test_pmean_is_equal_to_rounding(tmp_path):
 
 @pytest.mark.parametrize(("victim", "how"), [(0, signal.SIGKILL), (1, signal.SIGKILL), (1, signal.SIGSTOP)])
 def test_a_lost_process_costs_nothing_but_time(tmp_path, expected, victim, how):
-    launcher = start(2, tmp_path, "--checkpoint_every_steps=50", restarts=1)
+    # The first attempt alone is to start over.
+    launcher = start(2, tmp_path, "--checkpoint_every_steps=50", "--resume=never", restarts=1)
     wait_until(lambda: complete(tmp_path), launcher)
     time.sleep(random.Random(victim).random())
     workers(launcher)[victim].send_signal(how)
@@ -185,10 +194,16 @@ def test_a_process_that_hangs_is_ended_with_its_stacks(tmp_path):
 
 def test_the_deadline_grows_with_the_slowest_wait_and_can_be_off():
     deadline = Deadline()
+    assert deadline.limit == 600  # nothing is measured yet
+    deadline.begin()
+    deadline.progress()
     assert deadline.limit == 120
     deadline._waited = 30.0
     deadline.progress()
     assert deadline.limit == 600
+    for _ in range(30):
+        deadline.progress()
+    assert deadline.limit == 120
     assert Deadline(7.0).limit == 7
     with Deadline(0.0) as never:
         assert not never._thread.is_alive()
@@ -227,9 +242,9 @@ def roll(port, *others, num_processes=3):
         except (InputError, ProcessLost) as error:
             results[name] = error
 
-    threads = [threading.Thread(target=run, args=(-1, processes._call_roll, num_processes))]
+    threads = [threading.Thread(target=run, args=(-1, roll_call.call_roll, num_processes))]
     for name, (process, claimed) in enumerate(others):
-        threads.append(threading.Thread(target=run, args=(name, processes._answer_roll, claimed, process)))
+        threads.append(threading.Thread(target=run, args=(name, roll_call.answer_roll, claimed, process)))
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -243,18 +258,25 @@ def test_the_roll_call_tells_all_what_is_wrong(monkeypatch, capfd):
     for error in roll(port, (1, 3), (1, 3)):
         assert isinstance(error, InputError)
         assert "--process_id=1: two processes have it" in str(error)
-    monkeypatch.setattr(processes, "_JOIN_SECONDS", 2)
+    monkeypatch.setattr(roll_call, "JOIN_SECONDS", 2)
     zero, one = roll(port, (1, 3))
     assert isinstance(zero, ProcessLost)
     assert "process 2 did not come to process 0 at 127.0.0.1" in str(zero)
     assert str(one) == str(zero)
     with pytest.raises(ProcessLost, match=r"process 1 found no process 0 at 127\.0\.0\.1:.*Connection refused"):
-        processes._answer_roll("127.0.0.1", port, 2, 1)
+        roll_call.answer_roll("127.0.0.1", port, 2, 1)
+
+
+def test_a_process_0_that_stops_during_the_roll_call_is_noticed(monkeypatch):
+    monkeypatch.setattr(roll_call, "HEARTBEAT_SECONDS", 1)
+    silent = socket.create_server(("127.0.0.1", 0))  # takes connections, and that is all
+    with silent, pytest.raises(ProcessLost, match="says nothing for 1 s: it is stuck"):
+        roll_call.answer_roll("127.0.0.1", silent.getsockname()[1], 2, 1)
 
 
 def test_the_roll_call_minds_neither_strangers_nor_one_that_went_and_came_again():
     port, results = int(free_address().rpartition(":")[2]), []
-    zero = threading.Thread(target=lambda: results.append(processes._call_roll("127.0.0.1", port, 2)))
+    zero = threading.Thread(target=lambda: results.append(roll_call.call_roll("127.0.0.1", port, 2)))
     zero.start()
     for said in (b"GET / HTTP/1.1\r\n\r\n", b"[]\n", b"", b'{"process_id": 1, "num_processes": 2}\n'):
         while True:
@@ -265,7 +287,7 @@ def test_the_roll_call_minds_neither_strangers_nor_one_that_went_and_came_again(
             except ConnectionRefusedError:  # process 0 does not listen yet
                 time.sleep(0.01)
     assert zero.is_alive()
-    processes._answer_roll("127.0.0.1", port, 2, 1)
+    roll_call.answer_roll("127.0.0.1", port, 2, 1)
     zero.join(10)
     assert results == [None]
 

@@ -2,6 +2,7 @@
 
 import functools
 import math
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +14,7 @@ from models import Foreign, Net, Rows
 
 import dpreg
 from dpreg.data.sources import Shuffled
+from dpreg.parallel.devices import data_mesh
 from dpreg.parallel.reduce import tree_sum
 
 
@@ -305,6 +307,19 @@ def test_a_model_with_other_variables_is_refused():
 
     with pytest.raises(dpreg.InputError, match="calls"):
         dpreg.Trainer(1).fit(Counter(), Rows(10).data(8))
+
+
+def test_processes_with_unequal_devices_are_told_so(monkeypatch):
+    class Device(NamedTuple):
+        process_index: int
+        platform: str = "cpu"
+
+    there = [Device(0)] * 8 + [Device(1)] * 7
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(jax, "local_devices", lambda backend=None: there[:8])
+    monkeypatch.setattr(jax, "devices", lambda platform=None: there)
+    with pytest.raises(dpreg.InputError, match="process 1 has 7 devices and process 0 has 8: give --num_devices=7"):
+        data_mesh(16)
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,9 @@ from dpreg.errors import InputError
 PLACEMENTS = ("auto", "device", "host")
 
 _BLOCK_BYTES = 16 << 20  # larger blocks were slower to transfer, smaller ones are dominated by the call
-_BLOCK_STEPS = 1 << 14
+# A signal to stop is heard between blocks. Of several processes it takes some more blocks until all hear it, while
+# their steps are slow enough for a call to weigh little.
+_BLOCK_STEPS, _BLOCK_STEPS_AMONG_PROCESSES = 1 << 12, 1 << 8
 _TAG_ROWS = 1 << 18  # at a time: they stay in cache
 _RESIDENT_FRACTION = 0.25  # of a device's memory: rows up to this size are kept there
 
@@ -128,8 +130,10 @@ class Dataset:
     def block_steps(self) -> int:
         """Steps of one block, K: chosen by bytes. 2 at least, since K = 1 would be compiled to other bits."""
         steps = self.steps_per_block or _BLOCK_BYTES // (self.row_bytes * self.global_batch)
-        epoch = self.sampler.steps_per_epoch
-        blocks = -(-epoch // max(1, min(steps, _BLOCK_STEPS)))
+        epoch, most = self.sampler.steps_per_epoch, _BLOCK_STEPS
+        if len({device.process_index for device in self._mesh.devices.flat}) > 1:
+            most = _BLOCK_STEPS_AMONG_PROCESSES
+        blocks = -(-epoch // max(1, min(steps, most)))
         return max(2, -(-epoch // blocks))  # evenly, since all blocks are gathered whole
 
     @functools.cached_property

@@ -4,7 +4,7 @@ import hashlib
 import json
 import logging
 import pathlib
-import shutil
+import re
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -123,15 +123,19 @@ class Checkpoints:
             if not is_whole(content):
                 damage = "its bytes are not those that were written"
         except Exception as error:  # Orbax raises many kinds for a damaged file
+            elsewhere = isinstance(error, OSError) and not isinstance(error, FileNotFoundError)
+            if elsewhere or isinstance(error, MemoryError) or re.search("PERMISSION_DENIED|EXHAUSTED", str(error)):
+                raise
             damage = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
-        damages = [told for told in processes.exchange(damage) if told]
+        # Orbax lets all wait for each other: where one process alone fails, the others do not come.
+        patience = 30.0 if damage else processes.MEET_SECONDS
+        damages = [told for told in processes.exchange(damage, patience=patience) if told]
         if not damages:
             return content
         # Out of the way, else a later save of the same step would be skipped.
-        aside = f"damaged-{step}"
+        aside = f"damaged-{step}-{time.time_ns()}"
         logging.warning("checkpoint %d is damaged, and set aside as %s: %s", step, aside, damages[0])
         if jax.process_index() == 0:
-            shutil.rmtree(self._folder / aside, ignore_errors=True)
             (self._folder / str(step)).rename(self._folder / aside)
         processes.exchange()
         self._manager.reload()

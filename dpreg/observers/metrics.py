@@ -21,8 +21,10 @@ class MetricsWriter:
 
     def __init__(self, path: pathlib.Path, step: int = 0):
         kept = [record for record in read_metrics(path) if record["step"] <= step]
-        self._file: TextIO = path.open("w", encoding="utf-8")
-        self._file.writelines(json.dumps(record) + "\n" for record in kept)
+        rewritten = path.with_suffix(".tmp")  # whole or not at all
+        rewritten.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
+        rewritten.replace(path)
+        self._file: TextIO = path.open("a", encoding="utf-8")
 
     def __call__(self, progress: Progress) -> None:
         """Writes the log point, if it is one."""

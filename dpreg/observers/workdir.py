@@ -24,6 +24,8 @@ def open_workdir(name: str | None, keep: bool = True) -> Iterator[pathlib.Path]:
     Raises:
       InputError: when it cannot be written, or not all processes see the same folder there.
     """
+    if not name and jax.process_count() > 1:
+        raise InputError("several processes need a folder that all see: give --workdir")
     path = pathlib.Path(name or f"runs/{time.strftime('%Y%m%d-%H%M%S')}")
     created = list[pathlib.Path]()
     try:
@@ -51,4 +53,7 @@ def open_workdir(name: str | None, keep: bool = True) -> Iterator[pathlib.Path]:
         raise
     finally:
         if created and not keep:
-            shutil.rmtree(created[-1], ignore_errors=True)
+            shutil.rmtree(path, ignore_errors=True)
+            with contextlib.suppress(OSError):  # another run has come into it meanwhile
+                for folder in created[1:]:
+                    folder.rmdir()

@@ -10,22 +10,26 @@ import jax
 from dpreg.errors import ProcessLost
 
 _TICK_SECONDS = 1.0
+_FIRST_SECONDS = 600.0  # before anything is measured
 _SHORTEST_SECONDS = 120.0
 _TIMES_THE_SLOWEST = 20.0
+_FORGOTTEN = 0.1  # of the slowest wait, with each result
 
 
 class Deadline:
     """Ends the process when no results have come for too long: with the stacks of all threads, and exit code 76.
 
     Heartbeats between processes come from threads of the runtime, and go on when Python or a file system hangs.
-    A context manager; the time counts from the first `progress` on, so ingest and compilation have no limit.
+    A context manager; the time counts from `begin` on, so ingest and compilation have no limit.
 
     Args:
-      seconds: how long to wait; 0 for ever; None for 120 s, or 20 times the longest wait so far where that is more.
+      seconds: how long to wait; 0 for ever; None for 120 s, or 20 times the slowest of the latest results where
+        that is more (600 s for the first).
     """
 
     def __init__(self, seconds: float | None = None):
-        self._seconds, self._slowest = seconds, 0.0
+        self._seconds = seconds
+        self._slowest: float | None = None
         self._waited: float | None = None  # counted, not read from a clock: who is stopped and goes on, is not late
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="deadline", daemon=True)
@@ -37,16 +41,25 @@ class Deadline:
 
     def __exit__(self, *error: object) -> None:
         self._over.set()
+        if self._seconds != 0:
+            self._thread.join()
         faulthandler.cancel_dump_traceback_later()
+
+    def begin(self) -> None:
+        """Results are to come from now on."""
+        self._waited = 0.0
 
     def progress(self) -> None:
         """Results have come."""
-        self._slowest, self._waited = max(self._slowest, self._waited or 0.0), 0.0
+        self._slowest = max(self._waited or 0.0, (self._slowest or 0.0) * (1 - _FORGOTTEN))
+        self._waited = 0.0
 
     @property
     def limit(self) -> float:
         """Seconds that a wait may take."""
-        return self._seconds or max(_SHORTEST_SECONDS, _TIMES_THE_SLOWEST * self._slowest)
+        if self._seconds or self._slowest is None:
+            return self._seconds or _FIRST_SECONDS
+        return max(_SHORTEST_SECONDS, _TIMES_THE_SLOWEST * self._slowest)
 
     def _watch(self) -> None:
         while not self._over.wait(_TICK_SECONDS):

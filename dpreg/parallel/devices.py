@@ -85,6 +85,13 @@ def data_mesh(num_shards: int, platform: str | None = None, num_devices: int | N
             f"--platform={platform}: there is none; this machine has {_there()}: use --flagfile={config}"
         ) from error
     count = jax.process_count()
+    of_process = [[d for d in jax.devices(local[0].platform) if d.process_index == p] for p in range(count)]
+    for process, there in enumerate(of_process):
+        if num_devices is None and len(there) != len(local):
+            raise InputError(
+                f"process {process} has {len(there)} devices and process {jax.process_index()} has {len(local)}: give "
+                f"--num_devices={min(map(len, of_process))}, which all have, or mend that host"
+            )
     wanted = min(len(local), max(num_shards // count, 1)) if num_devices is None else num_devices
     if wanted * count > num_shards:
         each = f" in each of {count} processes" if count > 1 else ""
@@ -100,10 +107,7 @@ def data_mesh(num_shards: int, platform: str | None = None, num_devices: int | N
             f"--num_devices={wanted}: this machine has {_there()}; use --num_devices={len(local)} or fewer, "
             + ("or --platform=cpu to simulate them" if kind != "cpu" else f"or --flagfile={_CONFIGS['cpu']}")
         )
-    chosen: list[Any] = []
-    for process in range(count):
-        chosen += [d for d in jax.devices(local[0].platform) if d.process_index == process][:wanted]
-    return Mesh(np.array(chosen), (AXIS,))
+    return Mesh(np.array([device for there in of_process for device in there[:wanted]]), (AXIS,))
 
 
 def replicated(tree: Any, mesh: Mesh) -> Any:
