@@ -1,9 +1,10 @@
 """Distributed data-parallel regression in JAX: the answer does not depend on how many devices computed it."""
 
+from dpreg.config import Columns
 from dpreg.data.dataset import Block, Dataset
+from dpreg.data.ingest import read_table
 from dpreg.data.sources import ArraySource, RegressionData, Source
 from dpreg.data.synthetic import SyntheticRegressionData
-from dpreg.data.tables import read_table
 from dpreg.errors import Diverged, InputError
 from dpreg.models.linear import LinearRegressionScratch
 from dpreg.models.losses import squared_loss
@@ -16,6 +17,7 @@ __all__ = [
     "SGD",
     "ArraySource",
     "Block",
+    "Columns",
     "Dataset",
     "Diverged",
     "InputError",

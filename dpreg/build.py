@@ -1,38 +1,43 @@
 """From a Config to the parts of a run, for every door."""
 
+from collections.abc import Callable
+
+import jax
+
 from dpreg.config import Config
+from dpreg.data.ingest import read_table
 from dpreg.data.sources import RegressionData
 from dpreg.data.synthetic import SyntheticRegressionData
-from dpreg.data.tables import read_table
-from dpreg.data.tfds import read_tfds
 from dpreg.models.linear import LinearRegressionScratch
+from dpreg.parallel import processes
 from dpreg.trainer import Observer, Trainer
 
 
-def build_data(config: Config) -> RegressionData:
-    """The rows that the config names."""
+def build_data(config: Config, progress: Callable[[int], None] = lambda rows: None) -> RegressionData:
+    """The rows that the config names; of a table, process 0 reads them, and the others where they see no cache of it.
+
+    Args:
+      progress: told now and then how many rows of a table are read.
+    """
     if config.dataset == "synthetic":
         return SyntheticRegressionData(
             config.w, config.b, config.noise, config.num_train, config.num_val, config.batch_size, config.seed
         )
-    if config.dataset.startswith("tfds:"):
-        return read_tfds(
-            config.dataset.removeprefix("tfds:"),
-            config.target,
-            config.features,
-            data_dir=config.data_dir,
+
+    def read() -> RegressionData:
+        return read_table(
+            config.dataset,
+            config.columns(),
             batch_size=config.batch_size,
-            validation_fraction=config.validation_fraction,
-            standardize=bool(config.standardize),
+            validation_dataset=config.validation_dataset,
+            data_dir=config.data_dir,
+            cache_dir=config.cache_dir,
+            progress=progress,
         )
-    return read_table(
-        config.dataset,
-        config.target,
-        config.features,
-        batch_size=config.batch_size,
-        validation_fraction=config.validation_fraction,
-        standardize=config.standardize is not False,
-    )
+
+    first = read() if jax.process_index() == 0 else None
+    processes.exchange()
+    return first or read()
 
 
 def build_model(config: Config, data: RegressionData) -> LinearRegressionScratch:

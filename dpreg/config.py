@@ -11,6 +11,8 @@ from absl import flags
 from dpreg.errors import InputError
 
 MODES = ("train", "doctor")
+MISSING = ("error", "drop", "mean")
+TRANSFORMS = ("none", "log", "standardize")
 
 
 def _flag(default: Any, help: str, decides: bool = False, who: bool = False) -> Any:
@@ -19,7 +21,36 @@ def _flag(default: Any, help: str, decides: bool = False, who: bool = False) -> 
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Columns:
+    """What to take from a table, and how: each field is the flag of the same name."""
+
+    target: tuple[str, ...] = _flag((), "Column to predict; several separated by commas.", decides=True)
+    features: tuple[str, ...] = _flag(
+        (), "Columns to fit on, separated by commas. Default: all but the target.", decides=True
+    )
+    exclude: tuple[str, ...] = _flag((), "Columns not to fit on, where --features names none.", decides=True)
+    weight_column: str | None = _flag(None, "Column of sample weights, 0 or more.", decides=True)
+    categorical: tuple[str, ...] = _flag(
+        (), "Features that are categories: one column of 0 and 1 for each, and one for all others.", decides=True
+    )
+    max_categories: int = _flag(64, "Categories of a column told apart, the most frequent.", decides=True)
+    missing: str = _flag(
+        "error", "Values that are missing: error, drop the row, or the mean (of features).", decides=True
+    )
+    standardize: bool | None = _flag(
+        None,
+        "Fit on numeric features of mean 0 and deviation 1; reported parameters are in original units. "
+        "Default: tables only.",
+        decides=True,
+    )
+    target_transform: str = _flag("none", "What is fitted of the target: none, log or standardize.", decides=True)
+    validation_fraction: float = _flag(
+        0.1, "Share of a table's rows held out for validation, in [0, 1), where nothing else is.", decides=True
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Config(Columns):
     """A run, by its flags: each field is the flag of the same name. The defaults are those of D2L section 3.4.
 
     Raises:
@@ -27,22 +58,14 @@ class Config:
     """
 
     mode: str = _flag("train", "train; or doctor: whether a run could start here, and what keeps it from it.")
-    dataset: str = _flag("synthetic", "What to fit: synthetic, a .csv or .parquet file, or tfds:NAME.", decides=True)
+    dataset: str = _flag(
+        "synthetic",
+        "What to fit: synthetic, tfds:NAME, or a table (.csv, .csv.gz, .parquet, .npz, .npy): file, pattern or folder.",
+        decides=True,
+    )
     data_dir: str | None = _flag(None, "Where TFDS datasets are prepared. Default: TFDS's own place.")
-    features: tuple[str, ...] = _flag(
-        (), "Columns to fit on, separated by commas. Default: all but the target.", decides=True
-    )
-    target: tuple[str, ...] = _flag((), "Column to predict; several separated by commas.", decides=True)
-    validation_fraction: float = _flag(
-        0.1,
-        "Share of a file's rows held out for validation, in [0, 1); a TFDS dataset's own split comes first.",
-        decides=True,
-    )
-    standardize: bool | None = _flag(
-        None,
-        "Fit on features of mean 0 and deviation 1; reported parameters are in original units. Default: files only.",
-        decides=True,
-    )
+    validation_dataset: str | None = _flag(None, "A table whose rows are held out instead of a share.", decides=True)
+    cache_dir: str | None = _flag(None, "Where tables lie once they are read. Default: ~/.cache/dpreg/tables.")
     w: tuple[float, ...] = _flag((2.0, -3.4), "True weights of the synthetic data, separated by commas.")
     b: float = _flag(4.2, "True bias of the synthetic data.")
     noise: float = _flag(0.01, "Standard deviation of the synthetic noise.")
@@ -89,7 +112,7 @@ class Config:
             value = getattr(self, name)
             if not all(math.isfinite(v) for v in (value if isinstance(value, tuple) else (value,))):
                 self._refuse(name, "use a finite number")
-        for name in ("num_train", "batch_size", "max_epochs", "num_shards", "num_devices", "keep"):
+        for name in ("num_train", "batch_size", "max_epochs", "num_shards", "num_devices", "keep", "max_categories"):
             if (value := getattr(self, name)) is not None and value < 1:
                 self._refuse(name, "use 1 or more")
         for name in (
@@ -117,6 +140,9 @@ class Config:
             self._refuse("standardize", "synthetic rows are of mean 0 and deviation 1 already; leave it out")
         if self.lr <= 0:
             self._refuse("lr", "use a learning rate above 0, such as 0.03")
+        for name, allowed in (("missing", MISSING), ("target_transform", TRANSFORMS)):
+            if getattr(self, name) not in allowed:
+                self._refuse(name, f"use {', '.join(allowed[:-1])} or {allowed[-1]}")
         if not self.w:
             self._refuse("w", "give at least one weight, such as --w=2,-3.4")
         if not 0 <= self.validation_fraction < 1:
@@ -163,6 +189,10 @@ class Config:
         except ValueError as error:
             raise InputError(f"--w={_text(given['w'])}: give numbers separated by commas") from error
         return cls(**given)
+
+    def columns(self) -> Columns:
+        """What to take from a table."""
+        return Columns(**{field.name: getattr(self, field.name) for field in dataclasses.fields(Columns)})
 
     def identity(self) -> dict[str, Any]:
         """What decides the answer, besides the rows: a run may only be continued by one that is alike in it."""

@@ -87,9 +87,13 @@ def run(config: Config) -> None:
 def _prepared(config: Config, progress: ProgressDisplay) -> tuple[Trainer, RegressionData]:
     """The trainer with its rows in place and its steps compiled."""
     trainer = build_trainer(config)
-    progress.doing(f"reading {config.dataset}")
     started = time.perf_counter()
-    data = build_data(config)
+
+    def read(rows: int) -> None:
+        progress.doing(f"reading {config.dataset}: {rows:,} rows, {rows / (time.perf_counter() - started):,.0f} rows/s")
+
+    progress.doing(f"reading {config.dataset}")
+    data = build_data(config, read)
     reading = time.perf_counter() - started
     trainer.prepare_data(data)
     trainer.seconds["ingest"] += reading

@@ -7,20 +7,24 @@ import pathlib
 import re
 import subprocess
 import sys
+import tempfile
 
 import jax
 import numpy as np
+import pyarrow.parquet
 import pytest
 
+from dpreg.data.order import keyed_hash
 from dpreg.errors import InputError
 from dpreg.observers.workdir import open_workdir
 
 ROOT = pathlib.Path(__file__).parent.parent
 CPU = "--flagfile=configs/cpu.cfg"
+CACHE = pathlib.Path(tempfile.gettempdir()) / "dpreg-tests"
 
 
 def dpreg(*arguments, timeout=240):
-    command = [sys.executable, "-m", "dpreg.main", *map(str, arguments)]
+    command = [sys.executable, "-m", "dpreg.main", f"--cache_dir={CACHE}", *map(str, arguments)]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=timeout)
 
 
@@ -86,7 +90,8 @@ def test_ordered_runs_agree_to_the_bit_between_processes(tmp_path):
 def test_a_tfds_dataset_prepared_on_disk(tmp_path):
     arguments = (CPU, "--dataset=tfds:synthetic_regression", f"--data_dir={tmp_path / 'data'}")
     finished(*arguments, f"--workdir={tmp_path / 'a'}", "--max_epochs=10")
-    np.testing.assert_allclose(summary_of(tmp_path / "a")["parameters"]["w"], [2, -3.4], atol=0.003)
+    w = summary_of(tmp_path / "a")["parameters"]["w"]
+    np.testing.assert_allclose([w["x0"], w["x1"]], [2, -3.4], atol=0.003)
     assert summary_of(tmp_path / "a")["parameters"]["b"] == pytest.approx(4.2, abs=0.003)
     finished(*arguments, f"--workdir={tmp_path / 'b'}", "--max_epochs=10")
     assert summary_of(tmp_path / "a")["params_sha256"] == summary_of(tmp_path / "b")["params_sha256"]
@@ -104,6 +109,48 @@ def test_a_table(tmp_path):
     assert summary["metrics"]["r2"] > 0.9
     assert summary["parameters"]["w"]["height"] == pytest.approx(2, abs=0.1)
     assert set(summary["parameters"]["w"]) == {"height", "width"}
+
+
+DIAMONDS = ROOT.parent / "shared" / "data" / "diamonds.parquet"
+
+
+@pytest.mark.skipif(not DIAMONDS.exists(), reason="the table of diamonds is not here")
+def test_real_diamonds_are_fitted_to_within_a_thousandth_of_least_squares(tmp_path):
+    """The README's example, on 1 and on 8 devices."""
+    table = pyarrow.parquet.read_table(DIAMONDS).to_pydict()
+    numbers, kinds = ("carat", "depth", "table", "x", "y", "z"), ("cut", "color", "clarity")
+    columns = [np.array(table[name], np.float64) for name in numbers]
+    for name in kinds:
+        columns += [np.array(table[name]) == kind for kind in sorted(set(table[name]))[1:]]
+    x, y = np.column_stack([*columns, np.ones(len(columns[0]))]), np.array(table["price"], np.float64)
+    summaries = []
+    for devices in (1, 8):
+        finished(
+            "--platform=cpu",
+            f"--num_devices={devices}",
+            f"--dataset={DIAMONDS}",
+            "--target=price",
+            f"--features={','.join(numbers + kinds)}",
+            f"--categorical={','.join(kinds)}",
+            "--target_transform=standardize",
+            *("--reduction=ordered", "--lr=0.1", "--batch_size=256", "--max_epochs=30"),
+            f"--workdir={tmp_path / str(devices)}",
+        )
+        summaries.append(summary_of(tmp_path / str(devices)))
+    assert summaries[0]["params_sha256"] == summaries[1]["params_sha256"]
+
+    held_out = keyed_hash(np.arange(len(y)), 1) < np.uint32(0.1 * 0xFFFFFFFF)
+
+    def r2(prediction):
+        rest = y[held_out] - prediction[held_out]
+        return 1 - (rest @ rest) / np.square(y[held_out] - y[held_out].mean()).sum()
+
+    best = x @ np.linalg.lstsq(x[~held_out], y[~held_out], rcond=None)[0]
+    w, b = (summaries[0]["parameters"][name] for name in "wb")
+    ours = b + sum(w[name] * np.array(table[name], np.float64) for name in numbers)
+    ours += sum(np.array([w[f"{name}={kind}"] for kind in table[name]]) for name in kinds)
+    assert r2(ours) == pytest.approx(summaries[0]["metrics"]["r2"], abs=1e-5)
+    assert r2(ours) == pytest.approx(r2(best), abs=1e-3)
 
 
 @pytest.fixture
@@ -144,19 +191,19 @@ def tables(tmp_path):
         (["--lr=nan"], "--lr=nan: use a finite number"),
         (["--w=2,x"], "--w=2,x"),
         (["--reduction=mean"], "use one of pmean, ordered"),
-        (["--dataset=nowhere", "--target=y"], "unknown; use synthetic, a .csv or .parquet file, or tfds:NAME"),
+        (["--dataset=nowhere", "--target=y"], "there is no such file"),
         (["--dataset=nowhere.csv", "--target=y"], "no such file"),
         (["--dataset=tfds:nowhere"], "nowhere"),
         (["--dataset={}/good.csv"], "--target=COLUMN"),
         (["--dataset={}/good.csv", "--target=z"], "column 'z' is not there; the columns are 'a', 'b', 'y'"),
-        (["--dataset={}/text.csv", "--target=y"], "column 'b' is not numeric but string ('x' in row 2)"),
-        (["--dataset={}/nan.csv", "--target=y"], "column 'b' has 1 missing values, the first in row 2"),
-        (["--dataset={}/missing.csv", "--target=y"], "column 'b' has 1 missing values, the first in row 2"),
-        (["--dataset={}/infinite.csv", "--target=y"], "column 'b' has 1 values that are not finite"),
+        (["--dataset={}/text.csv", "--target=y"], "text.csv, row 2: column 'b' has 'x', which is no number"),
+        (["--dataset={}/nan.csv", "--target=y"], "column 'b' has 1, the first in {}/nan.csv, row 2"),
+        (["--dataset={}/missing.csv", "--target=y"], "column 'b' has 1, the first in {}/missing.csv, row 2"),
+        (["--dataset={}/infinite.csv", "--target=y"], "infinite.csv, row 2: column 'b' has a value that is not finite"),
         (["--dataset={}/ragged.csv", "--target=y"], "Row #3: Expected 3 columns, got 2"),
         (["--dataset={}/empty.csv", "--target=y"], "Empty CSV file"),
         (["--dataset={}/headed.csv", "--target=y"], "there are no rows"),
-        (["--dataset={}/twice.csv", "--target=y"], "column 'a' is twice"),
+        (["--dataset={}/twice.csv", "--target=y"], "there are two columns 'a'"),
         (["--dataset={}/broken.parquet", "--target=y"], "not a readable parquet file"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
@@ -167,7 +214,7 @@ def test_bad_input_is_one_line_and_exit_code_2_and_leaves_nothing(tables, argume
     assert done.returncode == 2
     lines = done.stderr.splitlines()
     assert len(lines) == 1, done.stderr
-    assert said in lines[0]
+    assert said.format(tables) in lines[0]
     assert done.stdout == ""
     assert not workdir.parent.exists()
 

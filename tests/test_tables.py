@@ -1,17 +1,22 @@
-"""Tables and TFDS datasets: the right rows, scaled by the right moments, reported in original units."""
+"""Tables and TFDS datasets: the right rows, once, scaled by the right moments, whatever file they come from."""
 
+import gzip
+import os
 import pathlib
 import sys
+import threading
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.csv
 import pyarrow.parquet
 import pytest
 
 import dpreg
-from dpreg.data.sources import Scaling
+from dpreg.config import Columns
+from dpreg.data import ingest
+from dpreg.data.schema import Category, Moments, Number, Schema
 from dpreg.data.synthetic_regression import SyntheticRegression
-from dpreg.data.tfds import read_tfds
 
 
 def all_rows(source):
@@ -19,106 +24,305 @@ def all_rows(source):
 
 
 @pytest.fixture
-def table(tmp_path):
+def read(tmp_path):
+    """Reads a table below the test's folder, with a cache of the test's own."""
+
+    def read_table(name, *, batch_size=32, validation_dataset=None, data_dir=None, **columns):
+        columns = {
+            k: (v,) if isinstance(v, str) and k in ("target", "features", "exclude", "categorical") else v
+            for k, v in columns.items()
+        }
+        return dpreg.read_table(
+            name if name.startswith("tfds:") else str(tmp_path / name),
+            Columns(**columns),
+            batch_size=batch_size,
+            validation_dataset=validation_dataset and str(tmp_path / validation_dataset),
+            data_dir=data_dir,
+            cache_dir=str(tmp_path / "cache"),
+        )
+
+    return read_table
+
+
+@pytest.fixture
+def columns(tmp_path):
     rng = np.random.default_rng(0)
     columns = {
         "a": rng.normal(1e4, 1, 1000),
         "flag": rng.random(1000) > 0.5,
         "k": np.arange(1000),
+        "kind": rng.choice(["red", "green", "blue", "Grün"], 1000, p=[0.5, 0.3, 0.15, 0.05]),
         "y": rng.normal(size=1000),
     }
-    pyarrow.parquet.write_table(pa.table(columns), tmp_path / "t.parquet")
-    pyarrow.csv.write_csv(pa.table({**columns, "flag": columns["flag"].astype(int)}), tmp_path / "t.csv")
-    return tmp_path, columns
+    table = pa.table(columns)
+    pyarrow.parquet.write_table(table, tmp_path / "t.parquet")
+    pyarrow.csv.write_csv(table, tmp_path / "t.csv")
+    with gzip.open(tmp_path / "t.csv.gz", "wb") as file:
+        file.write((tmp_path / "t.csv").read_bytes())
+    np.savez(tmp_path / "t.npz", **columns)
+    np.savez_compressed(tmp_path / "t2.npz", **columns)
+    for folder, suffix in (("parts", "parquet"), ("csvs", "csv")):
+        (tmp_path / folder).mkdir()
+        for number, (first, last) in enumerate(((0, 1), (1, 500), (500, 500), (500, 1000))):
+            part = table.slice(first, last - first)
+            path = tmp_path / folder / f"part-{number}.{suffix}"
+            (pyarrow.parquet.write_table if suffix == "parquet" else pyarrow.csv.write_csv)(part, path)
+    return columns
 
 
-@pytest.mark.parametrize("kind", ["parquet", "csv"])
-def test_every_row_of_a_table_is_in_one_part_and_keeps_its_columns_together(table, kind):
-    folder, columns = table
-    data = dpreg.read_table(
-        str(folder / f"t.{kind}"), "y", ("k", "a", "flag"), validation_fraction=0.2, standardize=False
-    )
-    assert data.features == ("k", "a", "flag")
+KINDS = ["t.parquet", "t.csv", "t.csv.gz", "t.npz", "t2.npz", "parts", "parts/part-*.parquet", "csvs"]
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_every_row_is_in_one_part_and_keeps_its_columns_together(read, columns, name):
+    data = read(name, target="y", features=("k", "a", "flag"), validation_fraction=0.2, standardize=False)
+    assert data.schema.features == ("k", "a", "flag")
     parts = [all_rows(data.train), all_rows(data.val)]
     assert 150 < len(data.val) < 250
-    index = np.concatenate([part["x"][:, 0] for part in parts]).astype(int)
+    index = np.concatenate([data.train.row, data.val.row])
     assert sorted(index) == list(range(1000))
     x, y = (np.concatenate([part[name] for part in parts]) for name in "xy")
+    np.testing.assert_array_equal(x[:, 0], index)
     np.testing.assert_array_equal(x[:, 1], columns["a"][index].astype(np.float32))
     np.testing.assert_array_equal(x[:, 2], columns["flag"][index])
     np.testing.assert_array_equal(y[:, 0], columns["y"][index].astype(np.float32))
-    assert not np.array_equal(index[: len(data.train)], np.sort(index[: len(data.train)]))
-    again = dpreg.read_table(str(folder / f"t.{kind}"), "y", ("k",), validation_fraction=0.2, standardize=False)
-    np.testing.assert_array_equal(all_rows(again.val)["x"][:, 0], index[len(data.train) :])
+    assert not np.array_equal(data.train.row, np.sort(data.train.row))
+    again = read(name, target="y", features="k", validation_fraction=0.2)
+    np.testing.assert_array_equal(again.val.row, data.val.row)
 
 
-def test_features_are_standardised_by_the_training_rows(table):
-    folder, columns = table
-    data = dpreg.read_table(str(folder / "t.parquet"), "y", ("k", "a"))
+def test_the_same_rows_have_the_same_fingerprint_however_they_are_stored_and_cut(read, columns, monkeypatch):
+    wanted = {"target": "y", "features": ("a", "kind"), "categorical": "kind"}
+    prints = {name: read(name, **wanted).fingerprint() for name in KINDS}
+    assert len(set(prints.values())) == 1, prints
+    monkeypatch.setattr(ingest, "_IN_MEMORY_BYTES", 1000)  # by way of the disk
+    assert read("t.parquet", **wanted, max_categories=63).fingerprint() == prints["t.parquet"]
+    monkeypatch.setattr(ingest, "_BATCH_ROWS", 100)
+    assert (
+        read("t.parquet", **wanted, max_categories=62).train.row.tolist() == read("t.csv", **wanted).train.row.tolist()
+    )
+
+
+def test_numbers_are_standardised_by_the_training_rows(read, columns):
+    data = read("t.parquet", target="y", features=("k", "a"), target_transform="standardize")
     x = all_rows(data.train)["x"].astype(np.float64)
     np.testing.assert_allclose(x.mean(0), 0, atol=1e-5)
     np.testing.assert_allclose(x.std(0), 1, atol=1e-4)
-    held_out = np.round(all_rows(data.val)["x"][:, 0] * data.scaling.scale[0] + data.scaling.mean[0]).astype(int)
-    kept = np.setdiff1d(np.arange(1000), held_out)
-    assert data.scaling.mean[0] == pytest.approx(kept.mean(), rel=1e-9)
-    assert data.scaling.scale[1] == pytest.approx(columns["a"][kept].astype(np.float64).std(), rel=1e-9)
+    kept, (k, a), (y,) = data.train.row, data.schema.inputs, data.schema.targets
+    assert k.mean == pytest.approx(kept.mean(), rel=1e-12)
+    assert (a.scale, a.fill) == (pytest.approx(columns["a"][kept].std(), rel=1e-9), None)
+    assert (y.mean, y.scale) == pytest.approx((columns["y"][kept].mean(), columns["y"][kept].std()), rel=1e-9)
 
 
-def test_a_column_far_from_zero_keeps_its_digits(tmp_path):
-    t = 1.7e9 + np.arange(100.0)
-    pyarrow.parquet.write_table(pa.table({"t": t, "y": 0.5 * np.arange(100.0)}), tmp_path / "t.parquet")
-    data = dpreg.read_table(str(tmp_path / "t.parquet"), "y")
+@pytest.mark.parametrize("cuts", [(), (1,), (3, 3, 999), range(0, 5000, 7)])
+def test_moments_are_those_of_float64_on_ill_scaled_columns(cuts):
+    rng = np.random.default_rng(2)
+    values = rng.normal(size=(5000, 4)) * [1, 1e-3, 1e8, 1] + [1e6, 5e3, 0, -1e9]
+    values[rng.random(values.shape) < 0.1] = np.nan
+    values[:, 3] = 7.0
+    moments = Moments.none(4)
+    for part in np.split(values, list(cuts)):
+        if len(part):
+            moments.add(part)
+    exact = values.astype(np.longdouble)
+    count = (~np.isnan(values)).sum(0)
+    mean = np.nansum(exact, 0) / count
+    np.testing.assert_allclose(moments.mean, mean.astype(float), rtol=1e-12, atol=1e-6)
+    np.testing.assert_allclose(moments.squares[:3], np.nansum((exact - mean) ** 2, 0)[:3].astype(float), rtol=1e-9)
+    assert moments.scale(5000, True)[3] == (7.0, 1.0)
+
+
+def test_categories_are_one_hot_with_the_rest_as_other(read, columns):
+    data = read(
+        "t.parquet", target="y", features=("kind", "k"), categorical="kind", max_categories=2, standardize=False
+    )
+    kinds = columns["kind"][data.train.row]
+    assert data.schema.inputs[0] == Category(
+        "kind", ("red", "green"), ((kinds == "red").sum(), (kinds == "green").sum())
+    )
+    assert data.schema.features == ("kind=red", "kind=green", "kind=other", "k")
+    for source in (data.train, data.val):
+        kinds, x = columns["kind"][source.row], all_rows(source)["x"]
+        np.testing.assert_array_equal(x[:, 0], kinds == "red")
+        np.testing.assert_array_equal(x[:, 1], kinds == "green")
+        np.testing.assert_array_equal(x[:, 2], ~np.isin(kinds, ["red", "green"]))
+        np.testing.assert_array_equal(x[:, 3], source.row)
+
+
+@pytest.fixture
+def holed(tmp_path):
+    (tmp_path / "holed.csv").write_text("a,c,y\n1,u,1\n,v,2\n3,,3\n4,u,\n5,u,5\nnan,v,6\n")
+
+
+def test_missing_values_are_an_error_with_their_counts(read, holed, tmp_path):
+    with pytest.raises(dpreg.InputError) as caught:
+        read("holed.csv", target="y", categorical="c", validation_fraction=0.0)
+    file = tmp_path / "holed.csv"
+    assert (
+        f"column 'a' has 2, the first in {file}, row 2; column 'c' has 1, the first in {file}, row 3; "
+        f"column 'y' has 1, the first in {file}, row 4"
+    ) in str(caught.value).replace("column 'y' has 1", "column 'y' has 1")
+    with pytest.raises(dpreg.InputError, match="column 'y' has 1"):
+        read("holed.csv", target="y", categorical="c", missing="mean")
+    assert not list((tmp_path / "cache").iterdir())
+
+
+def test_missing_rows_are_dropped_or_filled_with_the_mean(read, holed):
+    wanted = {"target": "y", "categorical": "c", "validation_fraction": 0.0}
+    assert sorted(read("holed.csv", **wanted, missing="drop").train.row) == [0, 4]
+    data = read("holed.csv", target="a", features=("y", "c"), categorical="c", missing="drop", validation_fraction=0.0)
+    assert sorted(data.train.row) == [0, 4]
+
+
+def test_a_missing_feature_has_the_mean_and_a_missing_category_is_other(read, tmp_path):
+    (tmp_path / "h.csv").write_text("a,c,y\n1,u,1\n,v,2\n3,,3\n8,u,4\n")
+    data = read("h.csv", target="y", categorical="c", missing="mean", validation_fraction=0.0)
+    order = np.argsort(data.train.row)
+    a, scale = np.array([1, 4, 3, 8.0]), np.std([1, 4, 3, 8.0])
+    assert data.schema.inputs[0] == Number("a", 4.0, pytest.approx(scale, rel=1e-12), 4.0)
+    x = all_rows(data.train)["x"][order]
+    np.testing.assert_allclose(x[:, 0], (a - 4) / scale, rtol=1e-6)
+    np.testing.assert_array_equal(x[:, 1:], [[1, 0, 0], [0, 1, 0], [0, 0, 1], [1, 0, 0]])
+
+
+def test_weights_exclusions_and_a_table_held_out(read, columns, tmp_path):
+    weighted = pa.table({**columns, "w": np.arange(1000) % 3})
+    pyarrow.parquet.write_table(weighted, tmp_path / "w.parquet")
+    pyarrow.parquet.write_table(weighted.slice(0, 10), tmp_path / "v.parquet")
+    data = read("w.parquet", target="y", weight_column="w", exclude=("kind", "flag"), validation_dataset="v.parquet")
+    assert data.schema.features == ("a", "k")
+    assert (len(data.train), sorted(data.val.row)) == (1000, list(range(10)))
+    np.testing.assert_array_equal(all_rows(data.train)["weight"], data.train.row % 3)
+    np.testing.assert_allclose(all_rows(data.val)["x"][:, 1], (data.val.row - 499.5) / np.arange(1000).std(), rtol=1e-6)
+
+
+def test_the_second_time_nothing_is_read_and_a_changed_file_is_noticed(read, columns, tmp_path, monkeypatch):
+    first = read("t.parquet", target="y", exclude="kind")
+    with monkeypatch.context() as patch:
+        patch.setattr(ingest, "_write", None)
+        assert read("t.parquet", target="y", exclude="kind").fingerprint() == first.fingerprint()
+    changed = pa.table({**columns, "y": columns["y"] + 1})
+    pyarrow.parquet.write_table(changed, tmp_path / "t.parquet")
+    assert read("t.parquet", target="y", exclude="kind").fingerprint() != first.fingerprint()
+
+
+def test_an_interrupted_ingest_leaves_nothing_and_two_at_once_do_no_harm(read, columns, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            ingest, "_encode", lambda *arguments: (_ for _ in ()).throw(OSError(28, "No space left on device"))
+        )
+        with pytest.raises(dpreg.InputError, match="the disk is full"):
+            read("t.parquet", target="y", exclude="kind")
+    assert not list((tmp_path / "cache").iterdir())
+    (tmp_path / "cache" / "left.new-by-a-killed-process").mkdir()
+    (tmp_path / "cache" / "left.new-by-a-killed-process" / "train.x").write_bytes(b"half")
+    os.utime(tmp_path / "cache" / "left.new-by-a-killed-process", (0, 0))
+    results = []
+    threads = [
+        threading.Thread(target=lambda: results.append(read("t.parquet", target="y", exclude="kind").fingerprint()))
+        for _ in range(4)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(results) == 4
+    assert len(set(results)) == 1
+    (folder,) = (tmp_path / "cache").iterdir()
+    assert sorted(os.listdir(folder)) == sorted(
+        ["manifest.json", *(f"{part}.{name}" for part in ("train", "val") for name in ("row", "weight", "x", "y"))]
+    )
+
+
+def test_a_matrix_of_numpy_is_columns_of_one_name(read, tmp_path):
+    x, y = np.arange(40.0).reshape(20, 2), np.arange(20.0)
+    np.savez(tmp_path / "m.npz", x=x, y=y)
+    data = read("m.npz", target="y", features="x", standardize=False, validation_fraction=0.0)
+    assert data.schema.features == ("x0", "x1")
+    np.testing.assert_array_equal(all_rows(data.train)["x"], x[data.train.row])
+    np.save(tmp_path / "m.npy", np.column_stack([x, y]))
+    data = read("m.npy", target="c2", standardize=False, validation_fraction=0.0)
+    np.testing.assert_array_equal(all_rows(data.train)["y"][:, 0], data.train.row)
+    np.savez(tmp_path / "bad.npz", x=x, y=np.arange(3))
+    np.save(tmp_path / "objects.npy", np.array([{}, 1], object), allow_pickle=True)
+    for name, said in (("bad.npz", "3 and 20 rows"), ("objects.npy", "not unpickled")):
+        with pytest.raises(dpreg.InputError, match=said):
+            read(name, target="y" if "npz" in name else "c")
+
+
+def test_a_column_far_from_zero_keeps_its_digits(read, tmp_path):
+    pyarrow.parquet.write_table(
+        pa.table({"t": 1.7e9 + np.arange(100.0), "y": 0.5 * np.arange(100.0)}), tmp_path / "t.parquet"
+    )
+    data = read("t.parquet", target="y")
     x, y = (all_rows(data.train)[name][:, 0].astype(np.float64) for name in "xy")
-    np.testing.assert_allclose(np.polyfit(x, y, 1)[0], 0.5 * data.scaling.scale[0], rtol=1e-6)
+    np.testing.assert_allclose(np.polyfit(x, y, 1)[0], 0.5 * data.schema.inputs[0].scale, rtol=1e-6)
 
 
 @pytest.mark.parametrize(
-    ("target", "features", "said"),
-    [("y", ("k", "k"), "'k' is asked for twice"), (("y", "y"), (), "'y' is asked for twice"), ("y", ("k", "y"), "'y'")],
+    ("asked", "said"),
+    [
+        ({"features": ("k", "k")}, "'k' is asked for twice"),
+        ({"target": ("y", "y")}, "'y' is asked for twice"),
+        ({"features": ("k", "y")}, "'y' is asked for twice"),
+        ({"features": "z"}, "column 'z' is not there; the columns are 'a'"),
+        ({"exclude": "z"}, "column 'z' is not there"),
+        ({"categorical": "y"}, "--categorical=y is no feature"),
+        ({"exclude": ("a", "flag", "k", "kind")}, "no column to fit on"),
+        ({}, "row 1: column 'kind' has '.*', which is no number; choose columns .* or --categorical"),
+        ({"features": "k", "weight_column": "y"}, "'y' is asked for twice"),
+        ({"features": "k", "target": "k2", "weight_column": "a"}, "'k2' is not there"),
+        ({"features": "k", "target": "a", "weight_column": "y"}, "the weight is negative"),
+        ({"features": "k", "target_transform": "log"}, "'y' is not above 0"),
+        ({"features": "k", "validation_fraction": 0.99999999}, "no rows to fit besides those held out"),
+    ],
 )
-def test_a_column_named_twice_is_refused(table, target, features, said):
-    with pytest.raises(dpreg.InputError, match=said):
-        dpreg.read_table(str(table[0] / "t.parquet"), target, features)
-
-
-def test_one_row_is_always_fitted(table):
-    assert len(dpreg.read_table(str(table[0] / "t.parquet"), "y", validation_fraction=0.9999).train) == 1
+def test_what_cannot_be_taken_from_a_table_is_one_line(read, columns, tmp_path, asked, said):
+    with pytest.raises(dpreg.InputError, match=said) as caught:
+        read("t.parquet", **{"target": "y", **asked})
+    assert "\n" not in str(caught.value)
+    assert not list((tmp_path / "cache").glob("*"))
 
 
 def test_parameters_in_original_units_predict_the_same():
     rng = np.random.default_rng(1)
-    x = rng.normal(size=(50, 3)) * [1, 100, 0.01] + [5, -1e3, 0]
-    w, b = rng.normal(size=(3, 2)), rng.normal(size=2)
-    scaling = Scaling.of(x)
-    original_w, original_b = scaling.to_original_units(w, b)
-    np.testing.assert_allclose(x @ original_w + original_b, (x - x.mean(0)) / x.std(0) @ w + b, rtol=1e-9)
+    raw = rng.normal(size=(50, 3)) * [1, 100, 0.01] + [5, -1e3, 0]
+    raw[:, 1] = rng.integers(0, 3, 50)
+    schema = Schema(
+        (Number("a", 5.0, 2.0), Category("c", ("u", "v"), (3, 2)), Number("b", 0.0, 0.01)),
+        (Number("y", 7.0, 3.0), Number("z")),
+    )
+    w, b = rng.normal(size=(5, 2)), rng.normal(size=2)
+    one_hot = np.eye(3)[raw[:, 1].astype(int)]
+    original = np.column_stack([raw[:, 0], one_hot, raw[:, 2]])
+    scaled = np.column_stack([(raw[:, 0] - 5) / 2, one_hot, raw[:, 2] / 0.01])
+    np.testing.assert_allclose(schema.x(raw), scaled, rtol=1e-6)
+    original_w, original_b = schema.to_original_units(w, b)
+    np.testing.assert_allclose(original @ original_w + original_b, (scaled @ w + b) * [3, 1] + [7, 0], rtol=1e-9)
+    assert Schema.from_json(schema.to_json()) == schema
 
 
-def test_a_constant_column_is_only_centred():
-    scaling = Scaling.of(np.full((7, 1), 0.1))  # the mean of which is not quite 0.1
-    np.testing.assert_allclose(scaling(np.full((2, 1), 1.1)), [[1.0], [1.0]])
-
-
-def test_the_tfds_builder_holds_the_synthetic_rows(tmp_path):
+def test_the_tfds_builder_holds_the_synthetic_rows(read, tmp_path):
     source = dpreg.SyntheticRegressionData((1.0, 2.0, 3.0), -1.0, num_train=130, num_val=20, seed=5)
     builder = SyntheticRegression(source, data_dir=tmp_path)
     builder.download_and_prepare(file_format="array_record")
-    data = read_tfds("synthetic_regression", data_dir=str(tmp_path))
-    for ours, theirs in ((data.train.source, source.train), (data.val, source.val)):
-        for name, column in all_rows(theirs).items():
+    data = read("tfds:synthetic_regression", data_dir=str(tmp_path), standardize=False)
+    for ours, theirs in ((data.train, source.train), (data.val, source.val)):
+        for name, column in theirs[ours.row].items():
             np.testing.assert_array_equal(all_rows(ours)[name], column)
     assert "tensorflow" not in sys.modules
 
 
-def test_tfds_features_are_chosen_by_name(tmp_path):
+def test_tfds_features_are_chosen_by_name(read, tmp_path):
     SyntheticRegression(data_dir=tmp_path).download_and_prepare(file_format="array_record")
-    data = read_tfds("synthetic_regression", ("x",), ("y",), data_dir=str(tmp_path))
+    data = read("tfds:synthetic_regression", features="x1", target="y", data_dir=str(tmp_path))
+    assert (data.num_inputs, data.num_targets, data.schema.features) == (1, 1, ("x1",))
+    data = read("tfds:synthetic_regression", features="y", target="x", data_dir=str(tmp_path))
     assert (data.num_inputs, data.num_targets) == (1, 2)
-    for target, features, said in ((("z",), (), "no feature 'z'; it has x, y"), ((), ("q",), "no feature 'q'")):
-        with pytest.raises(dpreg.InputError, match=said):
-            read_tfds("synthetic_regression", target, features, data_dir=str(tmp_path))
+    with pytest.raises(dpreg.InputError, match="column 'z' is not there; the columns are 'x0', 'x1', 'y0'"):
+        read("tfds:synthetic_regression", target="z", data_dir=str(tmp_path))
     with pytest.raises(dpreg.InputError, match="Could not find dataset files for: mnist"):
-        read_tfds("mnist", data_dir=str(tmp_path))
+        read("tfds:mnist", data_dir=str(tmp_path))
 
 
 def test_imports_go_downward():

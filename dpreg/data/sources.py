@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from dpreg.data.order import permute
+from dpreg.data.schema import Schema
 from dpreg.errors import InputError
 
 Rows = dict[str, np.ndarray]
@@ -99,29 +100,6 @@ class Shuffled:
         return self.source.fingerprint()
 
 
-@dataclasses.dataclass(frozen=True)
-class Scaling:
-    """Features as the model sees them: (x - mean) / scale, both [d] float64."""
-
-    mean: np.ndarray
-    scale: np.ndarray
-
-    @classmethod
-    def of(cls, x: np.ndarray) -> "Scaling":
-        """The scaling that gives [n, d] `x` mean 0 and deviation 1. A constant column is only centred."""
-        scale = np.where(x.max(axis=0) > x.min(axis=0), x.std(axis=0, dtype=np.float64), 1.0)
-        return cls(x.mean(axis=0, dtype=np.float64), scale)
-
-    def __call__(self, x: np.ndarray) -> np.ndarray:
-        """Scales features [n, d]; computed in float64, given as float32."""
-        return ((x - self.mean) / self.scale).astype(np.float32)
-
-    def to_original_units(self, w: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Weights [d, t] and bias [t] of the model on scaled features -> those on the original ones."""
-        w = np.asarray(w, np.float64) / self.scale[:, None]
-        return w, np.asarray(b, np.float64) - self.mean @ w
-
-
 class RegressionData:
     """Training and validation rows with what is known of them: the data module that `Trainer.fit` takes.
 
@@ -129,8 +107,7 @@ class RegressionData:
       train: the rows to fit.
       val: rows held out, or None.
       batch_size: rows of one global batch.
-      features: names of the d features, where they have names.
-      scaling: how `train` and `val` were scaled, to report parameters in original units; None if not.
+      schema: what the columns of a table are to the model; None where the rows are no table's.
     """
 
     def __init__(
@@ -138,15 +115,13 @@ class RegressionData:
         train: Source,
         val: Source | None = None,
         batch_size: int = 32,
-        features: tuple[str, ...] | None = None,
-        scaling: Scaling | None = None,
+        schema: Schema | None = None,
     ):
         if len(train) < 1:
             raise InputError("there are no training rows: give at least one")
-        self.train, self.val, self.batch_size, self.scaling = train, val, batch_size, scaling
+        self.train, self.val, self.batch_size, self.schema = train, val, batch_size, schema
         first = train[np.zeros(1, np.int32)]
         self.num_inputs, self.num_targets = first["x"].shape[1], first["y"].shape[1]
-        self.features = features
 
     def fingerprint(self) -> str:
         """Of the rows, training and validation."""

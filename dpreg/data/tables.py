@@ -1,146 +1,269 @@
-"""Tables from files: numeric columns of CSV and Parquet, checked, split and put into a fixed shuffle."""
+"""Tables in files, as streams of record batches: CSV, Parquet and NumPy."""
 
+import contextlib
+import dataclasses
+import glob
+import os
 import pathlib
-from collections.abc import Sequence
+import zipfile
+from collections.abc import Callable, Iterator, Sequence
+from typing import IO, Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.csv
 import pyarrow.parquet
 
-from dpreg.data.order import keyed_hash
-from dpreg.data.sources import ArraySource, RegressionData, Scaling, Shuffled
 from dpreg.errors import InputError
 
+_BATCH_ROWS = 1 << 16
+_CSV_BLOCK_BYTES = 8 << 20
 
-def read_table(
-    path: str,
-    target: Sequence[str] | str,
-    features: Sequence[str] = (),
-    *,
-    batch_size: int = 32,
-    validation_fraction: float = 0.1,
-    standardize: bool = True,
-) -> RegressionData:
-    """Reads a table of numbers, holds some rows out, and shuffles the others once.
 
-    Args:
-      path: a .csv or .parquet file.
-      target: the column to predict, or several.
-      features: the columns to fit on, in this order; all but the target by default.
-      batch_size: rows of a global batch.
-      validation_fraction: share of rows held out. Which ones is a function of the row number alone.
-      standardize: scale features to mean 0 and deviation 1 over the training rows (float64 moments).
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """A batch of consecutive rows of a table: where they are from, for messages.
+
+    Attributes:
+      file: the file.
+      first: the number of its first row in that file, from 0.
+      batch: the columns asked for.
+    """
+
+    file: str
+    first: int
+    batch: pa.RecordBatch
+
+    def where(self, row: int) -> str:
+        """The place of a row of the batch, counted from 1."""
+        return f"{self.file}, row {self.first + row + 1}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Table:
+    """A table that is read in a stream.
+
+    Attributes:
+      name: as the user gave it.
+      columns: its column names, in order, with their types as far as the beginning of the table tells.
+      groups: columns that one name stands for, such as those of a matrix.
+      signature: changes when the files do.
+      read: the rows of some columns in order, the text columns among them as strings.
+    """
+
+    name: str
+    columns: dict[str, pa.DataType]
+    groups: dict[str, tuple[str, ...]]
+    signature: tuple[str, ...]
+    read: Callable[[Sequence[str], Sequence[str]], Iterator[Part]]
+
+
+def open_table(name: str) -> Table:
+    """A table in a file, in the files that match a pattern, or in the files of a folder, in the order of their names.
+
+    .csv (also .csv.gz) with a header, .parquet, .npy, and .npz: of the latter two a vector is a column, and a
+    matrix NAME (without a name: c) the columns NAME0, NAME1 and so on.
 
     Raises:
-      InputError: for a file that is not there or not whole, a column that is missing or not numeric, and
-        values that are missing or not finite; names the file, the column and the row, counted from 1.
+      InputError: for what is not there, not readable, or has columns of the same name.
     """
-    target = (target,) if isinstance(target, str) else tuple(target)
-    table = _read(path)
-    table = table.rename_columns([name.strip() for name in table.column_names])
-    names = table.column_names
-    features = tuple(features) or tuple(name for name in names if name not in target)
-    for name in (*features, *target):
-        if names.count(name) != 1:
-            found = "twice" if names.count(name) else "not there"
-            raise InputError(f"{path}: column {name!r} is {found}; the columns are {', '.join(map(repr, names))}")
-    check_named_once(path, features, target)
-    if not features:
-        raise InputError(f"{path}: there is no column to fit on besides the target")
-    if not table.num_rows:
-        raise InputError(f"{path}: there are no rows")
-    x, y = (np.stack([_numbers(path, table, name) for name in group], axis=1) for group in (features, target))
-    return split_rows(x, y, features, batch_size, validation_fraction, standardize)
+    files = _files(name)
+    kinds = {_kind(file).removesuffix(".gz") for file in files}
+    if len(kinds) > 1:
+        raise InputError(f"--dataset={name}: the files are of different kinds: {', '.join(sorted(kinds))}")
+    inspect, read = _READERS[kinds.pop()]
+    with _Readable(files[0]):
+        names, types = inspect(files[0])
+        groups = _groups(files[0]) if _kind(files[0]) in (".npy", ".npz") else {}
+    stripped = [column.strip() for column in names]
+    for column in stripped:
+        if stripped.count(column) > 1:
+            raise InputError(f"{files[0]}: there are two columns {column!r}: rename one")
+    own = dict(zip(stripped, names, strict=True))
+
+    def parts(columns: Sequence[str], texts: Sequence[str]) -> Iterator[Part]:
+        kinds = {own[c]: pa.string() if c in texts else types[names.index(own[c])] for c in columns}
+        for file in files:
+            first = 0
+            with _Readable(file):
+                for batch in read(file, kinds):
+                    if batch.num_rows:
+                        yield Part(file, first, batch.rename_columns(list(columns)))
+                    first += batch.num_rows
+
+    stats = [os.stat(file) for file in files]
+    signature = tuple(
+        f"{f} {s.st_size} {s.st_mtime_ns}" for f, s in zip(map(os.path.abspath, files), stats, strict=True)
+    )
+    return Table(name, dict(zip(stripped, types, strict=True)), groups, signature, parts)
 
 
-def check_named_once(where: str, features: Sequence[str], target: Sequence[str]) -> None:
-    """Raises InputError when a column is named twice, or as a feature and the target."""
-    named = (*features, *target)
-    for name in named:
-        if named.count(name) > 1:
-            raise InputError(f"{where}: column {name!r} is asked for twice in features and target; name it once")
-
-
-def split_rows(
-    x: np.ndarray,
-    y: np.ndarray,
-    features: tuple[str, ...] | None,
-    batch_size: int,
-    validation_fraction: float,
-    standardize: bool,
-) -> RegressionData:
-    """Rows [n, d], [n, t] as data: held out by a keyed hash of the row number, scaled, and shuffled once."""
-    held_out = keyed_hash(np.arange(len(x)), 1) < np.uint32(validation_fraction * 0xFFFFFFFF)
-    held_out[keyed_hash(np.arange(len(x)), 1).argmax()] = False  # one row to fit there always is
-    return regression_data(x[~held_out], y[~held_out], x[held_out], y[held_out], features, batch_size, standardize)
-
-
-def regression_data(
-    x: np.ndarray,
-    y: np.ndarray,
-    x_val: np.ndarray,
-    y_val: np.ndarray,
-    features: tuple[str, ...] | None,
-    batch_size: int,
-    standardize: bool,
-) -> RegressionData:
-    """Training and validation rows as data, scaled by the moments of the former, which are shuffled once."""
-    scaling = Scaling.of(x) if standardize and len(x) else None
-    scale = scaling or (lambda rows: rows)
-    train = Shuffled(ArraySource(scale(x), y))
-    val = ArraySource(scale(x_val), y_val) if len(x_val) else None
-    return RegressionData(train, val, batch_size, features, scaling)
-
-
-def _read(path: str) -> pa.Table:
-    suffix = pathlib.Path(path).suffix.lower()
-    if suffix not in (".csv", ".parquet"):
-        raise InputError(f"--dataset={path}: unknown; use synthetic, a .csv or .parquet file, or tfds:NAME")
-    try:
-        if suffix == ".parquet":
-            return pyarrow.parquet.ParquetFile(path).read()
-        try:
-            return pyarrow.csv.read_csv(path)
-        except pa.ArrowInvalid:  # again on one thread: then the message names the row
-            return pyarrow.csv.read_csv(path, pyarrow.csv.ReadOptions(use_threads=False))
-    except FileNotFoundError as error:
-        raise InputError(f"--dataset={path}: there is no such file") from error
-    except (pa.ArrowException, OSError) as error:
-        reason = " ".join(str(error).split())
-        raise InputError(f"{path}: not a readable {suffix[1:]} file: {reason[:200]}") from error
-
-
-def _numbers(path: str, table: pa.Table, name: str) -> np.ndarray:
-    """A column as float64 [n], all of it finite as float32."""
-    column = table[name]
-    kind = column.type
-    if pa.types.is_boolean(kind):
-        column = column.cast(pa.uint8())
-    elif not (pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_null(kind)):
-        hint = ""
-        if pa.types.is_string(kind) or pa.types.is_large_string(kind):
-            row = next((i for i, v in enumerate(column) if v.is_valid and not _is_number(v.as_py())), 0)
-            hint = f" ({column[row].as_py()!r} in row {row + 1})"
-        raise InputError(f"{path}: column {name!r} is not numeric but {kind}{hint}; choose columns with --features")
-    missing = column.null_count
-    if missing:
-        row = pc.index(column.is_null(), True).as_py()
-        raise InputError(f"{path}: column {name!r} has {missing} missing values, the first in row {row + 1}")
-    values = column.to_numpy().astype(np.float64)
-    bad = ~(np.abs(values) <= np.finfo(np.float32).max)
-    if bad.any():
-        row = int(bad.argmax())
-        raise InputError(
-            f"{path}: column {name!r} has {bad.sum()} values that are not finite, the first in row {row + 1}"
+def _files(name: str) -> list[str]:
+    path = pathlib.Path(name)
+    if path.is_dir():
+        files = sorted(
+            str(file) for file in path.iterdir() if _kind(str(file)) and not file.name.startswith((".", "_"))
         )
-    return values
+    elif path.exists():
+        files = [name]
+    else:
+        files = sorted(glob.glob(name))
+    if not files:
+        found = "no readable file in that folder" if path.is_dir() else "no such file"
+        raise InputError(f"--dataset={name}: there is {found}")
+    for file in files:
+        if not _kind(file):
+            raise InputError(f"--dataset={name}: unknown kind; use synthetic, tfds:NAME, or {', '.join(_READERS)}")
+    return files
 
 
-def _is_number(text: str) -> bool:
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True
+def _kind(file: str) -> str:
+    return next((kind for kind in _READERS if file.lower().endswith(kind)), "")
+
+
+class _Readable:
+    """Makes one line of what goes wrong while a file is read."""
+
+    def __init__(self, file: str):
+        self._file = file
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, (pa.ArrowException, OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile)) and (
+            not isinstance(error, InputError)
+        ):
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise InputError(f"{self._file}: not a readable {_kind(self._file)[1:]} file: {reason[:200]}") from error
+
+
+Inspected = tuple[list[str], list[pa.DataType]]
+Kinds = dict[str, pa.DataType]
+
+
+def _open_csv(file: str, kinds: Kinds | None = None) -> pa.csv.CSVStreamingReader:
+    numbers = {n: pa.float64() if _is_number(k) else k for n, k in (kinds or {}).items()}
+    return pyarrow.csv.open_csv(
+        pa.input_stream(file, compression="gzip" if file.lower().endswith(".gz") else None),
+        read_options=pyarrow.csv.ReadOptions(block_size=_CSV_BLOCK_BYTES, use_threads=False),  # messages name the row
+        parse_options=pyarrow.csv.ParseOptions(newlines_in_values=True),
+        convert_options=pyarrow.csv.ConvertOptions(
+            column_types=numbers,
+            include_columns=list(numbers),
+            strings_can_be_null=True,
+            quoted_strings_can_be_null=False,
+        ),
+    )
+
+
+def _is_number(kind: pa.DataType) -> bool:
+    return pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_null(kind)
+
+
+def _inspect_csv(file: str) -> Inspected:
+    schema = _open_csv(file).schema
+    return schema.names, schema.types
+
+
+def _read_csv(file: str, kinds: Kinds) -> Iterator[pa.RecordBatch]:
+    yield from _open_csv(file, kinds)
+
+
+def _inspect_parquet(file: str) -> Inspected:
+    schema = pyarrow.parquet.ParquetFile(file).schema_arrow
+    return schema.names, schema.types
+
+
+def _read_parquet(file: str, kinds: Kinds) -> Iterator[pa.RecordBatch]:
+    with pyarrow.parquet.ParquetFile(file) as opened:
+        for name in kinds:
+            if name not in opened.schema_arrow.names:
+                raise InputError(f"{file}: there is no column {name!r}, as there is in the first part")
+        for batch in opened.iter_batches(_BATCH_ROWS, columns=list(kinds)):
+            yield batch.select(list(kinds))
+
+
+def _open_arrays(file: str, stack: contextlib.ExitStack) -> dict[str, IO[bytes]]:
+    """The arrays of a NumPy file by name, each as a stream that begins with its header."""
+    if file.lower().endswith(".npy"):
+        return {"c": stack.enter_context(open(file, "rb"))}
+    members = stack.enter_context(zipfile.ZipFile(file))
+    return {name.removesuffix(".npy"): stack.enter_context(members.open(name)) for name in members.namelist()}
+
+
+def _header(stream: IO[bytes]) -> tuple[tuple[int, ...], np.dtype]:
+    version = np.lib.format.read_magic(stream)
+    read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}[version]
+    shape, by_columns, dtype = read(stream)
+    if dtype.hasobject:
+        raise ValueError("it holds Python objects, which are not unpickled")
+    if len(shape) not in (1, 2) or (by_columns and len(shape) == 2 and shape[1] > 1):
+        raise ValueError(f"an array has shape {shape}: give vectors, and matrices whose rows are contiguous")
+    return shape, dtype
+
+
+def _columns_of(name: str, shape: tuple[int, ...], dtype: np.dtype) -> list[tuple[str, Any, pa.DataType]]:
+    """(column, index into a chunk of the array, type) of each column of an array."""
+
+    def kind(of: np.dtype) -> pa.DataType:
+        return pa.string() if of.kind in "US" else pa.from_numpy_dtype(of)
+
+    if dtype.names:
+        return [(field, field, kind(dtype[field])) for field in dtype.names]
+    if len(shape) == 1:
+        return [(name, (), kind(dtype))]
+    return [(f"{name}{j}", (slice(None), j), kind(dtype)) for j in range(shape[1])]
+
+
+def _groups(file: str) -> dict[str, tuple[str, ...]]:
+    """The columns of each matrix."""
+    with contextlib.ExitStack() as stack:
+        streams = _open_arrays(file, stack).items()
+        return {name: tuple(c for c, _, _ in _columns_of(name, *_header(stream))) for name, stream in streams}
+
+
+def _inspect_numpy(file: str) -> Inspected:
+    with contextlib.ExitStack() as stack:
+        columns = [
+            column
+            for name, stream in _open_arrays(file, stack).items()
+            for column in _columns_of(name, *_header(stream))
+        ]
+    return [name for name, _, _ in columns], [kind for _, _, kind in columns]
+
+
+def _read_numpy(file: str, kinds: Kinds) -> Iterator[pa.RecordBatch]:
+    with contextlib.ExitStack() as stack:
+        arrays = {name: (stream, *_header(stream)) for name, stream in _open_arrays(file, stack).items()}
+        rows = {shape[0] for _, shape, _ in arrays.values()}
+        if len(rows) > 1:
+            raise ValueError(f"its arrays have {' and '.join(map(str, sorted(rows)))} rows")
+        found = {
+            column: (name, index)
+            for name, (_, shape, dtype) in arrays.items()
+            for column, index, _ in _columns_of(name, shape, dtype)
+        }
+        needed = {found[column][0] for column in kinds}
+        for first in range(0, rows.pop(), _BATCH_ROWS):
+            chunks = {name: _chunk(*arrays[name], first) for name in needed}
+            columns = [np.ascontiguousarray(chunks[found[c][0]][found[c][1]]) for c in kinds]
+            yield pa.RecordBatch.from_arrays([pa.array(column) for column in columns], list(kinds))
+
+
+def _chunk(stream: IO[bytes], shape: tuple[int, ...], dtype: np.dtype, first: int) -> np.ndarray:
+    count = min(_BATCH_ROWS, shape[0] - first)
+    row = dtype.itemsize * (shape[1] if len(shape) == 2 else 1)
+    content = stream.read(count * row)
+    if len(content) != count * row:
+        raise ValueError("it is cut off")
+    return np.frombuffer(content, dtype).reshape(count, *shape[1:])
+
+
+_READERS: dict[str, tuple[Callable[[str], Inspected], Callable[[str, Kinds], Iterator[pa.RecordBatch]]]] = {
+    ".csv": (_inspect_csv, _read_csv),
+    ".csv.gz": (_inspect_csv, _read_csv),
+    ".parquet": (_inspect_parquet, _read_parquet),
+    ".npz": (_inspect_numpy, _read_numpy),
+    ".npy": (_inspect_numpy, _read_numpy),
+}

@@ -1,41 +1,35 @@
 """Datasets prepared by TensorFlow Datasets, read as a random-access data source: without TensorFlow."""
 
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 
-from dpreg.data.sources import RegressionData
-from dpreg.data.tables import check_named_once, regression_data, split_rows
+from dpreg.data.tables import Part, Table
 from dpreg.errors import InputError
 
 _READ_ROWS = 4096
+_HELD_OUT = ("validation", "val", "test")
 
 
-def read_tfds(
-    name: str,
-    target: Sequence[str] = (),
-    features: Sequence[str] = (),
-    *,
-    data_dir: str | None = None,
-    batch_size: int = 32,
-    validation_fraction: float = 0.1,
-    standardize: bool = False,
-) -> RegressionData:
-    """Reads a prepared TFDS dataset with numeric features into memory.
+def open_tfds(name: str, data_dir: str | None = None) -> tuple[Table, Table | None, tuple[str, ...], tuple[str, ...]]:
+    """A prepared TFDS dataset as tables of the columns that are numbers of a fixed shape, or text.
 
-    `synthetic_regression`, the builder of this package, is prepared first where it is not. The split
-    "train" is fitted; "validation" or "test" is held out, else a share of the rows of "train".
+    `synthetic_regression`, the builder of this package, is prepared first where it is not. A feature with
+    several values a row gives the columns NAME0, NAME1 and so on.
 
     Args:
       name: as TFDS names it: NAME, NAME/CONFIG or NAME:VERSION.
-      target: features to predict; the dataset's supervised target by default.
-      features: features to fit on; the supervised input, or all but the target, by default.
       data_dir: where datasets are prepared; TFDS's own place by default.
-      batch_size, validation_fraction, standardize: as for `read_table`.
+
+    Returns:
+      The split "train"; the split to hold out, where there is one ("validation", "val" or "test"); and what TFDS
+      says is to be predicted, and from what: column names, or none.
 
     Raises:
-      InputError: when the dataset is not prepared there, or a feature is missing or not numeric.
+      InputError: when the dataset is not prepared there.
     """
     import tensorflow_datasets as tfds  # slow to import, and few runs need it
 
@@ -55,44 +49,48 @@ def read_tfds(
     except (ValueError, NotImplementedError, OSError) as error:
         reason = str(error).strip().partition("\n")[0]
         raise InputError(f"{where}: {reason} Prepare it with file_format=array_record under --data_dir.") from error
-
-    supervised: Any = builder.info.supervised_keys or ((), ())
-    columns = sorted(builder.info.features)
-    target = tuple(target) or tuple(np.atleast_1d(supervised[1]))
-    if not target:
-        raise InputError(f"{where}: say what to predict with --target; it has {', '.join(columns)}")
-    features = tuple(features) or tuple(np.atleast_1d(supervised[0])) or tuple(c for c in columns if c not in target)
-    for column in (*features, *target):
-        if column not in columns:
-            raise InputError(f"{where}: there is no feature {column!r}; it has {', '.join(columns)}")
-        feature = builder.info.features[column]
-        numeric = isinstance(feature, tfds.features.Tensor) and (
-            np.issubdtype(feature.np_dtype, np.number) or feature.np_dtype == np.bool_
-        )
-        if not numeric or None in feature.shape:
-            raise InputError(f"{where}: feature {column!r} is not numbers of a fixed shape; choose with --features")
-    check_named_once(where, features, target)
     if "train" not in splits:
         raise InputError(f"{where}: there is no split 'train'; it has {', '.join(splits)}")
 
-    scalar = all(builder.info.features[column].shape == () for column in features)
-    names = features if scalar else None
-    x, y = (_read(where, splits["train"], group) for group in (features, target))
-    held_out = next((splits[s] for s in ("validation", "val", "test") if s in splits), None)
-    if held_out is None:
-        return split_rows(x, y, names, batch_size, validation_fraction, standardize)
-    x_val, y_val = (_read(where, held_out, group) for group in (features, target))
-    return regression_data(x, y, x_val, y_val, names, batch_size, standardize)
+    def table(split: str) -> Table:
+        return _table(where, split, splits[split], builder)
+
+    held_out = next((table(split) for split in _HELD_OUT if split in splits), None)
+    inputs, target = (tuple(np.atleast_1d(keys)) for keys in builder.info.supervised_keys or ((), ()))
+    return table("train"), held_out, target, inputs
 
 
-def _read(where: str, split: Any, columns: Sequence[str]) -> np.ndarray:
-    """All rows of some columns, finite float64 [n, sum of their sizes]."""
-    parts = []
-    for start in range(0, len(split), _READ_ROWS):
-        records = split.__getitems__(range(start, min(start + _READ_ROWS, len(split))))
-        parts.append(np.stack([np.concatenate([np.ravel(record[c]) for c in columns]) for record in records]))
-    values = np.concatenate(parts).astype(np.float64)
-    bad = ~(np.abs(values) <= np.finfo(np.float32).max).all(axis=1)
-    if bad.any():
-        raise InputError(f"{where}: {' or '.join(columns)} has a value that is not finite in row {bad.argmax() + 1}")
-    return values
+def _table(where: str, split: str, rows: Any, builder: Any) -> Table:
+    import tensorflow_datasets as tfds
+
+    columns, groups = dict[str, pa.DataType](), dict[str, tuple[str, ...]]()
+    for name, feature in sorted(builder.info.features.items()):
+        if isinstance(feature, tfds.features.Text):
+            columns[name] = pa.string()
+        elif isinstance(feature, tfds.features.Tensor) and None not in feature.shape and _is_number(feature.np_dtype):
+            size = int(np.prod(feature.shape, dtype=np.int64))
+            groups[name] = tuple(f"{name}{j}" for j in range(size)) if feature.shape else (name,)
+            columns |= dict.fromkeys(groups[name], pa.from_numpy_dtype(feature.np_dtype))
+
+    def parts(asked: Sequence[str], texts: Sequence[str]) -> Iterator[Part]:
+        of = {column: (name, j) for name, members in groups.items() for j, column in enumerate(members)}
+        for first in range(0, len(rows), _READ_ROWS):
+            records = rows.__getitems__(range(first, min(first + _READ_ROWS, len(rows))))
+            needed = {of[column][0] for column in asked if column in of}
+            flat = {name: np.stack([np.ravel(record[name]) for record in records]) for name in needed}
+            arrays = []
+            for column in asked:
+                if column in of:
+                    array = pa.array(np.ascontiguousarray(flat[of[column][0]][:, of[column][1]]))
+                    arrays.append(array.cast(pa.string()) if column in texts else array)
+                else:
+                    arrays.append(pa.array([bytes(record[column]).decode() for record in records]))
+            yield Part(f"{where}, {split}", first, pa.RecordBatch.from_arrays(arrays, list(asked)))
+
+    files = [os.fspath(path) for path in builder.info.splits[split].filepaths]
+    signature = tuple(f"{file} {os.stat(file).st_size} {os.stat(file).st_mtime_ns}" for file in files)
+    return Table(where, columns, groups, signature, parts)
+
+
+def _is_number(dtype: Any) -> bool:
+    return np.issubdtype(dtype, np.number) or dtype == np.bool_

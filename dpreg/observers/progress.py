@@ -38,8 +38,11 @@ class ProgressDisplay:
         self._bar.stop()
 
     def doing(self, what: str) -> None:
-        """What goes on before the first step, in the bar's place. Elsewhere errors keep their line to themselves."""
+        """What goes on before the first step, in the bar's place. Without a terminal: a line each 10 seconds."""
         self._bar.update(self._task, loss=what)
+        if not self._console.is_terminal and time.monotonic() - self._printed > _LINE_SECONDS:
+            self._printed = time.monotonic()
+            self.say(what)
 
     def say(self, line: str) -> None:
         """A line of its own, above the bar."""

@@ -51,13 +51,13 @@ def describe_parameters(params: Any, data: RegressionData) -> dict[str, Any]:
     if set(params) != {"w", "b"}:
         return {}
     w, b = np.asarray(params["w"]), np.asarray(params["b"])
-    if data.scaling is not None:
-        w, b = data.scaling.to_original_units(w, b)
+    if data.schema is not None:
+        w, b = data.schema.to_original_units(w, b)
     one = data.num_targets == 1
     listed = (w[:, 0] if one else w).tolist()
     result: dict[str, Any] = {
         "parameters": {
-            "w": listed if data.features is None else dict(zip(data.features, listed, strict=True)),
+            "w": listed if data.schema is None else dict(zip(data.schema.features, listed, strict=True)),
             "b": float(b[0]) if one else b.tolist(),
         }
     }
