@@ -4,6 +4,7 @@ import faulthandler
 import os
 import sys
 import threading
+import time
 
 import jax
 
@@ -13,6 +14,7 @@ _TICK_SECONDS = 1.0
 _FIRST_SECONDS = 600.0  # before anything is measured
 _SHORTEST_SECONDS = 120.0
 _TIMES_THE_SLOWEST = 20.0
+_LAST_SECONDS = 4.0
 _FORGOTTEN = 0.1  # of the slowest wait, with each result
 
 
@@ -80,4 +82,6 @@ class Deadline:
             flush=True,
         )
         faulthandler.dump_traceback()
+        if jax.process_count() > 1 and jax.process_index() == 0:
+            time.sleep(_LAST_SECONDS)  # with process 0 all others end: let them say where they are
         os._exit(ProcessLost.exit_code)
