@@ -12,6 +12,8 @@ from dpreg.models.linear import LinearRegressionScratch
 from dpreg.parallel import processes
 from dpreg.trainer import Observer, Trainer
 
+_INGEST_SECONDS = 24 * 3600.0  # that the others wait for process 0; they say so now and then
+
 
 def build_data(config: Config, progress: Callable[[int], None] = lambda rows: None) -> RegressionData:
     """The rows that the config names; of a table, process 0 reads them, and the others where they see no cache of it.
@@ -36,7 +38,7 @@ def build_data(config: Config, progress: Callable[[int], None] = lambda rows: No
         )
 
     first = read() if jax.process_index() == 0 else None
-    processes.exchange()
+    processes.exchange(patience=_INGEST_SECONDS)
     return first or read()
 
 

@@ -48,6 +48,21 @@ class Columns:
         0.1, "Share of a table's rows held out for validation, in [0, 1), where nothing else is.", decides=True
     )
 
+    def __post_init__(self) -> None:
+        for name in ("target", "features", "exclude", "categorical"):
+            if isinstance(getattr(self, name), str):
+                self._refuse(name, "give a tuple of names")
+        for name, allowed in (("missing", MISSING), ("target_transform", TRANSFORMS)):
+            if getattr(self, name) not in allowed:
+                self._refuse(name, f"use {', '.join(allowed[:-1])} or {allowed[-1]}")
+        if self.max_categories < 1:
+            self._refuse("max_categories", "use 1 or more")
+        if not 0 <= self.validation_fraction < 1:
+            self._refuse("validation_fraction", "use 0 or more, and under 1")
+
+    def _refuse(self, name: str, remedy: str) -> None:
+        raise InputError(f"--{name}={_text(getattr(self, name))}: {remedy}")
+
 
 @dataclasses.dataclass(frozen=True)
 class Config(Columns):
@@ -108,11 +123,12 @@ class Config(Columns):
     )
 
     def __post_init__(self) -> None:
-        for name in ("w", "b", "noise", "lr", "sigma", "gradient_clip_val", "validation_fraction"):
+        super().__post_init__()
+        for name in ("w", "b", "noise", "lr", "sigma", "gradient_clip_val"):
             value = getattr(self, name)
             if not all(math.isfinite(v) for v in (value if isinstance(value, tuple) else (value,))):
                 self._refuse(name, "use a finite number")
-        for name in ("num_train", "batch_size", "max_epochs", "num_shards", "num_devices", "keep", "max_categories"):
+        for name in ("num_train", "batch_size", "max_epochs", "num_shards", "num_devices", "keep"):
             if (value := getattr(self, name)) is not None and value < 1:
                 self._refuse(name, "use 1 or more")
         for name in (
@@ -140,13 +156,8 @@ class Config(Columns):
             self._refuse("standardize", "synthetic rows are of mean 0 and deviation 1 already; leave it out")
         if self.lr <= 0:
             self._refuse("lr", "use a learning rate above 0, such as 0.03")
-        for name, allowed in (("missing", MISSING), ("target_transform", TRANSFORMS)):
-            if getattr(self, name) not in allowed:
-                self._refuse(name, f"use {', '.join(allowed[:-1])} or {allowed[-1]}")
         if not self.w:
             self._refuse("w", "give at least one weight, such as --w=2,-3.4")
-        if not 0 <= self.validation_fraction < 1:
-            self._refuse("validation_fraction", "use 0 or more, and under 1")
         if self.platform not in (None, "cpu", "gpu", "tpu"):
             self._refuse("platform", "use cpu, gpu or tpu")
         several = (self.coordinator_address, self.num_processes, self.process_id)
@@ -173,9 +184,6 @@ class Config(Columns):
             self._refuse("process_id", f"with --num_processes={processes} use 0 to {processes - 1}")
         if not self.workdir:
             raise InputError("several processes need a folder that all see: give --workdir")
-
-    def _refuse(self, name: str, remedy: str) -> None:
-        raise InputError(f"--{name}={_text(getattr(self, name))}: {remedy}")
 
     @classmethod
     def from_flags(cls, values: flags.FlagValues) -> "Config":

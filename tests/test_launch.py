@@ -46,6 +46,7 @@ def test_open_mpi_trains_to_the_bits_of_one_process(tmp_path, alone):
     assert sha_of(tmp_path) == alone
 
 
+@pytest.mark.faults
 @pytest.mark.skipif(not shutil.which("mpirun"), reason="Open MPI is not installed")
 @pytest.mark.parametrize("whom", ["a process", "the script"])
 def test_a_preempted_run_of_open_mpi_is_started_again_unless_it_was_told_to_stop(tmp_path, whom):

@@ -69,6 +69,7 @@ def test_pmean_is_equal_to_rounding(tmp_path):
         assert ours.get("audit") == theirs.get("audit")
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize(("victim", "how"), [(0, signal.SIGKILL), (1, signal.SIGKILL), (1, signal.SIGSTOP)])
 def test_a_lost_process_costs_nothing_but_time(tmp_path, expected, victim, how):
     # The first attempt alone is to start over.
@@ -83,6 +84,7 @@ def test_a_lost_process_costs_nothing_but_time(tmp_path, expected, victim, how):
     assert outcome(tmp_path) == expected
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize(("victim", "how"), [(0, signal.SIGKILL), (2, signal.SIGKILL), (0, signal.SIGSTOP)])
 def test_without_a_launcher_the_others_end_with_76_within_15_seconds(tmp_path, victim, how):
     flags = (*WORK, "--max_epochs=10000", "--num_devices=2", free_address(), f"--workdir={tmp_path}")
@@ -121,6 +123,7 @@ WIDE = (
 )
 
 
+@pytest.mark.faults
 def test_sigterm_to_one_process_saves_in_all_within_an_epoch_and_exits_75(tmp_path):
     epochs = "--max_epochs=30"
     often = ("--checkpoint_every_seconds=0.3", "--keep=1000")
@@ -142,6 +145,7 @@ def test_sigterm_to_one_process_saves_in_all_within_an_epoch_and_exits_75(tmp_pa
     assert outcome(tmp_path / "w") == outcome(tmp_path / "whole")
 
 
+@pytest.mark.faults
 def test_a_run_stopped_in_two_processes_goes_on_in_any_number(tmp_path, expected):
     launcher = start(2, tmp_path / "w", "--checkpoint_every_steps=20")
     wait_until(lambda: complete(tmp_path / "w"), launcher)
@@ -169,6 +173,7 @@ def faulty(number, fault, *flags, patch="rows_used"):
     return command, [*flags, "--num_processes=2", f"--process_id={number}"], ROOT
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize("who", [0, 1])
 def test_an_exception_in_one_process_ends_all_with_76_and_its_reason(tmp_path, who):
     flags = ("--platform=cpu", "--num_devices=2", free_address(), f"--workdir={tmp_path}")
@@ -182,6 +187,7 @@ def test_an_exception_in_one_process_ends_all_with_76_and_its_reason(tmp_path, w
     assert results[1][3] - results[0][3] < 15
 
 
+@pytest.mark.faults
 def test_a_process_that_hangs_is_ended_with_its_stacks(tmp_path):
     """Its heartbeats go on: only the deadline notices."""
     flags = ("--platform=cpu", "--num_devices=2", free_address(), f"--workdir={tmp_path}", "--step_timeout=4")

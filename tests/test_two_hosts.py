@@ -77,6 +77,7 @@ def results(running, timeout):
     return [process.returncode for process in running], said
 
 
+@pytest.mark.faults
 def test_a_cut_cable_ends_both_hosts_and_the_next_attempt_finishes_to_the_same_bits(tmp_path, hosts):
     commands, cable = hosts
     codes, said = results(launch(commands, "--mode=doctor", "--platform=cpu", f"--workdir={tmp_path / 'd'}"), 100)

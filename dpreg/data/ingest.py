@@ -38,6 +38,7 @@ _FORMAT = 1  # of the cache; another one is another key
 _IN_MEMORY_BYTES = 256 << 20  # raw rows up to this size need no buckets on disk
 _BUCKETS = 256
 _BATCH_ROWS = 1 << 16
+_ENCODED_BYTES = 16 << 20  # written at once
 _HELD_OUT, _ORDER = 1, 2  # keys of the hashes of row numbers
 _LARGEST = float(np.finfo(np.float32).max)
 
@@ -109,7 +110,9 @@ def read_table(
     if name.startswith("tfds:"):
         table, validation, target, inputs = open_tfds(name.removeprefix("tfds:"), data_dir)
         if not columns.target:
-            columns = dataclasses.replace(columns, target=target, features=columns.features or inputs)
+            columns = dataclasses.replace(columns, target=target)
+            if not columns.features and not columns.exclude:
+                columns = dataclasses.replace(columns, features=inputs)
     else:
         table = open_table(name)
     if not columns.target:
@@ -152,7 +155,7 @@ def ingest(
         except OSError as error:
             if error.errno in (errno.ENOSPC, errno.EDQUOT):
                 raise InputError(f"--cache_dir={cache}: the disk is full; free some of it, or name another") from error
-            if error.errno in (errno.EACCES, errno.EROFS, errno.ENOTDIR):
+            if error.errno in (errno.EACCES, errno.EROFS, errno.ENOTDIR, errno.EEXIST):
                 raise InputError(f"--cache_dir={cache}: cannot be written: {error.strerror}; name another") from error
             raise
     return _opened(folder)
@@ -204,6 +207,10 @@ def _write(table: Table, validation: Table | None, columns: Columns, folder: pat
         if not train.rows:
             besides = " besides those held out" if val.rows else ""
             raise InputError(f"{table.name}: there are no rows to fit{besides}")
+        if validation is not None and not val.rows:
+            raise InputError(f"{validation.name}: there are no rows to hold out")
+        if not learned.weight > 0:
+            raise InputError(f"{table.name}: all weights in column {columns.weight_column!r} are 0")
         schema, codes = learned.schema(train.rows)
         digests = {name: _encode(kept, folder / name, schema, codes) for name, kept in (("train", train), ("val", val))}
     manifest = {
@@ -278,6 +285,7 @@ class _Learned:
         self._counts = {name: collections.Counter[int]() for name in columns.categorical}
         self._moments = Moments.none(len(columns.features) + len(columns.target))
         self._missing: dict[str, tuple[int, str]] = {}  # column -> how many values, and where the first is
+        self.weight = 0.0  # of all rows that are fitted
 
     def raw(self, part: Part) -> np.ndarray:
         """Rows [n, columns asked for + 1] float64: numbers, codes of categories, NaN where missing; a weight last."""
@@ -285,7 +293,11 @@ class _Learned:
         for at, name in enumerate(self.asked):
             column = part.batch.column(name)
             if name in self._codes:
-                raw[:, at] = self._coded(name, column)
+                try:
+                    raw[:, at] = self._coded(name, column)
+                except pa.ArrowException as error:
+                    reason = f"has no categories but {column.type}: {' '.join(str(error).split())[:100]}"
+                    raise InputError(f"{part.where(0)}: column {name!r} {reason}") from error
             else:
                 raw[:, at] = _numbers(part, name, column)
             gone = np.isnan(raw[:, at])
@@ -304,8 +316,11 @@ class _Learned:
         return raw
 
     def _coded(self, name: str, column: pa.Array) -> np.ndarray:
-        """Categories as numbers, in the order of their first appearance; NaN where missing."""
-        encoded = pc.dictionary_encode(column.cast(pa.string()))
+        """Categories as numbers, in the order of their first appearance; NaN where missing: null, NaN or empty."""
+        if pa.types.is_floating(column.type):
+            column = pa.array(column.to_numpy(zero_copy_only=False) + 0.0, from_pandas=True)  # and no -0
+        text = column.cast(pa.string())
+        encoded = pc.dictionary_encode(pc.if_else(pc.equal(text, ""), None, text))
         codes = self._codes[name]
         own = np.array([codes.setdefault(value, len(codes)) for value in encoded.dictionary.to_pylist()], np.float64)
         indices = encoded.indices.to_numpy(zero_copy_only=False).astype(np.float64)  # NaN where missing
@@ -320,6 +335,7 @@ class _Learned:
     def learn(self, raw: np.ndarray) -> None:
         """Takes in rows that are fitted."""
         self._moments.add(raw[:, :-1])
+        self.weight += float(raw[:, -1].astype(np.float32).sum(dtype=np.float64))
         for name in self._codes:
             values = raw[:, self.columns.features.index(name)]
             self._counts[name].update(dict(zip(*np.unique(values[~np.isnan(values)], return_counts=True), strict=True)))
@@ -348,13 +364,19 @@ class _Learned:
                 codes.append(np.array([*(place.get(value, len(values)) for value in names), len(values)], np.float64))
             else:
                 mean, scale = scales[at]
+                if not self._moments.count[at]:
+                    raise InputError(f"column {name!r} has no value in the rows to fit: leave it out with --exclude")
                 fill = float(self._moments.mean[at]) if columns.missing == "mean" else None
                 inputs.append(Number(name, mean, scale, fill))
                 codes.append(None)
         scaled = columns.target_transform == "standardize"
         moments = self._moments.scale(rows, True)[len(columns.features) :]
         targets = [Number(t, *(m if scaled else (0.0, 1.0))) for t, m in zip(columns.target, moments, strict=True)]
-        return Schema(tuple(inputs), tuple(targets)), codes
+        schema = Schema(tuple(inputs), tuple(targets))
+        for feature, count in collections.Counter(schema.features).items():
+            if count > 1:
+                raise InputError(f"two features would be called {feature!r}: rename a column or a category")
+        return schema, codes
 
 
 def _numbers(part: Part, name: str, column: pa.Array) -> np.ndarray:
@@ -463,7 +485,9 @@ def _encode(buckets: _Buckets, prefix: pathlib.Path, schema: Schema, codes: Sequ
     inputs, targets = len(schema.inputs), len(schema.targets)
     with contextlib.ExitStack() as stack:
         files = {name: stack.enter_context(open(f"{prefix}.{name}", "wb")) for name in ("x", "y", "weight", "row")}
-        for rows in buckets.in_order():
+        at_once = max(1, _ENCODED_BYTES // (4 * len(schema.features)))
+        ordered = (part[i : i + at_once] for part in buckets.in_order() for i in range(0, len(part), at_once))
+        for rows in ordered:
             for at, place in enumerate(codes):
                 if place is not None:  # the last stands for a missing value
                     rows[:, at] = place[np.where(np.isnan(rows[:, at]), len(place) - 1, rows[:, at]).astype(np.intp)]
@@ -473,6 +497,14 @@ def _encode(buckets: _Buckets, prefix: pathlib.Path, schema: Schema, codes: Sequ
                 "weight": rows[:, -2].astype(np.float32),
                 "row": rows[:, -1].astype(np.int64),
             }
+            for name, names in (("x", schema.features), ("y", [target.name for target in schema.targets])):
+                bad = ~np.isfinite(written[name])
+                if bad.any():
+                    row, column = np.unravel_index(bad.argmax(), bad.shape)
+                    number = int(rows[row, -1]) + 1
+                    raise InputError(
+                        f"row {number}: {names[column]!r} is not finite once it is scaled; mend that value"
+                    )
             for name, values in written.items():
                 values = np.ascontiguousarray(values)
                 files[name].write(values.data)

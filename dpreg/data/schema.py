@@ -47,7 +47,10 @@ class Category:
     @property
     def features(self) -> tuple[str, ...]:
         """The names of what the model sees."""
-        return tuple(f"{self.name}={value}" for value in (*self.values, OTHER))
+        rest = OTHER
+        while rest in self.values:  # a category of that name
+            rest += "_"
+        return tuple(f"{self.name}={value}" for value in (*self.values, rest))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,13 +73,15 @@ class Schema:
     def x(self, raw: np.ndarray) -> np.ndarray:
         """The features [n, d] float32 of raw inputs [n, inputs] float64: numbers as they are, categories as codes.
 
-        A code is the position in `values`; any other stands for "other". Computed in float64.
+        A code is the position in `values`; any other stands for "other". Computed in float64; what float32 cannot
+        hold is infinite.
         """
         x = np.zeros((len(raw), len(self.features)), np.float32)
         at = 0
         for column, values in zip(self.inputs, raw.T, strict=True):
             if isinstance(column, Number):
-                x[:, at] = _scaled(column, values)
+                with np.errstate(over="ignore"):
+                    x[:, at] = _scaled(column, values)
             else:
                 known = (values >= 0) & (values < len(column.values))
                 x[np.arange(len(raw)), at + np.where(known, values, len(column.values)).astype(np.intp)] = 1
@@ -85,7 +90,9 @@ class Schema:
 
     def y(self, raw: np.ndarray) -> np.ndarray:
         """The targets [n, t] float32 of raw targets [n, t] float64."""
-        return np.stack([_scaled(c, v) for c, v in zip(self.targets, raw.T, strict=True)], axis=1).astype(np.float32)
+        y = np.stack([_scaled(c, v) for c, v in zip(self.targets, raw.T, strict=True)], axis=1)
+        with np.errstate(over="ignore"):
+            return y.astype(np.float32)
 
     def to_original_units(self, w: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Weights [d, t] and bias [t] of a linear model on scaled columns -> those on the original ones, float64."""
@@ -170,7 +177,7 @@ class Moments:
             return [(0.0, 1.0)] * len(self.mean)
         deviation = np.sqrt(self.squares / max(rows, 1))
         return [
-            (float(m), float(s) if low < high else 1.0)
+            (float(m), float(s) if low < high and s > 0 else 1.0)
             for m, s, low, high in zip(self.mean, deviation, self.least, self.most, strict=True)
         ]
 

@@ -82,6 +82,10 @@ def open_table(name: str) -> Table:
     own = dict(zip(stripped, names, strict=True))
 
     def parts(columns: Sequence[str], texts: Sequence[str]) -> Iterator[Part]:
+        for column in columns:
+            if column not in own:
+                there = ", ".join(map(repr, own))
+                raise InputError(f"{name}: column {column!r} is not there; the columns are {there}")
         kinds = {own[c]: pa.string() if c in texts else types[names.index(own[c])] for c in columns}
         for file in files:
             first = 0
@@ -93,7 +97,8 @@ def open_table(name: str) -> Table:
 
     stats = [os.stat(file) for file in files]
     signature = tuple(
-        f"{f} {s.st_size} {s.st_mtime_ns}" for f, s in zip(map(os.path.abspath, files), stats, strict=True)
+        f"{f} {s.st_size} {s.st_mtime_ns} {s.st_ctime_ns}"
+        for f, s in zip(map(os.path.abspath, files), stats, strict=True)
     )
     return Table(name, dict(zip(stripped, types, strict=True)), groups, signature, parts)
 
@@ -177,8 +182,9 @@ def _inspect_parquet(file: str) -> Inspected:
 
 def _read_parquet(file: str, kinds: Kinds) -> Iterator[pa.RecordBatch]:
     with pyarrow.parquet.ParquetFile(file) as opened:
+        there = set(opened.schema_arrow.names)
         for name in kinds:
-            if name not in opened.schema_arrow.names:
+            if name not in there:
                 raise InputError(f"{file}: there is no column {name!r}, as there is in the first part")
         for batch in opened.iter_batches(_BATCH_ROWS, columns=list(kinds)):
             yield batch.select(list(kinds))
