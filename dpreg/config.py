@@ -33,6 +33,9 @@ class Columns:
     categorical: tuple[str, ...] = _flag(
         (), "Features that are categories: one column of 0 and 1 for each, and one for all others.", decides=True
     )
+    dates: tuple[str, ...] = _flag(
+        (), "Features that are dates or times: as days since the beginning of 1970.", decides=True
+    )
     max_categories: int = _flag(64, "Categories of a column told apart, the most frequent.", decides=True)
     missing: str = _flag(
         "error", "Values that are missing: error, drop the row, or the mean (of features).", decides=True
@@ -49,7 +52,7 @@ class Columns:
     )
 
     def __post_init__(self) -> None:
-        for name in ("target", "features", "exclude", "categorical"):
+        for name in ("target", "features", "exclude", "categorical", "dates"):
             if isinstance(getattr(self, name), str):
                 self._refuse(name, "give a tuple of names")
         for name, allowed in (("missing", MISSING), ("target_transform", TRANSFORMS)):

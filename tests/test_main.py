@@ -200,7 +200,7 @@ def tables(tmp_path):
         (["--dataset={}/nan.csv", "--target=y"], "column 'b' has 1, the first in {}/nan.csv, row 2"),
         (["--dataset={}/missing.csv", "--target=y"], "column 'b' has 1, the first in {}/missing.csv, row 2"),
         (["--dataset={}/infinite.csv", "--target=y"], "infinite.csv, row 2: column 'b' has a value that is not finite"),
-        (["--dataset={}/ragged.csv", "--target=y"], "Row #3: Expected 3 columns, got 2"),
+        (["--dataset={}/ragged.csv", "--target=y"], "row 2: Expected 3 columns, got 2"),
         (["--dataset={}/empty.csv", "--target=y"], "Empty CSV file"),
         (["--dataset={}/headed.csv", "--target=y"], "there are no rows"),
         (["--dataset={}/twice.csv", "--target=y"], "there are two columns 'a'"),

@@ -14,8 +14,10 @@ import pytest
 
 import dpreg
 from dpreg.config import Columns
-from dpreg.data import ingest
-from dpreg.data.schema import Category, Moments, Number, Schema
+from dpreg.data import columns as data_columns
+from dpreg.data import ingest, shuffle
+from dpreg.data.learn import Moments
+from dpreg.data.schema import Category, Number, Schema
 from dpreg.data.synthetic_regression import SyntheticRegression
 
 
@@ -29,7 +31,7 @@ def read(tmp_path):
 
     def read_table(name, *, batch_size=32, validation_dataset=None, data_dir=None, **columns):
         columns = {
-            k: (v,) if isinstance(v, str) and k in ("target", "features", "exclude", "categorical") else v
+            k: (v,) if isinstance(v, str) and k in ("target", "features", "exclude", "categorical", "dates") else v
             for k, v in columns.items()
         }
         return dpreg.read_table(
@@ -95,9 +97,10 @@ def test_the_same_rows_have_the_same_fingerprint_however_they_are_stored_and_cut
     wanted = {"target": "y", "features": ("a", "kind"), "categorical": "kind"}
     prints = {name: read(name, **wanted).fingerprint() for name in KINDS}
     assert len(set(prints.values())) == 1, prints
-    monkeypatch.setattr(ingest, "_IN_MEMORY_BYTES", 1000)  # by way of the disk
-    assert read("t.parquet", **wanted, max_categories=63).fingerprint() == prints["t.parquet"]
-    monkeypatch.setattr(ingest, "_BATCH_ROWS", 100)
+    for size, most in ((20_000, 63), (300, 61)):  # by way of the disk: buckets once, and buckets of buckets
+        monkeypatch.setattr(shuffle, "_IN_MEMORY_BYTES", size)
+        assert read("t.parquet", **wanted, max_categories=most).fingerprint() == prints["t.parquet"]
+    monkeypatch.setattr(data_columns, "_BATCH_BYTES", 4000)
     assert (
         read("t.parquet", **wanted, max_categories=62).train.row.tolist() == read("t.csv", **wanted).train.row.tolist()
     )
@@ -336,6 +339,73 @@ def test_columns_that_cannot_be_are_refused_in_python_too(wrong):
         Columns(**wrong)
 
 
+def test_dates_are_days_where_asked_for(read, tmp_path):
+    days = np.array(["1970-01-01", "2026-11-23", "1969-12-31", "2000-02-29"], "datetime64[D]")
+    columns = {
+        "date": days,
+        "time": days.astype("datetime64[s]") + np.timedelta64(6, "h"),
+        "zoned": pa.array(days.astype("datetime64[us]")).cast(pa.timestamp("us", "Europe/Paris")),
+        "text": [f"{day} 12:00:00" for day in days],
+        "long": pa.array([36 * 3600, 0, -3600, None], pa.duration("s")),
+        "y": np.arange(4.0),
+    }
+    names = ("date", "time", "zoned", "text", "long")
+    pyarrow.parquet.write_table(pa.table(columns), tmp_path / "t.parquet")
+    pyarrow.csv.write_csv(pa.table({k: v for k, v in columns.items() if k != "long"}), tmp_path / "t.csv")
+    wanted = {"target": "y", "validation_fraction": 0.0, "standardize": False}
+    data = read("t.parquet", dates=names, missing="mean", **wanted)
+    x, number = all_rows(data.train)["x"][np.argsort(data.train.row)], days.astype(float)
+    expected = [number, number + 0.25, number, number + 0.5, [1.5, 0, -1 / 24, (1.5 - 1 / 24) / 3]]
+    np.testing.assert_allclose(x, np.transpose(expected), rtol=1e-6)
+    same = read("t.csv", dates=names[:4], **wanted)
+    np.testing.assert_array_equal(all_rows(same.train)["x"], all_rows(data.train)["x"][:, :4])
+    with pytest.raises(dpreg.InputError, match=r"'date' is not numeric but date32.*; use --dates=date"):
+        read("t.parquet", features="date", **wanted)
+    with pytest.raises(dpreg.InputError, match="--dates=y is no feature"):
+        read("t.parquet", dates="y", **wanted)
+    (tmp_path / "bad.csv").write_text("d,y\n2026-01-01,1\n2026-02-30,2\n")
+    with pytest.raises(dpreg.InputError, match=r"bad.csv, row 2: column 'd' has '2026-02-30', which is no date"):
+        read("bad.csv", dates="d", **wanted)
+
+
+def test_parts_may_order_their_columns_otherwise(read, tmp_path):
+    (tmp_path / "p").mkdir()
+    (tmp_path / "p" / "1.csv").write_text("a, b,y\n1,2,3\n")
+    (tmp_path / "p" / "2.csv").write_text("y,b ,a\n6,5,4\n")
+    wanted = {"target": "y", "validation_fraction": 0.0, "standardize": False}
+    data = read("p", **wanted)
+    np.testing.assert_array_equal(all_rows(data.train)["x"][np.argsort(data.train.row)], [[1, 2], [4, 5]])
+    for wrong, said in (("y,b\n6,5\n", "2.csv: there is no column 'a'"), ("a,b,a,y\n1,2,3,4\n", "two columns 'a'")):
+        (tmp_path / "p" / "2.csv").write_text(wrong)
+        with pytest.raises(dpreg.InputError, match=said):
+            read("p", **wanted)
+
+
+def test_dictionaries_and_other_byte_orders_are_values(read, tmp_path):
+    kinds, values = ["u", "v", "u"], np.arange(3.0)
+    table = pa.table({"k": pa.array(kinds).dictionary_encode(), "n": pa.array(values).dictionary_encode(), "y": values})
+    pyarrow.parquet.write_table(table, tmp_path / "t.parquet")
+    wanted = {"target": "y", "validation_fraction": 0.0, "standardize": False}
+    data = read("t.parquet", categorical="k", **wanted)
+    x = all_rows(data.train)["x"][np.argsort(data.train.row)]
+    np.testing.assert_array_equal(x, [[1, 0, 0, 0], [0, 1, 0, 1], [1, 0, 0, 2]])
+    with pytest.raises(dpreg.InputError, match=r"row 1: column 'k' has 'u', which is no number; .*--categorical"):
+        read("t.parquet", features="k", **wanted)
+    np.savez(tmp_path / "t.npz", n=values.astype(">f8"), y=values.astype(">i4"))
+    np.testing.assert_array_equal(all_rows(read("t.npz", **wanted).train)["x"][:, 0], data.train.row)
+
+
+def test_a_value_of_another_type_far_below_is_named(read, tmp_path):
+    lines = [f"{i},{i % 2 == 0}" for i in range(1_500_000)]
+    lines[1_400_000] = "x,True"
+    (tmp_path / "t.csv").write_text("\n".join(["a,y", *lines]) + "\n")
+    with pytest.raises(dpreg.InputError, match=r"t.csv, row 1400001: column 'a' has 'x', which is no number"):
+        read("t.csv", target="y")
+    (tmp_path / "s.csv").write_text("a,y\n1,2\n3\n")
+    with pytest.raises(dpreg.InputError, match=r"row 2: Expected 2 columns, got 1"):
+        read("s.csv", target="y")
+
+
 def test_parameters_in_original_units_predict_the_same():
     rng = np.random.default_rng(1)
     raw = rng.normal(size=(50, 3)) * [1, 100, 0.01] + [5, -1e3, 0]
@@ -348,8 +418,8 @@ def test_parameters_in_original_units_predict_the_same():
     one_hot = np.eye(3)[raw[:, 1].astype(int)]
     original = np.column_stack([raw[:, 0], one_hot, raw[:, 2]])
     scaled = np.column_stack([(raw[:, 0] - 5) / 2, one_hot, raw[:, 2] / 0.01])
-    np.testing.assert_allclose(schema.x(raw), scaled, rtol=1e-6)
-    original_w, original_b = schema.to_original_units(w, b)
+    np.testing.assert_allclose(schema.rows(np.pad(raw, ((0, 0), (0, 2))))["x"], scaled, rtol=1e-6)
+    original_w, original_b = schema.parameters(w, b)
     np.testing.assert_allclose(original @ original_w + original_b, (scaled @ w + b) * [3, 1] + [7, 0], rtol=1e-9)
     assert Schema.from_json(schema.to_json()) == schema
 

@@ -4,8 +4,6 @@ import dataclasses
 import functools
 import itertools
 import os
-import queue
-import threading
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -15,6 +13,7 @@ import numpy as np
 from jax import Array, lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from dpreg.data.ahead import ahead
 from dpreg.data.order import Sampler, row_tag
 from dpreg.data.sources import Rows, Source
 from dpreg.errors import InputError
@@ -175,7 +174,7 @@ class Dataset:
         if self.data is not None:
             made: Iterator[Batch] = itertools.repeat(self.data, len(firsts))
         elif self.ahead and self._mesh.devices.flat[0].platform != "cpu":
-            made = _ahead(self._gathered, firsts, self.ahead)
+            made = ahead(map(self._gathered, firsts), self.ahead)
         else:
             made = map(self._gathered, firsts)
         for first, data in zip(firsts, made, strict=True):
@@ -287,35 +286,3 @@ def _device_memory(mesh: Mesh) -> int:
         return stats["bytes_limit"]
     machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return machine // len(mesh.local_devices)
-
-
-def _ahead(make: Callable[[int], Any], firsts: range, ahead: int) -> Iterator[Any]:
-    """`map(make, firsts)` on a thread of its own, at most `ahead` results early."""
-    results: queue.Queue[tuple[Any, BaseException | None]] = queue.Queue(ahead)
-    stopped = threading.Event()
-
-    def put(item: tuple[Any, BaseException | None]) -> None:
-        while not stopped.is_set():
-            try:
-                return results.put(item, timeout=0.1)
-            except queue.Full:
-                continue
-
-    def work() -> None:
-        try:
-            for first in firsts:
-                if stopped.is_set():
-                    return
-                put((make(first), None))
-        except BaseException as error:
-            put((None, error))
-
-    threading.Thread(target=work, daemon=True).start()
-    try:
-        for _ in firsts:
-            result, error = results.get()
-            if error is not None:
-                raise error
-            yield result
-    finally:
-        stopped.set()

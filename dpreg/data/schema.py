@@ -1,10 +1,12 @@
 """What the columns of a table are to a model, learned once from the training rows and kept with the model."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+
+from dpreg.errors import InputError
 
 OTHER = "other"
 
@@ -60,42 +62,60 @@ class Schema:
     Attributes:
       inputs: the features' columns, in order.
       targets: the columns to predict, which the model sees scaled, too, where they are.
+      log_targets: whether what it sees of them is their logarithm.
     """
 
     inputs: tuple[Number | Category, ...]
     targets: tuple[Number, ...]
+    log_targets: bool = False
 
     @property
     def features(self) -> tuple[str, ...]:
         """The names of the d features."""
         return tuple(name for column in self.inputs for name in column.features)
 
-    def x(self, raw: np.ndarray) -> np.ndarray:
-        """The features [n, d] float32 of raw inputs [n, inputs] float64: numbers as they are, categories as codes.
+    def rows(self, raw: np.ndarray) -> dict[str, np.ndarray]:
+        """What the model sees of rows of a table: {"x": [n, d], "y": [n, t], "weight": [n]} float32.
 
-        A code is the position in `values`; any other stands for "other". Computed in float64; what float32 cannot
-        hold is infinite.
+        Args:
+          raw: [n, inputs + targets + 2] float64 as `dpreg.data.columns.RawReader` gives them; without the targets
+            y is 0. A code is the position in a category's `values`; any other stands for "other".
+
+        Raises:
+          InputError: when a value is not finite once it is scaled.
         """
-        x = np.zeros((len(raw), len(self.features)), np.float32)
-        at = 0
-        for column, values in zip(self.inputs, raw.T, strict=True):
-            if isinstance(column, Number):
-                with np.errstate(over="ignore"):
-                    x[:, at] = _scaled(column, values)
-            else:
-                known = (values >= 0) & (values < len(column.values))
-                x[np.arange(len(raw)), at + np.where(known, values, len(column.values)).astype(np.intp)] = 1
-            at += len(column.features)
-        return x
-
-    def y(self, raw: np.ndarray) -> np.ndarray:
-        """The targets [n, t] float32 of raw targets [n, t] float64."""
-        y = np.stack([_scaled(c, v) for c, v in zip(self.targets, raw.T, strict=True)], axis=1)
+        inputs, targets = raw[:, : len(self.inputs)], raw[:, len(self.inputs) : -2]
+        x, y = np.zeros((len(raw), len(self.features)), np.float32), np.zeros((len(raw), len(self.targets)), np.float32)
         with np.errstate(over="ignore"):
-            return y.astype(np.float32)
+            at = 0
+            for column, values in zip(self.inputs, inputs.T, strict=True):
+                if isinstance(column, Number):
+                    x[:, at] = _scaled(column, values)
+                else:
+                    known = (values >= 0) & (values < len(column.values))
+                    x[np.arange(len(raw)), at + np.where(known, values, len(column.values)).astype(np.intp)] = 1
+                at += len(column.features)
+            for at, values in enumerate(targets.T):
+                y[:, at] = _scaled(self.targets[at], values)
+        for names, scaled in ((self.features, x), ([target.name for target in self.targets], y)):
+            if not np.isfinite(scaled).all():
+                row, at = np.argwhere(~np.isfinite(scaled))[0]
+                raise InputError(
+                    f"row {int(raw[row, -1]) + 1}: {names[at]!r} is not finite once it is scaled; mend that value"
+                )
+        return {"x": x, "y": y, "weight": raw[:, -2].astype(np.float32)}
 
-    def to_original_units(self, w: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Weights [d, t] and bias [t] of a linear model on scaled columns -> those on the original ones, float64."""
+    def prediction(self, y: np.ndarray) -> np.ndarray:
+        """Predictions [n, t] of a model -> in the units of the table, float64."""
+        scaled = y.astype(np.float64) * [t.scale for t in self.targets] + [t.mean for t in self.targets]
+        with np.errstate(over="ignore"):
+            return np.exp(scaled) if self.log_targets else scaled
+
+    def parameters(self, w: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Weights [d, t] and bias [t] of a linear model on scaled columns -> in original units, float64.
+
+        Where the targets are logarithms, they predict those.
+        """
         mean, scale = (
             np.array([getattr(c, what) if isinstance(c, Number) else usual for c in self.inputs for _ in c.features])
             for what, usual in (("mean", 0.0), ("scale", 1.0))
@@ -112,6 +132,7 @@ class Schema:
                 for c in self.inputs
             ],
             "targets": [dataclasses.asdict(t) for t in self.targets],
+            "log_targets": self.log_targets,
         }
 
     @classmethod
@@ -123,66 +144,11 @@ class Schema:
                 return Number(given["name"], given["mean"], given["scale"], given["fill"])
             return Category(given["name"], tuple(given["values"]), tuple(given["counts"]))
 
-        return cls(tuple(map(column, values["inputs"])), tuple(Number(**t) for t in values["targets"]))
+        targets = tuple(Number(**target) for target in values["targets"])
+        return cls(tuple(map(column, values["inputs"])), targets, values["log_targets"])
 
 
 def _scaled(column: Number, values: np.ndarray) -> np.ndarray:
     if column.fill is not None:
         values = np.where(np.isnan(values), column.fill, values)
     return (values - column.mean) / column.scale
-
-
-@dataclasses.dataclass
-class Moments:
-    """Counts, means and sums of squares around them of columns, [c] float64, a batch at a time (Chan et al. 1983).
-
-    Missing values (NaN) are left out.
-    """
-
-    count: np.ndarray
-    mean: np.ndarray
-    squares: np.ndarray
-    least: np.ndarray
-    most: np.ndarray
-
-    @classmethod
-    def none(cls, columns: int) -> "Moments":
-        """Of no rows."""
-        zero, inf = np.zeros(columns), np.full(columns, np.inf)
-        return cls(zero, zero, zero, inf, -inf)
-
-    def add(self, values: np.ndarray) -> None:
-        """Takes in rows [n, c]."""
-        if not len(values):
-            return
-        there = ~np.isnan(values)
-        count = there.sum(axis=0).astype(np.float64)
-        some = np.maximum(count, 1)
-        # Around a first guess, so that nothing is lost where values are far from 0.
-        shift = np.where(there.any(axis=0), values[there.argmax(axis=0), np.arange(values.shape[1])], 0.0)
-        apart = np.where(there, values - shift, 0.0)
-        mean = apart.sum(axis=0) / some
-        squares = np.where(there, np.square(apart - mean), 0.0).sum(axis=0)
-        total = np.maximum(self.count + count, 1)
-        delta = shift + mean - self.mean
-        self.squares = self.squares + squares + np.square(delta) * self.count * count / total
-        self.mean = self.mean + delta * count / total
-        self.count = self.count + count
-        self.least = np.fmin(self.least, np.where(there, values, np.inf).min(axis=0))
-        self.most = np.fmax(self.most, np.where(there, values, -np.inf).max(axis=0))
-
-    def scale(self, rows: int, standardize: bool) -> Sequence[tuple[float, float]]:
-        """(mean, scale) of each column over that many rows, of which those without a value have the mean."""
-        if not standardize:
-            return [(0.0, 1.0)] * len(self.mean)
-        deviation = np.sqrt(self.squares / max(rows, 1))
-        return [
-            (float(m), float(s) if low < high and s > 0 else 1.0)
-            for m, s, low, high in zip(self.mean, deviation, self.least, self.most, strict=True)
-        ]
-
-
-def vocabulary(counts: Mapping[str, int], most: int) -> tuple[tuple[str, ...], tuple[int, ...]]:
-    """The categories that a model tells apart, and their counts: the most frequent, by name where equally so."""
-    chosen = sorted(((count, value) for value, count in counts.items() if count), key=lambda item: (-item[0], item[1]))
-    return tuple(value for _, value in chosen[:most]), tuple(count for count, _ in chosen[:most])

@@ -3,10 +3,12 @@
 import contextlib
 import dataclasses
 import glob
+import math
 import os
 import pathlib
+import re
 import zipfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import IO, Any
 
 import numpy as np
@@ -16,8 +18,8 @@ import pyarrow.parquet
 
 from dpreg.errors import InputError
 
-_BATCH_ROWS = 1 << 16
-_CSV_BLOCK_BYTES = 8 << 20
+_BATCH_ROWS, _BATCH_BYTES = 1 << 16, 32 << 20  # read at once: what is reached first
+_CSV_BLOCK_BYTES, _READ_BYTES = 8 << 20, 1 << 20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,42 +59,47 @@ class Table:
     signature: tuple[str, ...]
     read: Callable[[Sequence[str], Sequence[str]], Iterator[Part]]
 
+    def require(self, columns: Iterable[str]) -> None:
+        """Raises InputError for a column that is not there."""
+        for column in columns:
+            if column not in self.columns:
+                there = ", ".join(map(repr, self.columns))
+                raise InputError(f"{self.name}: column {column!r} is not there; the columns are {there}")
 
-def open_table(name: str) -> Table:
+
+def open_table(name: str, flag: str = "dataset") -> Table:
     """A table in a file, in the files that match a pattern, or in the files of a folder, in the order of their names.
 
     .csv (also .csv.gz) with a header, .parquet, .npy, and .npz: of the latter two a vector is a column, and a
     matrix NAME (without a name: c) the columns NAME0, NAME1 and so on.
 
+    Args:
+      name: of the file or folder, or the pattern.
+      flag: that named it, for messages.
+
     Raises:
       InputError: for what is not there, not readable, or has columns of the same name.
     """
-    files = _files(name)
+    files = _files(name, flag)
     kinds = {_kind(file).removesuffix(".gz") for file in files}
     if len(kinds) > 1:
-        raise InputError(f"--dataset={name}: the files are of different kinds: {', '.join(sorted(kinds))}")
-    inspect, read = _READERS[kinds.pop()]
-    with _Readable(files[0]):
-        names, types = inspect(files[0])
-        groups = _groups(files[0]) if _kind(files[0]) in (".npy", ".npz") else {}
-    stripped = [column.strip() for column in names]
-    for column in stripped:
-        if stripped.count(column) > 1:
-            raise InputError(f"{files[0]}: there are two columns {column!r}: rename one")
-    own = dict(zip(stripped, names, strict=True))
+        raise InputError(f"--{flag}={name}: the files are of different kinds: {', '.join(sorted(kinds))}")
+    _, read = _READERS[kinds.pop()]
+    columns, groups = _header_of(files[0])
 
-    def parts(columns: Sequence[str], texts: Sequence[str]) -> Iterator[Part]:
-        for column in columns:
-            if column not in own:
-                there = ", ".join(map(repr, own))
-                raise InputError(f"{name}: column {column!r} is not there; the columns are {there}")
-        kinds = {own[c]: pa.string() if c in texts else types[names.index(own[c])] for c in columns}
+    def parts(asked: Sequence[str], texts: Sequence[str]) -> Iterator[Part]:
         for file in files:
+            # A later file may order its columns otherwise, or write them with blanks.
+            own = columns if file == files[0] else _header_of(file)[0]
+            for column in asked:
+                if column not in own:
+                    raise InputError(f"{file}: there is no column {column!r}, as there is in {files[0]}")
+            kinds = {own[c].name: pa.string() if c in texts else columns[c].type for c in asked}
             first = 0
             with _Readable(file):
                 for batch in read(file, kinds):
                     if batch.num_rows:
-                        yield Part(file, first, batch.rename_columns(list(columns)))
+                        yield Part(file, first, batch.rename_columns(list(asked)))
                     first += batch.num_rows
 
     stats = [os.stat(file) for file in files]
@@ -100,10 +107,21 @@ def open_table(name: str) -> Table:
         f"{f} {s.st_size} {s.st_mtime_ns} {s.st_ctime_ns}"
         for f, s in zip(map(os.path.abspath, files), stats, strict=True)
     )
-    return Table(name, dict(zip(stripped, types, strict=True)), groups, signature, parts)
+    return Table(name, {column: field.type for column, field in columns.items()}, groups, signature, parts)
 
 
-def _files(name: str) -> list[str]:
+def _header_of(file: str) -> tuple[dict[str, pa.Field], dict[str, tuple[str, ...]]]:
+    """The columns of a file by their names without blanks around them, and the groups of columns."""
+    with _Readable(file):
+        fields, groups = _READERS[_kind(file)][0](file)
+    columns = dict[str, pa.Field]()
+    for field in fields:
+        if columns.setdefault(field.name.strip(), field) is not field:
+            raise InputError(f"{file}: there are two columns {field.name.strip()!r}: rename one")
+    return columns, groups
+
+
+def _files(name: str, flag: str) -> list[str]:
     path = pathlib.Path(name)
     if path.is_dir():
         files = sorted(
@@ -115,10 +133,11 @@ def _files(name: str) -> list[str]:
         files = sorted(glob.glob(name))
     if not files:
         found = "no readable file in that folder" if path.is_dir() else "no such file"
-        raise InputError(f"--dataset={name}: there is {found}")
+        raise InputError(f"--{flag}={name}: there is {found}")
     for file in files:
         if not _kind(file):
-            raise InputError(f"--dataset={name}: unknown kind; use synthetic, tfds:NAME, or {', '.join(_READERS)}")
+            kinds = ", ".join(_READERS)
+            raise InputError(f"--{flag}={name}: unknown kind; use {kinds} (or tfds:NAME, with --dataset)")
     return files
 
 
@@ -143,19 +162,18 @@ class _Readable:
             raise InputError(f"{self._file}: not a readable {_kind(self._file)[1:]} file: {reason[:200]}") from error
 
 
-Inspected = tuple[list[str], list[pa.DataType]]
+Header = tuple[list[pa.Field], dict[str, tuple[str, ...]]]  # columns, and those that one name stands for
 Kinds = dict[str, pa.DataType]
 
 
 def _open_csv(file: str, kinds: Kinds | None = None) -> pa.csv.CSVStreamingReader:
-    numbers = {n: pa.float64() if _is_number(k) else k for n, k in (kinds or {}).items()}
     return pyarrow.csv.open_csv(
         pa.input_stream(file, compression="gzip" if file.lower().endswith(".gz") else None),
         read_options=pyarrow.csv.ReadOptions(block_size=_CSV_BLOCK_BYTES, use_threads=False),  # messages name the row
         parse_options=pyarrow.csv.ParseOptions(newlines_in_values=True),
         convert_options=pyarrow.csv.ConvertOptions(
-            column_types=numbers,
-            include_columns=list(numbers),
+            column_types=kinds,
+            include_columns=list(kinds or ()),
             strings_can_be_null=True,
             quoted_strings_can_be_null=False,
         ),
@@ -166,28 +184,70 @@ def _is_number(kind: pa.DataType) -> bool:
     return pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_null(kind)
 
 
-def _inspect_csv(file: str) -> Inspected:
-    schema = _open_csv(file).schema
-    return schema.names, schema.types
+def _inspect_csv(file: str) -> Header:
+    try:
+        return list(_open_csv(file).schema), {}
+    except pa.ArrowInvalid as error:
+        raise _with_row(error) from error
 
 
 def _read_csv(file: str, kinds: Kinds) -> Iterator[pa.RecordBatch]:
-    yield from _open_csv(file, kinds)
+    kinds = {name: pa.float64() if _is_number(kind) else kind for name, kind in kinds.items()}
+    try:
+        yield from _open_csv(file, kinds)
+    except pa.ArrowInvalid as error:
+        _refuse_text(file, kinds)
+        raise _with_row(error) from error
 
 
-def _inspect_parquet(file: str) -> Inspected:
-    schema = pyarrow.parquet.ParquetFile(file).schema_arrow
-    return schema.names, schema.types
+def _with_row(error: pa.ArrowInvalid) -> Exception:
+    """Arrow counts rows from the header on; we from 1, after it."""
+    return ValueError(re.sub(r"Row #(\d+):", lambda found: f"row {int(found[1]) - 1}:", str(error)))
+
+
+def _refuse_text(file: str, kinds: Kinds) -> None:
+    """Raises InputError for the first value that is not of the type that the beginning of the file has shown."""
+    first = 0
+    for batch in _open_csv(file, dict.fromkeys(kinds, pa.string())):
+        for name, kind in kinds.items():
+            try:
+                batch.column(name).cast(kind)
+            except pa.ArrowInvalid as error:
+                row = first_wrong(batch.column(name), kind)
+                what = "number" if pa.types.is_floating(kind) else f"{kind}, as the values before it"
+                raise InputError(
+                    f"{file}, row {first + row + 1}: column {name.strip()!r} has {batch.column(name)[row].as_py()!r}, "
+                    f"which is no {what}; choose columns with --features or --exclude, or --categorical"
+                ) from error
+        first += batch.num_rows
+
+
+def first_wrong(column: pa.Array, kind: pa.DataType) -> int:
+    """The first row that cannot be cast, of a column that cannot."""
+    low, high = 0, len(column)
+    while high - low > 1:
+        middle = (low + high) // 2
+        try:
+            column.slice(low, middle - low).cast(kind)
+            low = middle
+        except pa.ArrowInvalid:
+            high = middle
+    return low
+
+
+def _inspect_parquet(file: str) -> Header:
+    return list(pyarrow.parquet.read_schema(file)), {}
 
 
 def _read_parquet(file: str, kinds: Kinds) -> Iterator[pa.RecordBatch]:
-    with pyarrow.parquet.ParquetFile(file) as opened:
-        there = set(opened.schema_arrow.names)
-        for name in kinds:
-            if name not in there:
-                raise InputError(f"{file}: there is no column {name!r}, as there is in the first part")
-        for batch in opened.iter_batches(_BATCH_ROWS, columns=list(kinds)):
+    # Buffered ahead, Arrow would keep all row groups until the end.
+    with pyarrow.parquet.ParquetFile(file, buffer_size=_READ_BYTES, pre_buffer=False) as opened:
+        for batch in opened.iter_batches(_batch_rows(len(kinds)), columns=list(kinds)):
             yield batch.select(list(kinds))
+
+
+def _batch_rows(columns: int) -> int:
+    return max(1, min(_BATCH_ROWS, _BATCH_BYTES // (8 * columns)))
 
 
 def _open_arrays(file: str, stack: contextlib.ExitStack) -> dict[str, IO[bytes]]:
@@ -213,7 +273,7 @@ def _columns_of(name: str, shape: tuple[int, ...], dtype: np.dtype) -> list[tupl
     """(column, index into a chunk of the array, type) of each column of an array."""
 
     def kind(of: np.dtype) -> pa.DataType:
-        return pa.string() if of.kind in "US" else pa.from_numpy_dtype(of)
+        return pa.string() if of.kind in "US" else pa.from_numpy_dtype(of.newbyteorder("="))
 
     if dtype.names:
         return [(field, field, kind(dtype[field])) for field in dtype.names]
@@ -222,21 +282,11 @@ def _columns_of(name: str, shape: tuple[int, ...], dtype: np.dtype) -> list[tupl
     return [(f"{name}{j}", (slice(None), j), kind(dtype)) for j in range(shape[1])]
 
 
-def _groups(file: str) -> dict[str, tuple[str, ...]]:
-    """The columns of each matrix."""
+def _inspect_numpy(file: str) -> Header:
     with contextlib.ExitStack() as stack:
-        streams = _open_arrays(file, stack).items()
-        return {name: tuple(c for c, _, _ in _columns_of(name, *_header(stream))) for name, stream in streams}
-
-
-def _inspect_numpy(file: str) -> Inspected:
-    with contextlib.ExitStack() as stack:
-        columns = [
-            column
-            for name, stream in _open_arrays(file, stack).items()
-            for column in _columns_of(name, *_header(stream))
-        ]
-    return [name for name, _, _ in columns], [kind for _, _, kind in columns]
+        columns = {name: _columns_of(name, *_header(stream)) for name, stream in _open_arrays(file, stack).items()}
+    fields = [pa.field(column, kind) for of_one in columns.values() for column, _, kind in of_one]
+    return fields, {name: tuple(column for column, _, _ in of_one) for name, of_one in columns.items()}
 
 
 def _read_numpy(file: str, kinds: Kinds) -> Iterator[pa.RecordBatch]:
@@ -251,22 +301,22 @@ def _read_numpy(file: str, kinds: Kinds) -> Iterator[pa.RecordBatch]:
             for column, index, _ in _columns_of(name, shape, dtype)
         }
         needed = {found[column][0] for column in kinds}
-        for first in range(0, rows.pop(), _BATCH_ROWS):
-            chunks = {name: _chunk(*arrays[name], first) for name in needed}
+        count, at_once = rows.pop(), _batch_rows(sum(math.prod(arrays[name][1][1:]) for name in needed))
+        for first in range(0, count, at_once):
+            chunks = {name: _chunk(*arrays[name], min(at_once, count - first)) for name in needed}
             columns = [np.ascontiguousarray(chunks[found[c][0]][found[c][1]]) for c in kinds]
             yield pa.RecordBatch.from_arrays([pa.array(column) for column in columns], list(kinds))
 
 
-def _chunk(stream: IO[bytes], shape: tuple[int, ...], dtype: np.dtype, first: int) -> np.ndarray:
-    count = min(_BATCH_ROWS, shape[0] - first)
-    row = dtype.itemsize * (shape[1] if len(shape) == 2 else 1)
-    content = stream.read(count * row)
-    if len(content) != count * row:
+def _chunk(stream: IO[bytes], shape: tuple[int, ...], dtype: np.dtype, rows: int) -> np.ndarray:
+    """The next rows of an array, in this machine's byte order."""
+    content = stream.read(rows * dtype.itemsize * math.prod(shape[1:]))
+    if len(content) != rows * dtype.itemsize * math.prod(shape[1:]):
         raise ValueError("it is cut off")
-    return np.frombuffer(content, dtype).reshape(count, *shape[1:])
+    return np.frombuffer(content, dtype).reshape(rows, *shape[1:]).astype(dtype.newbyteorder("="), copy=False)
 
 
-_READERS: dict[str, tuple[Callable[[str], Inspected], Callable[[str, Kinds], Iterator[pa.RecordBatch]]]] = {
+_READERS: dict[str, tuple[Callable[[str], Header], Callable[[str, Kinds], Iterator[pa.RecordBatch]]]] = {
     ".csv": (_inspect_csv, _read_csv),
     ".csv.gz": (_inspect_csv, _read_csv),
     ".parquet": (_inspect_parquet, _read_parquet),

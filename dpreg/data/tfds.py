@@ -73,10 +73,6 @@ def _table(where: str, split: str, rows: Any, builder: Any) -> Table:
             columns |= dict.fromkeys(groups[name], pa.from_numpy_dtype(feature.np_dtype))
 
     def parts(asked: Sequence[str], texts: Sequence[str]) -> Iterator[Part]:
-        for column in asked:
-            if column not in columns:
-                there = ", ".join(map(repr, columns))
-                raise InputError(f"{where}, {split}: column {column!r} is not there; the columns are {there}")
         of = {column: (name, j) for name, members in groups.items() for j, column in enumerate(members)}
         for first in range(0, len(rows), _READ_ROWS):
             records = rows.__getitems__(range(first, min(first + _READ_ROWS, len(rows))))
@@ -93,7 +89,7 @@ def _table(where: str, split: str, rows: Any, builder: Any) -> Table:
 
     files = [os.fspath(path) for path in builder.info.splits[split].filepaths]
     signature = tuple(f"{file} {os.stat(file).st_size} {os.stat(file).st_mtime_ns}" for file in files)
-    return Table(where, columns, groups, signature, parts)
+    return Table(f"{where}, {split}", columns, groups, signature, parts)
 
 
 def _is_number(dtype: Any) -> bool:

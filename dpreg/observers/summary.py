@@ -52,7 +52,7 @@ def describe_parameters(params: Any, data: RegressionData) -> dict[str, Any]:
         return {}
     w, b = np.asarray(params["w"]), np.asarray(params["b"])
     if data.schema is not None:
-        w, b = data.schema.to_original_units(w, b)
+        w, b = data.schema.parameters(w, b)
     one = data.num_targets == 1
     listed = (w[:, 0] if one else w).tolist()
     result: dict[str, Any] = {

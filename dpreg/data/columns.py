@@ -1,0 +1,232 @@
+"""The columns of a table as numbers: found, converted and checked."""
+
+import dataclasses
+import itertools
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from dpreg.config import Columns
+from dpreg.data.schema import Category, Schema
+from dpreg.data.tables import Part, Table, first_wrong
+from dpreg.errors import InputError
+
+_LARGEST = float(np.finfo(np.float32).max)
+_MOST_CATEGORIES = 1_000_000  # that are held in memory, with their counts
+_MICROSECONDS_A_DAY = 86_400e6
+_BATCH_BYTES = 16 << 20  # of rows as float64, taken in at once
+
+
+def resolve(columns: Columns, table: Table) -> Columns:
+    """With the features named, and groups of columns by their members.
+
+    Raises:
+      InputError: for a column that is not there, or that is asked for twice.
+    """
+
+    def named(names: Sequence[str]) -> tuple[str, ...]:
+        return tuple(column for name in names for column in table.groups.get(name, (name,)))
+
+    weight = (columns.weight_column,) if columns.weight_column else ()
+    full = dataclasses.replace(
+        columns,
+        target=named(columns.target),
+        exclude=named(columns.exclude),
+        categorical=named(columns.categorical),
+        dates=named(columns.dates),
+    )
+    taken = {*full.target, *full.exclude, *weight}
+    features = named(columns.features) or tuple(name for name in table.columns if name not in taken)
+    asked = (*features, *full.target, *weight)
+    table.require((*asked, *full.exclude, *full.categorical, *full.dates))
+    for name in asked:
+        if asked.count(name) > 1:
+            raise InputError(f"{table.name}: column {name!r} is asked for twice; name it once")
+    for flag, names in (("categorical", full.categorical), ("dates", full.dates)):
+        for name in names:
+            if name not in features:
+                raise InputError(f"{table.name}: --{flag}={name} is no feature")
+    for name in full.categorical:
+        if name in full.dates:
+            raise InputError(f"{table.name}: column {name!r} is in --categorical and in --dates; choose one")
+    if not features:
+        raise InputError(f"{table.name}: there is no column to fit on besides the target")
+    return dataclasses.replace(full, features=features)
+
+
+class RawReader:
+    """Reads the columns asked for as float64, and notes what is missing.
+
+    Args:
+      columns: what to take from tables, resolved.
+      schema: gives the codes of the categories that are known; others follow. None: in the order of appearance.
+    """
+
+    def __init__(self, columns: Columns, schema: Schema | None = None):
+        self.columns = columns
+        weight = (columns.weight_column,) if columns.weight_column else ()
+        self.names = (*columns.features, *columns.target, *weight)
+        known = {c.name: c.values for c in schema.inputs if isinstance(c, Category)} if schema else {}
+        self.codes = {n: {v: code for code, v in enumerate(known.get(n, ()))} for n in columns.categorical}
+        self._missing: dict[str, tuple[int, str]] = {}  # column -> how many values, and where the first is
+
+    def read(self, table: Table, rows: int | None = None) -> Iterator[np.ndarray]:
+        """The rows of a table in batches of that many, so that sums over them do not depend on how its parts are cut.
+
+        Yields:
+          [n, inputs + targets + 2] float64: numbers, codes of categories, NaN where missing; then the row's weight,
+          and its number in the table, from 0.
+
+        Raises:
+          InputError: for what is no number, not finite as float32, or not in the range of weights or logarithms.
+        """
+        first, waiting = 0, list[np.ndarray]()
+        for part in itertools.chain(table.read(self.names, self.columns.categorical), (None,)):
+            if part is not None:
+                waiting.append(self._raw(part))
+            if not waiting:
+                continue
+            size = rows or max(1, _BATCH_BYTES // (8 * waiting[0].shape[1]))
+            while (have := sum(map(len, waiting))) >= size or (part is None and have):
+                raw = np.concatenate(waiting) if len(waiting) > 1 else waiting[0]
+                batch, waiting = raw[:size], [raw[size:]]
+                batch[:, -1] = np.arange(first, first + len(batch))  # float64 holds every number below 2**53
+                first += len(batch)
+                yield batch
+
+    def _raw(self, part: Part) -> np.ndarray:
+        """The rows of a part, not numbered yet."""
+        columns = self.columns
+        raw = np.ones((part.batch.num_rows, len(columns.features) + len(columns.target) + 2))
+        for at, name in enumerate(self.names):
+            column = part.batch.column(name)
+            if pa.types.is_dictionary(column.type):
+                column = column.dictionary_decode()
+            if name in self.codes:
+                raw[:, at] = self._coded(part, name, column)
+            elif name in columns.dates:
+                raw[:, at] = _days(part, name, column)
+            else:
+                raw[:, at] = _numbers(part, name, column)
+        gone = np.isnan(raw)
+        for at in map(int, np.flatnonzero(gone.any(axis=0))):
+            name = self.names[at]
+            count, where = self._missing.get(name, (0, part.where(int(gone[:, at].argmax()))))
+            self._missing[name] = count + int(gone[:, at].sum()), where
+        if columns.weight_column and (bad := raw[:, -2] < 0).any():
+            raise InputError(
+                f"{part.where(int(bad.argmax()))}: column {columns.weight_column!r}: the weight is negative; "
+                "weights are 0 or more"
+            )
+        if columns.target_transform == "log":
+            for at, name in enumerate(columns.target, len(columns.features)):
+                if (bad := raw[:, at] <= 0).any():
+                    where = part.where(int(bad.argmax()))
+                    raise InputError(f"{where}: column {name!r} is not above 0: it has no logarithm")
+                raw[:, at] = np.log(raw[:, at])
+        return raw
+
+    def _coded(self, part: Part, name: str, column: pa.Array) -> np.ndarray:
+        """Categories as their codes; NaN where missing: null, NaN or empty."""
+        try:
+            if pa.types.is_floating(column.type):
+                column = pa.array(column.to_numpy(zero_copy_only=False) + 0.0, from_pandas=True)  # and no -0
+            text = column.cast(pa.string())
+        except (pa.ArrowException, TypeError, ValueError) as error:
+            reason = f"has no categories but {column.type}: {' '.join(str(error).split())[:100]}"
+            raise InputError(f"{part.where(0)}: column {name!r} {reason}") from error
+        encoded = pc.dictionary_encode(pc.if_else(pc.equal(text, ""), None, text))
+        codes = self.codes[name]
+        own = np.array([codes.setdefault(value, len(codes)) for value in encoded.dictionary.to_pylist()], np.float64)
+        if len(codes) > _MOST_CATEGORIES:
+            raise InputError(
+                f"{part.where(0)}: column {name!r} has more than {_MOST_CATEGORIES:,} categories by here: "
+                "leave it out with --exclude"
+            )
+        indices = encoded.indices.to_numpy(zero_copy_only=False).astype(np.float64)  # NaN where missing
+        return np.where(np.isnan(indices), np.nan, own[np.nan_to_num(indices).astype(np.intp)] if len(own) else np.nan)
+
+    def there(self, raw: np.ndarray) -> np.ndarray:
+        """Which rows are used: with --missing=drop those without missing values."""
+        if self.columns.missing != "drop":
+            return np.ones(len(raw), bool)
+        return ~np.isnan(raw).any(axis=1)
+
+    def refuse_missing(self, table: str) -> None:
+        """Raises InputError where values are missing that may not be."""
+        columns = self.columns
+        filled = columns.features if columns.missing == "mean" else ()
+        wrong = {name: m for name, m in self._missing.items() if columns.missing != "drop" and name not in filled}
+        if wrong:
+            each = "; ".join(f"column {name!r} has {n:,}, the first in {where}" for name, (n, where) in wrong.items())
+            remedy = "drop" if columns.missing == "mean" else "drop or --missing=mean"
+            raise InputError(f"{table}: values are missing: {each}; mend them, or use --missing={remedy}")
+
+
+def _numbers(part: Part, name: str, column: pa.Array) -> np.ndarray:
+    """A column as float64 [n], NaN where missing.
+
+    Raises:
+      InputError: for what is no number, or not finite as float32.
+    """
+    kind = column.type
+    if pa.types.is_boolean(kind):
+        column = column.cast(pa.uint8())
+    elif pa.types.is_decimal(kind):
+        column = column.cast(pa.float64())
+    elif not (pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_null(kind)):
+        raise InputError(_not_numeric(part, name, column))
+    values = column.to_numpy(zero_copy_only=False).astype(np.float64, copy=False)
+    bad = np.abs(values) > _LARGEST  # False for NaN
+    if bad.any():
+        raise InputError(f"{part.where(int(bad.argmax()))}: column {name!r} has a value that is not finite as float32")
+    return values
+
+
+def _days(part: Part, name: str, column: pa.Array) -> np.ndarray:
+    """A column of dates, times or durations as float64 [n]: days, since the beginning of 1970 (UTC)."""
+    try:
+        if _is_text(column.type):
+            column = column.cast(pa.timestamp("us"))
+        if pa.types.is_date(column.type) or pa.types.is_timestamp(column.type):
+            column = column.cast(pa.timestamp("us", getattr(column.type, "tz", None))).cast(pa.int64())
+        elif pa.types.is_duration(column.type):
+            column = column.cast(pa.duration("us")).cast(pa.int64())
+        elif not pa.types.is_null(column.type):
+            raise InputError(
+                f"{part.where(0)}: column {name!r} holds no dates but {column.type}; leave it out of --dates"
+            )
+    except pa.ArrowException as error:
+        row = first_wrong(column, pa.timestamp("us"))
+        raise InputError(
+            f"{part.where(row)}: column {name!r} has {column[row].as_py()!r}, which is no date such as 2026-01-31"
+        ) from error
+    return column.to_numpy(zero_copy_only=False).astype(np.float64) / _MICROSECONDS_A_DAY
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    return pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
+
+
+def _not_numeric(part: Part, name: str, column: pa.Array) -> str:
+    if pa.types.is_temporal(column.type):
+        return f"{part.where(0)}: column {name!r} is not numeric but {column.type}; use --dates={name}, or --exclude"
+    hint = "choose columns with --features or --exclude"
+    if not _is_text(column.type):
+        return f"{part.where(0)}: column {name!r} is not numeric but {column.type}; {hint}"
+    row = next((i for i, value in enumerate(column.to_pylist()) if value is not None and not _is_number(value)), None)
+    if row is None:
+        return f"{part.where(0)}: column {name!r} holds numbers written as text; store numbers, or use --categorical"
+    return (
+        f"{part.where(row)}: column {name!r} has {column[row].as_py()!r}, which is no number; {hint}, or --categorical"
+    )
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True

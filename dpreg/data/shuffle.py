@@ -1,0 +1,91 @@
+"""An external shuffle: rows in the order of a keyed hash of their numbers, whatever memory and parts there are."""
+
+import contextlib
+import os
+import pathlib
+from collections.abc import Iterator
+from typing import BinaryIO
+
+import numpy as np
+
+from dpreg.data.order import keyed_hash
+
+_IN_MEMORY_BYTES = 256 << 20  # rows up to this size need no buckets on disk
+_BUCKET_BITS = 8
+_ORDER = 2  # the key of the hash
+
+
+class Shuffle:
+    """Takes in numbered rows, and gives them back in their fixed pseudo-random order.
+
+    They wait in memory while they are few, else on disk in buckets by the high bits of the hash; a bucket that is
+    too large for memory is shuffled likewise, by the next bits. A context manager: the files go with it.
+
+    Args:
+      prefix: of the files.
+    """
+
+    def __init__(self, prefix: pathlib.Path, level: int = 1):
+        self.rows = 0
+        self._prefix, self._shift = prefix, np.uint32(32 - _BUCKET_BITS * level)
+        self._level = level
+        self._kept: list[np.ndarray] = []
+        self._kept_bytes, self._width = 0, 0
+        self._files: list[BinaryIO] = []
+        self._open = contextlib.ExitStack()
+
+    def __enter__(self) -> "Shuffle":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._open.close()
+
+    def add(self, rows: np.ndarray) -> None:
+        """Takes in rows [n, c] float64, whose last column is their number, from 0, less than 2**32."""
+        if not len(rows):
+            return
+        self.rows, self._width = self.rows + len(rows), rows.shape[1]
+        self._kept.append(rows)
+        self._kept_bytes += rows.nbytes
+        if self._files or self._kept_bytes > _IN_MEMORY_BYTES:
+            self._spill()
+
+    def _spill(self) -> None:
+        if not self._files:
+            for bucket in range(1 << _BUCKET_BITS):
+                path = f"{self._prefix}.{bucket}"
+                self._files.append(self._open.enter_context(open(path, "w+b")))  # noqa: SIM115 (the stack closes it)
+        for rows in self._kept:
+            buckets = _order(rows) >> self._shift & np.uint32((1 << _BUCKET_BITS) - 1)
+            inside = np.argsort(buckets.astype(np.uint8), kind="stable")  # a radix sort
+            ends = np.searchsorted(buckets[inside], np.arange(len(self._files) + 1))
+            by_bucket = rows[inside]
+            for number, file in enumerate(self._files):
+                file.write(by_bucket[ends[number] : ends[number + 1]].data)
+        self._kept, self._kept_bytes = [], 0
+
+    def in_order(self) -> Iterator[np.ndarray]:
+        """All rows [n, c], in parts. They can be had once."""
+        if not self._files:
+            kept, self._kept = self._kept, []
+            yield from (_sorted(np.concatenate(kept)),) if kept else ()
+        for file in self._files:
+            size = file.tell()
+            file.seek(0)
+            if size <= _IN_MEMORY_BYTES or self._shift == 0:
+                yield _sorted(np.frombuffer(file.read(), np.float64).reshape(-1, self._width))
+            else:
+                with Shuffle(pathlib.Path(file.name), self._level + 1) as again:
+                    while part := file.read(8 * self._width << 16):
+                        again.add(np.frombuffer(part, np.float64).reshape(-1, self._width))
+                    yield from again.in_order()
+            file.close()
+            os.unlink(file.name)
+
+
+def _order(rows: np.ndarray) -> np.ndarray:
+    return keyed_hash(rows[:, -1].astype(np.uint32), _ORDER)
+
+
+def _sorted(rows: np.ndarray) -> np.ndarray:
+    return rows[np.argsort(_order(rows).astype(np.uint64) << np.uint64(32) | rows[:, -1].astype(np.uint64))]
