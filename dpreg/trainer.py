@@ -1,7 +1,7 @@
 """The loop: takes blocks through the compiled step and tells the observers."""
 
-import collections
 import dataclasses
+import functools
 import logging
 import math
 import time
@@ -12,29 +12,28 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from dpreg.data.dataset import PLACEMENTS, Block, Dataset
+from dpreg.data.schema import Schema
 from dpreg.data.sources import RegressionData
-from dpreg.errors import AuditFailed, Diverged, InputError, Preempted
+from dpreg.errors import Diverged, InputError, Preempted
+from dpreg.models.metrics import errors, metrics
 from dpreg.parallel import devices, processes
+from dpreg.parallel.audit import Audit
 from dpreg.parallel.step import (
     BACKENDS,
     REDUCTIONS,
     Carried,
     Clock,
-    Layout,
     Model,
-    Moments,
     TrainState,
     compile_eval_block,
     compile_train_block,
+    layout_of,
     train_argument,
 )
 
-# Calls dispatched and not yet finished. Simulated CPU devices deadlock when a program runs far ahead of them.
-_MAX_IN_FLIGHT = 8
 _FEW_ROWS = 16  # fewer make poor batch statistics
 
 
@@ -106,6 +105,7 @@ class Trainer:
     Attributes:
       state: the TrainState, replicated over the devices.
       step, steps_trained: steps done; those of them that this trainer did, not one that it goes on from.
+      audit: the rows used in this epoch.
       epoch_sums: [steps of an epoch, 2] weighted loss sum and weight sum of each step of this epoch so far.
       checkpoints: what saves the run while it trains; None for nothing.
       heartbeat: called whenever results have come from the devices, or a checkpoint has been taken.
@@ -158,9 +158,7 @@ class Trainer:
         self.steps_trained, self._speed = 0, 0.0
         self.checkpoints: Saver | None = None
         self.heartbeat: Callable[[], None] = lambda: None
-        # Rows used in this epoch: by this process lately, and by all before that (None: not audited).
-        self.audit, self._lately_used = audit, np.zeros(2, np.uint32)
-        self._epoch_used: np.ndarray | None = None
+        self.audit = Audit(audit)
 
     def fit(self, model: Model, data: RegressionData) -> None:
         """Trains the model for `max_epochs`, validating after each.
@@ -181,9 +179,10 @@ class Trainer:
     def prepare_data(self, data: RegressionData) -> None:
         """Brings the rows to where the steps read them."""
         started = time.perf_counter()
+        self._schema: Schema | None = getattr(data, "schema", None)
         self.seconds, self.steps_trained = dict.fromkeys(self.seconds, 0.0), 0
         train = Dataset(data.train).shuffle(self.seed).batch(data.batch_size).repeat(self.max_epochs)
-        self.train = self._placed(train.tag(self.audit))
+        self.train = self._placed(train.tag(self.audit.on))
         self.val = self._placed(Dataset(data.val).batch(data.batch_size)) if data.val else None
         self._carried = Carried(*self.train.carried)
         jax.block_until_ready([dataset.data for dataset in (self.train, self.val) if dataset])
@@ -213,42 +212,34 @@ class Trainer:
         state = TrainState.create(apply_fn=model.apply, params=params, tx=optimizer, batch_stats=batch_stats)
         self.state = devices.replicated(state.replace(step=np.int32(0)), self.mesh)
         self.step, self.epoch_sums = 0, np.zeros((self.train.sampler.steps_per_epoch, 2))
-        self._train_block = self._compiled(compile_train_block, model, self.train)
-        self._eval_block = self._compiled(compile_eval_block, model, self.val) if self.val else None
+        self._train_block = self._compiled(compile_train_block, model, self.state, self.train)
+        self._eval_block = None
+        if self.val:
+            of = functools.partial(errors, model, self._schema is not None and self._schema.log_targets)
+            self._eval_block = self._compiled(compile_eval_block, model, self.variables, self.val, of)
         # Compiled unevenly fast, but met before the first collective, which waits for nobody long.
         processes.exchange()
         self.seconds["compile"] += time.perf_counter() - started
 
-    def _compiled(self, compile_block: Callable[..., Any], model: Model, dataset: Dataset) -> Callable[..., Any]:
-        layout = Layout(
-            reader=dataset.reader,
-            device_axis=dataset.device_axis,
-            block_steps=dataset.block_steps,
-            slots=dataset.slots,
-            num_shards=self.num_shards,
-            batch_bytes=dataset.row_bytes * dataset.sampler.shard_batch * dataset.slots,
-        )
+    def _compiled(
+        self, compile_block: Callable[..., Any], model: Model, state: Any, dataset: Dataset, *more: Any
+    ) -> Callable[..., Any]:
         example = self.prepare_batch(next(iter(dataset)))
-        return compile_block(model, self.state, layout, self.mesh, example, self.reduction, self.backend)
+        return compile_block(model, state, layout_of(dataset), self.mesh, example, *more, self.reduction, self.backend)
+
+    @property
+    def variables(self) -> dict[str, Any]:
+        """What the model predicts with: "params" and "batch_stats"."""
+        return {"params": self.state.params, "batch_stats": self.state.batch_stats}
 
     def prepare_batch(self, block: Block) -> tuple[Any, Carried, np.ndarray]:
         """What the compiled steps take for a block: rows, shards and clock."""
         return block.data, self._carried, Clock(block.first_step, block.num_steps, self.seed).packed()
 
-    def rows_used(self) -> np.ndarray | None:
-        """What this epoch used so far, as `Dataset.tags`; None if not audited. All processes have to ask alike."""
-        if self._epoch_used is not None:
-            everywhere = multihost_utils.process_allgather(self._lately_used).reshape(-1, 2)
-            self._begin_audit(self._epoch_used + everywhere.sum(axis=0, dtype=np.uint32))
-        return self._epoch_used
-
-    def _begin_audit(self, used: np.ndarray | None) -> None:
-        self._epoch_used, self._lately_used = used if self.audit else None, np.zeros(2, np.uint32)
-
     def resume(self, state: TrainState, epoch_sums: np.ndarray, rows_used: np.ndarray | None = None) -> None:
         """Goes on from a state: its step, the sums of the steps of its epoch so far, and the rows they used."""
         self.state, self.step, self.epoch_sums = state, int(state.step), epoch_sums.astype(np.float64)
-        self._begin_audit(rows_used)
+        self.audit.begin(rows_used)
         if self.step and self.step % self.train.sampler.steps_per_epoch == 0:
             self.train_loss = _mean(self.epoch_sums)
             self.validate()
@@ -265,13 +256,13 @@ class Trainer:
         start = self.step - self.step % steps
         if self.step == start:
             self.epoch_sums = np.zeros((steps, 2))
-            self._begin_audit(np.zeros(2, np.uint32))
+            self.audit.begin()
         while self.step < start + steps:
             self._train_on(start)
             if self.step < start + steps:
                 self._rest()
         self.train_loss = _mean(self.epoch_sums)
-        audit = self._audited()
+        used = self.audit.check(self.step, self.train.tags) if self.audit.on else None
         self.validate()
         if self.val_loss is not None and not math.isfinite(self.val_loss):
             raise Diverged(self.step, validation=True)
@@ -281,32 +272,21 @@ class Trainer:
             train_loss=_mean(self.epoch_sums[unlogged:]),
             val_loss=self.val_loss,
             metrics=self.metrics,
-            audit=audit,
+            audit=used,
         )
         self._rest()
-
-    def _audited(self) -> np.ndarray | None:
-        """What the epoch used, once it is known to be every row once."""
-        used = self.rows_used()
-        if used is not None and (used != self.train.tags).any():
-            what, due = (f"{rows:,} rows with tags {tags:08x}" for rows, tags in (used, self.train.tags))
-            raise AuditFailed(
-                f"the epoch that ends at step {self.step} did not use every row once: {what} where it has {due}; "
-                "a fault of dpreg or of the machine: report it with flags.cfg"
-            )
-        return used
 
     def _train_on(self, start: int) -> None:
         """Trains the epoch that began at step `start`, to its end or until it is time to save."""
         steps, every, first = self.train.sampler.steps_per_epoch, self._log_every, self.step
         began = time.perf_counter()
-        for block, (sums, used) in self._in_order(self._train_blocks(start + steps)):
+        for block, (sums, used) in devices.arrived(self._train_blocks(start + steps), self.heartbeat):
             finite = np.isfinite(sums[: block.num_steps, 0])
             good = block.num_steps if finite.all() else int(finite.argmin())
             before = self.step - start
             done = before + good
             self.epoch_sums[before:done] = sums[:good]
-            self._lately_used += np.reshape(used, (-1, 2)).sum(axis=0, dtype=np.uint32)
+            self.audit.add(np.reshape(used, (-1, 2)))
             self.step = start + done
             self._speed = (self.step - first) * len(self.train.source) / steps / (time.perf_counter() - began)
             for point in range(before // every * every + every, min(done + 1, steps), every):
@@ -350,24 +330,10 @@ class Trainer:
             self.val_loss, self.metrics = None, {}
             return
         started = time.perf_counter()
-        blocks = ((b, self._eval_block(self.state, *self.prepare_batch(b))) for b in self.val)
-        self.val_loss, self.metrics = _metrics([moments for _, moments in self._in_order(blocks)])
+        blocks = ((b, self._eval_block(self.variables, *self.prepare_batch(b))) for b in self.val)
+        scale = 1.0 if self._schema is None else np.array([target.scale for target in self._schema.targets])
+        self.val_loss, self.metrics = metrics([found for _, found in devices.arrived(blocks, self.heartbeat)], scale)
         self.seconds["eval"] += time.perf_counter() - started
-
-    def _in_order(self, dispatched: Iterable[tuple[Block, Any]]) -> Iterator[tuple[Block, Any]]:
-        """Results on the host, in order, while a bounded number of later calls is under way."""
-        under_way: collections.deque[tuple[Block, Any]] = collections.deque()
-        for call in dispatched:
-            under_way.append(call)
-            if len(under_way) > _MAX_IN_FLIGHT:
-                yield self._arrived(*under_way.popleft())
-        for block, result in under_way:
-            yield self._arrived(block, result)
-
-    def _arrived(self, block: Block, result: Any) -> tuple[Block, Any]:
-        arrived = jax.device_get(result)
-        self.heartbeat()
-        return block, arrived
 
     def _tell(self, step: int, **values: Any) -> None:
         steps = self.train.sampler.steps_per_epoch
@@ -382,31 +348,3 @@ def _mean(sums: np.ndarray) -> float:
     """The mean loss per weight of steps, from their [steps, 2] sums; 0 where nothing has a weight."""
     loss, weight = sums.sum(axis=0)
     return float(loss / weight) if weight > 0 else 0.0
-
-
-def _metrics(blocks: list[Moments]) -> tuple[float, dict[str, float]]:
-    """(mean loss, {"rmse", "mae", "r2"}) from the moments of all batches, added in float64 in one fixed order.
-
-    The spread of all targets is put together from that within the batches and that of their means (Chan,
-    Golub and LeVeque 1983). With several targets rmse and mae are over all values, r2 is the targets' mean.
-    Without spread there is no r2.
-    """
-    moments: Any = Moments(
-        *(
-            np.concatenate([leaf.reshape(-1, *leaf.shape[2:]) for leaf in leaves]).astype(np.float64)  # type: ignore[arg-type]
-            for leaves in zip(*blocks, strict=True)
-        )
-    )
-    weight = moments.weight.sum()
-    if weight == 0:
-        return 0.0, {}
-    squared = moments.squared_error.sum(axis=0)
-    center = moments.weight @ moments.mean / weight
-    spread = moments.spread.sum(axis=0) + moments.weight @ np.square(moments.mean - center)
-    metrics = {
-        "rmse": math.sqrt(squared.mean() / weight),
-        "mae": float(moments.absolute_error.sum(axis=0).mean() / weight),
-    }
-    if (spread > 0).all():
-        metrics["r2"] = float((1 - squared / spread).mean())
-    return float(moments.loss.sum() / weight), metrics

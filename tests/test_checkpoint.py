@@ -21,6 +21,7 @@ import dpreg
 from dpreg.errors import Preempted
 from dpreg.observers.checkpoint import Checkpoints
 from dpreg.observers.metrics import MetricsWriter, read_metrics
+from dpreg.parallel.processes import Announcements
 
 IDENTITY = {"lr": 0.05}
 ROOT = pathlib.Path(__file__).parent.parent
@@ -37,11 +38,14 @@ def train(folder, stop_at=None, identity=IDENTITY, **arguments):
     """Trains for 3 epochs of 10 steps, or until a signal comes at a step, going on from what lies in the folder."""
     folder.mkdir(exist_ok=True)
     trainer = prepared(**arguments)
-    with Checkpoints(folder / "checkpoints", identity, every_steps=stop_at or 0) as checkpoints:
+    announcements = Announcements()
+    with Checkpoints(
+        folder / "checkpoints", identity, every_steps=stop_at or 0, announcements=announcements
+    ) as checkpoints:
         checkpoints.restore(trainer)
         began_at = trainer.step
         with MetricsWriter(folder / "metrics.jsonl", trainer.step) as metrics:
-            signal_comes = lambda p: checkpoints.preempt() if stop_at and p.step >= stop_at else None  # noqa: E731
+            signal_comes = lambda p: announcements.ask("stop") if stop_at and p.step >= stop_at else None  # noqa: E731
             trainer.observers, trainer.checkpoints = (metrics, signal_comes), checkpoints
             with contextlib.suppress(Preempted):
                 while trainer.step < trainer.train.num_steps:

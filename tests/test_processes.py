@@ -164,7 +164,7 @@ def test_a_run_stopped_in_two_processes_goes_on_in_any_number(tmp_path, expected
         assert outcome(workdir) == expected
 
 
-def faulty(number, fault, *flags, patch="rows_used"):
+def faulty(number, fault, *flags, patch="validate"):
     """How to start a process in which a method of the trainer does something else."""
     code = (
         f"import time, dpreg.trainer as t; t.Trainer.{patch} = lambda *a: {fault}; from dpreg.main import main; main()"
@@ -195,7 +195,7 @@ def test_a_process_that_hangs_is_ended_with_its_stacks(tmp_path):
     assert [code for code, *_ in results] == [76, 76]
     said = "\n".join(results[1][1])
     assert "had no result for 4 s (--step_timeout)" in said
-    assert "in rows_used" in said or "in <lambda>" in said
+    assert "in validate" in said or "in <lambda>" in said
 
 
 def test_the_deadline_grows_with_the_slowest_wait_and_can_be_off():

@@ -30,7 +30,7 @@ class Checkpoints:
       identity: what decides the run's answer; a run is only continued by one of the same identity.
       every_seconds, every_steps: how often to save besides the end; 0 for never.
       keep: how many to keep, the newest.
-      announcements: where "stop" may be asked for, also by `preempt`; "save" is, when it is time.
+      announcements: where "stop" may be asked for; "save" is, when it is time.
     """
 
     def __init__(
@@ -55,10 +55,6 @@ class Checkpoints:
 
     def __exit__(self, *error: object) -> None:
         self._manager.close()  # waits for what is being written
-
-    def preempt(self) -> None:
-        """Asks for a checkpoint as soon as steps in flight are done, and then to stop."""
-        self._announcements.ask("stop")
 
     def due(self) -> bool:
         """Whether it is time to save: the same in all processes, which have to ask equally often."""
@@ -157,7 +153,7 @@ class Checkpoints:
 
 
 def _content(trainer: Trainer) -> dict[str, Any]:
-    state, used = trainer.state, trainer.rows_used()
+    state, used = trainer.state, trainer.audit.used()
     return {
         "train_state": {
             "step": state.step,

@@ -1,8 +1,10 @@
 """The devices of a run: processes joined and devices chosen before JAX starts, then a mesh of them."""
 
+import collections
+import itertools
 import os
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -12,7 +14,11 @@ from dpreg.errors import InputError
 from dpreg.parallel import processes
 from dpreg.parallel.reduce import AXIS
 
+# Calls dispatched and not yet finished. Simulated CPU devices deadlock when a program runs far ahead of them.
+_MAX_IN_FLIGHT = 8
 _CONFIGS = {"cpu": "configs/cpu.cfg", "gpu": "configs/gpu.cfg", "tpu": "configs/tpu.cfg"}
+
+Item = TypeVar("Item")
 
 
 def start(
@@ -119,6 +125,24 @@ def replicated(tree: Any, mesh: Mesh) -> Any:
         return jax.make_array_from_callback(value.shape, sharding, lambda index: value[index])
 
     return jax.tree.map(put, tree)
+
+
+def arrived(calls: Iterable[tuple[Item, Any]], heartbeat: Callable[[], None]) -> Iterator[tuple[Item, Any]]:
+    """Results on the host, in order, while a bounded number of later calls is under way.
+
+    Args:
+      calls: (what it is, arrays that are being computed); each is dispatched when it is taken.
+      heartbeat: called for each that has arrived.
+    """
+    under_way: collections.deque[tuple[Item, Any]] = collections.deque()
+    for call in itertools.chain(calls, (None,)):
+        if call is not None:
+            under_way.append(call)
+        while len(under_way) > (_MAX_IN_FLIGHT if call is not None else 0):
+            item, result = under_way.popleft()
+            result = jax.device_get(result)
+            heartbeat()
+            yield item, result
 
 
 def describe(devices: Iterable[jax.Device]) -> str:

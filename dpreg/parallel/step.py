@@ -14,7 +14,8 @@ from flax.training import train_state
 from jax import Array, lax
 from jax.sharding import Mesh, PartitionSpec
 
-from dpreg.errors import InputError
+from dpreg.data.dataset import Dataset
+from dpreg.models.losses import row_losses
 from dpreg.parallel.reduce import (
     AXIS,
     PyTree,
@@ -113,6 +114,18 @@ class Layout(NamedTuple):
     batch_bytes: int
 
 
+def layout_of(dataset: Dataset) -> Layout:
+    """How the rows of a dataset reach the steps."""
+    return Layout(
+        reader=dataset.reader,
+        device_axis=dataset.device_axis,
+        block_steps=dataset.block_steps,
+        slots=dataset.slots,
+        num_shards=dataset.num_shards,
+        batch_bytes=dataset.row_bytes * dataset.sampler.shard_batch * dataset.slots,
+    )
+
+
 def forward(
     model: Model, variables: Mapping[str, PyTree], batch: PyTree, train: bool, key: Array | None = None
 ) -> tuple[Array, PyTree]:
@@ -145,21 +158,6 @@ def forward(
 def train_argument(model: Model, train: bool) -> dict[str, bool]:
     """How to tell the model whether it trains: nothing, where its `__call__` does not ask."""
     return {"train": train} if "train" in inspect.signature(type(model).__call__).parameters else {}
-
-
-def row_losses(model: Model, prediction: Array, batch: PyTree) -> Array:
-    """The loss of each row, [n]; 0 for rows without weight.
-
-    Raises:
-      InputError: when the model's loss gives anything but one value a row, such as their mean.
-    """
-    losses = model.loss(prediction, batch["y"])
-    if losses.shape != batch["weight"].shape:
-        raise InputError(
-            f"the model's loss gives {list(losses.shape)} for {len(batch['weight'])} rows: "
-            "give one value for each row, [rows], and no mean: rows have weights"
-        )
-    return jnp.where(batch["weight"] > 0, losses, 0)
 
 
 class _Rest(NamedTuple):
@@ -266,78 +264,48 @@ def _updated(state: TrainState, sums: tuple[PyTree, Array, _Rest], step: Array) 
     return jax.tree.map(lambda new, old: jnp.where(good, new, old), new, state)
 
 
-class Moments(NamedTuple):
-    """What evaluation keeps of the rows of a shard's batch, weighted: enough for the loss and R^2, exactly.
-
-    Targets have an axis of their own: [t]. `mean` and `spread` are those of the targets: their weighted mean
-    and the weighted sum of squares around it.
-    """
-
-    weight: Array
-    loss: Array
-    absolute_error: Array
-    squared_error: Array
-    mean: Array
-    spread: Array
-
-
 def compile_eval_block(
     model: Model,
-    state: TrainState,
+    variables: Mapping[str, PyTree],
     layout: Layout,
     mesh: Mesh,
     arguments: tuple[Any, ...],
+    of: Callable[[Array, PyTree], PyTree],
     reduction: str,
     backend: str,
-) -> Callable[..., Moments]:
+) -> Callable[..., PyTree]:
     """Compiles the evaluation of `num_steps` consecutive batches into one call.
 
-    Traced apart from training: the model is told `train=False`, and nothing of the state changes.
+    Traced apart from training: the model is told `train=False`.
+
+    Args:
+      variables: "params" and "batch_stats".
+      of: (predictions [b, t], batch of one shard) -> what is wanted of them.
 
     Returns:
-      `f(state, data, carried, clock) -> Moments`, each [block_steps, shards, ...], zero past `num_steps`.
+      `f(variables, data, carried, clock) -> what is wanted`, each leaf [block_steps, shards, ...], zero past
+      `num_steps`.
     """
 
-    def block(state: TrainState, data: PyTree, carried: Carried, packed: Array) -> Moments:
+    def block(variables: PyTree, data: PyTree, carried: Carried, packed: Array) -> PyTree:
         clock = Clock(*packed)
         shards = carried.first + jnp.arange(layout.slots)
         read = layout.reader(data, shards, clock.first_step, clock.seed)
 
-        def moments(batch: PyTree) -> Moments:
-            variables = {"params": state.params, "batch_stats": state.batch_stats}
-            prediction, _ = forward(model, variables, batch, train=False)
-            weight, target = batch["weight"], batch["y"]
-            losses = row_losses(model, prediction, batch)
-            if prediction.shape != target.shape:
-                raise InputError(
-                    f"the model predicts {list(prediction.shape)} where the target is {list(target.shape)}: "
-                    "give one column for each target"
-                )
-            error = jnp.where(weight[:, None] > 0, prediction - target, 0)
-            total = weight.sum()
-            mean = weight @ target / jnp.where(total > 0, total, 1)
-            return Moments(
-                total,
-                jnp.vdot(losses, weight),
-                weight @ jnp.abs(error),
-                weight @ jnp.square(error),
-                mean,
-                weight @ jnp.square(target - mean[None]),
-            )
+        def wanted(batch: PyTree) -> PyTree:
+            return of(forward(model, variables, batch, train=False)[0], batch)
 
-        one = jax.eval_shape(lambda: moments(read(jnp.int32(0), jnp.int32(0))))
+        one = jax.eval_shape(lambda: wanted(read(jnp.int32(0), jnp.int32(0))))
         slots = max(layout.slots, 2)
         zeros = jax.tree.map(lambda leaf: jnp.zeros((layout.block_steps, slots, *leaf.shape), leaf.dtype), one)
 
-        def step(k: Array, history: Moments) -> Moments:
-            def fill(slot: Array, history: Moments) -> Moments:
-                return jax.tree.map(lambda all, new: all.at[k, slot].set(new), history, moments(read(k, slot)))
+        def step(k: Array, history: PyTree) -> PyTree:
+            def fill(slot: Array, history: PyTree) -> PyTree:
+                return jax.tree.map(lambda all, new: all.at[k, slot].set(new), history, wanted(read(k, slot)))
 
             if reduction == "ordered":
                 return one_by_one(fill, carried.count, history)
-            return jax.tree.map(
-                lambda all, new: all.at[k, : layout.slots].set(new), history, jax.vmap(moments)(read(k))
-            )
+            return jax.tree.map(lambda all, new: all.at[k, : layout.slots].set(new), history, jax.vmap(wanted)(read(k)))
 
         history = lax.fori_loop(0, clock.num_steps, step, zeros)
         return jax.tree.map(
@@ -346,7 +314,7 @@ def compile_eval_block(
         )
 
     options = _ORDERED_OPTIONS if reduction == "ordered" else {}
-    return _compile(block, layout, mesh, (state, *arguments), backend, dict(options), None, donate=False)
+    return _compile(block, layout, mesh, (variables, *arguments), backend, dict(options), None, donate=False)
 
 
 def _compile(
@@ -376,7 +344,7 @@ def _compile(
         )
     else:
 
-        def local(state: TrainState, data: PyTree, carried: Carried, clock: Array) -> Any:
+        def local(state: PyTree, data: PyTree, carried: Carried, clock: Array) -> Any:
             data = jax.tree.map(lambda leaf: leaf.squeeze(axis), data)
             return block(state, data, jax.tree.map(lambda leaf: leaf.squeeze(0), carried), clock)
 
