@@ -8,6 +8,8 @@ from dpreg.config import Config
 from dpreg.data.ingest import read_table
 from dpreg.data.sources import RegressionData
 from dpreg.data.synthetic import SyntheticRegressionData
+from dpreg.data.tables import Table, open_table
+from dpreg.data.tfds import open_tfds
 from dpreg.models.linear import LinearRegressionScratch
 from dpreg.parallel import processes
 from dpreg.trainer import Observer, Trainer
@@ -42,9 +44,17 @@ def build_data(config: Config, progress: Callable[[int], None] = lambda rows: No
     return first or read()
 
 
-def build_model(config: Config, data: RegressionData) -> LinearRegressionScratch:
-    """The model for these rows."""
-    return LinearRegressionScratch(data.num_inputs, config.lr, config.sigma, data.num_targets)
+def open_dataset(config: Config) -> Table:
+    """The table that the config names; of a TFDS dataset the split to hold out, where there is one."""
+    if not config.dataset.startswith("tfds:"):
+        return open_table(config.dataset)
+    train, held_out, *_ = open_tfds(config.dataset.removeprefix("tfds:"), config.data_dir)
+    return held_out or train
+
+
+def build_model(config: Config, num_inputs: int, num_targets: int) -> LinearRegressionScratch:
+    """The model for rows of so many columns."""
+    return LinearRegressionScratch(num_inputs, config.lr, config.sigma, num_targets)
 
 
 def build_trainer(config: Config, observers: tuple[Observer, ...] = ()) -> Trainer:

@@ -4,15 +4,21 @@ import csv
 import dataclasses
 import io
 import math
+from collections.abc import Mapping
 from typing import Any, get_args, get_origin, get_type_hints
 
 from absl import flags
 
 from dpreg.errors import InputError
 
-MODES = ("train", "doctor")
+MODES = ("train", "evaluate", "predict", "doctor")
+OUTPUTS = (".csv", ".parquet")
 MISSING = ("error", "drop", "mean")
 TRANSFORMS = ("none", "log", "standardize")
+
+
+# Of what decides the answer, that which --mode=evaluate and predict take from the flags where they are given.
+_ASKED = ("dataset", "validation_dataset", "batch_size", "missing")
 
 
 def _flag(default: Any, help: str, decides: bool = False, who: bool = False) -> Any:
@@ -75,7 +81,11 @@ class Config(Columns):
       InputError: for a value that no run can have; names the flag.
     """
 
-    mode: str = _flag("train", "train; or doctor: whether a run could start here, and what keeps it from it.")
+    mode: str = _flag(
+        "train",
+        "train; evaluate or predict: the workdir's model on the rows of --dataset; "
+        "doctor: whether a run could start here, and what keeps it from it.",
+    )
     dataset: str = _flag(
         "synthetic",
         "What to fit: synthetic, tfds:NAME, or a table (.csv, .csv.gz, .parquet, .npz, .npy): file, pattern or folder.",
@@ -83,6 +93,7 @@ class Config(Columns):
     )
     data_dir: str | None = _flag(None, "Where TFDS datasets are prepared. Default: TFDS's own place.")
     validation_dataset: str | None = _flag(None, "A table whose rows are held out instead of a share.", decides=True)
+    output: str | None = _flag(None, "Where --mode=predict writes: a .csv or .parquet file.", who=True)
     cache_dir: str | None = _flag(None, "Where tables lie once they are read. Default: ~/.cache/dpreg/tables.")
     w: tuple[float, ...] = _flag((2.0, -3.4), "True weights of the synthetic data, separated by commas.")
     b: float = _flag(4.2, "True bias of the synthetic data.")
@@ -167,11 +178,23 @@ class Config(Columns):
         if any(value is not None for value in several):
             self._check_processes(*several)
         if self.mode not in MODES:
-            self._refuse("mode", f"use {' or '.join(MODES)}")
+            self._refuse("mode", f"use {', '.join(MODES[:-1])} or {MODES[-1]}")
         if self.resume not in ("auto", "never", "must"):
             self._refuse("resume", "use auto, never or must")
-        if self.dataset != "synthetic" and not self.target and not self.dataset.startswith("tfds:"):
+        if self.mode in ("evaluate", "predict"):
+            self._check_prediction()
+        elif self.dataset != "synthetic" and not self.target and not self.dataset.startswith("tfds:"):
             raise InputError(f"--dataset={self.dataset}: say which column to predict, with --target=COLUMN")
+
+    def _check_prediction(self) -> None:
+        if not self.workdir:
+            raise InputError(f"--mode={self.mode}: say which model, with the --workdir that it was trained with")
+        if self.dataset == "synthetic":
+            raise InputError(f"--mode={self.mode}: say which table, with --dataset")
+        if self.mode == "predict" and (not self.output or not self.output.lower().endswith(OUTPUTS)):
+            raise InputError(
+                f"--mode=predict: give a file for the predictions, with --output=FILE{' or '.join(OUTPUTS)}"
+            )
 
     def _check_processes(self, address: str | None, processes: int | None, process: int | None) -> None:
         if address == "auto" and processes is None and process is None:
@@ -208,6 +231,23 @@ class Config(Columns):
     def identity(self) -> dict[str, Any]:
         """What decides the answer, besides the rows: a run may only be continued by one that is alike in it."""
         return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.metadata["decides"]}
+
+    def of_model(self, flags: Mapping[str, Any]) -> "Config":
+        """This config with what decides the answer as a model was trained, and rows and batches as asked for.
+
+        Raises:
+          InputError: for a flag that was given and is not that of the model.
+        """
+        trained: dict[str, Any] = {n: tuple(v) if isinstance(v, list) else v for n, v in flags.items()}
+        for field in dataclasses.fields(self):
+            if field.name not in trained:
+                continue
+            was, asked = trained[field.name], getattr(self, field.name)
+            if field.name in _ASKED and asked != field.default:
+                trained[field.name] = asked
+            elif asked not in (field.default, was):
+                self._refuse(field.name, f"the model was trained with {_text(was)}; leave it out")
+        return dataclasses.replace(self, **trained)
 
     def shared(self) -> dict[str, Any]:
         """What all processes of a run have to agree on."""

@@ -22,6 +22,7 @@ from dpreg.data.sources import RegressionData
 from dpreg.doctor import agree, examine
 from dpreg.errors import AuditFailed, Diverged, InputError, Preempted, ProcessLost
 from dpreg.observers.checkpoint import Checkpoints
+from dpreg.observers.export import save_model
 from dpreg.observers.metrics import MetricsWriter, read_metrics
 from dpreg.observers.progress import ProgressDisplay
 from dpreg.observers.report import write_report
@@ -29,6 +30,7 @@ from dpreg.observers.summary import summarize
 from dpreg.observers.workdir import open_workdir
 from dpreg.parallel import devices, processes
 from dpreg.parallel.deadline import Deadline
+from dpreg.predict import predict
 from dpreg.trainer import Trainer
 
 
@@ -61,7 +63,7 @@ def run(config: Config) -> None:
         if trainer.step:
             progress.say(f"going on from step {trainer.step:,}")
         if first:
-            for stale in ("summary.json", "report.html"):
+            for stale in ("summary.json", "report.html", "model/model.json"):
                 (workdir / stale).unlink(missing_ok=True)
             (workdir / "flags.cfg").write_text(config.to_flagfile(), encoding="utf-8")
             metrics = stack.enter_context(MetricsWriter(workdir / "metrics.jsonl", trainer.step))
@@ -76,12 +78,13 @@ def run(config: Config) -> None:
 
     if not first:
         return
+    save_model(workdir / "model", config, trainer.variables, data)
     summary = summarize(trainer, data)
     (workdir / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
     write_report(workdir / "report.html", config, summary, read_metrics(workdir / "metrics.jsonl"))
     for name, error in summary.get("parameter_error", {}).items():
         print(f"error in estimating {name}: {np.array(error)}")
-    print(f"outputs in {workdir}: summary.json, metrics.jsonl, report.html, flags.cfg, checkpoints")
+    print(f"outputs in {workdir}: summary.json, metrics.jsonl, report.html, flags.cfg, model, checkpoints")
 
 
 def _prepared(config: Config, progress: ProgressDisplay) -> tuple[Trainer, RegressionData]:
@@ -98,7 +101,7 @@ def _prepared(config: Config, progress: ProgressDisplay) -> tuple[Trainer, Regre
     trainer.prepare_data(data)
     trainer.seconds["ingest"] += reading
     progress.doing("compiling")
-    trainer.prepare_model(build_model(config, data))
+    trainer.prepare_model(build_model(config, data.num_inputs, data.num_targets))
     return trainer, data
 
 
@@ -158,7 +161,7 @@ def _main(argv: list[str]) -> None:
         devices.start(
             config.platform, config.num_devices, config.coordinator_address, config.num_processes, config.process_id
         )
-        door = examine if config.mode == "doctor" else run
+        door = {"train": run, "doctor": examine}.get(config.mode, predict)
         if jax.process_count() == 1:
             door(config)
         else:

@@ -13,10 +13,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.sharding import Mesh
+from numpy.typing import ArrayLike
 
 from dpreg.data.dataset import PLACEMENTS, Block, Dataset
 from dpreg.data.schema import Schema
-from dpreg.data.sources import RegressionData
+from dpreg.data.sources import ArraySource, RegressionData, Source
 from dpreg.errors import Diverged, InputError, Preempted
 from dpreg.models.metrics import errors, metrics
 from dpreg.parallel import devices, processes
@@ -33,6 +34,7 @@ from dpreg.parallel.step import (
     layout_of,
     train_argument,
 )
+from dpreg.predictor import Predictor
 
 _FEW_ROWS = 16  # fewer make poor batch statistics
 
@@ -194,6 +196,7 @@ class Trainer:
     def prepare_model(self, model: Model) -> None:
         """Initialises the state and compiles the steps, ahead of the first."""
         started = time.perf_counter()
+        self._model = model
         optimizer = model.configure_optimizers()
         if self.gradient_clip_val:
             optimizer = optax.chain(optax.clip_by_global_norm(self.gradient_clip_val), optimizer)
@@ -334,6 +337,34 @@ class Trainer:
         scale = 1.0 if self._schema is None else np.array([target.scale for target in self._schema.targets])
         self.val_loss, self.metrics = metrics([found for _, found in devices.arrived(blocks, self.heartbeat)], scale)
         self.seconds["eval"] += time.perf_counter() - started
+
+    def predict(self, x: ArrayLike) -> np.ndarray:
+        """What the trained model predicts for rows [n, d] as it sees them: [n, t] float64, in original units."""
+        x = np.asarray(x, np.float32)
+        predictor = self._predictor()
+        rows = ArraySource(x, np.zeros((len(x), predictor.num_targets)))
+        return np.concatenate(list(predictor.predictions(predictor.pieces(rows))))
+
+    def evaluate(self, source: Source) -> tuple[float, dict[str, float]]:
+        """(mean loss, metrics in original units) of the trained model over rows."""
+        predictor = self._predictor()
+        return predictor.evaluate(predictor.pieces(source))
+
+    def _predictor(self) -> Predictor:
+        rows = self.train.source[np.zeros(1, np.int32)]
+        return Predictor(
+            self._model,
+            self.variables,
+            rows["x"].shape[1],
+            rows["y"].shape[1],
+            self.mesh,
+            self.num_shards,
+            self.train.global_batch,
+            self._schema,
+            self.reduction,
+            self.backend,
+            self.heartbeat,
+        )
 
     def _tell(self, step: int, **values: Any) -> None:
         steps = self.train.sampler.steps_per_epoch

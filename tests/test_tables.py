@@ -454,9 +454,11 @@ def test_imports_go_downward():
         ("config",),
         ("data", "models"),
         ("parallel",),
+        ("predictor",),
         ("trainer",),
         ("observers", "build"),
         ("doctor",),
+        ("predict",),
         ("main",),
     ]
     level = {name: height for height, names in enumerate(rooms) for name in names}

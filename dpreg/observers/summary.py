@@ -16,6 +16,7 @@ from dpreg.trainer import Trainer
 def summarize(trainer: Trainer, data: RegressionData) -> dict[str, Any]:
     """The summary of a finished run, ready for JSON.
 
+    `target_transform` is there where the model predicts the logarithm of the target, as do its parameters then.
     `train_loss` is the mean over the last epoch; `rows_per_second` counts training alone: no ingest, no
     compilation, no evaluation, and no step before a resume. It is 0 where no step was left to do.
     """
@@ -55,7 +56,8 @@ def describe_parameters(params: Any, data: RegressionData) -> dict[str, Any]:
         w, b = data.schema.parameters(w, b)
     one = data.num_targets == 1
     listed = (w[:, 0] if one else w).tolist()
-    result: dict[str, Any] = {
+    result: dict[str, Any] = {"target_transform": "log"} if data.schema and data.schema.log_targets else {}
+    result |= {
         "parameters": {
             "w": listed if data.schema is None else dict(zip(data.schema.features, listed, strict=True)),
             "b": float(b[0]) if one else b.tolist(),

@@ -1,0 +1,123 @@
+"""`--mode=evaluate` and `--mode=predict`: a trained model on the rows of a table, in a stream and in their order."""
+
+import contextlib
+import dataclasses
+import json
+import pathlib
+import time
+from collections.abc import Iterator
+
+import jax
+import numpy as np
+from rich.console import Console
+
+from dpreg.build import build_model, open_dataset
+from dpreg.config import Columns, Config
+from dpreg.data.columns import RawReader
+from dpreg.data.schema import Category, Number, Schema
+from dpreg.data.sources import Rows
+from dpreg.data.tables import Table
+from dpreg.doctor import agree
+from dpreg.errors import InputError
+from dpreg.observers.export import load_model
+from dpreg.observers.predictions import PredictionWriter
+from dpreg.observers.progress import ProgressDisplay
+from dpreg.parallel import devices, processes
+from dpreg.parallel.deadline import Deadline
+from dpreg.predictor import Predictor
+
+
+def predict(config: Config) -> None:
+    """Predicts the rows of `config.dataset` into `config.output`, or, to evaluate, prints how well it does.
+
+    All processes read the table; each device predicts its share, and the first process writes.
+
+    Raises:
+      InputError: for what cannot be done; there is no output then.
+    """
+    with contextlib.ExitStack() as stack:
+        agree(config)
+        first = jax.process_index() == 0
+        deadline = stack.enter_context(Deadline(config.step_timeout))
+        progress = stack.enter_context(ProgressDisplay(Console(stderr=True, quiet=not first)))
+        exported = load_model(pathlib.Path(config.workdir or "") / "model")
+        config, schema = config.of_model(exported.flags), exported.schema
+        if schema is None:
+            raise InputError(f"--workdir={config.workdir}: its model was not trained on a table: predict from Python")
+        evaluating = config.mode == "evaluate"
+        table, columns = open_dataset(config), columns_of(schema, config.columns(), evaluating)
+        table.require((*columns.features, *columns.target, *filter(None, [columns.weight_column])))
+        predictor = Predictor(
+            build_model(config, exported.num_inputs, exported.num_targets),
+            exported.variables,
+            exported.num_inputs,
+            exported.num_targets,
+            devices.data_mesh(config.num_shards, config.platform, config.num_devices),
+            config.num_shards,
+            config.batch_size,
+            schema,
+            config.reduction,
+            config.backend,
+            deadline.progress,
+        )
+        read = _Reading(table, columns, schema, predictor.piece_rows, progress)
+        processes.exchange()  # all have read so far, else none goes on
+        deadline.begin()
+        if evaluating:
+            loss, metrics = predictor.evaluate(read.pieces())
+            if first:
+                print(json.dumps({"dataset": table.name, "rows": read.used, "loss": loss, **metrics}))
+            return
+        path = pathlib.Path(config.output or "") if first else None
+        writer = stack.enter_context(PredictionWriter(path, [target.name for target in schema.targets]))
+        for prediction in predictor.predictions(read.pieces()):
+            writer.write(prediction, read.there.pop(0))
+    if first:
+        without = f"; {read.rows - read.used:,} have none, since values are missing" if read.rows > read.used else ""
+        print(f"predictions of {read.rows:,} rows in {path}{without}")
+
+
+def columns_of(schema: Schema, columns: Columns, targets: bool) -> Columns:
+    """What to take from a table that a model with this schema is to predict.
+
+    Args:
+      columns: what it was trained on.
+      targets: whether the targets, and the weights, are needed, too.
+
+    Raises:
+      InputError: when missing values should become the mean, and the model knows none.
+    """
+    if columns.missing == "mean" and any(isinstance(c, Number) and c.fill is None for c in schema.inputs):
+        raise InputError("--missing=mean: the model was trained without; use --missing=drop, or train it so")
+    return dataclasses.replace(
+        columns,
+        features=tuple(column.name for column in schema.inputs),
+        exclude=(),
+        categorical=tuple(column.name for column in schema.inputs if isinstance(column, Category)),
+        target=tuple(target.name for target in schema.targets) if targets else (),
+        weight_column=columns.weight_column if targets else None,
+    )
+
+
+class _Reading:
+    """The rows of a table as the model sees them, and which of them it can predict."""
+
+    def __init__(self, table: Table, columns: Columns, schema: Schema, piece_rows: int, progress: ProgressDisplay):
+        self.rows = self.used = 0
+        self.there: list[np.ndarray] = []  # of pieces not yet asked about
+        self._table, self._reader, self._schema = table, RawReader(columns, schema), schema
+        self._piece_rows, self._progress = piece_rows, progress
+
+    def pieces(self) -> Iterator[Rows]:
+        started = time.perf_counter()
+        for raw in self._reader.read(self._table, self._piece_rows):
+            there = self._reader.there(raw)
+            self._reader.refuse_missing(self._table.name)
+            raw[~there, :-1] = 0  # their weight, too
+            self.rows, self.used = self.rows + len(raw), self.used + int(there.sum())
+            self.there.append(there)
+            yield self._schema.rows(raw)
+            speed = self.rows / (time.perf_counter() - started)
+            self._progress.doing(f"{self._table.name}: {self.rows:,} rows, {speed:,.0f} rows/s")
+        if not self.rows:
+            raise InputError(f"{self._table.name}: there are no rows")

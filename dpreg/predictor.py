@@ -1,0 +1,120 @@
+"""A trained model on all devices: what it predicts for rows in their order, and how well."""
+
+import functools
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+from jax.sharding import Mesh
+
+from dpreg.data.dataset import Dataset
+from dpreg.data.schema import Schema
+from dpreg.data.sources import ArraySource, Rows, Source
+from dpreg.models.metrics import errors, metrics
+from dpreg.parallel import devices, processes
+from dpreg.parallel.step import Carried, Clock, Model, compile_eval_block, layout_of
+
+_PIECE_BYTES = 16 << 20  # of rows, on their way at once
+_PIECE_STEPS = 1 << 8
+
+
+class Predictor:
+    """Takes rows in pieces of one size through one compiled program, sharded over the devices.
+
+    What a row is predicted to be does not depend on the number of devices: as for training, to float rounding, or to
+    the last bit with the reduction "ordered".
+
+    Args:
+      model: as `Trainer.fit` takes it.
+      variables: {"params", "batch_stats"} of the trained model.
+      num_inputs, num_targets: columns of the rows.
+      mesh: the devices; num_shards: the logical shards, L.
+      batch_size: rows of a global batch.
+      schema: of the table that the model was trained on, if any.
+      reduction, backend: as of `Trainer`.
+      heartbeat: called whenever results have come from the devices.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        variables: Mapping[str, Any],
+        num_inputs: int,
+        num_targets: int,
+        mesh: Mesh,
+        num_shards: int = 8,
+        batch_size: int = 32,
+        schema: Schema | None = None,
+        reduction: str = "pmean",
+        backend: str = "jit",
+        heartbeat: Callable[[], None] = lambda: None,
+    ):
+        self.schema, self.num_inputs, self.num_targets = schema, num_inputs, num_targets
+        self._model, self._variables = model, devices.replicated(variables, mesh)
+        self._mesh, self._num_shards, self._batch_size = mesh, num_shards, batch_size
+        self._reduction, self._backend, self._heartbeat = reduction, backend, heartbeat
+        row_bytes = 4 * (num_inputs + num_targets + 1)
+        self._steps = max(2, min(_PIECE_STEPS, _PIECE_BYTES // (row_bytes * batch_size)))
+
+    @property
+    def piece_rows(self) -> int:
+        """Rows of a piece: all but the last have as many."""
+        return self._steps * self._batch_size
+
+    def predictions(self, pieces: Iterable[Rows]) -> Iterator[np.ndarray]:
+        """What the model predicts for each piece, in the order of its rows: [n, t] float64, in original units.
+
+        Args:
+          pieces: {"x": [n, d], "y": [n, t], "weight": [n]} float32, of at most `piece_rows` rows; y is not looked at.
+        """
+        for rows, found in self._evaluated(pieces, lambda prediction, batch: prediction):
+            # [steps, shards, rows, t]: a shard has consecutive rows.
+            prediction = np.moveaxis(found, 1, 0).reshape(self.piece_rows, -1)[:rows]
+            yield prediction.astype(np.float64) if self.schema is None else self.schema.prediction(prediction)
+
+    def evaluate(self, pieces: Iterable[Rows]) -> tuple[float, dict[str, float]]:
+        """(mean loss, metrics) over the rows of all pieces, as `dpreg.models.metrics.metrics`, in original units."""
+        of = functools.partial(errors, self._model, self.schema is not None and self.schema.log_targets)
+        scale = 1.0 if self.schema is None else np.array([target.scale for target in self.schema.targets])
+        return metrics([found for _, found in self._evaluated(pieces, of)], scale)
+
+    def pieces(self, source: Source) -> Iterator[Rows]:
+        """The rows of a source, in pieces."""
+        for first in range(0, len(source), self.piece_rows):
+            yield source[np.arange(first, min(first + self.piece_rows, len(source)))]
+
+    def _evaluated(self, pieces: Iterable[Rows], of: Callable[..., Any]) -> Iterator[tuple[int, Any]]:
+        """(rows, what is wanted of their predictions) of each piece."""
+        compiled: Callable[..., Any] | None = None
+
+        def calls() -> Iterator[tuple[int, Any]]:
+            nonlocal compiled
+            for piece in pieces:
+                rows = len(piece["weight"])
+                dataset = self._dataset(piece)
+                (block,) = dataset
+                clock = Clock(0, self._steps, 0).packed()
+                arguments = block.data, Carried(*dataset.carried), clock
+                if compiled is None:
+                    compiled = compile_eval_block(
+                        self._model,
+                        self._variables,
+                        layout_of(dataset),
+                        self._mesh,
+                        arguments,
+                        of,
+                        self._reduction,
+                        self._backend,
+                    )
+                    processes.exchange()  # before the first collective, which waits for nobody long
+                yield rows, compiled(self._variables, *arguments)
+
+        return devices.arrived(calls(), self._heartbeat)
+
+    def _dataset(self, piece: Rows) -> Dataset:
+        """The rows, with rows of weight 0 behind them up to the size of a piece."""
+        missing = self.piece_rows - len(piece["weight"])
+        if missing:
+            piece = {k: np.pad(v, [(0, missing), *[(0, 0)] * (v.ndim - 1)]) for k, v in piece.items()}
+        dataset = Dataset(ArraySource(piece["x"], piece["y"], piece["weight"])).batch(self._batch_size)
+        return dataset.shard(self._mesh, self._num_shards).place("host", self._steps)

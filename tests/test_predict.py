@@ -1,0 +1,185 @@
+"""A trained model on new rows: every row once, in order, in original units, whatever devices predict it."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.csv
+import pyarrow.parquet
+import pytest
+from cluster import ROOT, free_address, together
+from models import Net, Rows
+from optax import sgd
+
+import dpreg
+from dpreg.config import Config
+from dpreg.predict import predict
+
+KINDS = np.array(["red", "green", "blue", "never seen"])
+
+
+def table_of(rows, seed=0, kinds=3):
+    rng = np.random.default_rng(seed)
+    kind = rng.integers(0, kinds, rows)
+    a, b = rng.normal(1e5, 3, rows), rng.normal(size=rows)
+    y = 7 + 0.02 * (a - 1e5) + 0.3 * b + 0.2 * kind + 0.1 * rng.normal(size=rows)
+    return {"a": a, "kind": KINDS[kind], "b": b, "w": rng.integers(0, 4, rows), "y": y}
+
+
+def write(columns, path):
+    table = pa.table(columns)
+    (pyarrow.csv.write_csv if path.suffix == ".csv" else pyarrow.parquet.write_table)(table, path)
+
+
+@pytest.fixture(scope="module", params=["none", "standardize", "log"])
+def trained(request, tmp_path_factory):
+    folder = tmp_path_factory.mktemp(request.param)
+    write(table_of(1003), folder / "t.parquet")
+    flags = ("--features=kind,a,b", "--categorical=kind", "--target=y", "--weight_column=w", "--missing=drop")
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "dpreg.main", "--platform=cpu", "--num_devices=2", "--reduction=ordered"),
+            *(f"--dataset={folder / 't.parquet'}", *flags, f"--target_transform={request.param}", "--lr=0.1"),
+            *("--max_epochs=20", f"--workdir={folder / 'w'}", f"--cache_dir={folder / 'cache'}"),
+        ],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+def config_of(folder, dataset, mode="predict", **flags):
+    output = str(folder / "p.parquet") if mode == "predict" else None
+    config = Config(mode=mode, workdir=str(folder / "w"), dataset=str(dataset), output=output)
+    return dataclasses.replace(config, **flags)
+
+
+def expected(folder, columns):
+    """From the parameters in the summary, in float64."""
+    summary = json.loads((folder / "w" / "summary.json").read_text())
+    w, b = summary["parameters"]["w"], summary["parameters"]["b"]
+    kinds = {kind: w.get(f"kind={kind}", w["kind=other"]) for kind in KINDS}
+    linear = b + w["a"] * columns["a"] + w["b"] * columns["b"] + np.array([kinds[kind] for kind in columns["kind"]])
+    return np.exp(linear) if summary.get("target_transform") == "log" else linear
+
+
+@pytest.mark.parametrize("rows", [1, 7, 8192, 20_011])
+def test_every_row_is_predicted_once_and_in_order(trained, rows, tmp_path):
+    columns = table_of(rows, seed=1, kinds=4)
+    given = {name: columns[name] for name in ("b", "kind", "a")}  # no target, and in another order
+    write(given, tmp_path / "new.parquet")
+    files = set()
+    for devices in (1, 3, 8):
+        predict(config_of(trained, tmp_path / "new.parquet", num_devices=devices))
+        files.add((trained / "p.parquet").read_bytes())
+    assert len(files) == 1
+    found = pyarrow.parquet.read_table(trained / "p.parquet")
+    assert found.column_names == ["row", "predicted_y"]
+    np.testing.assert_array_equal(found["row"], np.arange(1, rows + 1))
+    np.testing.assert_allclose(found["predicted_y"], expected(trained, columns), rtol=1e-5)
+
+
+def test_evaluation_is_in_original_units_and_weighted(trained, tmp_path, capsys):
+    columns = table_of(5003, seed=2)
+    write(columns, tmp_path / "new.csv")
+    error, weight = expected(trained, columns) - columns["y"], columns["w"]
+    mean = weight @ columns["y"] / weight.sum()
+    for devices in (1, 8):
+        predict(config_of(trained, tmp_path / "new.csv", "evaluate", num_devices=devices, batch_size=16 * devices))
+        found = json.loads(capsys.readouterr().out)
+        assert found["rows"] == 5003
+        assert found["rmse"] == pytest.approx(np.sqrt(weight @ error**2 / weight.sum()), rel=1e-4)
+        assert found["mae"] == pytest.approx(weight @ np.abs(error) / weight.sum(), rel=1e-4)
+        assert found["r2"] == pytest.approx(1 - weight @ error**2 / (weight @ (columns["y"] - mean) ** 2), rel=1e-4)
+    summary = json.loads((trained / "w" / "summary.json").read_text())
+    assert set(summary["metrics"]) == {"rmse", "mae", "r2"}
+    assert summary["metrics"]["rmse"] == pytest.approx(found["rmse"], rel=0.3)
+
+
+def test_rows_with_missing_values_have_no_prediction(trained, tmp_path, capsys):
+    columns = table_of(50, seed=3)
+    columns["b"][[3, 49]] = np.nan
+    write(columns, tmp_path / "new.parquet")
+    predict(config_of(trained, tmp_path / "new.parquet", output=str(tmp_path / "p.csv")))
+    assert "2 have none, since values are missing" in capsys.readouterr().out
+    found = pyarrow.csv.read_csv(tmp_path / "p.csv")
+    wanted = expected(trained, columns)
+    assert [i for i, value in enumerate(found["predicted_y"].to_pylist()) if value is None] == [3, 49]
+    there = ~np.isnan(wanted)
+    np.testing.assert_allclose(np.array(found["predicted_y"].to_pylist(), float)[there], wanted[there], rtol=1e-5)
+    predict(config_of(trained, tmp_path / "new.parquet", "evaluate"))
+    assert json.loads(capsys.readouterr().out)["rows"] == 48
+
+
+def test_two_processes_predict_the_same_file(trained, tmp_path):
+    write(table_of(9001, seed=4, kinds=4), tmp_path / "new.parquet")
+    predict(config_of(trained, tmp_path / "new.parquet"))
+    common = ("--mode=predict", "--platform=cpu", "--num_devices=2", f"--workdir={trained / 'w'}", free_address())
+    flags = (*common, f"--dataset={tmp_path / 'new.parquet'}", f"--output={tmp_path / 'p.parquet'}")
+    starts = [(("-m", "dpreg.main"), (*flags, "--num_processes=2", f"--process_id={i}"), ROOT) for i in range(2)]
+    for code, lines, _, _ in together(*starts):
+        assert code == 0, lines
+    assert (tmp_path / "p.parquet").read_bytes() == (trained / "p.parquet").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        ({"workdir": None}, "--workdir"),
+        ({"workdir": "{}"}, "there is no model"),
+        ({"dataset": "synthetic"}, "say which table"),
+        ({"output": None}, "--output=FILE"),
+        ({"output": "{}/p.txt"}, "--output=FILE"),
+        ({"output": "{}/no/p.csv"}, "--output=.*cannot be written"),
+        ({"lr": 0.2}, "--lr=0.2: the model was trained with 0.1"),
+        ({"num_shards": 4}, "--num_shards=4: the model was trained with 8"),
+        ({"missing": "mean"}, "the model was trained without"),
+        ({"dataset": "{}/short.csv"}, "column 'a' is not there"),
+        ({"dataset": "{}/words.csv"}, "words.csv, row 9000: column 'a' has 'x', which is no number"),
+        ({"dataset": "{}/huge.parquet"}, "row 9000: 'a' is not finite once it is scaled|not finite as float32"),
+        ({"dataset": "{}/none.csv"}, "there are no rows"),
+    ],
+)
+def test_what_cannot_be_predicted_is_one_line_and_no_file(trained, tmp_path, flags, said):
+    columns = table_of(9000)
+    write({"kind": columns["kind"], "b": columns["b"]}, tmp_path / "short.csv")
+    (tmp_path / "none.csv").write_text("a,b,kind\n")
+    columns["a"][-1] = 1e300
+    write(columns, tmp_path / "huge.parquet")
+    columns["a"] = np.array(["x" if i == 8999 else str(i) for i in range(9000)])
+    write(columns, tmp_path / "words.csv")
+    flags = {name: value and str(value).format(tmp_path) for name, value in flags.items()} | {
+        name: value for name, value in flags.items() if not isinstance(value, str)
+    }
+    with pytest.raises(dpreg.InputError, match=said) as caught:
+        predict(config_of(trained, **{"dataset": tmp_path / "words.csv", "output": str(tmp_path / "p.csv"), **flags}))
+    assert "\n" not in str(caught.value)
+    assert not [path for path in tmp_path.iterdir() if "p.csv" in path.name]
+
+
+def test_a_damaged_model_is_refused(trained, tmp_path):
+    (tmp_path / "w" / "model").mkdir(parents=True)
+    for path in (trained / "w" / "model").iterdir():
+        (tmp_path / "w" / "model" / path.name).write_bytes(path.read_bytes())
+    content = bytearray((tmp_path / "w" / "model" / "parameters.npz").read_bytes())
+    content[len(content) // 2] ^= 1
+    (tmp_path / "w" / "model" / "parameters.npz").write_bytes(content)
+    with pytest.raises(dpreg.InputError, match="the model is damaged"):
+        predict(config_of(tmp_path, "new.csv"))
+
+
+def test_a_trainer_predicts_and_evaluates_in_python():
+    data = Rows(300).data(16, num_val=77)
+    trainer = dpreg.Trainer(2, 3, reduction="ordered")
+    trainer.fit(Net(sgd(0.05)), data)
+    loss, metrics = trainer.evaluate(data.val)
+    assert (loss, metrics) == (pytest.approx(trainer.val_loss, rel=1e-6), pytest.approx(trainer.metrics, rel=1e-6))
+    prediction = trainer.predict(data.val.x)
+    assert prediction.shape == (77, 1)
+    assert np.sqrt(np.mean((prediction - data.val.y) ** 2)) == pytest.approx(metrics["rmse"], rel=1e-6)
