@@ -1,10 +1,22 @@
 """What can go wrong through no fault of the code, each with the exit code that tells it."""
 
+import contextlib
+from collections.abc import Iterator
+
 
 class InputError(ValueError):
     """The caller asked for something that cannot be done. The message is one line: what, where, what to do."""
 
     exit_code = 2
+
+
+@contextlib.contextmanager
+def told_of(what: str) -> Iterator[None]:
+    """Says in an InputError what it is about."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(f"{what}: {error}") from error
 
 
 class Diverged(ArithmeticError):  # noqa: N818 (what happened, not whose error)

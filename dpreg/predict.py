@@ -18,7 +18,7 @@ from dpreg.data.schema import Category, Number, Schema
 from dpreg.data.sources import Rows
 from dpreg.data.tables import Table
 from dpreg.doctor import agree
-from dpreg.errors import InputError
+from dpreg.errors import InputError, told_of
 from dpreg.observers.export import load_model
 from dpreg.observers.predictions import PredictionWriter
 from dpreg.observers.progress import ProgressDisplay
@@ -116,7 +116,9 @@ class _Reading:
             raw[~there, :-1] = 0  # their weight, too
             self.rows, self.used = self.rows + len(raw), self.used + int(there.sum())
             self.there.append(there)
-            yield self._schema.rows(raw)
+            with told_of(self._table.name):
+                rows = self._schema.rows(raw)
+            yield rows
             speed = self.rows / (time.perf_counter() - started)
             self._progress.doing(f"{self._table.name}: {self.rows:,} rows, {speed:,.0f} rows/s")
         if not self.rows:

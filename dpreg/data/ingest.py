@@ -26,7 +26,7 @@ from dpreg.data.shuffle import Shuffle
 from dpreg.data.sources import RegressionData
 from dpreg.data.tables import Table, open_table
 from dpreg.data.tfds import open_tfds
-from dpreg.errors import InputError
+from dpreg.errors import InputError, told_of
 
 _FORMAT = 2  # of the cache; another one is another key
 _ENCODED_BYTES = 16 << 20  # written at once
@@ -148,12 +148,12 @@ def _write(table: Table, validation: Table | None, columns: Columns, folder: pat
             raise InputError(f"{table.name}: {read:,} rows are more than {_MOST_ROWS:,}")
         if not learned.weight > 0:
             raise InputError(f"{table.name}: all weights in column {columns.weight_column!r} are 0")
-        schema, codes = learned.schema(train.rows)
-        parts = {
-            name: (kept.rows, _encode(kept.in_order(), folder / name, schema, codes))
-            for name, kept in (("train", train), ("val", val))
-        }
-    write_manifest(folder, table.name, schema, parts)
+        with told_of(table.name):
+            schema, codes = learned.schema(train.rows)
+            written = {"train": (train.rows, _encode(train.in_order(), folder / "train", schema, codes))}
+        with told_of((validation or table).name):
+            written["val"] = val.rows, _encode(val.in_order(), folder / "val", schema, codes)
+    write_manifest(folder, table.name, schema, written)
 
 
 def _encode(

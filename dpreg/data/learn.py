@@ -10,6 +10,8 @@ from dpreg.data.columns import RawReader
 from dpreg.data.schema import Category, Number, Schema
 from dpreg.errors import InputError
 
+_SMALLEST = 1e-150  # deviation that is told from 0: squares of smaller ones are no normal numbers
+
 
 class Learned:
     """What the rows to fit teach of the columns that a reader reads."""
@@ -114,6 +116,6 @@ class Moments:
             return [(0.0, 1.0)] * len(self.mean)
         deviation = np.sqrt(self.squares / max(rows, 1))
         return [
-            (float(m), float(s) if low < high and s > 0 else 1.0)
+            (float(m), float(s) if low < high and s > _SMALLEST else 1.0)
             for m, s, low, high in zip(self.mean, deviation, self.least, self.most, strict=True)
         ]

@@ -112,12 +112,12 @@ def open_table(name: str, flag: str = "dataset") -> Table:
 
 def _header_of(file: str) -> tuple[dict[str, pa.Field], dict[str, tuple[str, ...]]]:
     """The columns of a file by their names without blanks around them, and the groups of columns."""
+    columns = dict[str, pa.Field]()
     with _Readable(file):
         fields, groups = _READERS[_kind(file)][0](file)
-    columns = dict[str, pa.Field]()
-    for field in fields:
-        if columns.setdefault(field.name.strip(), field) is not field:
-            raise InputError(f"{file}: there are two columns {field.name.strip()!r}: rename one")
+        for field in fields:
+            if columns.setdefault(field.name.strip(), field) is not field:
+                raise InputError(f"{file}: there are two columns {field.name.strip()!r}: rename one")
     return columns, groups
 
 
@@ -261,7 +261,12 @@ def _open_arrays(file: str, stack: contextlib.ExitStack) -> dict[str, IO[bytes]]
 def _header(stream: IO[bytes]) -> tuple[tuple[int, ...], np.dtype]:
     version = np.lib.format.read_magic(stream)
     read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}[version]
-    shape, by_columns, dtype = read(stream)
+    try:
+        shape, by_columns, dtype = read(stream)
+    except Exception as error:  # NumPy parses it as Python
+        raise ValueError(f"its header cannot be read: {error}") from error
+    if min(shape, default=0) < 0:
+        raise ValueError(f"an array has shape {shape}")
     if dtype.hasobject:
         raise ValueError("it holds Python objects, which are not unpickled")
     if len(shape) not in (1, 2) or (by_columns and len(shape) == 2 and shape[1] > 1):
