@@ -3,7 +3,7 @@
 from dpreg.config import Columns
 from dpreg.data.dataset import Block, Dataset
 from dpreg.data.ingest import read_table
-from dpreg.data.sources import ArraySource, RegressionData, Source
+from dpreg.data.sources import ArraySource, RegressionData, Shuffled, Source
 from dpreg.data.synthetic import SyntheticRegressionData
 from dpreg.errors import Diverged, InputError
 from dpreg.models.linear import LinearRegressionScratch
@@ -25,6 +25,7 @@ __all__ = [
     "Module",
     "Progress",
     "RegressionData",
+    "Shuffled",
     "Source",
     "SyntheticRegressionData",
     "TrainState",

@@ -1,11 +1,9 @@
 """From a Config to the parts of a run, for every door."""
 
-from collections.abc import Callable
-
 import jax
 
 from dpreg.config import Config
-from dpreg.data.ingest import read_table
+from dpreg.data.ingest import Progress, read_table
 from dpreg.data.sources import RegressionData
 from dpreg.data.synthetic import SyntheticRegressionData
 from dpreg.data.tables import Table, open_table
@@ -17,11 +15,11 @@ from dpreg.trainer import Observer, Trainer
 _INGEST_SECONDS = 24 * 3600.0  # that the others wait for process 0; they say so now and then
 
 
-def build_data(config: Config, progress: Callable[[int], None] = lambda rows: None) -> RegressionData:
+def build_data(config: Config, progress: Progress = lambda what, rows: None) -> RegressionData:
     """The rows that the config names; of a table, process 0 reads them, and the others where they see no cache of it.
 
     Args:
-      progress: told now and then how many rows of a table are read.
+      progress: told what goes on with a table, see `dpreg.data.ingest.read_table`.
     """
     if config.dataset == "synthetic":
         return SyntheticRegressionData(

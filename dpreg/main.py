@@ -55,10 +55,10 @@ def run(config: Config) -> None:
         trainer.heartbeat = deadline.progress
         deadline.begin()
         checkpoints = stack.enter_context(_checkpoints(config, workdir, trainer, data, announcements))
-        platform = devices.describe(trainer.mesh.devices.flat)
+        placement, why = trainer.train.resolved_placement, trainer.train.placement_reason
         progress.say(
-            f"{len(data.train):,} rows in {config.num_shards} shards on {platform}: "
-            f"placement {trainer.train.resolved_placement}, reduction {config.reduction}, backend {config.backend}"
+            f"{len(data.train):,} rows in {config.num_shards} shards on {devices.describe(trainer.mesh.devices.flat)}: "
+            f"placement {placement}{f' ({why})' if why else ''}, reduction {config.reduction}, backend {config.backend}"
         )
         if trainer.step:
             progress.say(f"going on from step {trainer.step:,}")
@@ -92,11 +92,12 @@ def _prepared(config: Config, progress: ProgressDisplay) -> tuple[Trainer, Regre
     trainer = build_trainer(config)
     started = time.perf_counter()
 
-    def read(rows: int) -> None:
-        progress.doing(f"reading {config.dataset}: {rows:,} rows, {rows / (time.perf_counter() - started):,.0f} rows/s")
+    def told(what: str, rows: int) -> None:
+        speed = rows / (time.perf_counter() - started)
+        progress.doing(f"{what} {config.dataset}: {rows:,} rows, {speed:,.0f} rows/s")
 
     progress.doing(f"reading {config.dataset}")
-    data = build_data(config, read)
+    data = build_data(config, told)
     reading = time.perf_counter() - started
     trainer.prepare_data(data)
     trainer.seconds["ingest"] += reading

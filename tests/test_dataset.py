@@ -10,7 +10,6 @@ from jax.sharding import Mesh
 from models import Rows
 
 import dpreg
-from dpreg.data.sources import Shuffled
 
 
 def mesh(num_devices):
@@ -81,6 +80,7 @@ def test_auto_keeps_small_rows_on_the_devices_and_streams_large_ones():
 
     pipeline = dpreg.Dataset(Large()).batch(8).shard(mesh(2), num_shards=8)
     assert pipeline.resolved_placement == "host"
+    assert "take 60,000.0 MB of the" in pipeline.placement_reason
     assert next(iter(pipeline)).data["x"].shape[1:] == (2, 4, 1, 1)
     small = dpreg.Dataset(Rows(10).source()).batch(8).shard(mesh(2), num_shards=8)
     assert small.resolved_placement == "device"
@@ -93,7 +93,7 @@ def test_a_dataset_without_devices_says_so():
 
 def test_shuffled_is_a_fixed_order_of_the_same_rows():
     source = Rows(100).source()
-    shuffled = Shuffled(source)[np.arange(100)]["y"]
+    shuffled = dpreg.Shuffled(source)[np.arange(100)]["y"]
     assert not np.array_equal(shuffled, source.y)
     np.testing.assert_array_equal(np.sort(shuffled, 0), np.sort(source.y, 0))
 

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from dpreg.data.schema import Schema
-from dpreg.data.sources import Rows
+from dpreg.data.sources import Rows, gathered
 from dpreg.errors import InputError
 
 _MANIFEST = "manifest.json"
@@ -40,7 +40,7 @@ class MappedSource:
         return len(self.weight)
 
     def __getitem__(self, indices: np.ndarray) -> Rows:
-        return {"x": self.x[indices], "y": self.y[indices], "weight": self.weight[indices]}
+        return gathered(indices, x=self.x, y=self.y, weight=self.weight)
 
     def fingerprint(self) -> str:
         """Of all values, in their order; taken when they were written."""

@@ -25,7 +25,8 @@ _BLOCK_BYTES = 16 << 20  # larger blocks were slower to transfer, smaller ones a
 # their steps are slow enough for a call to weigh little.
 _BLOCK_STEPS, _BLOCK_STEPS_AMONG_PROCESSES = 1 << 12, 1 << 8
 _TAG_ROWS = 1 << 18  # at a time: they stay in cache
-_RESIDENT_FRACTION = 0.25  # of a device's memory: rows up to this size are kept there
+# Of a device's memory: rows up to this size are kept there. CPU devices have the host's own, where rows lie already.
+_RESIDENT_FRACTION, _RESIDENT_FRACTION_OF_HOST = 1 / 4, 1 / 32
 
 Batch = dict[str, Array]
 
@@ -135,13 +136,24 @@ class Dataset:
         blocks = -(-epoch // max(1, min(steps, most)))
         return max(2, -(-epoch // blocks))  # evenly, since all blocks are gathered whole
 
-    @functools.cached_property
+    @property
     def resolved_placement(self) -> str:
         """What "auto" became: "device" or "host"."""
+        return self._chosen_placement[0]
+
+    @property
+    def placement_reason(self) -> str:
+        """Why, in words; empty where "auto" was not asked for."""
+        return self._chosen_placement[1]
+
+    @functools.cached_property
+    def _chosen_placement(self) -> tuple[str, str]:
         if self.placement != "auto":
-            return self.placement
+            return self.placement, ""
         share = self.slots * (self.sampler.shard_capacity + 1) * self.row_bytes
-        return "device" if share <= _RESIDENT_FRACTION * _device_memory(self._mesh) else "host"
+        most = _resident_bytes(self._mesh)
+        chosen = "device" if share <= most else "host"
+        return chosen, f"a device's rows take {share / 1e6:,.1f} MB of the {most / 1e6:,.1f} MB that may stay on it"
 
     @functools.cached_property
     def data(self) -> Batch | None:
@@ -279,10 +291,11 @@ class Dataset:
         return self.mesh
 
 
-def _device_memory(mesh: Mesh) -> int:
-    """Bytes that one device has for itself; simulated CPU devices share the machine's."""
-    stats = mesh.local_devices[0].memory_stats() or {}
-    if "bytes_limit" in stats:
-        return stats["bytes_limit"]
+def _resident_bytes(mesh: Mesh) -> int:
+    """How many bytes of rows may stay on a device."""
+    device = mesh.local_devices[0]
+    stats = device.memory_stats() or {}
+    if device.platform != "cpu" and "bytes_limit" in stats:
+        return int(stats["bytes_limit"] * _RESIDENT_FRACTION)
     machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return machine // len(mesh.local_devices)
+    return int(machine * _RESIDENT_FRACTION_OF_HOST / len(mesh.local_devices))

@@ -34,7 +34,7 @@ _AHEAD = 2  # batches that are made while others are taken in
 _HELD_OUT = 1  # key of the hash of row numbers
 _MOST_ROWS = 2**31 - 1
 
-Progress = Callable[[int], None]  # told how many rows are read
+Progress = Callable[[str, int], None]  # told what goes on ("reading" or "writing"), and with how many rows so far
 
 
 def read_table(
@@ -45,7 +45,7 @@ def read_table(
     validation_dataset: str | None = None,
     data_dir: str | None = None,
     cache_dir: str | None = None,
-    progress: Progress = lambda rows: None,
+    progress: Progress = lambda what, rows: None,
 ) -> RegressionData:
     """The rows of a table, held out, scaled and shuffled as asked for; read from its files the first time only.
 
@@ -56,7 +56,7 @@ def read_table(
       validation_dataset: another table, all of whose rows are held out.
       data_dir: where TFDS datasets are prepared.
       cache_dir: where tables lie once they are read; ~/.cache/dpreg/tables by default.
-      progress: told now and then how many rows are read.
+      progress: told now and then what goes on, and with how many rows so far.
 
     Raises:
       InputError: as `ingest`.
@@ -84,7 +84,7 @@ def ingest(
     columns: Columns,
     cache: pathlib.Path,
     validation: Table | None = None,
-    progress: Progress = lambda rows: None,
+    progress: Progress = lambda what, rows: None,
 ) -> tuple[MappedSource, MappedSource | None, Schema]:
     """The rows of a table to fit, those held out, and what its columns are; from the cache where they are there.
 
@@ -93,7 +93,7 @@ def ingest(
       columns: what to take from it.
       cache: the folder of all caches. Processes may share it: what is not complete is not seen.
       validation: rows to hold out; a share of the table's own by default.
-      progress: told now and then how many rows are read.
+      progress: told now and then what goes on, and with how many rows so far.
 
     Raises:
       InputError: for columns that are not there or not numbers, values that are missing or not finite (names the
@@ -132,12 +132,12 @@ def _write(table: Table, validation: Table | None, columns: Columns, folder: pat
             learned.add(fitted)
             train.add(fitted)
             val.add(rows[there & held_out])
-            progress(read := read + len(rows))
+            progress("reading", read := read + len(rows))
         if validation is not None:
             validation.require(reader.names)
             for rows in reader.read(validation):
                 val.add(rows[reader.there(rows)])
-                progress(read := read + len(rows))
+                progress("reading", read := read + len(rows))
         reader.refuse_missing(table.name)
         if not train.rows:
             besides = " besides those held out" if val.rows else ""
@@ -150,14 +150,19 @@ def _write(table: Table, validation: Table | None, columns: Columns, folder: pat
             raise InputError(f"{table.name}: all weights in column {columns.weight_column!r} are 0")
         with told_of(table.name):
             schema, codes = learned.schema(train.rows)
-            written = {"train": (train.rows, _encode(train.in_order(), folder / "train", schema, codes))}
-        with told_of((validation or table).name):
-            written["val"] = val.rows, _encode(val.in_order(), folder / "val", schema, codes)
+        written = {}
+        for name, kept, of in (("train", train, table), ("val", val, validation or table)):
+            with told_of(of.name):
+                written[name] = kept.rows, _encode(kept.in_order(), folder / name, schema, codes, progress)
     write_manifest(folder, table.name, schema, written)
 
 
 def _encode(
-    parts: Iterable[np.ndarray], prefix: pathlib.Path, schema: Schema, codes: Sequence[np.ndarray | None]
+    parts: Iterable[np.ndarray],
+    prefix: pathlib.Path,
+    schema: Schema,
+    codes: Sequence[np.ndarray | None],
+    progress: Progress,
 ) -> str:
     """Writes what the model sees of the rows, in their final order; gives its fingerprint."""
     at_once = max(1, _ENCODED_BYTES // (4 * len(schema.features)))
@@ -172,7 +177,9 @@ def _encode(
     digests = {name: hashlib.blake2b(digest_size=32) for name in ("x", "y", "weight")}
     with contextlib.ExitStack() as stack:
         files = {name: stack.enter_context(open(f"{prefix}.{name}", "wb")) for name in (*digests, "row")}
+        done = 0
         for rows in ahead(encoded(), _AHEAD):
+            progress("writing", done := done + len(rows["row"]))
             for name, values in rows.items():
                 files[name].write(values.data)
                 if name in digests:

@@ -72,23 +72,31 @@ def permute(position: Integers, size: Integers, *key: Integers) -> Integers:
     low_mask = (np.uint32(1) << low_width) - np.uint32(1)
     high_mask = (np.uint32(1) << (width - low_width)) - np.uint32(1)
 
-    def network(value: Integers) -> Integers:
+    def network(value: Integers, low_width: Integers, *of_value: Integers) -> Integers:
+        low_mask, high_mask, *keys = of_value
         high, low = value >> low_width, value & low_mask
         for r in range(0, _ROUNDS, 2):
-            high = (high ^ _mix(low, round_keys[r])) & high_mask
-            low = (low ^ _mix(high, round_keys[r + 1])) & low_mask
+            high = (high ^ _mix(low, keys[r])) & high_mask
+            low = (low ^ _mix(high, keys[r + 1])) & low_mask
         return (high << low_width) | low
 
-    def walk(value: Integers) -> Integers:
-        return xp.where(value >= size, network(value), value)
-
+    of_all = (low_width, low_mask, high_mask, *round_keys)
     inside = position < size
-    value = xp.where(inside, network(xp.where(inside, position, np.uint32(0))), np.uint32(0))
+    value = xp.where(inside, network(xp.where(inside, position, np.uint32(0)), *of_all), np.uint32(0))
     if xp is jnp:
-        value = lax.while_loop(lambda v: (inside & (v >= size)).any(), walk, value)
+        value = lax.while_loop(
+            lambda v: (inside & (v >= size)).any(), lambda v: xp.where(v >= size, network(v, *of_all), v), value
+        )
     else:
-        while (inside & (value >= size)).any():
-            value = walk(value)
+        # Of those outside alone: they are few. Each takes its part of what belongs to its shard and epoch.
+        parts = np.broadcast_arrays(size, *of_all)
+        which = np.arange(parts[0].size).reshape(parts[0].shape)
+        outside = np.flatnonzero(inside & (value >= size))
+        which = np.broadcast_to(which, value.shape).ravel()[outside]
+        while len(outside):
+            limit, *of_some = (part.ravel()[which] for part in parts)
+            moved = value.reshape(-1)[outside] = network(value.reshape(-1)[outside], *of_some)
+            outside, which = outside[moved >= limit], which[moved >= limit]
     return xp.where(inside, value, position).astype(np.int32).reshape(shape)
 
 

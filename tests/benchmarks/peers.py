@@ -5,18 +5,12 @@ turn, on one device and in its steady state: the first epoch is not counted. Pri
 and its ratio to DDP's. Absolute figures drift with the machine; ratios are what counts.
 """
 
-import argparse
-import json
+import functools
 import os
-import platform
-import statistics
-import subprocess
-import sys
-import time
+
+from turns import in_turns, steady_rate
 
 WORKLOADS = {"narrow": (20_000, 2, 32), "middle": (100_000, 32, 1024), "wide": (40_000, 1024, 4096)}
-PROGRAMS = ("ddp", "pmean", "ordered")
-SECONDS = 3.0  # at least this long is measured
 
 
 def ddp(num_rows: int, num_inputs: int, batch: int) -> float:
@@ -64,52 +58,13 @@ def dpreg(num_rows: int, num_inputs: int, batch: int, reduction: str) -> float:
     return steady_rate(lambda number: trainer.fit_epoch(), num_rows)
 
 
-def steady_rate(epoch, num_rows: int) -> float:
-    """Rows per second of epochs after the first."""
-    epoch(0)
-    started, epochs = time.perf_counter(), 0
-    while time.perf_counter() - started < SECONDS:
-        epochs += 1
-        epoch(epochs)
-    return epochs * num_rows / (time.perf_counter() - started)
-
-
-def main() -> None:
-    """Runs all, or with --program one in this process."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--program", choices=PROGRAMS)
-    parser.add_argument("--workload", choices=WORKLOADS)
-    parser.add_argument("--rounds", type=int, default=3)
-    arguments = parser.parse_args()
-    if arguments.program:
-        sizes = WORKLOADS[arguments.workload]
-        rate = ddp(*sizes) if arguments.program == "ddp" else dpreg(*sizes, arguments.program)
-        print(json.dumps(rate))
-        return
-
-    print(
-        f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}, {arguments.rounds} rounds"
-    )
-    print(
-        f"{'rows, inputs, batch':>22}" + "".join(f"{p + ' rows/s':>18}" for p in PROGRAMS) + "   pmean/ddp ordered/ddp"
-    )
-    for workload, sizes in WORKLOADS.items():
-        if arguments.workload not in (None, workload):
-            continue
-        rates = {program: [] for program in PROGRAMS}
-        for _ in range(arguments.rounds):
-            for program in PROGRAMS:
-                command = [sys.executable, __file__, f"--program={program}", f"--workload={workload}"]
-                done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=True)
-                rates[program].append(json.loads(done.stdout.splitlines()[-1]))
-        medians = {program: statistics.median(values) for program, values in rates.items()}
-        print(
-            f"{sizes!s:>22}"
-            + "".join(f"{medians[p]:>18,.0f}" for p in PROGRAMS)
-            + f"{medians['pmean'] / medians['ddp']:>12.0f}{medians['ordered'] / medians['ddp']:>12.0f}",
-            flush=True,
-        )
-
+PROGRAMS = {
+    "ddp": ddp,
+    "pmean": functools.partial(dpreg, reduction="pmean"),
+    "ordered": functools.partial(dpreg, reduction="ordered"),
+}
 
 if __name__ == "__main__":
-    main()
+    for workload, rates in in_turns(__doc__, PROGRAMS, WORKLOADS):
+        ratios = ", ".join(f"{p} {rates[p] / rates['ddp']:.0f}x" for p in ("pmean", "ordered"))
+        print(f"{WORKLOADS[workload]!s:>20}: {', '.join(f'{p} {r:,.0f} rows/s' for p, r in rates.items())}; {ratios}")
