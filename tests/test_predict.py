@@ -117,6 +117,7 @@ def test_rows_with_missing_values_have_no_prediction(trained, tmp_path, capsys):
     assert json.loads(capsys.readouterr().out)["rows"] == 48
 
 
+@pytest.mark.parametrize("trained", ["log"], indirect=True)
 def test_two_processes_predict_the_same_file(trained, tmp_path):
     write(table_of(9001, seed=4, kinds=4), tmp_path / "new.parquet")
     predict(config_of(trained, tmp_path / "new.parquet"))

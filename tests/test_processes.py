@@ -307,7 +307,7 @@ def test_the_roll_call_minds_neither_strangers_nor_one_that_went_and_came_again(
         (["--coordinator_address=a:1", "--num_processes=2", "--process_id=0", "--workdir="], "give --workdir"),
         (["--coordinator_address=auto", "--workdir=/nowhere"], "JAX finds no cluster to ask here"),
         (["--step_timeout=-1"], "use 0 or more"),
-        (["--mode=cure"], "use train or doctor"),
+        (["--mode=cure"], "use train, evaluate, predict or doctor"),
     ],
 )
 def test_bad_process_flags_are_one_line(flags, said):
