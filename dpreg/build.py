@@ -1,5 +1,8 @@
 """From a Config to the parts of a run, for every door."""
 
+import importlib
+from typing import Any
+
 import jax
 
 from dpreg.config import Config
@@ -8,8 +11,14 @@ from dpreg.data.sources import RegressionData
 from dpreg.data.synthetic import SyntheticRegressionData
 from dpreg.data.tables import Table, open_table
 from dpreg.data.tfds import open_tfds
+from dpreg.errors import InputError
 from dpreg.models.linear import LinearRegressionScratch
+from dpreg.models.losses import loss_called
+from dpreg.models.mlp import MLP, LinearRegression
+from dpreg.models.module import Module
+from dpreg.models.optimizers import optimizer_called, schedule_called
 from dpreg.parallel import processes
+from dpreg.parallel.step import Model
 from dpreg.trainer import Observer, Trainer
 
 _INGEST_SECONDS = 24 * 3600.0  # that the others wait for process 0; they say so now and then
@@ -50,9 +59,32 @@ def open_dataset(config: Config) -> Table:
     return held_out or train
 
 
-def build_model(config: Config, num_inputs: int, num_targets: int) -> LinearRegressionScratch:
-    """The model for rows of so many columns."""
-    return LinearRegressionScratch(num_inputs, config.lr, config.sigma, num_targets)
+def build_model(config: Config, num_inputs: int, num_targets: int, num_steps: int = 1) -> Model:
+    """The model for rows of so many columns, with its loss and the optimizer of a run of so many steps.
+
+    Raises:
+      InputError: when a module of the user's own cannot be imported or made.
+    """
+    loss = loss_called(config.loss, config.huber_delta, config.quantile, config.num_classes)
+    steady = config.lr_schedule == "constant" and not config.warmup_steps
+    schedule = config.lr if steady else schedule_called(config.lr_schedule, config.lr, num_steps, config.warmup_steps)
+    own: dict[str, Any] = {
+        "objective": loss,
+        "optimizer": optimizer_called(config.optimizer, schedule, config.l1, config.l2),
+    }
+    outputs = loss.outputs(num_targets)
+    if config.model == "linear":
+        return LinearRegressionScratch(num_inputs, config.lr, config.sigma, outputs, **own)
+    if config.model == "concise":
+        return LinearRegression(outputs, config.lr, config.sigma, **own)
+    if config.model == "mlp":
+        return MLP(config.hidden, outputs, config.lr, config.dropout, config.batch_norm, config.activation, **own)
+    module, _, name = config.model.partition(":")
+    try:
+        of_user = getattr(importlib.import_module(module), name)
+        return of_user(**own) if issubclass(of_user, Module) else of_user()
+    except Exception as error:
+        raise InputError(f"--model={config.model}: {type(error).__name__}: {error}") from error
 
 
 def build_trainer(config: Config, observers: tuple[Observer, ...] = ()) -> Trainer:

@@ -13,6 +13,11 @@ from dpreg.errors import InputError
 
 MODES = ("train", "evaluate", "predict", "doctor")
 OUTPUTS = (".csv", ".parquet")
+LOSSES = ("squared", "huber", "absolute", "quantile", "logistic", "softmax", "poisson", "gamma")
+OPTIMIZERS = ("sgd", "momentum", "adam", "adamw", "lbfgs")
+SCHEDULES = ("constant", "linear", "cosine", "inverse_sqrt")
+MODELS = ("linear", "concise", "mlp")
+ACTIVATIONS = ("relu", "tanh", "gelu", "sigmoid")
 MISSING = ("error", "drop", "mean")
 TRANSFORMS = ("none", "log", "standardize")
 
@@ -100,6 +105,22 @@ class Config(Columns):
     noise: float = _flag(0.01, "Standard deviation of the synthetic noise.")
     num_train: int = _flag(1000, "Synthetic rows to fit.")
     num_val: int = _flag(1000, "Synthetic rows held out for validation.")
+    model: str = _flag(
+        "linear", "linear (from scratch), concise, mlp; or PACKAGE.MODULE:CLASS, a flax module.", decides=True
+    )
+    hidden: tuple[int, ...] = _flag((64, 64), "Widths of an mlp's hidden layers, separated by commas.", decides=True)
+    dropout: float = _flag(0.0, "Share of an mlp's hidden values left out in training, in [0, 1).", decides=True)
+    batch_norm: bool = _flag(False, "Whether an mlp's hidden values are normalised, within a shard.", decides=True)
+    activation: str = _flag("relu", f"Of an mlp: {', '.join(ACTIVATIONS)}.", decides=True)
+    loss: str = _flag("squared", f"{', '.join(LOSSES)}.", decides=True)
+    huber_delta: float = _flag(1.0, "Errors beyond it count in proportion, in units of what is fitted.", decides=True)
+    quantile: float = _flag(0.5, "Which quantile --loss=quantile fits, in (0, 1).", decides=True)
+    num_classes: int = _flag(2, "Labels that --loss=softmax tells apart: 0 to num_classes - 1.", decides=True)
+    optimizer: str = _flag("sgd", f"{', '.join(OPTIMIZERS)}; all but sgd (from scratch) are optax's.", decides=True)
+    lr_schedule: str = _flag("constant", f"After the warm-up: {', '.join(SCHEDULES)}.", decides=True)
+    warmup_steps: int = _flag(0, "Global steps in which the learning rate rises from 0.", decides=True)
+    l1: float = _flag(0.0, "Weight of the sum of |w|, not of biases; with --optimizer=sgd.", decides=True)
+    l2: float = _flag(0.0, "Weight of the sum of w^2 / 2, not of biases.", decides=True)
     lr: float = _flag(0.03, "Learning rate, per step of the global batch.", decides=True)
     sigma: float = _flag(0.01, "Standard deviation of the initial weights.", decides=True)
     batch_size: int = _flag(32, "Rows of a global batch, over all devices: a multiple of num_shards.", decides=True)
@@ -138,10 +159,33 @@ class Config(Columns):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("w", "b", "noise", "lr", "sigma", "gradient_clip_val"):
+        for name in ("w", "b", "noise", "lr", "sigma", "gradient_clip_val", "dropout", "huber_delta", "l1", "l2"):
             value = getattr(self, name)
             if not all(math.isfinite(v) for v in (value if isinstance(value, tuple) else (value,))):
                 self._refuse(name, "use a finite number")
+        for name, allowed in (
+            ("loss", LOSSES),
+            ("optimizer", OPTIMIZERS),
+            ("lr_schedule", SCHEDULES),
+            ("activation", ACTIVATIONS),
+            ("model", MODELS),
+        ):
+            value = getattr(self, name)
+            if value not in allowed and not (name == "model" and value.count(":") == 1):
+                more = " or PACKAGE.MODULE:CLASS" if name == "model" else ""
+                self._refuse(name, f"use {', '.join(allowed)}{more}")
+        if self.loss not in LOSSES[:4] and self.target_transform != "none":
+            self._refuse("target_transform", f"--loss={self.loss} is defined for the target as it is; leave one out")
+        if self.l1 and self.optimizer != "sgd":
+            self._refuse("l1", "its optimum is reached with --optimizer=sgd alone")
+        for name in ("huber_delta", "quantile"):
+            if getattr(self, name) <= 0:
+                self._refuse(name, "use a value above 0")
+        for name in ("quantile", "dropout"):
+            if getattr(self, name) >= 1:
+                self._refuse(name, "use a value under 1")
+        if self.num_classes < 2 or min(self.hidden, default=1) < 1:
+            self._refuse("num_classes" if self.num_classes < 2 else "hidden", "use 2 classes and widths of 1, or more")
         for name in ("num_train", "batch_size", "max_epochs", "num_shards", "num_devices", "keep"):
             if (value := getattr(self, name)) is not None and value < 1:
                 self._refuse(name, "use 1 or more")
@@ -150,6 +194,10 @@ class Config(Columns):
             "noise",
             "sigma",
             "gradient_clip_val",
+            "dropout",
+            "warmup_steps",
+            "l1",
+            "l2",
             "seed",
             "log_every_steps",
             "checkpoint_every_seconds",
@@ -218,10 +266,11 @@ class Config(Columns):
         for name, value in given.items():
             if isinstance(value, list):
                 given[name] = tuple(value)
-        try:
-            given["w"] = tuple(map(float, given["w"]))
-        except ValueError as error:
-            raise InputError(f"--w={_text(given['w'])}: give numbers separated by commas") from error
+        for name, kind in (("w", float), ("hidden", int)):
+            try:
+                given[name] = tuple(map(kind, given[name]))
+            except ValueError as error:
+                raise InputError(f"--{name}={_text(given[name])}: give numbers separated by commas") from error
         return cls(**given)
 
     def columns(self) -> Columns:
@@ -230,7 +279,10 @@ class Config(Columns):
 
     def identity(self) -> dict[str, Any]:
         """What decides the answer, besides the rows: a run may only be continued by one that is alike in it."""
-        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.metadata["decides"]}
+        decisive = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.metadata["decides"]}
+        if self.lr_schedule in ("linear", "cosine"):  # which end with the run
+            decisive["max_epochs"] = self.max_epochs
+        return decisive
 
     def of_model(self, flags: Mapping[str, Any]) -> "Config":
         """This config with what decides the answer as a model was trained, and rows and batches as asked for.
@@ -238,6 +290,8 @@ class Config(Columns):
         Raises:
           InputError: for a flag that was given and is not that of the model.
         """
+        if ":" in flags["model"] and self.model != flags["model"]:
+            raise InputError(f"the model is code of yours: allow it to be imported, with --model={flags['model']}")
         trained: dict[str, Any] = {n: tuple(v) if isinstance(v, list) else v for n, v in flags.items()}
         for field in dataclasses.fields(self):
             if field.name not in trained:

@@ -102,7 +102,7 @@ def _prepared(config: Config, progress: ProgressDisplay) -> tuple[Trainer, Regre
     trainer.prepare_data(data)
     trainer.seconds["ingest"] += reading
     progress.doing("compiling")
-    trainer.prepare_model(build_model(config, data.num_inputs, data.num_targets))
+    trainer.prepare_model(build_model(config, data.num_inputs, data.num_targets, trainer.train.num_steps))
     return trainer, data
 
 

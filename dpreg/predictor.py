@@ -10,6 +10,7 @@ from jax.sharding import Mesh
 from dpreg.data.dataset import Dataset
 from dpreg.data.schema import Schema
 from dpreg.data.sources import ArraySource, Rows, Source
+from dpreg.models.losses import loss_of
 from dpreg.models.metrics import errors, metrics
 from dpreg.parallel import devices, processes
 from dpreg.parallel.step import Carried, Clock, Model, compile_eval_block, layout_of
@@ -67,7 +68,8 @@ class Predictor:
         Args:
           pieces: {"x": [n, d], "y": [n, t], "weight": [n]} float32, of at most `piece_rows` rows; y is not looked at.
         """
-        for rows, found in self._evaluated(pieces, lambda prediction, batch: prediction):
+        mean = loss_of(self._model).mean
+        for rows, found in self._evaluated(pieces, lambda prediction, batch: mean(prediction)):
             # [steps, shards, rows, t]: a shard has consecutive rows.
             prediction = np.moveaxis(found, 1, 0).reshape(self.piece_rows, -1)[:rows]
             yield prediction.astype(np.float64) if self.schema is None else self.schema.prediction(prediction)
@@ -76,7 +78,7 @@ class Predictor:
         """(mean loss, metrics) over the rows of all pieces, as `dpreg.models.metrics.metrics`, in original units."""
         of = functools.partial(errors, self._model, self.schema is not None and self.schema.log_targets)
         scale = 1.0 if self.schema is None else np.array([target.scale for target in self.schema.targets])
-        return metrics([found for _, found in self._evaluated(pieces, of)], scale)
+        return metrics([found for _, found in self._evaluated(pieces, of)], scale, loss_of(self._model).metrics)
 
     def pieces(self, source: Source) -> Iterator[Rows]:
         """The rows of a source, in pieces."""

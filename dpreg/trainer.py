@@ -16,9 +16,9 @@ from jax.sharding import Mesh
 from numpy.typing import ArrayLike
 
 from dpreg.data.dataset import PLACEMENTS, Block, Dataset
-from dpreg.data.schema import Schema
 from dpreg.data.sources import ArraySource, RegressionData, Source
 from dpreg.errors import Diverged, InputError, Preempted
+from dpreg.models.losses import Loss, loss_of
 from dpreg.models.metrics import errors, metrics
 from dpreg.parallel import devices, processes
 from dpreg.parallel.audit import Audit
@@ -36,6 +36,7 @@ from dpreg.parallel.step import (
 )
 from dpreg.predictor import Predictor
 
+_CHECKED_ROWS = 1 << 18  # at once
 _FEW_ROWS = 16  # fewer make poor batch statistics
 
 
@@ -170,7 +171,8 @@ class Trainer:
           data: the rows; also anything with `train`, `val` and `batch_size`.
 
         Raises:
-          InputError: when the data cannot be cut into the run's shards and batches.
+          InputError: when the data cannot be cut into the run's shards and batches, or a target is none that the loss
+            is defined for.
           Diverged: when the loss is no longer finite; `state` is then the last good one.
         """
         self.prepare_data(data)
@@ -181,7 +183,7 @@ class Trainer:
     def prepare_data(self, data: RegressionData) -> None:
         """Brings the rows to where the steps read them."""
         started = time.perf_counter()
-        self._schema: Schema | None = getattr(data, "schema", None)
+        self._data, self._schema = data, getattr(data, "schema", None)
         self.seconds, self.steps_trained = dict.fromkeys(self.seconds, 0.0), 0
         train = Dataset(data.train).shuffle(self.seed).batch(data.batch_size).repeat(self.max_epochs)
         self.train = self._placed(train.tag(self.audit.on))
@@ -197,6 +199,9 @@ class Trainer:
         """Initialises the state and compiles the steps, ahead of the first."""
         started = time.perf_counter()
         self._model = model
+        for source in (self._data.train, self._data.val):
+            if source is not None and loss_of(model).domain:
+                _check_targets(source, loss_of(model))
         optimizer = model.configure_optimizers()
         if self.gradient_clip_val:
             optimizer = optax.chain(optax.clip_by_global_norm(self.gradient_clip_val), optimizer)
@@ -335,7 +340,8 @@ class Trainer:
         started = time.perf_counter()
         blocks = ((b, self._eval_block(self.variables, *self.prepare_batch(b))) for b in self.val)
         scale = 1.0 if self._schema is None else np.array([target.scale for target in self._schema.targets])
-        self.val_loss, self.metrics = metrics([found for _, found in devices.arrived(blocks, self.heartbeat)], scale)
+        found = [errors_of for _, errors_of in devices.arrived(blocks, self.heartbeat)]
+        self.val_loss, self.metrics = metrics(found, scale, loss_of(self._model).metrics)
         self.seconds["eval"] += time.perf_counter() - started
 
     def predict(self, x: ArrayLike) -> np.ndarray:
@@ -379,3 +385,17 @@ def _mean(sums: np.ndarray) -> float:
     """The mean loss per weight of steps, from their [steps, 2] sums; 0 where nothing has a weight."""
     loss, weight = sums.sum(axis=0)
     return float(loss / weight) if weight > 0 else 0.0
+
+
+def _check_targets(source: Source, loss: Loss) -> None:
+    """Raises InputError for the first row, as the user numbers them, whose target the loss is not defined for."""
+    first: tuple[int, list[float]] | None = None
+    for start in range(0, len(source), _CHECKED_ROWS):
+        indices = np.arange(start, min(start + _CHECKED_ROWS, len(source)))
+        y = source.y[indices] if hasattr(source, "y") else source[indices]["y"]
+        for at in np.flatnonzero(~loss.allowed(y).all(axis=1)):
+            number = int(source.row[indices[at]] if hasattr(source, "row") else indices[at])
+            first = min(first or (number, y[at].tolist()), (number, y[at].tolist()))
+    if first is not None:
+        value = ", ".join(f"{v:g}" for v in first[1])
+        raise InputError(f"--loss={loss.name}: the target in row {first[0] + 1} is {value}; it has to be {loss.domain}")

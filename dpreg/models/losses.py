@@ -1,12 +1,25 @@
-"""Losses: functions of (prediction, target) that give one value per row."""
+"""Losses: functions of (prediction, target) that give one value per row, and what belongs to each.
 
-from collections.abc import Mapping
+Predictions are [n, t] float, on the scale that the model adds up (the link's, for those that have one); targets [n, t].
+Rows have weights, so no loss here is a mean. Those named "half deviance" are 0 for a perfect prediction; twice their
+mean is the deviance that R and scikit-learn report.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
 from typing import Any
 
+import jax
 import jax.numpy as jnp
+import numpy as np
+import optax
 from jax import Array
+from jax.scipy.special import xlogy
 
 from dpreg.errors import InputError
+
+RowLoss = Callable[[Array, Array], Array]
 
 
 def squared_loss(prediction: Array, target: Array) -> Array:
@@ -28,6 +41,133 @@ def squared_loss(prediction: Array, target: Array) -> Array:
             "give both as [rows, targets]"
         )
     return jnp.square(prediction - target).reshape(len(target), -1).sum(axis=1) / 2
+
+
+def huber_loss(prediction: Array, target: Array, delta: float = 1.0) -> Array:
+    """e^2 / 2 for errors |e| up to delta, delta (|e| - delta / 2) beyond (Huber 1964; optax.huber_loss). -> [n]."""
+    return optax.huber_loss(prediction, target, delta=delta).sum(axis=1)
+
+
+def absolute_loss(prediction: Array, target: Array) -> Array:
+    """|prediction - target|, least for the median (Laplace). -> [n]."""
+    return jnp.abs(prediction - target).sum(axis=1)
+
+
+def quantile_loss(prediction: Array, target: Array, quantile: float = 0.5) -> Array:
+    """The pinball loss max(q e, (q - 1) e) of e = target - prediction (Koenker and Bassett 1978). -> [n]."""
+    error = target - prediction
+    return jnp.maximum(quantile * error, (quantile - 1) * error).sum(axis=1)
+
+
+def logistic_loss(prediction: Array, target: Array) -> Array:
+    """The cross-entropy of targets 0 and 1 with logits, log(1 + e^z) - y z: half deviance, link logit. -> [n]."""
+    return optax.sigmoid_binary_cross_entropy(prediction, target).sum(axis=1)
+
+
+def softmax_loss(prediction: Array, target: Array) -> Array:
+    """The cross-entropy of labels 0 to C - 1 [n, 1] with logits [n, C] (D2L section 4.1): half deviance. -> [n]."""
+    labels = target[:, 0].astype(jnp.int32)
+    return optax.softmax_cross_entropy_with_integer_labels(prediction, labels)
+
+
+def poisson_loss(prediction: Array, target: Array) -> Array:
+    """Half the deviance of counts with log link, y log(y / m) - y + m with m = e^z (McCullagh and Nelder). -> [n]."""
+    return (xlogy(target, target) - target * prediction - target + jnp.exp(prediction)).sum(axis=1)
+
+
+def gamma_loss(prediction: Array, target: Array) -> Array:
+    """Half the deviance of positive targets with log link, y / m - 1 - log(y / m) with m = e^z. -> [n]."""
+    ratio = jnp.log(target) - prediction
+    return (jnp.expm1(ratio) - ratio).sum(axis=1)
+
+
+def _itself(prediction: Array) -> Array:
+    return prediction
+
+
+def _most_likely(prediction: Array) -> Array:
+    return prediction.argmax(axis=1, keepdims=True).astype(prediction.dtype)
+
+
+def _anything(target: np.ndarray) -> np.ndarray:
+    return np.ones(target.shape, bool)
+
+
+@dataclasses.dataclass(frozen=True)
+class Loss:
+    """A loss with its link, its metrics and the targets that it is defined for.
+
+    Attributes:
+      name: as --loss knows it.
+      rows: (prediction, target) -> [n].
+      mean: prediction [n, p] -> what it says of the targets [n, t]: the inverse of the link, or the likeliest label.
+      metrics: the names of those that fit, of `dpreg.models.metrics.metrics`.
+      domain: what targets have to be, in words; allowed: which of them are.
+      num_classes: the predictions that one target takes, with labels as targets; else 0.
+    """
+
+    name: str
+    rows: RowLoss
+    mean: Callable[[Array], Array] = _itself
+    metrics: tuple[str, ...] = ("rmse", "mae", "r2")
+    domain: str = ""
+    allowed: Callable[[np.ndarray], np.ndarray] = _anything
+    num_classes: int = 0
+
+    def outputs(self, num_targets: int) -> int:
+        """How many columns a model has to predict.
+
+        Raises:
+          InputError: for several targets where one is labels.
+        """
+        if self.num_classes and num_targets > 1:
+            raise InputError(f"--loss={self.name}: it has one target of labels, and there are {num_targets}")
+        return self.num_classes or num_targets
+
+
+SQUARED = Loss("squared", squared_loss)
+
+
+def loss_called(name: str, huber_delta: float = 1.0, quantile: float = 0.5, num_classes: int = 2) -> Loss:
+    """The loss of that name, one of `dpreg.config.LOSSES`.
+
+    Args:
+      huber_delta: of "huber", in units of the target.
+      quantile: of "quantile", in (0, 1).
+      num_classes: of "softmax", C.
+    """
+
+    def labels_below(target: np.ndarray, classes: int) -> np.ndarray:
+        return (target >= 0) & (target < classes) & (target == np.floor(target))
+
+    of_classes: dict[str, Any] = {"metrics": ("accuracy", "deviance")}
+    of_means: dict[str, Any] = {"mean": jnp.exp, "metrics": ("deviance", "rmse", "mae", "r2")}
+    return {
+        "squared": SQUARED,
+        "huber": Loss(name, functools.partial(huber_loss, delta=huber_delta)),
+        "absolute": Loss(name, absolute_loss),
+        "quantile": Loss(name, functools.partial(quantile_loss, quantile=quantile), metrics=("pinball", "mae")),
+        "logistic": Loss(
+            name, logistic_loss, jax.nn.sigmoid, domain="0 or 1", allowed=lambda y: labels_below(y, 2), **of_classes
+        ),
+        "softmax": Loss(
+            name,
+            softmax_loss,
+            _most_likely,
+            domain=f"a label from 0 to {num_classes - 1} (--num_classes)",
+            allowed=lambda y: labels_below(y, num_classes),
+            num_classes=num_classes,
+            **of_classes,
+        ),
+        "poisson": Loss(name, poisson_loss, domain="0 or more", allowed=lambda y: y >= 0, **of_means),
+        "gamma": Loss(name, gamma_loss, domain="above 0", allowed=lambda y: y > 0, **of_means),
+    }[name]
+
+
+def loss_of(model: Any) -> Loss:
+    """The loss that a model has; of one that brings nothing but a method `loss`, that, without a link."""
+    objective = getattr(model, "objective", None)
+    return objective if isinstance(objective, Loss) else Loss("own", model.loss)
 
 
 def row_losses(model: Any, prediction: Array, batch: Mapping[str, Array]) -> Array:

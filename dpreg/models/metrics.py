@@ -9,20 +9,21 @@ import numpy as np
 from jax import Array
 
 from dpreg.errors import InputError
-from dpreg.models.losses import row_losses
+from dpreg.models.losses import loss_of, row_losses
 
 
 class Errors(NamedTuple):
-    """What evaluation keeps of the rows of a shard's batch, weighted: enough for the loss and R^2, exactly.
+    """What evaluation keeps of the rows of a shard's batch, weighted: enough for all metrics, exactly.
 
     Targets have an axis of their own: [t]. `mean` and `spread` are those of the targets: their weighted mean
-    and the weighted sum of squares around it.
+    and the weighted sum of squares around it. `right` is the weight of what was predicted to the nearest integer.
     """
 
     weight: Any
     loss: Any
     absolute_error: Any
     squared_error: Any
+    right: Any
     mean: Any
     spread: Any
 
@@ -34,7 +35,7 @@ def errors(model: Any, log_targets: bool, prediction: Array, batch: dict[str, Ar
       model: with a `loss`.
       log_targets: whether the model sees logarithms of the targets. The errors are those of the targets then; the
         loss is the model's own.
-      prediction: [b, t], of the batch.
+      prediction: [b, p], of the batch.
       batch: {"y": [b, t], "weight": [b]}.
 
     Raises:
@@ -42,14 +43,15 @@ def errors(model: Any, log_targets: bool, prediction: Array, batch: dict[str, Ar
     """
     weight, target = batch["weight"], batch["y"]
     losses = row_losses(model, prediction, batch)
-    if prediction.shape != target.shape:
+    mean_of = loss_of(model).mean(prediction)
+    if mean_of.shape != target.shape:
         raise InputError(
             f"the model predicts {list(prediction.shape)} where the target is {list(target.shape)}: "
             "give one column for each target"
         )
     if log_targets:
-        prediction, target = jnp.exp(prediction), jnp.exp(target)
-    error = jnp.where(weight[:, None] > 0, prediction - target, 0)
+        mean_of, target = jnp.exp(mean_of), jnp.exp(target)
+    error = jnp.where(weight[:, None] > 0, mean_of - target, 0)
     total = weight.sum()
     mean = weight @ target / jnp.where(total > 0, total, 1)
     return Errors(
@@ -57,21 +59,26 @@ def errors(model: Any, log_targets: bool, prediction: Array, batch: dict[str, Ar
         jnp.vdot(losses, weight),
         weight @ jnp.abs(error),
         weight @ jnp.square(error),
+        weight @ (jnp.abs(error) < 0.5).astype(weight.dtype),
         mean,
         weight @ jnp.square(target - mean[None]),
     )
 
 
-def metrics(blocks: Sequence[Errors], scale: np.ndarray | float = 1.0) -> tuple[float, dict[str, float]]:
-    """(mean loss, {"rmse", "mae", "r2"}) from the errors of all batches, added in float64 in one fixed order.
+def metrics(
+    blocks: Sequence[Errors], scale: np.ndarray | float = 1.0, named: Sequence[str] = ("rmse", "mae", "r2")
+) -> tuple[float, dict[str, float]]:
+    """(mean loss, metrics) from the errors of all batches, added in float64 in one fixed order.
 
-    The spread of all targets is put together from that within the batches and that of their means (Chan,
-    Golub and LeVeque 1983). With several targets rmse and mae are over all values, r2 is the targets' mean.
-    What cannot be said, such as r2 without spread, is left out.
+    rmse, mae, and accuracy (the share within 1/2 of the target) are over all values of all targets, r2 is the mean of
+    the targets'; pinball is the mean loss and deviance twice that. The spread of all targets is put together from that
+    within the batches and that of their means (Chan, Golub and LeVeque 1983). What cannot be said, such as r2 without
+    spread, is left out.
 
     Args:
       blocks: each [steps, shards, ...].
       scale: [t], of the targets in their own units; the loss is not scaled.
+      named: the metrics wanted.
     """
     every = Errors(
         *(
@@ -82,13 +89,16 @@ def metrics(blocks: Sequence[Errors], scale: np.ndarray | float = 1.0) -> tuple[
     weight = every.weight.sum()
     if weight == 0:
         return 0.0, {}
+    loss = float(every.loss.sum() / weight)
     squared = every.squared_error.sum(axis=0)
     center = every.weight @ every.mean / weight
     spread = every.spread.sum(axis=0) + every.weight @ np.square(every.mean - center)
     found = {
         "rmse": math.sqrt((squared * np.square(scale)).mean() / weight),
         "mae": float((every.absolute_error.sum(axis=0) * scale).mean() / weight),
+        "r2": float((1 - squared / spread).mean()) if (spread > 0).all() else math.nan,
+        "accuracy": float(every.right.sum(axis=0).mean() / weight),
+        "pinball": loss,
+        "deviance": 2 * loss,
     }
-    if (spread > 0).all():
-        found["r2"] = float((1 - squared / spread).mean())
-    return float(every.loss.sum() / weight), {name: value for name, value in found.items() if math.isfinite(value)}
+    return loss, {name: found[name] for name in named if math.isfinite(found[name])}

@@ -4,23 +4,30 @@ import optax
 from flax import linen as nn
 from jax import Array
 
-from dpreg.models.losses import squared_loss
+from dpreg.models.losses import SQUARED, Loss
 from dpreg.models.sgd import SGD
 
 
-class Module(nn.Module):
+class Module(nn.Module, kw_only=True):
     """A flax module that knows its loss and its optimizer, like D2L's `Module`.
 
     A subclass gives `__call__(x)`, or `__call__(x, train)` where training differs from evaluation, as with
     Dropout and BatchNorm: x is [n, d] float32 and the result [n, t]. It may replace `loss`, and
     `configure_optimizers` where it has no field `lr`. A flax module that is no subclass but has these
     two methods trains as well. Padding rows are hidden from every `nn.BatchNorm`.
+
+    Attributes:
+      objective: the loss, with its link and its metrics; keyword only.
+      optimizer: an optax transformation instead of `SGD(lr)`; keyword only.
     """
 
+    objective: Loss = SQUARED
+    optimizer: optax.GradientTransformation | None = None
+
     def loss(self, prediction: Array, target: Array) -> Array:
-        """The loss of each row: [n, t], [n, t] -> [n]. Never a mean: the step owns the weights."""
-        return squared_loss(prediction, target)
+        """The loss of each row: [n, p], [n, t] -> [n]. Never a mean: the step owns the weights."""
+        return self.objective.rows(prediction, target)
 
     def configure_optimizers(self) -> optax.GradientTransformation:
         """The optimizer: an optax transformation."""
-        return SGD(self.lr)  # type: ignore[attr-defined]  # a field of the subclass
+        return self.optimizer or SGD(self.lr)  # type: ignore[attr-defined]  # a field of the subclass

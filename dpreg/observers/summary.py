@@ -49,12 +49,14 @@ def describe_parameters(params: Any, data: RegressionData) -> dict[str, Any]:
 
     With named columns `w` is by name, else a list; `b` is a number. Several targets make lists of both.
     """
-    if set(params) != {"w", "b"}:
+    linear = params.get("Dense_0") if set(params) == {"Dense_0"} else params
+    names = next((names for names in (("w", "b"), ("kernel", "bias")) if set(linear) == set(names)), None)
+    if names is None:
         return {}
-    w, b = np.asarray(params["w"]), np.asarray(params["b"])
+    w, b = (np.asarray(linear[name]) for name in names)
     if data.schema is not None:
         w, b = data.schema.parameters(w, b)
-    one = data.num_targets == 1
+    one = w.shape[1] == 1
     listed = (w[:, 0] if one else w).tolist()
     result: dict[str, Any] = {"target_transform": "log"} if data.schema and data.schema.log_targets else {}
     result |= {
@@ -63,7 +65,7 @@ def describe_parameters(params: Any, data: RegressionData) -> dict[str, Any]:
             "b": float(b[0]) if one else b.tolist(),
         }
     }
-    if isinstance(data, SyntheticRegressionData):
+    if isinstance(data, SyntheticRegressionData) and w.size == np.size(data.w):
         error_w, error_b = np.asarray(data.w) - w.reshape(data.w.shape), np.asarray(data.b) - b
         result["parameter_error"] = {
             "w": error_w.tolist(),

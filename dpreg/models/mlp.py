@@ -1,0 +1,59 @@
+"""Models beside the one from scratch: the concise linear one, and multilayer perceptrons."""
+
+from collections.abc import Sequence
+
+from flax import linen as nn
+from jax import Array
+
+from dpreg.models.module import Module
+
+
+class LinearRegression(Module):
+    """Linear regression by flax's own layer (D2L section 3.5): `Dense_0` with `kernel` and `bias`.
+
+    Attributes:
+      num_outputs: columns of the prediction.
+      lr: learning rate of minibatch SGD.
+      sigma: standard deviation of the initial weights.
+    """
+
+    num_outputs: int = 1
+    lr: float = 0.03
+    sigma: float = 0.01
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        """The predictions: [n, d] -> [n, num_outputs]."""
+        return nn.Dense(self.num_outputs, kernel_init=nn.initializers.normal(self.sigma))(x)
+
+
+class MLP(Module):
+    """A multilayer perceptron (D2L section 5.1), with Dropout (5.6) and BatchNorm (8.5) after each hidden layer.
+
+    BatchNorm normalises within a logical shard, so it does not depend on the number of devices.
+
+    Attributes:
+      hidden: widths of the hidden layers.
+      num_outputs: columns of the prediction.
+      lr: learning rate of minibatch SGD.
+      dropout: share of hidden values that training leaves out.
+      batch_norm: whether hidden values are normalised.
+      activation: a function of `flax.linen` by its name, such as "relu".
+    """
+
+    hidden: Sequence[int]
+    num_outputs: int = 1
+    lr: float = 0.03
+    dropout: float = 0.0
+    batch_norm: bool = False
+    activation: str = "relu"
+
+    @nn.compact
+    def __call__(self, x: Array, train: bool = False) -> Array:
+        """The predictions: [n, d] -> [n, num_outputs]."""
+        for width in self.hidden:
+            x = nn.Dense(width)(x)
+            if self.batch_norm:
+                x = nn.BatchNorm(use_running_average=not train, use_fast_variance=False)(x)
+            x = nn.Dropout(self.dropout, deterministic=not train)(getattr(nn, self.activation)(x))
+        return nn.Dense(self.num_outputs)(x)

@@ -1,0 +1,210 @@
+"""Each loss, penalty, optimizer and schedule reaches what others find, on any number of devices."""
+
+import json
+import os
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from cluster import ROOT
+from scipy import optimize, special
+from sklearn import linear_model
+
+import dpreg
+from dpreg.build import build_model
+from dpreg.config import LOSSES, Config
+from dpreg.models.losses import loss_called
+from dpreg.models.optimizers import optimizer_called, schedule_called
+
+ROWS = 2000
+
+
+@pytest.fixture(scope="module")
+def x():
+    return np.random.default_rng(0).normal(size=(ROWS, 4)).astype(np.float32).astype(np.float64)
+
+
+def targets(name, x):
+    rng = np.random.default_rng(1)
+    z = x @ [0.5, -0.3, 0.2, 0.0] + 0.4
+    return {
+        "logistic": lambda: (rng.random(ROWS) < special.expit(2 * z)).astype(float),
+        "softmax": lambda: np.argmax(np.c_[2 * z, x[:, 0], -z] + rng.gumbel(size=(ROWS, 3)), axis=1).astype(float),
+        "poisson": lambda: rng.poisson(np.exp(z)).astype(float),
+        "gamma": lambda: np.exp(z) * rng.gamma(3, 1 / 3, ROWS),
+    }.get(name, lambda: z + rng.standard_t(4, ROWS))()
+
+
+def huber_optimum(x, y):
+    def total(w):
+        error = np.abs(x @ w[:-1] + w[-1] - y)
+        return np.where(error < 0.5, error**2 / 2, 0.5 * (error - 0.25)).mean()
+
+    found = optimize.minimize(total, np.zeros(5), options={"gtol": 1e-9}).x
+    return found[:-1], found[-1]
+
+
+def fitted(model, x, y):
+    model.fit(x, y)
+    return model.coef_, model.intercept_
+
+
+OPTIMA = {
+    "squared": lambda x, y: fitted(linear_model.LinearRegression(), x, y),
+    "huber": huber_optimum,
+    "absolute": lambda x, y: fitted(linear_model.QuantileRegressor(quantile=0.5, alpha=0), x, y),
+    "quantile": lambda x, y: fitted(linear_model.QuantileRegressor(quantile=0.8, alpha=0), x, y),
+    "logistic": lambda x, y: fitted(linear_model.LogisticRegression(C=np.inf, tol=1e-10), x, y),
+    "softmax": lambda x, y: fitted(linear_model.LogisticRegression(C=np.inf, tol=1e-10), x, y),
+    "poisson": lambda x, y: fitted(linear_model.PoissonRegressor(alpha=0, tol=1e-10), x, y),
+    "gamma": lambda x, y: fitted(linear_model.GammaRegressor(alpha=0, tol=1e-10), x, y),
+    "l1": lambda x, y: fitted(linear_model.Lasso(alpha=0.1, tol=1e-12), x, y),
+    "l2": lambda x, y: fitted(linear_model.Ridge(alpha=0.1 * ROWS), x, y),
+}
+FLAGS = {
+    "huber": {"huber_delta": 0.5},
+    "quantile": {"quantile": 0.8},
+    "softmax": {"num_classes": 3},
+    "l1": {"loss": "squared", "l1": 0.1},
+    "l2": {"loss": "squared", "l2": 0.1},
+}
+
+
+@pytest.mark.parametrize("name", OPTIMA)
+def test_a_loss_reaches_the_optimum_of_others_to_the_same_bits(name, x):
+    y = targets(name, x)
+    steep = name in ("absolute", "quantile")  # kinks: the steps have to shrink
+    flags = {"loss": name} | FLAGS.get(name, {}) | {"lr": 0.02 if steep else 0.3, "batch_size": ROWS}
+    flags |= (
+        {"optimizer": "adam", "lr_schedule": "linear"}
+        if steep
+        else {"optimizer": "sgd" if name == "l1" else "momentum"}
+    )
+    config = Config(**flags, max_epochs=3000 if steep else 400)
+    found = []
+    for devices in (1, 8):
+        trainer = dpreg.Trainer(config.max_epochs, devices, reduction="ordered", audit=False)
+        data = dpreg.RegressionData(dpreg.ArraySource(x, y), None, ROWS)
+        with jax.numpy_dtype_promotion("standard"):
+            trainer.fit(build_model(config, 4, 1, config.max_epochs), data)
+        found.append({k: np.asarray(v, np.float64) for k, v in trainer.state.params.items()})
+    for one, eight in zip(found[0].values(), found[1].values(), strict=True):
+        np.testing.assert_array_equal(one, eight)
+    w, b = (np.asarray(value) for value in OPTIMA[name](x, y))
+    ours_w, ours_b = found[0]["w"].T, found[0]["b"]
+    if name == "softmax":  # determined but for what all classes have in common
+        ours_w, ours_b, w, b = (v - v.mean(axis=0) for v in (ours_w, ours_b, w, b))
+    np.testing.assert_allclose(ours_w.reshape(w.shape), w, atol=1e-3)
+    np.testing.assert_allclose(ours_b.reshape(b.shape), b, atol=1e-3)
+    if name == "l1":
+        assert (ours_w.ravel() == 0).tolist() == (w == 0).tolist()
+        assert (w == 0).any()
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_the_gradient_is_that_of_differences_in_float64(name):
+    rng = np.random.default_rng(3)
+    loss = loss_called(name, 0.7, 0.3, 3)
+    z = rng.normal(size=(20, 3 if name == "softmax" else 1))
+    y = {
+        "logistic": rng.integers(0, 2, (20, 1)),
+        "softmax": rng.integers(0, 3, (20, 1)),
+        "poisson": rng.poisson(2.0, (20, 1)),
+        "gamma": rng.gamma(2.0, size=(20, 1)),
+    }.get(name, rng.normal(size=(20, 1)))
+    with jax.enable_x64(True):
+        z, y = jnp.asarray(z), jnp.asarray(y, jnp.float64)
+        gradient = np.asarray(jax.grad(lambda z: loss.rows(z, y).sum())(z))
+        for row, column in np.ndindex(z.shape):
+            ends = [loss.rows(z.at[row, column].add(h), y)[row] for h in (1e-6, -1e-6)]
+            assert ends[0].shape == ()
+            assert gradient[row, column] == pytest.approx(float(ends[0] - ends[1]) / 2e-6, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "said"),
+    [
+        ("logistic", 0.5, "in row 8 is 0.5; it has to be 0 or 1"),
+        ("softmax", 2, "in row 8 is 2; it has to be a label from 0 to 1"),
+        ("poisson", -1, "in row 8 is -1; it has to be 0 or more"),
+        ("gamma", 0, "in row 8 is 0; it has to be above 0"),
+    ],
+)
+def test_targets_outside_of_a_domain_name_the_first_row(name, value, said):
+    y = np.ones(40)
+    y[[30, 7]] = value
+    trainer, data = dpreg.Trainer(1), dpreg.RegressionData(dpreg.ArraySource(np.ones((40, 2)), y), None, 8)
+    with pytest.raises(dpreg.InputError, match=said):
+        trainer.fit(build_model(Config(loss=name), 2, 1), data)
+
+
+@pytest.mark.parametrize("name", ["constant", "linear", "cosine", "inverse_sqrt"])
+def test_schedules_warm_up_and_then_fall(name):
+    rates = [float(schedule_called(name, 0.5, 110, 10)(step)) for step in (0, 5, 10, 60, 110)]
+    falls = {
+        "constant": [0.5, 0.5, 0.5],
+        "linear": [0.5, 0.25, 0.0],
+        "cosine": [0.5, 0.25, 0.0],
+        "inverse_sqrt": [0.5, 0.5 * np.sqrt(10 / 60), 0.5 * np.sqrt(10 / 110)],
+    }
+    np.testing.assert_allclose(rates, [0, 0.25, *falls[name]], atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["sgd", "momentum", "adam", "adamw", "lbfgs"])
+def test_every_optimizer_finds_least_squares_without_a_penalty_on_the_bias(name, x):
+    y = x @ [1.0, -2.0, 3.0, 0.5] + 10
+    with jax.numpy_dtype_promotion("standard"):
+        trainer = dpreg.Trainer(600)
+        schedule = schedule_called("cosine", {"lbfgs": 1.0, "adam": 0.5, "adamw": 0.5}.get(name, 0.1), 600)
+        model = dpreg.LinearRegressionScratch(4, 0.1, optimizer=optimizer_called(name, schedule))
+        trainer.fit(model, dpreg.RegressionData(dpreg.ArraySource(x, y), None, ROWS))
+    np.testing.assert_allclose(trainer.state.params["w"].ravel(), [1, -2, 3, 0.5], atol=1e-3)
+    np.testing.assert_allclose(trainer.state.params["b"], [10], atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--model=mlp", "--hidden=16,8", "--dropout=0.1", "--batch_norm", "--optimizer=adam", "--batch_size=128"],
+        ["--model=concise", "--loss=huber", "--optimizer=adamw", "--l2=0.01", "--lr_schedule=cosine"],
+        ["--model=models_of_user:Plain"],
+    ],
+    ids=lambda flags: flags[0],
+)
+def test_models_by_their_flags(flags, tmp_path):
+    code = "from flax import linen as nn\nimport dpreg\nclass Plain(dpreg.Module):\n    @nn.compact\n"
+    (tmp_path / "models_of_user.py").write_text(f"{code}    def __call__(self, x):\n        return nn.Dense(1)(x)\n")
+    command = [sys.executable, "-m", "dpreg.main", "--platform=cpu", "--num_devices=2", *flags, "--lr=0.03"]
+    done = subprocess.run(
+        [*command, "--max_epochs=40", f"--workdir={tmp_path / 'w'}"],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stderr
+    lines = (tmp_path / "w" / "metrics.jsonl").read_text().splitlines()
+    losses = [json.loads(line).get("val_loss") for line in lines]
+    losses = [loss for loss in losses if loss is not None]
+    assert losses[-1] < 0.1 * losses[0] or losses[-1] < 0.05
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        ({"loss": "l3"}, "--loss=l3: use squared"),
+        ({"model": "nowhere:Net"}, "--model=nowhere:Net: ModuleNotFoundError"),
+        ({"quantile": 1.0}, "--quantile=1.0"),
+        ({"loss": "poisson", "target_transform": "log"}, "--target_transform=log"),
+        ({"dropout": -0.1}, "--dropout"),
+        ({"l1": 0.1, "optimizer": "adam"}, "--l1=0.1: its optimum"),
+        ({"hidden": (0,)}, "--hidden=0"),
+    ],
+)
+def test_what_cannot_be_built_is_one_line(flags, said):
+    with pytest.raises(dpreg.InputError, match=said):
+        build_model(Config(**flags), 2, 1)
