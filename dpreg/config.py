@@ -23,7 +23,7 @@ TRANSFORMS = ("none", "log", "standardize")
 
 
 # Of what decides the answer, that which --mode=evaluate and predict take from the flags where they are given.
-_ASKED = ("dataset", "validation_dataset", "batch_size", "missing")
+_ASKED = ("dataset", "batch_size", "missing")
 
 
 def _flag(default: Any, help: str, decides: bool = False, who: bool = False) -> Any:
@@ -156,6 +156,7 @@ class Config(Columns):
     workdir: str | None = _flag(
         None, "Where the outputs go. Default: a new folder in runs/, named by the time.", who=True
     )
+    given: frozenset[str] = dataclasses.field(default=frozenset(), compare=False)  # no flag: those that were named
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -239,6 +240,8 @@ class Config(Columns):
             raise InputError(f"--mode={self.mode}: say which model, with the --workdir that it was trained with")
         if self.dataset == "synthetic":
             raise InputError(f"--mode={self.mode}: say which table, with --dataset")
+        if self.validation_dataset is not None:
+            self._refuse("validation_dataset", f"--mode={self.mode} takes all rows of --dataset; name it there")
         if self.mode == "predict" and (not self.output or not self.output.lower().endswith(OUTPUTS)):
             raise InputError(
                 f"--mode=predict: give a file for the predictions, with --output=FILE{' or '.join(OUTPUTS)}"
@@ -262,7 +265,7 @@ class Config(Columns):
     @classmethod
     def from_flags(cls, values: flags.FlagValues) -> "Config":
         """The config that parsed flags describe."""
-        given: dict[str, Any] = {field.name: values[field.name].value for field in dataclasses.fields(cls)}
+        given: dict[str, Any] = {field.name: values[field.name].value for field in _flag_fields()}
         for name, value in given.items():
             if isinstance(value, list):
                 given[name] = tuple(value)
@@ -271,7 +274,7 @@ class Config(Columns):
                 given[name] = tuple(map(kind, given[name]))
             except ValueError as error:
                 raise InputError(f"--{name}={_text(given[name])}: give numbers separated by commas") from error
-        return cls(**given)
+        return cls(**given, given=frozenset(name for name in given if values[name].present))
 
     def columns(self) -> Columns:
         """What to take from a table."""
@@ -279,7 +282,7 @@ class Config(Columns):
 
     def identity(self) -> dict[str, Any]:
         """What decides the answer, besides the rows: a run may only be continued by one that is alike in it."""
-        decisive = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.metadata["decides"]}
+        decisive = {f.name: getattr(self, f.name) for f in _flag_fields() if f.metadata["decides"]}
         if self.lr_schedule in ("linear", "cosine"):  # which end with the run
             decisive["max_epochs"] = self.max_epochs
         return decisive
@@ -290,27 +293,32 @@ class Config(Columns):
         Raises:
           InputError: for a flag that was given and is not that of the model.
         """
-        if ":" in flags["model"] and self.model != flags["model"]:
-            raise InputError(f"the model is code of yours: allow it to be imported, with --model={flags['model']}")
         trained: dict[str, Any] = {n: tuple(v) if isinstance(v, list) else v for n, v in flags.items()}
-        for field in dataclasses.fields(self):
-            if field.name not in trained:
+        if ":" in trained["model"] and self.model != trained["model"]:
+            raise InputError(f"the model is code of yours: allow it to be imported, with --model={trained['model']}")
+        for field in _flag_fields():
+            name, asked = field.name, getattr(self, field.name)
+            if name not in trained or not (name in self.given or asked != field.default):
                 continue
-            was, asked = trained[field.name], getattr(self, field.name)
-            if field.name in _ASKED and asked != field.default:
-                trained[field.name] = asked
-            elif asked not in (field.default, was):
-                self._refuse(field.name, f"the model was trained with {_text(was)}; leave it out")
+            if name in _ASKED:
+                trained[name] = asked
+            elif asked != trained[name]:
+                self._refuse(name, f"the model was trained with {_text(trained[name])}; leave it out")
         return dataclasses.replace(self, **trained)
 
     def shared(self) -> dict[str, Any]:
         """What all processes of a run have to agree on."""
-        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if not f.metadata["who"]}
+        return {f.name: getattr(self, f.name) for f in _flag_fields() if not f.metadata["who"]}
 
     def to_flagfile(self) -> str:
         """A flagfile that repeats the run. It leaves out who runs it, and where the outputs go."""
         given = {name: value for name, value in self.shared().items() if value not in (None, ())}
         return "".join(f"--{name}={_text(value)}\n" for name, value in given.items())
+
+
+def _flag_fields() -> list[Any]:
+    """The fields of `Config` that are flags."""
+    return [field for field in dataclasses.fields(Config) if field.metadata]
 
 
 def _text(value: Any) -> str:
@@ -333,7 +341,7 @@ def define_flags() -> None:
         tuple: flags.DEFINE_list,
     }
     types = get_type_hints(Config)
-    for field in dataclasses.fields(Config):
+    for field in _flag_fields():
         kind = types[field.name]
         choices = (get_origin(kind), kind, *get_args(kind))  # tuple[float, ...] is a list flag, int | None an int flag
         default = list(map(str, field.default)) if isinstance(field.default, tuple) else field.default

@@ -44,12 +44,13 @@ class AuditFailed(RuntimeError):  # noqa: N818
 
 
 class Preempted(Exception):  # noqa: N818
-    """The run was asked to stop, and its state is saved: start it again to go on."""
+    """The run was asked to stop, and its state is saved, or no step taken yet: start it again to go on."""
 
     exit_code = 75
 
-    def __init__(self, step: int):
-        super().__init__(f"stopped at step {step}, which is saved: the same command goes on from there")
+    def __init__(self, step: int | None = None):
+        where = "before the first step" if step is None else f"at step {step}, which is saved"
+        super().__init__(f"stopped {where}: the same command goes on from there")
         self.step = step
 
 

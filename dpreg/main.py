@@ -51,7 +51,7 @@ def run(config: Config) -> None:
         deadline = stack.enter_context(Deadline(config.step_timeout))
         workdir = stack.enter_context(open_workdir(config.workdir))
         progress = stack.enter_context(ProgressDisplay(Console(stderr=True, quiet=not first)))
-        trainer, data = _prepared(config, progress)
+        trainer, data = _prepared(config, progress, announcements)
         trainer.heartbeat = deadline.progress
         deadline.begin()
         checkpoints = stack.enter_context(_checkpoints(config, workdir, trainer, data, announcements))
@@ -87,12 +87,16 @@ def run(config: Config) -> None:
     print(f"outputs in {workdir}: summary.json, metrics.jsonl, report.html, flags.cfg, model, checkpoints")
 
 
-def _prepared(config: Config, progress: ProgressDisplay) -> tuple[Trainer, RegressionData]:
+def _prepared(
+    config: Config, progress: ProgressDisplay, announcements: processes.Announcements
+) -> tuple[Trainer, RegressionData]:
     """The trainer with its rows in place and its steps compiled."""
     trainer = build_trainer(config)
     started = time.perf_counter()
 
     def told(what: str, rows: int) -> None:
+        if announcements.asked("stop") and jax.process_count() == 1:
+            raise Preempted  # several hear of it together, at their first step
         speed = rows / (time.perf_counter() - started)
         progress.doing(f"{what} {config.dataset}: {rows:,} rows, {speed:,.0f} rows/s")
 
@@ -169,6 +173,8 @@ def _main(argv: list[str]) -> None:
             _among_others(functools.partial(door, config))
     except (InputError, Diverged, AuditFailed, Preempted, ProcessLost) as error:
         _leave(error, error.exit_code)
+    except KeyboardInterrupt:
+        _leave(InterruptedError("interrupted"), 130)
     except OSError as error:
         if error.filename is None:
             raise

@@ -1,11 +1,17 @@
 """`--mode=evaluate` and `--mode=predict`: a trained model on the rows of a table, in a stream and in their order."""
 
+import collections
 import contextlib
 import dataclasses
 import json
+import math
+import os
 import pathlib
+import signal
+import sys
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import jax
 import numpy as np
@@ -40,6 +46,8 @@ def predict(config: Config) -> None:
         first = jax.process_index() == 0
         deadline = stack.enter_context(Deadline(config.step_timeout))
         progress = stack.enter_context(ProgressDisplay(Console(stderr=True, quiet=not first)))
+        # By way of what closes files and takes away what is not complete.
+        stack.callback(signal.signal, signal.SIGTERM, signal.signal(signal.SIGTERM, lambda *_: sys.exit(143)))
         exported = load_model(pathlib.Path(config.workdir or "") / "model")
         config, schema = config.of_model(exported.flags), exported.schema
         if schema is None:
@@ -47,6 +55,7 @@ def predict(config: Config) -> None:
         evaluating = config.mode == "evaluate"
         table, columns = open_dataset(config), columns_of(schema, config.columns(), evaluating)
         table.require((*columns.features, *columns.target, *filter(None, [columns.weight_column])))
+        _compare({"model": exported.digest, "table": [size for _, size, *_ in table.signature]})
         predictor = Predictor(
             build_model(config, exported.num_inputs, exported.num_targets),
             exported.variables,
@@ -61,20 +70,56 @@ def predict(config: Config) -> None:
             deadline.progress,
         )
         read = _Reading(table, columns, schema, predictor.piece_rows, progress)
-        processes.exchange()  # all have read so far, else none goes on
         deadline.begin()
         if evaluating:
-            loss, metrics = predictor.evaluate(read.pieces())
+            with told_of(table.name):
+                loss, metrics = predictor.evaluate(read.pieces())
             if first:
-                print(json.dumps({"dataset": table.name, "rows": read.used, "loss": loss, **metrics}))
-            return
-        path = pathlib.Path(config.output or "") if first else None
-        writer = stack.enter_context(PredictionWriter(path, [target.name for target in schema.targets]))
+                told = {"loss": loss if math.isfinite(loss) else None, **metrics}
+                print(json.dumps({"dataset": table.name, "rows": read.used, **told}))
+        else:
+            path = pathlib.Path(config.output or "")
+            _refuse_input(path, config.dataset, table)
+            _write(PredictionWriter(path if first else None, [t.name for t in schema.targets]), predictor, read)
+            if first:
+                missing = read.rows - read.used
+                without = f"; {missing:,} have none, since values are missing" if missing else ""
+                print(f"predictions of {read.rows:,} rows in {path}{without}")
+        for name, rows in read.others.items():
+            progress.say(f"column {name!r}: {rows:,} of {read.rows:,} rows have a category unknown to the model")
+
+
+def _compare(own: dict[str, Any]) -> None:
+    """Raises InputError where another process has another model or table."""
+    for process, text in enumerate(processes.exchange(json.dumps(own))):
+        for what, theirs in json.loads(text).items():
+            if theirs != own[what]:
+                raise InputError(f"process {process} sees another {what} than process {jax.process_index()}")
+
+
+def _refuse_input(output: pathlib.Path, dataset: str, table: Table) -> None:
+    """Raises InputError where predictions would become rows of the table, or take their place."""
+    path = output.absolute()
+    inside = pathlib.Path(dataset).is_dir() and path.parent.samefile(dataset) if path.parent.exists() else False
+    if inside or str(path) in [file for file, *_ in table.signature] or path.match(os.path.abspath(dataset)):
+        raise InputError(f"--output={output}: that is a file of --dataset={dataset}, or would be; name another")
+
+
+def _write(writer: PredictionWriter, predictor: Predictor, read: "_Reading") -> None:
+    """Writes all predictions. What keeps one process from writing is told when no other waits for its devices."""
+    failed: InputError | None = None
+    with writer:
         for prediction in predictor.predictions(read.pieces()):
-            writer.write(prediction, read.there.pop(0))
-    if first:
-        without = f"; {read.rows - read.used:,} have none, since values are missing" if read.rows > read.used else ""
-        print(f"predictions of {read.rows:,} rows in {path}{without}")
+            there = read.there.popleft()
+            try:
+                if failed is None:
+                    writer.write(prediction, there)
+            except InputError as error:
+                failed = error
+                if jax.process_count() == 1:
+                    break
+        if failed is not None:
+            raise failed
 
 
 def columns_of(schema: Schema, columns: Columns, targets: bool) -> Columns:
@@ -94,6 +139,7 @@ def columns_of(schema: Schema, columns: Columns, targets: bool) -> Columns:
         features=tuple(column.name for column in schema.inputs),
         exclude=(),
         categorical=tuple(column.name for column in schema.inputs if isinstance(column, Category)),
+        dates=tuple(column.name for column in schema.inputs if isinstance(column, Number) and column.days),
         target=tuple(target.name for target in schema.targets) if targets else (),
         weight_column=columns.weight_column if targets else None,
     )
@@ -104,7 +150,8 @@ class _Reading:
 
     def __init__(self, table: Table, columns: Columns, schema: Schema, piece_rows: int, progress: ProgressDisplay):
         self.rows = self.used = 0
-        self.there: list[np.ndarray] = []  # of pieces not yet asked about
+        self.there: collections.deque[np.ndarray] = collections.deque()  # of pieces not yet asked about
+        self.others: collections.Counter[str] = collections.Counter()  # rows by column, of unknown categories
         self._table, self._reader, self._schema = table, RawReader(columns, schema), schema
         self._piece_rows, self._progress = piece_rows, progress
 
@@ -116,6 +163,9 @@ class _Reading:
             raw[~there, :-1] = 0  # their weight, too
             self.rows, self.used = self.rows + len(raw), self.used + int(there.sum())
             self.there.append(there)
+            for at, column in enumerate(self._schema.inputs):
+                if isinstance(column, Category) and (unknown := int((raw[there, at] < 0).sum())):
+                    self.others[column.name] += unknown
             with told_of(self._table.name):
                 rows = self._schema.rows(raw)
             yield rows

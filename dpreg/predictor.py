@@ -1,7 +1,7 @@
 """A trained model on all devices: what it predicts for rows in their order, and how well."""
 
 import functools
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -10,13 +10,25 @@ from jax.sharding import Mesh
 from dpreg.data.dataset import Dataset
 from dpreg.data.schema import Schema
 from dpreg.data.sources import ArraySource, Rows, Source
+from dpreg.errors import InputError
 from dpreg.models.losses import loss_of
-from dpreg.models.metrics import errors, metrics
+from dpreg.models.metrics import Errors, errors, metrics
 from dpreg.parallel import devices, processes
 from dpreg.parallel.step import Carried, Clock, Model, compile_eval_block, layout_of
 
 _PIECE_BYTES = 16 << 20  # of rows, on their way at once
 _PIECE_STEPS = 1 << 8
+
+
+def errors_of(model: Model, schema: Schema | None) -> Callable[[Any, Any], Errors]:
+    """What evaluation asks of the predictions of a batch."""
+    return functools.partial(errors, model, schema is not None and schema.log_targets)
+
+
+def metrics_of(model: Model, schema: Schema | None, found: Sequence[Errors]) -> tuple[float, dict[str, float]]:
+    """(mean loss, metrics that fit the loss, in original units) of what `errors_of` has found."""
+    scale = 1.0 if schema is None else np.array([target.scale for target in schema.targets])
+    return metrics(found, scale, loss_of(model).metrics)
 
 
 class Predictor:
@@ -75,10 +87,15 @@ class Predictor:
             yield prediction.astype(np.float64) if self.schema is None else self.schema.prediction(prediction)
 
     def evaluate(self, pieces: Iterable[Rows]) -> tuple[float, dict[str, float]]:
-        """(mean loss, metrics) over the rows of all pieces, as `dpreg.models.metrics.metrics`, in original units."""
-        of = functools.partial(errors, self._model, self.schema is not None and self.schema.log_targets)
-        scale = 1.0 if self.schema is None else np.array([target.scale for target in self.schema.targets])
-        return metrics([found for _, found in self._evaluated(pieces, of)], scale, loss_of(self._model).metrics)
+        """(mean loss, metrics) over the rows of all pieces, as `metrics_of`.
+
+        Raises:
+          InputError: when no row has a weight.
+        """
+        found = [errors for _, errors in self._evaluated(pieces, errors_of(self._model, self.schema))]
+        if not any(errors.weight.sum() > 0 for errors in found):
+            raise InputError("there are no rows with a weight, and without missing values, to evaluate")
+        return metrics_of(self._model, self.schema, found)
 
     def pieces(self, source: Source) -> Iterator[Rows]:
         """The rows of a source, in pieces."""

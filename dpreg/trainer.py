@@ -1,7 +1,6 @@
 """The loop: takes blocks through the compiled step and tells the observers."""
 
 import dataclasses
-import functools
 import logging
 import math
 import time
@@ -19,7 +18,6 @@ from dpreg.data.dataset import PLACEMENTS, Block, Dataset
 from dpreg.data.sources import ArraySource, RegressionData, Source
 from dpreg.errors import Diverged, InputError, Preempted
 from dpreg.models.losses import Loss, loss_of
-from dpreg.models.metrics import errors, metrics
 from dpreg.parallel import devices, processes
 from dpreg.parallel.audit import Audit
 from dpreg.parallel.step import (
@@ -34,7 +32,7 @@ from dpreg.parallel.step import (
     layout_of,
     train_argument,
 )
-from dpreg.predictor import Predictor
+from dpreg.predictor import Predictor, errors_of, metrics_of
 
 _CHECKED_ROWS = 1 << 18  # at once
 _FEW_ROWS = 16  # fewer make poor batch statistics
@@ -223,7 +221,7 @@ class Trainer:
         self._train_block = self._compiled(compile_train_block, model, self.state, self.train)
         self._eval_block = None
         if self.val:
-            of = functools.partial(errors, model, self._schema is not None and self._schema.log_targets)
+            of = errors_of(model, self._schema)
             self._eval_block = self._compiled(compile_eval_block, model, self.variables, self.val, of)
         # Compiled unevenly fast, but met before the first collective, which waits for nobody long.
         processes.exchange()
@@ -339,15 +337,22 @@ class Trainer:
             return
         started = time.perf_counter()
         blocks = ((b, self._eval_block(self.variables, *self.prepare_batch(b))) for b in self.val)
-        scale = 1.0 if self._schema is None else np.array([target.scale for target in self._schema.targets])
-        found = [errors_of for _, errors_of in devices.arrived(blocks, self.heartbeat)]
-        self.val_loss, self.metrics = metrics(found, scale, loss_of(self._model).metrics)
+        found = [errors for _, errors in devices.arrived(blocks, self.heartbeat)]
+        self.val_loss, self.metrics = metrics_of(self._model, self._schema, found)
         self.seconds["eval"] += time.perf_counter() - started
 
     def predict(self, x: ArrayLike) -> np.ndarray:
-        """What the trained model predicts for rows [n, d] as it sees them: [n, t] float64, in original units."""
-        x = np.asarray(x, np.float32)
-        predictor = self._predictor()
+        """What the trained model predicts for rows: [n, t] float64, in original units.
+
+        Args:
+          x: [n, d], as the model sees them: those of a table scaled, and with columns for its categories.
+
+        Raises:
+          InputError: for rows of another shape.
+        """
+        x, predictor = np.asarray(x, np.float32), self._predictor()
+        if x.ndim != 2 or x.shape[1] != predictor.num_inputs or not len(x):
+            raise InputError(f"x has shape {list(x.shape)}: give one row or more of {predictor.num_inputs} columns")
         rows = ArraySource(x, np.zeros((len(x), predictor.num_targets)))
         return np.concatenate(list(predictor.predictions(predictor.pieces(rows))))
 
@@ -357,6 +362,8 @@ class Trainer:
         return predictor.evaluate(predictor.pieces(source))
 
     def _predictor(self) -> Predictor:
+        if not hasattr(self, "state"):
+            raise InputError("there is nothing to predict with yet: call fit first")
         rows = self.train.source[np.zeros(1, np.int32)]
         return Predictor(
             self._model,

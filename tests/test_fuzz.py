@@ -184,14 +184,26 @@ def compare(data, frame, names, categorical, wanted):
     for name in names[:-1]:
         if name in categorical:
             kinds = [c for c in columns if c.startswith(f"{name}=")]
-            chosen = [kinds[i] for i in np.stack([columns[kind] for kind in kinds]).argmax(axis=0)]
-            for row, kind in zip(number, chosen, strict=True):
-                known = raw[name][row] in {raw[name][i] for i in fitted} and not gone[name][row]
-                assert kind == f"{name}={raw[name][row]}" if known else kind.startswith(f"{name}=other"), (kind, raw)
+            words = [None if gone[name][row] else spelled(word) for row, word in enumerate(raw[name])]
+            seen = [words[row] for row in fitted]
+            for position, row in enumerate(number):
+                found = {kind: columns[kind][position] for kind in kinds}
+                if words[row] in seen and words[row] is not None:
+                    assert [kind for kind, value in found.items() if value] == [f"{name}={words[row]}"]
+                elif None in seen:  # in training, too, there were some without
+                    (kind,) = (kind for kind, value in found.items() if value)
+                    assert kind == kinds[-1]
+                else:
+                    shares = {f"{name}={word}": np.float32(seen.count(word) / len(seen)) for word in seen}
+                    assert found == shares | {kinds[-1]: 0}
         else:
             column = values[name]
             column = np.where(np.isnan(column), np.nanmean(column[fitted]), column)
             close(columns[name], (standardized(column, fitted) if wanted["standardize"] else column)[number])
+
+
+def spelled(word):
+    return word.lower() if word.lower() == "true" else word.removesuffix(".0")
 
 
 def is_missing(value):

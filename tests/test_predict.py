@@ -2,8 +2,10 @@
 
 import dataclasses
 import json
+import shutil
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pyarrow as pa
@@ -64,7 +66,10 @@ def expected(folder, columns):
     """From the parameters in the summary, in float64."""
     summary = json.loads((folder / "w" / "summary.json").read_text())
     w, b = summary["parameters"]["w"], summary["parameters"]["b"]
-    kinds = {kind: w.get(f"kind={kind}", w["kind=other"]) for kind in KINDS}
+    kind = json.loads((folder / "w" / "model" / "model.json").read_text())["schema"]["inputs"][0]
+    assert kind["others"] == 0  # so nothing is known of the unseen but the mean of the others
+    mean = np.average([w[f"kind={value}"] for value in kind["values"]], weights=kind["counts"])
+    kinds = {kind: w.get(f"kind={kind}", mean) for kind in KINDS}
     linear = b + w["a"] * columns["a"] + w["b"] * columns["b"] + np.array([kinds[kind] for kind in columns["kind"]])
     return np.exp(linear) if summary.get("target_transform") == "log" else linear
 
@@ -137,7 +142,12 @@ def test_two_processes_predict_the_same_file(trained, tmp_path):
         ({"dataset": "synthetic"}, "say which table"),
         ({"output": None}, "--output=FILE"),
         ({"output": "{}/p.txt"}, "--output=FILE"),
-        ({"output": "{}/no/p.csv"}, "--output=.*cannot be written"),
+        ({"output": "{}/no/p.csv", "dataset": "{}/table.csv"}, "--output=.*cannot be written"),
+        ({"output": "{}/table.csv", "dataset": "{}/table.csv"}, "that is a file of --dataset"),
+        ({"output": "{}/parts/p.csv", "dataset": "{}/parts"}, "that is a file of --dataset"),
+        ({"output": "{}/table2.csv", "dataset": "{}/table*.csv"}, "that is a file of --dataset"),
+        ({"lr": 0.03, "given": frozenset({"lr"})}, "--lr=0.03: the model was trained with 0.1"),
+        ({"validation_dataset": "{}/table.csv"}, "name it there"),
         ({"lr": 0.2}, "--lr=0.2: the model was trained with 0.1"),
         ({"num_shards": 4}, "--num_shards=4: the model was trained with 8"),
         ({"missing": "mean"}, "the model was trained without"),
@@ -151,17 +161,19 @@ def test_what_cannot_be_predicted_is_one_line_and_no_file(trained, tmp_path, fla
     columns = table_of(9000)
     write({"kind": columns["kind"], "b": columns["b"]}, tmp_path / "short.csv")
     (tmp_path / "none.csv").write_text("a,b,kind\n")
+    (tmp_path / "parts").mkdir()
+    write(columns, tmp_path / "table.csv")
+    write(columns, tmp_path / "parts" / "1.csv")
     columns["a"][-1] = 1e300
     write(columns, tmp_path / "huge.parquet")
     columns["a"] = np.array(["x" if i == 8999 else str(i) for i in range(9000)])
     write(columns, tmp_path / "words.csv")
-    flags = {name: value and str(value).format(tmp_path) for name, value in flags.items()} | {
-        name: value for name, value in flags.items() if not isinstance(value, str)
-    }
+    flags = {name: value.format(tmp_path) if isinstance(value, str) else value for name, value in flags.items()}
     with pytest.raises(dpreg.InputError, match=said) as caught:
         predict(config_of(trained, **{"dataset": tmp_path / "words.csv", "output": str(tmp_path / "p.csv"), **flags}))
     assert "\n" not in str(caught.value)
-    assert not [path for path in tmp_path.iterdir() if "p.csv" in path.name]
+    assert not [path for path in tmp_path.rglob("*") if "p.csv" in path.name]
+    assert pyarrow.csv.read_csv(tmp_path / "table.csv").num_rows == 9000
 
 
 def test_a_damaged_model_is_refused(trained, tmp_path):
@@ -171,8 +183,60 @@ def test_a_damaged_model_is_refused(trained, tmp_path):
     content = bytearray((tmp_path / "w" / "model" / "parameters.npz").read_bytes())
     content[len(content) // 2] ^= 1
     (tmp_path / "w" / "model" / "parameters.npz").write_bytes(content)
-    with pytest.raises(dpreg.InputError, match="the model is damaged"):
+    with pytest.raises(dpreg.InputError, match="the model cannot be used"):
         predict(config_of(tmp_path, "new.csv"))
+    rest = json.loads((tmp_path / "w" / "model" / "model.json").read_text())
+    (tmp_path / "w" / "model" / "model.json").write_text(json.dumps(rest | {"format": 99}))
+    with pytest.raises(dpreg.InputError, match="another version of dpreg wrote it"):
+        predict(config_of(tmp_path, "new.csv"))
+
+
+def test_nothing_to_evaluate_is_no_perfect_loss(trained, tmp_path):
+    columns = table_of(20)
+    write(columns | {"a": np.full(20, np.nan)}, tmp_path / "gone.parquet")
+    write(columns | {"w": np.zeros(20)}, tmp_path / "weightless.parquet")
+    for name in ("gone", "weightless"):
+        with pytest.raises(dpreg.InputError, match="no rows with a weight"):
+            predict(config_of(trained, tmp_path / f"{name}.parquet", "evaluate"))
+
+
+@pytest.mark.parametrize("trained", ["none"], indirect=True)
+def test_processes_with_other_models_or_nowhere_to_write_end_with_a_line(trained, tmp_path):
+    write(table_of(30_000, seed=4), tmp_path / "new.parquet")
+    other = tmp_path / "other"
+    shutil.copytree(trained / "w", other)
+    text = (other / "model" / "model.json").read_text()
+    (other / "model" / "model.json").write_text(text.replace('"scale": ', '"scale": 2'))
+
+    def both(*workdirs, output):
+        common = ("--mode=predict", "--platform=cpu", "--num_devices=1", free_address(), "--num_processes=2")
+        flags = (*common, f"--dataset={tmp_path / 'new.parquet'}", f"--output={output}")
+        starts = [
+            (("-m", "dpreg.main"), (*flags, f"--workdir={w}", f"--process_id={i}"), ROOT)
+            for i, w in enumerate(workdirs)
+        ]
+        return together(*starts, timeout=60)
+
+    for code, lines, *_ in both(trained / "w", other, output=tmp_path / "p.csv"):
+        assert code == 2, lines
+        assert "sees another model" in lines[-1]
+    for code, lines, *_ in both(trained / "w", trained / "w", output=tmp_path / "no" / "p.csv"):
+        assert code == 2, lines
+        assert "cannot be written" in lines[-1]
+
+
+@pytest.mark.parametrize("trained", ["none"], indirect=True)
+def test_a_stopped_prediction_leaves_nothing(trained, tmp_path):
+    write(table_of(3_000_000, seed=4), tmp_path / "new.parquet")
+    flags = (f"--workdir={trained / 'w'}", f"--dataset={tmp_path / 'new.parquet'}", f"--output={tmp_path / 'p.csv'}")
+    command = [sys.executable, "-m", "dpreg.main", "--platform=cpu", "--mode=predict", *flags]
+    running = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    while running.poll() is None and not list(tmp_path.glob(".p.csv.new-*")):
+        time.sleep(0.01)
+    running.terminate()
+    assert running.wait(60) == 143, running.stdout.read()
+    assert [path.name for path in tmp_path.iterdir()] == ["new.parquet"]
+    running.stdout.close()
 
 
 def test_a_trainer_predicts_and_evaluates_in_python():

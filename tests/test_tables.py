@@ -141,7 +141,10 @@ def test_categories_are_one_hot_with_the_rest_as_other(read, columns):
     )
     kinds = columns["kind"][data.train.row]
     assert data.schema.inputs[0] == Category(
-        "kind", ("red", "green"), ((kinds == "red").sum(), (kinds == "green").sum())
+        "kind",
+        ("red", "green"),
+        ((kinds == "red").sum(), (kinds == "green").sum()),
+        (~np.isin(kinds, ["red", "green"])).sum(),
     )
     assert data.schema.features == ("kind=red", "kind=green", "kind=other", "k")
     for source in (data.train, data.val):
@@ -304,7 +307,7 @@ def test_what_would_be_wrong_in_silence_is_refused(read, tmp_path, content, aske
     (tmp_path / "none.csv").write_text("a,y\n")
     with pytest.raises(dpreg.InputError, match=said):
         read("t.csv", target="y", validation_fraction=0.0, **asked)
-    assert not list((tmp_path / "cache").iterdir())
+    assert not list((tmp_path / "cache").glob("*"))
 
 
 def test_a_value_too_small_to_square_is_not_scaled_to_infinity(read, tmp_path):
@@ -339,6 +342,49 @@ def test_columns_that_cannot_be_are_refused_in_python_too(wrong):
         Columns(**wrong)
 
 
+def test_one_category_has_one_spelling_in_any_file(read, tmp_path):
+    columns = {
+        "number": np.array([1, 2, 1, 30]),
+        "flag": np.array([True, False, True, True]),
+        "day": np.array(["2026-01-01", "2026-01-02", "2026-01-01", "2000-02-29"], "datetime64[s]"),
+        "time": np.array(["2026-01-01T10", "2026-01-01T11:00:00.5", "2026-01-01T10", "2026-01-01"], "datetime64[ms]"),
+        "y": np.arange(4.0),
+    }
+    pyarrow.parquet.write_table(pa.table(columns), tmp_path / "t.parquet")
+    pyarrow.csv.write_csv(pa.table(columns), tmp_path / "t.csv")
+    floats = columns | {"number": columns["number"].astype(float)}
+    pyarrow.parquet.write_table(pa.table(floats), tmp_path / "f.parquet")
+    lines = ["number,flag,day,time,y", "1.0,True,2026-01-01,2026-01-01 10:00:00,0"]
+    lines += [
+        "2.0,False,2026-01-02 00:00:00,2026-01-01 11:00:00.500000,1",
+        "1.0,True,2026-01-01,2026-01-01T10:00:00.000,2",
+    ]
+    (tmp_path / "p.csv").write_text("\n".join([*lines, "30.0,TRUE,2000-02-29,2026-01-01,3"]) + "\n")
+    wanted = {"target": "y", "categorical": ("number", "flag", "day", "time"), "validation_fraction": 0.0}
+    schemas = {name: read(name, **wanted).schema for name in ("t.parquet", "t.csv", "f.parquet", "p.csv")}
+    for name, schema in schemas.items():
+        assert schema == schemas["t.parquet"], name
+    assert schemas["t.csv"].inputs[0].values == ("1", "2", "30")
+
+
+def test_what_float32_cannot_tell_is_refused_where_it_is_not_scaled(read, tmp_path):
+    noise = np.random.default_rng(0).normal(size=200)
+    pyarrow.parquet.write_table(pa.table({"a": noise + 1e9, "y": noise + 1e9}), tmp_path / "t.parquet")
+    with pytest.raises(dpreg.InputError, match=r"'y' varies by .* around 1e\+09, .*--target_transform=standardize"):
+        read("t.parquet", target="y")
+    with pytest.raises(dpreg.InputError, match=r"'a' varies by .*--standardize"):
+        read("t.parquet", target="y", target_transform="standardize", standardize=False)
+    data = read("t.parquet", target="y", target_transform="standardize")
+    np.testing.assert_allclose(*(all_rows(data.train)[name] for name in "xy"), atol=1e-6)
+
+
+def test_a_cache_without_its_manifest_is_made_anew(read, columns, tmp_path):
+    first = read("t.parquet", target="y", exclude="kind").fingerprint()
+    (manifest,) = (tmp_path / "cache").glob("*/manifest.json")
+    manifest.unlink()
+    assert read("t.parquet", target="y", exclude="kind").fingerprint() == first
+
+
 def test_dates_are_days_where_asked_for(read, tmp_path):
     days = np.array(["1970-01-01", "2026-11-23", "1969-12-31", "2000-02-29"], "datetime64[D]")
     columns = {
@@ -346,7 +392,7 @@ def test_dates_are_days_where_asked_for(read, tmp_path):
         "time": days.astype("datetime64[s]") + np.timedelta64(6, "h"),
         "zoned": pa.array(days.astype("datetime64[us]")).cast(pa.timestamp("us", "Europe/Paris")),
         "text": [f"{day} 12:00:00" for day in days],
-        "long": pa.array([36 * 3600, 0, -3600, None], pa.duration("s")),
+        "long": pa.array([36 * 3600 * 10**9 + 7, 0, -3600 * 10**9, None], pa.duration("ns")),
         "y": np.arange(4.0),
     }
     names = ("date", "time", "zoned", "text", "long")
@@ -411,7 +457,7 @@ def test_parameters_in_original_units_predict_the_same():
     raw = rng.normal(size=(50, 3)) * [1, 100, 0.01] + [5, -1e3, 0]
     raw[:, 1] = rng.integers(0, 3, 50)
     schema = Schema(
-        (Number("a", 5.0, 2.0), Category("c", ("u", "v"), (3, 2)), Number("b", 0.0, 0.01)),
+        (Number("a", 5.0, 2.0), Category("c", ("u", "v"), (3, 2), 1), Number("b", 0.0, 0.01)),
         (Number("y", 7.0, 3.0), Number("z")),
     )
     w, b = rng.normal(size=(5, 2)), rng.normal(size=2)

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import errno
 import fcntl
 import json
 import pathlib
@@ -67,8 +68,13 @@ def new_folder(folder: pathlib.Path) -> Iterator[pathlib.Path]:
             fcntl.flock(lock, fcntl.LOCK_EX)
             yield new
             (new / "lock").unlink()
-            with contextlib.suppress(OSError):  # another process was faster, with the same rows
+            if folder.exists() and not (folder / _MANIFEST).exists():
+                shutil.rmtree(folder, ignore_errors=True)  # damaged
+            try:
                 new.rename(folder)
+            except OSError as error:
+                if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
+                    raise  # else another process was faster, with the same rows
     finally:
         shutil.rmtree(new, ignore_errors=True)
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import re
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -42,6 +43,8 @@ def resolve(columns: Columns, table: Table) -> Columns:
     asked = (*features, *full.target, *weight)
     table.require((*asked, *full.exclude, *full.categorical, *full.dates))
     for name in asked:
+        if len(name.splitlines()) > 1:
+            raise InputError(f"{table.name}: the name of column {name!r} has several lines: rename it")
         if asked.count(name) > 1:
             raise InputError(f"{table.name}: column {name!r} is asked for twice; name it once")
     for flag, names in (("categorical", full.categorical), ("dates", full.dates)):
@@ -61,7 +64,8 @@ class RawReader:
 
     Args:
       columns: what to take from tables, resolved.
-      schema: gives the codes of the categories that are known; others follow. None: in the order of appearance.
+      schema: of a model, which knows categories and their codes; -1 is any other. None: codes are given in the order
+        of appearance.
     """
 
     def __init__(self, columns: Columns, schema: Schema | None = None):
@@ -70,6 +74,7 @@ class RawReader:
         self.names = (*columns.features, *columns.target, *weight)
         known = {c.name: c.values for c in schema.inputs if isinstance(c, Category)} if schema else {}
         self.codes = {n: {v: code for code, v in enumerate(known.get(n, ()))} for n in columns.categorical}
+        self._predicts = schema is not None
         self._missing: dict[str, tuple[int, str]] = {}  # column -> how many values, and where the first is
 
     def read(self, table: Table, rows: int | None = None) -> Iterator[np.ndarray]:
@@ -83,7 +88,9 @@ class RawReader:
           InputError: for what is no number, not finite as float32, or not in the range of weights or logarithms.
         """
         first, waiting = 0, list[np.ndarray]()
-        for part in itertools.chain(table.read(self.names, self.columns.categorical), (None,)):
+        # Dates that begin with blanks have no type of their own.
+        blank = [name for name in self.columns.dates if pa.types.is_null(table.columns[name])]
+        for part in itertools.chain(table.read(self.names, [*self.columns.categorical, *blank]), (None,)):
             if part is not None:
                 waiting.append(self._raw(part))
             if not waiting:
@@ -139,7 +146,11 @@ class RawReader:
             raise InputError(f"{part.where(0)}: column {name!r} {reason}") from error
         encoded = pc.dictionary_encode(pc.if_else(pc.equal(text, ""), None, text))
         codes = self.codes[name]
-        own = np.array([codes.setdefault(value, len(codes)) for value in encoded.dictionary.to_pylist()], np.float64)
+        values = [value and spelled(value) for value in encoded.dictionary.to_pylist()]
+        if self._predicts:
+            own = np.array([codes.get(value, -1) for value in values], np.float64)
+        else:
+            own = np.array([codes.setdefault(value, len(codes)) for value in values], np.float64)
         if len(codes) > _MOST_CATEGORIES:
             raise InputError(
                 f"{part.where(0)}: column {name!r} has more than {_MOST_CATEGORIES:,} categories by here: "
@@ -160,9 +171,27 @@ class RawReader:
         filled = columns.features if columns.missing == "mean" else ()
         wrong = {name: m for name, m in self._missing.items() if columns.missing != "drop" and name not in filled}
         if wrong:
-            each = "; ".join(f"column {name!r} has {n:,}, the first in {where}" for name, (n, where) in wrong.items())
-            remedy = "drop" if columns.missing == "mean" else "drop or --missing=mean"
+            least = "at least " if self._predicts else ""
+            each = "; ".join(
+                f"column {name!r} has {least}{n:,}, the first in {where}" for name, (n, where) in wrong.items()
+            )
+            remedy = "drop" if columns.missing == "mean" or self._predicts else "drop or --missing=mean"
             raise InputError(f"{table}: values are missing: {each}; mend them, or use --missing={remedy}")
+
+
+def spelled(category: str) -> str:
+    """One spelling for what files write differently: 1.0 is 1, True is true, a time of 00:00:00 is none."""
+    if category.lower() in ("true", "false"):
+        return category.lower()
+    if re.fullmatch(r"-?\d+\.0+", category):
+        return category.partition(".")[0]
+    date = re.fullmatch(r"(\d{4}-\d\d-\d\d)(?:[ T](\d\d:\d\d:\d\d)(?:\.(\d*[1-9])?0*)?)?", category)
+    if date is None:
+        return category
+    day, time, fraction = date.groups()
+    if fraction:
+        return f"{day} {time}.{fraction}"
+    return f"{day} {time}" if time and time != "00:00:00" else day
 
 
 def _numbers(part: Part, name: str, column: pa.Array) -> np.ndarray:
@@ -187,22 +216,22 @@ def _numbers(part: Part, name: str, column: pa.Array) -> np.ndarray:
 
 def _days(part: Part, name: str, column: pa.Array) -> np.ndarray:
     """A column of dates, times or durations as float64 [n]: days, since the beginning of 1970 (UTC)."""
-    try:
-        if _is_text(column.type):
+    if _is_text(column.type):
+        try:
             column = column.cast(pa.timestamp("us"))
-        if pa.types.is_date(column.type) or pa.types.is_timestamp(column.type):
-            column = column.cast(pa.timestamp("us", getattr(column.type, "tz", None))).cast(pa.int64())
-        elif pa.types.is_duration(column.type):
-            column = column.cast(pa.duration("us")).cast(pa.int64())
-        elif not pa.types.is_null(column.type):
+        except pa.ArrowInvalid as error:
+            row = first_wrong(column, pa.timestamp("us"))
+            value = column[row].as_py()
             raise InputError(
-                f"{part.where(0)}: column {name!r} holds no dates but {column.type}; leave it out of --dates"
-            )
-    except pa.ArrowException as error:
-        row = first_wrong(column, pa.timestamp("us"))
-        raise InputError(
-            f"{part.where(row)}: column {name!r} has {column[row].as_py()!r}, which is no date such as 2026-01-31"
-        ) from error
+                f"{part.where(row)}: column {name!r} has {value!r}, which is no date such as 2026-01-31"
+            ) from error
+    kind = column.type
+    if pa.types.is_date(kind) or pa.types.is_timestamp(kind):
+        column = column.cast(pa.timestamp("us", getattr(kind, "tz", None)), safe=False).cast(pa.int64())
+    elif pa.types.is_duration(kind):
+        column = column.cast(pa.duration("us"), safe=False).cast(pa.int64())
+    elif not pa.types.is_null(kind):
+        raise InputError(f"{part.where(0)}: column {name!r} holds no dates but {kind}; take it from --dates")
     return column.to_numpy(zero_copy_only=False).astype(np.float64) / _MICROSECONDS_A_DAY
 
 

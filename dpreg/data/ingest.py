@@ -28,7 +28,7 @@ from dpreg.data.tables import Table, open_table
 from dpreg.data.tfds import open_tfds
 from dpreg.errors import InputError, told_of
 
-_FORMAT = 2  # of the cache; another one is another key
+_FORMAT = 3  # of the cache; another one is another key
 _ENCODED_BYTES = 16 << 20  # written at once
 _AHEAD = 2  # batches that are made while others are taken in
 _HELD_OUT = 1  # key of the hash of row numbers
@@ -100,6 +100,8 @@ def ingest(
         file, the column and the row), no rows, and a full disk.
     """
     columns = resolve(columns, table)
+    if validation is not None:
+        validation.require((*columns.features, *columns.target, *filter(None, [columns.weight_column])))
     what = [_FORMAT, table.signature, validation.signature if validation else None, dataclasses.asdict(columns)]
     folder = cache / hashlib.sha256(json.dumps(what).encode()).hexdigest()[:32]
     rows = opened(folder)
@@ -134,7 +136,6 @@ def _write(table: Table, validation: Table | None, columns: Columns, folder: pat
             val.add(rows[there & held_out])
             progress("reading", read := read + len(rows))
         if validation is not None:
-            validation.require(reader.names)
             for rows in reader.read(validation):
                 val.add(rows[reader.there(rows)])
                 progress("reading", read := read + len(rows))

@@ -12,6 +12,8 @@ from dpreg.errors import InputError
 
 _SMALLEST = 1e-150  # deviation that is told from 0: squares of smaller ones are no normal numbers
 
+_FLOAT32_ROUNDS, _MOST_LOST = 2.0**-24, 0.05  # of a value; of a deviation
+
 
 class Learned:
     """What the rows to fit teach of the columns that a reader reads."""
@@ -39,7 +41,7 @@ class Learned:
                 names = list(self._reader.codes[name])
                 counted = {names[int(code)]: int(count) for code, count in self._counts[name].items()}
                 values, counts = _vocabulary(counted, columns.max_categories)
-                inputs.append(Category(name, values, counts))
+                inputs.append(Category(name, values, counts, rows - sum(counts)))
                 place = {value: position for position, value in enumerate(values)}
                 codes.append(np.array([*(place.get(value, len(values)) for value in names), len(values)], np.float64))
             else:
@@ -47,16 +49,34 @@ class Learned:
                 if not self._moments.count[at]:
                     raise InputError(f"column {name!r} has no value in the rows to fit: leave it out with --exclude")
                 fill = float(self._moments.mean[at]) if columns.missing == "mean" else None
-                inputs.append(Number(name, mean, scale, fill))
+                inputs.append(Number(name, mean, scale, fill, name in columns.dates))
                 codes.append(None)
         scaled = columns.target_transform == "standardize"
         moments = self._moments.scale(rows, True)[len(columns.features) :]
         targets = [Number(t, *(m if scaled else (0.0, 1.0))) for t, m in zip(columns.target, moments, strict=True)]
+        self._refuse_what_float32_cannot_tell(rows)
         schema = Schema(tuple(inputs), tuple(targets), log_targets=columns.target_transform == "log")
         for feature, count in collections.Counter(schema.features).items():
             if count > 1:
                 raise InputError(f"two features would be called {feature!r}: rename a column or a category")
         return schema, codes
+
+    def _refuse_what_float32_cannot_tell(self, rows: int) -> None:
+        """Raises InputError for a column that is not scaled, and varies by hardly more than float32 rounds."""
+        columns, moments = self._columns, self._moments
+        largest = np.maximum(np.abs(moments.least), np.abs(moments.most))
+        deviation = np.sqrt(moments.squares / max(rows, 1))
+        for at, name in enumerate((*columns.features, *columns.target)):
+            is_target = at >= len(columns.features)
+            scaled = columns.target_transform == "standardize" if is_target else columns.standardize is not False
+            if scaled or name in self._counts or not moments.least[at] < moments.most[at]:
+                continue
+            if largest[at] * _FLOAT32_ROUNDS > _MOST_LOST * deviation[at]:
+                remedy = "--target_transform=standardize" if is_target else "--standardize"
+                raise InputError(
+                    f"column {name!r} varies by {deviation[at]:.3g} around {moments.mean[at]:.6g}: float32 cannot tell "
+                    f"that; use {remedy}"
+                )
 
 
 def _vocabulary(counts: Mapping[str, int], most: int) -> tuple[tuple[str, ...], tuple[int, ...]]:

@@ -19,12 +19,14 @@ class Number:
       name: of the column.
       mean, scale: 0 and 1 where it is not standardised.
       fill: what stands for a missing value; None where rows without a value are refused or dropped.
+      days: whether the table has dates there, and the model days.
     """
 
     name: str
     mean: float = 0.0
     scale: float = 1.0
     fill: float | None = None
+    days: bool = False
 
     @property
     def features(self) -> tuple[str, ...]:
@@ -38,13 +40,16 @@ class Category:
 
     Attributes:
       name: of the column.
-      values: the categories, the most frequent first; all others are "other".
+      values: the categories, the most frequent first; all others, and missing ones, are "other".
       counts: how many training rows have each.
+      others: how many have another. Where none has, nothing is known of "other", and the model sees the shares of the
+        known ones instead: what it predicts is their mean.
     """
 
     name: str
     values: tuple[str, ...]
     counts: tuple[int, ...]
+    others: int = 0
 
     @property
     def features(self) -> tuple[str, ...]:
@@ -94,6 +99,9 @@ class Schema:
                 else:
                     known = (values >= 0) & (values < len(column.values))
                     x[np.arange(len(raw)), at + np.where(known, values, len(column.values)).astype(np.intp)] = 1
+                    if not column.others and not known.all():
+                        shares = np.array([*column.counts, 0]) / sum(column.counts)
+                        x[~known, at : at + len(shares)] = shares
                 at += len(column.features)
             for at, values in enumerate(targets.T):
                 y[:, at] = _scaled(self.targets[at], values)
@@ -141,8 +149,8 @@ class Schema:
 
         def column(given: Mapping[str, Any]) -> Number | Category:
             if given["kind"] == "number":
-                return Number(given["name"], given["mean"], given["scale"], given["fill"])
-            return Category(given["name"], tuple(given["values"]), tuple(given["counts"]))
+                return Number(given["name"], given["mean"], given["scale"], given["fill"], given["days"])
+            return Category(given["name"], tuple(given["values"]), tuple(given["counts"]), given["others"])
 
         targets = tuple(Number(**target) for target in values["targets"])
         return cls(tuple(map(column, values["inputs"])), targets, values["log_targets"])

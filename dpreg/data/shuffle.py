@@ -11,7 +11,7 @@ import numpy as np
 from dpreg.data.order import keyed_hash
 
 _IN_MEMORY_BYTES = 256 << 20  # rows up to this size need no buckets on disk
-_BUCKET_BITS = 8
+_BUCKET_BITS = 6  # three times 64 files are open at most, where some systems allow 256
 _ORDER = 2  # the key of the hash
 
 
@@ -72,7 +72,7 @@ class Shuffle:
         for file in self._files:
             size = file.tell()
             file.seek(0)
-            if size <= _IN_MEMORY_BYTES or self._shift == 0:
+            if size <= _IN_MEMORY_BYTES or self._shift < _BUCKET_BITS:
                 yield _sorted(np.frombuffer(file.read(), np.float64).reshape(-1, self._width))
             else:
                 with Shuffle(pathlib.Path(file.name), self._level + 1) as again:

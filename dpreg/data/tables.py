@@ -13,6 +13,7 @@ from typing import IO, Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.csv
 import pyarrow.parquet
 
@@ -49,14 +50,14 @@ class Table:
       name: as the user gave it.
       columns: its column names, in order, with their types as far as the beginning of the table tells.
       groups: columns that one name stands for, such as those of a matrix.
-      signature: changes when the files do.
+      signature: of each file its absolute path, its size and its times: it changes when the files do.
       read: the rows of some columns in order, the text columns among them as strings.
     """
 
     name: str
     columns: dict[str, pa.DataType]
     groups: dict[str, tuple[str, ...]]
-    signature: tuple[str, ...]
+    signature: tuple[tuple[str, int, int, int], ...]
     read: Callable[[Sequence[str], Sequence[str]], Iterator[Part]]
 
     def require(self, columns: Iterable[str]) -> None:
@@ -102,12 +103,14 @@ def open_table(name: str, flag: str = "dataset") -> Table:
                         yield Part(file, first, batch.rename_columns(list(asked)))
                     first += batch.num_rows
 
-    stats = [os.stat(file) for file in files]
-    signature = tuple(
-        f"{f} {s.st_size} {s.st_mtime_ns} {s.st_ctime_ns}"
-        for f, s in zip(map(os.path.abspath, files), stats, strict=True)
-    )
-    return Table(name, {column: field.type for column, field in columns.items()}, groups, signature, parts)
+    types = {column: field.type for column, field in columns.items()}
+    return Table(name, types, groups, tuple(map(signature_of, files)), parts)
+
+
+def signature_of(file: str) -> tuple[str, int, int, int]:
+    """(absolute path, size, time of its bytes, time of its name) of a file."""
+    stat = os.stat(file)
+    return os.path.abspath(file), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns
 
 
 def _header_of(file: str) -> tuple[dict[str, pa.Field], dict[str, tuple[str, ...]]]:
@@ -122,6 +125,8 @@ def _header_of(file: str) -> tuple[dict[str, pa.Field], dict[str, tuple[str, ...
 
 
 def _files(name: str, flag: str) -> list[str]:
+    if not name:
+        raise InputError(f"--{flag}: name a file, a pattern or a folder")
     path = pathlib.Path(name)
     if path.is_dir():
         files = sorted(
@@ -180,7 +185,7 @@ def _open_csv(file: str, kinds: Kinds | None = None) -> pa.csv.CSVStreamingReade
     )
 
 
-def _is_number(kind: pa.DataType) -> bool:
+def _is_numeric(kind: pa.DataType) -> bool:
     return pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_null(kind)
 
 
@@ -192,7 +197,7 @@ def _inspect_csv(file: str) -> Header:
 
 
 def _read_csv(file: str, kinds: Kinds) -> Iterator[pa.RecordBatch]:
-    kinds = {name: pa.float64() if _is_number(kind) else kind for name, kind in kinds.items()}
+    kinds = {name: pa.float64() if _is_numeric(kind) else kind for name, kind in kinds.items()}
     try:
         yield from _open_csv(file, kinds)
     except pa.ArrowInvalid as error:
@@ -210,13 +215,14 @@ def _refuse_text(file: str, kinds: Kinds) -> None:
     first = 0
     for batch in _open_csv(file, dict.fromkeys(kinds, pa.string())):
         for name, kind in kinds.items():
+            column = pc.utf8_trim_whitespace(batch.column(name))  # as the parser does
             try:
-                batch.column(name).cast(kind)
+                column.cast(kind)
             except pa.ArrowInvalid as error:
-                row = first_wrong(batch.column(name), kind)
+                row = first_wrong(column, kind)
                 what = "number" if pa.types.is_floating(kind) else f"{kind}, as the values before it"
                 raise InputError(
-                    f"{file}, row {first + row + 1}: column {name.strip()!r} has {batch.column(name)[row].as_py()!r}, "
+                    f"{file}, row {first + row + 1}: column {name.strip()!r} has {column[row].as_py()!r}, "
                     f"which is no {what}; choose columns with --features or --exclude, or --categorical"
                 ) from error
         first += batch.num_rows

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from dpreg.data.tables import Part, Table
+from dpreg.data.tables import Part, Table, signature_of
 from dpreg.errors import InputError
 
 _READ_ROWS = 4096
@@ -67,7 +67,7 @@ def _table(where: str, split: str, rows: Any, builder: Any) -> Table:
     for name, feature in sorted(builder.info.features.items()):
         if isinstance(feature, tfds.features.Text):
             columns[name] = pa.string()
-        elif isinstance(feature, tfds.features.Tensor) and None not in feature.shape and _is_number(feature.np_dtype):
+        elif isinstance(feature, tfds.features.Tensor) and None not in feature.shape and _is_numeric(feature.np_dtype):
             size = int(np.prod(feature.shape, dtype=np.int64))
             groups[name] = tuple(f"{name}{j}" for j in range(size)) if feature.shape else (name,)
             columns |= dict.fromkeys(groups[name], pa.from_numpy_dtype(feature.np_dtype))
@@ -87,10 +87,9 @@ def _table(where: str, split: str, rows: Any, builder: Any) -> Table:
                     arrays.append(pa.array([bytes(record[column]).decode() for record in records]))
             yield Part(f"{where}, {split}", first, pa.RecordBatch.from_arrays(arrays, list(asked)))
 
-    files = [os.fspath(path) for path in builder.info.splits[split].filepaths]
-    signature = tuple(f"{file} {os.stat(file).st_size} {os.stat(file).st_mtime_ns}" for file in files)
+    signature = tuple(signature_of(os.fspath(path)) for path in builder.info.splits[split].filepaths)
     return Table(f"{where}, {split}", columns, groups, signature, parts)
 
 
-def _is_number(dtype: Any) -> bool:
+def _is_numeric(dtype: Any) -> bool:
     return np.issubdtype(dtype, np.number) or dtype == np.bool_

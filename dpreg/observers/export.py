@@ -17,7 +17,7 @@ from dpreg.data.schema import Schema
 from dpreg.data.sources import RegressionData
 from dpreg.errors import InputError
 
-_FORMAT = 1
+_FORMAT = 2
 _ARRAYS, _REST = "parameters.npz", "model.json"
 
 
@@ -30,6 +30,7 @@ class Exported:
       variables: {"params", "batch_stats"} as NumPy arrays.
       num_inputs, num_targets: features and targets of a row.
       schema: of the table that it was trained on; None where that was no table.
+      digest: of all that.
     """
 
     flags: Mapping[str, Any]
@@ -37,6 +38,7 @@ class Exported:
     num_inputs: int
     num_targets: int
     schema: Schema | None
+    digest: str
 
 
 def save_model(folder: pathlib.Path, config: Config, variables: Mapping[str, Any], data: RegressionData) -> None:
@@ -67,7 +69,10 @@ def load_model(folder: pathlib.Path) -> Exported:
     if not (folder / _REST).exists():
         raise InputError(f"{folder}: there is no model: train with that --workdir first, to the end")
     try:
-        rest = json.loads((folder / _REST).read_text(encoding="utf-8"))
+        text = (folder / _REST).read_text(encoding="utf-8")
+        rest = json.loads(text)
+        if rest["format"] != _FORMAT:
+            raise ValueError("another version of dpreg wrote it")
         if hashlib.sha256((folder / _ARRAYS).read_bytes()).hexdigest() != rest[_ARRAYS]:
             raise ValueError(f"{_ARRAYS} is not what was written")
         with np.load(folder / _ARRAYS, allow_pickle=False) as arrays:
@@ -78,6 +83,7 @@ def load_model(folder: pathlib.Path) -> Exported:
             rest["num_inputs"],
             rest["num_targets"],
             rest["schema"] and Schema.from_json(rest["schema"]),
+            hashlib.sha256(text.encode()).hexdigest(),
         )
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{folder}: the model is damaged ({error}): run the training command again") from error
+        raise InputError(f"{folder}: the model cannot be used ({error}): run the training command again") from error

@@ -3,7 +3,6 @@
 import errno
 import os
 import pathlib
-import tempfile
 from collections.abc import Sequence
 from types import TracebackType
 
@@ -36,13 +35,11 @@ class PredictionWriter:
 
     def __enter__(self) -> "PredictionWriter":
         if self._path:
+            self._new = self._path.with_name(f".{self._path.name}.new-{os.getpid()}")
             try:
-                number, new = tempfile.mkstemp(prefix=f".{self._path.name}.new-", dir=self._path.parent)
-                os.fchmod(number, 0o644)
-                os.close(number)
-                self._new = pathlib.Path(new)
                 self._writer = _WRITERS[self._path.suffix.lower()](self._new, self._schema)
             except OSError as error:
+                self._new.unlink(missing_ok=True)
                 raise self._wrong(error) from error
         return self
 

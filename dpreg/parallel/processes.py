@@ -220,6 +220,10 @@ class Announcements:
         if what not in self._wanted and (self._announced is None or self._announced[1] != what):
             self._wanted.append(what)  # a signal handler may call this
 
+    def asked(self, what: str) -> bool:
+        """Whether this process itself was asked, and not all have heard yet."""
+        return what in self._wanted
+
     def heard(self) -> str:
         """What to do now, or "". All processes have to call it equally often, between the same steps."""
         self._calls += 1
