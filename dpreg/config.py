@@ -112,6 +112,12 @@ class Config(Columns):
     dropout: float = _flag(0.0, "Share of an mlp's hidden values left out in training, in [0, 1).", decides=True)
     batch_norm: bool = _flag(False, "Whether an mlp's hidden values are normalised, within a shard.", decides=True)
     activation: str = _flag("relu", f"Of an mlp: {', '.join(ACTIVATIONS)}.", decides=True)
+    solver: str = _flag(
+        "sgd", "sgd, as --optimizer says; or exact: least squares in one pass over the rows, in float64.", decides=True
+    )
+    optimality: bool = _flag(
+        True, "Say how far a linear model is from the least squared loss there is: a pass over the training rows."
+    )
     loss: str = _flag("squared", f"{', '.join(LOSSES)}.", decides=True)
     huber_delta: float = _flag(1.0, "Errors beyond it count in proportion, in units of what is fitted.", decides=True)
     quantile: float = _flag(0.5, "Which quantile --loss=quantile fits, in (0, 1).", decides=True)
@@ -175,6 +181,10 @@ class Config(Columns):
             if value not in allowed and not (name == "model" and value.count(":") == 1):
                 more = " or PACKAGE.MODULE:CLASS" if name == "model" else ""
                 self._refuse(name, f"use {', '.join(allowed)}{more}")
+        if self.solver not in ("sgd", "exact"):
+            self._refuse("solver", "use sgd or exact")
+        if self.solver == "exact" and not self.has_optimum():
+            self._refuse("solver", "it is for --model=linear or concise, --loss=squared, and no --l1")
         if self.loss not in LOSSES[:4] and self.target_transform != "none":
             self._refuse("target_transform", f"--loss={self.loss} is defined for the target as it is; leave one out")
         if self.l1 and self.optimizer != "sgd":
@@ -275,6 +285,10 @@ class Config(Columns):
             except ValueError as error:
                 raise InputError(f"--{name}={_text(given[name])}: give numbers separated by commas") from error
         return cls(**given, given=frozenset(name for name in given if values[name].present))
+
+    def has_optimum(self) -> bool:
+        """Whether `dpreg.models.least_squares` knows the best parameters of such a model."""
+        return self.model in ("linear", "concise") and self.loss == "squared" and not self.l1
 
     def columns(self) -> Columns:
         """What to take from a table."""

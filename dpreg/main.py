@@ -26,11 +26,12 @@ from dpreg.observers.export import save_model
 from dpreg.observers.metrics import MetricsWriter, read_metrics
 from dpreg.observers.progress import ProgressDisplay
 from dpreg.observers.report import write_report
-from dpreg.observers.summary import summarize
+from dpreg.observers.summary import describe_optimum, feature_names, in_units_of, summarize
 from dpreg.observers.workdir import open_workdir
 from dpreg.parallel import devices, processes
 from dpreg.parallel.deadline import Deadline
 from dpreg.predict import predict
+from dpreg.solver import triangle_of
 from dpreg.trainer import Trainer
 
 
@@ -68,8 +69,16 @@ def run(config: Config) -> None:
             (workdir / "flags.cfg").write_text(config.to_flagfile(), encoding="utf-8")
             metrics = stack.enter_context(MetricsWriter(workdir / "metrics.jsonl", trainer.step))
             trainer.observers = (progress, metrics)
+        triangle = None
+        if config.has_optimum() and (config.optimality or config.solver == "exact"):
+            progress.doing("decomposing the rows")
+            triangle = triangle_of(data.train, trainer.mesh, config.num_shards)
+            trainer.heartbeat()
         try:
-            while trainer.step < trainer.train.num_steps:
+            if config.solver == "exact" and triangle is not None:
+                fit = triangle.solve(config.l2)
+                trainer.accept(fit.w, fit.b, fit.loss)
+            while config.solver == "sgd" and trainer.step < trainer.train.num_steps:
                 trainer.fit_epoch()
         except Diverged:
             checkpoints.save(trainer)
@@ -80,11 +89,23 @@ def run(config: Config) -> None:
         return
     save_model(workdir / "model", config, trainer.variables, data)
     summary = summarize(trainer, data)
+    if triangle is not None:
+        summary["optimality"] = found = describe_optimum(trainer.state.params, data, triangle, config.l2)
+        print(f"loss {found['loss']:.6g}, best possible {found['best']:.6g}{_above(found['gap'])}")
+        if config.solver == "exact":
+            fit = in_units_of(data, triangle).solve() if not config.l2 else triangle.solve(config.l2)
+            print(*(fit.describe(feature_names(data), t) for t in range(data.num_targets)), sep="\n\n")
     (workdir / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
     write_report(workdir / "report.html", config, summary, read_metrics(workdir / "metrics.jsonl"))
     for name, error in summary.get("parameter_error", {}).items():
         print(f"error in estimating {name}: {np.array(error)}")
     print(f"outputs in {workdir}: summary.json, metrics.jsonl, report.html, flags.cfg, model, checkpoints")
+
+
+def _above(gap: float | None) -> str:
+    if gap is None:
+        return ""
+    return f": {gap:.2%} above" if gap < 10 else f": {gap + 1:,.0f} times as much"
 
 
 def _prepared(

@@ -124,13 +124,17 @@ class Schema:
 
         Where the targets are logarithms, they predict those.
         """
-        mean, scale = (
-            np.array([getattr(c, what) if isinstance(c, Number) else usual for c in self.inputs for _ in c.features])
-            for what, usual in (("mean", 0.0), ("scale", 1.0))
-        )
-        target_mean, target_scale = (np.array([getattr(t, what) for t in self.targets]) for what in ("mean", "scale"))
-        w = np.asarray(w, np.float64) / scale[:, None] * target_scale
-        return w, np.asarray(b, np.float64) * target_scale + target_mean - mean @ w
+        d = len(self.features)
+        mean, scale = self.units
+        w = np.asarray(w, np.float64) / scale[:d, None] * scale[d:]
+        return w, np.asarray(b, np.float64) * scale[d:] + mean[d:] - mean[:d] @ w
+
+    @property
+    def units(self) -> tuple[np.ndarray, np.ndarray]:
+        """(mean, scale) of all features and targets, [d + t] float64: what the model sees times scale plus mean."""
+        columns = [column for column in self.inputs for _ in column.features] + list(self.targets)
+        numbers = [column if isinstance(column, Number) else Number(column.name) for column in columns]
+        return np.array([n.mean for n in numbers]), np.array([n.scale for n in numbers])
 
     def to_json(self) -> dict[str, Any]:
         """Plain values."""

@@ -1,10 +1,23 @@
 """Linear regression."""
 
+from collections.abc import Mapping
+from typing import Any
+
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 from jax import Array
 
 from dpreg.models.module import Module
+
+
+def linear_parameters(params: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray] | None:
+    """W [d, t] and b [t] of a linear model, the scratch or the concise one; None for any other."""
+    layer = params["Dense_0"] if set(params) == {"Dense_0"} else params
+    for names in (("w", "b"), ("kernel", "bias")):
+        if set(layer) == set(names):
+            return np.asarray(layer[names[0]]), np.asarray(layer[names[1]])
+    return None
 
 
 class LinearRegressionScratch(Module):

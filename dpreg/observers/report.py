@@ -122,7 +122,7 @@ def _curves(records: Sequence[Mapping[str, Any]]) -> str:
     low, high = scale(min(losses)), scale(max(losses))
     if high - low < 1e-9:
         low, high = low - 0.5, high + 0.5
-    last = max(r["epoch"] for r in records)
+    last = max(r["epoch"] for r in records) or 1.0  # an exact solution takes no epoch
 
     def across(epoch: float) -> float:
         return _LEFT + (_WIDTH - _LEFT - _MARGIN) * epoch / last

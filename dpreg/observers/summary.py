@@ -10,6 +10,8 @@ import numpy as np
 
 from dpreg.data.sources import RegressionData
 from dpreg.data.synthetic import SyntheticRegressionData
+from dpreg.models.least_squares import Triangle
+from dpreg.models.linear import linear_parameters
 from dpreg.trainer import Trainer
 
 
@@ -49,22 +51,13 @@ def describe_parameters(params: Any, data: RegressionData) -> dict[str, Any]:
 
     With named columns `w` is by name, else a list; `b` is a number. Several targets make lists of both.
     """
-    linear = params.get("Dense_0") if set(params) == {"Dense_0"} else params
-    names = next((names for names in (("w", "b"), ("kernel", "bias")) if set(linear) == set(names)), None)
-    if names is None:
+    linear = linear_parameters(params)
+    if linear is None:
         return {}
-    w, b = (np.asarray(linear[name]) for name in names)
-    if data.schema is not None:
-        w, b = data.schema.parameters(w, b)
+    w, b = linear
     one = w.shape[1] == 1
-    listed = (w[:, 0] if one else w).tolist()
     result: dict[str, Any] = {"target_transform": "log"} if data.schema and data.schema.log_targets else {}
-    result |= {
-        "parameters": {
-            "w": listed if data.schema is None else dict(zip(data.schema.features, listed, strict=True)),
-            "b": float(b[0]) if one else b.tolist(),
-        }
-    }
+    result["parameters"] = _named(w, b, data)
     if isinstance(data, SyntheticRegressionData) and w.size == np.size(data.w):
         error_w, error_b = np.asarray(data.w) - w.reshape(data.w.shape), np.asarray(data.b) - b
         result["parameter_error"] = {
@@ -72,6 +65,55 @@ def describe_parameters(params: Any, data: RegressionData) -> dict[str, Any]:
             "b": float(error_b[0]) if one else error_b.tolist(),
         }
     return result
+
+
+def _named(w: np.ndarray, b: np.ndarray, data: RegressionData) -> dict[str, Any]:
+    """Parameters in the units of the data."""
+    if data.schema is not None:
+        w, b = data.schema.parameters(w, b)
+    one = w.shape[1] == 1
+    listed = (w[:, 0] if one else w).tolist()
+    return {
+        "w": listed if data.schema is None else dict(zip(data.schema.features, listed, strict=True)),
+        "b": float(b[0]) if one else b.tolist(),
+    }
+
+
+def describe_optimum(params: Any, data: RegressionData, triangle: Triangle, l2: float) -> dict[str, Any]:
+    """How far a linear model is from the least loss that any has on the training rows, and what that one is.
+
+    `gap` is what is left of the loss, with its penalty, as a share of the least: 0 at the optimum. `not_used` names
+    the features that are constant or combinations of others. Without a penalty there are also the standard errors, in
+    the units of the data.
+    """
+    (w, b), fit = linear_parameters(params) or (np.zeros(0), np.zeros(0)), triangle.solve(l2)
+    names = feature_names(data)
+    loss, best = (
+        triangle.loss(at_w, at_b) + l2 / 2 * float(np.square(at_w).sum())
+        for at_w, at_b in ((w.astype(np.float64), b.astype(np.float64)), (fit.w, fit.b))
+    )
+    result = {
+        "loss": loss,
+        "best": best,
+        "gap": (loss - best) / best if best > 0 else None,
+        "parameters": _named(fit.w, fit.b, data),
+        "not_used": [name for j, name in enumerate(names) if j not in fit.kept],
+    }
+    if not l2:
+        error_w, error_b = in_units_of(data, triangle).solve().standard_errors
+        errors = [None if np.isnan(row).any() else row.tolist() for row in error_w]
+        result["standard_errors"] = {"w": dict(zip(names, errors, strict=True)), "b": error_b.tolist()}
+    return result
+
+
+def in_units_of(data: RegressionData, triangle: Triangle) -> Triangle:
+    """The triangle of the rows as the table has them."""
+    return triangle if data.schema is None else triangle.in_units(*data.schema.units)
+
+
+def feature_names(data: RegressionData) -> tuple[str, ...]:
+    """Of the d features: x0, x1 and so on where they have none."""
+    return data.schema.features if data.schema is not None else tuple(f"x{j}" for j in range(data.num_inputs))
 
 
 def params_sha256(params: Any) -> str:

@@ -1,0 +1,195 @@
+"""Linear least squares, exactly, in float64 and one pass over the rows: by QR decomposition, block by block.
+
+The triangle R of the decomposition of sqrt(weight) [1, x, y] knows all that the squared loss of a linear model needs of
+the rows, and triangles of parts are put together by the decomposition of one above the other (Golub 1965; TSQR of
+Demmel et al. 2012). Nothing is squared on the way, so no digits are lost as in the normal equations.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+import scipy.linalg
+import scipy.stats
+
+from dpreg.errors import InputError
+
+_EPSILON = float(np.finfo(np.float64).eps)
+
+
+@dataclasses.dataclass(frozen=True)
+class Triangle:
+    """What rows [n, d] with targets [n, t] come to.
+
+    Attributes:
+      r: [1 + d + t, 1 + d + t] upper triangle, float64.
+      num_inputs: d.
+      rows: those with a weight; weight: the sum of all weights.
+    """
+
+    r: np.ndarray
+    num_inputs: int
+    rows: int
+    weight: float
+
+    @classmethod
+    def of(cls, x: np.ndarray, y: np.ndarray, weight: np.ndarray) -> "Triangle":
+        """The triangle of rows [n, d], [n, t], [n]."""
+        root = np.sqrt(weight.astype(np.float64))[:, None]
+        whole = np.concatenate([root, root * x, root * y], axis=1)
+        whole = np.concatenate([whole, np.zeros((max(0, whole.shape[1] - len(whole)), whole.shape[1]))])
+        return cls(_upper(whole), x.shape[1], int((weight > 0).sum()), float(weight.sum(dtype=np.float64)))
+
+    def __add__(self, other: "Triangle") -> "Triangle":
+        """That of the rows of both."""
+        r = _upper(np.concatenate([self.r, other.r]))
+        return Triangle(r, self.num_inputs, self.rows + other.rows, self.weight + other.weight)
+
+    def in_units(self, mean: np.ndarray, scale: np.ndarray) -> "Triangle":
+        """That of the columns of x and y times `scale` plus `mean`, both [d + t]."""
+        units = np.diag(np.concatenate([[1.0], scale]))
+        units[0, 1:] = mean
+        return dataclasses.replace(self, r=self.r @ units)
+
+    def loss(self, w: np.ndarray, b: np.ndarray) -> float:
+        """The mean squared loss, sum of weight |x w + b - y|^2 / 2 over the sum of weights, of w [d, t] and b [t]."""
+        at = np.concatenate([np.atleast_2d(b), w, -np.eye(w.shape[1])])
+        return float(np.square(self.r @ at).sum() / 2 / self.weight)
+
+    def solve(self, l2: float = 0.0) -> "Fit":
+        """The least mean squared loss + l2 / 2 sum w^2.
+
+        A column that is, to rounding, a combination of those that matter more, or constant, gets the weight 0.
+
+        Raises:
+          InputError: when no row has a weight.
+        """
+        if not self.weight > 0:
+            raise InputError("there is no row with a weight to fit")
+        d = self.num_inputs
+        # Below the first row everything is about the mean: the intercept is out of the way.
+        x, y = self.r[1:, 1 : 1 + d], self.r[1:, 1 + d :]
+        lengths = np.sqrt(np.square(self.r[:, 1 : 1 + d]).sum(axis=0))
+        spread = np.sqrt(np.square(x).sum(axis=0))
+        # What rounding a column's values leaves of it, where it has nothing of its own.
+        rounding = _EPSILON * max(len(self.r), 10) * lengths
+        kept = np.flatnonzero(spread > rounding)
+        while True:
+            scaled = x[:, kept] / spread[kept]
+            if l2:
+                scaled = np.concatenate([scaled, np.diag(np.sqrt(l2 * self.weight) / spread[kept])])
+            q, r, order = scipy.linalg.qr(scaled, mode="economic", pivoting=True)
+            diagonal = np.concatenate([np.abs(np.diag(r)), np.zeros(max(0, len(kept) - len(r)))])
+            own = diagonal > (rounding / np.where(spread > 0, spread, 1.0))[kept[order]]
+            if own.all():
+                break
+            kept = np.sort(kept[order[own]])
+        kept = kept[order]
+        targets = np.concatenate([y, np.zeros((len(scaled) - len(y), y.shape[1]))])
+        w = np.zeros((d, y.shape[1]))
+        w[kept] = scipy.linalg.solve_triangular(r, q.T @ targets) / spread[kept, None]
+        b = (self.r[:1, 1 + d :] - self.r[:1, 1 : 1 + d] @ w)[0] / self.r[0, 0]
+        inverse = scipy.linalg.solve_triangular(r, np.eye(len(kept))) / spread[kept, None]
+        return Fit(self, w, b, tuple(sorted(int(column) for column in kept)), l2, _Inverse(kept, inverse))
+
+
+def _upper(rows: np.ndarray) -> np.ndarray:
+    return np.asarray(np.linalg.qr(rows, "r"))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Inverse:
+    """A root of the inverse of the centred x'x: of the columns `kept`, in that order."""
+
+    kept: np.ndarray
+    root: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
+class Fit:
+    """An exact linear fit.
+
+    Attributes:
+      triangle: of the rows.
+      w, b: [d, t] and [t] float64.
+      kept: the columns of x that the fit uses; the others are combinations of them, or constant, and have weight 0.
+      l2: the penalty.
+    """
+
+    triangle: Triangle
+    w: np.ndarray
+    b: np.ndarray
+    kept: tuple[int, ...]
+    l2: float
+    inverse: _Inverse
+
+    @property
+    def loss(self) -> float:
+        """The mean squared loss, without the penalty."""
+        return self.triangle.loss(self.w, self.b)
+
+    @property
+    def degrees_of_freedom(self) -> int:
+        """Rows less parameters."""
+        return self.triangle.rows - len(self.kept) - 1
+
+    @property
+    def residual_deviation(self) -> np.ndarray:
+        """[t]: sqrt(sum of squared residuals / degrees of freedom)."""
+        at = np.concatenate([self.b[None], self.w, -np.eye(self.w.shape[1])])
+        return np.sqrt(np.square(self.triangle.r @ at).sum(axis=0) / max(self.degrees_of_freedom, 1))
+
+    @property
+    def r2(self) -> np.ndarray:
+        """[t]: the share of the targets' spread that is explained; NaN where there is none."""
+        at = np.concatenate([self.b[None], self.w, -np.eye(self.w.shape[1])])
+        residual = np.square(self.triangle.r @ at).sum(axis=0)
+        spread = np.square(self.triangle.r[1:, 1 + self.triangle.num_inputs :]).sum(axis=0)
+        return 1 - residual / np.where(spread > 0, spread, np.nan)
+
+    @property
+    def standard_errors(self) -> tuple[np.ndarray, np.ndarray]:
+        """Of w [d, t] and b [t], for errors of one variance; NaN for columns that are not used, and with a penalty."""
+        w = np.full(self.w.shape, np.nan)
+        if self.l2:
+            return w, np.full(self.b.shape, np.nan)
+        deviation, kept, root = self.residual_deviation, self.inverse.kept, self.inverse.root
+        w[kept] = np.sqrt(np.square(root).sum(axis=1))[:, None] * deviation
+        # b is the mean of y less the means of x times w.
+        means = self.triangle.r[0, 1 + kept] / self.triangle.r[0, 0]
+        of_b = np.sqrt(1 / self.triangle.r[0, 0] ** 2 + np.square(means @ root).sum())
+        return w, of_b * deviation
+
+    @property
+    def condition_number(self) -> float:
+        """Of the used columns, about their means and scaled to one length; 1 is best, 1e16 is hopeless."""
+        x = self.triangle.r[1:, 1 : 1 + self.triangle.num_inputs][:, list(self.kept)]
+        return float(np.linalg.cond(x / np.sqrt(np.square(x).sum(axis=0)))) if self.kept else 1.0
+
+    def describe(self, names: Sequence[str], target: int = 0, level: float = 0.95) -> str:
+        """A table of one target's coefficients: estimate, standard error, t, p, and the confidence interval.
+
+        Args:
+          names: of the d columns.
+          level: of the interval.
+        """
+        w, b = self.standard_errors
+        rows = [("(intercept)", self.b[target], b[target])]
+        rows += [(name, self.w[j, target], w[j, target]) for j, name in enumerate(names)]
+        wide = max(len(name) for name, *_ in rows)
+        freedom = max(self.degrees_of_freedom, 1)
+        reach = scipy.stats.t.ppf((1 + level) / 2, freedom)
+        lines = [f"{'':{wide}} {'estimate':>13} {'std error':>12} {'t':>10} {'p':>9} {f'{level:.0%} interval':>27}"]
+        for name, estimate, error in rows:
+            if np.isnan(error):
+                lines.append(f"{name:{wide}} {estimate:>13.6g}" + ("" if self.l2 else "   not used: see the others"))
+                continue
+            t = estimate / error if error else np.inf
+            p = 2 * scipy.stats.t.sf(abs(t), freedom)
+            interval = f"{estimate - reach * error:.6g} .. {estimate + reach * error:.6g}"
+            lines.append(f"{name:{wide}} {estimate:>13.6g} {error:>12.6g} {t:>10.4g} {p:>9.3g} {interval:>27}")
+        lines.append(
+            f"{self.triangle.rows:,} rows, {self.degrees_of_freedom:,} degrees of freedom; R2 {self.r2[target]:.6g}; "
+            f"residual deviation {self.residual_deviation[target]:.6g}; condition {self.condition_number:.3g}"
+        )
+        return "\n".join(lines)
