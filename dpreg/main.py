@@ -21,6 +21,7 @@ from dpreg.config import Config, define_flags
 from dpreg.data.sources import RegressionData
 from dpreg.doctor import agree, examine
 from dpreg.errors import AuditFailed, Diverged, InputError, Preempted, ProcessLost
+from dpreg.models.least_squares import Triangle
 from dpreg.observers.checkpoint import Checkpoints
 from dpreg.observers.export import save_model
 from dpreg.observers.metrics import MetricsWriter, read_metrics
@@ -69,21 +70,7 @@ def run(config: Config) -> None:
             (workdir / "flags.cfg").write_text(config.to_flagfile(), encoding="utf-8")
             metrics = stack.enter_context(MetricsWriter(workdir / "metrics.jsonl", trainer.step))
             trainer.observers = (progress, metrics)
-        triangle = None
-        if config.has_optimum() and (config.optimality or config.solver == "exact"):
-            progress.doing("decomposing the rows")
-            triangle = triangle_of(data.train, trainer.mesh, config.num_shards)
-            trainer.heartbeat()
-        try:
-            if config.solver == "exact" and triangle is not None:
-                fit = triangle.solve(config.l2)
-                trainer.accept(fit.w, fit.b, fit.loss)
-            while config.solver == "sgd" and trainer.step < trainer.train.num_steps:
-                trainer.fit_epoch()
-        except Diverged:
-            checkpoints.save(trainer)
-            raise
-        checkpoints.save(trainer)
+        triangle = _trained(config, trainer, data, checkpoints, progress)
 
     if not first:
         return
@@ -100,6 +87,29 @@ def run(config: Config) -> None:
     for name, error in summary.get("parameter_error", {}).items():
         print(f"error in estimating {name}: {np.array(error)}")
     print(f"outputs in {workdir}: summary.json, metrics.jsonl, report.html, flags.cfg, model, checkpoints")
+
+
+def _trained(
+    config: Config, trainer: Trainer, data: RegressionData, checkpoints: Checkpoints, progress: ProgressDisplay
+) -> Triangle | None:
+    """Trains, or solves exactly, and saves; gives what the rows come to, where that says what was the best to reach."""
+    if config.solver == "sgd":
+        try:
+            while trainer.step < trainer.train.num_steps:
+                trainer.fit_epoch()
+        except Diverged:
+            checkpoints.save(trainer)
+            raise
+        checkpoints.save(trainer)
+    if not config.has_optimum() or not (config.optimality or config.solver == "exact"):
+        return None
+    progress.doing("decomposing the rows")
+    triangle = triangle_of(data.train, trainer.mesh, config.num_shards, trainer.heartbeat)
+    if config.solver == "exact":
+        fit = triangle.solve(config.l2)
+        trainer.accept(fit.w, fit.b, fit.loss)
+        checkpoints.save(trainer)
+    return triangle
 
 
 def _above(gap: float | None) -> str:

@@ -1,5 +1,7 @@
 """The exact solution of linear regression over all shards, devices and processes."""
 
+from collections.abc import Callable
+
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
@@ -12,12 +14,15 @@ from dpreg.models.least_squares import Triangle
 _BLOCK_VALUES = 1 << 21  # decomposed at once
 
 
-def triangle_of(source: Source, mesh: Mesh, num_shards: int) -> Triangle:
+def triangle_of(source: Source, mesh: Mesh, num_shards: int, heartbeat: Callable[[], None] = lambda: None) -> Triangle:
     """What all rows of a source come to, to the same bits on any number of devices and processes.
 
     Each process reads the rows of the logical shards that its devices carry, once, and decomposes them on the host in
     float64, which accelerators have not or hardly; the triangles of the shards meet, and are put together by a fixed
     tree. All processes have to call it.
+
+    Args:
+      heartbeat: called whenever some rows are done.
     """
     one = source[np.zeros(1, np.int32)]
     size = 1 + one["x"].shape[1] + one["y"].shape[1]
@@ -34,6 +39,7 @@ def triangle_of(source: Source, mesh: Mesh, num_shards: int) -> Triangle:
             block = source[np.arange(first, min(first + at_once, start + rows))]
             part = Triangle.of(block["x"], block["y"], block["weight"])
             total = part if total is None else total + part
+            heartbeat()
         if total is not None:
             own[place] = [*total.r.ravel(), total.rows, total.weight]
     # As words: JAX would make float32 of them.

@@ -77,13 +77,13 @@ FLAGS = {
 def test_a_loss_reaches_the_optimum_of_others_to_the_same_bits(name, x):
     y = targets(name, x)
     steep = name in ("absolute", "quantile")  # kinks: the steps have to shrink
-    flags = {"loss": name} | FLAGS.get(name, {}) | {"lr": 0.02 if steep else 0.3, "batch_size": ROWS}
+    flags = {"loss": name} | FLAGS.get(name, {}) | {"lr": 0.03 if steep else 0.3, "batch_size": ROWS}
     flags |= (
         {"optimizer": "adam", "lr_schedule": "linear"}
         if steep
         else {"optimizer": "sgd" if name == "l1" else "momentum"}
     )
-    config = Config(**flags, max_epochs=3000 if steep else 400)
+    config = Config(**flags, max_epochs=1200 if steep else 300)
     found = []
     for devices in (1, 8):
         trainer = dpreg.Trainer(config.max_epochs, devices, reduction="ordered", audit=False)
