@@ -100,6 +100,7 @@ def build_trainer(config: Config, observers: tuple[Observer, ...] = ()) -> Train
         seed=config.seed,
         platform=config.platform,
         log_every_steps=config.log_every_steps,
+        accumulate_steps=config.accumulate_steps,
         audit=config.audit,
         observers=observers,
     )

@@ -130,6 +130,7 @@ class Config(Columns):
     lr: float = _flag(0.03, "Learning rate, per step of the global batch.", decides=True)
     sigma: float = _flag(0.01, "Standard deviation of the initial weights.", decides=True)
     batch_size: int = _flag(32, "Rows of a global batch, over all devices: a multiple of num_shards.", decides=True)
+    accumulate_steps: int = _flag(1, "Batches whose gradients are added up for one step.", decides=True)
     max_epochs: int = _flag(3, "How often every row is used.")
     gradient_clip_val: float = _flag(0.0, "Largest norm of the global gradient; 0 for no limit.", decides=True)
     seed: int = _flag(0, "Of the synthetic rows, the initial parameters, the order and dropout.", decides=True)
@@ -197,7 +198,7 @@ class Config(Columns):
                 self._refuse(name, "use a value under 1")
         if self.num_classes < 2 or min(self.hidden, default=1) < 1:
             self._refuse("num_classes" if self.num_classes < 2 else "hidden", "use 2 classes and widths of 1, or more")
-        for name in ("num_train", "batch_size", "max_epochs", "num_shards", "num_devices", "keep"):
+        for name in ("num_train", "batch_size", "accumulate_steps", "max_epochs", "num_shards", "num_devices", "keep"):
             if (value := getattr(self, name)) is not None and value < 1:
                 self._refuse(name, "use 1 or more")
         for name in (

@@ -100,6 +100,8 @@ class Trainer:
       platform: "cpu", "gpu" or "tpu"; None takes JAX's default.
       log_every_steps: steps between log points; 0 for eight an epoch.
       steps_per_block: steps of one compiled call; None chooses by bytes. The result does not depend on it.
+      accumulate_steps: batches whose gradients are added up for one step: the same step as with a batch that many
+        times as large, with the memory of one. (BatchNorm and Dropout see them one by one.)
       audit: whether to count the rows that the steps used, and to check each epoch that it used every row once.
       observers: called with a `Progress` after every block, log point and epoch.
 
@@ -131,6 +133,7 @@ class Trainer:
         platform: str | None = None,
         log_every_steps: int = 0,
         steps_per_block: int | None = None,
+        accumulate_steps: int = 1,
         audit: bool = True,
         observers: Iterable[Observer] = (),
     ):
@@ -143,7 +146,11 @@ class Trainer:
                 raise InputError(f"--{name}={value}: use one of {', '.join(allowed)}")
         if not (math.isfinite(gradient_clip_val) and gradient_clip_val >= 0):
             raise InputError(f"--gradient_clip_val={gradient_clip_val}: use a norm above 0, or 0 for no limit")
-        for name, number in (("max_epochs", max_epochs), ("num_shards", num_shards)):
+        for name, number in (
+            ("max_epochs", max_epochs),
+            ("num_shards", num_shards),
+            ("accumulate_steps", accumulate_steps),
+        ):
             if number < 1:
                 raise InputError(f"--{name}={number}: use 1 or more")
         if not 0 <= seed < 2**31:
@@ -159,7 +166,7 @@ class Trainer:
         self.steps_trained, self._speed = 0, 0.0
         self.checkpoints: Saver | None = None
         self.heartbeat: Callable[[], None] = lambda: None
-        self.audit = Audit(audit)
+        self.audit, self.accumulate_steps = Audit(audit), accumulate_steps
 
     def fit(self, model: Model, data: RegressionData) -> None:
         """Trains the model for `max_epochs`, validating after each.
@@ -183,7 +190,8 @@ class Trainer:
         started = time.perf_counter()
         self._data, self._schema = data, getattr(data, "schema", None)
         self.seconds, self.steps_trained = dict.fromkeys(self.seconds, 0.0), 0
-        train = Dataset(data.train).shuffle(self.seed).batch(data.batch_size).repeat(self.max_epochs)
+        batch_size = data.batch_size * self.accumulate_steps
+        train = Dataset(data.train).shuffle(self.seed).batch(batch_size).repeat(self.max_epochs)
         self.train = self._placed(train.tag(self.audit.on))
         self.val = self._placed(Dataset(data.val).batch(data.batch_size)) if data.val else None
         self._carried = Carried(*self.train.carried)
@@ -208,17 +216,18 @@ class Trainer:
         params, batch_stats = variables.pop("params"), variables.pop("batch_stats", {})
         if variables:
             raise InputError(f"the model has variables {sorted(variables)}: only params and batch_stats can be trained")
-        if batch_stats and self.train.sampler.shard_batch < _FEW_ROWS:
+        rows_together = self.train.sampler.shard_batch // self.accumulate_steps
+        if batch_stats and rows_together < _FEW_ROWS:
             logging.warning(
                 "batch statistics of %d rows: BatchNorm sees the rows of one shard, batch_size / num_shards; "
                 "give it %d or more",
-                self.train.sampler.shard_batch,
+                rows_together,
                 _FEW_ROWS,
             )
         state = TrainState.create(apply_fn=model.apply, params=params, tx=optimizer, batch_stats=batch_stats)
         self.state = devices.replicated(state.replace(step=np.int32(0)), self.mesh)
         self.step, self.epoch_sums = 0, np.zeros((self.train.sampler.steps_per_epoch, 2))
-        self._train_block = self._compiled(compile_train_block, model, self.state, self.train)
+        self._train_block = self._compiled(compile_train_block, model, self.state, self.train, self.accumulate_steps)
         self._eval_block = None
         if self.val:
             of = errors_of(model, self._schema)

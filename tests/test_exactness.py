@@ -60,6 +60,33 @@ def network_run(optimizer, size, num_devices=8, num_val=0, **arguments):
     return digest(trained(Net(OPTIMIZERS[optimizer]), data, 2, num_devices, reduction="ordered", **arguments))
 
 
+@pytest.mark.parametrize("reduction", ["pmean", "ordered"])
+@pytest.mark.parametrize("rows", [1003, 90])
+def test_accumulated_batches_are_the_larger_batch_on_any_devices(reduction, rows):
+    def trained(batch, accumulate, devices, backend="jit", placement="device"):
+        trainer = dpreg.Trainer(
+            3,
+            devices,
+            reduction=reduction,
+            backend=backend,
+            placement=placement,
+            accumulate_steps=accumulate,
+            log_every_steps=1,
+        )
+        losses = []
+        trainer.observers = (lambda p: losses.append(p.train_loss) if p.train_loss is not None else None,)
+        trainer.fit(dpreg.LinearRegressionScratch(3, 0.1), Rows(rows, weighted=True).data(batch, num_val=20))
+        return np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(trainer.state.params)]), losses
+
+    whole, losses = trained(128, 1, 8)
+    found = [trained(32, 4, *how) for how in ((1,), (3, "pmap"), (8, "jit", "host"))]
+    for params, own_losses in found:
+        np.testing.assert_allclose(params, whole, atol=1e-6)
+        np.testing.assert_allclose(own_losses, losses, rtol=1e-5)
+    if reduction == "ordered":
+        assert len({params.tobytes() for params, _ in found}) == 1
+
+
 @pytest.mark.parametrize(("backend", "placement"), LAYOUTS)
 def test_ordered_linear_gives_the_same_bits_on_any_number_of_devices(backend, placement):
     results = {n: linear_run(num_devices=n, backend=backend, placement=placement) for n in DEVICES}

@@ -260,9 +260,9 @@ class Deep(dpreg.Module):
 
 
 @functools.cache
-def program(kind, reduction, backend="jit"):
+def program(kind, reduction, backend="jit", accumulate=1):
     model = {"linear": dpreg.LinearRegressionScratch(3, 0.1), "mlp": Deep()}[kind]
-    trainer = dpreg.Trainer(1, reduction=reduction, backend=backend)
+    trainer = dpreg.Trainer(1, reduction=reduction, backend=backend, accumulate_steps=accumulate)
     trainer.prepare_data(Rows(100).data(16))
     trainer.prepare_model(model)
     return trainer._train_block.as_text()
@@ -270,8 +270,9 @@ def program(kind, reduction, backend="jit"):
 
 @pytest.mark.parametrize("backend", ["jit", "pmap"])
 @pytest.mark.parametrize("kind", ["linear", "mlp"])
-def test_the_compiled_step_communicates_once(kind, backend):
-    text = program(kind, "pmean", backend)
+@pytest.mark.parametrize("accumulate", [1, 4])
+def test_the_compiled_step_communicates_once(kind, backend, accumulate):
+    text = program(kind, "pmean", backend, accumulate)
     assert text.count(" all-reduce(") + text.count(" all-reduce-start(") == 1
     assert "all-gather" not in text
     assert "input_output_alias" in text  # the state is donated

@@ -43,6 +43,26 @@ def one_by_one(turn: Callable[[Array, PyTree], PyTree], count: Array, start: PyT
     return lax.fori_loop(0, count, turn, start)
 
 
+def added_up(sums_of: Callable[[Array], PyTree], most: int, count: Any) -> PyTree:
+    """The sum of `sums_of(i)` for i in [0, count), one after the other; `count` is at most `most`, which is static."""
+    if most == 1 and isinstance(count, int):
+        return sums_of(jnp.int32(0))
+    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(lambda: sums_of(jnp.int32(0))))
+    return one_by_one(lambda i, total: jax.tree.map(jnp.add, total, sums_of(i)), count, zeros)
+
+
+def part_of(batch: PyTree, part: Array, parts: int, axis: int = 0) -> PyTree:
+    """One of `parts` equal parts of the rows of a batch, which lie along an axis."""
+    if parts == 1:
+        return batch
+
+    def rows(leaf: Array) -> Array:
+        size = leaf.shape[axis] // parts
+        return lax.dynamic_slice_in_dim(leaf, part * size, size, axis)
+
+    return jax.tree.map(rows, batch)
+
+
 def mean_over_devices(sums: PyTree) -> PyTree:
     """`lax.pmean` of all leaves in one buffer: one all-reduce a step, whatever the compiler would combine."""
     flat, unravel = ravel_pytree(sums)

@@ -19,9 +19,11 @@ from dpreg.models.losses import row_losses
 from dpreg.parallel.reduce import (
     AXIS,
     PyTree,
+    added_up,
     mean_over_devices,
     one_by_one,
     ordered_sum,
+    part_of,
     value_and_gradient,
     value_and_gradient_together,
 )
@@ -174,6 +176,7 @@ def compile_train_block(
     layout: Layout,
     mesh: Mesh,
     arguments: tuple[Any, ...],
+    accumulate: int,
     reduction: str,
     backend: str,
 ) -> Callable[..., tuple[TrainState, Array]]:
@@ -181,6 +184,7 @@ def compile_train_block(
 
     Args:
       arguments: (data, carried, packed clock), as the calls will give them.
+      accumulate: parts of a shard's batch that go through the model one after the other, before they are reduced.
 
     Returns:
       `f(state, data, carried, clock) -> (state, sums, used)`; the state given is consumed. `sums` is
@@ -190,7 +194,7 @@ def compile_train_block(
       all after it, uses no rows and gives NaN for the loss.
     """
     cpu = mesh.devices.flat[0].platform == "cpu"
-    together = not (cpu and layout.batch_bytes > _CACHE_BYTES)
+    together = not (cpu and layout.batch_bytes // accumulate > _CACHE_BYTES)
 
     def block(state: TrainState, data: PyTree, carried: Carried, packed: Array) -> tuple[TrainState, Array, Array]:
         clock = Clock(*packed)
@@ -214,16 +218,33 @@ def compile_train_block(
 
             def sums_of(slot: Array) -> tuple[PyTree, Array, _Rest]:
                 # Not shards[slot]: of a single slot the compiler would know the shard before the loop runs.
-                return value_and_gradient(loss, state.params, read(k, slot), carried.first + slot)
+                shard, batch = carried.first + slot, read(k, slot)
+                return added_up(
+                    lambda part: value_and_gradient(
+                        loss, state.params, part_of(batch, part, accumulate), shard + part * layout.num_shards
+                    ),
+                    accumulate,
+                    accumulate,
+                )
 
             if reduction == "ordered":
                 sums = ordered_sum(sums_of, layout.slots, carried.count, layout.num_shards)
             elif together:
-                sums = mean_over_devices(value_and_gradient_together(loss, state.params, read(k), shards))
+                batches = read(k)
+                sums = mean_over_devices(
+                    added_up(
+                        lambda part: value_and_gradient_together(
+                            loss,
+                            state.params,
+                            part_of(batches, part, accumulate, axis=1),
+                            shards + part * layout.num_shards,
+                        ),
+                        accumulate,
+                        accumulate,
+                    )
+                )
             else:
-                zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(sums_of, k))
-                add = lambda slot, total: jax.tree.map(jnp.add, total, sums_of(slot))  # noqa: E731
-                sums = mean_over_devices(one_by_one(add, carried.count, zeros))
+                sums = mean_over_devices(added_up(sums_of, layout.slots, carried.count))
 
             def update(_: Array, state: TrainState) -> TrainState:
                 return _updated(state, sums, clock.first_step + k)
