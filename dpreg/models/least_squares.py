@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import scipy.linalg
-import scipy.stats
+import scipy.special  # scipy.stats takes half a second to import
 
 from dpreg.errors import InputError
 
@@ -178,14 +178,14 @@ class Fit:
         rows += [(name, self.w[j, target], w[j, target]) for j, name in enumerate(names)]
         wide = max(len(name) for name, *_ in rows)
         freedom = max(self.degrees_of_freedom, 1)
-        reach = scipy.stats.t.ppf((1 + level) / 2, freedom)
+        reach = scipy.special.stdtrit(freedom, (1 + level) / 2)
         lines = [f"{'':{wide}} {'estimate':>13} {'std error':>12} {'t':>10} {'p':>9} {f'{level:.0%} interval':>27}"]
         for name, estimate, error in rows:
             if np.isnan(error):
                 lines.append(f"{name:{wide}} {estimate:>13.6g}" + ("" if self.l2 else "   not used: see the others"))
                 continue
             t = estimate / error if error else np.inf
-            p = 2 * scipy.stats.t.sf(abs(t), freedom)
+            p = 2 * scipy.special.stdtr(freedom, -abs(t))
             interval = f"{estimate - reach * error:.6g} .. {estimate + reach * error:.6g}"
             lines.append(f"{name:{wide}} {estimate:>13.6g} {error:>12.6g} {t:>10.4g} {p:>9.3g} {interval:>27}")
         lines.append(
