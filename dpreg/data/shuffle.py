@@ -3,6 +3,7 @@
 import contextlib
 import os
 import pathlib
+import resource
 from collections.abc import Iterator
 from typing import BinaryIO
 
@@ -11,7 +12,8 @@ import numpy as np
 from dpreg.data.order import keyed_hash
 
 _IN_MEMORY_BYTES = 256 << 20  # rows up to this size need no buckets on disk
-_BUCKET_BITS = 6  # three times 64 files are open at most, where some systems allow 256
+_BUCKET_BITS = 8  # with 6, a bucket no longer stays in cache while it is sorted: 3/4 of the speed
+_OPEN_FILES = 4 << _BUCKET_BITS  # of rows to fit, of rows held out, of a bucket that is too large; and all else
 _ORDER = 2  # the key of the hash
 
 
@@ -52,6 +54,9 @@ class Shuffle:
 
     def _spill(self) -> None:
         if not self._files:
+            allowed, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+            if allowed < _OPEN_FILES:  # as some systems have it
+                resource.setrlimit(resource.RLIMIT_NOFILE, (min(_OPEN_FILES, most), most))
             for bucket in range(1 << _BUCKET_BITS):
                 path = f"{self._prefix}.{bucket}"
                 self._files.append(self._open.enter_context(open(path, "w+b")))  # noqa: SIM115 (the stack closes it)
