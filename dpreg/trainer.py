@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 from numpy.typing import ArrayLike
 
 from dpreg.data.dataset import PLACEMENTS, Block, Dataset
+from dpreg.data.schema import Schema
 from dpreg.data.sources import ArraySource, RegressionData, Source
 from dpreg.errors import Diverged, InputError, Preempted
 from dpreg.models.losses import Loss, loss_of
@@ -101,7 +102,7 @@ class Trainer:
       log_every_steps: steps between log points; 0 for eight an epoch.
       steps_per_block: steps of one compiled call; None chooses by bytes. The result does not depend on it.
       accumulate_steps: batches whose gradients are added up for one step: the same step as with a batch that many
-        times as large, with the memory of one. (BatchNorm and Dropout see them one by one.)
+        times as large, with the activations of one. (BatchNorm and Dropout see them one by one.)
       audit: whether to count the rows that the steps used, and to check each epoch that it used every row once.
       observers: called with a `Progress` after every block, log point and epoch.
 
@@ -188,7 +189,7 @@ class Trainer:
     def prepare_data(self, data: RegressionData) -> None:
         """Brings the rows to where the steps read them."""
         started = time.perf_counter()
-        self._data, self._schema = data, getattr(data, "schema", None)
+        self._schema: Schema | None = getattr(data, "schema", None)
         self.seconds, self.steps_trained = dict.fromkeys(self.seconds, 0.0), 0
         batch_size = data.batch_size * self.accumulate_steps
         train = Dataset(data.train).shuffle(self.seed).batch(batch_size).repeat(self.max_epochs)
@@ -205,9 +206,9 @@ class Trainer:
         """Initialises the state and compiles the steps, ahead of the first."""
         started = time.perf_counter()
         self._model = model
-        for source in (self._data.train, self._data.val):
-            if source is not None and loss_of(model).domain:
-                _check_targets(source, loss_of(model))
+        for dataset in (self.train, self.val):
+            if dataset is not None and loss_of(model).domain:
+                _check_targets(dataset.source, loss_of(model))
         optimizer = model.configure_optimizers()
         if self.gradient_clip_val:
             optimizer = optax.chain(optax.clip_by_global_norm(self.gradient_clip_val), optimizer)

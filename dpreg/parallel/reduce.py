@@ -43,10 +43,8 @@ def one_by_one(turn: Callable[[Array, PyTree], PyTree], count: Array, start: PyT
     return lax.fori_loop(0, count, turn, start)
 
 
-def added_up(sums_of: Callable[[Array], PyTree], most: int, count: Any) -> PyTree:
-    """The sum of `sums_of(i)` for i in [0, count), one after the other; `count` is at most `most`, which is static."""
-    if most == 1 and isinstance(count, int):
-        return sums_of(jnp.int32(0))
+def added_up(sums_of: Callable[[Array], PyTree], count: Array) -> PyTree:
+    """The sum of `sums_of(i)` for i in [0, count), one after the other, in a loop as of `one_by_one`."""
     zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(lambda: sums_of(jnp.int32(0))))
     return one_by_one(lambda i, total: jax.tree.map(jnp.add, total, sums_of(i)), count, zeros)
 

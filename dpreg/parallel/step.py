@@ -216,35 +216,33 @@ def compile_train_block(
                 rest = _Rest(weight.sum(), rows, jax.tree.map(lambda leaf: leaf * rows, batch_stats))
                 return jnp.vdot(losses, weight), rest
 
+            def over_parts(part_sums: Callable[[Array], PyTree]) -> PyTree:
+                if accumulate == 1:
+                    return part_sums(jnp.int32(0))
+                return added_up(part_sums, clock.one * accumulate)
+
             def sums_of(slot: Array) -> tuple[PyTree, Array, _Rest]:
                 # Not shards[slot]: of a single slot the compiler would know the shard before the loop runs.
                 shard, batch = carried.first + slot, read(k, slot)
-                return added_up(
-                    lambda part: value_and_gradient(
-                        loss, state.params, part_of(batch, part, accumulate), shard + part * layout.num_shards
-                    ),
-                    accumulate,
-                    accumulate,
-                )
+
+                def part_sums(part: Array) -> tuple[PyTree, Array, _Rest]:
+                    rows = part_of(batch, part, accumulate)
+                    return value_and_gradient(loss, state.params, rows, shard + part * layout.num_shards)
+
+                return over_parts(part_sums)
 
             if reduction == "ordered":
                 sums = ordered_sum(sums_of, layout.slots, carried.count, layout.num_shards)
             elif together:
                 batches = read(k)
-                sums = mean_over_devices(
-                    added_up(
-                        lambda part: value_and_gradient_together(
-                            loss,
-                            state.params,
-                            part_of(batches, part, accumulate, axis=1),
-                            shards + part * layout.num_shards,
-                        ),
-                        accumulate,
-                        accumulate,
-                    )
-                )
+
+                def parts_together(part: Array) -> tuple[PyTree, Array, _Rest]:
+                    rows = part_of(batches, part, accumulate, axis=1)
+                    return value_and_gradient_together(loss, state.params, rows, shards + part * layout.num_shards)
+
+                sums = mean_over_devices(over_parts(parts_together))
             else:
-                sums = mean_over_devices(added_up(sums_of, layout.slots, carried.count))
+                sums = mean_over_devices(added_up(sums_of, carried.count))
 
             def update(_: Array, state: TrainState) -> TrainState:
                 return _updated(state, sums, clock.first_step + k)
