@@ -282,9 +282,9 @@ def test_a_process_0_that_stops_during_the_roll_call_is_noticed(monkeypatch):
 
 def test_the_roll_call_minds_neither_strangers_nor_one_that_went_and_came_again():
     port, results = int(free_address().rpartition(":")[2]), []
-    zero = threading.Thread(target=lambda: results.append(roll_call.call_roll("127.0.0.1", port, 2)))
+    zero = threading.Thread(target=lambda: results.append(roll_call.call_roll("127.0.0.1", port, 3)))
     zero.start()
-    for said in (b"GET / HTTP/1.1\r\n\r\n", b"[]\n", b"", b'{"process_id": 1, "num_processes": 2}\n'):
+    for said in (b"GET / HTTP/1.1\r\n\r\n", b"[]\n", b"", b'{"process_id": 1, "num_processes": 3}\n'):
         while True:
             try:
                 with socket.create_connection(("127.0.0.1", port), timeout=1) as connection:
@@ -293,9 +293,13 @@ def test_the_roll_call_minds_neither_strangers_nor_one_that_went_and_came_again(
             except ConnectionRefusedError:  # process 0 does not listen yet
                 time.sleep(0.01)
     assert zero.is_alive()
-    roll_call.answer_roll("127.0.0.1", port, 2, 1)
-    zero.join(10)
+    others = [threading.Thread(target=roll_call.answer_roll, args=("127.0.0.1", port, 3, i)) for i in (1, 2)]
+    for thread in others:
+        thread.start()
+    for thread in (zero, *others):
+        thread.join(10)
     assert results == [None]
+    assert not any(thread.is_alive() for thread in others)
 
 
 @pytest.mark.parametrize(

@@ -93,14 +93,24 @@ def test_every_row_is_in_one_part_and_keeps_its_columns_together(read, columns, 
     np.testing.assert_array_equal(again.val.row, data.val.row)
 
 
-def test_the_same_rows_have_the_same_fingerprint_however_they_are_stored_and_cut(read, columns, monkeypatch):
+def test_the_same_rows_have_the_same_fingerprint_however_they_are_stored_and_cut(read, columns, tmp_path, monkeypatch):
     wanted = {"target": "y", "features": ("a", "kind"), "categorical": "kind"}
     prints = {name: read(name, **wanted).fingerprint() for name in KINDS}
     assert len(set(prints.values())) == 1, prints
     for size, most in ((20_000, 63), (300, 61)):  # by way of the disk: buckets once, and buckets of buckets
         monkeypatch.setattr(shuffle, "_IN_MEMORY_BYTES", size)
         assert read("t.parquet", **wanted, max_categories=most).fingerprint() == prints["t.parquet"]
+    # Parts of which some hold a column as float32 and some as float64, on the way to disk at different widths.
+    whole = pa.table(columns)
+    in_float32 = whole.set_column(0, "a", whole["a"].cast(pa.float32(), safe=False))
+    (tmp_path / "mixed").mkdir()
+    pyarrow.parquet.write_table(in_float32[:400], tmp_path / "mixed" / "0.parquet")
+    pyarrow.parquet.write_table(whole[400:], tmp_path / "mixed" / "1.parquet")
+    monkeypatch.setattr(shuffle, "_IN_MEMORY_BYTES", 1 << 20)
     monkeypatch.setattr(data_columns, "_BATCH_BYTES", 4000)
+    kept = read("mixed", **wanted).fingerprint()
+    monkeypatch.setattr(shuffle, "_IN_MEMORY_BYTES", 300)
+    assert read("mixed", **wanted, max_categories=60).fingerprint() == kept
     assert (
         read("t.parquet", **wanted, max_categories=62).train.row.tolist() == read("t.csv", **wanted).train.row.tolist()
     )

@@ -17,6 +17,7 @@ from dpreg.errors import InputError
 _LARGEST = float(np.finfo(np.float32).max)
 _MOST_CATEGORIES = 1_000_000  # that are held in memory, with their counts
 _MICROSECONDS_A_DAY = 86_400e6
+_NARROW = {pa.bool_(), pa.int8(), pa.uint8(), pa.int16(), pa.uint16(), pa.float16(), pa.float32(), pa.null()}
 _BATCH_BYTES = 16 << 20  # of rows as float64, taken in at once
 
 
@@ -66,6 +67,9 @@ class RawReader:
       columns: what to take from tables, resolved.
       schema: of a model, which knows categories and their codes; -1 is any other. None: codes are given in the order
         of appearance.
+
+    Attributes:
+      narrow: for each column of what `read` yields whether float32 holds all values that it had so far.
     """
 
     def __init__(self, columns: Columns, schema: Schema | None = None):
@@ -75,6 +79,7 @@ class RawReader:
         known = {c.name: c.values for c in schema.inputs if isinstance(c, Category)} if schema else {}
         self.codes = {n: {v: code for code, v in enumerate(known.get(n, ()))} for n in columns.categorical}
         self._predicts = schema is not None
+        self.narrow = (*[True] * (len(self.names) + (not weight)), False)  # the numbers of rows are many
         self._missing: dict[str, tuple[int, str]] = {}  # column -> how many values, and where the first is
 
     def read(self, table: Table, rows: int | None = None) -> Iterator[np.ndarray]:
@@ -117,6 +122,7 @@ class RawReader:
                 raw[:, at] = _days(part, name, column)
             else:
                 raw[:, at] = _numbers(part, name, column)
+        self.narrow = (*(n and self._is_narrow(part, at) for at, n in enumerate(self.narrow[:-1])), False)
         gone = np.isnan(raw)
         for at in map(int, np.flatnonzero(gone.any(axis=0))):
             name = self.names[at]
@@ -134,6 +140,16 @@ class RawReader:
                     raise InputError(f"{where}: column {name!r} is not above 0: it has no logarithm")
                 raw[:, at] = np.log(raw[:, at])
         return raw
+
+    def _is_narrow(self, part: Part, at: int) -> bool:
+        """Whether float32 holds all values of a column of a part."""
+        if at >= len(self.columns.features) + len(self.columns.target):
+            return True  # weights are float32 to the model
+        name = self.names[at]
+        if name in self.codes:
+            return True  # up to a million
+        as_it_is = at < len(self.columns.features) or self.columns.target_transform != "log"
+        return as_it_is and name not in self.columns.dates and part.batch.column(name).type in _NARROW
 
     def _coded(self, part: Part, name: str, column: pa.Array) -> np.ndarray:
         """Categories as their codes; NaN where missing: null, NaN or empty."""

@@ -132,12 +132,12 @@ def _write(table: Table, validation: Table | None, columns: Columns, folder: pat
             there = reader.there(rows)
             fitted = rows[there & ~held_out]
             learned.add(fitted)
-            train.add(fitted)
-            val.add(rows[there & held_out])
+            train.add(fitted, reader.narrow)
+            val.add(rows[there & held_out], reader.narrow)
             progress("reading", read := read + len(rows))
         if validation is not None:
             for rows in reader.read(validation):
-                val.add(rows[reader.there(rows)])
+                val.add(rows[reader.there(rows)], reader.narrow)
                 progress("reading", read := read + len(rows))
         reader.refuse_missing(table.name)
         if not train.rows:
