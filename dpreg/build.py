@@ -4,8 +4,10 @@ import importlib
 from typing import Any
 
 import jax
+import numpy as np
 
 from dpreg.config import Config
+from dpreg.data.dataset import PRECISIONS
 from dpreg.data.ingest import Progress, read_table
 from dpreg.data.sources import RegressionData
 from dpreg.data.synthetic import SyntheticRegressionData
@@ -32,7 +34,14 @@ def build_data(config: Config, progress: Progress = lambda what, rows: None) -> 
     """
     if config.dataset == "synthetic":
         return SyntheticRegressionData(
-            config.w, config.b, config.noise, config.num_train, config.num_val, config.batch_size, config.seed
+            config.w,
+            config.b,
+            config.noise,
+            config.num_train,
+            config.num_val,
+            config.batch_size,
+            config.seed,
+            dtype_of(config),
         )
 
     def read() -> RegressionData:
@@ -43,12 +52,18 @@ def build_data(config: Config, progress: Progress = lambda what, rows: None) -> 
             validation_dataset=config.validation_dataset,
             data_dir=config.data_dir,
             cache_dir=config.cache_dir,
+            dtype=dtype_of(config),
             progress=progress,
         )
 
     first = read() if jax.process_index() == 0 else None
     processes.exchange(patience=_INGEST_SECONDS)
     return first or read()
+
+
+def dtype_of(config: Config) -> np.dtype:
+    """What rows are kept as, on the host."""
+    return np.dtype(PRECISIONS[config.precision][1])
 
 
 def open_dataset(config: Config) -> Table:
@@ -74,9 +89,9 @@ def build_model(config: Config, num_inputs: int, num_targets: int, num_steps: in
     }
     outputs = loss.outputs(num_targets)
     if config.model == "linear":
-        return LinearRegressionScratch(num_inputs, config.lr, config.sigma, outputs, **own)
+        return LinearRegressionScratch(num_inputs, config.lr, config.sigma, outputs, config.intercept, **own)
     if config.model == "concise":
-        return LinearRegression(outputs, config.lr, config.sigma, **own)
+        return LinearRegression(outputs, config.lr, config.sigma, config.intercept, **own)
     if config.model == "mlp":
         return MLP(config.hidden, outputs, config.lr, config.dropout, config.batch_norm, config.activation, **own)
     module, _, name = config.model.partition(":")
@@ -94,6 +109,7 @@ def build_trainer(config: Config, observers: tuple[Observer, ...] = ()) -> Train
         config.num_devices,
         config.gradient_clip_val,
         num_shards=config.num_shards,
+        precision=config.precision,
         reduction=config.reduction,
         backend=config.backend,
         placement=config.placement,

@@ -17,6 +17,7 @@ LOSSES = ("squared", "huber", "absolute", "quantile", "logistic", "softmax", "po
 OPTIMIZERS = ("sgd", "momentum", "adam", "adamw", "lbfgs")
 SCHEDULES = ("constant", "linear", "cosine", "inverse_sqrt")
 MODELS = ("linear", "concise", "mlp")
+PRECISIONS = ("float32", "bfloat16", "float64")
 ACTIVATIONS = ("relu", "tanh", "gelu", "sigmoid")
 MISSING = ("error", "drop", "mean")
 TRANSFORMS = ("none", "log", "standardize")
@@ -54,7 +55,7 @@ class Columns:
     standardize: bool | None = _flag(
         None,
         "Fit on numeric features of mean 0 and deviation 1; reported parameters are in original units. "
-        "Default: tables only.",
+        "Default: tables only, with an intercept.",
         decides=True,
     )
     target_transform: str = _flag("none", "What is fitted of the target: none, log or standardize.", decides=True)
@@ -108,12 +109,16 @@ class Config(Columns):
     model: str = _flag(
         "linear", "linear (from scratch), concise, mlp; or PACKAGE.MODULE:CLASS, a flax module.", decides=True
     )
+    intercept: bool = _flag(True, "Whether a linear model has a bias.", decides=True)
     hidden: tuple[int, ...] = _flag((64, 64), "Widths of an mlp's hidden layers, separated by commas.", decides=True)
     dropout: float = _flag(0.0, "Share of an mlp's hidden values left out in training, in [0, 1).", decides=True)
     batch_norm: bool = _flag(False, "Whether an mlp's hidden values are normalised, within a shard.", decides=True)
     activation: str = _flag("relu", f"Of an mlp: {', '.join(ACTIVATIONS)}.", decides=True)
     solver: str = _flag(
-        "sgd", "sgd, as --optimizer says; or exact: least squares in one pass over the rows, in float64.", decides=True
+        "sgd",
+        "sgd, as --optimizer says; exact: least squares in one pass over the rows, in float64; "
+        "irls: logistic or poisson in a few passes (Newton).",
+        decides=True,
     )
     optimality: bool = _flag(
         True, "Say how far a linear model is from the least squared loss there is: a pass over the training rows."
@@ -135,6 +140,12 @@ class Config(Columns):
     gradient_clip_val: float = _flag(0.0, "Largest norm of the global gradient; 0 for no limit.", decides=True)
     seed: int = _flag(0, "Of the synthetic rows, the initial parameters, the order and dropout.", decides=True)
     num_shards: int = _flag(8, "Logical shards of the run: as many devices can share it.", decides=True)
+    precision: str = _flag(
+        "float32",
+        "float32; float64, from the table to the result; or bfloat16: features and the factors of products, where a "
+        "chip has them, with sums in float32.",
+        decides=True,
+    )
     reduction: str = _flag("pmean", "pmean, or ordered: the same bits on any number of devices.", decides=True)
     backend: str = _flag("jit", "jit (shard_map) or pmap: the same results.")
     placement: str = _flag("auto", "Where rows wait for their step: device, host, or auto: on devices if they fit.")
@@ -176,16 +187,28 @@ class Config(Columns):
             ("optimizer", OPTIMIZERS),
             ("lr_schedule", SCHEDULES),
             ("activation", ACTIVATIONS),
+            ("precision", PRECISIONS),
             ("model", MODELS),
         ):
             value = getattr(self, name)
             if value not in allowed and not (name == "model" and value.count(":") == 1):
                 more = " or PACKAGE.MODULE:CLASS" if name == "model" else ""
                 self._refuse(name, f"use {', '.join(allowed)}{more}")
-        if self.solver not in ("sgd", "exact"):
-            self._refuse("solver", "use sgd or exact")
-        if self.solver == "exact" and not self.has_optimum():
+        if not self.intercept:
+            if self.model not in ("linear", "concise"):
+                self._refuse("intercept", "it is for --model=linear or concise; leave it out")
+            for name, centred in (
+                ("standardize", bool(self.standardize)),
+                ("target_transform", self.target_transform == "standardize"),
+            ):
+                if centred:
+                    self._refuse(name, "what is centred has an intercept; leave out that or --nointercept")
+        if self.solver not in ("sgd", "exact", "irls"):
+            self._refuse("solver", "use sgd, exact or irls")
+        if self.solver == "exact" and not self.is_least_squares():
             self._refuse("solver", "it is for --model=linear or concise, --loss=squared, and no --l1")
+        if self.solver == "irls" and not (self._is_linear() and self.loss in ("logistic", "poisson")):
+            self._refuse("solver", "it is for --model=linear or concise, --loss=logistic or poisson, and no --l1")
         if self.loss not in LOSSES[:4] and self.target_transform != "none":
             self._refuse("target_transform", f"--loss={self.loss} is defined for the target as it is; leave one out")
         if self.l1 and self.optimizer != "sgd":
@@ -287,13 +310,17 @@ class Config(Columns):
                 raise InputError(f"--{name}={_text(given[name])}: give numbers separated by commas") from error
         return cls(**given, given=frozenset(name for name in given if values[name].present))
 
-    def has_optimum(self) -> bool:
+    def is_least_squares(self) -> bool:
         """Whether `dpreg.models.least_squares` knows the best parameters of such a model."""
-        return self.model in ("linear", "concise") and self.loss == "squared" and not self.l1
+        return self._is_linear() and self.loss == "squared"
+
+    def _is_linear(self) -> bool:
+        return self.model in ("linear", "concise") and not self.l1
 
     def columns(self) -> Columns:
         """What to take from a table."""
-        return Columns(**{field.name: getattr(self, field.name) for field in dataclasses.fields(Columns)})
+        columns = Columns(**{field.name: getattr(self, field.name) for field in dataclasses.fields(Columns)})
+        return columns if self.intercept else dataclasses.replace(columns, standardize=False)
 
     def identity(self) -> dict[str, Any]:
         """What decides the answer, besides the rows: a run may only be continued by one that is alike in it."""

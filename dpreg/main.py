@@ -21,7 +21,8 @@ from dpreg.config import Config, define_flags
 from dpreg.data.sources import RegressionData
 from dpreg.doctor import agree, examine
 from dpreg.errors import AuditFailed, Diverged, InputError, Preempted, ProcessLost
-from dpreg.models.least_squares import Triangle
+from dpreg.models.glm import FAMILIES
+from dpreg.models.least_squares import Fit
 from dpreg.observers.checkpoint import Checkpoints
 from dpreg.observers.export import save_model
 from dpreg.observers.metrics import MetricsWriter, read_metrics
@@ -32,7 +33,7 @@ from dpreg.observers.workdir import open_workdir
 from dpreg.parallel import devices, processes
 from dpreg.parallel.deadline import Deadline
 from dpreg.predict import predict
-from dpreg.solver import triangle_of
+from dpreg.solver import Solver
 from dpreg.trainer import Trainer
 
 
@@ -70,18 +71,19 @@ def run(config: Config) -> None:
             (workdir / "flags.cfg").write_text(config.to_flagfile(), encoding="utf-8")
             metrics = stack.enter_context(MetricsWriter(workdir / "metrics.jsonl", trainer.step))
             trainer.observers = (progress, metrics)
-        triangle = _trained(config, trainer, data, checkpoints, progress)
+        fit = _trained(config, trainer, data, checkpoints, progress)
 
     if not first:
         return
     save_model(workdir / "model", config, trainer.variables, data)
     summary = summarize(trainer, data)
-    if triangle is not None:
-        summary["optimality"] = found = describe_optimum(trainer.state.params, data, triangle, config.l2)
-        print(f"loss {found['loss']:.6g}, best possible {found['best']:.6g}{_above(found['gap'])}")
-        if config.solver == "exact":
-            fit = in_units_of(data, triangle).solve() if not config.l2 else triangle.solve(config.l2)
-            print(*(fit.describe(feature_names(data), t) for t in range(data.num_targets)), sep="\n\n")
+    if fit is not None:
+        summary["optimality"] = found = describe_optimum(trainer.state.params, data, fit)
+        if "gap" in found:
+            print(f"loss {found['loss']:.6g}, best possible {found['best']:.6g}{_above(found['gap'])}")
+        if config.solver != "sgd":
+            told = in_units_of(data, fit)
+            print(*(told.describe(feature_names(data), t) for t in range(data.num_targets)), sep="\n\n")
     (workdir / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
     write_report(workdir / "report.html", config, summary, read_metrics(workdir / "metrics.jsonl"))
     for name, error in summary.get("parameter_error", {}).items():
@@ -91,8 +93,8 @@ def run(config: Config) -> None:
 
 def _trained(
     config: Config, trainer: Trainer, data: RegressionData, checkpoints: Checkpoints, progress: ProgressDisplay
-) -> Triangle | None:
-    """Trains, or solves exactly, and saves; gives what the rows come to, where that says what was the best to reach."""
+) -> Fit | None:
+    """Trains, or solves exactly, and saves; gives the best that could be reached, where that is known."""
     if config.solver == "sgd":
         try:
             while trainer.step < trainer.train.num_steps:
@@ -101,15 +103,19 @@ def _trained(
             checkpoints.save(trainer)
             raise
         checkpoints.save(trainer)
-    if not config.has_optimum() or not (config.optimality or config.solver == "exact"):
-        return None
-    progress.doing("decomposing the rows")
-    triangle = triangle_of(data.train, trainer.mesh, config.num_shards, trainer.heartbeat)
-    if config.solver == "exact":
-        fit = triangle.solve(config.l2)
-        trainer.accept(fit.w, fit.b, fit.loss)
+        if not config.optimality or not config.is_least_squares():
+            return None
+    progress.doing("solving")
+    solver = Solver(data.train, trainer.mesh, config.num_shards, trainer.heartbeat)
+    if config.solver == "irls":
+        fit, loss = solver.newton(FAMILIES[config.loss], config.l2, config.intercept)
+    else:
+        fit = solver.least_squares(config.l2, config.intercept, refine=config.precision == "float64")
+        loss = fit.loss
+    if config.solver != "sgd":
+        trainer.accept(fit.w, fit.b, loss)
         checkpoints.save(trainer)
-    return triangle
+    return fit
 
 
 def _above(gap: float | None) -> str:

@@ -65,11 +65,12 @@ def predict(config: Config) -> None:
             config.num_shards,
             config.batch_size,
             schema,
+            config.precision,
             config.reduction,
             config.backend,
             deadline.progress,
         )
-        read = _Reading(table, columns, schema, predictor.piece_rows, progress)
+        read = _Reading(table, RawReader(columns, schema, predictor.dtype), schema, predictor.piece_rows, progress)
         deadline.begin()
         if evaluating:
             with told_of(table.name):
@@ -148,11 +149,11 @@ def columns_of(schema: Schema, columns: Columns, targets: bool) -> Columns:
 class _Reading:
     """The rows of a table as the model sees them, and which of them it can predict."""
 
-    def __init__(self, table: Table, columns: Columns, schema: Schema, piece_rows: int, progress: ProgressDisplay):
+    def __init__(self, table: Table, reader: RawReader, schema: Schema, piece_rows: int, progress: ProgressDisplay):
         self.rows = self.used = 0
         self.there: collections.deque[np.ndarray] = collections.deque()  # of pieces not yet asked about
         self.others: collections.Counter[str] = collections.Counter()  # rows by column, of unknown categories
-        self._table, self._reader, self._schema = table, RawReader(columns, schema), schema
+        self._table, self._reader, self._schema = table, reader, schema
         self._piece_rows, self._progress = piece_rows, progress
 
     def pieces(self) -> Iterator[Rows]:
@@ -167,7 +168,7 @@ class _Reading:
                 if isinstance(column, Category) and (unknown := int((raw[there, at] < 0).sum())):
                     self.others[column.name] += unknown
             with told_of(self._table.name):
-                rows = self._schema.rows(raw)
+                rows = self._schema.rows(raw, self._reader.dtype)
             yield rows
             speed = self.rows / (time.perf_counter() - started)
             self._progress.doing(f"{self._table.name}: {self.rows:,} rows, {speed:,.0f} rows/s")

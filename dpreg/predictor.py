@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from jax.sharding import Mesh
 
-from dpreg.data.dataset import Dataset
+from dpreg.data.dataset import PRECISIONS, Dataset
 from dpreg.data.schema import Schema
 from dpreg.data.sources import ArraySource, Rows, Source
 from dpreg.errors import InputError
@@ -44,7 +44,7 @@ class Predictor:
       mesh: the devices; num_shards: the logical shards, L.
       batch_size: rows of a global batch.
       schema: of the table that the model was trained on, if any.
-      reduction, backend: as of `Trainer`.
+      precision, reduction, backend: as of `Trainer`.
       heartbeat: called whenever results have come from the devices.
     """
 
@@ -58,15 +58,19 @@ class Predictor:
         num_shards: int = 8,
         batch_size: int = 32,
         schema: Schema | None = None,
+        precision: str = "float32",
         reduction: str = "pmean",
         backend: str = "jit",
         heartbeat: Callable[[], None] = lambda: None,
     ):
         self.schema, self.num_inputs, self.num_targets = schema, num_inputs, num_targets
+        self.dtype = np.dtype(PRECISIONS[precision][1])
+        devices.enable(self.dtype)
         self._model, self._variables = model, devices.replicated(variables, mesh)
         self._mesh, self._num_shards, self._batch_size = mesh, num_shards, batch_size
         self._reduction, self._backend, self._heartbeat = reduction, backend, heartbeat
-        row_bytes = 4 * (num_inputs + num_targets + 1)
+        self._precision = precision
+        row_bytes = self.dtype.itemsize * (num_inputs + num_targets + 1)
         self._steps = max(2, min(_PIECE_STEPS, _PIECE_BYTES // (row_bytes * batch_size)))
 
     @property
@@ -78,7 +82,7 @@ class Predictor:
         """What the model predicts for each piece, in the order of its rows: [n, t] float64, in original units.
 
         Args:
-          pieces: {"x": [n, d], "y": [n, t], "weight": [n]} float32, of at most `piece_rows` rows; y is not looked at.
+          pieces: {"x": [n, d], "y": [n, t], "weight": [n]}, of at most `piece_rows` rows; y is not looked at.
         """
         mean = loss_of(self._model).mean
         for rows, found in self._evaluated(pieces, lambda prediction, batch: mean(prediction)):
@@ -135,5 +139,6 @@ class Predictor:
         missing = self.piece_rows - len(piece["weight"])
         if missing:
             piece = {k: np.pad(v, [(0, missing), *[(0, 0)] * (v.ndim - 1)]) for k, v in piece.items()}
-        dataset = Dataset(ArraySource(piece["x"], piece["y"], piece["weight"])).batch(self._batch_size)
+        rows = ArraySource(piece["x"], piece["y"], piece["weight"], self.dtype)
+        dataset = Dataset(rows).batch(self._batch_size).cast(self._precision)
         return dataset.shard(self._mesh, self._num_shards).place("host", self._steps)

@@ -1,5 +1,6 @@
-"""The exact solution of linear regression over all shards, devices and processes."""
+"""Exact solutions of linear models over all shards, devices and processes."""
 
+import dataclasses
 from collections.abc import Callable
 
 import jax
@@ -8,47 +9,144 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from dpreg.data.order import Sampler
-from dpreg.data.sources import Source
-from dpreg.models.least_squares import Triangle
+from dpreg.data.sources import Rows, Source
+from dpreg.errors import InputError
+from dpreg.models.glm import Family
+from dpreg.models.least_squares import Fit, Triangle
 
-_BLOCK_VALUES = 1 << 21  # decomposed at once
+_BLOCK_VALUES = 1 << 21  # reduced at once
+_MOST_PASSES = 50  # of Newton's method, which takes about 8
+_CONVERGED = 1e-12  # of the loss, from one pass to the next
 
 
-def triangle_of(source: Source, mesh: Mesh, num_shards: int, heartbeat: Callable[[], None] = lambda: None) -> Triangle:
-    """What all rows of a source come to, to the same bits on any number of devices and processes.
+class Solver:
+    """Solves linear models on all rows of a source, to the same bits on any number of devices and processes.
 
-    Each process reads the rows of the logical shards that its devices carry, once, and decomposes them on the host in
-    float64, which accelerators have not or hardly; the triangles of the shards meet, and are put together by a fixed
-    tree. All processes have to call it.
+    Each process reads the rows of the logical shards that its devices carry and reduces them on the host in float64,
+    which accelerators have not or hardly; what the shards come to meets, and is put together by a fixed tree. All
+    processes have to ask alike.
 
     Args:
+      source: the rows; mesh: the devices; num_shards: the logical shards, L.
       heartbeat: called whenever some rows are done.
     """
-    one = source[np.zeros(1, np.int32)]
-    size = 1 + one["x"].shape[1] + one["y"].shape[1]
-    sampler = Sampler(len(source), num_shards, num_shards, shuffle=False)
-    slots = -(-num_shards // mesh.size)
-    shards = np.arange(mesh.size * slots).reshape(mesh.size, slots)
-    mine = shards[[device.process_index == jax.process_index() for device in mesh.devices.flat]]
-    own = np.zeros((*mine.shape, size * size + 2))
-    for place, shard in np.ndenumerate(mine):
-        start, rows = sampler.shard_start(int(shard)), int(sampler.shard_size(int(shard)))
-        at_once = max(size, _BLOCK_VALUES // size)
-        total: Triangle | None = None
-        for first in range(start, start + rows, at_once):
-            block = source[np.arange(first, min(first + at_once, start + rows))]
-            part = Triangle.of(block["x"], block["y"], block["weight"])
-            total = part if total is None else total + part
-            heartbeat()
-        if total is not None:
-            own[place] = [*total.r.ravel(), total.rows, total.weight]
-    # As words: JAX would make float32 of them.
-    words = multihost_utils.process_allgather(own.view(np.uint32), tiled=True)
-    every = np.ascontiguousarray(words).view(np.float64).reshape(-1, size * size + 2)[:num_shards]
-    triangles = [
-        Triangle(part[:-2].reshape(size, size), one["x"].shape[1], int(part[-2]), float(part[-1])) for part in every
-    ]
-    while len(triangles) > 1:
-        pairs = range(0, len(triangles), 2)
-        triangles = [sum(triangles[i + 1 : i + 2], triangles[i]) for i in pairs]
-    return triangles[0]
+
+    def __init__(self, source: Source, mesh: Mesh, num_shards: int, heartbeat: Callable[[], None] = lambda: None):
+        one = source[np.zeros(1, np.int32)]
+        self._inputs, self._targets = one["x"].shape[1], one["y"].shape[1]
+        self._source, self._heartbeat = source, heartbeat
+        self._sampler = Sampler(len(source), num_shards, num_shards, shuffle=False)
+        shards = np.arange(mesh.size * -(-num_shards // mesh.size)).reshape(mesh.size, -1)
+        self._own = shards[[device.process_index == jax.process_index() for device in mesh.devices.flat]]
+
+    def triangle(self) -> Triangle:
+        """What all rows come to: one pass."""
+        size = (1 + self._inputs + self._targets) ** 2 + 2
+
+        def of(rows: Rows) -> np.ndarray:
+            return Triangle.of(rows["x"], rows["y"], rows["weight"]).packed()
+
+        return self._unpacked(self._reduced(size, of, self._put_together))
+
+    def least_squares(self, l2: float = 0.0, intercept: bool = True, refine: bool = False) -> Fit:
+        """The least mean squared loss + l2 / 2 sum w^2: one pass, or two.
+
+        Args:
+          refine: whether to win back, in another pass, the digits that rounding has taken from the decomposition: of
+            use where rows are float64.
+        """
+        fit = self.triangle().solve(l2, intercept)
+        if not refine:
+            return fit
+        w, b = fit.w.astype(np.longdouble), fit.b.astype(np.longdouble)
+
+        def gradient(rows: Rows) -> np.ndarray:
+            x, y, weight = (rows[name].astype(np.longdouble) for name in ("x", "y", "weight"))
+            left = (y - x @ w - b) * weight[:, None]
+            return np.concatenate([left.sum(axis=0)[None], x.T @ left]).astype(np.float64).ravel()
+
+        size = 1 + self._inputs, self._targets
+        of_b, *of_w = self._reduced(size[0] * size[1], gradient).reshape(size)
+        return fit.refined(np.array(of_w), of_b)
+
+    def newton(self, family: Family, l2: float = 0.0, intercept: bool = True) -> tuple[Fit, float]:
+        """(the linear model of least mean loss + l2 / 2 sum w^2, that mean loss), by Newton's method.
+
+        Each step is a pass, and a problem of least squares; a step that does not make the loss less is halved.
+
+        Raises:
+          InputError: when there are several targets, or no optimum, such as for classes that a plane separates.
+        """
+        if self._targets > 1:
+            raise InputError(f"--solver=irls: it has one target, and there are {self._targets}")
+        fit: Fit | None = None
+        before, best = fit, np.inf
+        for _ in range(_MOST_PASSES):
+            triangle, loss, weight = self._around(family, fit)
+            if not weight > 0:
+                raise InputError("there is no row with a weight to fit")
+            if fit is not None and before is not None:
+                value = loss + l2 / 2 * float(np.square(fit.w).sum())
+                if not value <= best:
+                    fit = dataclasses.replace(fit, w=(fit.w + before.w) / 2, b=(fit.b + before.b) / 2)
+                    continue
+            solved = triangle.solve(l2 * weight / triangle.weight, intercept)
+            if fit is None:
+                before = dataclasses.replace(solved, w=np.zeros_like(solved.w), b=np.zeros_like(solved.b))
+            else:
+                if best - value <= _CONVERGED * abs(value):
+                    return dataclasses.replace(solved, l2=l2, known_variance=True), loss
+                before, best = fit, value
+            fit = solved
+        raise InputError(
+            f"--solver=irls: no optimum within {_MOST_PASSES} passes: where the features tell targets for certain, "
+            "there is none; give some --l2, such as 0.001"
+        )
+
+    def _around(self, family: Family, fit: Fit | None) -> tuple[Triangle, float, float]:
+        """(the problem of Newton's next step from a fit, its mean loss, the weight of all rows): one pass."""
+
+        def of(rows: Rows) -> np.ndarray:
+            x, y, weight = (rows[name].astype(np.float64) for name in ("x", "y", "weight"))
+            prediction = family.start(y) if fit is None else x @ fit.w + fit.b
+            triangle, loss = family.working(x, y, weight, prediction)
+            return np.array([*triangle.packed(), loss, weight.sum()])
+
+        def add(one: np.ndarray, other: np.ndarray) -> np.ndarray:
+            return np.concatenate([self._put_together(one[:-2], other[:-2]), one[-2:] + other[-2:]])
+
+        size = of(self._source[np.zeros(1, np.int32)]).size
+        *packed, loss, weight = self._reduced(size, of, add)
+        return self._unpacked(np.array(packed)), loss / weight if weight > 0 else np.nan, weight
+
+    def _unpacked(self, packed: np.ndarray) -> Triangle:
+        return Triangle.unpacked(packed, self._inputs, self._targets)
+
+    def _put_together(self, one: np.ndarray, other: np.ndarray) -> np.ndarray:
+        return (self._unpacked(one) + self._unpacked(other)).packed()
+
+    def _reduced(
+        self,
+        size: int,
+        of: Callable[[Rows], np.ndarray],
+        add: Callable[[np.ndarray, np.ndarray], np.ndarray] = np.add,
+    ) -> np.ndarray:
+        """[size] float64: what `of` gives for blocks of rows, put together by `add` over all rows."""
+        found = np.full((*self._own.shape, size), np.nan)
+        at_once = max(256, _BLOCK_VALUES // (1 + self._inputs + self._targets))
+        for place, shard in np.ndenumerate(self._own):
+            start, rows = self._sampler.shard_start(int(shard)), int(self._sampler.shard_size(int(shard)))
+            for first in range(start, start + rows, at_once):
+                part = of(self._source[np.arange(first, min(first + at_once, start + rows))])
+                found[place] = part if first == start else add(found[place], part)
+                self._heartbeat()
+        # As words: JAX would make float32 of them.
+        words = multihost_utils.process_allgather(found.view(np.uint32), tiled=True)
+        every = list(np.ascontiguousarray(words).view(np.float64).reshape(-1, size))
+        every = every[: min(self._sampler.num_shards, len(self._source))]  # the others have no rows
+        while len(every) > 1:
+            every = [
+                add(*pair) if len(pair) == 2 else pair[0]
+                for pair in (every[i : i + 2] for i in range(0, len(every), 2))
+            ]
+        return every[0]

@@ -14,7 +14,7 @@ import optax
 from jax.sharding import Mesh
 from numpy.typing import ArrayLike
 
-from dpreg.data.dataset import PLACEMENTS, Block, Dataset
+from dpreg.data.dataset import PLACEMENTS, PRECISIONS, Block, Dataset
 from dpreg.data.schema import Schema
 from dpreg.data.sources import ArraySource, RegressionData, Source
 from dpreg.errors import Diverged, InputError, Preempted
@@ -94,6 +94,8 @@ class Trainer:
       num_devices: devices to use; None takes all there are, but not more than `num_shards`.
       gradient_clip_val: the largest norm of the global gradient; larger ones are scaled to it. 0: no limit.
       num_shards: logical shards, L: a property of the run, which its result depends on (by rounding at least).
+      precision: "float32"; "bfloat16" for features and, where a chip has them, the factors of products, with sums in
+        float32; or "float64", of rows that are float64, which switches all of JAX in this process to `jax_enable_x64`.
       reduction: "pmean", or "ordered" for the same bits on any number of devices.
       backend: "jit" (shard_map) or "pmap": the same results.
       placement: where rows wait for their step: "device", "host" or "auto".
@@ -107,6 +109,7 @@ class Trainer:
       observers: called with a `Progress` after every block, log point and epoch.
 
     Attributes:
+      dtype: of parameters, targets and sums: float32, or float64 with that precision.
       state: the TrainState, replicated over the devices.
       step, steps_trained: steps done; those of them that this trainer did, not one that it goes on from.
       audit: the rows used in this epoch.
@@ -127,6 +130,7 @@ class Trainer:
         gradient_clip_val: float = 0.0,
         *,
         num_shards: int = 8,
+        precision: str = "float32",
         reduction: str = "pmean",
         backend: str = "jit",
         placement: str = "auto",
@@ -139,6 +143,7 @@ class Trainer:
         observers: Iterable[Observer] = (),
     ):
         for name, value, allowed in (
+            ("precision", precision, tuple(PRECISIONS)),
             ("reduction", reduction, REDUCTIONS),
             ("backend", backend, BACKENDS),
             ("placement", placement, PLACEMENTS),
@@ -159,6 +164,8 @@ class Trainer:
         self.max_epochs, self.gradient_clip_val, self.num_shards = max_epochs, gradient_clip_val, num_shards
         self.reduction, self.backend, self.seed, self.observers = reduction, backend, seed, tuple(observers)
         self.log_every_steps, self.steps_per_block, self.placement = log_every_steps, steps_per_block, placement
+        self.precision, self.dtype = precision, np.dtype(PRECISIONS[precision][1])
+        devices.enable(self.dtype)
         self.mesh: Mesh = devices.data_mesh(num_shards, platform, num_devices)
         self.seconds = dict.fromkeys(("ingest", "compile", "train", "eval"), 0.0)
         self.train_loss = math.nan
@@ -200,7 +207,8 @@ class Trainer:
         self.seconds["ingest"] += time.perf_counter() - started
 
     def _placed(self, dataset: Dataset) -> Dataset:
-        return dataset.shard(self.mesh, self.num_shards).place(self.placement, self.steps_per_block).prefetch(2)
+        placed = dataset.cast(self.precision).shard(self.mesh, self.num_shards)
+        return placed.place(self.placement, self.steps_per_block).prefetch(2)
 
     def prepare_model(self, model: Model) -> None:
         """Initialises the state and compiles the steps, ahead of the first."""
@@ -212,8 +220,9 @@ class Trainer:
         optimizer = model.configure_optimizers()
         if self.gradient_clip_val:
             optimizer = optax.chain(optax.clip_by_global_norm(self.gradient_clip_val), optimizer)
-        row = self.train.source[np.zeros(1, np.int32)]["x"]
-        variables = dict(model.init(jax.random.key(self.seed), jnp.asarray(row), **train_argument(model, False)))
+        row = jnp.asarray(self.train.source[np.zeros(1, np.int32)]["x"], jnp.float32)
+        variables = dict(model.init(jax.random.key(self.seed), row, **train_argument(model, False)))
+        variables = jax.tree.map(lambda leaf: leaf.astype(self.dtype), variables)
         params, batch_stats = variables.pop("params"), variables.pop("batch_stats", {})
         if variables:
             raise InputError(f"the model has variables {sorted(variables)}: only params and batch_stats can be trained")
@@ -263,7 +272,7 @@ class Trainer:
     def accept(self, w: np.ndarray, b: np.ndarray, train_loss: float) -> None:
         """Takes the parameters [d, t] and [t] of a linear model as they are, validates and tells of it."""
         leaves, structure = jax.tree.flatten(self.state.params)
-        given = [np.asarray(w if leaf.ndim > 1 else b, leaf.dtype) for leaf in leaves]
+        given = [np.asarray(w if leaf.ndim > 1 else b, self.dtype) for leaf in leaves]
         self.state = self.state.replace(params=devices.replicated(jax.tree.unflatten(structure, given), self.mesh))
         self.train_loss = train_loss
         self.validate()
@@ -369,10 +378,10 @@ class Trainer:
         Raises:
           InputError: for rows of another shape.
         """
-        x, predictor = np.asarray(x, np.float32), self._predictor()
+        x, predictor = np.asarray(x, self.dtype), self._predictor()
         if x.ndim != 2 or x.shape[1] != predictor.num_inputs or not len(x):
             raise InputError(f"x has shape {list(x.shape)}: give one row or more of {predictor.num_inputs} columns")
-        rows = ArraySource(x, np.zeros((len(x), predictor.num_targets)))
+        rows = ArraySource(x, np.zeros((len(x), predictor.num_targets)), dtype=self.dtype)
         return np.concatenate(list(predictor.predictions(predictor.pieces(rows))))
 
     def evaluate(self, source: Source) -> tuple[float, dict[str, float]]:
@@ -393,6 +402,7 @@ class Trainer:
             self.num_shards,
             self.train.global_batch,
             self._schema,
+            self.precision,
             self.reduction,
             self.backend,
             self.heartbeat,

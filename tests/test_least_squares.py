@@ -11,11 +11,13 @@ import statsmodels.api as sm
 from cluster import alone, ended, outcome, start
 from jax.sharding import Mesh
 from models import Rows
-from sklearn.linear_model import Ridge
+from sklearn.linear_model import LogisticRegression, Ridge
 
 import dpreg
+from dpreg.config import Columns
+from dpreg.models.glm import FAMILIES
 from dpreg.models.least_squares import Triangle
-from dpreg.solver import triangle_of
+from dpreg.solver import Solver
 
 DIAMONDS = pathlib.Path(__file__).parent.parent.parent / "shared" / "data" / "diamonds.parquet"
 
@@ -26,34 +28,109 @@ def digits(found, certified):
     return -np.log10(np.maximum(np.abs(found - certified) / np.abs(certified), 1e-16)).min()
 
 
+NIST = json.loads((pathlib.Path(__file__).parent / "nist.json").read_text())
+
+
+@pytest.mark.parametrize("name", [name for name in NIST if name != "source"])
+def test_the_certified_values_of_nist(name, tmp_path):
+    """From a table to the result in float64, on any number of devices: no set has fewer digits than NumPy reaches."""
+    given = NIST[name]
+    x, y = np.array(given["x"]), np.array(given["y"])
+    x = x ** np.arange(1, given["degree"] + 1) if given["degree"] > 1 else x
+    pd.DataFrame({**{f"x{j}": column for j, column in enumerate(x.T)}, "y": y}).to_csv(tmp_path / "t.csv", index=False)
+    columns = Columns(target=("y",), validation_fraction=0.0, standardize=False)
+    data = dpreg.read_table(str(tmp_path / "t.csv"), columns, cache_dir=str(tmp_path), dtype=np.float64)
+    fits = [
+        Solver(data.train, Mesh(np.array(jax.devices()[:devices]), ("data",)), 8).least_squares(
+            intercept=given["intercept"], refine=True
+        )
+        for devices in (1, 3, 8)
+    ]
+    assert len({(fit.w.tobytes(), fit.b.tobytes()) for fit in fits}) == 1
+    fit, intercept = fits[0], slice(0 if given["intercept"] else 1, None)
+    found, errors = ([b[0], *w[:, 0]][intercept] for w, b in ((fit.w, fit.b), fit.standard_errors))
+    theirs = np.linalg.lstsq(np.column_stack([np.ones(len(x)), x])[:, intercept], y, rcond=None)[0]
+    least = {"Longley": 10, "Filip": 7}.get(name, 9)
+    assert digits(found, given["certified"]) >= max(least, min(digits(theirs, given["certified"]), 13))
+    if any(given["standard_deviation"]):  # where y is no exact polynomial
+        assert digits(errors, given["standard_deviation"]) > min(least, 9)
+
+
+def test_longley_by_way_of_the_flags(tmp_path):
+    given = NIST["Longley"]
+    x = np.array(given["x"])
+    pd.DataFrame({**{f"x{j}": c for j, c in enumerate(x.T)}, "y": given["y"]}).to_csv(tmp_path / "t.csv", index=False)
+    done = alone(
+        tmp_path / "run",
+        devices=2,
+        work=(
+            "--platform=cpu",
+            f"--dataset={tmp_path}/t.csv",
+            f"--cache_dir={tmp_path}",
+            "--target=y",
+            "--validation_fraction=0",
+            "--precision=float64",
+            "--solver=exact",
+        ),
+    )
+    found = json.loads((tmp_path / "run" / "summary.json").read_text())
+    parameters, errors = found["parameters"], found["optimality"]["standard_errors"]
+    assert digits([parameters["b"], *parameters["w"].values()], given["certified"]) > 8
+    assert digits([errors["b"], *errors["w"].values()], given["standard_deviation"]) > 8
+    assert found["optimality"]["gap"] == pytest.approx(0, abs=1e-12)
+    assert "-3.48226e+06" in done.stdout
+
+
 @pytest.mark.parametrize("cuts", [(), (5,), range(1, 16)])
-def test_longley_has_the_certified_values_of_nist(cuts):
-    data = sm.datasets.longley.load_pandas()
-    x, y = data.exog.to_numpy(np.float64), data.endog.to_numpy(np.float64)[:, None]
+def test_parts_of_longley_put_together(cuts):
+    given = NIST["Longley"]
+    x, y = np.array(given["x"]), np.array(given["y"])[:, None]
     blocks = zip(np.split(x, list(cuts)), np.split(y, list(cuts)), strict=True)
     triangles = [Triangle.of(x, y, np.ones(len(x))) for x, y in blocks]
     fit = sum(triangles[1:], triangles[0]).solve()
-    coefficients = [15.0618722713733, -0.358191792925910e-01, -2.02022980381683, -1.03322686717359]
-    coefficients += [-0.511041056535807e-01, 1829.15146461355]
-    errors = [84.9149257747669, 0.334910077722432e-01, 0.488399681651699, 0.214274163161675]
-    errors += [0.226073200069370, 455.478499142212]
-    assert digits(fit.w, coefficients) > 10
-    assert digits(fit.b, -3482258.63459582) > 10
-    assert digits(fit.standard_errors[0], errors) > 10
-    assert digits(fit.standard_errors[1], 890420.383607373) > 10
+    assert digits([fit.b[0], *fit.w[:, 0]], given["certified"]) > 10
     assert digits(fit.residual_deviation, 304.854073561965) > 10
     assert digits(fit.r2, 0.995479004577296) > 12
 
 
-@pytest.mark.parametrize("base", [1.0, 0.1])
-def test_the_polynomials_of_wampler_keep_the_digits_of_numpy(base):
-    """Wampler 1 and 2 of NIST's StRD: y = sum of base^i x^i, exactly."""
-    powers = np.arange(21.0)[:, None] ** np.arange(1, 6)
-    certified = base ** np.arange(6)
-    y = certified[0] + powers @ certified[1:]
-    fit = Triangle.of(powers, y[:, None], np.ones(21)).solve()
-    theirs = np.linalg.lstsq(np.column_stack([np.ones(21), powers]), y, rcond=None)[0]
-    assert digits([fit.b[0], *fit.w[:, 0]], certified) > min(9, digits(theirs, certified) - 0.5)
+@pytest.mark.parametrize("loss", ["logistic", "poisson"])
+@pytest.mark.parametrize("intercept", [True, False])
+def test_newton_finds_the_optimum_and_errors_of_statsmodels(loss, intercept):
+    rng = np.random.default_rng(3)
+    x = rng.normal(size=(3001, 3)) * [1, 30, 0.1] + [0, 100 * intercept, 0]
+    z = x @ [0.5, 0.02, -3] - 2 * intercept
+    y = rng.random(3001) < 1 / (1 + np.exp(-z)) if loss == "logistic" else rng.poisson(np.exp(z))
+    weight = rng.integers(0, 3, 3001)
+    source = dpreg.ArraySource(x, y, weight, np.float64)
+    fits = [
+        Solver(source, Mesh(np.array(jax.devices()[:d]), ("data",)), 8).newton(FAMILIES[loss], intercept=intercept)
+        for d in (1, 8)
+    ]
+    (fit, mean), (other, _) = fits
+    assert (fit.w.tobytes(), fit.b.tobytes()) == (other.w.tobytes(), other.b.tobytes())
+    repeated = np.repeat(np.arange(3001), weight)  # whole weights are repeated rows
+    design = sm.add_constant(x[repeated]) if intercept else x[repeated]
+    family = sm.families.Binomial() if loss == "logistic" else sm.families.Poisson()
+    theirs = sm.GLM(y[repeated].astype(float), design, family=family).fit(tol=1e-14)
+    first = 1 - intercept
+    np.testing.assert_allclose([fit.b[0], *fit.w[:, 0]][first:], theirs.params, rtol=1e-8)
+    errors, error = fit.standard_errors
+    np.testing.assert_allclose([error[0], *errors[:, 0]][first:], theirs.bse, rtol=1e-6)
+    assert 2 * mean == pytest.approx(theirs.deviance / weight.sum(), rel=1e-9)
+    for line, z, p in zip(fit.describe("abc").splitlines()[1:-1], theirs.tvalues, theirs.pvalues, strict=True):
+        assert [float(v) for v in line.split()[3:5]] == pytest.approx([z, p], rel=0.006, abs=1e-300)
+
+
+def test_newton_says_where_there_is_no_optimum():
+    x = np.linspace(-1, 1, 50)
+    solver = Solver(dpreg.ArraySource(x, x > 0), Mesh(np.array(jax.devices()[:1]), ("data",)), 8)
+    with pytest.raises(dpreg.InputError, match=r"no optimum within 50 passes.*--l2"):
+        solver.newton(FAMILIES["logistic"])
+    fit, _ = solver.newton(FAMILIES["logistic"], l2=0.01)
+    theirs = LogisticRegression(C=1 / (0.01 * 50), tol=1e-10).fit(x[:, None], x > 0)
+    assert fit.w[0, 0] == pytest.approx(theirs.coef_[0, 0], rel=1e-6)
+    far = Solver(dpreg.ArraySource(x, np.exp(40 * x)), Mesh(np.array(jax.devices()[:1]), ("data",)), 8)
+    assert far.newton(FAMILIES["poisson"])[0].w[0, 0] == pytest.approx(40, rel=1e-4)  # by way of steps too far
 
 
 def diamonds():
@@ -112,11 +189,12 @@ def test_a_penalty_is_ridge_and_a_loss_is_that_of_the_rows():
 def test_devices_do_not_change_a_bit(rows):
     source = Rows(rows, num_inputs=2, weighted=rows > 3).source()
     found = [
-        triangle_of(source, Mesh(np.array(jax.devices()[:devices]), ("data",)), 8).r.tobytes() for devices in (1, 3, 8)
+        Solver(source, Mesh(np.array(jax.devices()[:devices]), ("data",)), 8).triangle().r.tobytes()
+        for devices in (1, 3, 8)
     ]
     assert len(set(found)) == 1
     whole = Triangle.of(source.x, source.y, source.weight)
-    ours = triangle_of(source, Mesh(np.array(jax.devices()[:2]), ("data",)), 8)
+    ours = Solver(source, Mesh(np.array(jax.devices()[:2]), ("data",)), 8).triangle()
     np.testing.assert_allclose(np.abs(ours.r), np.abs(whole.r), atol=1e-9)
     assert (ours.rows, ours.weight) == (whole.rows, pytest.approx(whole.weight, rel=1e-12))
 

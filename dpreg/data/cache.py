@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
+from numpy.typing import DTypeLike
 
 from dpreg.data.schema import Schema
 from dpreg.data.sources import Rows, gathered
@@ -79,14 +80,18 @@ def new_folder(folder: pathlib.Path) -> Iterator[pathlib.Path]:
         shutil.rmtree(new, ignore_errors=True)
 
 
-def write_manifest(folder: pathlib.Path, table: str, schema: Schema, parts: Mapping[str, tuple[int, str]]) -> None:
+def write_manifest(
+    folder: pathlib.Path, table: str, schema: Schema, dtype: np.dtype, parts: Mapping[str, tuple[int, str]]
+) -> None:
     """Says what lies in the folder: last, since nothing without it is opened.
 
     Args:
+      dtype: of the rows.
       parts: of "train" and "val" the number of rows and the fingerprint.
     """
     manifest = {
         "table": table,
+        "dtype": str(dtype),
         "rows": {name: rows for name, (rows, _) in parts.items()},
         "digests": {name: digest for name, (_, digest) in parts.items()},
         "schema": schema.to_json(),
@@ -105,17 +110,18 @@ def opened(folder: pathlib.Path) -> tuple[MappedSource, MappedSource | None, Sch
     try:
         manifest: dict[str, Any] = json.loads((folder / _MANIFEST).read_text(encoding="utf-8"))
         schema, rows, digests = Schema.from_json(manifest["schema"]), manifest["rows"], manifest["digests"]
-        train = _mapped(folder / "train", rows["train"], schema, digests["train"])
-        val = _mapped(folder / "val", rows["val"], schema, digests["val"]) if rows["val"] else None
+        dtype = np.dtype(manifest["dtype"])
+        train = _mapped(folder / "train", rows["train"], schema, dtype, digests["train"])
+        val = _mapped(folder / "val", rows["val"], schema, dtype, digests["val"]) if rows["val"] else None
         return train, val, schema
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"{folder}: the cache is damaged ({error}); delete that folder") from error
 
 
-def _mapped(prefix: pathlib.Path, rows: int, schema: Schema, digest: str) -> MappedSource:
-    def column(name: str, dtype: type, *width: int) -> np.ndarray:
+def _mapped(prefix: pathlib.Path, rows: int, schema: Schema, dtype: np.dtype, digest: str) -> MappedSource:
+    def column(name: str, dtype: DTypeLike, *width: int) -> np.ndarray:
         return np.asarray(np.memmap(f"{prefix}.{name}", dtype, "r", shape=(rows, *width)))
 
-    x = column("x", np.float32, len(schema.features))
-    y = column("y", np.float32, len(schema.targets))
-    return MappedSource(x, y, column("weight", np.float32), column("row", np.int64), digest)
+    x = column("x", dtype, len(schema.features))
+    y = column("y", dtype, len(schema.targets))
+    return MappedSource(x, y, column("weight", dtype), column("row", np.int64), digest)

@@ -8,13 +8,13 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+from numpy.typing import DTypeLike
 
 from dpreg.config import Columns
 from dpreg.data.schema import Category, Schema
 from dpreg.data.tables import Part, Table, first_wrong
 from dpreg.errors import InputError
 
-_LARGEST = float(np.finfo(np.float32).max)
 _MOST_CATEGORIES = 1_000_000  # that are held in memory, with their counts
 _MICROSECONDS_A_DAY = 86_400e6
 _NARROW = {pa.bool_(), pa.int8(), pa.uint8(), pa.int16(), pa.uint16(), pa.float16(), pa.float32(), pa.null()}
@@ -67,13 +67,14 @@ class RawReader:
       columns: what to take from tables, resolved.
       schema: of a model, which knows categories and their codes; -1 is any other. None: codes are given in the order
         of appearance.
+      dtype: what the model sees numbers as.
 
     Attributes:
       narrow: for each column of what `read` yields whether float32 holds all values that it had so far.
     """
 
-    def __init__(self, columns: Columns, schema: Schema | None = None):
-        self.columns = columns
+    def __init__(self, columns: Columns, schema: Schema | None = None, dtype: DTypeLike = np.float32):
+        self.columns, self.dtype = columns, np.dtype(dtype)
         weight = (columns.weight_column,) if columns.weight_column else ()
         self.names = (*columns.features, *columns.target, *weight)
         known = {c.name: c.values for c in schema.inputs if isinstance(c, Category)} if schema else {}
@@ -90,7 +91,7 @@ class RawReader:
           and its number in the table, from 0.
 
         Raises:
-          InputError: for what is no number, not finite as float32, or not in the range of weights or logarithms.
+          InputError: for what is no number, not finite as `dtype`, or not in the range of weights or logarithms.
         """
         first, waiting = 0, list[np.ndarray]()
         # Dates that begin with blanks have no type of their own.
@@ -121,7 +122,7 @@ class RawReader:
             elif name in columns.dates:
                 raw[:, at] = _days(part, name, column)
             else:
-                raw[:, at] = _numbers(part, name, column)
+                raw[:, at] = _numbers(part, name, column, self.dtype)
         self.narrow = (*(n and self._is_narrow(part, at) for at, n in enumerate(self.narrow[:-1])), False)
         gone = np.isnan(raw)
         for at in map(int, np.flatnonzero(gone.any(axis=0))):
@@ -143,8 +144,8 @@ class RawReader:
 
     def _is_narrow(self, part: Part, at: int) -> bool:
         """Whether float32 holds all values of a column of a part."""
-        if at >= len(self.columns.features) + len(self.columns.target):
-            return True  # weights are float32 to the model
+        if at == len(self.names):
+            return True  # weights of 1
         name = self.names[at]
         if name in self.codes:
             return True  # up to a million
@@ -210,11 +211,11 @@ def spelled(category: str) -> str:
     return f"{day} {time}" if time and time != "00:00:00" else day
 
 
-def _numbers(part: Part, name: str, column: pa.Array) -> np.ndarray:
+def _numbers(part: Part, name: str, column: pa.Array, dtype: np.dtype) -> np.ndarray:
     """A column as float64 [n], NaN where missing.
 
     Raises:
-      InputError: for what is no number, or not finite as float32.
+      InputError: for what is no number, or not finite as the dtype that the model sees.
     """
     kind = column.type
     if pa.types.is_boolean(kind):
@@ -224,9 +225,9 @@ def _numbers(part: Part, name: str, column: pa.Array) -> np.ndarray:
     elif not (pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_null(kind)):
         raise InputError(_not_numeric(part, name, column))
     values = column.to_numpy(zero_copy_only=False).astype(np.float64, copy=False)
-    bad = np.abs(values) > _LARGEST  # False for NaN
+    bad = np.abs(values) > float(np.finfo(dtype).max)  # False for NaN
     if bad.any():
-        raise InputError(f"{part.where(int(bad.argmax()))}: column {name!r} has a value that is not finite as float32")
+        raise InputError(f"{part.where(int(bad.argmax()))}: column {name!r} has a value that is not finite as {dtype}")
     return values
 
 

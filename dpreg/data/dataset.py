@@ -19,6 +19,11 @@ from dpreg.data.sources import Rows, Source
 from dpreg.errors import InputError
 
 PLACEMENTS = ("auto", "device", "host")
+PRECISIONS = {  # what features are, on the devices; and targets, weights, and what is computed
+    "float32": (np.float32, np.float32),
+    "bfloat16": (jnp.bfloat16, np.float32),
+    "float64": (np.float64, np.float64),
+}
 
 _BLOCK_BYTES = 16 << 20  # larger blocks were slower to transfer, smaller ones are dominated by the call
 # A signal to stop is heard between blocks. Of several processes it takes some more blocks until all hear it, while
@@ -66,6 +71,7 @@ class Dataset:
     placement: str = "auto"
     ahead: int = 0
     tagged: bool = False
+    precision: str = "float32"
     steps_per_block: int | None = None
 
     def shuffle(self, seed: int) -> "Dataset":
@@ -96,6 +102,10 @@ class Dataset:
         """Lets each row carry a tag, by which those can be counted that a step used: see `tags`."""
         return dataclasses.replace(self, tagged=tagged)
 
+    def cast(self, precision: str) -> "Dataset":
+        """What rows are on the devices: "float32", "float64", or "bfloat16" for their features."""
+        return dataclasses.replace(self, precision=precision)
+
     def __iter__(self) -> Iterator[Block]:
         return self.blocks(0, self.num_steps)
 
@@ -124,7 +134,13 @@ class Dataset:
     @functools.cached_property
     def row_bytes(self) -> int:
         """Bytes of one row: features, targets and weight."""
-        return sum(column.nbytes for column in self.source[np.zeros(1, np.int32)].values())
+        return sum(column.nbytes for column in self._read(np.zeros(1, np.int32)).values())
+
+    def _read(self, indices: np.ndarray) -> Rows:
+        """Rows of the source as they are on the devices."""
+        of_features, of_rest = PRECISIONS[self.precision]
+        rows = self.source[indices]
+        return {name: v.astype(of_features if name == "x" else of_rest, copy=False) for name, v in rows.items()}
 
     @functools.cached_property
     def block_steps(self) -> int:
@@ -220,10 +236,10 @@ class Dataset:
 
             return read_block
 
-        steps = first_step + jnp.arange(self.block_steps)
+        steps = first_step + jnp.arange(self.block_steps, dtype=jnp.int32)
         positions = self.sampler.positions(steps[:, None], shards[None, :], seed)
         stride = self.sampler.shard_capacity + 1
-        rows = positions + stride * jnp.arange(self.slots)[None, :, None]
+        rows = positions + stride * jnp.arange(self.slots, dtype=jnp.int32)[None, :, None]
         flat = {name: column.reshape(-1, *column.shape[2:]) for name, column in data.items()}
 
         def read_resident(k: Array, slot: Array | None = None) -> Batch:
@@ -259,8 +275,8 @@ class Dataset:
             padding = (positions >= size).ravel()
             # Padding is a row of the device's own without weight: any model takes it, and no other is read.
             indices = np.minimum(start + np.minimum(positions, np.maximum(size - 1, 0)), sampler.num_rows - 1)
-            rows = self.source[indices.ravel()]
-            rows["weight"] = np.where(padding, np.float32(0), rows["weight"])
+            rows = self._read(indices.ravel())
+            rows["weight"] = np.where(padding, rows["weight"].dtype.type(0), rows["weight"])
             if self.tagged:
                 rows["tag"] = np.where(padding, np.uint32(0), row_tag(indices.ravel()))
             shape = (*positions.shape[:axis], 1, *positions.shape[axis:])

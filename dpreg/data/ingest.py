@@ -14,6 +14,7 @@ import pathlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
+from numpy.typing import DTypeLike
 
 from dpreg.config import Columns
 from dpreg.data.ahead import ahead
@@ -28,7 +29,7 @@ from dpreg.data.tables import Table, open_table
 from dpreg.data.tfds import open_tfds
 from dpreg.errors import InputError, told_of
 
-_FORMAT = 3  # of the cache; another one is another key
+_FORMAT = 4  # of the cache; another one is another key
 _ENCODED_BYTES = 16 << 20  # written at once
 _AHEAD = 2  # batches that are made while others are taken in
 _HELD_OUT = 1  # key of the hash of row numbers
@@ -45,6 +46,7 @@ def read_table(
     validation_dataset: str | None = None,
     data_dir: str | None = None,
     cache_dir: str | None = None,
+    dtype: DTypeLike = np.float32,
     progress: Progress = lambda what, rows: None,
 ) -> RegressionData:
     """The rows of a table, held out, scaled and shuffled as asked for; read from its files the first time only.
@@ -56,6 +58,7 @@ def read_table(
       validation_dataset: another table, all of whose rows are held out.
       data_dir: where TFDS datasets are prepared.
       cache_dir: where tables lie once they are read; ~/.cache/dpreg/tables by default.
+      dtype: what they are kept as: float32 or float64.
       progress: told now and then what goes on, and with how many rows so far.
 
     Raises:
@@ -75,7 +78,7 @@ def read_table(
     if validation_dataset is not None:
         validation = open_table(validation_dataset, "validation_dataset")
     cache = pathlib.Path(cache_dir or "~/.cache/dpreg/tables").expanduser()
-    train, val, schema = ingest(table, columns, cache, validation, progress)
+    train, val, schema = ingest(table, columns, cache, validation, dtype, progress)
     return RegressionData(train, val, batch_size, schema)
 
 
@@ -84,6 +87,7 @@ def ingest(
     columns: Columns,
     cache: pathlib.Path,
     validation: Table | None = None,
+    dtype: DTypeLike = np.float32,
     progress: Progress = lambda what, rows: None,
 ) -> tuple[MappedSource, MappedSource | None, Schema]:
     """The rows of a table to fit, those held out, and what its columns are; from the cache where they are there.
@@ -93,6 +97,7 @@ def ingest(
       columns: what to take from it.
       cache: the folder of all caches. Processes may share it: what is not complete is not seen.
       validation: rows to hold out; a share of the table's own by default.
+      dtype: of the rows.
       progress: told now and then what goes on, and with how many rows so far.
 
     Raises:
@@ -102,13 +107,15 @@ def ingest(
     columns = resolve(columns, table)
     if validation is not None:
         validation.require((*columns.features, *columns.target, *filter(None, [columns.weight_column])))
-    what = [_FORMAT, table.signature, validation.signature if validation else None, dataclasses.asdict(columns)]
+    dtype = np.dtype(dtype)
+    files = [table.signature, validation.signature if validation else None]
+    what = [_FORMAT, str(dtype), *files, dataclasses.asdict(columns)]
     folder = cache / hashlib.sha256(json.dumps(what).encode()).hexdigest()[:32]
     rows = opened(folder)
     if rows is None:
         try:
             with new_folder(folder) as new:
-                _write(table, validation, columns, new, progress)
+                _write(table, validation, columns, dtype, new, progress)
         except OSError as error:
             if error.errno in (errno.ENOSPC, errno.EDQUOT):
                 raise InputError(f"--cache_dir={cache}: the disk is full; free some of it, or name another") from error
@@ -121,8 +128,15 @@ def ingest(
     return rows
 
 
-def _write(table: Table, validation: Table | None, columns: Columns, folder: pathlib.Path, progress: Progress) -> None:
-    reader = RawReader(columns)
+def _write(
+    table: Table,
+    validation: Table | None,
+    columns: Columns,
+    dtype: np.dtype,
+    folder: pathlib.Path,
+    progress: Progress,
+) -> None:
+    reader = RawReader(columns, dtype=dtype)
     learned, read = Learned(reader), 0
     with Shuffle(folder / "train") as train, Shuffle(folder / "val") as val:
         for rows in ahead(reader.read(table), _AHEAD):
@@ -154,26 +168,27 @@ def _write(table: Table, validation: Table | None, columns: Columns, folder: pat
         written = {}
         for name, kept, of in (("train", train, table), ("val", val, validation or table)):
             with told_of(of.name):
-                written[name] = kept.rows, _encode(kept.in_order(), folder / name, schema, codes, progress)
-    write_manifest(folder, table.name, schema, written)
+                written[name] = kept.rows, _encode(kept.in_order(), folder / name, schema, dtype, codes, progress)
+    write_manifest(folder, table.name, schema, dtype, written)
 
 
 def _encode(
     parts: Iterable[np.ndarray],
     prefix: pathlib.Path,
     schema: Schema,
+    dtype: np.dtype,
     codes: Sequence[np.ndarray | None],
     progress: Progress,
 ) -> str:
     """Writes what the model sees of the rows, in their final order; gives its fingerprint."""
-    at_once = max(1, _ENCODED_BYTES // (4 * len(schema.features)))
+    at_once = max(1, _ENCODED_BYTES // (dtype.itemsize * len(schema.features)))
 
     def encoded() -> Iterator[dict[str, np.ndarray]]:
         for raw in (part[i : i + at_once] for part in parts for i in range(0, len(part), at_once)):
             for at, place in enumerate(codes):
                 if place is not None:  # the last stands for a missing value
                     raw[:, at] = place[np.where(np.isnan(raw[:, at]), len(place) - 1, raw[:, at]).astype(np.intp)]
-            yield schema.rows(raw) | {"row": raw[:, -1].astype(np.int64)}
+            yield schema.rows(raw, dtype) | {"row": raw[:, -1].astype(np.int64)}
 
     digests = {name: hashlib.blake2b(digest_size=32) for name in ("x", "y", "weight")}
     with contextlib.ExitStack() as stack:

@@ -12,7 +12,7 @@ from dpreg.errors import InputError
 
 _SMALLEST = 1e-150  # deviation that is told from 0: squares of smaller ones are no normal numbers
 
-_FLOAT32_ROUNDS, _MOST_LOST = 2.0**-24, 0.05  # of a value; of a deviation
+_MOST_LOST = 0.05  # of a deviation, by rounding
 
 
 class Learned:
@@ -27,7 +27,7 @@ class Learned:
     def add(self, raw: np.ndarray) -> None:
         """Takes in rows as `RawReader.read` gives them."""
         self._moments.add(raw[:, :-2])
-        self.weight += float(raw[:, -2].astype(np.float32).sum(dtype=np.float64))
+        self.weight += float(raw[:, -2].astype(self._reader.dtype).sum(dtype=np.float64))
         for name in self._counts:
             values = raw[:, self._columns.features.index(name)]
             self._counts[name].update(dict(zip(*np.unique(values[~np.isnan(values)], return_counts=True), strict=True)))
@@ -54,16 +54,16 @@ class Learned:
         scaled = columns.target_transform == "standardize"
         moments = self._moments.scale(rows, True)[len(columns.features) :]
         targets = [Number(t, *(m if scaled else (0.0, 1.0))) for t, m in zip(columns.target, moments, strict=True)]
-        self._refuse_what_float32_cannot_tell(rows)
+        self._refuse_what_cannot_be_told(rows)
         schema = Schema(tuple(inputs), tuple(targets), log_targets=columns.target_transform == "log")
         for feature, count in collections.Counter(schema.features).items():
             if count > 1:
                 raise InputError(f"two features would be called {feature!r}: rename a column or a category")
         return schema, codes
 
-    def _refuse_what_float32_cannot_tell(self, rows: int) -> None:
-        """Raises InputError for a column that is not scaled, and varies by hardly more than float32 rounds."""
-        columns, moments = self._columns, self._moments
+    def _refuse_what_cannot_be_told(self, rows: int) -> None:
+        """Raises InputError for a column that is not scaled, and varies by hardly more than its dtype rounds."""
+        columns, moments, dtype = self._columns, self._moments, self._reader.dtype
         largest = np.maximum(np.abs(moments.least), np.abs(moments.most))
         deviation = np.sqrt(moments.squares / max(rows, 1))
         for at, name in enumerate((*columns.features, *columns.target)):
@@ -71,10 +71,10 @@ class Learned:
             scaled = columns.target_transform == "standardize" if is_target else columns.standardize is not False
             if scaled or name in self._counts or not moments.least[at] < moments.most[at]:
                 continue
-            if largest[at] * _FLOAT32_ROUNDS > _MOST_LOST * deviation[at]:
+            if largest[at] * float(np.finfo(dtype).eps) / 2 > _MOST_LOST * deviation[at]:
                 remedy = "--target_transform=standardize" if is_target else "--standardize"
                 raise InputError(
-                    f"column {name!r} varies by {deviation[at]:.3g} around {moments.mean[at]:.6g}: float32 cannot tell "
+                    f"column {name!r} varies by {deviation[at]:.3g} around {moments.mean[at]:.6g}: {dtype} cannot tell "
                     f"that; use {remedy}"
                 )
 

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+from numpy.typing import DTypeLike
 
 from dpreg.errors import InputError
 
@@ -79,8 +80,8 @@ class Schema:
         """The names of the d features."""
         return tuple(name for column in self.inputs for name in column.features)
 
-    def rows(self, raw: np.ndarray) -> dict[str, np.ndarray]:
-        """What the model sees of rows of a table: {"x": [n, d], "y": [n, t], "weight": [n]} float32.
+    def rows(self, raw: np.ndarray, dtype: DTypeLike = np.float32) -> dict[str, np.ndarray]:
+        """What the model sees of rows of a table: {"x": [n, d], "y": [n, t], "weight": [n]} of a dtype.
 
         Args:
           raw: [n, inputs + targets + 2] float64 as `dpreg.data.columns.RawReader` gives them; without the targets
@@ -90,7 +91,7 @@ class Schema:
           InputError: when a value is not finite once it is scaled.
         """
         inputs, targets = raw[:, : len(self.inputs)], raw[:, len(self.inputs) : -2]
-        x, y = np.zeros((len(raw), len(self.features)), np.float32), np.zeros((len(raw), len(self.targets)), np.float32)
+        x, y = np.zeros((len(raw), len(self.features)), dtype), np.zeros((len(raw), len(self.targets)), dtype)
         with np.errstate(over="ignore"):
             at = 0
             for column, values in zip(self.inputs, inputs.T, strict=True):
@@ -111,7 +112,7 @@ class Schema:
                 raise InputError(
                     f"row {int(raw[row, -1]) + 1}: {names[at]!r} is not finite once it is scaled; mend that value"
                 )
-        return {"x": x, "y": y, "weight": raw[:, -2].astype(np.float32)}
+        return {"x": x, "y": y, "weight": raw[:, -2].astype(dtype)}
 
     def prediction(self, y: np.ndarray) -> np.ndarray:
         """Predictions [n, t] of a model -> in the units of the table, float64."""

@@ -5,7 +5,7 @@ import hashlib
 from typing import Protocol
 
 import numpy as np
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, DTypeLike
 
 from dpreg.data.order import permute
 from dpreg.data.schema import Schema
@@ -17,7 +17,7 @@ Rows = dict[str, np.ndarray]
 class Source(Protocol):
     """Rows by index. `source[indices]` gathers them in one vectorised call, in the order asked.
 
-    Its result is `{"x": [n, d], "y": [n, t], "weight": [n]}`, float32 and freshly allocated.
+    Its result is `{"x": [n, d], "y": [n, t], "weight": [n]}`, float32 (or float64) and freshly allocated.
     """
 
     def __len__(self) -> int: ...
@@ -41,6 +41,7 @@ class ArraySource:
       x: [n, d] features, or [n] for a single one.
       y: [n, t] targets, or [n] for a single one.
       weight: [n] non-negative sample weights; 1 by default. A row of weight 0 counts for nothing.
+      dtype: what they are kept as: float32, or float64 for runs of that precision.
 
     Raises:
       InputError: when shapes disagree, or a value is not finite or a weight negative (names the row).
@@ -50,11 +51,11 @@ class ArraySource:
     y: np.ndarray
     weight: np.ndarray
 
-    def __init__(self, x: ArrayLike, y: ArrayLike, weight: ArrayLike | None = None):
+    def __init__(self, x: ArrayLike, y: ArrayLike, weight: ArrayLike | None = None, dtype: DTypeLike = np.float32):
         columns = {
-            "x": np.asarray(x, np.float32),
-            "y": np.asarray(y, np.float32),
-            "weight": np.ones(len(np.asarray(y)), np.float32) if weight is None else np.asarray(weight, np.float32),
+            "x": np.asarray(x, dtype),
+            "y": np.asarray(y, dtype),
+            "weight": np.ones(len(np.asarray(y)), dtype) if weight is None else np.asarray(weight, dtype),
         }
         if not len(columns["y"]):
             raise InputError("there are no rows: give at least one")

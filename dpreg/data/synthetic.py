@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, DTypeLike
 
 from dpreg.data.sources import RegressionData, Rows
 from dpreg.errors import InputError
@@ -22,7 +22,7 @@ _ROWS_KEY = 2  # of the seed's random key: the part for rows, apart from those f
 def _normals(indices: Array, seed: Array, width: int) -> Array:
     """Standard normal numbers, [rows, width] float32: a function of seed and index."""
     key = jax.random.fold_in(jax.random.key(seed), _ROWS_KEY)
-    return jax.vmap(lambda index: jax.random.normal(jax.random.fold_in(key, index), (width,)))(indices)
+    return jax.vmap(lambda index: jax.random.normal(jax.random.fold_in(key, index), (width,), jnp.float32))(indices)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,6 +36,7 @@ class SyntheticSource:
       num_rows: rows of this source.
       first: the index of its first row, so that training and validation rows come from one sequence.
       seed: the sequence.
+      dtype: of the rows; x and e are drawn as float32, whatever it is.
     """
 
     w: np.ndarray
@@ -44,6 +45,7 @@ class SyntheticSource:
     num_rows: int
     first: int = 0
     seed: int = 0
+    dtype: DTypeLike = np.float32
 
     def __len__(self) -> int:
         return self.num_rows
@@ -61,11 +63,12 @@ class SyntheticSource:
         y = self.b + self.noise * e.astype(np.float64)
         for column, weights in zip(x.T, self.w, strict=True):  # one by one: a matmul's order may depend on the rows
             y += column[:, None] * weights.astype(np.float64)
-        return {"x": x, "y": y.astype(np.float32), "weight": np.ones(count, np.float32)}
+        return {"x": x.astype(self.dtype, copy=False), "y": y.astype(self.dtype), "weight": np.ones(count, self.dtype)}
 
     def fingerprint(self) -> str:
         """Of what the rows are made from."""
-        return repr((self.w.tolist(), self.b.tolist(), self.noise, self.num_rows, self.first, self.seed))
+        what = (self.w.tolist(), self.b.tolist(), self.noise, self.num_rows, self.first, self.seed)
+        return f"{what} {np.dtype(self.dtype)}"
 
 
 class SyntheticRegressionData(RegressionData):
@@ -78,9 +81,10 @@ class SyntheticRegressionData(RegressionData):
       num_train, num_val: rows to fit, rows held out.
       batch_size: rows of one global batch.
       seed: another seed is another sample.
+      dtype: of the rows: float32, or float64 for runs of that precision.
 
     Attributes:
-      w, b: the truth, as given (JAX arrays).
+      w, b: the truth, as given.
     """
 
     def __init__(
@@ -92,12 +96,12 @@ class SyntheticRegressionData(RegressionData):
         num_val: int = 1000,
         batch_size: int = 32,
         seed: int = 0,
+        dtype: DTypeLike = np.float32,
     ):
         if num_train < 1 or num_val < 0 or not 0 <= seed < 2**32:
             raise InputError(f"num_train={num_train}, num_val={num_val}, seed={seed}: use at least 1, 0 and 0")
-        self.w, self.b = jnp.asarray(w, jnp.float32), jnp.asarray(b, jnp.float32)
-        weights = np.asarray(w, np.float32)
-        weights = weights.reshape(len(weights), -1)
-        bias = np.broadcast_to(np.asarray(b, np.float32).ravel(), (weights.shape[1],))
-        source = functools.partial(SyntheticSource, weights, bias, float(noise), seed=seed)
+        self.w, self.b = np.asarray(w, dtype), np.asarray(b, dtype)
+        weights = self.w.reshape(len(self.w), -1)
+        bias = np.broadcast_to(self.b.ravel(), (weights.shape[1],))
+        source = functools.partial(SyntheticSource, weights, bias, float(noise), seed=seed, dtype=dtype)
         super().__init__(source(num_train), source(num_val, first=num_train) if num_val else None, batch_size)

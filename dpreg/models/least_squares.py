@@ -6,6 +6,7 @@ Demmel et al. 2012). Nothing is squared on the way, so no digits are lost as in 
 """
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 
 import numpy as np
@@ -40,6 +41,16 @@ class Triangle:
         whole = np.concatenate([whole, np.zeros((max(0, whole.shape[1] - len(whole)), whole.shape[1]))])
         return cls(_upper(whole), x.shape[1], int((weight > 0).sum()), float(weight.sum(dtype=np.float64)))
 
+    def packed(self) -> np.ndarray:
+        """All of it as one vector of float64."""
+        return np.array([*self.r.ravel(), self.rows, self.weight])
+
+    @classmethod
+    def unpacked(cls, packed: np.ndarray, num_inputs: int, num_targets: int) -> "Triangle":
+        """The triangle that was packed."""
+        size = 1 + num_inputs + num_targets
+        return cls(packed[:-2].reshape(size, size), num_inputs, int(packed[-2]), float(packed[-1]))
+
     def __add__(self, other: "Triangle") -> "Triangle":
         """That of the rows of both."""
         r = _upper(np.concatenate([self.r, other.r]))
@@ -56,8 +67,8 @@ class Triangle:
         at = np.concatenate([np.atleast_2d(b), w, -np.eye(w.shape[1])])
         return float(np.square(self.r @ at).sum() / 2 / self.weight)
 
-    def solve(self, l2: float = 0.0) -> "Fit":
-        """The least mean squared loss + l2 / 2 sum w^2.
+    def solve(self, l2: float = 0.0, intercept: bool = True) -> "Fit":
+        """The least mean squared loss + l2 / 2 sum w^2, with a free b, or with b = 0.
 
         A column that is, to rounding, a combination of those that matter more, or constant, gets the weight 0.
 
@@ -68,7 +79,8 @@ class Triangle:
             raise InputError("there is no row with a weight to fit")
         d = self.num_inputs
         # Below the first row everything is about the mean: the intercept is out of the way.
-        x, y = self.r[1:, 1 : 1 + d], self.r[1:, 1 + d :]
+        rest = self.r[1:] if intercept else self.r
+        x, y = rest[:, 1 : 1 + d], rest[:, 1 + d :]
         lengths = np.sqrt(np.square(self.r[:, 1 : 1 + d]).sum(axis=0))
         spread = np.sqrt(np.square(x).sum(axis=0))
         # What rounding a column's values leaves of it, where it has nothing of its own.
@@ -88,9 +100,9 @@ class Triangle:
         targets = np.concatenate([y, np.zeros((len(scaled) - len(y), y.shape[1]))])
         w = np.zeros((d, y.shape[1]))
         w[kept] = scipy.linalg.solve_triangular(r, q.T @ targets) / spread[kept, None]
-        b = (self.r[:1, 1 + d :] - self.r[:1, 1 : 1 + d] @ w)[0] / self.r[0, 0]
+        b = (self.r[:1, 1 + d :] - self.r[:1, 1 : 1 + d] @ w)[0] / self.r[0, 0] if intercept else np.zeros(y.shape[1])
         inverse = scipy.linalg.solve_triangular(r, np.eye(len(kept))) / spread[kept, None]
-        return Fit(self, w, b, tuple(sorted(int(column) for column in kept)), l2, _Inverse(kept, inverse))
+        return Fit(self, w, b, tuple(sorted(int(column) for column in kept)), l2, intercept, _Inverse(kept, inverse))
 
 
 def _upper(rows: np.ndarray) -> np.ndarray:
@@ -99,7 +111,7 @@ def _upper(rows: np.ndarray) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True)
 class _Inverse:
-    """A root of the inverse of the centred x'x: of the columns `kept`, in that order."""
+    """A root of the inverse of x'x, centred where there is an intercept: of the columns `kept`, in that order."""
 
     kept: np.ndarray
     root: np.ndarray
@@ -114,6 +126,9 @@ class Fit:
       w, b: [d, t] and [t] float64.
       kept: the columns of x that the fit uses; the others are combinations of them, or constant, and have weight 0.
       l2: the penalty.
+      intercept: whether b was free; else it is 0.
+      known_variance: whether rows have the variance that their weights say, as those of Newton's method; else it is
+        estimated by the residuals.
     """
 
     triangle: Triangle
@@ -121,7 +136,32 @@ class Fit:
     b: np.ndarray
     kept: tuple[int, ...]
     l2: float
+    intercept: bool
     inverse: _Inverse
+    known_variance: bool = False
+
+    def refined(self, of_w: np.ndarray, of_b: np.ndarray) -> "Fit":
+        """A step of Newton's method from here, which takes back most of what rounding did.
+
+        Args:
+          of_w: [d, t] the sum over rows of weight x (y - x w - b), in more digits than the fit has.
+          of_b: [t] that of weight (y - x w - b).
+        """
+        means = self.triangle.r[0, 1 : 1 + len(self.w)] / self.triangle.r[0, 0] * self.intercept
+        gradient = of_w - np.outer(means, of_b) - self.l2 * self.triangle.weight * self.w
+        kept, root = self.inverse.kept, self.inverse.root
+        step = np.zeros_like(self.w)
+        step[kept] = root @ (root.T @ gradient[kept])
+        more = of_b / self.triangle.weight * self.intercept - means @ step
+        return dataclasses.replace(self, w=self.w + step, b=self.b + more)
+
+    def in_units(self, mean: np.ndarray, scale: np.ndarray) -> "Fit":
+        """That of the columns of x and y times `scale` plus `mean`, both [d + t]. A penalty stays on the old ones."""
+        d = len(self.w)
+        w = self.w / scale[:d, None] * scale[d:]
+        inverse = _Inverse(self.inverse.kept, self.inverse.root / scale[self.inverse.kept, None])
+        b = self.b * scale[d:] + mean[d:] - mean[:d] @ w
+        return dataclasses.replace(self, triangle=self.triangle.in_units(mean, scale), w=w, b=b, inverse=inverse)
 
     @property
     def loss(self) -> float:
@@ -131,30 +171,34 @@ class Fit:
     @property
     def degrees_of_freedom(self) -> int:
         """Rows less parameters."""
-        return self.triangle.rows - len(self.kept) - 1
+        return self.triangle.rows - len(self.kept) - self.intercept
 
     @property
     def residual_deviation(self) -> np.ndarray:
-        """[t]: sqrt(sum of squared residuals / degrees of freedom)."""
+        """[t]: sqrt(sum of squared residuals / degrees of freedom); 1 where that is known."""
+        if self.known_variance:
+            return np.ones(self.b.shape)
         at = np.concatenate([self.b[None], self.w, -np.eye(self.w.shape[1])])
         return np.sqrt(np.square(self.triangle.r @ at).sum(axis=0) / max(self.degrees_of_freedom, 1))
 
     @property
     def r2(self) -> np.ndarray:
-        """[t]: the share of the targets' spread that is explained; NaN where there is none."""
+        """[t]: the share of the targets' spread that is explained (around 0 without intercept); NaN for none."""
         at = np.concatenate([self.b[None], self.w, -np.eye(self.w.shape[1])])
         residual = np.square(self.triangle.r @ at).sum(axis=0)
-        spread = np.square(self.triangle.r[1:, 1 + self.triangle.num_inputs :]).sum(axis=0)
+        spread = np.square(self.triangle.r[self.intercept :, 1 + self.triangle.num_inputs :]).sum(axis=0)
         return 1 - residual / np.where(spread > 0, spread, np.nan)
 
     @property
     def standard_errors(self) -> tuple[np.ndarray, np.ndarray]:
-        """Of w [d, t] and b [t], for errors of one variance; NaN for columns that are not used, and with a penalty."""
+        """Of w [d, t] and b [t], for errors of one variance; NaN for what is not fitted, and with a penalty."""
         w = np.full(self.w.shape, np.nan)
         if self.l2:
             return w, np.full(self.b.shape, np.nan)
         deviation, kept, root = self.residual_deviation, self.inverse.kept, self.inverse.root
         w[kept] = np.sqrt(np.square(root).sum(axis=1))[:, None] * deviation
+        if not self.intercept:
+            return w, np.full(self.b.shape, np.nan)
         # b is the mean of y less the means of x times w.
         means = self.triangle.r[0, 1 + kept] / self.triangle.r[0, 0]
         of_b = np.sqrt(1 / self.triangle.r[0, 0] ** 2 + np.square(means @ root).sum())
@@ -162,8 +206,8 @@ class Fit:
 
     @property
     def condition_number(self) -> float:
-        """Of the used columns, about their means and scaled to one length; 1 is best, 1e16 is hopeless."""
-        x = self.triangle.r[1:, 1 : 1 + self.triangle.num_inputs][:, list(self.kept)]
+        """Of the used columns, about their means (or 0) and scaled to one length; 1 is best, 1e16 is hopeless."""
+        x = self.triangle.r[self.intercept :, 1 : 1 + self.triangle.num_inputs][:, list(self.kept)]
         return float(np.linalg.cond(x / np.sqrt(np.square(x).sum(axis=0)))) if self.kept else 1.0
 
     def describe(self, names: Sequence[str], target: int = 0, level: float = 0.95) -> str:
@@ -174,22 +218,27 @@ class Fit:
           level: of the interval.
         """
         w, b = self.standard_errors
-        rows = [("(intercept)", self.b[target], b[target])]
+        rows = [("(intercept)", self.b[target], b[target])] if self.intercept else []
         rows += [(name, self.w[j, target], w[j, target]) for j, name in enumerate(names)]
         wide = max(len(name) for name, *_ in rows)
         freedom = max(self.degrees_of_freedom, 1)
-        reach = scipy.special.stdtrit(freedom, (1 + level) / 2)
-        lines = [f"{'':{wide}} {'estimate':>13} {'std error':>12} {'t':>10} {'p':>9} {f'{level:.0%} interval':>27}"]
+        if self.known_variance:
+            statistic, reach, tail = "z", scipy.special.ndtri((1 + level) / 2), scipy.special.ndtr
+        else:
+            statistic, reach = "t", scipy.special.stdtrit(freedom, (1 + level) / 2)
+            tail = functools.partial(scipy.special.stdtr, freedom)
+        heads = f"{'estimate':>13} {'std error':>12} {statistic:>10} {'p':>9} {f'{level:.0%} interval':>27}"
+        lines = [f"{'':{wide}} {heads}"]
         for name, estimate, error in rows:
             if np.isnan(error):
                 lines.append(f"{name:{wide}} {estimate:>13.6g}" + ("" if self.l2 else "   not used: see the others"))
                 continue
             t = estimate / error if error else np.inf
-            p = 2 * scipy.special.stdtr(freedom, -abs(t))
+            p = 2 * tail(-abs(t))
             interval = f"{estimate - reach * error:.6g} .. {estimate + reach * error:.6g}"
             lines.append(f"{name:{wide}} {estimate:>13.6g} {error:>12.6g} {t:>10.4g} {p:>9.3g} {interval:>27}")
-        lines.append(
-            f"{self.triangle.rows:,} rows, {self.degrees_of_freedom:,} degrees of freedom; R2 {self.r2[target]:.6g}; "
-            f"residual deviation {self.residual_deviation[target]:.6g}; condition {self.condition_number:.3g}"
-        )
+        told = [f"{self.triangle.rows:,} rows, {self.degrees_of_freedom:,} degrees of freedom"]
+        if not self.known_variance:
+            told += [f"R2 {self.r2[target]:.6g}", f"residual deviation {self.residual_deviation[target]:.6g}"]
+        lines.append("; ".join([*told, f"condition {self.condition_number:.3g}"]))
         return "\n".join(lines)

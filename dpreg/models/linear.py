@@ -12,11 +12,12 @@ from dpreg.models.module import Module
 
 
 def linear_parameters(params: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray] | None:
-    """W [d, t] and b [t] of a linear model, the scratch or the concise one; None for any other."""
+    """W [d, t] and b [t] of a linear model, the scratch or the concise one (0 without one); None for any other."""
     layer = params["Dense_0"] if set(params) == {"Dense_0"} else params
-    for names in (("w", "b"), ("kernel", "bias")):
-        if set(layer) == set(names):
-            return np.asarray(layer[names[0]]), np.asarray(layer[names[1]])
+    for of_w, of_b in (("w", "b"), ("kernel", "bias")):
+        if of_w in layer and not set(layer) - {of_w, of_b}:
+            w = np.asarray(layer[of_w])
+            return w, np.asarray(layer.get(of_b, np.zeros(w.shape[1], w.dtype)))
     return None
 
 
@@ -30,18 +31,23 @@ class LinearRegressionScratch(Module):
       lr: learning rate of minibatch SGD.
       sigma: standard deviation of the initial weights.
       num_targets: targets per row, t; D2L has one.
+      intercept: whether there is a `b`; else the predictions are x w.
     """
 
     num_inputs: int
     lr: float
     sigma: float = 0.01
     num_targets: int = 1
+    intercept: bool = True
 
     def setup(self) -> None:
         """Creates the parameters."""
-        self.w = self.param("w", nn.initializers.normal(self.sigma), (self.num_inputs, self.num_targets))
-        self.b = self.param("b", nn.initializers.zeros, (self.num_targets,))
+        size = self.num_inputs, self.num_targets
+        self.w = self.param("w", nn.initializers.normal(self.sigma), size, jnp.float32)
+        if self.intercept:
+            self.b = self.param("b", nn.initializers.zeros, (self.num_targets,), jnp.float32)
 
     def __call__(self, x: Array) -> Array:
         """The predictions: [n, num_inputs] -> [n, num_targets]."""
-        return jnp.matmul(x, self.w) + self.b[None]
+        prediction = jnp.matmul(x, self.w)
+        return prediction + self.b[None] if self.intercept else prediction

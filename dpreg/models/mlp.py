@@ -15,16 +15,19 @@ class LinearRegression(Module):
       num_outputs: columns of the prediction.
       lr: learning rate of minibatch SGD.
       sigma: standard deviation of the initial weights.
+      intercept: whether there is a bias.
     """
 
     num_outputs: int = 1
     lr: float = 0.03
     sigma: float = 0.01
+    intercept: bool = True
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
         """The predictions: [n, d] -> [n, num_outputs]."""
-        return nn.Dense(self.num_outputs, kernel_init=nn.initializers.normal(self.sigma))(x)
+        start = nn.initializers.normal(self.sigma)
+        return nn.Dense(self.num_outputs, self.intercept, kernel_init=start)(x)
 
 
 class MLP(Module):

@@ -161,7 +161,7 @@ def _content(trainer: Trainer) -> dict[str, Any]:
             "opt_state": state.opt_state,
             "batch_stats": state.batch_stats,
         },
-        "epoch_sums": replicated(trainer.epoch_sums.astype(np.float32), trainer.mesh),
+        "epoch_sums": replicated(trainer.epoch_sums.astype(trainer.dtype), trainer.mesh),
         "rows_used": replicated(np.zeros(2, np.uint32) if used is None else used, trainer.mesh),
     }
 

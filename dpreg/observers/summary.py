@@ -10,7 +10,7 @@ import numpy as np
 
 from dpreg.data.sources import RegressionData
 from dpreg.data.synthetic import SyntheticRegressionData
-from dpreg.models.least_squares import Triangle
+from dpreg.models.least_squares import Fit
 from dpreg.models.linear import linear_parameters
 from dpreg.trainer import Trainer
 
@@ -79,36 +79,33 @@ def _named(w: np.ndarray, b: np.ndarray, data: RegressionData) -> dict[str, Any]
     }
 
 
-def describe_optimum(params: Any, data: RegressionData, triangle: Triangle, l2: float) -> dict[str, Any]:
+def describe_optimum(params: Any, data: RegressionData, fit: Fit) -> dict[str, Any]:
     """How far a linear model is from the least loss that any has on the training rows, and what that one is.
 
-    `gap` is what is left of the loss, with its penalty, as a share of the least: 0 at the optimum. `not_used` names
-    the features that are constant or combinations of others. Without a penalty there are also the standard errors, in
-    the units of the data.
+    `gap`, of the squared loss with its penalty, is what is left of it as a share of the least: 0 at the optimum.
+    `not_used` names the features that are constant or combinations of others. Without a penalty there are also the
+    standard errors. All in the units of the data.
     """
-    (w, b), fit = linear_parameters(params) or (np.zeros(0), np.zeros(0)), triangle.solve(l2)
-    names = feature_names(data)
-    loss, best = (
-        triangle.loss(at_w, at_b) + l2 / 2 * float(np.square(at_w).sum())
-        for at_w, at_b in ((w.astype(np.float64), b.astype(np.float64)), (fit.w, fit.b))
-    )
-    result = {
-        "loss": loss,
-        "best": best,
-        "gap": (loss - best) / best if best > 0 else None,
-        "parameters": _named(fit.w, fit.b, data),
-        "not_used": [name for j, name in enumerate(names) if j not in fit.kept],
-    }
-    if not l2:
-        error_w, error_b = in_units_of(data, triangle).solve().standard_errors
-        errors = [None if np.isnan(row).any() else row.tolist() for row in error_w]
-        result["standard_errors"] = {"w": dict(zip(names, errors, strict=True)), "b": error_b.tolist()}
+    (w, b), names = linear_parameters(params) or (np.zeros(0), np.zeros(0)), feature_names(data)
+    result: dict[str, Any] = {}
+    if not fit.known_variance:
+        loss, best = (
+            fit.triangle.loss(at_w, at_b) + fit.l2 / 2 * float(np.square(at_w).sum())
+            for at_w, at_b in ((w.astype(np.float64), b.astype(np.float64)), (fit.w, fit.b))
+        )
+        result = {"loss": loss, "best": best, "gap": (loss - best) / best if best > 0 else None}
+    result["parameters"] = _named(fit.w, fit.b, data)
+    result["not_used"] = [name for j, name in enumerate(names) if j not in fit.kept]
+    if not fit.l2:
+        error_w, error_b = in_units_of(data, fit).standard_errors
+        *errors, of_b = [None if np.isnan(row).any() else row.tolist() for row in (*error_w, error_b)]
+        result["standard_errors"] = {"w": dict(zip(names, errors, strict=True)), "b": of_b}
     return result
 
 
-def in_units_of(data: RegressionData, triangle: Triangle) -> Triangle:
-    """The triangle of the rows as the table has them."""
-    return triangle if data.schema is None else triangle.in_units(*data.schema.units)
+def in_units_of(data: RegressionData, fit: Fit) -> Fit:
+    """The fit of the rows as the table has them."""
+    return fit if data.schema is None else fit.in_units(*data.schema.units)
 
 
 def feature_names(data: RegressionData) -> tuple[str, ...]:

@@ -61,15 +61,18 @@ def start(
         if not home.startswith("~"):  # where there is no home, there is no cache
             jax.config.update("jax_compilation_cache_dir", os.path.join(home, "dpreg", "xla"))
             jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-    # Products of float32 as such, also where a chip would round their factors first.
-    jax.config.update("jax_default_matmul_precision", "highest")
-
     processes.join(coordinator_address, num_processes, process_id)
     try:
         jax.local_devices()
     except (RuntimeError, AssertionError) as error:
         asked = os.environ.get("JAX_PLATFORMS", "")
         raise InputError(f"JAX finds no device with JAX_PLATFORMS={asked}: unset it, or use --platform=cpu") from error
+
+
+def enable(dtype: np.dtype) -> None:
+    """Lets JAX compute in a dtype: float64 is off, in the whole process, until it is asked for."""
+    if dtype == np.float64:
+        jax.config.update("jax_enable_x64", True)
 
 
 def data_mesh(num_shards: int, platform: str | None = None, num_devices: int | None = None) -> Mesh:

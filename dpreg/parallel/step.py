@@ -28,6 +28,10 @@ from dpreg.parallel.reduce import (
     value_and_gradient_together,
 )
 
+# Products of float32 as such, also where a chip would round their factors by default; of bfloat16 features the factors
+# are rounded where the chip has such products, which it adds up in float32.
+_IN_FULL, _OF_BFLOAT16 = "highest", "BF16_BF16_F32"
+
 TRAINING_KEY = 1  # of the run's random key: the part for dropout, apart from that for the first parameters
 
 REDUCTIONS = ("pmean", "ordered")
@@ -146,10 +150,12 @@ def forward(
             kwargs = {"mask": mask.reshape(-1, *[1] * (x.ndim - 1)), **kwargs}
         return next_call(*args, **kwargs)
 
-    with nn.intercept_methods(hide_padding):
+    x = batch["x"]
+    products = jax.default_matmul_precision(_OF_BFLOAT16 if x.dtype == jnp.bfloat16 else _IN_FULL)
+    with nn.intercept_methods(hide_padding), products:
         prediction, updated = model.apply(
             variables,
-            batch["x"],
+            x.astype(batch["weight"].dtype),
             **mode,
             mutable=["batch_stats"] if train else [],
             rngs=None if key is None else {"dropout": key},
@@ -198,7 +204,7 @@ def compile_train_block(
 
     def block(state: TrainState, data: PyTree, carried: Carried, packed: Array) -> tuple[TrainState, Array, Array]:
         clock = Clock(*packed)
-        shards = carried.first + jnp.arange(layout.slots)
+        shards = carried.first + jnp.arange(layout.slots, dtype=jnp.int32)
         read = layout.reader(data, shards, clock.first_step, clock.seed)
         seed_key = jax.random.fold_in(jax.random.key(clock.seed), TRAINING_KEY)
 
@@ -211,7 +217,8 @@ def compile_train_block(
                 prediction, batch_stats = forward(
                     model, {"params": params, "batch_stats": state.batch_stats}, batch, train=True, key=key
                 )
-                weight, rows = batch["weight"], (batch["weight"] > 0).sum(dtype=jnp.float32)
+                weight = batch["weight"]
+                rows = (weight > 0).sum(dtype=weight.dtype)
                 losses = row_losses(model, prediction, batch)
                 rest = _Rest(weight.sum(), rows, jax.tree.map(lambda leaf: leaf * rows, batch_stats))
                 return jnp.vdot(losses, weight), rest
@@ -252,13 +259,14 @@ def compile_train_block(
             value = jnp.where(new.step > clock.first_step + k, value, jnp.nan)
             return new, history.at[k].set(jnp.stack([value, rest.weight]))
 
-        steps = jnp.arange(layout.block_steps)
-        state, history = lax.fori_loop(0, clock.num_steps, step, (state, jnp.zeros((layout.block_steps, 2))))
+        steps = jnp.arange(layout.block_steps, dtype=jnp.int32)
+        nothing = jnp.zeros((layout.block_steps, 2), data["weight"].dtype)
+        state, history = lax.fori_loop(0, clock.num_steps, step, (state, nothing))
         used = jnp.zeros((1, 2), jnp.uint32)
         if "tag" in data:
             tags = jax.vmap(lambda k: read(k)["tag"])(steps)
             tags = jnp.where((clock.first_step + steps < state.step)[:, None, None], tags, 0)
-            used = jnp.stack([(tags > 0).sum(dtype=tags.dtype), tags.sum()])[None]
+            used = jnp.stack([(tags > 0).sum(dtype=tags.dtype), tags.sum(dtype=tags.dtype)])[None]
         return state, history, used
 
     options = _ORDERED_OPTIONS if reduction == "ordered" else {}
@@ -308,7 +316,7 @@ def compile_eval_block(
 
     def block(variables: PyTree, data: PyTree, carried: Carried, packed: Array) -> PyTree:
         clock = Clock(*packed)
-        shards = carried.first + jnp.arange(layout.slots)
+        shards = carried.first + jnp.arange(layout.slots, dtype=jnp.int32)
         read = layout.reader(data, shards, clock.first_step, clock.seed)
 
         def wanted(batch: PyTree) -> PyTree:
@@ -380,4 +388,6 @@ def _compile(
             check_vma=False,
         )
         function = jax.jit(mapped, donate_argnums=donated)
-    return function.lower(*arguments).compile(compiler_options=options)
+    with jax.default_matmul_precision(_IN_FULL):
+        lowered = function.lower(*arguments)
+    return lowered.compile(compiler_options=options)

@@ -1,0 +1,127 @@
+"""Precisions: float64 from the rows to the result; bfloat16 features with sums in float32."""
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from cluster import alone
+from models import Net, Rows
+from test_exactness import OPTIMIZERS, batches_of, digest, sgd_in_float64, trained
+
+import dpreg
+from dpreg.data.order import Sampler
+from dpreg.predictor import Predictor
+
+
+@pytest.fixture(autouse=True)
+def _float64_off_again():
+    yield
+    jax.config.update("jax_enable_x64", False)
+
+
+def of_float64(num_rows, num_inputs=3, weighted=True):
+    """Rows whose last digits float32 has not."""
+    source, rng = Rows(num_rows, num_inputs, weighted).source(), np.random.default_rng(5)
+    x = source.x + rng.uniform(-1e-9, 1e-9, source.x.shape)
+    return dpreg.ArraySource(x, source.y.astype(np.float64) + 1e-10, source.weight, dtype=np.float64)
+
+
+@pytest.mark.parametrize("reduction", ["pmean", "ordered"])
+@pytest.mark.parametrize("placement", ["device", "host"])
+def test_float64_agrees_with_float64(reduction, placement):
+    source, sampler = of_float64(1003, 5), Sampler(1003, 8, 64)
+    model = dpreg.LinearRegressionScratch(5, 0.03)
+    start = model.init(jax.random.key(0), np.zeros((1, 5), np.float32))["params"]
+    batches = list(batches_of(sampler, 0, 3))
+    w, b, losses = sgd_in_float64(source.x, source.y, source.weight, 0.03, batches, (start["w"], start["b"]))
+    last_epoch = np.array(losses[-sampler.steps_per_epoch :]).sum(0)
+    for devices in (1, 2, 8):
+        trainer = dpreg.Trainer(3, devices, precision="float64", reduction=reduction, placement=placement)
+        trainer.fit(model, dpreg.RegressionData(source, None, 64))
+        assert trainer.state.params["w"].dtype == np.float64
+        np.testing.assert_allclose(trainer.state.params["w"], w, rtol=1e-13, atol=1e-15)
+        np.testing.assert_allclose(trainer.state.params["b"], b, rtol=1e-13, atol=1e-15)
+        assert trainer.train_loss == pytest.approx(last_epoch[0] / last_epoch[1], rel=1e-13)
+        np.testing.assert_allclose(trainer.predict(source.x[:7]), source.x[:7] @ w + b, rtol=1e-12)
+
+
+@pytest.mark.parametrize("precision", ["float64", "bfloat16"])
+def test_ordered_gives_the_same_bits_in_any_precision(precision):
+    source = of_float64(203)
+    model = dataclasses.replace(Net(OPTIMIZERS["clip+momentum"]))
+
+    def run(devices, **arguments):
+        data = dpreg.RegressionData(source, source, 64)
+        with jax.numpy_dtype_promotion("standard"):  # the dropout of flax, and optax
+            return digest(trained(model, data, 2, devices, reduction="ordered", precision=precision, **arguments))
+
+    assert len({run(1), run(3, placement="host"), run(8), run(8, backend="pmap")}) == 1
+
+
+@pytest.mark.parametrize("placement", ["device", "host"])
+def test_bfloat16_rounds_features_and_nothing_else(placement):
+    source, sampler = Rows(1003, 5, weighted=True).source(), Sampler(1003, 8, 64)
+    model = dpreg.LinearRegressionScratch(5, 0.03)
+    start = model.init(jax.random.key(0), source.x[:1])["params"]
+    rounded = source.x.astype(ml_dtypes.bfloat16).astype(np.float64)
+    batches = list(batches_of(sampler, 0, 3))
+    w, b, _ = sgd_in_float64(rounded, source.y, source.weight, 0.03, batches, (start["w"], start["b"]))
+    for devices in (1, 8):
+        trainer = dpreg.Trainer(3, devices, precision="bfloat16", placement=placement)
+        trainer.fit(model, dpreg.RegressionData(source, None, 64))
+        block = next(iter(trainer.train))
+        assert {name: column.dtype for name, column in block.data.items() if name != "tag"} == {
+            "x": jnp.bfloat16,
+            "y": np.float32,
+            "weight": np.float32,
+        }
+        # Here chips have no such products; one that has them rounds the parameters for them, too.
+        np.testing.assert_allclose(trainer.state.params["w"], w, rtol=1e-6, atol=1e-7)
+        np.testing.assert_allclose(trainer.state.params["b"], b, rtol=1e-6, atol=1e-7)
+
+
+def test_bfloat16_asks_for_products_with_sums_in_float32():
+    data = Rows(200).data(64)
+    asked = {}
+    for precision in ("float32", "bfloat16"):
+        trainer = dpreg.Trainer(1, 1, precision=precision)
+        trainer.fit(dpreg.LinearRegressionScratch(3, 0.03), data)
+        asked[precision] = set()
+        for found in jax.make_jaxpr(lambda x, trainer=trainer: _predicted(trainer, x))(data.train.x[:8]).eqns:
+            asked[precision].add(str(found.params.get("precision")))
+    assert any("BF16_BF16_F32" in text for text in asked["bfloat16"])
+    assert not any("BF16" in text for text in asked["float32"])
+
+
+def _predicted(trainer, x):
+    from dpreg.parallel.step import forward
+
+    batch = {"x": x.astype(jnp.bfloat16 if trainer.precision == "bfloat16" else x.dtype), "weight": jnp.ones(len(x))}
+    return forward(dpreg.LinearRegressionScratch(3, 0.03), trainer.variables, batch, train=False)[0]
+
+
+def test_a_predictor_of_float64():
+    rng = np.random.default_rng(0)
+    x, w = rng.normal(size=(1001, 3)), rng.normal(size=(3, 1))
+    mesh = dpreg.Trainer(1, 8).mesh
+    model = dpreg.LinearRegressionScratch(3, 0.03)
+    variables = {"params": {"w": w, "b": np.array([0.1])}, "batch_stats": {}}
+    predictor = Predictor(model, variables, 3, 1, mesh, precision="float64")
+    found = predictor.predictions(predictor.pieces(dpreg.ArraySource(x, np.zeros(1001), dtype=np.float64)))
+    np.testing.assert_allclose(np.concatenate(list(found)), x @ w + 0.1, rtol=1e-14, atol=1e-14)
+
+
+def test_a_run_in_float64_goes_on_to_the_same_bits(tmp_path):
+    work = ("--platform=cpu", "--precision=float64", "--noise=0.5", "--num_train=300", "--num_val=50")
+    alone(tmp_path / "whole", "--max_epochs=2", devices=2, work=work)
+    alone(tmp_path / "parts", "--max_epochs=1", devices=2, work=work)
+    alone(tmp_path / "parts", "--max_epochs=2", devices=2, work=work)
+    summaries = [json.loads((tmp_path / name / "summary.json").read_text()) for name in ("whole", "parts")]
+    assert summaries[0]["params_sha256"] == summaries[1]["params_sha256"]
+    assert summaries[0]["train_loss"] == summaries[1]["train_loss"]
+    b = summaries[0]["parameters"]["b"]
+    assert b != float(np.float32(b))
