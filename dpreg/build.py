@@ -117,6 +117,7 @@ def build_trainer(config: Config, observers: tuple[Observer, ...] = ()) -> Train
         platform=config.platform,
         log_every_steps=config.log_every_steps,
         accumulate_steps=config.accumulate_steps,
+        patience=config.patience,
         audit=config.audit,
         observers=observers,
     )

@@ -137,6 +137,12 @@ class Config(Columns):
     batch_size: int = _flag(32, "Rows of a global batch, over all devices: a multiple of num_shards.", decides=True)
     accumulate_steps: int = _flag(1, "Batches whose gradients are added up for one step.", decides=True)
     max_epochs: int = _flag(3, "How often every row is used.")
+    patience: int = _flag(
+        0,
+        "Epochs in a row without a lower validation loss after which a run ends; it gives the parameters of the best. "
+        "0: no such end.",
+        decides=True,
+    )
     gradient_clip_val: float = _flag(0.0, "Largest norm of the global gradient; 0 for no limit.", decides=True)
     seed: int = _flag(0, "Of the synthetic rows, the initial parameters, the order and dropout.", decides=True)
     num_shards: int = _flag(8, "Logical shards of the run: as many devices can share it.", decides=True)
@@ -231,6 +237,7 @@ class Config(Columns):
             "gradient_clip_val",
             "dropout",
             "warmup_steps",
+            "patience",
             "l1",
             "l2",
             "seed",

@@ -97,12 +97,18 @@ def _trained(
     """Trains, or solves exactly, and saves; gives the best that could be reached, where that is known."""
     if config.solver == "sgd":
         try:
-            while trainer.step < trainer.train.num_steps:
+            while not trainer.done:
                 trainer.fit_epoch()
         except Diverged:
             checkpoints.save(trainer)
             raise
         checkpoints.save(trainer)
+        trainer.take_best()
+        if trainer.step < trainer.train.num_steps:
+            epoch = trainer.best.step // trainer.train.sampler.steps_per_epoch
+            progress.say(
+                f"no lower validation loss in {config.patience} epochs: the parameters of epoch {epoch} are kept"
+            )
         if not config.optimality or not config.is_least_squares():
             return None
     progress.doing("solving")

@@ -71,6 +71,21 @@ class Progress:
 Observer = Callable[[Progress], None]
 
 
+@dataclasses.dataclass(frozen=True)
+class Best:
+    """The epoch of least validation loss so far, on the host.
+
+    Attributes:
+      val_loss: infinite before the first.
+      step: at its end.
+      variables: {"params", "batch_stats"} as NumPy arrays.
+    """
+
+    val_loss: float
+    step: int
+    variables: Mapping[str, Any]
+
+
 class Saver(Protocol):
     """What the trainer asks of that which saves it, see `dpreg.observers.checkpoint`."""
 
@@ -105,6 +120,8 @@ class Trainer:
       steps_per_block: steps of one compiled call; None chooses by bytes. The result does not depend on it.
       accumulate_steps: batches whose gradients are added up for one step: the same step as with a batch that many
         times as large, with the activations of one. (BatchNorm and Dropout see them one by one.)
+      patience: epochs in a row without a lower validation loss after which training ends; the parameters of the best
+        epoch are taken. 0: no such end.
       audit: whether to count the rows that the steps used, and to check each epoch that it used every row once.
       observers: called with a `Progress` after every block, log point and epoch.
 
@@ -113,6 +130,7 @@ class Trainer:
       state: the TrainState, replicated over the devices.
       step, steps_trained: steps done; those of them that this trainer did, not one that it goes on from.
       audit: the rows used in this epoch.
+      best: with `patience`, the best epoch so far.
       epoch_sums: [steps of an epoch, 2] weighted loss sum and weight sum of each step of this epoch so far.
       checkpoints: what saves the run while it trains; None for nothing.
       heartbeat: called whenever results have come from the devices, or a checkpoint has been taken.
@@ -122,6 +140,8 @@ class Trainer:
     Raises:
       InputError: for arguments out of range.
     """
+
+    state: TrainState
 
     def __init__(
         self,
@@ -139,6 +159,7 @@ class Trainer:
         log_every_steps: int = 0,
         steps_per_block: int | None = None,
         accumulate_steps: int = 1,
+        patience: int = 0,
         audit: bool = True,
         observers: Iterable[Observer] = (),
     ):
@@ -173,8 +194,9 @@ class Trainer:
         self.metrics: dict[str, float] = {}
         self.steps_trained, self._speed = 0, 0.0
         self.checkpoints: Saver | None = None
+        self.best = Best(math.inf, 0, {})
         self.heartbeat: Callable[[], None] = lambda: None
-        self.audit, self.accumulate_steps = Audit(audit), accumulate_steps
+        self.audit, self.accumulate_steps, self.patience = Audit(audit), accumulate_steps, patience
 
     def fit(self, model: Model, data: RegressionData) -> None:
         """Trains the model for `max_epochs`, validating after each.
@@ -190,8 +212,23 @@ class Trainer:
         """
         self.prepare_data(data)
         self.prepare_model(model)
-        while self.step < self.train.num_steps:
+        while not self.done:
             self.fit_epoch()
+        self.take_best()
+
+    @property
+    def done(self) -> bool:
+        """Whether all epochs are trained, or no more are worth it."""
+        in_vain = self.step - self.best.step
+        out_of_patience = self.patience and in_vain >= self.patience * self.train.sampler.steps_per_epoch
+        return self.step >= self.train.num_steps or bool(out_of_patience)
+
+    def take_best(self) -> None:
+        """With `patience`, goes back to the parameters of the best epoch, if that is not the last one."""
+        if self.patience and 0 < self.best.step < self.step:
+            best = devices.replicated(self.best.variables, self.mesh)
+            self.state = self.state.replace(params=best["params"], batch_stats=best["batch_stats"])
+            self.validate()
 
     def prepare_data(self, data: RegressionData) -> None:
         """Brings the rows to where the steps read them."""
@@ -201,6 +238,8 @@ class Trainer:
         batch_size = data.batch_size * self.accumulate_steps
         train = Dataset(data.train).shuffle(self.seed).batch(batch_size).repeat(self.max_epochs)
         self.train = self._placed(train.tag(self.audit.on))
+        if self.patience and not data.val:
+            raise InputError(f"--patience={self.patience}: there are no rows held out to measure by")
         self.val = self._placed(Dataset(data.val).batch(data.batch_size)) if data.val else None
         self._carried = Carried(*self.train.carried)
         jax.block_until_ready([dataset.data for dataset in (self.train, self.val) if dataset])
@@ -237,6 +276,7 @@ class Trainer:
         state = TrainState.create(apply_fn=model.apply, params=params, tx=optimizer, batch_stats=batch_stats)
         self.state = devices.replicated(state.replace(step=np.int32(0)), self.mesh)
         self.step, self.epoch_sums = 0, np.zeros((self.train.sampler.steps_per_epoch, 2))
+        self.best = Best(math.inf, 0, jax.device_get(self.variables) if self.patience else {})
         self._train_block = self._compiled(compile_train_block, model, self.state, self.train, self.accumulate_steps)
         self._eval_block = None
         if self.val:
@@ -261,8 +301,11 @@ class Trainer:
         """What the compiled steps take for a block: rows, shards and clock."""
         return block.data, self._carried, Clock(block.first_step, block.num_steps, self.seed).packed()
 
-    def resume(self, state: TrainState, epoch_sums: np.ndarray, rows_used: np.ndarray | None = None) -> None:
-        """Goes on from a state: its step, the sums of the steps of its epoch so far, and the rows they used."""
+    def resume(
+        self, state: TrainState, epoch_sums: np.ndarray, rows_used: np.ndarray | None = None, best: Best | None = None
+    ) -> None:
+        """Goes on from a state: its step, the sums of the steps of its epoch so far, the rows they used, the best."""
+        self.best = best or self.best
         self.state, self.step, self.epoch_sums = state, int(state.step), epoch_sums.astype(np.float64)
         self.audit.begin(rows_used)
         if self.step and self.step % self.train.sampler.steps_per_epoch == 0:
@@ -300,6 +343,8 @@ class Trainer:
         self.validate()
         if self.val_loss is not None and not math.isfinite(self.val_loss):
             raise Diverged(self.step, validation=True)
+        if self.patience and self.val_loss is not None and self.val_loss < self.best.val_loss:
+            self.best = Best(self.val_loss, self.step, jax.device_get(self.variables))
         unlogged = (steps - 1) // self._log_every * self._log_every
         self._tell(
             self.step,

@@ -48,7 +48,7 @@ def train(folder, stop_at=None, identity=IDENTITY, **arguments):
             signal_comes = lambda p: announcements.ask("stop") if stop_at and p.step >= stop_at else None  # noqa: E731
             trainer.observers, trainer.checkpoints = (metrics, signal_comes), checkpoints
             with contextlib.suppress(Preempted):
-                while trainer.step < trainer.train.num_steps:
+                while not trainer.done:
                     trainer.fit_epoch()
                 checkpoints.save(trainer)
     return trainer, began_at
@@ -231,3 +231,16 @@ def test_resume_never_starts_over_and_must_needs_something(tmp_path):
     assert "seed was 0 and is 1" in other.stderr
     empty = run(tmp_path / "new", "--resume=must")
     assert (empty.returncode, len(empty.stderr.splitlines()), (tmp_path / "new").exists()) == (2, 1, False)
+
+
+@pytest.mark.parametrize("stop_at", [7, 10, 20])
+def test_the_best_epoch_is_remembered(tmp_path, stop_at):
+    def train_with_patience(folder, stop_at=None, num_devices=8):
+        trainer, _ = train(folder, stop_at, patience=5, num_devices=num_devices)
+        variables = [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(trainer.best.variables)]
+        return trainer.step, trainer.best.val_loss, trainer.best.step, variables
+
+    whole = train_with_patience(tmp_path / "whole")
+    assert 0 < whole[2] <= 30
+    assert train_with_patience(tmp_path / "parts", stop_at)[0] == stop_at
+    assert train_with_patience(tmp_path / "parts", num_devices=3) == whole

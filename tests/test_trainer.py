@@ -351,3 +351,35 @@ def test_what_a_trainer_cannot_do_is_one_line(arguments, message):
     with pytest.raises(dpreg.InputError, match=message) as caught:
         dpreg.Trainer(**{"max_epochs": 1, **arguments})
     assert "\n" not in str(caught.value)
+
+
+def overfitted():
+    """More columns than rows: the validation loss has its minimum early."""
+    rng = np.random.default_rng(7)
+    x = rng.normal(size=(400, 30))
+    y = x[:, 0] + rng.normal(size=400)
+    train, val = (dpreg.ArraySource(x[rows], y[rows]) for rows in (slice(0, 24), slice(24, 400)))
+    return dpreg.RegressionData(train, val, 8)
+
+
+@pytest.mark.parametrize("num_devices", [1, 8])
+def test_patience_ends_a_run_with_the_best_epoch(num_devices):
+    def trained(max_epochs, **arguments):
+        trainer = dpreg.Trainer(max_epochs, num_devices, reduction="ordered", **arguments)
+        curve = []
+        trainer.observers = (lambda told: curve.append(told.val_loss) if told.epoch_ended else None,)
+        trainer.fit(dpreg.LinearRegressionScratch(30, lr=0.02), overfitted())
+        return trainer, curve
+
+    whole, curve = trained(40)
+    best = int(np.argmin(curve)) + 1
+    assert 3 < best < 30
+    stopped, shorter = trained(40, patience=4)
+    assert shorter == curve[: best + 4]
+    assert (stopped.step, stopped.best.step) == (3 * (best + 4), 3 * best)
+    assert stopped.val_loss == curve[best - 1]
+    until_best, _ = trained(best)
+    np.testing.assert_array_equal(stopped.state.params["w"], until_best.state.params["w"])
+    assert not np.array_equal(stopped.state.params["w"], whole.state.params["w"])
+    with pytest.raises(dpreg.InputError, match="no rows held out"):
+        dpreg.Trainer(3, patience=1).fit(whole._model, dpreg.RegressionData(overfitted().train, None, 8))

@@ -16,7 +16,7 @@ import orbax.checkpoint as ocp
 from dpreg.errors import InputError
 from dpreg.parallel import processes
 from dpreg.parallel.devices import replicated
-from dpreg.trainer import Trainer
+from dpreg.trainer import Best, Trainer
 
 
 class Checkpoints:
@@ -107,7 +107,8 @@ class Checkpoints:
                     "give more --max_epochs, another --workdir, or --resume=never to start over"
                 )
             train_state, used = trainer.state.replace(**content["train_state"]), np.asarray(content["rows_used"])
-            trainer.resume(train_state, np.asarray(content["epoch_sums"]), used if used.any() else None)
+            best = _best(content["best"]) if "best" in content else None
+            trainer.resume(train_state, np.asarray(content["epoch_sums"]), used if used.any() else None, best)
             return True
         return False
 
@@ -154,6 +155,11 @@ class Checkpoints:
 
 def _content(trainer: Trainer) -> dict[str, Any]:
     state, used = trainer.state, trainer.audit.used()
+    best = {
+        "val_loss": np.array([trainer.best.val_loss]).view(np.uint32),  # JAX would make float32 of it
+        "step": np.int32(trainer.best.step),
+        "variables": trainer.best.variables,
+    }
     return {
         "train_state": {
             "step": state.step,
@@ -163,7 +169,13 @@ def _content(trainer: Trainer) -> dict[str, Any]:
         },
         "epoch_sums": replicated(trainer.epoch_sums.astype(trainer.dtype), trainer.mesh),
         "rows_used": replicated(np.zeros(2, np.uint32) if used is None else used, trainer.mesh),
+        **({"best": replicated(best, trainer.mesh)} if trainer.patience else {}),
     }
+
+
+def _best(content: Mapping[str, Any]) -> Best:
+    val_loss = np.asarray(content["val_loss"]).view(np.float64)[0]
+    return Best(float(val_loss), int(content["step"]), jax.device_get(content["variables"]))
 
 
 def _leaves(content: Any) -> dict[str, str]:

@@ -18,6 +18,7 @@ from dpreg.trainer import Trainer
 def summarize(trainer: Trainer, data: RegressionData) -> dict[str, Any]:
     """The summary of a finished run, ready for JSON.
 
+    `best_step` is there where early stopping chose the parameters: those after it.
     `target_transform` is there where the model predicts the logarithm of the target, as do its parameters then.
     `train_loss` is the mean over the last epoch; `rows_per_second` counts training alone: no ingest, no
     compilation, no evaluation, and no step before a resume. It is 0 where no step was left to do.
@@ -27,6 +28,7 @@ def summarize(trainer: Trainer, data: RegressionData) -> dict[str, Any]:
     return {
         "step": trainer.step,
         "epoch": trainer.step / steps_an_epoch,
+        **({"best_step": trainer.best.step} if trainer.patience else {}),
         "train_loss": trainer.train_loss,
         "val_loss": trainer.val_loss,
         "metrics": trainer.metrics,
