@@ -146,11 +146,16 @@ def test_diamonds_are_fitted_as_statsmodels_fits_them(weighted):
     x, y = diamonds()
     weight = np.random.default_rng(0).uniform(0.5, 2, len(y)) if weighted else np.ones(len(y))
     theirs = sm.WLS(y, sm.add_constant(x), weight).fit()
-    parts = [Triangle.of(x[i::7], y[i::7, None], weight[i::7]) for i in range(7)]
-    fit = sum(parts[1:], parts[0]).solve()
-    np.testing.assert_allclose([fit.b[0], *fit.w[:, 0]], theirs.params, rtol=1e-6)
-    errors, error = fit.standard_errors
-    np.testing.assert_allclose([error[0], *errors[:, 0]], theirs.bse, rtol=1e-6)
+    source = dpreg.ArraySource(x, y, weight, np.float64)
+    fits = [Solver(source, Mesh(np.array(jax.devices()[:d]), ("data",)), 8).least_squares(refine=True) for d in (1, 8)]
+    assert len({(fit.w.tobytes(), fit.b.tobytes()) for fit in fits}) == 1
+    fit = fits[0]
+    for (of_w, of_b), wanted in (
+        ((fit.w, fit.b), theirs.params),
+        (fit.standard_errors, theirs.bse),
+        (fit.p_values, theirs.pvalues),
+    ):
+        np.testing.assert_allclose([of_b[0], *of_w[:, 0]], wanted, rtol=1e-6, atol=1e-300)
     assert fit.r2[0] == pytest.approx(theirs.rsquared, rel=1e-9)
     told = fit.describe([f"x{j}" for j in range(x.shape[1])]).splitlines()
     for line, p in zip(told[1:-1], theirs.pvalues, strict=True):

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 
+import jax.numpy as jnp
 import numpy as np
 import pyarrow as pa
 import pyarrow.csv
@@ -17,7 +18,9 @@ from models import Net, Rows
 from optax import sgd
 
 import dpreg
-from dpreg.config import Config
+from dpreg.config import LOSSES, Config
+from dpreg.data import standalone
+from dpreg.models.losses import loss_called
 from dpreg.predict import predict
 
 KINDS = np.array(["red", "green", "blue", "never seen"])
@@ -248,3 +251,33 @@ def test_a_trainer_predicts_and_evaluates_in_python():
     prediction = trainer.predict(data.val.x)
     assert prediction.shape == (77, 1)
     assert np.sqrt(np.mean((prediction - data.val.y) ** 2)) == pytest.approx(metrics["rmse"], rel=1e-6)
+
+
+def test_the_script_beside_the_model_needs_numpy_alone(trained, tmp_path):
+    columns = table_of(203, seed=1, kinds=4)
+    given = {name: columns[name].tolist() for name in ("b", "kind", "a")}
+    given["a"][5] = given["kind"][7] = None
+    write(given, tmp_path / "new.csv")
+    predict(config_of(trained, tmp_path / "new.csv", output=str(tmp_path / "p.csv")))
+    without = "sys.modules.update(dict.fromkeys(['jax', 'flax', 'dpreg', 'pyarrow', 'pandas', 'scipy']))"
+    script = trained / "w" / "model" / "predict.py"
+    as_main = f"sys.argv = ['', r'{tmp_path}/new.csv']; runpy.run_path(r'{script}', None, '__main__')"
+    done = subprocess.run(
+        [sys.executable, "-c", f"import runpy, sys; {without}; {as_main}"], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    (tmp_path / "alone.csv").write_text(done.stdout)
+    ours, alone = (pyarrow.csv.read_csv(tmp_path / name).to_pydict() for name in ("p.csv", "alone.csv"))
+    assert list(ours) == list(alone)
+    assert ours["row"] == alone["row"]
+    found, wanted = (np.array(table["predicted_y"], float) for table in (alone, ours))
+    assert np.flatnonzero(np.isnan(wanted)).tolist() == [5, 7]
+    np.testing.assert_allclose(found, wanted, rtol=2e-5)
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_the_script_knows_each_link(loss):
+    z = np.random.default_rng(0).normal(size=(20, 3))
+    np.testing.assert_allclose(
+        standalone._of_link(z, loss), loss_called(loss, num_classes=3).mean(jnp.float32(z)), rtol=1e-5
+    )

@@ -2,7 +2,6 @@
 
 import dataclasses
 import itertools
-import re
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -12,6 +11,7 @@ from numpy.typing import DTypeLike
 
 from dpreg.config import Columns
 from dpreg.data.schema import Category, Schema
+from dpreg.data.standalone import spelled
 from dpreg.data.tables import Part, Table, first_wrong
 from dpreg.errors import InputError
 
@@ -194,21 +194,6 @@ class RawReader:
             )
             remedy = "drop" if columns.missing == "mean" or self._predicts else "drop or --missing=mean"
             raise InputError(f"{table}: values are missing: {each}; mend them, or use --missing={remedy}")
-
-
-def spelled(category: str) -> str:
-    """One spelling for what files write differently: 1.0 is 1, True is true, a time of 00:00:00 is none."""
-    if category.lower() in ("true", "false"):
-        return category.lower()
-    if re.fullmatch(r"-?\d+\.0+", category):
-        return category.partition(".")[0]
-    date = re.fullmatch(r"(\d{4}-\d\d-\d\d)(?:[ T](\d\d:\d\d:\d\d)(?:\.(\d*[1-9])?0*)?)?", category)
-    if date is None:
-        return category
-    day, time, fraction = date.groups()
-    if fraction:
-        return f"{day} {time}.{fraction}"
-    return f"{day} {time}" if time and time != "00:00:00" else day
 
 
 def _numbers(part: Part, name: str, column: pa.Array, dtype: np.dtype) -> np.ndarray:

@@ -6,7 +6,6 @@ Demmel et al. 2012). Nothing is squared on the way, so no digits are lost as in 
 """
 
 import dataclasses
-import functools
 from collections.abc import Sequence
 
 import numpy as np
@@ -205,6 +204,20 @@ class Fit:
         return w, of_b * deviation
 
     @property
+    def p_values(self) -> tuple[np.ndarray, np.ndarray]:
+        """Of w [d, t] and b [t]: how probable estimates as far from 0 are where the truth is 0; NaN as the errors."""
+
+        def p(estimate: np.ndarray, error: np.ndarray) -> np.ndarray:
+            with np.errstate(divide="ignore", invalid="ignore"):
+                t = -np.abs(estimate) / error
+            if self.known_variance:
+                return np.asarray(2 * scipy.special.ndtr(t))
+            return np.asarray(2 * scipy.special.stdtr(max(self.degrees_of_freedom, 1), t))
+
+        of_w, of_b = self.standard_errors
+        return p(self.w, of_w), p(self.b, of_b)
+
+    @property
     def condition_number(self) -> float:
         """Of the used columns, about their means (or 0) and scaled to one length; 1 is best, 1e16 is hopeless."""
         x = self.triangle.r[self.intercept :, 1 : 1 + self.triangle.num_inputs][:, list(self.kept)]
@@ -217,24 +230,19 @@ class Fit:
           names: of the d columns.
           level: of the interval.
         """
-        w, b = self.standard_errors
-        rows = [("(intercept)", self.b[target], b[target])] if self.intercept else []
-        rows += [(name, self.w[j, target], w[j, target]) for j, name in enumerate(names)]
+        (w, b), (p_of_w, p_of_b) = self.standard_errors, self.p_values
+        rows = [("(intercept)", self.b[target], b[target], p_of_b[target])] if self.intercept else []
+        rows += [(name, self.w[j, target], w[j, target], p_of_w[j, target]) for j, name in enumerate(names)]
         wide = max(len(name) for name, *_ in rows)
-        freedom = max(self.degrees_of_freedom, 1)
-        if self.known_variance:
-            statistic, reach, tail = "z", scipy.special.ndtri((1 + level) / 2), scipy.special.ndtr
-        else:
-            statistic, reach = "t", scipy.special.stdtrit(freedom, (1 + level) / 2)
-            tail = functools.partial(scipy.special.stdtr, freedom)
-        heads = f"{'estimate':>13} {'std error':>12} {statistic:>10} {'p':>9} {f'{level:.0%} interval':>27}"
+        freedom, known = max(self.degrees_of_freedom, 1), self.known_variance
+        reach = scipy.special.ndtri((1 + level) / 2) if known else scipy.special.stdtrit(freedom, (1 + level) / 2)
+        heads = f"{'estimate':>13} {'std error':>12} {'z' if known else 't':>10} {'p':>9} {f'{level:.0%} interval':>27}"
         lines = [f"{'':{wide}} {heads}"]
-        for name, estimate, error in rows:
+        for name, estimate, error, p in rows:
             if np.isnan(error):
                 lines.append(f"{name:{wide}} {estimate:>13.6g}" + ("" if self.l2 else "   not used: see the others"))
                 continue
             t = estimate / error if error else np.inf
-            p = 2 * tail(-abs(t))
             interval = f"{estimate - reach * error:.6g} .. {estimate + reach * error:.6g}"
             lines.append(f"{name:{wide}} {estimate:>13.6g} {error:>12.6g} {t:>10.4g} {p:>9.3g} {interval:>27}")
         told = [f"{self.triangle.rows:,} rows, {self.degrees_of_freedom:,} degrees of freedom"]

@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import pathlib
+import shutil
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,12 +14,13 @@ import numpy as np
 from flax import traverse_util
 
 from dpreg.config import Config
+from dpreg.data import standalone
 from dpreg.data.schema import Schema
 from dpreg.data.sources import RegressionData
 from dpreg.errors import InputError
 
 _FORMAT = 2
-_ARRAYS, _REST = "parameters.npz", "model.json"
+_ARRAYS, _REST, _ALONE = "parameters.npz", "model.json", "predict.py"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,8 +44,14 @@ class Exported:
 
 
 def save_model(folder: pathlib.Path, config: Config, variables: Mapping[str, Any], data: RegressionData) -> None:
-    """Writes `parameters.npz` (by their paths, such as params/w) and `model.json`; neither is pickled."""
+    """Writes `parameters.npz` (by their paths, such as params/w) and `model.json`; neither is pickled.
+
+    Beside a linear model of a table lies `predict.py`, which needs NumPy alone.
+    """
     folder.mkdir(exist_ok=True)
+    (folder / _ALONE).unlink(missing_ok=True)
+    if data.schema is not None and config.model in ("linear", "concise"):
+        shutil.copyfile(standalone.__file__, folder / _ALONE)
     new = {name: folder / f".new-{name}" for name in (_ARRAYS, _REST)}
     arrays: dict[str, Any] = jax.tree.map(np.asarray, traverse_util.flatten_dict(dict(variables), sep="/"))
     np.savez(new[_ARRAYS], **arrays)

@@ -1,0 +1,103 @@
+"""Predicts with the linear model beside this file, with NumPy alone.
+
+    python predict.py new.csv > predictions.csv
+
+or from Python, for columns by their names: `predict({"carat": [0.3], "cut": ["Ideal"]})`. It reads `model.json` and
+`parameters.npz`, and needs nothing of dpreg, which writes it there.
+"""
+
+import csv
+import json
+import pathlib
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+
+def spelled(category: str) -> str:
+    """One spelling for what files write differently: 1.0 is 1, True is true, a time of 00:00:00 is none."""
+    if category.lower() in ("true", "false"):
+        return category.lower()
+    if re.fullmatch(r"-?\d+\.0+", category):
+        return category.partition(".")[0]
+    date = re.fullmatch(r"(\d{4}-\d\d-\d\d)(?:[ T](\d\d:\d\d:\d\d)(?:\.(\d*[1-9])?0*)?)?", category)
+    if date is None:
+        return category
+    day, time, fraction = date.groups()
+    if fraction:
+        return f"{day} {time}.{fraction}"
+    return f"{day} {time}" if time and time != "00:00:00" else day
+
+
+def predict(columns: Mapping[str, Sequence[Any]], folder: pathlib.Path | None = None) -> np.ndarray:
+    """What the model predicts for rows of a table: [n, t] float64, in the units of the table; NaN where values miss.
+
+    Args:
+      columns: the values of each feature, by its name: numbers, categories, or dates; missing ones None, NaN or "".
+      folder: of the model; that of this file by default.
+
+    Raises:
+      KeyError: for a feature that is not there.
+    """
+    folder = folder or pathlib.Path(__file__).parent
+    model = json.loads((folder / "model.json").read_text(encoding="utf-8"))
+    with np.load(folder / "parameters.npz") as arrays:
+        by_size = {array.ndim: array.astype(np.float64) for array in arrays.values()}
+    schema, w = model["schema"], by_size[2]
+    filled = model["flags"]["missing"] == "mean"
+    x = np.concatenate([_seen(column, columns[column["name"]], filled) for column in schema["inputs"]], axis=1)
+    z = x @ w + by_size.get(1, 0.0)
+    found = _of_link(z, model["flags"]["loss"])
+    found = found * [target["scale"] for target in schema["targets"]] + [target["mean"] for target in schema["targets"]]
+    found = np.exp(found) if schema["log_targets"] else found
+    return np.where(np.isnan(x).any(axis=1, keepdims=True), np.nan, found)
+
+
+def _of_link(z: np.ndarray, loss: str) -> np.ndarray:
+    if loss == "softmax":
+        return z.argmax(axis=1, keepdims=True).astype(np.float64)
+    return {"logistic": lambda: 1 / (1 + np.exp(-z)), "poisson": lambda: np.exp(z), "gamma": lambda: np.exp(z)}.get(
+        loss, lambda: z
+    )()
+
+
+def _seen(column: Mapping[str, Any], values: Sequence[Any], filled: bool) -> np.ndarray:
+    """What the model sees of a column: [n, features]; NaN where a value is missing that is not filled in."""
+    missing = np.array([value is None or value == "" or value != value for value in values])
+    if column["kind"] == "number":
+        fill = np.nan if column["fill"] is None else column["fill"]
+        numbers = [fill if gone else _number(v, column["days"]) for v, gone in zip(values, missing, strict=True)]
+        return ((np.array(numbers, np.float64) - column["mean"]) / column["scale"])[:, None]
+    place = {name: at for at, name in enumerate(column["values"])}
+    texts = [f"{value:g}" if isinstance(value, float) else str(value) for value in values]
+    at = np.array([place.get(spelled(text), len(place)) for text in texts])
+    at[missing] = len(place)
+    seen = np.eye(len(place) + 1)[at]
+    if not column["others"]:  # of which the model knows nothing: the mean of the known ones
+        seen[at == len(place)] = np.array([*column["counts"], 0]) / sum(column["counts"])
+    if not filled:
+        seen[missing] = np.nan
+    return seen
+
+
+def _number(value: Any, days: bool) -> float:
+    if days:
+        return np.datetime64(value, "us").astype(np.int64) / 86_400e6
+    return float({"true": 1, "false": 0}.get(str(value).lower(), value))
+
+
+if __name__ == "__main__":
+    with open(sys.argv[1], newline="", encoding="utf-8-sig") as file:
+        head, *rows = csv.reader(file)
+    found = predict({name.strip(): [row[at] for row in rows] for at, name in enumerate(head)})
+    names = [
+        t["name"] for t in json.loads((pathlib.Path(__file__).parent / "model.json").read_text())["schema"]["targets"]
+    ]
+    writer = csv.writer(sys.stdout, lineterminator="\n")
+    writer.writerow(["row", *(f"predicted_{name}" for name in names)])
+    writer.writerows(
+        [number, *("" if np.isnan(v) else repr(float(v)) for v in row)] for number, row in enumerate(found, 1)
+    )
