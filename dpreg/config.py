@@ -11,6 +11,7 @@ from absl import flags
 
 from dpreg.errors import InputError
 
+SOLVERS = ("sgd", "exact", "irls")
 MODES = ("train", "evaluate", "predict", "doctor")
 OUTPUTS = (".csv", ".parquet")
 LOSSES = ("squared", "huber", "absolute", "quantile", "logistic", "softmax", "poisson", "gamma")
@@ -27,9 +28,25 @@ TRANSFORMS = ("none", "log", "standardize")
 _ASKED = ("dataset", "batch_size", "missing")
 
 
-def _flag(default: Any, help: str, decides: bool = False, who: bool = False) -> Any:
-    """A field and its flag; `decides` where another value is another answer, `who` where it says who asks."""
-    return dataclasses.field(default=default, metadata={"help": help, "decides": decides, "who": who})
+def _flag(
+    default: Any,
+    help: str,
+    decides: bool = False,
+    who: bool = False,
+    of: tuple[str, ...] = (),
+    least: int | None = None,
+    above: int | None = None,
+    under: int | None = None,
+) -> Any:
+    """A field and its flag, with the values that it may have.
+
+    Args:
+      decides: whether another value is another answer.
+      who: whether it says who asks.
+      of: the names that it may be; least, above, under: bounds of numbers, each of several.
+    """
+    bounds = {"of": of, "least": least, "above": above, "under": under}
+    return dataclasses.field(default=default, metadata={"help": help, "decides": decides, "who": who, **bounds})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,9 +65,9 @@ class Columns:
     dates: tuple[str, ...] = _flag(
         (), "Features that are dates or times: as days since the beginning of 1970.", decides=True
     )
-    max_categories: int = _flag(64, "Categories of a column told apart, the most frequent.", decides=True)
+    max_categories: int = _flag(64, "Categories of a column told apart, the most frequent.", decides=True, least=1)
     missing: str = _flag(
-        "error", "Values that are missing: error, drop the row, or the mean (of features).", decides=True
+        "error", "Values that are missing: error, drop the row, or the mean (of features).", decides=True, of=MISSING
     )
     standardize: bool | None = _flag(
         None,
@@ -58,22 +75,47 @@ class Columns:
         "Default: tables only, with an intercept.",
         decides=True,
     )
-    target_transform: str = _flag("none", "What is fitted of the target: none, log or standardize.", decides=True)
+    target_transform: str = _flag(
+        "none", "What is fitted of the target: none, log or standardize.", decides=True, of=TRANSFORMS
+    )
     validation_fraction: float = _flag(
-        0.1, "Share of a table's rows held out for validation, in [0, 1), where nothing else is.", decides=True
+        0.1,
+        "Share of a table's rows held out for validation, in [0, 1), where nothing else is.",
+        decides=True,
+        least=0,
+        under=1,
     )
 
     def __post_init__(self) -> None:
         for name in ("target", "features", "exclude", "categorical", "dates"):
             if isinstance(getattr(self, name), str):
                 self._refuse(name, "give a tuple of names")
-        for name, allowed in (("missing", MISSING), ("target_transform", TRANSFORMS)):
-            if getattr(self, name) not in allowed:
-                self._refuse(name, f"use {', '.join(allowed[:-1])} or {allowed[-1]}")
-        if self.max_categories < 1:
-            self._refuse("max_categories", "use 1 or more")
-        if not 0 <= self.validation_fraction < 1:
-            self._refuse("validation_fraction", "use 0 or more, and under 1")
+        for field in dataclasses.fields(self):
+            if field.metadata:
+                self._check_value(field.name, field.metadata)
+
+    @property
+    def taken(self) -> tuple[str, ...]:
+        """The columns that are read: features, targets, weight."""
+        return (*self.features, *self.target, *((self.weight_column,) if self.weight_column else ()))
+
+    def _check_value(self, name: str, allowed: Mapping[str, Any]) -> None:
+        """Refuses a value that the field does not have, whatever the others are."""
+        value = getattr(self, name)
+        of, least, above, under = (allowed[key] for key in ("of", "least", "above", "under"))
+        if of and value is not None and value not in of:
+            self._refuse(name, f"use {', '.join(of[:-1])} or {of[-1]}")
+        for number in value if isinstance(value, tuple) else (value,):
+            if not isinstance(number, (int, float)):
+                continue
+            if not math.isfinite(number):
+                self._refuse(name, "use a finite number")
+            if least is not None and number < least:
+                self._refuse(name, f"use {least} or more")
+            if above is not None and number <= above:
+                self._refuse(name, f"use a value above {above}")
+            if under is not None and number >= under:
+                self._refuse(name, f"use a value under {under}")
 
     def _refuse(self, name: str, remedy: str) -> None:
         raise InputError(f"--{name}={_text(getattr(self, name))}: {remedy}")
@@ -91,6 +133,7 @@ class Config(Columns):
         "train",
         "train; evaluate or predict: the workdir's model on the rows of --dataset; "
         "doctor: whether a run could start here, and what keeps it from it.",
+        of=MODES,
     )
     dataset: str = _flag(
         "synthetic",
@@ -103,80 +146,98 @@ class Config(Columns):
     cache_dir: str | None = _flag(None, "Where tables lie once they are read. Default: ~/.cache/dpreg/tables.")
     w: tuple[float, ...] = _flag((2.0, -3.4), "True weights of the synthetic data, separated by commas.")
     b: float = _flag(4.2, "True bias of the synthetic data.")
-    noise: float = _flag(0.01, "Standard deviation of the synthetic noise.")
-    num_train: int = _flag(1000, "Synthetic rows to fit.")
-    num_val: int = _flag(1000, "Synthetic rows held out for validation.")
+    noise: float = _flag(0.01, "Standard deviation of the synthetic noise.", least=0)
+    num_train: int = _flag(1000, "Synthetic rows to fit.", least=1)
+    num_val: int = _flag(1000, "Synthetic rows held out for validation.", least=0)
     model: str = _flag(
         "linear", "linear (from scratch), concise, mlp; or PACKAGE.MODULE:CLASS, a flax module.", decides=True
     )
     intercept: bool = _flag(True, "Whether a linear model has a bias.", decides=True)
-    hidden: tuple[int, ...] = _flag((64, 64), "Widths of an mlp's hidden layers, separated by commas.", decides=True)
-    dropout: float = _flag(0.0, "Share of an mlp's hidden values left out in training, in [0, 1).", decides=True)
+    hidden: tuple[int, ...] = _flag(
+        (64, 64), "Widths of an mlp's hidden layers, separated by commas.", decides=True, least=1
+    )
+    dropout: float = _flag(
+        0.0, "Share of an mlp's hidden values left out in training, in [0, 1).", decides=True, least=0, under=1
+    )
     batch_norm: bool = _flag(False, "Whether an mlp's hidden values are normalised, within a shard.", decides=True)
-    activation: str = _flag("relu", f"Of an mlp: {', '.join(ACTIVATIONS)}.", decides=True)
+    activation: str = _flag("relu", f"Of an mlp: {', '.join(ACTIVATIONS)}.", decides=True, of=ACTIVATIONS)
     solver: str = _flag(
         "sgd",
         "sgd, as --optimizer says; exact: least squares in one pass over the rows, in float64; "
         "irls: logistic or poisson in a few passes (Newton).",
         decides=True,
+        of=SOLVERS,
     )
     optimality: bool = _flag(
         True, "Say how far a linear model is from the least squared loss there is: a pass over the training rows."
     )
-    loss: str = _flag("squared", f"{', '.join(LOSSES)}.", decides=True)
-    huber_delta: float = _flag(1.0, "Errors beyond it count in proportion, in units of what is fitted.", decides=True)
-    quantile: float = _flag(0.5, "Which quantile --loss=quantile fits, in (0, 1).", decides=True)
-    num_classes: int = _flag(2, "Labels that --loss=softmax tells apart: 0 to num_classes - 1.", decides=True)
-    optimizer: str = _flag("sgd", f"{', '.join(OPTIMIZERS)}; all but sgd (from scratch) are optax's.", decides=True)
-    lr_schedule: str = _flag("constant", f"After the warm-up: {', '.join(SCHEDULES)}.", decides=True)
-    warmup_steps: int = _flag(0, "Global steps in which the learning rate rises from 0.", decides=True)
-    l1: float = _flag(0.0, "Weight of the sum of |w|, not of biases; with --optimizer=sgd.", decides=True)
-    l2: float = _flag(0.0, "Weight of the sum of w^2 / 2, not of biases.", decides=True)
-    lr: float = _flag(0.03, "Learning rate, per step of the global batch.", decides=True)
-    sigma: float = _flag(0.01, "Standard deviation of the initial weights.", decides=True)
-    batch_size: int = _flag(32, "Rows of a global batch, over all devices: a multiple of num_shards.", decides=True)
-    accumulate_steps: int = _flag(1, "Batches whose gradients are added up for one step.", decides=True)
-    max_epochs: int = _flag(3, "How often every row is used.")
+    loss: str = _flag("squared", f"{', '.join(LOSSES)}.", decides=True, of=LOSSES)
+    huber_delta: float = _flag(
+        1.0, "Errors beyond it count in proportion, in units of what is fitted.", decides=True, above=0
+    )
+    quantile: float = _flag(0.5, "Which quantile --loss=quantile fits, in (0, 1).", decides=True, above=0, under=1)
+    num_classes: int = _flag(2, "Labels that --loss=softmax tells apart: 0 to num_classes - 1.", decides=True, least=2)
+    optimizer: str = _flag(
+        "sgd", f"{', '.join(OPTIMIZERS)}; all but sgd (from scratch) are optax's.", decides=True, of=OPTIMIZERS
+    )
+    lr_schedule: str = _flag("constant", f"After the warm-up: {', '.join(SCHEDULES)}.", decides=True, of=SCHEDULES)
+    warmup_steps: int = _flag(0, "Global steps in which the learning rate rises from 0.", decides=True, least=0)
+    l1: float = _flag(0.0, "Weight of the sum of |w|, not of biases; with --optimizer=sgd.", decides=True, least=0)
+    l2: float = _flag(0.0, "Weight of the sum of w^2 / 2, not of biases.", decides=True, least=0)
+    lr: float = _flag(0.03, "Learning rate, per step of the global batch.", decides=True, above=0)
+    sigma: float = _flag(0.01, "Standard deviation of the initial weights.", decides=True, least=0)
+    batch_size: int = _flag(
+        32, "Rows of a global batch, over all devices: a multiple of num_shards.", decides=True, least=1
+    )
+    accumulate_steps: int = _flag(1, "Batches whose gradients are added up for one step.", decides=True, least=1)
+    max_epochs: int = _flag(3, "How often every row is used.", least=1)
     patience: int = _flag(
         0,
         "Epochs in a row without a lower validation loss after which a run ends; it gives the parameters of the best. "
         "0: no such end.",
         decides=True,
+        least=0,
     )
-    gradient_clip_val: float = _flag(0.0, "Largest norm of the global gradient; 0 for no limit.", decides=True)
-    seed: int = _flag(0, "Of the synthetic rows, the initial parameters, the order and dropout.", decides=True)
-    num_shards: int = _flag(8, "Logical shards of the run: as many devices can share it.", decides=True)
+    gradient_clip_val: float = _flag(0.0, "Largest norm of the global gradient; 0 for no limit.", decides=True, least=0)
+    seed: int = _flag(0, "Of the synthetic rows, the initial parameters, the order and dropout.", decides=True, least=0)
+    num_shards: int = _flag(8, "Logical shards of the run: as many devices can share it.", decides=True, least=1)
     precision: str = _flag(
         "float32",
         "float32; float64, from the table to the result; or bfloat16: features and the factors of products, where a "
         "chip has them, with sums in float32.",
         decides=True,
+        of=PRECISIONS,
     )
     reduction: str = _flag("pmean", "pmean, or ordered: the same bits on any number of devices.", decides=True)
     backend: str = _flag("jit", "jit (shard_map) or pmap: the same results.")
     placement: str = _flag("auto", "Where rows wait for their step: device, host, or auto: on devices if they fit.")
-    log_every_steps: int = _flag(0, "Steps between lines of metrics.jsonl; 0 for eight lines an epoch.")
-    platform: str | None = _flag(None, "cpu, gpu or tpu. Default: the best there is.")
+    log_every_steps: int = _flag(0, "Steps between lines of metrics.jsonl; 0 for eight lines an epoch.", least=0)
+    platform: str | None = _flag(None, "cpu, gpu or tpu. Default: the best there is.", of=("cpu", "gpu", "tpu"))
     num_devices: int | None = _flag(
-        None, "Devices of this process; on cpu, as many are simulated. Default: all, up to num_shards."
+        None, "Devices of this process; on cpu, as many are simulated. Default: all, up to num_shards.", least=1
     )
     coordinator_address: str | None = _flag(
         None, "HOST:PORT where process 0 of several serves; auto asks the cluster.", who=True
     )
-    num_processes: int | None = _flag(None, "How many processes run this together.", who=True)
+    num_processes: int | None = _flag(None, "How many processes run this together.", who=True, least=1)
     process_id: int | None = _flag(None, "Which of them this is, from 0.", who=True)
     checkpoint_every_seconds: float = _flag(
-        60.0, "Seconds between checkpoints, besides the one at the end; 0 for none."
+        60.0, "Seconds between checkpoints, besides the one at the end; 0 for none.", least=0
     )
-    checkpoint_every_steps: int = _flag(0, "Steps between checkpoints; 0 to save by time only.")
-    keep: int = _flag(3, "How many checkpoints to keep, the newest.")
+    checkpoint_every_steps: int = _flag(0, "Steps between checkpoints; 0 to save by time only.", least=0)
+    keep: int = _flag(3, "How many checkpoints to keep, the newest.", least=1)
     audit: bool = _flag(True, "Check each epoch that every row was used exactly once, over all processes.")
     step_timeout: float | None = _flag(
         None,
         "Seconds without results after which a run ends as hung; 0 for never. "
         "Default: 120, or 20 times the slowest of late (600 for the first).",
+        least=0,
     )
-    resume: str = _flag("auto", "auto: go on where the workdir's run of the same answer stopped; never; must.")
+    resume: str = _flag(
+        "auto",
+        "auto: go on where the workdir's run of the same answer stopped; never; must.",
+        of=("auto", "never", "must"),
+    )
     workdir: str | None = _flag(
         None, "Where the outputs go. Default: a new folder in runs/, named by the time.", who=True
     )
@@ -184,22 +245,17 @@ class Config(Columns):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("w", "b", "noise", "lr", "sigma", "gradient_clip_val", "dropout", "huber_delta", "l1", "l2"):
-            value = getattr(self, name)
-            if not all(math.isfinite(v) for v in (value if isinstance(value, tuple) else (value,))):
-                self._refuse(name, "use a finite number")
-        for name, allowed in (
-            ("loss", LOSSES),
-            ("optimizer", OPTIMIZERS),
-            ("lr_schedule", SCHEDULES),
-            ("activation", ACTIVATIONS),
-            ("precision", PRECISIONS),
-            ("model", MODELS),
-        ):
-            value = getattr(self, name)
-            if value not in allowed and not (name == "model" and value.count(":") == 1):
-                more = " or PACKAGE.MODULE:CLASS" if name == "model" else ""
-                self._refuse(name, f"use {', '.join(allowed)}{more}")
+        if self.model not in MODELS and self.model.count(":") != 1:
+            self._refuse("model", f"use {', '.join(MODELS)} or PACKAGE.MODULE:CLASS")
+        self._check_fit()
+        self._check_machine()
+        if self.mode in ("evaluate", "predict"):
+            self._check_prediction()
+        elif self.dataset != "synthetic" and not self.target and not self.dataset.startswith("tfds:"):
+            raise InputError(f"--dataset={self.dataset}: say which column to predict, with --target=COLUMN")
+
+    def _check_fit(self) -> None:
+        """Refuses what does not fit together of rows, model, loss and solver."""
         if not self.intercept:
             if self.model not in ("linear", "concise"):
                 self._refuse("intercept", "it is for --model=linear or concise; leave it out")
@@ -209,8 +265,6 @@ class Config(Columns):
             ):
                 if centred:
                     self._refuse(name, "what is centred has an intercept; leave out that or --nointercept")
-        if self.solver not in ("sgd", "exact", "irls"):
-            self._refuse("solver", "use sgd, exact or irls")
         if self.solver == "exact" and not self.is_least_squares():
             self._refuse("solver", "it is for --model=linear or concise, --loss=squared, and no --l1")
         if self.solver == "irls" and not (self._is_linear() and self.loss in ("logistic", "poisson")):
@@ -219,62 +273,24 @@ class Config(Columns):
             self._refuse("target_transform", f"--loss={self.loss} is defined for the target as it is; leave one out")
         if self.l1 and self.optimizer != "sgd":
             self._refuse("l1", "its optimum is reached with --optimizer=sgd alone")
-        for name in ("huber_delta", "quantile"):
-            if getattr(self, name) <= 0:
-                self._refuse(name, "use a value above 0")
-        for name in ("quantile", "dropout"):
-            if getattr(self, name) >= 1:
-                self._refuse(name, "use a value under 1")
-        if self.num_classes < 2 or min(self.hidden, default=1) < 1:
-            self._refuse("num_classes" if self.num_classes < 2 else "hidden", "use 2 classes and widths of 1, or more")
-        for name in ("num_train", "batch_size", "accumulate_steps", "max_epochs", "num_shards", "num_devices", "keep"):
-            if (value := getattr(self, name)) is not None and value < 1:
-                self._refuse(name, "use 1 or more")
-        for name in (
-            "num_val",
-            "noise",
-            "sigma",
-            "gradient_clip_val",
-            "dropout",
-            "warmup_steps",
-            "patience",
-            "l1",
-            "l2",
-            "seed",
-            "log_every_steps",
-            "checkpoint_every_seconds",
-            "checkpoint_every_steps",
-            "step_timeout",
-        ):
-            if (getattr(self, name) or 0) < 0:
-                self._refuse(name, "use 0 or more")
+        if self.standardize and self.dataset == "synthetic":
+            self._refuse("standardize", "synthetic rows are of mean 0 and deviation 1 already; leave it out")
+        if not self.w:
+            self._refuse("w", "give at least one weight, such as --w=2,-3.4")
         if max(self.num_train + self.num_val, self.seed) >= 2**31:
             raise InputError("--num_train plus --num_val, and --seed, have to be under 2147483648")
+
+    def _check_machine(self) -> None:
+        """Refuses devices and processes that cannot be."""
         if self.num_devices is not None and self.num_devices > self.num_shards:
             self._refuse(
                 "num_devices",
                 f"a device needs a shard of its own; use --num_devices={self.num_shards} "
                 f"or --num_shards={self.num_devices}",
             )
-        if self.standardize and self.dataset == "synthetic":
-            self._refuse("standardize", "synthetic rows are of mean 0 and deviation 1 already; leave it out")
-        if self.lr <= 0:
-            self._refuse("lr", "use a learning rate above 0, such as 0.03")
-        if not self.w:
-            self._refuse("w", "give at least one weight, such as --w=2,-3.4")
-        if self.platform not in (None, "cpu", "gpu", "tpu"):
-            self._refuse("platform", "use cpu, gpu or tpu")
         several = (self.coordinator_address, self.num_processes, self.process_id)
         if any(value is not None for value in several):
             self._check_processes(*several)
-        if self.mode not in MODES:
-            self._refuse("mode", f"use {', '.join(MODES[:-1])} or {MODES[-1]}")
-        if self.resume not in ("auto", "never", "must"):
-            self._refuse("resume", "use auto, never or must")
-        if self.mode in ("evaluate", "predict"):
-            self._check_prediction()
-        elif self.dataset != "synthetic" and not self.target and not self.dataset.startswith("tfds:"):
-            raise InputError(f"--dataset={self.dataset}: say which column to predict, with --target=COLUMN")
 
     def _check_prediction(self) -> None:
         if not self.workdir:
@@ -296,8 +312,6 @@ class Config(Columns):
         host, _, port = address.rpartition(":")
         if not host or not port.isdigit() or not 0 < int(port) < 65536:
             self._refuse("coordinator_address", "give the host and the port of process 0, such as node1:29500")
-        if processes < 1:
-            self._refuse("num_processes", "use 1 or more")
         if not 0 <= process < processes:
             self._refuse("process_id", f"with --num_processes={processes} use 0 to {processes - 1}")
         if not self.workdir:

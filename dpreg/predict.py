@@ -54,7 +54,7 @@ def predict(config: Config) -> None:
             raise InputError(f"--workdir={config.workdir}: its model was not trained on a table: predict from Python")
         evaluating = config.mode == "evaluate"
         table, columns = open_dataset(config), columns_of(schema, config.columns(), evaluating)
-        table.require((*columns.features, *columns.target, *filter(None, [columns.weight_column])))
+        table.require(columns.taken)
         _compare({"model": exported.digest, "table": [size for _, size, *_ in table.signature]})
         predictor = Predictor(
             build_model(config, exported.num_inputs, exported.num_targets),

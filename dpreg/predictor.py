@@ -39,7 +39,7 @@ class Predictor:
 
     Args:
       model: as `Trainer.fit` takes it.
-      variables: {"params", "batch_stats"} of the trained model.
+      variables: {"params", "batch_stats"} of the trained model; the attribute may be replaced.
       num_inputs, num_targets: columns of the rows.
       mesh: the devices; num_shards: the logical shards, L.
       batch_size: rows of a global batch.
@@ -66,10 +66,14 @@ class Predictor:
         self.schema, self.num_inputs, self.num_targets = schema, num_inputs, num_targets
         self.dtype = np.dtype(PRECISIONS[precision][1])
         devices.enable(self.dtype)
-        self._model, self._variables = model, devices.replicated(variables, mesh)
+        self._model, self.variables = model, devices.replicated(variables, mesh)
         self._mesh, self._num_shards, self._batch_size = mesh, num_shards, batch_size
         self._reduction, self._backend, self._heartbeat = reduction, backend, heartbeat
         self._precision = precision
+        mean = loss_of(model).mean
+        self._mean: Callable[..., Any] = lambda prediction, batch: mean(prediction)
+        self._errors = errors_of(model, schema)
+        self._compiled = dict[Callable[..., Any], Callable[..., Any]]()
         row_bytes = self.dtype.itemsize * (num_inputs + num_targets + 1)
         self._steps = max(2, min(_PIECE_STEPS, _PIECE_BYTES // (row_bytes * batch_size)))
 
@@ -84,8 +88,7 @@ class Predictor:
         Args:
           pieces: {"x": [n, d], "y": [n, t], "weight": [n]}, of at most `piece_rows` rows; y is not looked at.
         """
-        mean = loss_of(self._model).mean
-        for rows, found in self._evaluated(pieces, lambda prediction, batch: mean(prediction)):
+        for rows, found in self._evaluated(pieces, self._mean):
             # [steps, shards, rows, t]: a shard has consecutive rows.
             prediction = np.moveaxis(found, 1, 0).reshape(self.piece_rows, -1)[:rows]
             yield prediction.astype(np.float64) if self.schema is None else self.schema.prediction(prediction)
@@ -96,7 +99,7 @@ class Predictor:
         Raises:
           InputError: when no row has a weight.
         """
-        found = [errors for _, errors in self._evaluated(pieces, errors_of(self._model, self.schema))]
+        found = [errors for _, errors in self._evaluated(pieces, self._errors)]
         if not any(errors.weight.sum() > 0 for errors in found):
             raise InputError("there are no rows with a weight, and without missing values, to evaluate")
         return metrics_of(self._model, self.schema, found)
@@ -108,20 +111,18 @@ class Predictor:
 
     def _evaluated(self, pieces: Iterable[Rows], of: Callable[..., Any]) -> Iterator[tuple[int, Any]]:
         """(rows, what is wanted of their predictions) of each piece."""
-        compiled: Callable[..., Any] | None = None
 
         def calls() -> Iterator[tuple[int, Any]]:
-            nonlocal compiled
             for piece in pieces:
                 rows = len(piece["weight"])
                 dataset = self._dataset(piece)
                 (block,) = dataset
                 clock = Clock(0, self._steps, 0).packed()
                 arguments = block.data, Carried(*dataset.carried), clock
-                if compiled is None:
-                    compiled = compile_eval_block(
+                if of not in self._compiled:
+                    self._compiled[of] = compile_eval_block(
                         self._model,
-                        self._variables,
+                        self.variables,
                         layout_of(dataset),
                         self._mesh,
                         arguments,
@@ -130,7 +131,7 @@ class Predictor:
                         self._backend,
                     )
                     processes.exchange()  # before the first collective, which waits for nobody long
-                yield rows, compiled(self._variables, *arguments)
+                yield rows, self._compiled[of](self.variables, *arguments)
 
         return devices.arrived(calls(), self._heartbeat)
 

@@ -16,9 +16,9 @@ from numpy.typing import ArrayLike
 
 from dpreg.data.dataset import PLACEMENTS, PRECISIONS, Block, Dataset
 from dpreg.data.schema import Schema
-from dpreg.data.sources import ArraySource, RegressionData, Source
+from dpreg.data.sources import ArraySource, RegressionData, Source, first_outside
 from dpreg.errors import Diverged, InputError, Preempted
-from dpreg.models.losses import Loss, loss_of
+from dpreg.models.losses import loss_of
 from dpreg.parallel import devices, processes
 from dpreg.parallel.audit import Audit
 from dpreg.parallel.step import (
@@ -35,7 +35,6 @@ from dpreg.parallel.step import (
 )
 from dpreg.predictor import Predictor, errors_of, metrics_of
 
-_CHECKED_ROWS = 1 << 18  # at once
 _FEW_ROWS = 16  # fewer make poor batch statistics
 
 
@@ -195,6 +194,7 @@ class Trainer:
         self.steps_trained, self._speed = 0, 0.0
         self.checkpoints: Saver | None = None
         self.best = Best(math.inf, 0, {})
+        self._predictor: Predictor | None = None
         self.heartbeat: Callable[[], None] = lambda: None
         self.audit, self.accumulate_steps, self.patience = Audit(audit), accumulate_steps, patience
 
@@ -252,10 +252,13 @@ class Trainer:
     def prepare_model(self, model: Model) -> None:
         """Initialises the state and compiles the steps, ahead of the first."""
         started = time.perf_counter()
-        self._model = model
+        self._model, self._predictor = model, None
+        loss = loss_of(model)
         for dataset in (self.train, self.val):
-            if dataset is not None and loss_of(model).domain:
-                _check_targets(dataset.source, loss_of(model))
+            if dataset is not None and loss.domain and (wrong := first_outside(dataset.source, loss.allowed)):
+                number, values = wrong
+                is_now = ", ".join(f"{value:g}" for value in values)
+                raise InputError(f"--loss={loss.name}: the target in row {number} is {is_now}; it has to be {loss.domain}")
         optimizer = model.configure_optimizers()
         if self.gradient_clip_val:
             optimizer = optax.chain(optax.clip_by_global_norm(self.gradient_clip_val), optimizer)
@@ -423,7 +426,7 @@ class Trainer:
         Raises:
           InputError: for rows of another shape.
         """
-        x, predictor = np.asarray(x, self.dtype), self._predictor()
+        x, predictor = np.asarray(x, self.dtype), self.predictor()
         if x.ndim != 2 or x.shape[1] != predictor.num_inputs or not len(x):
             raise InputError(f"x has shape {list(x.shape)}: give one row or more of {predictor.num_inputs} columns")
         rows = ArraySource(x, np.zeros((len(x), predictor.num_targets)), dtype=self.dtype)
@@ -431,27 +434,31 @@ class Trainer:
 
     def evaluate(self, source: Source) -> tuple[float, dict[str, float]]:
         """(mean loss, metrics in original units) of the trained model over rows."""
-        predictor = self._predictor()
+        predictor = self.predictor()
         return predictor.evaluate(predictor.pieces(source))
 
-    def _predictor(self) -> Predictor:
+    def predictor(self) -> Predictor:
+        """The trained model on the trainer's devices; compiled once."""
         if not hasattr(self, "state"):
             raise InputError("there is nothing to predict with yet: call fit first")
-        rows = self.train.source[np.zeros(1, np.int32)]
-        return Predictor(
-            self._model,
-            self.variables,
-            rows["x"].shape[1],
-            rows["y"].shape[1],
-            self.mesh,
-            self.num_shards,
-            self.train.global_batch,
-            self._schema,
-            self.precision,
-            self.reduction,
-            self.backend,
-            self.heartbeat,
-        )
+        if self._predictor is None:
+            rows = self.train.source[np.zeros(1, np.int32)]
+            self._predictor = Predictor(
+                self._model,
+                self.variables,
+                rows["x"].shape[1],
+                rows["y"].shape[1],
+                self.mesh,
+                self.num_shards,
+                self.train.global_batch,
+                self._schema,
+                self.precision,
+                self.reduction,
+                self.backend,
+                self.heartbeat,
+            )
+        self._predictor.variables = self.variables
+        return self._predictor
 
     def _tell(self, step: int, **values: Any) -> None:
         steps = self.train.sampler.steps_per_epoch
@@ -466,17 +473,3 @@ def _mean(sums: np.ndarray) -> float:
     """The mean loss per weight of steps, from their [steps, 2] sums; 0 where nothing has a weight."""
     loss, weight = sums.sum(axis=0)
     return float(loss / weight) if weight > 0 else 0.0
-
-
-def _check_targets(source: Source, loss: Loss) -> None:
-    """Raises InputError for the first row, as the user numbers them, whose target the loss is not defined for."""
-    first: tuple[int, list[float]] | None = None
-    for start in range(0, len(source), _CHECKED_ROWS):
-        indices = np.arange(start, min(start + _CHECKED_ROWS, len(source)))
-        y = source.y[indices] if hasattr(source, "y") else source[indices]["y"]
-        for at in np.flatnonzero(~loss.allowed(y).all(axis=1)):
-            number = int(source.row[indices[at]] if hasattr(source, "row") else indices[at])
-            first = min(first or (number, y[at].tolist()), (number, y[at].tolist()))
-    if first is not None:
-        value = ", ".join(f"{v:g}" for v in first[1])
-        raise InputError(f"--loss={loss.name}: the target in row {first[0] + 1} is {value}; it has to be {loss.domain}")

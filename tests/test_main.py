@@ -187,7 +187,7 @@ def tables(tmp_path):
         (["--platform=gpu"], "--flagfile=configs/cpu.cfg"),
         (["--platform=abacus"], "use cpu, gpu or tpu"),
         (["--batch_size=30"], "use --batch_size=24 or 32"),
-        (["--lr=-1"], "--lr=-1.0: use a learning rate above 0"),
+        (["--lr=-1"], "--lr=-1.0: use a value above 0"),
         (["--lr=nan"], "--lr=nan: use a finite number"),
         (["--w=2,x"], "--w=2,x"),
         (["--reduction=mean"], "use one of pmean, ordered"),

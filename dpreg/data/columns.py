@@ -31,7 +31,6 @@ def resolve(columns: Columns, table: Table) -> Columns:
     def named(names: Sequence[str]) -> tuple[str, ...]:
         return tuple(column for name in names for column in table.groups.get(name, (name,)))
 
-    weight = (columns.weight_column,) if columns.weight_column else ()
     full = dataclasses.replace(
         columns,
         target=named(columns.target),
@@ -39,14 +38,14 @@ def resolve(columns: Columns, table: Table) -> Columns:
         categorical=named(columns.categorical),
         dates=named(columns.dates),
     )
-    taken = {*full.target, *full.exclude, *weight}
-    features = named(columns.features) or tuple(name for name in table.columns if name not in taken)
-    asked = (*features, *full.target, *weight)
-    table.require((*asked, *full.exclude, *full.categorical, *full.dates))
-    for name in asked:
+    left_out = {*full.target, *full.exclude, full.weight_column}
+    features = named(columns.features) or tuple(name for name in table.columns if name not in left_out)
+    full = dataclasses.replace(full, features=features)
+    table.require((*full.taken, *full.exclude, *full.categorical, *full.dates))
+    for name in full.taken:
         if len(name.splitlines()) > 1:
             raise InputError(f"{table.name}: the name of column {name!r} has several lines: rename it")
-        if asked.count(name) > 1:
+        if full.taken.count(name) > 1:
             raise InputError(f"{table.name}: column {name!r} is asked for twice; name it once")
     for flag, names in (("categorical", full.categorical), ("dates", full.dates)):
         for name in names:
@@ -57,7 +56,7 @@ def resolve(columns: Columns, table: Table) -> Columns:
             raise InputError(f"{table.name}: column {name!r} is in --categorical and in --dates; choose one")
     if not features:
         raise InputError(f"{table.name}: there is no column to fit on besides the target")
-    return dataclasses.replace(full, features=features)
+    return full
 
 
 class RawReader:
@@ -75,12 +74,14 @@ class RawReader:
 
     def __init__(self, columns: Columns, schema: Schema | None = None, dtype: DTypeLike = np.float32):
         self.columns, self.dtype = columns, np.dtype(dtype)
-        weight = (columns.weight_column,) if columns.weight_column else ()
-        self.names = (*columns.features, *columns.target, *weight)
+        self.names = columns.taken
         known = {c.name: c.values for c in schema.inputs if isinstance(c, Category)} if schema else {}
         self.codes = {n: {v: code for code, v in enumerate(known.get(n, ()))} for n in columns.categorical}
         self._predicts = schema is not None
-        self.narrow = (*[True] * (len(self.names) + (not weight)), False)  # the numbers of rows are many
+        self.narrow = (
+            *[True] * (len(columns.features) + len(columns.target) + 1),
+            False,
+        )  # the numbers of rows are many
         self._missing: dict[str, tuple[int, str]] = {}  # column -> how many values, and where the first is
 
     def read(self, table: Table, rows: int | None = None) -> Iterator[np.ndarray]:

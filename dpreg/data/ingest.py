@@ -106,7 +106,7 @@ def ingest(
     """
     columns = resolve(columns, table)
     if validation is not None:
-        validation.require((*columns.features, *columns.target, *filter(None, [columns.weight_column])))
+        validation.require(columns.taken)
     dtype = np.dtype(dtype)
     files = [table.signature, validation.signature if validation else None]
     what = [_FORMAT, str(dtype), *files, dataclasses.asdict(columns)]

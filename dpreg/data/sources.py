@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+from collections.abc import Callable
 from typing import Protocol
 
 import numpy as np
@@ -12,6 +13,8 @@ from dpreg.data.schema import Schema
 from dpreg.errors import InputError
 
 Rows = dict[str, np.ndarray]
+
+_CHECKED_ROWS = 1 << 18  # at once
 
 
 class Source(Protocol):
@@ -87,6 +90,22 @@ class ArraySource:
         for column in (self.x, self.y, self.weight):
             digest.update(np.ascontiguousarray(column).data)
         return digest.hexdigest()
+
+
+def first_outside(source: Source, allowed: Callable[[np.ndarray], np.ndarray]) -> tuple[int, tuple[float, ...]] | None:
+    """The first row, as the user numbers them from 1, with a target that is not allowed, and its targets.
+
+    Args:
+      allowed: targets [n, t] -> [n, t], which of them are.
+    """
+    found: tuple[int, tuple[float, ...]] | None = None
+    for start in range(0, len(source), _CHECKED_ROWS):
+        indices = np.arange(start, min(start + _CHECKED_ROWS, len(source)))
+        y = source.y[indices] if hasattr(source, "y") else source[indices]["y"]
+        for at in np.flatnonzero(~allowed(y).all(axis=1)):
+            number = int(source.row[indices[at]] if hasattr(source, "row") else indices[at]) + 1
+            found = min(found or (number, tuple(y[at])), (number, tuple(y[at])))
+    return found
 
 
 @dataclasses.dataclass(frozen=True)
