@@ -256,9 +256,10 @@ class Trainer:
         loss = loss_of(model)
         for dataset in (self.train, self.val):
             if dataset is not None and loss.domain and (wrong := first_outside(dataset.source, loss.allowed)):
-                number, values = wrong
-                is_now = ", ".join(f"{value:g}" for value in values)
-                raise InputError(f"--loss={loss.name}: the target in row {number} is {is_now}; it has to be {loss.domain}")
+                is_now = ", ".join(f"{value:g}" for value in wrong[1])
+                raise InputError(
+                    f"--loss={loss.name}: the target in row {wrong[0]} is {is_now}; it has to be {loss.domain}"
+                )
         optimizer = model.configure_optimizers()
         if self.gradient_clip_val:
             optimizer = optax.chain(optax.clip_by_global_norm(self.gradient_clip_val), optimizer)
