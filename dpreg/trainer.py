@@ -8,9 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Protocol
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-import optax
 from jax.sharding import Mesh
 from numpy.typing import ArrayLike
 
@@ -30,8 +28,9 @@ from dpreg.parallel.step import (
     TrainState,
     compile_eval_block,
     compile_train_block,
+    example_of,
+    initial_state,
     layout_of,
-    train_argument,
 )
 from dpreg.predictor import Predictor, errors_of, metrics_of
 
@@ -107,6 +106,7 @@ class Trainer:
       max_epochs: how often every row is used.
       num_devices: devices to use; None takes all there are, but not more than `num_shards`.
       gradient_clip_val: the largest norm of the global gradient; larger ones are scaled to it. 0: no limit.
+      mesh: the devices, with the single axis "data", where they are not to be found by `num_devices` and `platform`.
       num_shards: logical shards, L: a property of the run, which its result depends on (by rounding at least).
       precision: "float32"; "bfloat16" for features and, where a chip has them, the factors of products, with sums in
         float32; or "float64", of rows that are float64, which switches all of JAX in this process to `jax_enable_x64`.
@@ -148,6 +148,7 @@ class Trainer:
         num_devices: int | None = None,
         gradient_clip_val: float = 0.0,
         *,
+        mesh: Mesh | None = None,
         num_shards: int = 8,
         precision: str = "float32",
         reduction: str = "pmean",
@@ -186,7 +187,7 @@ class Trainer:
         self.log_every_steps, self.steps_per_block, self.placement = log_every_steps, steps_per_block, placement
         self.precision, self.dtype = precision, np.dtype(PRECISIONS[precision][1])
         devices.enable(self.dtype)
-        self.mesh: Mesh = devices.data_mesh(num_shards, platform, num_devices)
+        self.mesh = mesh or devices.data_mesh(num_shards, platform, num_devices)
         self.seconds = dict.fromkeys(("ingest", "compile", "train", "eval"), 0.0)
         self.train_loss = math.nan
         self.val_loss: float | None = None
@@ -233,6 +234,13 @@ class Trainer:
     def prepare_data(self, data: RegressionData) -> None:
         """Brings the rows to where the steps read them."""
         started = time.perf_counter()
+        self.lay_out(data)
+        self._carried = Carried(*self.train.carried)
+        jax.block_until_ready([dataset.data for dataset in (self.train, self.val) if dataset])
+        self.seconds["ingest"] += time.perf_counter() - started
+
+    def lay_out(self, data: RegressionData) -> None:
+        """Decides where rows are to be, and moves none."""
         self._schema: Schema | None = getattr(data, "schema", None)
         self.seconds, self.steps_trained = dict.fromkeys(self.seconds, 0.0), 0
         batch_size = data.batch_size * self.accumulate_steps
@@ -241,9 +249,6 @@ class Trainer:
         if self.patience and not data.val:
             raise InputError(f"--patience={self.patience}: there are no rows held out to measure by")
         self.val = self._placed(Dataset(data.val).batch(data.batch_size)) if data.val else None
-        self._carried = Carried(*self.train.carried)
-        jax.block_until_ready([dataset.data for dataset in (self.train, self.val) if dataset])
-        self.seconds["ingest"] += time.perf_counter() - started
 
     def _placed(self, dataset: Dataset) -> Dataset:
         placed = dataset.cast(self.precision).shard(self.mesh, self.num_shards)
@@ -252,7 +257,37 @@ class Trainer:
     def prepare_model(self, model: Model) -> None:
         """Initialises the state and compiles the steps, ahead of the first."""
         started = time.perf_counter()
+        self._check_targets(model)
+        state = self.initial_state(model)
+        rows_together = self.train.sampler.shard_batch // self.accumulate_steps
+        if state.batch_stats and rows_together < _FEW_ROWS:
+            logging.warning(
+                "batch statistics of %d rows: BatchNorm sees the rows of one shard, batch_size / num_shards; "
+                "give it %d or more",
+                rows_together,
+                _FEW_ROWS,
+            )
         self._model, self._predictor = model, None
+        self.state = devices.replicated(state, self.mesh)
+        self.step, self.epoch_sums = 0, np.zeros((self.train.sampler.steps_per_epoch, 2))
+        self.best = Best(math.inf, 0, jax.device_get(self.variables) if self.patience else {})
+        self._train_block, self._eval_block = self.compile_train(model, self.state), None
+        if self.val:
+            self._eval_block = compile_eval_block(
+                model,
+                self.variables,
+                layout_of(self.val),
+                self.mesh,
+                example_of(self.val),
+                errors_of(model, self._schema),
+                self.reduction,
+                self.backend,
+            )
+        # Compiled unevenly fast, but met before the first collective, which waits for nobody long.
+        processes.exchange()
+        self.seconds["compile"] += time.perf_counter() - started
+
+    def _check_targets(self, model: Model) -> None:
         loss = loss_of(model)
         for dataset in (self.train, self.val):
             if dataset is not None and loss.domain and (wrong := first_outside(dataset.source, loss.allowed)):
@@ -260,41 +295,24 @@ class Trainer:
                 raise InputError(
                     f"--loss={loss.name}: the target in row {wrong[0]} is {is_now}; it has to be {loss.domain}"
                 )
-        optimizer = model.configure_optimizers()
-        if self.gradient_clip_val:
-            optimizer = optax.chain(optax.clip_by_global_norm(self.gradient_clip_val), optimizer)
-        row = jnp.asarray(self.train.source[np.zeros(1, np.int32)]["x"], jnp.float32)
-        variables = dict(model.init(jax.random.key(self.seed), row, **train_argument(model, False)))
-        variables = jax.tree.map(lambda leaf: leaf.astype(self.dtype), variables)
-        params, batch_stats = variables.pop("params"), variables.pop("batch_stats", {})
-        if variables:
-            raise InputError(f"the model has variables {sorted(variables)}: only params and batch_stats can be trained")
-        rows_together = self.train.sampler.shard_batch // self.accumulate_steps
-        if batch_stats and rows_together < _FEW_ROWS:
-            logging.warning(
-                "batch statistics of %d rows: BatchNorm sees the rows of one shard, batch_size / num_shards; "
-                "give it %d or more",
-                rows_together,
-                _FEW_ROWS,
-            )
-        state = TrainState.create(apply_fn=model.apply, params=params, tx=optimizer, batch_stats=batch_stats)
-        self.state = devices.replicated(state.replace(step=np.int32(0)), self.mesh)
-        self.step, self.epoch_sums = 0, np.zeros((self.train.sampler.steps_per_epoch, 2))
-        self.best = Best(math.inf, 0, jax.device_get(self.variables) if self.patience else {})
-        self._train_block = self._compiled(compile_train_block, model, self.state, self.train, self.accumulate_steps)
-        self._eval_block = None
-        if self.val:
-            of = errors_of(model, self._schema)
-            self._eval_block = self._compiled(compile_eval_block, model, self.variables, self.val, of)
-        # Compiled unevenly fast, but met before the first collective, which waits for nobody long.
-        processes.exchange()
-        self.seconds["compile"] += time.perf_counter() - started
 
-    def _compiled(
-        self, compile_block: Callable[..., Any], model: Model, state: Any, dataset: Dataset, *more: Any
-    ) -> Callable[..., Any]:
-        example = self.prepare_batch(next(iter(dataset)))
-        return compile_block(model, state, layout_of(dataset), self.mesh, example, *more, self.reduction, self.backend)
+    def initial_state(self, model: Model) -> TrainState:
+        """The state before the first step, a function of model and seed."""
+        row = self.train.source[np.zeros(1, np.int32)]["x"]
+        return initial_state(model, row, self.seed, self.dtype, self.gradient_clip_val)
+
+    def compile_train(self, model: Model, state: TrainState) -> Callable[..., Any]:
+        """The compiled training steps; of a state without values, too."""
+        return compile_train_block(
+            model,
+            state,
+            layout_of(self.train),
+            self.mesh,
+            example_of(self.train),
+            self.accumulate_steps,
+            self.reduction,
+            self.backend,
+        )
 
     @property
     def variables(self) -> dict[str, Any]:

@@ -183,6 +183,18 @@ class Dataset:
         return self._assemble(0, lambda shards: np.minimum(every, self.sampler.shard_size(shards)[:, None]))
 
     @property
+    def shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """What `Block.data` are, with their sharding and without their values."""
+        lead: tuple[int, ...] = (self.block_steps, self._mesh.size, self.slots, self.sampler.shard_batch)
+        if self.resolved_placement == "device":
+            lead = (self._mesh.size, self.slots, self.sampler.shard_capacity + 1)
+        columns = self._read(np.zeros(1, np.int32)) | ({"tag": np.zeros(1, np.uint32)} if self.tagged else {})
+        return {
+            name: jax.ShapeDtypeStruct((*lead, *v.shape[1:]), v.dtype, sharding=self._along(self.device_axis))
+            for name, v in columns.items()
+        }
+
+    @property
     def device_axis(self) -> int:
         """The axis of a block's data that devices lie along."""
         return 0 if self.resolved_placement == "device" else 1
@@ -293,12 +305,15 @@ class Dataset:
 
     def _put(self, shape: tuple[int, ...], axis: int, part: Callable[[int], np.ndarray]) -> Array:
         """A global array of which `part(d)` is what device d holds; devices lie along `axis`."""
-        sharding = NamedSharding(self._mesh, PartitionSpec(*[None] * axis, "data"))
 
         def local(index: Any) -> np.ndarray:
             return part(index[axis].start or 0)
 
-        return jax.make_array_from_callback(shape, sharding, local)
+        return jax.make_array_from_callback(shape, self._along(axis), local)
+
+    def _along(self, axis: int) -> NamedSharding:
+        """Devices along an axis."""
+        return NamedSharding(self._mesh, PartitionSpec(*[None] * axis, "data"))
 
     @property
     def _mesh(self) -> Mesh:

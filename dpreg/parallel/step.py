@@ -12,9 +12,11 @@ import optax
 from flax import linen as nn
 from flax.training import train_state
 from jax import Array, lax
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from numpy.typing import ArrayLike
 
 from dpreg.data.dataset import Dataset
+from dpreg.errors import InputError
 from dpreg.models.losses import row_losses
 from dpreg.parallel.reduce import (
     AXIS,
@@ -93,6 +95,14 @@ class Carried(NamedTuple):
     count: Any
 
 
+def example_of(dataset: Dataset) -> tuple[Any, ...]:
+    """(data, carried, packed clock) as the calls for a dataset take them, without their values: to compile by."""
+    mesh: Mesh = dataset.mesh  # type: ignore[assignment]  # it is sharded
+    carried = jax.ShapeDtypeStruct((mesh.size,), jnp.int32, sharding=NamedSharding(mesh, PartitionSpec(AXIS)))
+    clock = jax.ShapeDtypeStruct((len(Clock._fields),), jnp.int32, sharding=NamedSharding(mesh, PartitionSpec()))
+    return dataset.shapes, Carried(carried, carried), clock
+
+
 class Read(Protocol):
     """How a step finds its rows in what lies on the device: see `dpreg.data.dataset`."""
 
@@ -130,6 +140,31 @@ def layout_of(dataset: Dataset) -> Layout:
         num_shards=dataset.num_shards,
         batch_bytes=dataset.row_bytes * dataset.sampler.shard_batch * dataset.slots,
     )
+
+
+def initial_state(
+    model: Model, row: ArrayLike, seed: int, dtype: np.dtype, gradient_clip_val: float = 0.0
+) -> TrainState:
+    """The state before the first step, drawn as float32 and kept as `dtype`.
+
+    Args:
+      row: [1, d], any.
+      gradient_clip_val: the largest norm of the global gradient; 0 for no limit.
+
+    Raises:
+      InputError: when the model has variables besides params and batch_stats.
+    """
+    optimizer = model.configure_optimizers()
+    if gradient_clip_val:
+        optimizer = optax.chain(optax.clip_by_global_norm(gradient_clip_val), optimizer)
+    row = jnp.asarray(row, jnp.float32)
+    variables = dict(model.init(jax.random.key(seed), row, **train_argument(model, False)))
+    variables = jax.tree.map(lambda leaf: leaf.astype(dtype), variables)
+    params, batch_stats = variables.pop("params"), variables.pop("batch_stats", {})
+    if variables:
+        raise InputError(f"the model has variables {sorted(variables)}: only params and batch_stats can be trained")
+    state = TrainState.create(apply_fn=model.apply, params=params, tx=optimizer, batch_stats=batch_stats)
+    return state.replace(step=jnp.int32(0))
 
 
 def forward(
