@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 from dpreg.data.order import Sampler
 from dpreg.data.sources import Rows, Source
 from dpreg.errors import InputError
+from dpreg.models import softmax
 from dpreg.models.glm import Family
 from dpreg.models.least_squares import Fit, Triangle
 
@@ -29,12 +30,15 @@ class Solver:
     Args:
       source: the rows; mesh: the devices; num_shards: the logical shards, L.
       heartbeat: called whenever some rows are done.
+
+    Attributes:
+      passes: over the rows, so far.
     """
 
     def __init__(self, source: Source, mesh: Mesh, num_shards: int, heartbeat: Callable[[], None] = lambda: None):
         one = source[np.zeros(1, np.int32)]
         self._inputs, self._targets = one["x"].shape[1], one["y"].shape[1]
-        self._source, self._heartbeat = source, heartbeat
+        self._source, self._heartbeat, self.passes = source, heartbeat, 0
         self._sampler = Sampler(len(source), num_shards, num_shards, shuffle=False)
         shards = np.arange(mesh.size * -(-num_shards // mesh.size)).reshape(mesh.size, -1)
         self._own = shards[[device.process_index == jax.process_index() for device in mesh.devices.flat]]
@@ -103,6 +107,28 @@ class Solver:
             "there is none; give some --l2, such as 0.001"
         )
 
+    def softmax(self, num_classes: int, l2: float = 0.0) -> tuple[np.ndarray, np.ndarray]:
+        """W [d, C] and b [C] of least mean cross-entropy of the labels + l2 / 2 sum w^2, by Newton's method.
+
+        Without a penalty, no column of x may be constant or a combination of others.
+
+        Raises:
+          InputError: when there are several targets, or no optimum was found.
+        """
+        if self._targets > 1:
+            raise InputError(f"there is one target of labels, and there are {self._targets}")
+        theta = np.zeros((1 + self._inputs, num_classes))
+
+        def sums_at(theta: np.ndarray) -> np.ndarray:
+            def of(rows: Rows) -> np.ndarray:
+                x, y, weight = (rows[name].astype(np.float64) for name in ("x", "y", "weight"))
+                return softmax.sums(x, y, weight, theta)
+
+            return self._reduced(2 + theta.size + theta.size**2, of)
+
+        theta = softmax.minimum(sums_at, theta, l2)
+        return theta[1:], theta[0]
+
     def _around(self, family: Family, fit: Fit | None) -> tuple[Triangle, float, float]:
         """(the problem of Newton's next step from a fit, its mean loss, the weight of all rows): one pass."""
 
@@ -132,6 +158,7 @@ class Solver:
         add: Callable[[np.ndarray, np.ndarray], np.ndarray] = np.add,
     ) -> np.ndarray:
         """[size] float64: what `of` gives for blocks of rows, put together by `add` over all rows."""
+        self.passes += 1
         found = np.full((*self._own.shape, size), np.nan)
         at_once = max(256, _BLOCK_VALUES // (1 + self._inputs + self._targets))
         for place, shard in np.ndenumerate(self._own):

@@ -168,6 +168,20 @@ class Fit:
         return self.triangle.loss(self.w, self.b)
 
     @property
+    def directions(self) -> np.ndarray:
+        """[d, number kept] orthonormal: the directions in which the rows of x differ."""
+        rows = self.triangle.r[int(self.intercept) :, 1 : 1 + self.triangle.num_inputs]
+        return np.linalg.svd(rows)[2][: len(self.kept)].T
+
+    def shortest(self) -> tuple[np.ndarray, np.ndarray]:
+        """The w [d, t] of the least norm, and its b [t], of all that fit as well: columns that say the same share."""
+        if len(self.kept) == self.triangle.num_inputs or self.l2:
+            return self.w, self.b
+        along = self.directions
+        w, r = along @ (along.T @ self.w), self.triangle.r
+        return w, self.b + r[0, 1 : 1 + len(w)] @ (self.w - w) / r[0, 0] * self.intercept
+
+    @property
     def degrees_of_freedom(self) -> int:
         """Rows less parameters."""
         return self.triangle.rows - len(self.kept) - self.intercept
