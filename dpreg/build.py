@@ -80,14 +80,8 @@ def build_model(config: Config, num_inputs: int, num_targets: int, num_steps: in
     Raises:
       InputError: when a module of the user's own cannot be imported or made.
     """
-    loss = loss_called(config.loss, config.huber_delta, config.quantile, config.num_classes)
-    steady = config.lr_schedule == "constant" and not config.warmup_steps
-    schedule = config.lr if steady else schedule_called(config.lr_schedule, config.lr, num_steps, config.warmup_steps)
-    own: dict[str, Any] = {
-        "objective": loss,
-        "optimizer": optimizer_called(config.optimizer, schedule, config.l1, config.l2),
-    }
-    outputs = loss.outputs(num_targets)
+    own = objective_and_optimizer(config, num_steps)
+    outputs = own["objective"].outputs(num_targets)
     if config.model == "linear":
         return LinearRegressionScratch(num_inputs, config.lr, config.sigma, outputs, config.intercept, **own)
     if config.model == "concise":
@@ -100,6 +94,16 @@ def build_model(config: Config, num_inputs: int, num_targets: int, num_steps: in
         return of_user(**own) if issubclass(of_user, Module) else of_user()
     except Exception as error:
         raise InputError(f"--model={config.model}: {type(error).__name__}: {error}") from error
+
+
+def objective_and_optimizer(config: Config, num_steps: int = 1) -> dict[str, Any]:
+    """What a `dpreg.Module` is given besides its own fields, for a run of so many steps."""
+    steady = config.lr_schedule == "constant" and not config.warmup_steps
+    schedule = config.lr if steady else schedule_called(config.lr_schedule, config.lr, num_steps, config.warmup_steps)
+    return {
+        "objective": loss_called(config.loss, config.huber_delta, config.quantile, config.num_classes),
+        "optimizer": optimizer_called(config.optimizer, schedule, config.l1, config.l2),
+    }
 
 
 def build_trainer(config: Config, observers: tuple[Observer, ...] = ()) -> Trainer:
