@@ -10,7 +10,7 @@ import pytest
 README = (pathlib.Path(__file__).parent.parent / "README.md").read_text()
 
 
-@pytest.mark.parametrize("number", [0, 1])
+@pytest.mark.parametrize("number", [0, 1, 2])
 def test_the_snippets_run(number, tmp_path):
     snippet = re.findall(r"```python\n(.*?)```", README, re.DOTALL)[number]
     done = subprocess.run([sys.executable, "-c", snippet], cwd=tmp_path, capture_output=True, text=True, timeout=240)

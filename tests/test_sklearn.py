@@ -1,0 +1,328 @@
+"""Estimators of scikit-learn: its own checks, its own optima, and what data-parallel training promises."""
+
+import os
+import pickle
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pandas
+import pyarrow
+import pytest
+from cluster import ROOT
+from models import Foreign
+from scipy import special
+from sklearn import linear_model
+from sklearn.base import clone
+from sklearn.datasets import load_iris
+from sklearn.model_selection import GridSearchCV
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+
+import dpreg
+from dpreg.models import softmax
+from dpreg.models.losses import loss_called
+from dpreg.models.mlp import MLP
+from dpreg.sklearn import DataParallelClassifier, DataParallelRegressor
+
+ROWS = 600
+# Of float32 kept in float64, far from mean 0 and deviation 1.
+X = np.random.default_rng(0).normal([5, -200, 0, 1], [1, 30, 0.01, 1], size=(ROWS, 4)).astype(np.float32).astype(float)
+Z = (X - [5, -200, 0, 1]) / [1, 30, 0.01, 1] @ [0.5, -0.3, 0.2, 0.1] + 0.4
+
+
+@pytest.fixture(autouse=True)
+def _promotion_as_for_users():
+    with jax.numpy_dtype_promotion("standard"):
+        yield
+
+
+def targets(loss):
+    rng = np.random.default_rng(1)
+    return {
+        "logistic": lambda: np.where(rng.random(ROWS) < special.expit(2 * Z), "yes", "no"),
+        "softmax": lambda: np.argmax(np.c_[2 * Z, X[:, 0] - 5, -Z] + rng.gumbel(size=(ROWS, 3)), axis=1) * 10,
+        "poisson": lambda: rng.poisson(np.exp(Z)).astype(float),
+        "gamma": lambda: np.exp(Z) * rng.gamma(3, 1 / 3, ROWS),
+    }.get(loss, lambda: 1000 * (Z + rng.standard_t(4, ROWS)))()
+
+
+def run_python(code, *arguments, **environment):
+    done = subprocess.run(
+        [sys.executable, "-c", code, *map(str, arguments)],
+        env=os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"} | environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.parametrize("name", ["DataParallelRegressor", "DataParallelClassifier"])
+def test_all_checks_of_scikit_learn_pass_and_none_is_skipped(name):
+    code = (
+        "import sys, dpreg.parallel.devices, dpreg.sklearn\n"
+        "from sklearn.utils.estimator_checks import check_estimator\n"
+        "dpreg.parallel.devices.start('cpu')\n"  # with the compilation cache
+        "for check in check_estimator(getattr(dpreg.sklearn, sys.argv[1])()):\n"
+        "    print(check['status'], check['expected_to_fail'])\n"
+    )
+    # Without it, scikit-learn skips a check of its array API.
+    lines = run_python(code, name, SCIPY_ARRAY_API="1").splitlines()
+    assert len(lines) > 50
+    assert set(lines) == {"passed False"}
+
+
+PATHS = {
+    "huber": {"optimizer": "momentum", "lr": 0.3, "max_epochs": 500},
+    "l1": {"optimizer": "sgd", "lr": 0.3, "max_epochs": 500},
+    "quantile": {"lr": 0.03, "max_epochs": 1500},  # kinks: the steps have to shrink
+}
+
+
+@pytest.mark.parametrize("name", ["squared", "poisson", "gamma", "logistic", "softmax", "l2", "l1", "quantile"])
+@pytest.mark.parametrize("solver", ["exact", "sgd"])
+def test_coefficients_are_those_of_the_optimum(name, solver):
+    steps = PATHS.get(name, PATHS["huber"]) | {"batch_size": ROWS}
+    if solver == "exact":
+        if name in ("l1", "quantile", "gamma"):
+            return  # they have no such solver
+        steps = {}
+    y, scaler = targets(name), StandardScaler().fit(X)
+    theirs = {
+        "squared": lambda: linear_model.LinearRegression(),
+        "poisson": lambda: linear_model.PoissonRegressor(alpha=0.01, tol=1e-12, solver="newton-cholesky"),
+        "gamma": lambda: linear_model.GammaRegressor(alpha=0.01, tol=1e-12, solver="newton-cholesky"),
+        "l2": lambda: linear_model.Ridge(alpha=0.1 * ROWS),
+        "l1": lambda: linear_model.Lasso(alpha=0.1 * y.std(), tol=1e-12),
+        "quantile": lambda: linear_model.QuantileRegressor(quantile=0.8, alpha=0),
+    }.get(name, lambda: linear_model.LogisticRegression(C=100 / ROWS, tol=1e-12, max_iter=1000))()
+    # Their penalties are on the columns that they are given: give them those that ours are on.
+    theirs.fit(scaler.transform(X), y)
+    if name in ("logistic", "softmax"):
+        ours = DataParallelClassifier(l2=0.01, solver=solver, **steps)
+    else:
+        penalty = {"l2": {"l2": 0.1}, "l1": {"l1": 0.1}, "poisson": {"l2": 0.01}, "gamma": {"l2": 0.01}}.get(name, {})
+        loss = "squared" if name in ("l1", "l2") else name
+        ours = DataParallelRegressor(loss, quantile=0.8, **penalty, solver=solver, **steps)
+    ours.fit(X, y)
+    size = y.std() if name in ("squared", "l2", "l1", "quantile") else 1.0
+    close = {"atol": (1e-6 if solver == "exact" else 1e-3) * size, "rtol": 0}
+    np.testing.assert_allclose(ours.coef_ * scaler.scale_, theirs.coef_, **close)
+    np.testing.assert_allclose(ours.intercept_ + ours.coef_ @ scaler.mean_, theirs.intercept_, **close)
+    if name == "l1":
+        assert (ours.coef_ == 0).tolist() == (theirs.coef_ == 0).tolist()
+        assert 0 < (ours.coef_ == 0).sum() < 4
+
+
+def test_sums_of_softmax_are_those_of_its_loss_differentiated():
+    rng = np.random.default_rng(3)
+    theta, x = rng.normal(size=(3, 4)), rng.normal(size=(20, 2))
+    y, weight = rng.integers(0, 4, (20, 1)).astype(float), rng.random(20)
+    loss = loss_called("softmax", num_classes=4)
+    with jax.enable_x64(True):
+
+        def total(flat):
+            theta = flat.reshape(3, 4)
+            return jnp.vdot(loss.rows(jnp.asarray(x) @ theta[1:] + theta[:1], jnp.asarray(y)), weight)
+
+        flat = jnp.asarray(theta.ravel())
+        parts = weight.sum(), total(flat), jax.grad(total)(flat), jax.hessian(total)(flat)
+        expected = np.concatenate([np.ravel(part) for part in parts])
+        np.testing.assert_allclose(softmax.sums(x, y, weight, theta), expected, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    "estimator",
+    [
+        DataParallelRegressor(),
+        DataParallelRegressor("poisson"),
+        DataParallelRegressor("huber", batch_size=1024, max_epochs=20),
+        DataParallelClassifier(),
+    ],
+    ids=["squared", "poisson", "huber", "classes"],
+)
+def test_weights_count_as_repeated_rows(estimator):
+    y = targets("logistic" if isinstance(estimator, DataParallelClassifier) else "poisson")
+    weight = np.random.default_rng(2).integers(0, 4, ROWS)
+    by_weight = clone(estimator).fit(X[:300], y[:300], weight[:300])
+    repeated = clone(estimator).fit(X[:300].repeat(weight[:300], axis=0), y[:300].repeat(weight[:300]))
+    of = "predict_proba" if isinstance(estimator, DataParallelClassifier) else "predict"
+    steps = getattr(estimator, "loss", "") == "huber"  # in float32
+    np.testing.assert_allclose(getattr(by_weight, of)(X), getattr(repeated, of)(X), rtol=1e-4 if steps else 1e-9)
+
+
+@pytest.mark.parametrize(
+    "estimator",
+    [
+        DataParallelRegressor(),
+        DataParallelClassifier(reduction="ordered"),
+        DataParallelRegressor("huber", model="mlp", hidden=(8,), reduction="ordered", max_epochs=3),
+    ],
+    ids=["least squares", "newton and steps", "mlp"],
+)
+def test_the_same_bits_on_any_number_of_devices(estimator):
+    y = targets("softmax" if isinstance(estimator, DataParallelClassifier) else "squared")
+    found = []
+    for num_devices in (1, 2, 8):
+        fitted = clone(estimator).set_params(num_devices=num_devices).fit(X, y)
+        if fitted.model == "linear":
+            fitted.partial_fit(X[:100], y[:100])
+        found.append(getattr(fitted, "decision_function", fitted.predict)(X))
+    np.testing.assert_array_equal(found[0], found[1])
+    np.testing.assert_array_equal(found[0], found[2])
+
+
+@pytest.mark.parametrize(
+    "estimator",
+    [DataParallelClassifier(), DataParallelClassifier(model=MLP((8,), 3), max_epochs=5, num_devices=2)],
+    ids=["linear", "module"],
+)
+def test_a_pickle_predicts_the_same_in_another_process(estimator, tmp_path):
+    expected = estimator.fit(X, targets("softmax")).predict_proba(X)
+    (tmp_path / "estimator").write_bytes(pickle.dumps(estimator))
+    np.save(tmp_path / "x.npy", X)
+    code = (
+        "import pickle, sys, jax, numpy as np\n"
+        "jax.config.update('jax_num_cpu_devices', 2)\n"
+        "estimator = pickle.load(open('estimator', 'rb'))\n"
+        "assert not any(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(vars(estimator._fitted)))\n"
+        "np.save('found.npy', estimator.predict_proba(np.load('x.npy')))\n"
+    )
+    run_python(f"import os\nos.chdir({str(tmp_path)!r})\n" + code)
+    np.testing.assert_array_equal(np.load(tmp_path / "found.npy"), expected)
+
+
+def test_tables_give_their_names():
+    names, y = ["a", "b", "c", "d"], targets("squared")
+    of_arrays = DataParallelRegressor().fit(X, y)
+    frame = pandas.DataFrame(X, columns=names)
+    table = pyarrow.table({name: X[:, j] for j, name in enumerate(names)})
+    for rows, target in ((frame, pandas.Series(y)), (table, pyarrow.array(y))):
+        fitted = DataParallelRegressor().fit(rows, target)
+        assert fitted.feature_names_in_.tolist() == names
+        np.testing.assert_array_equal(fitted.predict(rows), of_arrays.predict(X))
+    with pytest.raises(ValueError, match="feature names should match"):
+        fitted.predict(frame[["b", "a", "c", "d"]])
+    labels = pyarrow.array(targets("logistic"))
+    np.testing.assert_array_equal(DataParallelClassifier().fit(table, labels).classes_, ["no", "yes"])
+
+
+def test_partial_fit_goes_on_from_where_it_was():
+    y = targets("squared")
+    exact = DataParallelRegressor(l2=0.1)
+    for part in np.array_split(np.arange(ROWS), 7):
+        exact.partial_fit(X[part], y[part])
+    np.testing.assert_allclose(exact.coef_, DataParallelRegressor(l2=0.1).fit(X, y).coef_, rtol=1e-10)
+    # Epochs of one step: the momentum goes on, too.
+    steps = {"solver": "sgd", "optimizer": "momentum", "lr_schedule": "constant", "batch_size": ROWS, "lr": 0.05}
+    for model in ("concise", "mlp"):
+        several = DataParallelRegressor(model=model, **steps)
+        for _ in range(3):
+            several.partial_fit(X, y)
+        once = DataParallelRegressor(model=model, **steps, max_epochs=3).fit(X, y)
+        np.testing.assert_allclose(several.predict(X), once.predict(X), atol=1e-5 * y.std())
+    # From the optimum it stays there.
+    labels = targets("softmax")
+    classifier = DataParallelClassifier(l2=0.01, batch_size=600, lr=1e-5).fit(X, labels)
+    before = classifier.decision_function(X)
+    np.testing.assert_allclose(classifier.partial_fit(X, labels).decision_function(X), before, atol=1e-3)
+    with pytest.raises(dpreg.InputError, match="first call of partial_fit needs all labels"):
+        DataParallelClassifier().partial_fit(X, labels)
+    with pytest.raises(dpreg.InputError, match="label 7 is none of the classes"):
+        classifier.partial_fit(X[:2], [0, 7])
+
+
+def test_sorted_rows_train_as_mixed_ones_do():
+    iris = load_iris()  # sorted by class
+    order = np.random.default_rng(0).permutation(len(iris.target))
+    for model in (DataParallelClassifier(solver="sgd"), DataParallelClassifier(model="mlp", hidden=(16,))):
+        for rows in (np.arange(len(order)), order):
+            assert clone(model).fit(iris.data[rows], iris.target[rows]).score(iris.data, iris.target) > 0.95
+    y = targets("quantile")
+    rising = np.argsort(y)
+    found = DataParallelRegressor("absolute").fit(X[rising], y[rising])
+    best = linear_model.QuantileRegressor(quantile=0.5, alpha=0).fit(X, y)
+    assert np.abs(found.predict(X) - y).mean() < 1.002 * np.abs(best.predict(X) - y).mean()
+
+
+def test_in_pipelines_and_searches():
+    y = targets("logistic") == "yes"
+    grid = {"dataparallelclassifier__l2": [1e-3, 1e2], "dataparallelclassifier__standardize": [True, False]}
+    search = GridSearchCV(make_pipeline(StandardScaler(), DataParallelClassifier()), grid, cv=3).fit(X, y)
+    assert search.best_params_["dataparallelclassifier__l2"] == 1e-3
+    assert search.predict(X).dtype == bool
+    assert search.score(X, y) > 0.65
+    again = clone(search.best_estimator_).fit(X, y)
+    np.testing.assert_array_equal(again.predict_proba(X), search.predict_proba(X))
+
+
+def test_several_targets_and_few_rows():
+    y = np.c_[targets("squared"), X @ [1, 2, 3, 4]]
+    linear, theirs = DataParallelRegressor().fit(X, y), linear_model.LinearRegression().fit(X, y)
+    np.testing.assert_allclose(linear.coef_, theirs.coef_, rtol=1e-6)
+    np.testing.assert_allclose(linear.intercept_, theirs.intercept_, rtol=1e-6, atol=1e-6)
+    assert DataParallelRegressor(model="mlp").fit(X, y).score(X, y) > 0.5
+    counts = np.random.default_rng(0).poisson(np.exp(np.c_[Z, -Z]))
+    together = DataParallelRegressor("poisson").fit(X, counts)
+    for k in range(2):
+        apart = DataParallelRegressor("poisson").fit(X, counts[:, k])
+        np.testing.assert_allclose(together.predict(X)[:, k], apart.predict(X), rtol=1e-8)
+    for solver in ("exact", "sgd"):
+        for n in (1, 3):
+            few = DataParallelRegressor(solver=solver).fit(X[:n, :1], np.arange(n))
+            assert np.isfinite(few.predict(X[:, :1])).all()
+    # Where rows do not tell columns apart: the shortest solution, as scikit-learn's.
+    wide = np.random.default_rng(0).normal(size=(10, 25))
+    ours = DataParallelRegressor(standardize=False).fit(wide, wide[:, 0])
+    theirs = linear_model.LinearRegression().fit(wide, wide[:, 0])
+    np.testing.assert_allclose(ours.coef_, theirs.coef_, atol=1e-10)
+    x, labels = np.c_[X, X[:, 0], np.ones(ROWS)], targets("softmax")
+    doubled, single = DataParallelClassifier(l2=0).fit(x, labels), DataParallelClassifier(l2=0).fit(X, labels)
+    np.testing.assert_allclose(doubled.predict_proba(x), single.predict_proba(X), rtol=1e-8)
+    np.testing.assert_allclose(doubled.coef_[:, 0], doubled.coef_[:, 4], rtol=1e-8)
+    np.testing.assert_allclose(doubled.coef_[:, 5], 0, atol=1e-12)
+
+
+def test_modules_of_the_user():
+    y = targets("absolute") / 1000
+    foreign = DataParallelRegressor(model=Foreign(), standardize=True).fit(X, y)
+    best = linear_model.QuantileRegressor(quantile=0.5, alpha=0).fit(X, y)
+    assert np.abs(foreign.predict(X) - y).mean() < 1.01 * np.abs(best.predict(X) - y).mean()
+    with pytest.raises(dpreg.InputError, match=r"predicts \[1, 2\] for one row: give \[1, 3\]"):
+        DataParallelClassifier(model=MLP((4,), 2)).fit(X, targets("softmax"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ({"solver": "newton"}, "solver='newton': use auto, exact or sgd"),
+        ({"solver": "exact", "loss": "huber"}, "solver='exact': it is for"),
+        ({"loss": "logistic"}, "use DataParallelClassifier"),
+        ({"lr": -1.0}, "--lr=-1.0"),
+        ({"solver": "sgd", "batch_size": 20}, "--batch_size=20 is not a multiple of --num_shards=8"),
+        ({"loss": "gamma"}, "the target in row 4 is -5; it has to be above 0"),
+    ],
+)
+def test_what_cannot_be_fitted_is_one_line(arguments, said):
+    y = np.abs(targets("squared")) + 1
+    y[3] = -5
+    with pytest.raises(dpreg.InputError, match=said):
+        DataParallelRegressor(**arguments).fit(X, y)
+
+
+def test_scikit_learn_is_optional():
+    code = (
+        "import sys\n"
+        "import dpreg\n"
+        "assert 'sklearn' not in sys.modules\n"
+        "sys.modules['sklearn'] = None\n"
+        "try:\n"
+        "    import dpreg.sklearn\n"
+        "except ImportError as error:\n"
+        "    print(error)\n"
+    )
+    assert run_python(code) == "dpreg.sklearn needs scikit-learn 1.6 or newer: pip install 'dpreg[sklearn]'\n"
