@@ -82,7 +82,7 @@ class Solver:
           InputError: when there are several targets, or no optimum, such as for classes that a plane separates.
         """
         if self._targets > 1:
-            raise InputError(f"--solver=irls: it has one target, and there are {self._targets}")
+            raise InputError(f"Newton's method has one target, and there are {self._targets}")
         fit: Fit | None = None
         before, best = fit, np.inf
         for _ in range(_MOST_PASSES):
@@ -103,8 +103,8 @@ class Solver:
                 before, best = fit, value
             fit = solved
         raise InputError(
-            f"--solver=irls: no optimum within {_MOST_PASSES} passes: where the features tell targets for certain, "
-            "there is none; give some --l2, such as 0.001"
+            f"no optimum within {_MOST_PASSES} passes: where the features tell targets for certain, there is none; "
+            "give some l2, such as 0.001"
         )
 
     def softmax(self, num_classes: int, l2: float = 0.0) -> tuple[np.ndarray, np.ndarray]:

@@ -124,7 +124,7 @@ def test_newton_finds_the_optimum_and_errors_of_statsmodels(loss, intercept):
 def test_newton_says_where_there_is_no_optimum():
     x = np.linspace(-1, 1, 50)
     solver = Solver(dpreg.ArraySource(x, x > 0), Mesh(np.array(jax.devices()[:1]), ("data",)), 8)
-    with pytest.raises(dpreg.InputError, match=r"no optimum within 50 passes.*--l2"):
+    with pytest.raises(dpreg.InputError, match=r"no optimum within 50 passes.*l2"):
         solver.newton(FAMILIES["logistic"])
     fit, _ = solver.newton(FAMILIES["logistic"], l2=0.01)
     theirs = LogisticRegression(C=1 / (0.01 * 50), tol=1e-10).fit(x[:, None], x > 0)
