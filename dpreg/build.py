@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from dpreg.config import Config
 from dpreg.data.dataset import PRECISIONS
@@ -21,7 +22,7 @@ from dpreg.models.module import Module
 from dpreg.models.optimizers import optimizer_called, schedule_called
 from dpreg.parallel import processes
 from dpreg.parallel.step import Model
-from dpreg.trainer import Observer, Trainer
+from dpreg.trainer import Trainer
 
 _INGEST_SECONDS = 24 * 3600.0  # that the others wait for process 0; they say so now and then
 
@@ -106,8 +107,8 @@ def objective_and_optimizer(config: Config, num_steps: int = 1) -> dict[str, Any
     }
 
 
-def build_trainer(config: Config, observers: tuple[Observer, ...] = ()) -> Trainer:
-    """The trainer on the config's devices."""
+def build_trainer(config: Config, mesh: Mesh | None = None, steps_per_block: int | None = None) -> Trainer:
+    """The trainer on the config's devices, or on those of a mesh."""
     return Trainer(
         config.max_epochs,
         config.num_devices,
@@ -123,5 +124,6 @@ def build_trainer(config: Config, observers: tuple[Observer, ...] = ()) -> Train
         accumulate_steps=config.accumulate_steps,
         patience=config.patience,
         audit=config.audit,
-        observers=observers,
+        mesh=mesh,
+        steps_per_block=steps_per_block,
     )

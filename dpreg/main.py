@@ -5,21 +5,20 @@ import functools
 import json
 import pathlib
 import signal
-import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from typing import NoReturn
 
 import jax
 import numpy as np
-from absl import app, flags, logging
+from absl import flags, logging
 from rich.console import Console
 
 from dpreg.build import build_data, build_model, build_trainer
-from dpreg.config import Config, define_flags
+from dpreg.config import Config
 from dpreg.data.sources import RegressionData
 from dpreg.doctor import agree, examine
+from dpreg.door import enter, leave
 from dpreg.errors import AuditFailed, Diverged, InputError, Preempted, ProcessLost
 from dpreg.models.glm import FAMILIES
 from dpreg.models.least_squares import Fit
@@ -189,17 +188,6 @@ def _checkpoints(
         yield checkpoints
 
 
-def _parse(argv: list[str]) -> list[str]:
-    """Parses the flags. Bad ones are one line and exit code 2, where absl has a page and 1."""
-    try:
-        rest = flags.FLAGS(argv)
-        if len(rest) > 1:
-            raise InputError(f"{rest[1]}: not a flag; flags are given as --name=value")
-        return rest
-    except (flags.Error, InputError, UnicodeDecodeError) as error:
-        _leave(error, InputError.exit_code)
-
-
 def _main(argv: list[str]) -> None:
     del argv  # all flags
     if not flags.FLAGS["verbosity"].present:
@@ -215,13 +203,13 @@ def _main(argv: list[str]) -> None:
         else:
             _among_others(functools.partial(door, config))
     except (InputError, Diverged, AuditFailed, Preempted, ProcessLost) as error:
-        _leave(error, error.exit_code)
+        leave(error, error.exit_code)
     except KeyboardInterrupt:
-        _leave(InterruptedError("interrupted"), 130)
+        leave(InterruptedError("interrupted"), 130)
     except OSError as error:
         if error.filename is None:
             raise
-        _leave(InputError(f"{error.filename}: {error.strerror}: free or change it"), InputError.exit_code)
+        leave(InputError(f"{error.filename}: {error.strerror}: free or change it"), InputError.exit_code)
 
 
 def _among_others(work: Callable[[], None]) -> None:
@@ -240,20 +228,9 @@ def _among_others(work: Callable[[], None]) -> None:
         processes.end_as_lost(error)
 
 
-def _tell(error: Exception) -> None:
-    print("dpreg:", " ".join(str(error).split()), file=sys.stderr, flush=True)
-
-
-def _leave(error: Exception, code: int) -> NoReturn:
-    _tell(error)
-    sys.exit(code)
-
-
 def main() -> None:
     """The entry point."""
-    define_flags()
-    flags.adopt_module_key_flags(sys.modules[Config.__module__])  # so that --help lists them
-    app.run(_main, flags_parser=_parse)
+    enter(_main)
 
 
 if __name__ == "__main__":

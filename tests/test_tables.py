@@ -508,12 +508,12 @@ def test_imports_go_downward():
     rooms = [
         ("errors",),
         ("config",),
-        ("data", "models"),
+        ("data", "models", "door"),
         ("parallel",),
         ("predictor", "solver"),
         ("trainer",),
         ("observers", "build"),
-        ("doctor", "sklearn"),
+        ("doctor", "plan", "sklearn"),
         ("predict",),
         ("main",),
     ]

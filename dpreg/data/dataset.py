@@ -31,7 +31,7 @@ _BLOCK_BYTES = 16 << 20  # larger blocks were slower to transfer, smaller ones a
 _BLOCK_STEPS, _BLOCK_STEPS_AMONG_PROCESSES = 1 << 12, 1 << 8
 _TAG_ROWS = 1 << 18  # at a time: they stay in cache
 # Of a device's memory: rows up to this size are kept there. CPU devices have the host's own, where rows lie already.
-_RESIDENT_FRACTION, _RESIDENT_FRACTION_OF_HOST = 1 / 4, 1 / 32
+RESIDENT_FRACTION, _RESIDENT_FRACTION_OF_HOST = 1 / 4, 1 / 32
 
 Batch = dict[str, Array]
 
@@ -327,6 +327,6 @@ def _resident_bytes(mesh: Mesh) -> int:
     device = mesh.local_devices[0]
     stats = device.memory_stats() or {}
     if device.platform != "cpu" and "bytes_limit" in stats:
-        return int(stats["bytes_limit"] * _RESIDENT_FRACTION)
+        return int(stats["bytes_limit"] * RESIDENT_FRACTION)
     machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return int(machine * _RESIDENT_FRACTION_OF_HOST / len(mesh.local_devices))

@@ -1,0 +1,34 @@
+"""What every door does: parse flags, and end with one line where something is wrong."""
+
+import sys
+from collections.abc import Callable
+from typing import NoReturn
+
+from absl import app, flags
+
+from dpreg.config import Config, define_flags
+from dpreg.errors import InputError
+
+
+def enter(main: Callable[[list[str]], None]) -> NoReturn:
+    """Parses the flags of a run, and those that the door has defined, and hands over to it."""
+    define_flags()
+    flags.adopt_module_key_flags(sys.modules[Config.__module__])  # so that --help lists them
+    app.run(main, flags_parser=_parse)
+
+
+def leave(error: Exception, code: int) -> NoReturn:
+    """Ends with one line on stderr."""
+    print("dpreg:", " ".join(str(error).split()), file=sys.stderr, flush=True)
+    sys.exit(code)
+
+
+def _parse(argv: list[str]) -> list[str]:
+    """Bad flags are one line and exit code 2, where absl has a page and 1."""
+    try:
+        rest = flags.FLAGS(argv)
+        if len(rest) > 1:
+            raise InputError(f"{rest[1]}: not a flag; flags are given as --name=value")
+        return rest
+    except (flags.Error, InputError, UnicodeDecodeError) as error:
+        leave(error, InputError.exit_code)

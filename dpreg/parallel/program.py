@@ -1,0 +1,98 @@
+"""What a compiled program says of itself: what it exchanges, holds and computes."""
+
+import dataclasses
+import math
+import re
+from typing import Any
+
+_KINDS = "all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute|collective-broadcast"
+_COLLECTIVE = re.compile(rf"^\s*(?:ROOT )?%?[\w.-]+ = (\(?.*?\)?) ({_KINDS})(?:-start)?\((.*)$")
+_ARRAY = re.compile(r"\b(pred|[sufbc]\w*?\d+)\[([\d,]*)\]")
+_GROUPS = re.compile(r"replica_groups=(?:\{\{([\d,]*)\}|\[(\d+),(\d+)\])")
+
+
+@dataclasses.dataclass(frozen=True)
+class Collective:
+    """An exchange between devices.
+
+    Attributes:
+      kind: such as "all-reduce".
+      size: bytes that it gives each device.
+      devices: how many take part.
+      each_step: whether it is in the loop over steps; else once a call.
+      place: where in the program it comes from.
+    """
+
+    kind: str
+    size: int
+    devices: int
+    each_step: bool
+    place: str
+
+
+def collectives(compiled: Any) -> list[Collective]:
+    """All exchanges of a compiled program, in the order of its text."""
+    found = []
+    for line in compiled.as_text().splitlines():
+        if match := _COLLECTIVE.match(line):
+            result, kind, rest = match.groups()
+            groups = _GROUPS.search(rest)
+            members = groups[1].count(",") + 1 if groups and groups[1] else int(groups[3]) if groups else 0
+            place = re.search(r'op_name="([^"]*)"', rest)
+            name = place[1] if place else ""
+            found.append(Collective(kind, _bytes(result), members, "/while/" in name, name.rpartition("/")[2]))
+    return found
+
+
+def _bytes(result: str) -> int:
+    return sum(
+        _width(dtype) * math.prod(int(size) for size in shape.split(",") if size)
+        for dtype, shape in _ARRAY.findall(result)
+    )
+
+
+def _width(dtype: str) -> int:
+    bits = re.search(r"\d+", dtype)
+    return 1 if bits is None else max(1, int(bits[0]) // 8)
+
+
+@dataclasses.dataclass(frozen=True)
+class Memory:
+    """Bytes on one device.
+
+    Attributes:
+      arguments: what a call is given: rows, state.
+      results: what it gives, besides what takes the place of arguments.
+      temporaries: while it runs; code: the program.
+      donated: of the state, whose place its successor takes.
+    """
+
+    arguments: int
+    results: int
+    temporaries: int
+    code: int
+    donated: int
+
+    @property
+    def total(self) -> int:
+        """All together."""
+        return self.arguments + self.results + self.temporaries + self.code
+
+
+def memory(compiled: Any) -> Memory:
+    """What a compiled program holds on each device."""
+    of = compiled.memory_analysis()
+    return Memory(
+        of.argument_size_in_bytes,
+        of.output_size_in_bytes - of.alias_size_in_bytes,
+        of.temp_size_in_bytes,
+        of.generated_code_size_in_bytes,
+        of.alias_size_in_bytes,
+    )
+
+
+def cost(compiled: Any) -> tuple[float, float]:
+    """(operations, bytes moved) on each device, as the compiler counts them: of loops one turn."""
+    of = compiled.cost_analysis() or {}
+    of = of[0] if isinstance(of, list) else of
+    return float(of.get("flops", 0.0)), float(of.get("bytes accessed", 0.0))

@@ -1,0 +1,272 @@
+"""A door: `python -m dpreg.plan` says what the training steps would exchange, hold and cost; on a TPU slice, too.
+
+    python -m dpreg.plan --flagfile=configs/cpu.cfg
+    python -m dpreg.plan --topology=v5p:2x2x2 --flagfile=configs/tpu.cfg
+
+The train step of the run is compiled, as it would be, and not run; for a TPU slice by libtpu (`pip install
+'dpreg[plan]'`), without any TPU.
+"""
+
+import concurrent.futures
+import dataclasses
+import functools
+import importlib.util
+import json
+import math
+import multiprocessing
+import os
+import pathlib
+import re
+import sys
+import tempfile
+import time
+from typing import Any
+
+import jax
+import numpy as np
+from absl import flags
+from jax.experimental import topologies
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from dpreg.build import build_data, build_model, build_trainer
+from dpreg.config import Config
+from dpreg.data.dataset import RESIDENT_FRACTION
+from dpreg.door import enter, leave
+from dpreg.errors import InputError
+from dpreg.parallel import devices
+from dpreg.parallel.chips import Slice, slice_named
+from dpreg.parallel.program import Collective, Memory, collectives, cost, memory
+from dpreg.parallel.reduce import AXIS
+from dpreg.parallel.step import initial_state
+
+# No device is looked for, and others may compile at the same time.
+_COMPILER_ALONE = {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
+_PASSES = {"float32": 6, "bfloat16": 1}  # of the units for products; float64 they have not
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What a train step would be.
+
+    Attributes:
+      topology: as asked for, or the devices of this machine.
+      devices: how many; kind: of them.
+      placement, precision, reduction: of the run.
+      steps_per_call: that one compiled call takes at most.
+      collectives: what devices exchange.
+      memory: bytes on one device; of it `capacity` bytes, where that is known, and whether that is enough.
+      state_donated: whether the new state takes the place of the old one.
+      operations, bytes_moved: of a step on one device, as the compiler counts them: of shards or parts of a batch that
+        are taken one after the other (ordered, accumulated, and large batches on CPU) it counts one.
+      compile_seconds: of the program.
+      seconds: of a step, predicted by published rates: "products", "memory", "exchange", "step"; empty where there are
+        none.
+    """
+
+    topology: str
+    devices: int
+    kind: str
+    placement: str
+    precision: str
+    reduction: str
+    steps_per_call: int
+    collectives: list[Collective]
+    memory: Memory
+    capacity: float | None
+    fits: bool | None
+    state_donated: bool
+    operations: float
+    bytes_moved: float
+    compile_seconds: float
+    seconds: dict[str, float]
+
+    def describe(self) -> str:
+        """In lines for a person."""
+        held = self.memory
+        lines = [
+            f"{self.devices:,} devices: {self.topology} ({self.kind}); placement {self.placement}, {self.precision}, "
+            f"reduction {self.reduction}, up to {self.steps_per_call:,} steps a call, compiled in "
+            f"{self.compile_seconds:.1f} s"
+        ]
+        for one in self.collectives:
+            when = "each step" if one.each_step else "once a call"
+            lines.append(f"{one.kind} of {one.size:,} bytes over {one.devices:,} devices, {when} ({one.place})")
+        if not self.collectives:
+            lines.append("no exchange between devices")
+        room = ""
+        if self.capacity is not None:
+            left = self.capacity - held.total
+            word = "fits, with" if left >= 0 else "DOES NOT FIT: short of"
+            room = f"; {word} {_bytes(abs(left))}{' to spare' if left >= 0 else ''} of {_bytes(self.capacity)}"
+        lines.append(
+            f"on a device {_bytes(held.total)}: rows and state {_bytes(held.arguments)}, temporaries "
+            f"{_bytes(held.temporaries)}, program {_bytes(held.code)}{room}"
+        )
+        lines.append(f"the state is {'replaced in place' if self.state_donated else 'COPIED each call'}")
+        lines.append(f"a step on a device: {self.operations:,.0f} operations, {_bytes(self.bytes_moved)} moved")
+        if self.seconds:
+            parts = ", ".join(f"{name} {seconds * 1e6:,.1f} us" for name, seconds in self.seconds.items())
+            lines.append(f"predicted by published rates, all at their best: {parts}")
+        return "\n".join(lines)
+
+
+def plan(config: Config, topology: str | None = None) -> Plan:
+    """Compiles the train step of a run for a TPU slice, or for the devices of this machine.
+
+    Args:
+      topology: KIND:SHAPE, such as v5p:8x8x8; None for this machine.
+
+    Raises:
+      InputError: when there is no such slice, or the run does not go on it.
+    """
+    tpu = slice_named(topology) if topology else None
+    if tpu:
+        described = topologies.get_topology_desc(platform="tpu", topology_name=tpu.name).devices
+        if len(described) > config.num_shards:
+            raise InputError(
+                f"--topology={topology}: it has {len(described):,} devices, each of which needs a shard of its own: "
+                f"use --num_shards={len(described)} and a --batch_size that is a multiple of it"
+            )
+        mesh = Mesh(np.array(described), (AXIS,))
+    else:
+        mesh = devices.data_mesh(config.num_shards, config.platform, config.num_devices)
+    data = build_data(config)
+    if tpu and config.placement == "auto":
+        share = (len(data.train) + config.num_shards) / mesh.size * _row_bytes(data, config)
+        fits = share <= tpu.chip.memory * RESIDENT_FRACTION
+        config = dataclasses.replace(config, placement="device" if fits else "host")
+    compiled, seconds, trainer = _compiled(config, mesh, data, None)
+    # Of loops the compiler counts one turn: what lies outside grows with the steps of a call.
+    (few, _, small), (more, _, large) = (_compiled(config, mesh, data, steps) for steps in (2, 4))
+    apart = large.train.block_steps - small.train.block_steps
+    operations, moved = (
+        one - (other - one) / apart if apart else one for one, other in zip(cost(few), cost(more), strict=True)
+    )
+    held, exchanged = memory(compiled), collectives(compiled)
+    state_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(_abstract(trainer, data, config)))
+    capacity = tpu.chip.memory if tpu else _capacity(mesh)
+    return Plan(
+        topology or devices.describe(mesh.devices.flat),
+        mesh.size,
+        mesh.devices.flat[0].device_kind,
+        trainer.train.resolved_placement,
+        config.precision,
+        config.reduction,
+        trainer.train.block_steps,
+        exchanged,
+        held,
+        capacity,
+        None if capacity is None else held.total <= capacity,
+        held.donated >= state_bytes,
+        operations,
+        moved,
+        seconds,
+        _predicted(tpu, config, operations, moved, exchanged) if tpu else {},
+    )
+
+
+def _compiled(config: Config, mesh: Mesh, data: Any, steps_per_block: int | None) -> tuple[Any, float, Any]:
+    trainer = build_trainer(config, mesh=mesh, steps_per_block=steps_per_block)
+    trainer.lay_out(data)
+    model = build_model(config, data.num_inputs, data.num_targets, trainer.train.num_steps)
+    started = time.perf_counter()
+    return trainer.compile_train(model, _abstract(trainer, data, config)), time.perf_counter() - started, trainer
+
+
+def _abstract(trainer: Any, data: Any, config: Config) -> Any:
+    """The state without its values."""
+    model = build_model(config, data.num_inputs, data.num_targets, trainer.train.num_steps)
+    row = data.train[np.zeros(1, np.int32)]["x"]
+    first = functools.partial(
+        initial_state, model, seed=0, dtype=trainer.dtype, gradient_clip_val=config.gradient_clip_val
+    )
+    everywhere = NamedSharding(trainer.mesh, PartitionSpec())
+    return jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=everywhere), jax.eval_shape(first, row)
+    )
+
+
+def _row_bytes(data: Any, config: Config) -> int:
+    wide = {"float32": 4, "bfloat16": 2, "float64": 8}[config.precision]
+    return wide * data.num_inputs + 4 * (data.num_targets + 2)
+
+
+def _capacity(mesh: Mesh) -> float | None:
+    return (mesh.local_devices[0].memory_stats() or {}).get("bytes_limit")
+
+
+def _predicted(
+    tpu: Slice, config: Config, operations: float, moved: float, exchanged: list[Collective]
+) -> dict[str, float]:
+    """Products and memory overlap; the exchange comes after them."""
+    if config.precision not in _PASSES:
+        return {}
+    products = operations * _PASSES[config.precision] / tpu.chip.products
+    from_memory = moved / tpu.chip.memory_rate
+    exchange = sum(tpu.all_reduce_seconds(one.size) for one in exchanged if one.each_step)
+    step = max(products, from_memory) + exchange
+    return {"products": products, "memory": from_memory, "exchange": exchange, "step": step}
+
+
+def _bytes(size: float) -> str:
+    """Such as 7.4 MB."""
+    power = min(4, int(math.log(max(size, 1), 1000)))
+    return f"{size / 1000**power:,.{1 if power else 0}f} {('bytes', 'kB', 'MB', 'GB', 'TB')[power]}"
+
+
+def _apart(config: Config, topology: str) -> Plan:
+    """`plan` in a process of its own: the compiler for TPUs ends its process where it cannot do something."""
+    if importlib.util.find_spec("libtpu") is None:
+        raise InputError("--topology: needs libtpu, which compiles for TPUs: pip install 'dpreg[plan]'")
+    slice_named(topology)
+    os.environ.update(_COMPILER_ALONE)
+    with tempfile.NamedTemporaryFile("r") as said:
+        context = multiprocessing.get_context("spawn")
+        try:
+            with concurrent.futures.ProcessPoolExecutor(1, context, _say_into, (said.name,)) as pool:
+                return pool.submit(plan, config, topology).result()
+        except concurrent.futures.process.BrokenProcessPool as error:
+            fatal = [line.strip() for line in said if re.match("F[0-9]|.*(Check failed|ABORT)", line)]
+            reason = f": {fatal[0][:300]}" if fatal else ""
+            raise InputError(f"--topology={topology}: libtpu cannot compile for it, and ended{reason}") from error
+        except jax.errors.JaxRuntimeError as error:
+            reason = " ".join(str(error).split())[:300]
+            raise InputError(f"--topology={topology}: does not compile for it: {reason}") from error
+
+
+def _say_into(file: str) -> None:
+    """Lets all that the compiler says go into a file."""
+    os.dup2(os.open(file, os.O_WRONLY | os.O_APPEND), 2)
+
+
+def _main(argv: list[str]) -> None:
+    del argv
+    try:
+        config, topology = Config.from_flags(flags.FLAGS), flags.FLAGS["topology"].value
+        if topology:
+            found = _apart(config, topology)
+        else:
+            devices.start(config.platform, config.num_devices)
+            found = plan(config)
+        print(found.describe())
+        if config.workdir:
+            folder = pathlib.Path(config.workdir)
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / "plan.json").write_text(json.dumps(dataclasses.asdict(found), indent=2) + "\n", encoding="utf-8")
+            print(f"also in {folder / 'plan.json'}")
+    except InputError as error:
+        leave(error, error.exit_code)
+    except OSError as error:
+        leave(InputError(f"{error.filename}: {error.strerror}: free or change it"), InputError.exit_code)
+    if found.fits is False:
+        sys.exit(1)
+
+
+def main() -> None:
+    """The entry point."""
+    flags.DEFINE_string("topology", None, "KIND:SHAPE of a TPU slice, such as v5p:8x8x8. Default: this machine.")
+    enter(_main)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,142 @@
+"""What a compiled train step exchanges, holds and costs; on this machine, and for TPU slices that are not here."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from cluster import ROOT
+
+import dpreg
+from dpreg.config import Config
+from dpreg.parallel import chips, program
+from dpreg.plan import plan
+
+LINEAR = Config(num_train=5000, batch_size=64, platform="cpu", num_devices=8)
+
+
+def of(**changes):
+    return dataclasses.replace(LINEAR, **changes)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        of(),
+        of(placement="host"),
+        of(accumulate_steps=4),
+        of(optimizer="sgd", gradient_clip_val=1.0, l2=0.1),
+        of(precision="bfloat16"),
+        of(backend="pmap"),
+    ],
+    ids=["linear", "host", "accumulated", "clipped", "bfloat16", "pmap"],
+)
+def test_a_linear_step_has_one_all_reduce_and_replaces_the_state(config):
+    found = plan(config)
+    (one,) = found.collectives
+    # Of w (2), b, the loss, the weights and the rows counted: float32.
+    assert (one.kind, one.size, one.devices, one.each_step) == ("all-reduce", 6 * 4, 8, True)
+    assert found.state_donated
+    assert found.memory.total > 5000 * 4 * 4 / 8 if found.placement == "device" else True
+
+
+def test_an_ordered_step_has_one_all_gather_and_one_device_none():
+    (one,) = plan(of(reduction="ordered")).collectives
+    assert (one.kind, one.size, one.devices, one.each_step) == ("all-gather", 8 * 6 * 4, 8, True)
+    assert [c for c in plan(of(num_devices=1)).collectives if c.devices > 1] == []
+
+
+def test_a_perceptron_exchanges_its_gradient_at_once():
+    found = plan(of(model="mlp", hidden=(16, 8), optimizer="momentum"))
+    size = (2 * 16 + 16) + (16 * 8 + 8) + (8 + 1) + 3
+    assert [(c.kind, c.size, c.each_step) for c in found.collectives] == [("all-reduce", 4 * size, True)]
+    assert found.state_donated
+
+
+def test_operations_are_those_of_a_step():
+    """Of wide rows nearly all is in the products: x w and x^T g, a multiplication and an addition each."""
+    found = plan(of(w=tuple(np.linspace(-1, 1, 512)), num_devices=1))
+    assert found.operations == pytest.approx(2 * 2 * 64 * 512, rel=0.2)
+    assert found.bytes_moved > 64 * 512 * 4
+
+
+def test_collectives_are_read_from_a_program():
+    class Compiled:
+        def as_text(self):
+            return """
+  %psum.1 = f32[6]{0:T(128)} all-reduce(%c), replica_groups={{0,1,2,3}}, metadata={op_name="jit(f)/while/body/psum"}
+  ROOT all-gather.2 = (f32[8,1,6]{2,1,0}, u32[4]) all-gather-start(%s), replica_groups=[2,4]<=[8], dimensions={0}
+  %done = f32[8,1,6]{2,1,0} all-gather-done(%all-gather.2)
+  %no = f32[6] add(%all-reduce, %psum.1)
+"""
+
+    assert program.collectives(Compiled()) == [
+        program.Collective("all-reduce", 24, 4, True, "psum"),
+        program.Collective("all-gather", 8 * 6 * 4 + 16, 4, False, ""),
+    ]
+
+
+@pytest.mark.parametrize("name", ["v5e:2x2", "v5e:16x16", "v6e:4x8", "v4:2x2x1", "v5p:4x4x12", "v5p:16x16x24"])
+def test_slices_that_exist(name):
+    found = chips.slice_named(name)
+    assert "x".join(map(str, found.shape)) in name
+    least = 2 * 1e9 / found.chip.links * (1 - 1 / np.prod(found.shape))
+    assert least < found.all_reduce_seconds(1e9) < least + 1e-4
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("v5e:32x32", "there is no such slice; v5e has 2x2, 2x4, 4x4, 4x8, 8x8, 8x16, 16x16"),
+        ("v5p:8x4x4", "there is no such slice"),
+        ("v5p:16x20x28", "there is no such slice"),
+        ("v5p:4x4", "there is no such slice"),
+        ("v5e:4xx4", "there is no such slice"),
+        ("h100:8", "use KIND:SHAPE, with a kind of v4, v5e, v5p, v6e"),
+        ("v5p", "there is no such slice"),
+    ],
+)
+def test_slices_that_do_not_exist(name, said):
+    with pytest.raises(dpreg.InputError, match=said):
+        chips.slice_named(name)
+
+
+def by_flags(*flags):
+    return subprocess.run(
+        [sys.executable, "-m", "dpreg.plan", *flags], cwd=ROOT, capture_output=True, text=True, timeout=300
+    )
+
+
+def test_by_flags(tmp_path):
+    done = by_flags("--flagfile=configs/cpu.cfg", f"--workdir={tmp_path}")
+    assert done.returncode == 0, done.stderr
+    assert "all-reduce of 24 bytes over 8 devices, each step (psum)" in done.stdout
+    assert json.loads((tmp_path / "plan.json").read_text())["collectives"][0]["size"] == 24
+    wrong = by_flags("--flagfile=configs/cpu.cfg", "--num_devices=9")
+    assert (wrong.returncode, len(wrong.stderr.splitlines())) == (2, 1)
+
+
+@pytest.mark.parametrize("topology", ["v5p:2x2x2", "v5e:2x4", "v6e:2x4"])
+def test_the_tpu_configuration_compiles_for_slices(topology, tmp_path):
+    pytest.importorskip("libtpu")
+    done = by_flags(f"--topology={topology}", "--flagfile=configs/tpu.cfg", f"--workdir={tmp_path}")
+    assert (done.returncode, done.stderr) == (0, ""), done.stderr
+    found = json.loads((tmp_path / "plan.json").read_text())
+    assert found["devices"] == 8
+    assert [(c["kind"], c["size"], c["each_step"]) for c in found["collectives"]] == [("all-reduce", 24, True)]
+    assert found["state_donated"]
+    assert found["fits"]
+    assert found["seconds"]["step"] > 0
+
+
+def test_what_goes_on_no_slice_is_one_line(tmp_path):
+    pytest.importorskip("libtpu")
+    few = by_flags("--topology=v5p:4x4x4", "--flagfile=configs/tpu.cfg")
+    assert (few.returncode, len(few.stderr.splitlines())) == (2, 1)
+    assert "use --num_shards=64" in few.stderr
+    wide = ("--model=mlp", "--hidden=100000,100000", "--batch_size=64", "--num_train=64", "--num_val=8")
+    large = by_flags("--topology=v5e:2x4", "--flagfile=configs/tpu.cfg", *wide)
+    assert large.returncode in (1, 2)
+    assert "DOES NOT FIT" in large.stdout or ("does not compile" in large.stderr and "memory" in large.stderr.lower())
