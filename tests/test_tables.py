@@ -513,7 +513,7 @@ def test_imports_go_downward():
         ("predictor", "solver"),
         ("trainer",),
         ("observers", "build"),
-        ("doctor", "plan", "sklearn"),
+        ("doctor", "plan", "scaling", "sklearn"),
         ("predict",),
         ("main",),
     ]
