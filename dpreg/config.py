@@ -227,6 +227,9 @@ class Config(Columns):
     checkpoint_every_steps: int = _flag(0, "Steps between checkpoints; 0 to save by time only.", least=0)
     keep: int = _flag(3, "How many checkpoints to keep, the newest.", least=1)
     audit: bool = _flag(True, "Check each epoch that every row was used exactly once, over all processes.")
+    profile: str | None = _flag(
+        None, "START:STOP: trace these steps, to whole blocks, into the workdir's profile/ (TensorBoard, Perfetto)."
+    )
     step_timeout: float | None = _flag(
         None,
         "Seconds without results after which a run ends as hung; 0 for never. "
@@ -282,6 +285,8 @@ class Config(Columns):
 
     def _check_machine(self) -> None:
         """Refuses devices and processes that cannot be."""
+        if self.profile is not None and not self.profiled_steps():
+            self._refuse("profile", "give two steps, such as 100:200")
         if self.num_devices is not None and self.num_devices > self.num_shards:
             self._refuse(
                 "num_devices",
@@ -342,6 +347,13 @@ class Config(Columns):
         """What to take from a table."""
         columns = Columns(**{field.name: getattr(self, field.name) for field in dataclasses.fields(Columns)})
         return columns if self.intercept else dataclasses.replace(columns, standardize=False)
+
+    def profiled_steps(self) -> tuple[int, int] | None:
+        """START and STOP of `profile`, where they are such."""
+        start, _, stop = (self.profile or "").partition(":")
+        if not (start.isdecimal() and stop.isdecimal()) or int(start) >= int(stop):
+            return None
+        return int(start), int(stop)
 
     def identity(self) -> dict[str, Any]:
         """What decides the answer, besides the rows: a run may only be continued by one that is alike in it."""

@@ -25,6 +25,7 @@ from dpreg.models.least_squares import Fit
 from dpreg.observers.checkpoint import Checkpoints
 from dpreg.observers.export import save_model
 from dpreg.observers.metrics import MetricsWriter, read_metrics
+from dpreg.observers.profile import Profiler
 from dpreg.observers.progress import ProgressDisplay
 from dpreg.observers.report import write_report
 from dpreg.observers.summary import describe_optimum, feature_names, in_units_of, summarize
@@ -70,6 +71,8 @@ def run(config: Config) -> None:
             (workdir / "flags.cfg").write_text(config.to_flagfile(), encoding="utf-8")
             metrics = stack.enter_context(MetricsWriter(workdir / "metrics.jsonl", trainer.step))
             trainer.observers = (progress, metrics)
+            if steps := config.profiled_steps():
+                trainer.observers += (stack.enter_context(Profiler(workdir / "profile", *steps)),)
         fit = _trained(config, trainer, data, checkpoints, progress)
 
     if not first:

@@ -407,7 +407,8 @@ class Trainer:
         for block in self.train.blocks(first, stop):
             if block.first_step > first and self.checkpoints and self.checkpoints.due():
                 return
-            self.state, sums, used = self._train_block(self.state, *self.prepare_batch(block))
+            with jax.profiler.StepTraceAnnotation("train", step_num=block.first_step):
+                self.state, sums, used = self._train_block(self.state, *self.prepare_batch(block))
             yield block._replace(data=None), (sums, [part.data for part in used.addressable_shards])
 
     def _rest(self) -> None:

@@ -1,5 +1,6 @@
 """The main door, as a user opens it: a process of its own, its outputs and its exit code."""
 
+import gzip
 import hashlib
 import json
 import os
@@ -305,3 +306,13 @@ def test_several_processes_need_a_workdir(monkeypatch):
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     with pytest.raises(InputError, match="give --workdir"), open_workdir(None):
         pass
+
+
+def test_a_profile_is_a_trace_of_named_steps(tmp_path):
+    finished(CPU, "--num_devices=2", "--profile=0:40", f"--workdir={tmp_path}")
+    (trace,) = (tmp_path / "profile").rglob("perfetto_trace.json.gz")
+    names = {event.get("name") for event in json.loads(gzip.decompress(trace.read_bytes()))["traceEvents"]}
+    assert "train" in names
+    assert list((tmp_path / "profile").rglob("*.xplane.pb"))
+    wrong = dpreg(CPU, "--profile=7", f"--workdir={tmp_path}/w")
+    assert (wrong.returncode, wrong.stderr) == (2, "dpreg: --profile=7: give two steps, such as 100:200\n")

@@ -17,7 +17,8 @@ ShardLoss = Callable[[PyTree, PyTree, Array], tuple[Array, PyTree]]
 
 def value_and_gradient(loss: ShardLoss, params: PyTree, batch: PyTree, shard: Array) -> tuple[PyTree, Array, PyTree]:
     """The sums of one shard: (gradient, loss, the rest)."""
-    (value, rest), gradient = jax.value_and_grad(loss, has_aux=True)(params, batch, shard)
+    with jax.named_scope("gradient"):
+        (value, rest), gradient = jax.value_and_grad(loss, has_aux=True)(params, batch, shard)
     return gradient, value, rest
 
 
@@ -30,7 +31,8 @@ def value_and_gradient_together(
         values, rest = jax.vmap(loss, in_axes=(None, 0, 0))(params, batches, shards)
         return values.sum(), jax.tree.map(lambda leaf: leaf.sum(axis=0), rest)
 
-    (value, rest), gradient = jax.value_and_grad(summed, has_aux=True)(params)
+    with jax.named_scope("gradient"):
+        (value, rest), gradient = jax.value_and_grad(summed, has_aux=True)(params)
     return gradient, value, rest
 
 
@@ -64,7 +66,8 @@ def part_of(batch: PyTree, part: Array, parts: int, axis: int = 0) -> PyTree:
 def mean_over_devices(sums: PyTree) -> PyTree:
     """`lax.pmean` of all leaves in one buffer: one all-reduce a step, whatever the compiler would combine."""
     flat, unravel = ravel_pytree(sums)
-    return unravel(lax.pmean(flat, AXIS))
+    with jax.named_scope("exchange"):
+        return unravel(lax.pmean(flat, AXIS))
 
 
 def ordered_sum(sums_of: Callable[[Array], PyTree], slots: int, carried: Array, num_shards: int) -> PyTree:
@@ -85,7 +88,8 @@ def ordered_sum(sums_of: Callable[[Array], PyTree], slots: int, carried: Array, 
 
     # Two rows at least: with one, the compiler knows where the loop writes, and fuses otherwise.
     buffer = one_by_one(fill, carried, jnp.zeros((max(slots, 2), flat.size), flat.dtype))
-    gathered = lax.all_gather(buffer[:slots], AXIS, tiled=True)
+    with jax.named_scope("exchange"):
+        gathered = lax.all_gather(buffer[:slots], AXIS, tiled=True)
     return unravel(tree_sum(list(gathered[:num_shards])))
 
 

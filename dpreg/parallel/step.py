@@ -287,7 +287,8 @@ def compile_train_block(
                 sums = mean_over_devices(added_up(sums_of, carried.count))
 
             def update(_: Array, state: TrainState) -> TrainState:
-                return _updated(state, sums, clock.first_step + k)
+                with jax.named_scope("update"):
+                    return _updated(state, sums, clock.first_step + k)
 
             new = one_by_one(update, clock.one, state) if reduction == "ordered" else update(k, state)
             _, value, rest = sums
