@@ -130,7 +130,7 @@ def plan(config: Config, topology: str | None = None) -> Plan:
         mesh = Mesh(np.array(described), (AXIS,))
     else:
         mesh = devices.data_mesh(config.num_shards, config.platform, config.num_devices)
-    data = build_data(config)
+    data, config = build_data(config), dataclasses.replace(config, backend="jit")  # pmap's is the same program
     if tpu and config.placement == "auto":
         share = (len(data.train) + config.num_shards) / mesh.size * _row_bytes(data, config)
         fits = share <= tpu.chip.memory * RESIDENT_FRACTION

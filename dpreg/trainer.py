@@ -278,7 +278,7 @@ class Trainer:
                 self.variables,
                 layout_of(self.val),
                 self.mesh,
-                example_of(self.val),
+                self._example(self.val),
                 errors_of(model, self._schema),
                 self.reduction,
                 self.backend,
@@ -301,14 +301,18 @@ class Trainer:
         row = self.train.source[np.zeros(1, np.int32)]["x"]
         return initial_state(model, row, self.seed, self.dtype, self.gradient_clip_val)
 
+    def _example(self, dataset: Dataset) -> tuple[Any, ...]:
+        """What to compile by: pmap takes shapes for those of this process alone."""
+        return example_of(dataset) if self.backend == "jit" else self.prepare_batch(next(iter(dataset)))
+
     def compile_train(self, model: Model, state: TrainState) -> Callable[..., Any]:
-        """The compiled training steps; of a state without values, too."""
+        """The compiled training steps; with the backend "jit" also of a state without values, before any rows move."""
         return compile_train_block(
             model,
             state,
             layout_of(self.train),
             self.mesh,
-            example_of(self.train),
+            self._example(self.train),
             self.accumulate_steps,
             self.reduction,
             self.backend,

@@ -29,9 +29,8 @@ def of(**changes):
         of(accumulate_steps=4),
         of(optimizer="sgd", gradient_clip_val=1.0, l2=0.1),
         of(precision="bfloat16"),
-        of(backend="pmap"),
     ],
-    ids=["linear", "host", "accumulated", "clipped", "bfloat16", "pmap"],
+    ids=["linear", "host", "accumulated", "clipped", "bfloat16"],
 )
 def test_a_linear_step_has_one_all_reduce_and_replaces_the_state(config):
     found = plan(config)
