@@ -272,6 +272,11 @@ class Config(Columns):
             self._refuse("solver", "it is for --model=linear or concise, --loss=squared, and no --l1")
         if self.solver == "irls" and not (self._is_linear() and self.loss in ("logistic", "poisson")):
             self._refuse("solver", "it is for --model=linear or concise, --loss=logistic or poisson, and no --l1")
+        if self.patience and self.solver != "sgd":
+            self._refuse("patience", "it is for --solver=sgd")
+        unscaled = self.dataset != "synthetic" and self.columns().standardize is False
+        if self.precision == "bfloat16" and unscaled:
+            self._refuse("precision", "it keeps three digits of features: fit on standardised ones")
         if self.loss not in LOSSES[:4] and self.target_transform != "none":
             self._refuse("target_transform", f"--loss={self.loss} is defined for the target as it is; leave one out")
         if self.l1 and self.optimizer != "sgd":

@@ -2,7 +2,6 @@
 
 import contextlib
 import functools
-import json
 import pathlib
 import signal
 import time
@@ -16,6 +15,7 @@ from rich.console import Console
 
 from dpreg.build import build_data, build_model, build_trainer
 from dpreg.config import Config
+from dpreg.data.dataset import Cast
 from dpreg.data.sources import RegressionData
 from dpreg.doctor import agree, examine
 from dpreg.door import enter, leave
@@ -24,11 +24,11 @@ from dpreg.models.glm import FAMILIES
 from dpreg.models.least_squares import Fit
 from dpreg.observers.checkpoint import Checkpoints
 from dpreg.observers.export import save_model
-from dpreg.observers.metrics import MetricsWriter, read_metrics
+from dpreg.observers.metrics import MetricsWriter, read_metrics, to_json
 from dpreg.observers.profile import Profiler
 from dpreg.observers.progress import ProgressDisplay
 from dpreg.observers.report import write_report
-from dpreg.observers.summary import describe_optimum, feature_names, in_units_of, summarize
+from dpreg.observers.summary import describe_optimum, feature_names, in_units_of, summarize, target_names
 from dpreg.observers.workdir import open_workdir
 from dpreg.parallel import devices, processes
 from dpreg.parallel.deadline import Deadline
@@ -69,11 +69,12 @@ def run(config: Config) -> None:
             for stale in ("summary.json", "report.html", "model/model.json"):
                 (workdir / stale).unlink(missing_ok=True)
             (workdir / "flags.cfg").write_text(config.to_flagfile(), encoding="utf-8")
-            metrics = stack.enter_context(MetricsWriter(workdir / "metrics.jsonl", trainer.step))
+            kept = trainer.step if config.solver == "sgd" else -1  # an exact solution takes no step
+            metrics = stack.enter_context(MetricsWriter(workdir / "metrics.jsonl", kept))
             trainer.observers = (progress, metrics)
             if steps := config.profiled_steps():
                 trainer.observers += (stack.enter_context(Profiler(workdir / "profile", *steps)),)
-        fit = _trained(config, trainer, data, checkpoints, progress)
+        fit = _trained(config, trainer, data, checkpoints, progress, announcements)
 
     if not first:
         return
@@ -84,9 +85,11 @@ def run(config: Config) -> None:
         if "gap" in found:
             print(f"loss {found['loss']:.6g}, best possible {found['best']:.6g}{_above(found['gap'])}")
         if config.solver != "sgd":
-            told = in_units_of(data, fit)
-            print(*(told.describe(feature_names(data), t) for t in range(data.num_targets)), sep="\n\n")
-    (workdir / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+            told, of = in_units_of(data, fit), target_names(data)
+            for t, name in enumerate(of):
+                print(*([f"\n{name}:"] if len(of) > 1 or name.startswith("log(") else []), sep="\n")
+                print(told.describe(feature_names(data), t))
+    (workdir / "summary.json").write_text(to_json(summary, indent=2) + "\n", encoding="utf-8")
     write_report(workdir / "report.html", config, summary, read_metrics(workdir / "metrics.jsonl"))
     for name, error in summary.get("parameter_error", {}).items():
         print(f"error in estimating {name}: {np.array(error)}")
@@ -94,7 +97,12 @@ def run(config: Config) -> None:
 
 
 def _trained(
-    config: Config, trainer: Trainer, data: RegressionData, checkpoints: Checkpoints, progress: ProgressDisplay
+    config: Config,
+    trainer: Trainer,
+    data: RegressionData,
+    checkpoints: Checkpoints,
+    progress: ProgressDisplay,
+    announcements: processes.Announcements,
 ) -> Fit | None:
     """Trains, or solves exactly, and saves; gives the best that could be reached, where that is known."""
     if config.solver == "sgd":
@@ -105,16 +113,20 @@ def _trained(
             checkpoints.save(trainer)
             raise
         checkpoints.save(trainer)
-        trainer.take_best()
-        if trainer.step < trainer.train.num_steps:
+        if trainer.take_best():
             epoch = trainer.best.step // trainer.train.sampler.steps_per_epoch
-            progress.say(
-                f"no lower validation loss in {config.patience} epochs: the parameters of epoch {epoch} are kept"
-            )
-        if not config.optimality or not config.is_least_squares():
+            progress.say(f"the validation loss was least after epoch {epoch}: its parameters are kept")
+        decoupled = config.optimizer == "adamw" and config.l2  # which is no penalty on the loss
+        if not config.optimality or not config.is_least_squares() or decoupled:
             return None
     progress.doing("solving")
-    solver = Solver(data.train, trainer.mesh, config.num_shards, trainer.heartbeat)
+
+    def alive() -> None:
+        trainer.heartbeat()
+        if announcements.asked("stop") and jax.process_count() == 1:
+            raise Preempted
+
+    solver = Solver(Cast(data.train, config.precision), trainer.mesh, config.num_shards, alive)
     if config.solver == "irls":
         fit, loss = solver.newton(FAMILIES[config.loss], config.l2, config.intercept)
     else:
@@ -128,6 +140,8 @@ def _trained(
 
 def _above(gap: float | None) -> str:
     if gap is None:
+        return ""
+    if gap > 1e6:  # the best is 0 but for rounding
         return ""
     return f": {gap:.2%} above" if gap < 10 else f": {gap + 1:,.0f} times as much"
 

@@ -16,8 +16,9 @@ from dpreg.models.glm import Family
 from dpreg.models.least_squares import Fit, Triangle
 
 _BLOCK_VALUES = 1 << 21  # reduced at once
-_MOST_PASSES = 50  # of Newton's method, which takes about 8
-_CONVERGED = 1e-12  # of the loss, from one pass to the next
+_MOST_PASSES = 30  # of Newton's method, which takes about 8; after 37 one without an optimum comes to rest by rounding
+_CONVERGED = 1e-10  # of the loss, from one pass to the next; the step after it squares what is left
+_AT_REST = 1e-3  # of the predictions, on the link's scale
 
 
 class Solver:
@@ -83,28 +84,28 @@ class Solver:
         """
         if self._targets > 1:
             raise InputError(f"Newton's method has one target, and there are {self._targets}")
-        fit: Fit | None = None
-        before, best = fit, np.inf
+        triangle, _, weight = self._around(family, None)
+        if not weight > 0:
+            raise InputError("there is no row with a weight to fit")
+        spread = np.sqrt(np.square(triangle.r[int(intercept) :, 1 : 1 + self._inputs]).sum(axis=0) / triangle.weight)
+        trial = triangle.solve(l2 * weight / triangle.weight, intercept)
+        accepted, least = dataclasses.replace(trial, w=np.zeros_like(trial.w), b=np.zeros_like(trial.b)), np.inf
         for _ in range(_MOST_PASSES):
-            triangle, loss, weight = self._around(family, fit)
-            if not weight > 0:
-                raise InputError("there is no row with a weight to fit")
-            if fit is not None and before is not None:
-                value = loss + l2 / 2 * float(np.square(fit.w).sum())
-                if not value <= best:
-                    fit = dataclasses.replace(fit, w=(fit.w + before.w) / 2, b=(fit.b + before.b) / 2)
-                    continue
-            solved = triangle.solve(l2 * weight / triangle.weight, intercept)
-            if fit is None:
-                before = dataclasses.replace(solved, w=np.zeros_like(solved.w), b=np.zeros_like(solved.b))
-            else:
-                if best - value <= _CONVERGED * abs(value):
-                    return dataclasses.replace(solved, l2=l2, known_variance=True), loss
-                before, best = fit, value
-            fit = solved
+            triangle, loss, weight = self._around(family, trial)
+            value = loss + l2 / 2 * float(np.square(trial.w).sum())
+            rounding = _CONVERGED * (abs(value) + 0.1)
+            if not (np.isfinite(value) and value <= least + rounding):
+                trial = dataclasses.replace(trial, w=(trial.w + accepted.w) / 2, b=(trial.b + accepted.b) / 2)
+                continue
+            following = triangle.solve(l2 * weight / triangle.weight, intercept)
+            # Where there is no optimum the loss may come to rest, but the parameters go on.
+            moved = float(np.max(np.abs(following.w - trial.w)[:, 0] * spread, initial=0.0))
+            if least - value <= rounding and moved <= _AT_REST:
+                return dataclasses.replace(following, l2=l2, known_variance=True), loss
+            accepted, least, trial = trial, value, following
         raise InputError(
-            f"no optimum within {_MOST_PASSES} passes: where the features tell targets for certain, there is none; "
-            "give some l2, such as 0.001"
+            f"no optimum within {_MOST_PASSES} passes: there is none where all targets are alike, or where features "
+            "tell them for certain; for the latter give some l2, such as 0.001"
         )
 
     def softmax(self, num_classes: int, l2: float = 0.0) -> tuple[np.ndarray, np.ndarray]:
@@ -164,7 +165,9 @@ class Solver:
         for place, shard in np.ndenumerate(self._own):
             start, rows = self._sampler.shard_start(int(shard)), int(self._sampler.shard_size(int(shard)))
             for first in range(start, start + rows, at_once):
-                part = of(self._source[np.arange(first, min(first + at_once, start + rows))])
+                block = self._source[np.arange(first, min(first + at_once, start + rows))]
+                counted = block["weight"] > 0  # the others may be anything
+                part = of({name: column[counted] for name, column in block.items()})
                 found[place] = part if first == start else add(found[place], part)
                 self._heartbeat()
         # As words: JAX would make float32 of them.

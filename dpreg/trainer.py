@@ -125,7 +125,7 @@ class Trainer:
       observers: called with a `Progress` after every block, log point and epoch.
 
     Attributes:
-      dtype: of parameters, targets and sums: float32, or float64 with that precision.
+      dtype: of targets, weights and sums, and of parameters that models have as float32: float32, or float64.
       state: the TrainState, replicated over the devices.
       step, steps_trained: steps done; those of them that this trainer did, not one that it goes on from.
       audit: the rows used in this epoch.
@@ -180,6 +180,9 @@ class Trainer:
         ):
             if number < 1:
                 raise InputError(f"--{name}={number}: use 1 or more")
+        for name, number in (("patience", patience), ("log_every_steps", log_every_steps)):
+            if number < 0:
+                raise InputError(f"--{name}={number}: use 0 or more")
         if not 0 <= seed < 2**31:
             raise InputError(f"--seed={seed}: use 0 to 2147483647")
         self.max_epochs, self.gradient_clip_val, self.num_shards = max_epochs, gradient_clip_val, num_shards
@@ -224,12 +227,14 @@ class Trainer:
         out_of_patience = self.patience and in_vain >= self.patience * self.train.sampler.steps_per_epoch
         return self.step >= self.train.num_steps or bool(out_of_patience)
 
-    def take_best(self) -> None:
-        """With `patience`, goes back to the parameters of the best epoch, if that is not the last one."""
-        if self.patience and 0 < self.best.step < self.step:
-            best = devices.replicated(self.best.variables, self.mesh)
-            self.state = self.state.replace(params=best["params"], batch_stats=best["batch_stats"])
-            self.validate()
+    def take_best(self) -> bool:
+        """With `patience`, goes back to the parameters of the best epoch; whether that is not the last one."""
+        if not (self.patience and 0 < self.best.step < self.step):
+            return False
+        best = devices.replicated(self.best.variables, self.mesh)
+        self.state = self.state.replace(params=best["params"], batch_stats=best["batch_stats"])
+        self.validate()
+        return True
 
     def prepare_data(self, data: RegressionData) -> None:
         """Brings the rows to where the steps read them."""
@@ -243,6 +248,8 @@ class Trainer:
         """Decides where rows are to be, and moves none."""
         self._schema: Schema | None = getattr(data, "schema", None)
         self.seconds, self.steps_trained = dict.fromkeys(self.seconds, 0.0), 0
+        if self.dtype == np.float64 and data.train[np.zeros(1, np.int32)]["x"].dtype != np.float64:
+            logging.warning("precision float64: the rows are float32, and have its digits; give them as float64")
         batch_size = data.batch_size * self.accumulate_steps
         train = Dataset(data.train).shuffle(self.seed).batch(batch_size).repeat(self.max_epochs)
         self.train = self._placed(train.tag(self.audit.on))
@@ -341,7 +348,7 @@ class Trainer:
     def accept(self, w: np.ndarray, b: np.ndarray, train_loss: float) -> None:
         """Takes the parameters [d, t] and [t] of a linear model as they are, validates and tells of it."""
         leaves, structure = jax.tree.flatten(self.state.params)
-        given = [np.asarray(w if leaf.ndim > 1 else b, self.dtype) for leaf in leaves]
+        given = [np.asarray(w if leaf.ndim > 1 else b, leaf.dtype) for leaf in leaves]
         self.state = self.state.replace(params=devices.replicated(jax.tree.unflatten(structure, given), self.mesh))
         self.train_loss = train_loss
         self.validate()
@@ -439,6 +446,8 @@ class Trainer:
         blocks = ((b, self._eval_block(self.variables, *self.prepare_batch(b))) for b in self.val)
         found = [errors for _, errors in devices.arrived(blocks, self.heartbeat)]
         self.val_loss, self.metrics = metrics_of(self._model, self._schema, found)
+        if self.patience and not self.metrics:
+            raise InputError(f"--patience={self.patience}: no row held out has a weight to measure by")
         self.seconds["eval"] += time.perf_counter() - started
 
     def predict(self, x: ArrayLike) -> np.ndarray:

@@ -17,6 +17,7 @@ import dpreg
 from dpreg.config import Columns
 from dpreg.models.glm import FAMILIES
 from dpreg.models.least_squares import Triangle
+from dpreg.models.losses import loss_called
 from dpreg.solver import Solver
 
 DIAMONDS = pathlib.Path(__file__).parent.parent.parent / "shared" / "data" / "diamonds.parquet"
@@ -121,11 +122,54 @@ def test_newton_finds_the_optimum_and_errors_of_statsmodels(loss, intercept):
         assert [float(v) for v in line.split()[3:5]] == pytest.approx([z, p], rel=0.006, abs=1e-300)
 
 
+@pytest.mark.parametrize("mean", [1e3, 1e6, 1e9])
+def test_newton_takes_large_counts(mean):
+    for seed in range(8):
+        rng = np.random.default_rng(seed)
+        x = rng.normal(size=(500, 2))
+        y = rng.poisson(mean * np.exp(0.1 * x[:, 0]))
+        source = dpreg.ArraySource(x, y, dtype=np.float64)
+        fit, loss = Solver(source, Mesh(np.array(jax.devices()[:1]), ("data",)), 8).newton(FAMILIES["poisson"])
+        theirs = sm.GLM(y, sm.add_constant(x), family=sm.families.Poisson()).fit()
+        np.testing.assert_allclose([fit.b[0], *fit.w[:, 0]], theirs.params, rtol=1e-6, atol=1e-9)
+        m = y * np.exp(-(fit.b[0] + x @ fit.w[:, 0]))  # by log1p, without the difference of large numbers
+        own = np.exp(fit.b[0] + x @ fit.w[:, 0]) * (m * np.log(m) - m + 1)
+        assert loss == pytest.approx(own.mean(), rel=1e-4)
+        assert (
+            float(
+                loss_called("poisson").rows(np.log(y[:, None] + 0.0).astype(np.float32), np.float32(y[:, None])).max()
+            )
+            < 1
+        )
+
+
+def test_newton_leaves_out_rows_without_weight():
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=200), rng.poisson(2.0, 200)
+    found = [
+        Solver(dpreg.ArraySource(*rows, dtype=np.float64), Mesh(np.array(jax.devices()[:2]), ("data",)), 8).newton(
+            FAMILIES["poisson"]
+        )
+        for rows in ((x, y), (np.r_[x, 1e4], np.r_[y, 1], np.r_[np.ones(200), 0]))
+    ]
+    np.testing.assert_allclose(found[0][0].w, found[1][0].w, rtol=1e-9)
+
+
+def test_no_degrees_of_freedom_are_no_proof():
+    fit = Triangle.of(np.array([[1.0], [2.0]]), np.array([[2.0], [4.5]]), np.ones(2)).solve()
+    assert all(np.isnan(part).all() for part in (*fit.standard_errors, *fit.p_values))
+    assert "not used" not in fit.describe(["x"])
+    assert "0 degrees of freedom" in fit.describe(["x"])
+
+
 def test_newton_says_where_there_is_no_optimum():
     x = np.linspace(-1, 1, 50)
     solver = Solver(dpreg.ArraySource(x, x > 0), Mesh(np.array(jax.devices()[:1]), ("data",)), 8)
-    with pytest.raises(dpreg.InputError, match=r"no optimum within 50 passes.*l2"):
+    with pytest.raises(dpreg.InputError, match=r"no optimum within 30 passes.*l2"):
         solver.newton(FAMILIES["logistic"])
+    partly = np.repeat([0.0, 0, 1], 20), np.repeat([0.0, 1, 1], 20)  # one group alone is told for certain
+    with pytest.raises(dpreg.InputError, match="no optimum"):
+        Solver(dpreg.ArraySource(*partly), Mesh(np.array(jax.devices()[:1]), ("data",)), 8).newton(FAMILIES["logistic"])
     fit, _ = solver.newton(FAMILIES["logistic"], l2=0.01)
     theirs = LogisticRegression(C=1 / (0.01 * 50), tol=1e-10).fit(x[:, None], x > 0)
     assert fit.w[0, 0] == pytest.approx(theirs.coef_[0, 0], rel=1e-6)

@@ -62,6 +62,24 @@ def test_ordered_gives_the_same_bits_in_any_precision(precision):
     assert len({run(1), run(3, placement="host"), run(8), run(8, backend="pmap")}) == 1
 
 
+def test_bfloat16_of_one_feature_trains():
+    trainer = dpreg.Trainer(3, 2, precision="bfloat16")
+    trainer.fit(dpreg.LinearRegressionScratch(1, 0.1), Rows(200, 1).data(32))
+    assert trainer.train_loss < 0.4
+
+
+def test_a_run_in_float64_leaves_later_ones_alone():
+    def run(precision):
+        model = Net(OPTIMIZERS["sgd"])  # with dropout
+        data = dpreg.RegressionData(of_float64(203), None, 64)
+        with jax.numpy_dtype_promotion("standard"):
+            return digest(trained(model, data, 1, 2, precision=precision))
+
+    before = run("float32")
+    assert run("float64") != before
+    assert run("float32") == before
+
+
 @pytest.mark.parametrize("placement", ["device", "host"])
 def test_bfloat16_rounds_features_and_nothing_else(placement):
     source, sampler = Rows(1003, 5, weighted=True).source(), Sampler(1003, 8, 64)
@@ -101,7 +119,7 @@ def _predicted(trainer, x):
     from dpreg.parallel.step import forward
 
     batch = {"x": x.astype(jnp.bfloat16 if trainer.precision == "bfloat16" else x.dtype), "weight": jnp.ones(len(x))}
-    return forward(dpreg.LinearRegressionScratch(3, 0.03), trainer.variables, batch, train=False)[0]
+    return forward(dpreg.LinearRegressionScratch(3, 0.03), trainer.variables, batch, train=False, platform="tpu")[0]
 
 
 def test_a_predictor_of_float64():

@@ -281,3 +281,28 @@ def test_the_script_knows_each_link(loss):
     np.testing.assert_allclose(
         standalone._of_link(z, loss), loss_called(loss, num_classes=3).mean(jnp.float32(z)), rtol=1e-5
     )
+
+
+def test_the_script_takes_as_missing_what_csv_files_write_for_it():
+    assert set(pyarrow.csv.ConvertOptions().null_values) <= standalone.MISSING
+
+
+def test_the_script_says_in_a_line_what_it_cannot_predict(trained, tmp_path):
+    script = trained / "w" / "model" / "predict.py"
+    for text, said in (
+        ("a,b,kind\n1,2\n", "row 1 has 2 values, and there are 3 columns"),
+        ("a,b,kind\n", "there are no rows"),
+        ("a,b,kind\n1,inf,red\n", "'inf' is not finite"),
+        ("a,b,kind\n1,1_0,red\n", "could not convert"),
+        ("a,kind\n1,red\n", "'b'"),
+    ):
+        (tmp_path / "t.csv").write_text(text)
+        done = subprocess.run([sys.executable, script, tmp_path / "t.csv"], capture_output=True, text=True)
+        assert (done.returncode, len(done.stderr.splitlines()), done.stdout) == (2, 1, ""), text
+        assert said in done.stderr
+
+
+def test_the_script_keeps_all_digits_of_categories():
+    column = {"kind": "category", "name": "c", "values": ["1234567", "2.5"], "counts": [3, 2], "others": 1}
+    seen = standalone._seen(column, [1234567.0, np.float64(1234567), 1234567, 2.5, "2.50", None], True)
+    np.testing.assert_array_equal(seen.argmax(axis=1), [0, 0, 0, 1, 2, 2])

@@ -15,6 +15,7 @@ from dpreg.data.standalone import spelled
 from dpreg.data.tables import Part, Table, first_wrong
 from dpreg.errors import InputError
 
+_LARGEST = 1e150  # of float64: squares of larger values are not finite
 _MOST_CATEGORIES = 1_000_000  # that are held in memory, with their counts
 _MICROSECONDS_A_DAY = 86_400e6
 _NARROW = {pa.bool_(), pa.int8(), pa.uint8(), pa.int16(), pa.uint16(), pa.float16(), pa.float32(), pa.null()}
@@ -211,9 +212,13 @@ def _numbers(part: Part, name: str, column: pa.Array, dtype: np.dtype) -> np.nda
     elif not (pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_null(kind)):
         raise InputError(_not_numeric(part, name, column))
     values = column.to_numpy(zero_copy_only=False).astype(np.float64, copy=False)
-    bad = np.abs(values) > float(np.finfo(dtype).max)  # False for NaN
+    most = min(float(np.finfo(dtype).max), _LARGEST)
+    bad = np.abs(values) > most  # False for NaN
     if bad.any():
-        raise InputError(f"{part.where(int(bad.argmax()))}: column {name!r} has a value that is not finite as {dtype}")
+        raise InputError(
+            f"{part.where(int(bad.argmax()))}: column {name!r} has a value that is not finite as {dtype}"
+            + (f", or beyond {most:g}" if most == _LARGEST else "")
+        )
     return values
 
 

@@ -50,6 +50,26 @@ class Block(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
+class Cast:
+    """A source whose rows are as they will be on the devices, in a precision."""
+
+    source: Source
+    precision: str
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, indices: np.ndarray) -> Rows:
+        of_features, of_rest = PRECISIONS[self.precision]
+        rows = self.source[indices]
+        return {name: v.astype(of_features if name == "x" else of_rest, copy=False) for name, v in rows.items()}
+
+    def fingerprint(self) -> str:
+        """Of the source's rows."""
+        return self.source.fingerprint()
+
+
+@dataclasses.dataclass(frozen=True)
 class Dataset:
     """Rows of a source on their way to the devices, in the manner of tf.data.
 
@@ -138,9 +158,7 @@ class Dataset:
 
     def _read(self, indices: np.ndarray) -> Rows:
         """Rows of the source as they are on the devices."""
-        of_features, of_rest = PRECISIONS[self.precision]
-        rows = self.source[indices]
-        return {name: v.astype(of_features if name == "x" else of_rest, copy=False) for name, v in rows.items()}
+        return Cast(self.source, self.precision)[indices]
 
     @functools.cached_property
     def block_steps(self) -> int:

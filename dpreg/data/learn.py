@@ -73,6 +73,7 @@ class Learned:
                 continue
             if largest[at] * float(np.finfo(dtype).eps) / 2 > _MOST_LOST * deviation[at]:
                 remedy = "--target_transform=standardize" if is_target else "--standardize"
+                remedy += "" if dtype == np.float64 else ", or --precision=float64"
                 raise InputError(
                     f"column {name!r} varies by {deviation[at]:.3g} around {moments.mean[at]:.6g}: {dtype} cannot tell "
                     f"that; use {remedy}"

@@ -8,6 +8,7 @@ or from Python, for columns by their names: `predict({"carat": [0.3], "cut": ["I
 
 import csv
 import json
+import math
 import pathlib
 import re
 import sys
@@ -15,6 +16,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+
+# What CSV files write for a missing value, as Arrow has it, and how Python shows one.
+_IN_FILES = ("#N/A", "#N/A N/A", "#NA", "-1.#IND", "-1.#QNAN", "-NaN", "-nan", "1.#IND", "1.#QNAN", "N/A", "NA", "NULL")
+MISSING = frozenset([*_IN_FILES, "", "NaN", "n/a", "nan", "null", "None", "<NA>", "NaT"])
 
 
 def spelled(category: str) -> str:
@@ -36,11 +41,12 @@ def predict(columns: Mapping[str, Sequence[Any]], folder: pathlib.Path | None = 
     """What the model predicts for rows of a table: [n, t] float64, in the units of the table; NaN where values miss.
 
     Args:
-      columns: the values of each feature, by its name: numbers, categories, or dates; missing ones None, NaN or "".
+      columns: the values of each feature, by its name: numbers, categories, or dates such as 2026-01-31; missing ones
+        are None, NaN, or what CSV files write for them.
       folder: of the model; that of this file by default.
 
     Raises:
-      KeyError: for a feature that is not there.
+      KeyError: for a feature that is not there; ValueError: for what is no finite number, or no date.
     """
     folder = folder or pathlib.Path(__file__).parent
     model = json.loads((folder / "model.json").read_text(encoding="utf-8"))
@@ -66,14 +72,14 @@ def _of_link(z: np.ndarray, loss: str) -> np.ndarray:
 
 def _seen(column: Mapping[str, Any], values: Sequence[Any], filled: bool) -> np.ndarray:
     """What the model sees of a column: [n, features]; NaN where a value is missing that is not filled in."""
-    missing = np.array([value is None or value == "" or value != value for value in values])
+    missing = np.array([str(value) in MISSING for value in values], bool)
     if column["kind"] == "number":
         fill = np.nan if column["fill"] is None else column["fill"]
         numbers = [fill if gone else _number(v, column["days"]) for v, gone in zip(values, missing, strict=True)]
-        return ((np.array(numbers, np.float64) - column["mean"]) / column["scale"])[:, None]
+        return (np.array(numbers, np.float64).reshape(-1, 1) - column["mean"]) / column["scale"]
     place = {name: at for at, name in enumerate(column["values"])}
-    texts = [f"{value:g}" if isinstance(value, float) else str(value) for value in values]
-    at = np.array([place.get(spelled(text), len(place)) for text in texts])
+    texts = [repr(float(value) + 0.0) if isinstance(value, (float, np.floating)) else str(value) for value in values]
+    at = np.array([place.get(spelled(text), len(place)) for text in texts], int)
     at[missing] = len(place)
     seen = np.eye(len(place) + 1)[at]
     if not column["others"]:  # of which the model knows nothing: the mean of the known ones
@@ -84,20 +90,35 @@ def _seen(column: Mapping[str, Any], values: Sequence[Any], filled: bool) -> np.
 
 
 def _number(value: Any, days: bool) -> float:
+    text = str(value).strip()
     if days:
-        return np.datetime64(value, "us").astype(np.int64) / 86_400e6
-    return float({"true": 1, "false": 0}.get(str(value).lower(), value))
+        if not re.match(r"\d{4}-\d\d-\d\d", text):
+            raise ValueError(f"{text!r} is no date such as 2026-01-31")
+        return float(np.datetime64(text, "us").astype(np.int64) / 86_400e6)
+    number = float({"true": 1, "false": 0}.get(text.lower(), "" if "_" in text else text))
+    if not math.isfinite(number):
+        raise ValueError(f"{text!r} is not finite")
+    return number
+
+
+def _main(file: str) -> None:
+    with open(file, newline="", encoding="utf-8-sig") as lines:
+        head, *rows = [row for row in csv.reader(lines) if row] or [[]]
+    for number, row in enumerate(rows, 1):
+        if len(row) != len(head):
+            raise ValueError(f"row {number} has {len(row)} values, and there are {len(head)} columns")
+    if not rows:
+        raise ValueError("there are no rows")
+    found = predict({name.strip(): [row[at] for row in rows] for at, name in enumerate(head)})
+    model = json.loads((pathlib.Path(__file__).parent / "model.json").read_text(encoding="utf-8"))
+    writer = csv.writer(sys.stdout, lineterminator="\n")
+    writer.writerow(["row", *(f"predicted_{target['name']}" for target in model["schema"]["targets"])])
+    writer.writerows([i, *("" if np.isnan(v) else repr(float(v)) for v in row)] for i, row in enumerate(found, 1))
 
 
 if __name__ == "__main__":
-    with open(sys.argv[1], newline="", encoding="utf-8-sig") as file:
-        head, *rows = csv.reader(file)
-    found = predict({name.strip(): [row[at] for row in rows] for at, name in enumerate(head)})
-    names = [
-        t["name"] for t in json.loads((pathlib.Path(__file__).parent / "model.json").read_text())["schema"]["targets"]
-    ]
-    writer = csv.writer(sys.stdout, lineterminator="\n")
-    writer.writerow(["row", *(f"predicted_{name}" for name in names)])
-    writer.writerows(
-        [number, *("" if np.isnan(v) else repr(float(v)) for v in row)] for number, row in enumerate(found, 1)
-    )
+    try:
+        _main(*sys.argv[1:2])
+    except (OSError, KeyError, TypeError, ValueError) as error:
+        print(f"predict.py: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -37,6 +37,8 @@ class Family:
     ) -> tuple[Triangle, float]:
         """(the problem of least squares that gives the next step, the weighted sum of the losses).
 
+        Where that is not finite, the step to here was too far, and no next one is to be taken.
+
         Args:
           x, y, weight: rows [n, d], [n, 1], [n].
           prediction: [n, 1], on the link's scale, from which the step is taken.
@@ -50,6 +52,12 @@ class Family:
         return Triangle.of(x, response, weight * variance[:, 0]), loss
 
 
+def _half_deviance_of_counts(z: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """As `dpreg.models.losses.poisson_loss`."""
+    ratio = z - np.log(np.where(y > 0, y, 1))
+    return np.where(y > 0, y * (np.expm1(ratio) - ratio), np.exp(z))
+
+
 FAMILIES = {
     "logistic": Family(
         lambda y: np.log((y + 0.5) / (1.5 - y)),
@@ -61,6 +69,6 @@ FAMILIES = {
         lambda y: np.log(y + 0.1),
         np.exp,
         np.exp,
-        lambda z, y: scipy.special.xlogy(y, y) - y * z - y + np.exp(z),
+        _half_deviance_of_counts,
     ),
 }

@@ -36,7 +36,7 @@ class Triangle:
     def of(cls, x: np.ndarray, y: np.ndarray, weight: np.ndarray) -> "Triangle":
         """The triangle of rows [n, d], [n, t], [n]."""
         root = np.sqrt(weight.astype(np.float64))[:, None]
-        whole = np.concatenate([root, root * x, root * y], axis=1)
+        whole = np.concatenate([root, root * x.astype(np.float64), root * y], axis=1)
         whole = np.concatenate([whole, np.zeros((max(0, whole.shape[1] - len(whole)), whole.shape[1]))])
         return cls(_upper(whole), x.shape[1], int((weight > 0).sum()), float(weight.sum(dtype=np.float64)))
 
@@ -204,9 +204,12 @@ class Fit:
 
     @property
     def standard_errors(self) -> tuple[np.ndarray, np.ndarray]:
-        """Of w [d, t] and b [t], for errors of one variance; NaN for what is not fitted, and with a penalty."""
+        """Of w [d, t] and b [t], for errors of one variance.
+
+        NaN for what is not fitted, with a penalty, and where no degrees of freedom are left.
+        """
         w = np.full(self.w.shape, np.nan)
-        if self.l2:
+        if self.l2 or (self.degrees_of_freedom < 1 and not self.known_variance):
             return w, np.full(self.b.shape, np.nan)
         deviation, kept, root = self.residual_deviation, self.inverse.kept, self.inverse.root
         w[kept] = np.sqrt(np.square(root).sum(axis=1))[:, None] * deviation
@@ -245,16 +248,18 @@ class Fit:
           level: of the interval.
         """
         (w, b), (p_of_w, p_of_b) = self.standard_errors, self.p_values
-        rows = [("(intercept)", self.b[target], b[target], p_of_b[target])] if self.intercept else []
-        rows += [(name, self.w[j, target], w[j, target], p_of_w[j, target]) for j, name in enumerate(names)]
+        rows = [("(intercept)", self.b[target], b[target], p_of_b[target], True)] if self.intercept else []
+        rows += [
+            (name, self.w[j, target], w[j, target], p_of_w[j, target], j in self.kept) for j, name in enumerate(names)
+        ]
         wide = max(len(name) for name, *_ in rows)
         freedom, known = max(self.degrees_of_freedom, 1), self.known_variance
         reach = scipy.special.ndtri((1 + level) / 2) if known else scipy.special.stdtrit(freedom, (1 + level) / 2)
         heads = f"{'estimate':>13} {'std error':>12} {'z' if known else 't':>10} {'p':>9} {f'{level:.0%} interval':>27}"
         lines = [f"{'':{wide}} {heads}"]
-        for name, estimate, error, p in rows:
+        for name, estimate, error, p, used in rows:
             if np.isnan(error):
-                lines.append(f"{name:{wide}} {estimate:>13.6g}" + ("" if self.l2 else "   not used: see the others"))
+                lines.append(f"{name:{wide}} {estimate:>13.6g}" + ("" if used else "   not used: see the others"))
                 continue
             t = estimate / error if error else np.inf
             interval = f"{estimate - reach * error:.6g} .. {estimate + reach * error:.6g}"

@@ -15,7 +15,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax import Array
-from jax.scipy.special import xlogy
 
 from dpreg.errors import InputError
 
@@ -71,8 +70,13 @@ def softmax_loss(prediction: Array, target: Array) -> Array:
 
 
 def poisson_loss(prediction: Array, target: Array) -> Array:
-    """Half the deviance of counts with log link, y log(y / m) - y + m with m = e^z (McCullagh and Nelder). -> [n]."""
-    return (xlogy(target, target) - target * prediction - target + jnp.exp(prediction)).sum(axis=1)
+    """Half the deviance of counts with log link, y log(y / m) - y + m with m = e^z (McCullagh and Nelder). -> [n].
+
+    As y (e^t - 1 - t) with t = log(m / y), since the difference of large counts would keep no digits.
+    """
+    some = target > 0
+    ratio = prediction - jnp.log(jnp.where(some, target, 1))
+    return jnp.where(some, target * (jnp.expm1(ratio) - ratio), jnp.exp(prediction)).sum(axis=1)
 
 
 def gamma_loss(prediction: Array, target: Array) -> Array:

@@ -1,10 +1,25 @@
 """The loss curve on disk: metrics.jsonl, one object a log point."""
 
 import json
+import math
 import pathlib
+from collections.abc import Mapping
 from typing import Any, TextIO
 
 from dpreg.trainer import Progress
+
+
+def to_json(value: Any, indent: int | None = None) -> str:
+    """JSON that every reader takes: what is not finite is null."""
+
+    def finite(part: Any) -> Any:
+        if isinstance(part, Mapping):
+            return {name: finite(inner) for name, inner in part.items()}
+        if isinstance(part, (list, tuple)):
+            return [finite(inner) for inner in part]
+        return None if isinstance(part, float) and not math.isfinite(part) else part
+
+    return json.dumps(finite(value), indent=indent, allow_nan=False)
 
 
 class MetricsWriter:
@@ -40,7 +55,7 @@ class MetricsWriter:
             record |= {"val_loss": progress.val_loss, **(progress.metrics or {})}
         if progress.audit is not None:
             record["audit"] = {"rows": int(progress.audit[0]), "tags": f"{progress.audit[1]:08x}"}
-        self._file.write(json.dumps(record) + "\n")
+        self._file.write(to_json(record) + "\n")
         self._file.flush()
 
     def __enter__(self) -> "MetricsWriter":

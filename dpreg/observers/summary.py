@@ -115,6 +115,13 @@ def feature_names(data: RegressionData) -> tuple[str, ...]:
     return data.schema.features if data.schema is not None else tuple(f"x{j}" for j in range(data.num_inputs))
 
 
+def target_names(data: RegressionData) -> tuple[str, ...]:
+    """Of the t targets, as they are fitted: log(NAME) where that is their logarithm."""
+    if data.schema is None:
+        return tuple(f"y{t}" for t in range(data.num_targets))
+    return tuple(f"log({t.name})" if data.schema.log_targets else t.name for t in data.schema.targets)
+
+
 def params_sha256(params: Any) -> str:
     """SHA-256 of the parameters: leaves in the order of their paths (sorted), each row-major and little-endian."""
     digest = hashlib.sha256()

@@ -157,9 +157,11 @@ def initial_state(
     optimizer = model.configure_optimizers()
     if gradient_clip_val:
         optimizer = optax.chain(optax.clip_by_global_norm(gradient_clip_val), optimizer)
-    row = jnp.asarray(row, jnp.float32)
-    variables = dict(model.init(jax.random.key(seed), row, **train_argument(model, False)))
-    variables = jax.tree.map(lambda leaf: leaf.astype(dtype), variables)
+    with jax.enable_x64(False):
+        row = jnp.asarray(row, jnp.float32)
+        variables = dict(model.init(jax.random.key(seed), row, **train_argument(model, False)))
+    if dtype == np.float64:
+        variables = jax.tree.map(lambda v: v.astype(dtype) if v.dtype == jnp.float32 else v, variables)
     params, batch_stats = variables.pop("params"), variables.pop("batch_stats", {})
     if variables:
         raise InputError(f"the model has variables {sorted(variables)}: only params and batch_stats can be trained")
@@ -168,7 +170,12 @@ def initial_state(
 
 
 def forward(
-    model: Model, variables: Mapping[str, PyTree], batch: PyTree, train: bool, key: Array | None = None
+    model: Model,
+    variables: Mapping[str, PyTree],
+    batch: PyTree,
+    train: bool,
+    key: Array | None = None,
+    platform: str = "cpu",
 ) -> tuple[Array, PyTree]:
     """Predictions [n, t] for the rows of one shard, and the batch statistics after them.
 
@@ -186,7 +193,8 @@ def forward(
         return next_call(*args, **kwargs)
 
     x = batch["x"]
-    products = jax.default_matmul_precision(_OF_BFLOAT16 if x.dtype == jnp.bfloat16 else _IN_FULL)
+    rounded = x.dtype == jnp.bfloat16 and platform != "cpu"
+    products = jax.default_matmul_precision(_OF_BFLOAT16 if rounded else _IN_FULL)
     with nn.intercept_methods(hide_padding), products:
         prediction, updated = model.apply(
             variables,
@@ -196,6 +204,10 @@ def forward(
             rngs=None if key is None else {"dropout": key},
         )
     return prediction, updated.get("batch_stats", {})
+
+
+def _has_float64(tree: PyTree) -> bool:
+    return any(leaf.dtype == np.float64 for leaf in jax.tree.leaves(tree))
 
 
 def train_argument(model: Model, train: bool) -> dict[str, bool]:
@@ -234,7 +246,8 @@ def compile_train_block(
       sum of their tags. A step whose loss or new parameters are not finite leaves the state as it was, as do
       all after it, uses no rows and gives NaN for the loss.
     """
-    cpu = mesh.devices.flat[0].platform == "cpu"
+    platform = mesh.devices.flat[0].platform
+    cpu = platform == "cpu"
     together = not (cpu and layout.batch_bytes // accumulate > _CACHE_BYTES)
 
     def block(state: TrainState, data: PyTree, carried: Carried, packed: Array) -> tuple[TrainState, Array, Array]:
@@ -250,7 +263,7 @@ def compile_train_block(
             def loss(params: PyTree, batch: PyTree, shard: Array) -> tuple[Array, _Rest]:
                 key = jax.random.fold_in(step_key, shard)
                 prediction, batch_stats = forward(
-                    model, {"params": params, "batch_stats": state.batch_stats}, batch, train=True, key=key
+                    model, {"params": params, "batch_stats": state.batch_stats}, batch, True, key, platform
                 )
                 weight = batch["weight"]
                 rows = (weight > 0).sum(dtype=weight.dtype)
@@ -349,6 +362,7 @@ def compile_eval_block(
       `f(variables, data, carried, clock) -> what is wanted`, each leaf [block_steps, shards, ...], zero past
       `num_steps`.
     """
+    platform = mesh.devices.flat[0].platform
 
     def block(variables: PyTree, data: PyTree, carried: Carried, packed: Array) -> PyTree:
         clock = Clock(*packed)
@@ -356,7 +370,7 @@ def compile_eval_block(
         read = layout.reader(data, shards, clock.first_step, clock.seed)
 
         def wanted(batch: PyTree) -> PyTree:
-            return of(forward(model, variables, batch, train=False)[0], batch)
+            return of(forward(model, variables, batch, train=False, platform=platform)[0], batch)
 
         one = jax.eval_shape(lambda: wanted(read(jnp.int32(0), jnp.int32(0))))
         slots = max(layout.slots, 2)
@@ -424,6 +438,7 @@ def _compile(
             check_vma=False,
         )
         function = jax.jit(mapped, donate_argnums=donated)
-    with jax.default_matmul_precision(_IN_FULL):
+    # As if no other run of this process had another precision.
+    with jax.default_matmul_precision(_IN_FULL), jax.enable_x64(_has_float64(arguments[0])):
         lowered = function.lower(*arguments)
     return lowered.compile(compiler_options=options)
