@@ -59,6 +59,9 @@ def test_a_run_on_one_core_and_on_two(tmp_path):
         2 * one["rows_per_second"] / one["steps_per_second"], rel=0.05
     )
     assert found["exchanges"][0]["latency"] > 0
+    shown = (tmp_path / "scaling.html").read_text()
+    assert shown.count("<polyline") == 3
+    assert shown.count("http") == 0
 
 
 def test_what_cannot_run_is_one_line(tmp_path):

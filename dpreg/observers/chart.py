@@ -1,0 +1,102 @@
+"""A chart of lines as SVG, for pages that need nothing but themselves."""
+
+import html
+import json
+import math
+from collections.abc import Mapping, Sequence
+
+_WIDTH, _HEIGHT, _LEFT, _BOTTOM, _MARGIN = 720, 320, 84, 48, 16
+_FEW_POINTS = 40  # as many get dots
+
+Points = Sequence[tuple[float, float]]
+
+# Colours by the order of the lines; for light and for dark.
+STYLE = """
+:root { color-scheme: light dark; --ink: #1c2430; --faint: #6b7685; --line: #d7dce3; --paper: #fff;
+  --line0: #2463c9; --line1: #c2500f; }
+@media (prefers-color-scheme: dark) { :root { --ink: #e6e9ee; --faint: #9aa5b4; --line: #39424f;
+  --paper: #14181e; --line0: #7aaaf7; --line1: #f2a065; } }
+* { box-sizing: border-box; }
+body { margin: 0 auto; max-width: 62rem; padding: 1.5rem 1rem 3rem; background: var(--paper); color: var(--ink);
+  font: 1rem/1.5 system-ui, sans-serif; }
+h1 { font-size: 1.5rem; margin: 0; } h2 { font-size: 1.1rem; margin: 2rem 0 .5rem; }
+p { margin: .25rem 0 0; color: var(--faint); }
+svg { width: 100%; height: auto; display: block; font: 13px system-ui, sans-serif; }
+@media (max-width: 40rem) { svg { font-size: 22px; } }
+svg text { fill: var(--faint); } .grid { stroke: var(--line); }
+.curve { fill: none; stroke-width: 2; stroke-linejoin: round; }
+.line0 { stroke: var(--line0); } .line1 { stroke: var(--line1); }
+.dot.line0 { fill: var(--line0); } .dot.line1 { fill: var(--line1); }
+.legend { display: flex; gap: 1.5rem; color: var(--ink); margin: 0 0 .25rem; }
+.legend i { display: inline-block; width: 1.2rem; height: .2rem; margin-right: .4rem; vertical-align: middle; }
+"""
+
+
+def page(title: str, body: str, style: str = "") -> str:
+    """A whole page; the title is escaped, the body is HTML."""
+    return (
+        f'<!doctype html>\n<html lang="en">\n<meta charset="utf-8">\n'
+        f'<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f"<title>dpreg: {html.escape(title)}</title>\n<style>{STYLE}{style}</style>\n{body}\n</html>\n"
+    )
+
+
+def chart(series: Mapping[str, Points], across: str, label: str, doubling: bool = False) -> str:
+    """At most two lines over an axis; the other axis is logarithmic where all values are above 0.
+
+    Args:
+      series: points (x, y) by the name of their line; those that are not finite are left out.
+      across: the name of the x axis; label: what the chart shows, for those who cannot see it.
+      doubling: whether x doubles from point to point: the axis is logarithmic then, and begins at the least.
+    """
+    finite = {name: [point for point in points if math.isfinite(point[1])] for name, points in series.items()}
+    values = [y for points in finite.values() for _, y in points]
+    if not values:
+        return "<p>Nothing to show.</p>"
+    logarithmic = min(values) > 0
+    scale = math.log10 if logarithmic else float
+    low, high = scale(min(values)), scale(max(values))
+    if high - low < 1e-9:
+        low, high = low - 0.5, high + 0.5
+    last = max(x for points in finite.values() for x, _ in points) or 1.0  # an exact solution takes no epoch
+
+    def right(x: float) -> float:
+        share = math.log2(x) / max(math.log2(last), 1) if doubling else x / last
+        return _LEFT + (_WIDTH - _LEFT - _MARGIN) * share
+
+    def down(y: float) -> float:
+        return _MARGIN + (_HEIGHT - _BOTTOM - _MARGIN) * (high - scale(y)) / (high - low)
+
+    parts = []
+    decades = range(math.ceil(low), math.floor(high) + 1, max(1, round((high - low) / 5)))
+    whole = logarithmic and len(decades) >= 3
+    for value in decades if whole else (low + (high - low) * i / 4 for i in range(5)):
+        y = 10.0**value if logarithmic else value
+        parts.append(f'<line class="grid" x1="{_LEFT}" x2="{_WIDTH - _MARGIN}" y1="{down(y):.1f}" y2="{down(y):.1f}"/>')
+        parts.append(f'<text x="{_LEFT - 8}" y="{down(y) + 4:.1f}" text-anchor="end">{y:.3g}</text>')
+    ticks = [last * i / 4 for i in range(5)]
+    if doubling:
+        powers = int(math.log2(last))
+        ticks = [2.0**power for power in range(0, powers + 1, max(1, powers // 6))]
+    parts += (f'<text x="{right(x):.1f}" y="{_HEIGHT - 26}" text-anchor="middle">{x:.6g}</text>' for x in ticks)
+    parts.append(
+        f'<text x="{(_LEFT + _WIDTH) / 2}" y="{_HEIGHT - 4}" text-anchor="middle">{html.escape(across)}</text>'
+    )
+    for number, points in enumerate(finite.values()):
+        line = " ".join(f"{right(x):.1f},{down(y):.1f}" for x, y in points)
+        parts.append(f'<polyline class="curve line{number}" points="{line}"/>')
+        if len(points) <= _FEW_POINTS:
+            parts += (
+                f'<circle class="dot line{number}" cx="{right(x):.1f}" cy="{down(y):.1f}" r="3"/>' for x, y in points
+            )
+    legend = "".join(
+        f'<span><i style="background: var(--line{number})"></i>{html.escape(name)}</span>'
+        for number, (name, points) in enumerate(finite.items())
+        if points
+    )
+    ends = json.dumps({name: points[-1][1] for name, points in finite.items() if points})
+    return (
+        f'<div class="legend">{legend}</div>\n'
+        f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="{html.escape(f"{label}, ending at {ends}")}">'
+        f"{''.join(parts)}</svg>"
+    )
