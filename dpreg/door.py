@@ -13,7 +13,8 @@ from dpreg.errors import InputError
 def enter(main: Callable[[list[str]], None]) -> NoReturn:
     """Parses the flags of a run, and those that the door has defined, and hands over to it."""
     define_flags()
-    flags.adopt_module_key_flags(sys.modules[Config.__module__])  # so that --help lists them
+    for flag in flags.FLAGS.get_key_flags_for_module(Config.__module__):
+        flags.FLAGS.register_key_flag_for_module(sys.argv[0], flag)  # so that --help lists them
     app.run(main, flags_parser=_parse)
 
 
