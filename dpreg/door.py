@@ -24,6 +24,13 @@ def leave(error: Exception, code: int) -> NoReturn:
     sys.exit(code)
 
 
+def leave_for(error: OSError) -> NoReturn:
+    """Ends with one line on a file that could not be read or written; another fault is raised again."""
+    if error.filename is None:
+        raise error
+    leave(InputError(f"{error.filename}: {error.strerror}: free or change it"), InputError.exit_code)
+
+
 def _parse(argv: list[str]) -> list[str]:
     """Bad flags are one line and exit code 2, where absl has a page and 1."""
     try:

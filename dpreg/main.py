@@ -18,7 +18,7 @@ from dpreg.config import Config
 from dpreg.data.dataset import Cast
 from dpreg.data.sources import RegressionData
 from dpreg.doctor import agree, examine
-from dpreg.door import enter, leave
+from dpreg.door import enter, leave, leave_for
 from dpreg.errors import AuditFailed, Diverged, InputError, Preempted, ProcessLost
 from dpreg.models.glm import FAMILIES
 from dpreg.models.least_squares import Fit
@@ -224,9 +224,7 @@ def _main(argv: list[str]) -> None:
     except KeyboardInterrupt:
         leave(InterruptedError("interrupted"), 130)
     except OSError as error:
-        if error.filename is None:
-            raise
-        leave(InputError(f"{error.filename}: {error.strerror}: free or change it"), InputError.exit_code)
+        leave_for(error)
 
 
 def _among_others(work: Callable[[], None]) -> None:

@@ -3,8 +3,8 @@
     python -m dpreg.plan --flagfile=configs/cpu.cfg
     python -m dpreg.plan --topology=v5p:2x2x2 --flagfile=configs/tpu.cfg
 
-The train step of the run is compiled, as it would be, and not run; for a TPU slice by libtpu (`pip install
-'dpreg[plan]'`), without any TPU.
+The train step of the run is compiled, as it would be, and not run; for a TPU slice by libtpu (`pip install -e
+'.[plan]'`), without any TPU. Exit code 2 also where it does not fit into the memory.
 """
 
 import concurrent.futures
@@ -31,7 +31,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from dpreg.build import build_data, build_model, build_trainer
 from dpreg.config import Config
 from dpreg.data.dataset import RESIDENT_FRACTION
-from dpreg.door import enter, leave
+from dpreg.door import enter, leave, leave_for
 from dpreg.errors import InputError
 from dpreg.parallel import devices
 from dpreg.parallel.chips import Slice, slice_named
@@ -46,7 +46,7 @@ _PASSES = {"float32": 6, "bfloat16": 1}  # of the units for products; float64 th
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What a train step would be.
+    """What a train step would be; validation and rows on their way are not counted.
 
     Attributes:
       topology: as asked for, or the devices of this machine.
@@ -54,13 +54,13 @@ class Plan:
       placement, precision, reduction: of the run.
       steps_per_call: that one compiled call takes at most.
       collectives: what devices exchange.
-      memory: bytes on one device; of it `capacity` bytes, where that is known, and whether that is enough.
+      memory: bytes on one device, of the train step alone; `capacity`: those that there are, where that is known.
       state_donated: whether the new state takes the place of the old one.
       operations, bytes_moved: of a step on one device, as the compiler counts them: of shards or parts of a batch that
         are taken one after the other (ordered, accumulated, and large batches on CPU) it counts one.
-      compile_seconds: of the program.
+      compile_seconds: of the program, or of finding it in the cache of compiled programs.
       seconds: of a step, predicted by published rates: "products", "memory", "exchange", "step"; empty where there are
-        none.
+        none, or where the compiler has not counted all.
     """
 
     topology: str
@@ -73,12 +73,16 @@ class Plan:
     collectives: list[Collective]
     memory: Memory
     capacity: float | None
-    fits: bool | None
     state_donated: bool
     operations: float
     bytes_moved: float
     compile_seconds: float
     seconds: dict[str, float]
+
+    @property
+    def fits(self) -> bool | None:
+        """Whether a device has the memory, where that is known."""
+        return None if self.capacity is None else self.memory.total <= self.capacity
 
     def describe(self) -> str:
         """In lines for a person."""
@@ -95,9 +99,9 @@ class Plan:
             lines.append("no exchange between devices")
         room = ""
         if self.capacity is not None:
-            left = self.capacity - held.total
-            word = "fits, with" if left >= 0 else "DOES NOT FIT: short of"
-            room = f"; {word} {_bytes(abs(left))}{' to spare' if left >= 0 else ''} of {_bytes(self.capacity)}"
+            left = _bytes(abs(self.capacity - held.total))
+            room = f"; fits, with {left} to spare" if self.fits else f"; DOES NOT FIT: {left} are missing"
+            room += f" of {_bytes(self.capacity)}"
         lines.append(
             f"on a device {_bytes(held.total)}: rows and state {_bytes(held.arguments)}, temporaries "
             f"{_bytes(held.temporaries)}, program {_bytes(held.code)}{room}"
@@ -106,7 +110,8 @@ class Plan:
         lines.append(f"a step on a device: {self.operations:,.0f} operations, {_bytes(self.bytes_moved)} moved")
         if self.seconds:
             parts = ", ".join(f"{name} {seconds * 1e6:,.1f} us" for name, seconds in self.seconds.items())
-            lines.append(f"predicted by published rates, all at their best: {parts}")
+            rest = ", rows from the host not counted" if self.placement == "host" else ""
+            lines.append(f"predicted by published rates, all at their best{rest}: {parts}")
         return "\n".join(lines)
 
 
@@ -132,8 +137,9 @@ def plan(config: Config, topology: str | None = None) -> Plan:
         mesh = devices.data_mesh(config.num_shards, config.platform, config.num_devices)
     data, config = build_data(config), dataclasses.replace(config, backend="jit")  # pmap's is the same program
     if tpu and config.placement == "auto":
-        share = (len(data.train) + config.num_shards) / mesh.size * _row_bytes(data, config)
-        fits = share <= tpu.chip.memory * RESIDENT_FRACTION
+        trainer = build_trainer(config, mesh=mesh)
+        trainer.lay_out(data)
+        fits = trainer.train.resident_bytes <= tpu.chip.memory * RESIDENT_FRACTION
         config = dataclasses.replace(config, placement="device" if fits else "host")
     compiled, seconds, trainer = _compiled(config, mesh, data, None)
     # Of loops the compiler counts one turn: what lies outside grows with the steps of a call.
@@ -142,26 +148,25 @@ def plan(config: Config, topology: str | None = None) -> Plan:
     operations, moved = (
         one - (other - one) / apart if apart else one for one, other in zip(cost(few), cost(more), strict=True)
     )
-    held, exchanged = memory(compiled), collectives(compiled)
+    held, exchanged = memory(compiled), collectives(compiled, mesh.size)
     state_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(_abstract(trainer, data, config)))
-    capacity = tpu.chip.memory if tpu else _capacity(mesh)
+    counted = config.accumulate_steps == 1 and (config.reduction == "pmean" or trainer.train.slots == 1)
     return Plan(
-        topology or devices.describe(mesh.devices.flat),
-        mesh.size,
-        mesh.devices.flat[0].device_kind,
-        trainer.train.resolved_placement,
-        config.precision,
-        config.reduction,
-        trainer.train.block_steps,
-        exchanged,
-        held,
-        capacity,
-        None if capacity is None else held.total <= capacity,
-        held.donated >= state_bytes,
-        operations,
-        moved,
-        seconds,
-        _predicted(tpu, config, operations, moved, exchanged) if tpu else {},
+        topology=topology or devices.describe(mesh.devices.flat),
+        devices=mesh.size,
+        kind=mesh.devices.flat[0].device_kind,
+        placement=trainer.train.resolved_placement,
+        precision=config.precision,
+        reduction=config.reduction,
+        steps_per_call=trainer.train.block_steps,
+        collectives=exchanged,
+        memory=held,
+        capacity=tpu.chip.memory if tpu else _capacity(mesh),
+        state_donated=held.donated >= state_bytes,
+        operations=operations,
+        bytes_moved=moved,
+        compile_seconds=seconds,
+        seconds=_predicted(tpu, config, operations, moved, exchanged) if tpu and counted else {},
     )
 
 
@@ -186,11 +191,6 @@ def _abstract(trainer: Any, data: Any, config: Config) -> Any:
     )
 
 
-def _row_bytes(data: Any, config: Config) -> int:
-    wide = {"float32": 4, "bfloat16": 2, "float64": 8}[config.precision]
-    return wide * data.num_inputs + 4 * (data.num_targets + 2)
-
-
 def _capacity(mesh: Mesh) -> float | None:
     return (mesh.local_devices[0].memory_stats() or {}).get("bytes_limit")
 
@@ -203,7 +203,7 @@ def _predicted(
         return {}
     products = operations * _PASSES[config.precision] / tpu.chip.products
     from_memory = moved / tpu.chip.memory_rate
-    exchange = sum(tpu.all_reduce_seconds(one.size) for one in exchanged if one.each_step)
+    exchange = sum(tpu.seconds(one.kind, one.size) for one in exchanged if one.each_step)
     step = max(products, from_memory) + exchange
     return {"products": products, "memory": from_memory, "exchange": exchange, "step": step}
 
@@ -217,7 +217,7 @@ def _bytes(size: float) -> str:
 def _apart(config: Config, topology: str) -> Plan:
     """`plan` in a process of its own: the compiler for TPUs ends its process where it cannot do something."""
     if importlib.util.find_spec("libtpu") is None:
-        raise InputError("--topology: needs libtpu, which compiles for TPUs: pip install 'dpreg[plan]'")
+        raise InputError("--topology: needs libtpu, which compiles for TPUs: pip install -e '.[plan]'")
     slice_named(topology)
     os.environ.update(_COMPILER_ALONE)
     with tempfile.NamedTemporaryFile("r") as said:
@@ -243,6 +243,8 @@ def _main(argv: list[str]) -> None:
     del argv
     try:
         config, topology = Config.from_flags(flags.FLAGS), flags.FLAGS["topology"].value
+        folder = pathlib.Path(config.workdir or ".")
+        folder.mkdir(parents=True, exist_ok=True)
         if topology:
             found = _apart(config, topology)
         else:
@@ -250,16 +252,15 @@ def _main(argv: list[str]) -> None:
             found = plan(config)
         print(found.describe())
         if config.workdir:
-            folder = pathlib.Path(config.workdir)
-            folder.mkdir(parents=True, exist_ok=True)
-            (folder / "plan.json").write_text(json.dumps(dataclasses.asdict(found), indent=2) + "\n", encoding="utf-8")
+            told = dataclasses.asdict(found) | {"fits": found.fits}
+            (folder / "plan.json").write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
             print(f"also in {folder / 'plan.json'}")
     except InputError as error:
         leave(error, error.exit_code)
     except OSError as error:
-        leave(InputError(f"{error.filename}: {error.strerror}: free or change it"), InputError.exit_code)
+        leave_for(error)
     if found.fits is False:
-        sys.exit(1)
+        sys.exit(InputError.exit_code)
 
 
 def main() -> None:

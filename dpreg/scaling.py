@@ -23,14 +23,15 @@ from typing import Any
 
 import jax
 import numpy as np
+import scipy.optimize
 from absl import flags
 from jax import lax
 from jax.sharding import PartitionSpec
 from rich.console import Console
 
 from dpreg.config import Config
-from dpreg.door import enter, leave
-from dpreg.errors import InputError
+from dpreg.door import enter, leave, leave_for
+from dpreg.errors import InputError, ProcessLost
 from dpreg.observers.chart import chart, page
 from dpreg.observers.metrics import to_json
 from dpreg.observers.progress import ProgressDisplay
@@ -71,10 +72,15 @@ class Exchange:
         return cls(count, float(latency), float(1 / a_byte) if a_byte > 0 else float("inf"), float(error), seconds)
 
     def of(self, size: float, count: float) -> float:
-        """Seconds of a sum of so many bytes over so many devices: its latency grows with the logarithm of `count`."""
+        """Seconds of a sum of so many bytes over so many devices.
+
+        It is assumed that the latency grows with the logarithm of `count`, as in a tree, and that of n devices each
+        moves a share 1 - 1 / n of the bytes, as in a ring.
+        """
         if count <= 1:
             return 0.0
-        return self.latency * math.log2(count) / math.log2(self.devices) + size / self.bandwidth
+        share = (1 - 1 / count) / (1 - 1 / self.devices)
+        return self.latency * math.log2(count) / math.log2(self.devices) + share * size / self.bandwidth
 
 
 def exchange_seconds(count: int) -> dict[int, float]:
@@ -83,14 +89,12 @@ def exchange_seconds(count: int) -> dict[int, float]:
     found = {}
     for size in _SIZES:
 
-        def sums(x: jax.Array, times: jax.Array) -> jax.Array:
-            return lax.fori_loop(0, times, lambda _, total: lax.pmean(total, AXIS) * 0.5, x)
+        def sums(x: jax.Array, one: jax.Array, times: jax.Array) -> jax.Array:
+            return lax.fori_loop(0, times, lambda _, total: lax.pmean(total, AXIS) * one, x)
 
         everywhere = PartitionSpec()
-        mapped = jax.shard_map(
-            sums, mesh=mesh, in_specs=(everywhere, everywhere), out_specs=everywhere, check_vma=False
-        )
-        given = devices.replicated((np.ones(size // 4, np.float32), np.int32(_REPEATS)), mesh)
+        mapped = jax.shard_map(sums, mesh=mesh, in_specs=(everywhere,) * 3, out_specs=everywhere, check_vma=False)
+        given = devices.replicated((np.ones(size // 4, np.float32), np.float32(1), np.int32(_REPEATS)), mesh)
         compiled = jax.jit(mapped).lower(*given).compile()
         processes.exchange()
         times = []
@@ -126,21 +130,23 @@ class Laboratory:
     """Runs a configuration on a number of devices: of this machine's accelerators, or of its cores.
 
     Args:
-      config: of the run; told: what is told of what goes on.
+      config: of the run.
     """
 
-    def __init__(self, config: Config, told: Any):
-        self._config, self._told = config, told
+    def __init__(self, config: Config):
+        self._config = config
         self.on_cores = config.platform == "cpu"
-        self.most = len(os.sched_getaffinity(0)) if self.on_cores else self._accelerators()
+        self.most = _cores() if self.on_cores else self._accelerators()
 
     def _accelerators(self) -> int:
         """Asked for in another process, which does not keep them."""
         program = "import jax, sys; print(jax.default_backend(), jax.local_device_count())"
         backend, count = self._python(["-c", program], 1, cores=False)[0].split()
         if backend == "cpu":
+            if self._config.platform is not None:
+                raise InputError(f"--platform={self._config.platform}: there is none here; use --platform=cpu")
             self.on_cores = True
-            return len(os.sched_getaffinity(0))
+            return _cores()
         return int(count)
 
     def train(self, count: int, times: int) -> dict[str, Any]:
@@ -153,6 +159,7 @@ class Laboratory:
             num_devices=1 if self.on_cores else count,
             platform="cpu" if self.on_cores else self._config.platform,
             optimality=False,
+            profile=None,
             workdir=None,
         )
         with tempfile.TemporaryDirectory() as folder:
@@ -165,8 +172,8 @@ class Laboratory:
 
     def exchange(self, count: int) -> Exchange:
         """The sums over so many devices, alone."""
-        program = "from dpreg.scaling import time_exchange; import sys; time_exchange(*map(int, sys.argv[1:]))"
-        here = [str(count), str(int(self.on_cores))]
+        program = "from dpreg.scaling import time_exchange; import sys; time_exchange(*sys.argv[1:])"
+        here = [str(count), "cpu" if self.on_cores else self._config.platform or ""]
         told = self._python(["-c", program, *here], count if self.on_cores else 1)[0]
         return Exchange.fitted(
             count, {int(size): seconds for size, seconds in json.loads(told.splitlines()[-1]).items()}
@@ -190,34 +197,50 @@ class Laboratory:
             running.append(subprocess.Popen(command, env=environment, **pipes))
         try:
             said = [process.communicate(timeout=_PATIENCE_SECONDS) for process in running]
+        except subprocess.TimeoutExpired as error:
+            raise InputError(
+                f"a run on {count} devices takes more than {_PATIENCE_SECONDS} s: give fewer rows"
+            ) from error
         finally:
             for process in running:
                 process.kill()
-        for process, (_, wrong) in zip(running, said, strict=True):
-            if process.returncode:
+        ended = zip([process.returncode for process in running], said, strict=True)
+        for code, (_, wrong) in sorted(ended, key=lambda of: of[0] == ProcessLost.exit_code):  # the others say why
+            if code:
                 line = wrong.strip().splitlines()[-1:] or ["it ended"]
                 raise InputError(f"a run on {count} devices: {line[0].removeprefix('dpreg: ')}")
         return [out for out, _ in said]
 
 
-def time_exchange(count: int, on_cores: int, port: int, num_processes: int, process_id: int) -> None:
+def _cores() -> int:
+    """That this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def time_exchange(count: str, platform: str, port: str, num_processes: str, process_id: str) -> None:
     """In each process of a `Laboratory`: the first prints what sums take."""
-    if on_cores:
-        several = (f"127.0.0.1:{port}", num_processes, process_id) if num_processes > 1 else (None, None, None)
-        devices.start("cpu", 1, *several)
-    else:
-        devices.start()
-    found = exchange_seconds(count)
+    several: tuple[Any, ...] = (f"127.0.0.1:{port}", int(num_processes), int(process_id))
+    on_cores = platform == "cpu"
+    devices.start(platform or None, 1 if on_cores else None, *(several if int(num_processes) > 1 else ()))
+    found = exchange_seconds(int(count))
     if jax.process_index() == 0:
         print(json.dumps(found))
 
 
-def measure(config: Config, told: Any) -> tuple[list[Measured], list[Exchange], dict[str, Any]]:
-    """Trains on 1, 2, 4, ... devices; gives what came of it, the exchanges, and an extrapolation."""
-    laboratory = Laboratory(config, told)
+def measure(config: Config, told: Any) -> tuple[list[Measured], list[Exchange], dict[str, Any], bool]:
+    """Trains on 1, 2, 4, ... devices; gives what came of it, the exchanges, an extrapolation, and whether on cores.
+
+    Args:
+      told: what goes on, in words.
+
+    Raises:
+      InputError: for what cannot be run, or is not run in steps with one sum each.
+    """
+    if config.solver != "sgd" or config.reduction != "pmean":
+        raise InputError("scaling measures steps that exchange one sum: --solver=sgd and --reduction=pmean")
+    laboratory = Laboratory(config)
     counts = [1 << power for power in range(16) if 1 << power <= min(laboratory.most, config.num_shards)]
-    exchanges, runs = [], list[Measured]()
-    size = 0
+    exchanges, runs, size = [], list[Measured](), 0
     for count in counts:
         told(f"timing sums over {count} devices" if count > 1 else "one device")
         exchange = laboratory.exchange(count) if count > 1 else None
@@ -225,35 +248,35 @@ def measure(config: Config, told: Any) -> tuple[list[Measured], list[Exchange], 
         for kind, times in zip(KINDS, (1, count), strict=True) if count > 1 else ((KINDS[0], 1),):
             told(f"training on {count} devices, {kind}")
             summary = laboratory.train(count, times)
-            size = size or 4 * (_parameters(summary) + 3)
-            alone = runs[0].rows_per_second if runs else summary["rows_per_second"]
-            share = exchange.of(size, count) * summary["steps_per_second"] if exchange else 0.0
-            rate, steps = summary["rows_per_second"], summary["steps_per_second"]
+            rate, steps, size = summary["rows_per_second"], summary["steps_per_second"], summary["exchange_bytes"]
+            share = exchange.of(size, count) * steps if exchange else 0.0
+            alone = runs[0].rows_per_second if runs else rate
             runs.append(Measured(count, kind, rate, steps, rate / count / alone, share))
-    return runs, exchanges, extrapolated(runs, exchanges[-1] if exchanges else None, size)
+    return runs, exchanges, extrapolated(runs, exchanges, size, config.batch_size), laboratory.on_cores
 
 
-def _parameters(summary: dict[str, Any]) -> int:
-    found = summary.get("parameters", {"w": [], "b": []})
-    return sum(np.size(list(part.values()) if isinstance(part, dict) else part) for part in found.values())
+def extrapolated(runs: list[Measured], exchanges: list[Exchange], size: int, batch_size: int) -> dict[str, Any]:
+    """The step of the same batch on more devices: what is shared, what is not, and the exchange.
 
-
-def extrapolated(runs: list[Measured], exchange: Exchange | None, size: int) -> dict[str, Any]:
-    """The step of the same batch on more devices: its work shared, and the exchange on top.
+    Args:
+      size: bytes that a step exchanges; batch_size: rows that it has, which more devices than that cannot share.
 
     Returns:
-      "work": seconds of a step's work on one device; "efficiency" by number of devices; "pays_up_to": the most devices,
-      of powers of two, of which each does at least half of what one does alone.
+      "shared" and "fixed": seconds of a step that devices divide, and that each takes; "efficiency" by number of
+      devices; "pays_up_to": the most, of powers of two, of which each does at least half of what one does alone.
     """
-    if exchange is None:
+    if not exchanges:
         return {}
-    work = 1 / runs[0].steps_per_second
-    efficiency = {1 << p: work / (work + (1 << p) * exchange.of(size, 1 << p)) for p in range(17)}
-    return {
-        "work": work,
-        "efficiency": efficiency,
-        "pays_up_to": max(count for count, share in efficiency.items() if share >= _WORTH),
-    }
+    strong = [run for run in runs if run.kind == KINDS[0]]
+    exchange = exchanges[-1]
+    rest = [1 / run.steps_per_second - exchange.of(size, run.devices) for run in strong]
+    design = np.array([[1 / run.devices, 1.0] for run in strong])
+    shared, fixed = map(float, scipy.optimize.nnls(design, np.maximum(rest, 0.0))[0])
+    counts = [1 << power for power in range(17) if 1 << power <= batch_size]
+    step = {count: shared / count + fixed + exchange.of(size, count) for count in counts}
+    efficiency = {count: step[1] / (count * seconds) for count, seconds in step.items()}
+    pays = max(count for count, share in efficiency.items() if share >= _WORTH)
+    return {"shared": shared, "fixed": fixed, "efficiency": efficiency, "pays_up_to": pays}
 
 
 def describe(runs: list[Measured], exchanges: list[Exchange], further: dict[str, Any], on_cores: bool) -> str:
@@ -271,10 +294,10 @@ def describe(runs: list[Measured], exchanges: list[Exchange], further: dict[str,
             f"a sum over {one.devices} devices: {one.latency * 1e6:,.1f} us{rate}, to {one.error:.0%} of all measured"
         )
     if further:
-        lines.append(
-            f"with this batch, and exchanges as here, devices pay up to {further['pays_up_to']:,}: beyond, each does "
-            "less than half of what one does alone"
-        )
+        beyond = "beyond, each does less than half of what one does alone"
+        if further["pays_up_to"] == max(further["efficiency"]):
+            beyond = "as many as there are rows in it, or more than anybody has"
+        lines.append(f"with this batch, and exchanges as here, devices pay up to {further['pays_up_to']:,}: {beyond}")
     if on_cores:
         lines.append(
             "devices here are processes with a thread of the CPU each; simulated devices (--num_devices) share cores: "
@@ -287,13 +310,13 @@ def _main(argv: list[str]) -> None:
     del argv
     try:
         config = Config.from_flags(flags.FLAGS)
+        folder = pathlib.Path(config.workdir or ".")
+        folder.mkdir(parents=True, exist_ok=True)
         with contextlib.ExitStack() as stack:
             progress = stack.enter_context(ProgressDisplay(Console(stderr=True)))
-            runs, exchanges, further = measure(config, progress.doing)
-        print(describe(runs, exchanges, further, config.platform == "cpu"))
+            runs, exchanges, further, on_cores = measure(config, progress.doing)
+        print(describe(runs, exchanges, further, on_cores))
         if config.workdir:
-            folder = pathlib.Path(config.workdir)
-            folder.mkdir(parents=True, exist_ok=True)
             found = {
                 "runs": [dataclasses.asdict(run) for run in runs],
                 "exchanges": [dataclasses.asdict(one) for one in exchanges],
@@ -313,7 +336,7 @@ def _main(argv: list[str]) -> None:
     except InputError as error:
         leave(error, error.exit_code)
     except OSError as error:
-        leave(InputError(f"{error.filename}: {error.strerror}: free or change it"), InputError.exit_code)
+        leave_for(error)
 
 
 def main() -> None:

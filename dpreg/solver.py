@@ -75,7 +75,7 @@ class Solver:
         return fit.refined(np.array(of_w), of_b)
 
     def newton(self, family: Family, l2: float = 0.0, intercept: bool = True) -> tuple[Fit, float]:
-        """(the linear model of least mean loss + l2 / 2 sum w^2, that mean loss), by Newton's method.
+        """(the linear model of least mean loss + l2 / 2 sum w^2, that mean loss to 1e-10), by Newton's method.
 
         Each step is a pass, and a problem of least squares; a step that does not make the loss less is halved.
 

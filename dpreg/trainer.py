@@ -330,6 +330,13 @@ class Trainer:
         """What the model predicts with: "params" and "batch_stats"."""
         return {"params": self.state.params, "batch_stats": self.state.batch_stats}
 
+    @property
+    def exchange_bytes(self) -> int:
+        """Bytes that a step gives each device: gradients, batch statistics and three sums; ordered, of each shard."""
+        leaves = jax.tree.leaves((self.state.params, self.state.batch_stats))
+        sums = sum(leaf.size for leaf in leaves) + 3
+        return int(sums) * self.dtype.itemsize * (self.num_shards if self.reduction == "ordered" else 1)
+
     def prepare_batch(self, block: Block) -> tuple[Any, Carried, np.ndarray]:
         """What the compiled steps take for a block: rows, shards and clock."""
         return block.data, self._carried, Clock(block.first_step, block.num_steps, self.seed).packed()

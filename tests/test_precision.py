@@ -1,6 +1,5 @@
 """Precisions: float64 from the rows to the result; bfloat16 features with sums in float32."""
 
-import dataclasses
 import json
 
 import jax
@@ -52,7 +51,7 @@ def test_float64_agrees_with_float64(reduction, placement):
 @pytest.mark.parametrize("precision", ["float64", "bfloat16"])
 def test_ordered_gives_the_same_bits_in_any_precision(precision):
     source = of_float64(203)
-    model = dataclasses.replace(Net(OPTIMIZERS["clip+momentum"]))
+    model = Net(OPTIMIZERS["clip+momentum"])
 
     def run(devices, **arguments):
         data = dpreg.RegressionData(source, source, 64)

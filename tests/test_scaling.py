@@ -18,7 +18,7 @@ def test_latency_and_bandwidth_are_found_again():
     assert (found.latency, found.bandwidth) == (pytest.approx(2e-5), pytest.approx(3e9))
     assert found.error < 1e-9
     assert found.of(3e6, 4) == pytest.approx(2e-5 + 1e-3)
-    assert found.of(3e6, 16) == pytest.approx(4e-5 + 1e-3)
+    assert found.of(3e6, 16) == pytest.approx(4e-5 + 1e-3 * (15 / 16) / (3 / 4))
     assert found.of(3e6, 1) == 0
     off = Exchange.fitted(4, seconds | {24: 4e-5})
     assert 0.1 < off.error < 1
@@ -26,24 +26,31 @@ def test_latency_and_bandwidth_are_found_again():
 
 
 def test_devices_pay_until_each_does_half_of_what_one_does_alone():
-    runs = [Measured(1, "strong", 1e6, 1000.0, 1.0, 0.0)]
+    # A step of 1 ms, 0.1 ms of which are not shared; sums of 10 us over two, 20 over four.
     exchange = Exchange(2, 1e-5, 1e12, 0.0, {})
-    found = extrapolated(runs, exchange, 24)
+    runs = [
+        Measured(count, "strong", 0.0, 1 / (0.9e-3 / count + 0.1e-3 + latency), 0.0, 0.0)
+        for count, latency in ((1, 0), (2, 1e-5), (4, 2e-5))
+    ]
+    found = extrapolated(runs, [exchange], 0, batch_size=1024)
+    assert (found["shared"], found["fixed"]) == (pytest.approx(0.9e-3), pytest.approx(0.1e-3))
     assert found["efficiency"][1] == 1
-    assert found["efficiency"][16] == pytest.approx(1e-3 / (1e-3 + 16 * 4e-5), rel=1e-6)
+    assert found["efficiency"][16] == pytest.approx(1e-3 / (0.9e-3 + 16 * (0.1e-3 + 4e-5)), rel=1e-6)
     pays = found["pays_up_to"]
     assert found["efficiency"][pays] >= 0.5 > found["efficiency"][2 * pays]
-    assert extrapolated(runs, None, 24) == {}
+    assert max(found["efficiency"]) == 1024
+    assert extrapolated(runs, [], 24, 32) == {}
 
 
 @pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="one core")
 def test_a_run_on_one_core_and_on_two(tmp_path):
     done = subprocess.run(
         [
-            *(sys.executable, "-m", "dpreg.scaling", "--platform=cpu", "--num_shards=2", "--batch_size=512"),
-            *("--num_train=20000", f"--workdir={tmp_path}"),
+            *(sys.executable, "-m", "dpreg.scaling", "--num_shards=2", "--batch_size=512", "--model=mlp"),
+            *("--hidden=16", "--num_train=20000", f"--workdir={tmp_path}"),
         ],
         cwd=ROOT,
+        env=os.environ | {"JAX_PLATFORMS": "cpu"},
         capture_output=True,
         text=True,
         timeout=300,
@@ -54,7 +61,7 @@ def test_a_run_on_one_core_and_on_two(tmp_path):
     assert [(run["devices"], run["kind"]) for run in found["runs"]] == [(1, "strong"), (2, "strong"), (2, "weak")]
     one, strong, weak = found["runs"]
     assert one["efficiency"] == 1
-    assert strong["efficiency"] == pytest.approx(strong["rows_per_second"] / 2 / one["rows_per_second"])
+    assert 0 < strong["efficiency"] == pytest.approx(strong["rows_per_second"] / 2 / one["rows_per_second"])
     assert weak["rows_per_second"] / weak["steps_per_second"] == pytest.approx(
         2 * one["rows_per_second"] / one["steps_per_second"], rel=0.05
     )
@@ -65,9 +72,16 @@ def test_a_run_on_one_core_and_on_two(tmp_path):
 
 
 def test_what_cannot_run_is_one_line(tmp_path):
-    bad = ("--platform=cpu", "--num_shards=3", "--batch_size=32")
-    done = subprocess.run(
-        [sys.executable, "-m", "dpreg.scaling", *bad], cwd=ROOT, capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 2
-    assert "--batch_size=32 is not a multiple of --num_shards=3" in done.stderr.splitlines()[-1]
+    for bad, said in (
+        (("--num_shards=3", "--batch_size=32"), "--batch_size=32 is not a multiple of --num_shards=3"),
+        (("--solver=exact",), "scaling measures steps"),
+    ):
+        done = subprocess.run(
+            [sys.executable, "-m", "dpreg.scaling", "--platform=cpu", *bad],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+        assert done.returncode == 2
+        assert said in done.stderr.splitlines()[-1]

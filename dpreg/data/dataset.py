@@ -180,11 +180,16 @@ class Dataset:
         """Why, in words; empty where "auto" was not asked for."""
         return self._chosen_placement[1]
 
+    @property
+    def resident_bytes(self) -> int:
+        """Bytes on a device with placement "device"."""
+        return self.slots * (self.sampler.shard_capacity + 1) * self.row_bytes
+
     @functools.cached_property
     def _chosen_placement(self) -> tuple[str, str]:
         if self.placement != "auto":
             return self.placement, ""
-        share = self.slots * (self.sampler.shard_capacity + 1) * self.row_bytes
+        share = self.resident_bytes
         most = _resident_bytes(self._mesh)
         chosen = "device" if share <= most else "host"
         return chosen, f"a device's rows take {share / 1e6:,.1f} MB of the {most / 1e6:,.1f} MB that may stay on it"

@@ -3,7 +3,8 @@
     python predict.py new.csv > predictions.csv
 
 or from Python, for columns by their names: `predict({"carat": [0.3], "cut": ["Ideal"]})`. It reads `model.json` and
-`parameters.npz`, and needs nothing of dpreg, which writes it there.
+`parameters.npz`, and needs nothing of dpreg, which writes it there. (The csv module of Python does not tell a quoted
+"NA" from one that is not: both are missing.)
 """
 
 import csv
@@ -117,8 +118,12 @@ def _main(file: str) -> None:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) != 2:
+        print("usage: python predict.py FILE.csv > predictions.csv", file=sys.stderr)
+        sys.exit(2)
     try:
-        _main(*sys.argv[1:2])
-    except (OSError, KeyError, TypeError, ValueError) as error:
-        print(f"predict.py: {error}", file=sys.stderr)
+        _main(sys.argv[1])
+    except (OSError, KeyError, ValueError) as error:
+        what = f"there is no column {error}" if isinstance(error, KeyError) else error
+        print(f"predict.py: {what}", file=sys.stderr)
         sys.exit(2)

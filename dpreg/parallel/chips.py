@@ -30,7 +30,7 @@ CHIPS = {
     "v4": Chip(32 * 2**30, 1228e9, 275e12, 300e9, 3, 4096),
     "v5e": Chip(16e9, 819e9, 197e12, 200e9, 2, 256),
     "v5p": Chip(95 * 2**30, 2765e9, 459e12, 600e9, 3, 6144),
-    "v6e": Chip(32e9, 1640e9, 918e12, 400e9, 2, 256),
+    "v6e": Chip(32e9, 1638e9, 918e12, 400e9, 2, 256),
 }
 _SMALL = {2: ((2, 2), (2, 4)), 3: ((2, 2, 1), (2, 2, 2), (2, 2, 4), (2, 4, 4))}
 HOP_SECONDS = 1e-6  # from chip to chip: a guess, as none is published
@@ -51,14 +51,26 @@ class Slice:
     shape: tuple[int, ...]
 
     @property
-    def hops(self) -> int:
-        """From chip to chip along the longest way that a sum takes: halfway round each axis."""
-        return sum(size // 2 for size in self.shape)
+    def _wraps(self) -> bool:
+        """Whether the ends of axes are linked: of cubes of 4 chips a side and more, and of whole pods of two axes."""
+        return all(size % 4 == 0 for size in self.shape) if self.chip.axes == 3 else min(self.shape) == 16
 
-    def all_reduce_seconds(self, size: int) -> float:
-        """Of so many bytes: each goes over the links twice, and each hop takes its time, there and back."""
+    @property
+    def hops(self) -> int:
+        """From chip to chip along the longest way that a sum takes: through each axis, or halfway round it."""
+        return sum(size // 2 if self._wraps else size - 1 for size in self.shape)
+
+    @property
+    def links(self) -> float:
+        """Bytes/s of a chip to its neighbours, one way, over the links that it has here: at an end of each axis one."""
+        used = sum(0 if size == 1 else 2 if self._wraps else 1 for size in self.shape)
+        return self.chip.links * used / (2 * self.chip.axes)
+
+    def seconds(self, kind: str, size: int) -> float:
+        """Of an exchange that gives each chip so many bytes: they cross the links, of an all-reduce twice."""
+        passes = 2 if kind == "all-reduce" else 1
         share = 1 - 1 / math.prod(self.shape)
-        return 2 * size * share / self.chip.links + 2 * self.hops * HOP_SECONDS
+        return passes * (size * share / self.links + self.hops * HOP_SECONDS)
 
 
 def slice_named(name: str) -> Slice:
@@ -77,7 +89,7 @@ def slice_named(name: str) -> Slice:
     shape = tuple(int(part) for part in parts if part.isdigit())
     if len(shape) != len(parts) or not _exists(chip, shape):
         some = ", ".join("x".join(map(str, shape)) for shape in _shapes(chip))
-        raise InputError(f"--topology={name}: there is no such slice; {kind} has {some}")
+        raise InputError(f"--topology={name}: there is no such slice of several chips; {kind} has {some}")
     return Slice(name, chip, shape)
 
 

@@ -6,7 +6,8 @@ import re
 from typing import Any
 
 _KINDS = "all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute|collective-broadcast"
-_COLLECTIVE = re.compile(rf"^\s*(?:ROOT )?%?[\w.-]+ = (\(?.*?\)?) ({_KINDS})(?:-start)?\((.*)$")
+_BOTH = ("all-gather", "collective-permute")  # whose beginning gives (what goes in, what comes out)
+_COLLECTIVE = re.compile(rf"^\s*(?:ROOT )?%?[\w.-]+ = (\(?.*?\)?) ({_KINDS})(-start)?\((.*)$")
 _ARRAY = re.compile(r"\b(pred|[sufbc]\w*?\d+)\[([\d,]*)\]")
 _GROUPS = re.compile(r"replica_groups=(?:\{\{([\d,]*)\}|\[(\d+),(\d+)\])")
 
@@ -30,30 +31,31 @@ class Collective:
     place: str
 
 
-def collectives(compiled: Any) -> list[Collective]:
-    """All exchanges of a compiled program, in the order of its text."""
+def collectives(compiled: Any, devices: int) -> list[Collective]:
+    """All exchanges of a compiled program for so many devices, in the order of its text."""
     found = []
     for line in compiled.as_text().splitlines():
         if match := _COLLECTIVE.match(line):
-            result, kind, rest = match.groups()
+            result, kind, start, rest = match.groups()
+            arrays = _ARRAY.findall(result)
+            if start and kind in _BOTH:
+                arrays = arrays[1:2]
             groups = _GROUPS.search(rest)
-            members = groups[1].count(",") + 1 if groups and groups[1] else int(groups[3]) if groups else 0
+            members = groups[1].count(",") + 1 if groups and groups[1] else int(groups[3]) if groups else devices
             place = re.search(r'op_name="([^"]*)"', rest)
             name = place[1] if place else ""
-            found.append(Collective(kind, _bytes(result), members, "/while/" in name, name.rpartition("/")[2]))
+            found.append(
+                Collective(
+                    kind, sum(_bytes(*array) for array in arrays), members, "/while/" in name, name.rpartition("/")[2]
+                )
+            )
     return found
 
 
-def _bytes(result: str) -> int:
-    return sum(
-        _width(dtype) * math.prod(int(size) for size in shape.split(",") if size)
-        for dtype, shape in _ARRAY.findall(result)
-    )
-
-
-def _width(dtype: str) -> int:
+def _bytes(dtype: str, shape: str) -> int:
     bits = re.search(r"\d+", dtype)
-    return 1 if bits is None else max(1, int(bits[0]) // 8)
+    width = 1 if bits is None else max(1, int(bits[0]) // 8)
+    return width * math.prod(int(size) for size in shape.split(",") if size)
 
 
 @dataclasses.dataclass(frozen=True)
