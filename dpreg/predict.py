@@ -61,14 +61,14 @@ def predict(config: Config) -> None:
             exported.variables,
             exported.num_inputs,
             exported.num_targets,
-            devices.data_mesh(config.num_shards, config.platform, config.num_devices),
-            config.num_shards,
-            config.batch_size,
-            schema,
-            config.precision,
-            config.reduction,
-            config.backend,
-            deadline.progress,
+            mesh=devices.data_mesh(config.num_shards, config.platform, config.num_devices),
+            num_shards=config.num_shards,
+            batch_size=config.batch_size,
+            schema=schema,
+            precision=config.precision,
+            reduction=config.reduction,
+            backend=config.backend,
+            heartbeat=deadline.progress,
         )
         read = _Reading(table, RawReader(columns, schema, predictor.dtype), schema, predictor.piece_rows, progress)
         deadline.begin()

@@ -54,6 +54,7 @@ class Predictor:
         variables: Mapping[str, Any],
         num_inputs: int,
         num_targets: int,
+        *,
         mesh: Mesh,
         num_shards: int = 8,
         batch_size: int = 32,

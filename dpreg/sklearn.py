@@ -107,10 +107,10 @@ class _Fitted:
             self.variables,
             len(self.schema.inputs),
             self.targets,
-            self.mesh,
-            config.num_shards,
-            config.batch_size,
-            self.schema,
+            mesh=self.mesh,
+            num_shards=config.num_shards,
+            batch_size=config.batch_size,
+            schema=self.schema,
             reduction=config.reduction,
         )
 

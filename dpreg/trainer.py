@@ -488,14 +488,14 @@ class Trainer:
                 self.variables,
                 rows["x"].shape[1],
                 rows["y"].shape[1],
-                self.mesh,
-                self.num_shards,
-                self.train.global_batch,
-                self._schema,
-                self.precision,
-                self.reduction,
-                self.backend,
-                self.heartbeat,
+                mesh=self.mesh,
+                num_shards=self.num_shards,
+                batch_size=self.train.global_batch,
+                schema=self._schema,
+                precision=self.precision,
+                reduction=self.reduction,
+                backend=self.backend,
+                heartbeat=self.heartbeat,
             )
         self._predictor.variables = self.variables
         return self._predictor
