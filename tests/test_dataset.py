@@ -10,6 +10,7 @@ from jax.sharding import Mesh
 from models import Rows
 
 import dpreg
+from dpreg.data import order
 
 
 def mesh(num_devices):
@@ -37,12 +38,14 @@ def batches(dataset):
     return jax.tree.map(lambda *leaves: np.concatenate(leaves), *steps)
 
 
-@pytest.mark.parametrize("rows", [3, 37])
-def test_batches_do_not_depend_on_devices_or_placement(rows):
+@pytest.mark.parametrize(("rows", "run"), [(3, 1), (37, 1), (37, 2)])
+def test_batches_do_not_depend_on_devices_or_placement(rows, run, monkeypatch):
+    monkeypatch.setattr(order, "_FEWEST_RUNS", 2 if run > 1 else 128)
     source = Rows(rows, weighted=True).source()
     reference = None
     for devices, placement in itertools.product((1, 3, 8), ("device", "host")):
         dataset = dpreg.Dataset(source).shuffle(5).batch(16).repeat(2).shard(mesh(devices), num_shards=8)
+        assert dataset.sampler.run == run
         result = batches(dataset.place(placement, 2).prefetch(2))
         reference = reference or result
         for name, column in result.items():

@@ -13,7 +13,9 @@ from flax import linen as nn
 from models import Net, Rows
 
 import dpreg
+from dpreg.data import order
 from dpreg.data.order import Sampler
+from dpreg.parallel import step as compiled
 
 DEVICES = (1, 2, 3, 4, 6, 8)
 LAYOUTS = list(itertools.product(("jit", "pmap"), ("device", "host")))
@@ -172,6 +174,29 @@ def test_agrees_with_sgd_in_float64(reduction, backend, placement, weighted):
         np.testing.assert_allclose(trainer.state.params["w"], w, rtol=1e-6, atol=1e-7)
         np.testing.assert_allclose(trainer.state.params["b"], b, rtol=1e-6, atol=1e-7)
         np.testing.assert_allclose(trainer.train_loss, last_epoch[0] / last_epoch[1], rtol=1e-6)
+
+
+@pytest.mark.parametrize("reduction", ["pmean", "ordered"])
+@pytest.mark.parametrize(("batch", "accumulate", "run"), [(256, 1, 8), (256, 3, 8), (24, 4, 4)])
+def test_agrees_with_float64_in_runs_of_rows_and_parts_of_batches(reduction, batch, accumulate, run, monkeypatch):
+    monkeypatch.setattr(order, "_FEWEST_RUNS", 8)
+    monkeypatch.setattr(compiled, "_PART_BYTES", 300)
+    source, model = Rows(1003, weighted=True).source(), dpreg.LinearRegressionScratch(3, 0.1)
+    start = model.init(jax.random.key(0), source.x[:1])["params"]
+    sampler = Sampler(1003, 8, batch * accumulate)
+    assert sampler.run == run
+    batches = list(batches_of(sampler, 0, 3))
+    w, b, _ = sgd_in_float64(source.x, source.y, source.weight, 0.1, batches, (start["w"], start["b"]))
+    found = set()
+    for n, (backend, placement) in itertools.product((1, 3, 8), LAYOUTS):
+        trainer = dpreg.Trainer(
+            3, n, reduction=reduction, backend=backend, placement=placement, accumulate_steps=accumulate
+        )
+        trainer.fit(model, dpreg.RegressionData(source, None, batch))
+        np.testing.assert_allclose(trainer.state.params["w"], w, rtol=1e-6, atol=1e-7)
+        np.testing.assert_allclose(trainer.state.params["b"], b, rtol=1e-6, atol=1e-7)
+        found.add(b"".join(np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(trainer.state.params)))
+    assert len(found) == 1 or reduction == "pmean"
 
 
 def network_in_float64(model, source, batch_size, seed, epochs):

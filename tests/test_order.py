@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import dpreg
+from dpreg.data import order
 from dpreg.data.order import Sampler, keyed_hash, permute
 
 
@@ -74,6 +75,52 @@ def test_every_row_is_used_exactly_once_an_epoch(shards, per_shard):
                 )
                 used += (sampler.shard_start(shard) + at[at < size]).tolist()
             assert sorted(used) == list(range(rows)), (rows, epoch)
+
+
+@pytest.mark.parametrize(
+    ("shards", "batch", "run"), [(1, 256, 16), (2, 64, 8), (2, 24, 2), (4, 28, 1), (8, 64, 2), (3, 60, 4)]
+)
+def test_rows_stay_together_in_runs_that_every_epoch_orders_anew(shards, batch, run):
+    for rows in range(2100, 2117):
+        sampler = Sampler(rows, shards, batch)
+        assert sampler.run == run
+        steps = np.arange(3 * sampler.steps_per_epoch)
+        for shard in range(shards):
+            size = int(sampler.shard_size(shard))
+            at = sampler.positions(steps, np.array(shard), 7)
+            epochs = [epoch[epoch < size] for epoch in at.reshape(3, -1)]
+            assert all(sorted(epoch) == list(range(size)) for epoch in epochs)
+            full = size // run * run
+            firsts = np.array([epoch[:full].reshape(-1, run) for epoch in epochs])
+            assert (firsts[:, :, :1] + np.arange(run) == firsts).all()
+            assert (firsts[:, :, 0] % run == 0).all()
+            assert all((epoch[full:] == np.arange(full, size)).all() for epoch in epochs)
+            assert len({epoch.tobytes() for epoch in epochs}) == 3
+
+
+@pytest.mark.parametrize(
+    ("rows", "shards", "batch", "run"),
+    [(1000, 8, 32, 1), (20_000, 8, 32, 4), (100_000, 8, 1024, 32), (40_000, 8, 4096, 32), (10**9, 1, 32, 4)],
+)
+def test_runs_are_short_beside_a_shard_and_a_batch(rows, shards, batch, run):
+    assert Sampler(rows, shards, batch).run == run
+
+
+@pytest.mark.parametrize("size", [2**31, 2**31 - 1, 2**16 + 1, 2**20, 999_999])
+def test_permute_stays_inside_and_apart_at_any_size(size):
+    positions = np.unique(np.random.default_rng(0).integers(0, size, 50_000)).astype(np.uint32)
+    there = permute(positions, size, 1).astype(np.int64)
+    assert len(np.unique(there)) == len(positions)
+    assert there.min() >= 0
+    assert there.max() < size
+    np.testing.assert_array_equal(permute(jnp.asarray(positions), np.uint32(size), 1), there)
+
+
+def test_a_hash_becomes_a_number_below_any_other():
+    words = np.random.default_rng(0).integers(0, 2**32, 1000, np.uint32)
+    for size in (1, 2, 3, 1000, 2**15 + 1, 2**16):
+        exact = (words.astype(np.uint64) * np.uint64(size)) >> np.uint64(32)
+        np.testing.assert_array_equal(order._scaled(words, np.uint32(size)), exact)
 
 
 def test_padding_comes_last_and_empty_slots_are_all_padding():

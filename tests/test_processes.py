@@ -111,13 +111,12 @@ def test_without_a_launcher_the_others_end_with_76_within_15_seconds(tmp_path, v
         end(running)
 
 
-# 10 blocks an epoch, of 25 steps of 800 rows of 200 features
-WIDE = (
+# 10 blocks an epoch, which are not all under way at once: of 256 steps each
+LONG = (
     "--platform=cpu",
     "--reduction=ordered",
-    f"--w={','.join(['1'] * 200)}",
-    "--batch_size=800",
-    "--num_train=200000",
+    "--batch_size=160",
+    "--num_train=409600",
     "--num_val=800",
     "--lr=0.001",
 )
@@ -127,7 +126,7 @@ WIDE = (
 def test_sigterm_to_one_process_saves_in_all_within_an_epoch_and_exits_75(tmp_path):
     epochs = "--max_epochs=30"
     often = ("--checkpoint_every_seconds=0.3", "--keep=1000")
-    launcher = start(2, tmp_path / "w", epochs, *often, devices=1, work=WIDE)
+    launcher = start(2, tmp_path / "w", epochs, *often, devices=1, work=LONG)
     wait_until(lambda: complete(tmp_path / "w"), launcher)
     workers(launcher)[1].send_signal(signal.SIGTERM)
     time.sleep(0.5)
@@ -138,9 +137,9 @@ def test_sigterm_to_one_process_saves_in_all_within_an_epoch_and_exits_75(tmp_pa
     assert said.count("the same command goes on from there") == 2
     stopped_at = max(complete(tmp_path / "w"))
     assert f"stopped at step {stopped_at}," in said
-    assert any(step % 250 for step in complete(tmp_path / "w")), "none was saved within an epoch"
+    assert any(step % 2560 for step in complete(tmp_path / "w")), "none was saved within an epoch"
     for name in ("w", "whole"):
-        done = alone(tmp_path / name, epochs, devices=1, work=WIDE)
+        done = alone(tmp_path / name, epochs, devices=1, work=LONG)
         assert (f"going on from step {stopped_at:,}" in done.stderr) == (name == "w"), done.stderr
     assert outcome(tmp_path / "w") == outcome(tmp_path / "whole")
 

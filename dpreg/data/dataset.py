@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import itertools
+import math
 import os
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -25,7 +26,9 @@ PRECISIONS = {  # what features are, on the devices; and targets, weights, and w
     "float64": (np.float64, np.float64),
 }
 
-_BLOCK_BYTES = 16 << 20  # larger blocks were slower to transfer, smaller ones are dominated by the call
+# Of a block. To be transferred, larger ones were slower and smaller ones are dominated by the call; rows that lie on
+# the devices are only to be gone through in less than a second.
+_BLOCK_BYTES, _RESIDENT_BLOCK_BYTES = 16 << 20, 1 << 28
 # A signal to stop is heard between blocks. Of several processes it takes some more blocks until all hear it, while
 # their steps are slow enough for a call to weigh little.
 _BLOCK_STEPS, _BLOCK_STEPS_AMONG_PROCESSES = 1 << 12, 1 << 8
@@ -163,7 +166,8 @@ class Dataset:
     @functools.cached_property
     def block_steps(self) -> int:
         """Steps of one block, K: chosen by bytes. 2 at least, since K = 1 would be compiled to other bits."""
-        steps = self.steps_per_block or _BLOCK_BYTES // (self.row_bytes * self.global_batch)
+        most_bytes = _BLOCK_BYTES if self.resolved_placement == "host" else _RESIDENT_BLOCK_BYTES
+        steps = self.steps_per_block or most_bytes // (self.row_bytes * self.global_batch)
         epoch, most = self.sampler.steps_per_epoch, _BLOCK_STEPS
         if len({device.process_index for device in self._mesh.devices.flat}) > 1:
             most = _BLOCK_STEPS_AMONG_PROCESSES
@@ -183,7 +187,12 @@ class Dataset:
     @property
     def resident_bytes(self) -> int:
         """Bytes on a device with placement "device"."""
-        return self.slots * (self.sampler.shard_capacity + 1) * self.row_bytes
+        return self.slots * self._shard_rows * self.row_bytes
+
+    @property
+    def _shard_rows(self) -> int:
+        """Rows that a shard takes on a device: its runs, filled up with padding, and one of padding alone."""
+        return (self.sampler.shard_runs + 1) * self.sampler.run
 
     @functools.cached_property
     def _chosen_placement(self) -> tuple[str, str]:
@@ -198,11 +207,11 @@ class Dataset:
     def data(self) -> Batch | None:
         """What stays on the devices for the whole run: all rows with placement "device", else nothing.
 
-        `[devices, slots, capacity + 1, ...]`: behind the rows of each shard lie rows of weight 0, its padding.
+        `[devices, slots, rows, ...]`: behind the rows of each shard lie rows of weight 0, its padding.
         """
         if self.resolved_placement != "device":
             return None
-        every = np.arange(self.sampler.shard_capacity + 1)
+        every = np.arange(self._shard_rows)
         return self._assemble(0, lambda shards: np.minimum(every, self.sampler.shard_size(shards)[:, None]))
 
     @property
@@ -210,7 +219,7 @@ class Dataset:
         """What `Block.data` are, with their sharding and without their values."""
         lead: tuple[int, ...] = (self.block_steps, self._mesh.size, self.slots, self.sampler.shard_batch)
         if self.resolved_placement == "device":
-            lead = (self._mesh.size, self.slots, self.sampler.shard_capacity + 1)
+            lead = (self._mesh.size, self.slots, self._shard_rows)
         columns = self._read(np.zeros(1, np.int32)) | ({"tag": np.zeros(1, np.uint32)} if self.tagged else {})
         return {
             name: jax.ShapeDtypeStruct((*lead, *v.shape[1:]), v.dtype, sharding=self._along(self.device_axis))
@@ -254,37 +263,44 @@ class Dataset:
         Returns:
           `read(k, slot) -> {"x": [b, d], "y": [b, t], "weight": [b]}` (with tags also "tag": [b] uint32, 0 for
           padding), the rows of step `first_step + k` of the shard in a slot; `read(k)` gives all slots,
-          stacked in the first axis.
+          stacked in the first axis; `read(k, slot, part, parts)` one of so many equal parts of the rows.
         """
-        # Both ways flatten the slots into the axis read from: an axis of length 1 would be compiled otherwise.
+
+        # Slots are flattened into the axis read from: an axis of length 1 would be compiled otherwise.
+        def of_step(column: Array, k: Array, slot: Array | None) -> Array:
+            if slot is None:
+                return lax.dynamic_index_in_dim(column, jnp.uint32(k), keepdims=False)
+            flat = column.reshape(-1, *column.shape[2:])
+            return lax.dynamic_index_in_dim(flat, jnp.uint32(k * self.slots + slot), keepdims=False)
+
         if self.resolved_placement == "host":
 
-            def read_block(k: Array, slot: Array | None = None) -> Batch:
-                if slot is None:
-                    return {name: lax.dynamic_index_in_dim(column, k, keepdims=False) for name, column in data.items()}
-                return {
-                    name: lax.dynamic_index_in_dim(
-                        column.reshape(-1, *column.shape[2:]), k * self.slots + slot, keepdims=False
-                    )
-                    for name, column in data.items()
-                }
+            def read_block(k: Array, slot: Array | None = None, part: Array | int = 0, parts: int = 1) -> Batch:
+                axis = int(slot is None)
+                return {name: _part(of_step(column, k, slot), axis, part, parts) for name, column in data.items()}
 
             return read_block
 
         steps = first_step + jnp.arange(self.block_steps, dtype=jnp.int32)
-        positions = self.sampler.positions(steps[:, None], shards[None, :], seed)
-        stride = self.sampler.shard_capacity + 1
-        rows = positions + stride * jnp.arange(self.slots, dtype=jnp.int32)[None, :, None]
-        flat = {name: column.reshape(-1, *column.shape[2:]) for name, column in data.items()}
+        runs = self.sampler.runs(steps[:, None], shards[None, :], seed)
+        runs = runs + (self.sampler.shard_runs + 1) * jnp.arange(self.slots, dtype=jnp.int32)[None, :, None]
+        runs = runs.astype(jnp.uint32)  # never negative: no counting from the end to be looked for
+        flat = {  # a run is read as one long row
+            name: column.reshape(-1, self.sampler.run * math.prod(column.shape[2:])) for name, column in data.items()
+        }
 
-        def read_resident(k: Array, slot: Array | None = None) -> Batch:
-            if slot is None:
-                chosen = lax.dynamic_index_in_dim(rows, k, keepdims=False)
-            else:
-                chosen = lax.dynamic_index_in_dim(
-                    rows.reshape(-1, rows.shape[-1]), k * self.slots + slot, keepdims=False
-                )
-            return {name: column.at[chosen].get(mode="promise_in_bounds") for name, column in flat.items()}
+        def read_resident(k: Array, slot: Array | None = None, part: Array | int = 0, parts: int = 1) -> Batch:
+            axis, chosen = int(slot is None), of_step(runs, k, slot)
+            whole_runs = chosen.shape[axis] % parts == 0
+            if whole_runs:
+                chosen = _part(chosen, axis, part, parts)
+            rows = (*chosen.shape[:axis], chosen.shape[axis] * self.sampler.run)
+
+            def gathered(name: str, column: Array) -> Array:
+                found = flat[name].at[chosen].get(mode="promise_in_bounds").reshape(*rows, *column.shape[2:])
+                return found if whole_runs else _part(found, axis, part, parts)
+
+            return {name: gathered(name, column) for name, column in data.items()}
 
         return read_resident
 
@@ -343,6 +359,12 @@ class Dataset:
         if self.mesh is None:
             raise InputError("the dataset is not sharded: call .shard(mesh, num_shards) before iterating")
         return self.mesh
+
+
+def _part(rows: Array, axis: int, part: Array | int, parts: int) -> Array:
+    """One of so many equal parts of what lies along an axis."""
+    size = rows.shape[axis] // parts
+    return rows if parts == 1 else lax.dynamic_slice_in_dim(rows, jnp.uint32(part * size), size, axis)
 
 
 def _resident_bytes(mesh: Mesh) -> int:

@@ -1,6 +1,7 @@
 """Which row a shard reads at which position: arithmetic on (seed, epoch, shard, position), nothing stored."""
 
 import dataclasses
+import math
 from typing import Any
 
 import jax
@@ -14,6 +15,9 @@ Integers = Any  # a NumPy or a JAX array of integers, or an int
 
 _ROUNDS = 6
 _SMALLEST_DOMAIN = 64  # with fewer, orders of a few elements are measurably unequal in frequency
+# Rows that lie together are read several times as fast. They stay together where a shard and a global batch have many
+# such runs, so that its order and they are hardly less random.
+_LARGEST_RUN, _FEWEST_RUNS, _FEWEST_RUNS_OF_BATCH = 32, 128, 8
 
 
 def _mix(word: Integers, key: Integers) -> Integers:
@@ -40,10 +44,10 @@ def row_tag(index: Integers) -> Integers:
 def permute(position: Integers, size: Integers, *key: Integers) -> Integers:
     """The element that a keyed pseudo-random permutation of `range(size)` puts at `position`.
 
-    An alternating Feistel network over the next power of two (a domain under `2 * size`, but not under
-    64), with cycle walking: values outside `range(size)` are sent through again until they fall inside
-    (Black and Rogaway, "Ciphers with arbitrary finite domains", 2002). NumPy arrays give a NumPy array, JAX arrays
-    a JAX array with the same values; all arguments broadcast.
+    An alternating Feistel network over pairs of a number below ceil(size / 2**w) and w bits, w about half of the bits
+    of `size`, with cycle walking: the few values outside `range(size)`, under 2**w, are sent through again until they
+    fall inside (Black and Rogaway, "Ciphers with arbitrary finite domains", 2002). NumPy arrays give a NumPy array,
+    JAX arrays a JAX array with the same values; all arguments broadcast.
 
     Args:
       position: integers in `[0, size)`. Positions outside are returned unchanged.
@@ -70,17 +74,18 @@ def permute(position: Integers, size: Integers, *key: Integers) -> Integers:
     width = np.uint32(32) - (lax.clz(last) if xp is jnp else _leading_zeros(last))
     low_width = (width + np.uint32(1)) >> np.uint32(1)
     low_mask = (np.uint32(1) << low_width) - np.uint32(1)
-    high_mask = (np.uint32(1) << (width - low_width)) - np.uint32(1)
+    highs = (last >> low_width) + np.uint32(1)
 
     def network(value: Integers, low_width: Integers, *of_value: Integers) -> Integers:
-        low_mask, high_mask, *keys = of_value
+        low_mask, highs, *keys = of_value
         high, low = value >> low_width, value & low_mask
         for r in range(0, _ROUNDS, 2):
-            high = (high ^ _mix(low, keys[r])) & high_mask
+            high = high + _scaled(_mix(low, keys[r]), highs)
+            high = xp.minimum(high, high - highs)  # modulo `highs`: what is below it wraps around, to more
             low = (low ^ _mix(high, keys[r + 1])) & low_mask
         return (high << low_width) | low
 
-    of_all = (low_width, low_mask, high_mask, *round_keys)
+    of_all = (low_width, low_mask, highs, *round_keys)
     inside = position < size
     value = xp.where(inside, network(xp.where(inside, position, np.uint32(0)), *of_all), np.uint32(0))
     if xp is jnp:
@@ -100,6 +105,12 @@ def permute(position: Integers, size: Integers, *key: Integers) -> Integers:
     return xp.where(inside, value, position).astype(np.int32).reshape(shape)
 
 
+def _scaled(word: Integers, size: Integers) -> Integers:
+    """floor(word * size / 2**32), in uint32: a uniform word becomes a number below `size`, which is at most 2**16."""
+    half = np.uint32(16)
+    return ((word >> half) * size + (((word & np.uint32(0xFFFF)) * size) >> half)) >> half
+
+
 def _leading_zeros(word: np.ndarray) -> np.ndarray:
     """`lax.clz` for a NumPy array of uint32 below 2**31. Exact: float64 holds every uint32."""
     return (32 - np.frexp(word.astype(np.float64))[1]).astype(np.uint32)
@@ -111,7 +122,7 @@ class Sampler:
 
     Rows `[0, num_rows)` are cut into `num_shards` contiguous logical shards whose sizes differ by one at
     most. At each step every shard gives `shard_batch` rows; an epoch uses every row exactly once and pads
-    the ragged ends. None of it knows of devices.
+    the ragged ends. Shuffled are runs of `run` neighbouring rows. None of it knows of devices.
 
     Raises:
       InputError: when `num_shards` does not divide `global_batch`; names the nearest values that work.
@@ -146,6 +157,20 @@ class Sampler:
         """Steps that use every row once."""
         return -(-self.shard_capacity // self.shard_batch)
 
+    @property
+    def run(self) -> int:
+        """Neighbouring rows that stay together in every epoch: a power of two that divides `shard_batch`.
+
+        1 where a shard has few rows, 32 at most.
+        """
+        most = min(_LARGEST_RUN, self.shard_capacity // _FEWEST_RUNS, self.global_batch // _FEWEST_RUNS_OF_BATCH)
+        return math.gcd(self.shard_batch, 1 << max(1, most).bit_length() - 1)
+
+    @property
+    def shard_runs(self) -> int:
+        """Runs of the largest shard, of which the last may be shorter."""
+        return -(-self.shard_capacity // self.run)
+
     def shard_size(self, shard: Integers) -> Integers:
         """Rows of a shard: 0 for shards at or past `num_shards`, the empty slots of the last devices."""
         shard = shard if isinstance(shard, jax.Array) else np.asarray(shard, np.int32)
@@ -157,18 +182,31 @@ class Sampler:
         quotient, remainder = divmod(self.num_rows, self.num_shards)
         return min(quotient * shard + min(shard, remainder), self.num_rows)
 
-    def positions(self, step: Integers, shard: Integers, seed: Integers) -> Integers:
-        """Where in its shard each row of a batch lies. `step` and `shard` broadcast, NumPy or JAX.
+    def runs(self, step: Integers, shard: Integers, seed: Integers) -> Integers:
+        """Which runs of its shard a batch is made of. `step` and `shard` broadcast, NumPy or JAX.
+
+        Returns:
+          int32 [..., shard_batch // run]: run i is the rows from `i * run` on. Those of `run` rows of the shard are
+          permuted, a shorter one is the epoch's last; where the batch is padded, runs are past the shard's end.
+        """
+        full = (self.shard_size(shard) // self.run)[..., None]
+        runs = self.shard_batch // self.run
+        offset = (step % self.steps_per_epoch * runs)[..., None]
+        within = np.arange(runs, dtype=np.int32).reshape((1,) * (offset.ndim - 1) + (-1,))
+        position = offset + within
+        if self.shuffle:
+            epoch = (step // self.steps_per_epoch)[..., None]
+            position = permute(position, full, seed, epoch, shard[..., None])
+        xp = jnp if isinstance(position, jax.Array) else np
+        # A shorter run is the last, if there is one: where there is none, there is one of padding alone.
+        return xp.minimum(position, self.shard_runs).astype(np.int32)
+
+    def positions(self, step: np.ndarray, shard: np.ndarray, seed: int) -> np.ndarray:
+        """Where in its shard each row of a batch lies. `step` and `shard` broadcast.
 
         Returns:
           int32 [..., shard_batch]: in `[0, shard_size)`, or `shard_size` where the batch is padded.
         """
-        size = self.shard_size(shard)[..., None]
-        offset = (step % self.steps_per_epoch * self.shard_batch)[..., None]
-        within = np.arange(self.shard_batch, dtype=np.int32).reshape((1,) * (offset.ndim - 1) + (-1,))
-        position = offset + within
-        if self.shuffle:
-            epoch = (step // self.steps_per_epoch)[..., None]
-            position = permute(position, size, seed, epoch, shard[..., None])
-        xp = jnp if isinstance(position, jax.Array) else np
-        return xp.minimum(position, size).astype(np.int32)
+        runs = self.runs(step, shard, seed)
+        rows = runs[..., None] * np.int32(self.run) + np.arange(self.run, dtype=np.int32)
+        return np.minimum(rows.reshape(*runs.shape[:-1], self.shard_batch), self.shard_size(shard)[..., None])

@@ -51,20 +51,10 @@ def added_up(sums_of: Callable[[Array], PyTree], count: Array) -> PyTree:
     return one_by_one(lambda i, total: jax.tree.map(jnp.add, total, sums_of(i)), count, zeros)
 
 
-def part_of(batch: PyTree, part: Array, parts: int, axis: int = 0) -> PyTree:
-    """One of `parts` equal parts of the rows of a batch, which lie along an axis."""
-    if parts == 1:
-        return batch
-
-    def rows(leaf: Array) -> Array:
-        size = leaf.shape[axis] // parts
-        return lax.dynamic_slice_in_dim(leaf, part * size, size, axis)
-
-    return jax.tree.map(rows, batch)
-
-
 def mean_over_devices(sums: PyTree) -> PyTree:
     """`lax.pmean` of all leaves in one buffer: one all-reduce a step, whatever the compiler would combine."""
+    if lax.axis_size(AXIS) == 1:  # of one, the compiler would still call a meeting
+        return sums
     flat, unravel = ravel_pytree(sums)
     with jax.named_scope("exchange"):
         return unravel(lax.pmean(flat, AXIS))
@@ -89,7 +79,7 @@ def ordered_sum(sums_of: Callable[[Array], PyTree], slots: int, carried: Array, 
     # Two rows at least: with one, the compiler knows where the loop writes, and fuses otherwise.
     buffer = one_by_one(fill, carried, jnp.zeros((max(slots, 2), flat.size), flat.dtype))
     with jax.named_scope("exchange"):
-        gathered = lax.all_gather(buffer[:slots], AXIS, tiled=True)
+        gathered = buffer if lax.axis_size(AXIS) == 1 else lax.all_gather(buffer[:slots], AXIS, tiled=True)
     return unravel(tree_sum(list(gathered[:num_shards])))
 
 

@@ -25,7 +25,6 @@ from dpreg.parallel.reduce import (
     mean_over_devices,
     one_by_one,
     ordered_sum,
-    part_of,
     value_and_gradient,
     value_and_gradient_together,
 )
@@ -44,8 +43,10 @@ BACKENDS = ("jit", "pmap")
 # that one rewrites x / s as x * (1 / s) where s has a single user. Without merging, both are simplified alike.
 _ORDERED_OPTIONS = types.MappingProxyType({"xla_disable_hlo_passes": "cse"})
 
-# On CPU the shards of a device are taken one by one where their batches together would not stay in cache.
-_CACHE_BYTES = 1 << 20
+# On CPU the rows of a step are taken in parts that stay in the cores' common cache, so that the gradient finds there
+# what the prediction has read, and that are large enough for all cores. Where parts are not alike to the model, the
+# shards of a device are taken one by one, if their batches together would not stay in the cache of a core.
+_PART_BYTES, _CACHE_BYTES = 5 << 20, 1 << 20
 
 
 class TrainState(train_state.TrainState):
@@ -106,8 +107,11 @@ def example_of(dataset: Dataset) -> tuple[Any, ...]:
 class Read(Protocol):
     """How a step finds its rows in what lies on the device: see `dpreg.data.dataset`."""
 
-    def __call__(self, k: Array, slot: Array | None = None) -> PyTree:
-        """The batch of step k of the block: that of one slot, or of all slots stacked in the first axis."""
+    def __call__(self, k: Array, slot: Array | None = None, part: Array | int = 0, parts: int = 1) -> PyTree:
+        """The batch of step k of the block: that of one slot, or of all slots stacked in the first axis.
+
+        Of its rows one of `parts` equal parts.
+        """
 
 
 class Layout(NamedTuple):
@@ -119,7 +123,8 @@ class Layout(NamedTuple):
       block_steps: steps that one call takes at most, K.
       slots: slots for shards on a device; the last devices may carry fewer shards.
       num_shards: logical shards of the run, L.
-      batch_bytes: bytes of one step's rows on one device.
+      shard_batch: rows that a shard gives to a step.
+      row_bytes: of one of them.
     """
 
     reader: Callable[[PyTree, Array, Array, Array], Read]
@@ -127,7 +132,8 @@ class Layout(NamedTuple):
     block_steps: int
     slots: int
     num_shards: int
-    batch_bytes: int
+    shard_batch: int
+    row_bytes: int
 
 
 def layout_of(dataset: Dataset) -> Layout:
@@ -138,7 +144,8 @@ def layout_of(dataset: Dataset) -> Layout:
         block_steps=dataset.block_steps,
         slots=dataset.slots,
         num_shards=dataset.num_shards,
-        batch_bytes=dataset.row_bytes * dataset.sampler.shard_batch * dataset.slots,
+        shard_batch=dataset.sampler.shard_batch,
+        row_bytes=dataset.row_bytes,
     )
 
 
@@ -247,8 +254,14 @@ def compile_train_block(
       all after it, uses no rows and gives NaN for the loss.
     """
     platform = mesh.devices.flat[0].platform
-    cpu = platform == "cpu"
-    together = not (cpu and layout.batch_bytes // accumulate > _CACHE_BYTES)
+    parts, together = accumulate, True
+    if platform == "cpu":
+        alike = _takes_parts(model, state)
+        if alike:
+            shards_at_once = 1 if reduction == "ordered" else layout.slots * len(mesh.local_devices)
+            parts *= _fewest_parts(layout.shard_batch // accumulate, layout.row_bytes * shards_at_once)
+        batch_bytes = layout.row_bytes * layout.shard_batch * layout.slots
+        together = batch_bytes // parts <= (_PART_BYTES if alike else _CACHE_BYTES)
 
     def block(state: TrainState, data: PyTree, carried: Carried, packed: Array) -> tuple[TrainState, Array, Array]:
         clock = Clock(*packed)
@@ -272,16 +285,16 @@ def compile_train_block(
                 return jnp.vdot(losses, weight), rest
 
             def over_parts(part_sums: Callable[[Array], PyTree]) -> PyTree:
-                if accumulate == 1:
+                if parts == 1:
                     return part_sums(jnp.int32(0))
-                return added_up(part_sums, clock.one * accumulate)
+                return added_up(part_sums, clock.one * parts)
 
             def sums_of(slot: Array) -> tuple[PyTree, Array, _Rest]:
                 # Not shards[slot]: of a single slot the compiler would know the shard before the loop runs.
-                shard, batch = carried.first + slot, read(k, slot)
+                shard = carried.first + slot
 
                 def part_sums(part: Array) -> tuple[PyTree, Array, _Rest]:
-                    rows = part_of(batch, part, accumulate)
+                    rows = read(k, slot, part, parts)
                     return value_and_gradient(loss, state.params, rows, shard + part * layout.num_shards)
 
                 return over_parts(part_sums)
@@ -289,10 +302,9 @@ def compile_train_block(
             if reduction == "ordered":
                 sums = ordered_sum(sums_of, layout.slots, carried.count, layout.num_shards)
             elif together:
-                batches = read(k)
 
                 def parts_together(part: Array) -> tuple[PyTree, Array, _Rest]:
-                    rows = part_of(batches, part, accumulate, axis=1)
+                    rows = read(k, None, part, parts)
                     return value_and_gradient_together(loss, state.params, rows, shards + part * layout.num_shards)
 
                 sums = mean_over_devices(over_parts(parts_together))
@@ -306,7 +318,7 @@ def compile_train_block(
             new = one_by_one(update, clock.one, state) if reduction == "ordered" else update(k, state)
             _, value, rest = sums
             value = jnp.where(new.step > clock.first_step + k, value, jnp.nan)
-            return new, history.at[k].set(jnp.stack([value, rest.weight]))
+            return new, lax.dynamic_update_index_in_dim(history, jnp.stack([value, rest.weight]), k, 0)
 
         steps = jnp.arange(layout.block_steps, dtype=jnp.int32)
         nothing = jnp.zeros((layout.block_steps, 2), data["weight"].dtype)
@@ -321,6 +333,21 @@ def compile_train_block(
     options = _ORDERED_OPTIONS if reduction == "ordered" else {}
     outputs = (None, None, 0)
     return _compile(block, layout, mesh, (state, *arguments), backend, dict(options), outputs, donate=True)
+
+
+def _takes_parts(model: Model, state: TrainState) -> bool:
+    """Whether rows may come to a model in any parts: neither together (BatchNorm) nor at random (Dropout).
+
+    Nor where it has so many parameters that adding up their gradients would cost more.
+    """
+    gradient_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state.params))
+    return not (state.batch_stats or train_argument(model, True) or gradient_bytes * 16 > _PART_BYTES)
+
+
+def _fewest_parts(rows: int, bytes_of_row: int) -> int:
+    """Into how many equal parts to cut so many rows for one to stay in cache."""
+    numbers = (parts for parts in range(1, rows + 1) if rows % parts == 0)
+    return next((parts for parts in numbers if rows // parts * bytes_of_row <= _PART_BYTES), rows)
 
 
 def _updated(state: TrainState, sums: tuple[PyTree, Array, _Rest], step: Array) -> TrainState:

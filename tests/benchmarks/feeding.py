@@ -1,23 +1,18 @@
 """Rows per second into the device, of dpreg beside the loaders of others: `python tests/benchmarks/feeding.py`.
 
-Needs `pip install torch grain tensorflow-cpu`. The same rows in memory, shuffled each epoch, in batches; each loader as
+The others are the extra `peers`. The same rows in memory, shuffled each epoch, in batches; each loader as
 its own documentation uses it, its batches handed to JAX (PyTorch's stay PyTorch's). The two gathers of NumPy are the
 least that can be done on the host: the same rows in the same batches, and nothing else. Below, training of a linear
 model from either placement.
 """
 
 import functools
+import statistics
 
 import numpy as np
-from turns import in_turns, steady_rate
+from turns import grain, in_turns, median_ratio, rows, steady_rate, tf_data
 
 WORKLOADS = {"narrow": (20_000, 2, 32), "middle": (100_000, 32, 1024), "wide": (40_000, 1024, 4096)}
-
-
-def rows(num_rows, num_inputs):
-    rng = np.random.default_rng(0)
-    x = rng.standard_normal((num_rows, num_inputs), np.float32)
-    return x, x @ rng.standard_normal((num_inputs, 1), np.float32) + np.float32(4.2)
 
 
 def dataloader(num_rows, num_inputs, batch, workers):
@@ -34,40 +29,16 @@ def dataloader(num_rows, num_inputs, batch, workers):
     return steady_rate(epoch, num_rows)
 
 
-def to_jax(batches, num_rows):
+def to_jax(num_rows, num_inputs, batch, loader):
     import jax
 
+    batches = loader(*rows(num_rows, num_inputs), batch)
+
     def epoch(number):
-        for batch in batches(number):
-            jax.block_until_ready(jax.device_put(batch))
+        for found in batches(number):
+            jax.block_until_ready(jax.device_put(found))
 
-    return steady_rate(epoch, num_rows)
-
-
-def tf_data(num_rows, num_inputs, batch):
-    import tensorflow as tf
-
-    dataset = tf.data.Dataset.from_tensor_slices(rows(num_rows, num_inputs))
-    dataset = dataset.shuffle(num_rows).batch(batch).prefetch(tf.data.AUTOTUNE)
-    return to_jax(lambda number: dataset.as_numpy_iterator(), num_rows)
-
-
-def grain(num_rows, num_inputs, batch):
-    import grain as package
-
-    class Source:
-        x, y = rows(num_rows, num_inputs)
-
-        def __len__(self):
-            return num_rows
-
-        def __getitem__(self, index):
-            return self.x[index], self.y[index]
-
-    def batches(number):
-        return package.MapDataset.source(Source()).shuffle(seed=number).batch(batch).to_iter_dataset()
-
-    return to_jax(batches, num_rows)
+    return steady_rate(epoch, num_rows // batch * batch)
 
 
 def gather(num_rows, num_inputs, batch, take):
@@ -112,11 +83,12 @@ def training(num_rows, num_inputs, batch, placement):
     return steady_rate(lambda number: trainer.fit_epoch(), num_rows)
 
 
+LOADERS = {"DataLoader": "torch", "DataLoader, 2 workers": "torch", "tf.data": "tensorflow", "Grain": "grain"}
 PROGRAMS = {
     "DataLoader": functools.partial(dataloader, workers=0),
     "DataLoader, 2 workers": functools.partial(dataloader, workers=2),
-    "tf.data": tf_data,
-    "Grain": grain,
+    "tf.data": functools.partial(to_jax, loader=tf_data),
+    "Grain": functools.partial(to_jax, loader=grain),
     "column[indices]": functools.partial(gather, take=lambda column, indices: column[indices]),
     "np.take": functools.partial(gather, take=functools.partial(np.take, axis=0)),
     "host": host,
@@ -125,13 +97,12 @@ PROGRAMS = {
 }
 
 if __name__ == "__main__":
-    for workload, rates in in_turns(__doc__, PROGRAMS, WORKLOADS):
+    for workload, rates in in_turns(__doc__, PROGRAMS, WORKLOADS, LOADERS):
         print(f"\nrows, inputs, batch {WORKLOADS[workload]}")
-        for program, rate in rates.items():
-            print(f"{program:>24}{rate:>16,.0f} rows/s")
-        best = max(rates[p] for p in ("DataLoader", "DataLoader, 2 workers", "tf.data", "Grain"))
-        bare = ", ".join(
-            f"{rates['host'] / rates[gather]:.2f} of {gather}" for gather in ("column[indices]", "np.take")
-        )
-        print(f"host placement: {rates['host'] / best:.1f}x the best loader, {bare}")
-        print(f"training from devices: {rates['training, device'] / rates['training, host']:.2f}x that from the host")
+        for program, found in rates.items():
+            print(f"{program:>24}{statistics.median(found):>16,.0f} rows/s")
+        best = min(median_ratio(rates["host"], rates[p]) for p in LOADERS if p in rates)
+        bare = ", ".join(f"{median_ratio(rates['host'], rates[g]):.2f} of {g}" for g in ("column[indices]", "np.take"))
+        print(f"host placement: {best:.1f}x the best loader, {bare}")
+        beside = median_ratio(rates["training, device"], rates["training, host"])
+        print(f"training from devices: {beside:.2f}x that from the host")

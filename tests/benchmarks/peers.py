@@ -1,34 +1,42 @@
 """Rows per second of dpreg beside its peers, in one run: `python tests/benchmarks/peers.py`.
 
-Needs `pip install torch scikit-learn` (the CPU build of torch will do). Each program runs in a process of its own, the
-programs in turn, on one device and in its steady state: the first epoch is not counted. Each peer's program is the
-idiomatic one of its own documentation; "ddp, by hand" gathers batches by index instead of by DataLoader. "x @ w" is the
-floor: one product of all rows with a vector, by the BLAS of NumPy on all cores, which reads each row once. Prints the
-median of the rounds and ratios. Absolute figures drift with the machine; ratios are what counts.
+The peers are the extra `peers`; those that are not installed are left out. Each program runs in a process of its own,
+or in two that average their gradients ("x2", a thread each, over Gloo), the programs in turn, in steady state. Each
+peer's program is the idiomatic one of its own documentation; "ddp, by hand" gathers batches by index instead of by
+DataLoader. "x @ w" is the floor: one product of all rows with a vector, by the BLAS of NumPy on all cores, which reads
+each row once. "pmean, 2 devices" is one process that simulates two devices.
+
+Prints medians of the rounds, and ratios: medians of those in the same round, since absolute figures drift with the
+machine.
 """
 
 import functools
 import os
+import statistics
+from collections.abc import Callable, Iterable
 
-from turns import in_turns, steady_rate
+from turns import grain, in_turns, median_ratio, of_two, rows, steady_rate, tf_data
 
+Loader = Callable[..., Callable[[int], Iterable]]
 WORKLOADS = {"narrow": (20_000, 2, 32), "middle": (100_000, 32, 1024), "wide": (40_000, 1024, 4096)}
+ADDRESS = "127.0.0.1"
 
 
-def ddp(num_rows: int, num_inputs: int, batch: int, by_hand: bool = False) -> float:
-    """The loop of the DistributedDataParallel tutorial: DataLoader, DistributedSampler, gloo, one process."""
+def ddp(num_rows: int, num_inputs: int, batch: int, by_hand: bool = False, rank: int | None = None) -> float:
+    """The loop of the DistributedDataParallel tutorial: DataLoader, DistributedSampler, gloo."""
     import torch
     from torch.nn.parallel import DistributedDataParallel
     from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29511"}
-    torch.distributed.init_process_group("gloo", rank=0, world_size=1)
+    world = 1 if rank is None else 2
+    os.environ |= {"MASTER_ADDR": ADDRESS, "MASTER_PORT": "29511"}
+    torch.distributed.init_process_group("gloo", rank=rank or 0, world_size=world)
     torch.manual_seed(0)
     x = torch.randn(num_rows, num_inputs)
     y = x @ torch.randn(num_inputs, 1) + 4.2
     dataset = TensorDataset(x, y)
     sampler = DistributedSampler(dataset)
-    loader = DataLoader(dataset, batch_size=batch, sampler=sampler)
+    loader = DataLoader(dataset, batch_size=batch // world, sampler=sampler)
     model = DistributedDataParallel(torch.nn.Linear(num_inputs, 1))
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-4)
     loss_function = torch.nn.MSELoss()
@@ -38,9 +46,9 @@ def ddp(num_rows: int, num_inputs: int, batch: int, by_hand: bool = False) -> fl
             sampler.set_epoch(number)
             yield from loader
             return
-        order = torch.randperm(num_rows)
-        for first in range(0, num_rows, batch):
-            chosen = order[first : first + batch]
+        order = torch.randperm(num_rows, generator=torch.Generator().manual_seed(number))[rank or 0 :: world]
+        for first in range(0, len(order), batch // world):
+            chosen = order[first : first + batch // world]
             yield x[chosen], y[chosen]
 
     def epoch(number: int) -> None:
@@ -49,7 +57,7 @@ def ddp(num_rows: int, num_inputs: int, batch: int, by_hand: bool = False) -> fl
             loss_function(model(x_batch), y_batch).backward()
             optimizer.step()
 
-    rate = steady_rate(epoch, num_rows)
+    rate = steady_rate(epoch, num_rows, epochs=None if world == 1 else 3)
     torch.distributed.destroy_process_group()
     return rate
 
@@ -64,8 +72,8 @@ def sklearn(num_rows: int, num_inputs: int, batch: int) -> float:
     return steady_rate(lambda number: model.fit(x, y[:, 0]), num_rows)
 
 
-def jax_loop(num_rows: int, num_inputs: int, batch: int) -> float:
-    """The loop of Flax's examples: a jitted step on a TrainState, permuted indices, a call for each batch."""
+def jax_loop(num_rows: int, num_inputs: int, batch: int, loader: Loader | None = None) -> float:
+    """The loop of Flax's examples: a jitted step on a TrainState and a call for each batch, by permuted indices."""
     import jax
     import jax.numpy as jnp
     import numpy as np
@@ -73,7 +81,9 @@ def jax_loop(num_rows: int, num_inputs: int, batch: int) -> float:
     from flax import linen as nn
     from flax.training.train_state import TrainState
 
-    x, y = map(jnp.asarray, rows(num_rows, num_inputs))
+    x, y = rows(num_rows, num_inputs)
+    load = loader(x, y, batch) if loader else None
+    x, y = jnp.asarray(x), jnp.asarray(y)
     model = nn.Dense(1)
     state = TrainState.create(
         apply_fn=model.apply, params=model.init(jax.random.key(0), x[:1])["params"], tx=optax.sgd(1e-4)
@@ -87,11 +97,15 @@ def jax_loop(num_rows: int, num_inputs: int, batch: int) -> float:
         value, gradient = jax.value_and_grad(loss)(state.params)
         return state.apply_gradients(grads=gradient), value
 
-    def epoch(number: int) -> None:
-        nonlocal state
+    def batches(number: int):
         order = np.asarray(jax.random.permutation(jax.random.key(number), num_rows))
         for chosen in order[: num_rows // batch * batch].reshape(-1, batch):
-            state, _ = step(state, x[chosen, ...], y[chosen, ...])
+            yield x[chosen, ...], y[chosen, ...]
+
+    def epoch(number: int) -> None:
+        nonlocal state
+        for x_batch, y_batch in (load or batches)(number):
+            state, _ = step(state, x_batch, y_batch)
         jax.block_until_ready(state)
 
     return steady_rate(epoch, num_rows // batch * batch)
@@ -107,44 +121,58 @@ def floor(num_rows: int, num_inputs: int, batch: int) -> float:
     return steady_rate(lambda number: x @ w, num_rows)
 
 
-def rows(num_rows: int, num_inputs: int):
-    """X [n, d] and y [n, 1], float32."""
-    import numpy as np
-
-    rng = np.random.default_rng(0)
-    x = rng.standard_normal((num_rows, num_inputs), np.float32)
-    return x, x @ rng.standard_normal((num_inputs, 1), np.float32) + np.float32(4.2)
-
-
-def dpreg(num_rows: int, num_inputs: int, batch: int, reduction: str) -> float:
-    """The same work through `Trainer.fit_epoch`: one device, rows on it."""
+def dpreg(
+    num_rows: int, num_inputs: int, batch: int, reduction: str = "pmean", devices: int = 1, rank: int | None = None
+) -> float:
+    """The same work through `Trainer.fit_epoch`, rows on the devices."""
     import dpreg as package
+    from dpreg.parallel.devices import start
 
+    of_two = (None, None, None) if rank is None else (f"{ADDRESS}:29512", 2, rank)
+    start("cpu", devices, *of_two)
     data = package.RegressionData(package.ArraySource(*rows(num_rows, num_inputs)), None, batch)
-    trainer = package.Trainer(1_000_000, 1, reduction=reduction, placement="device", platform="cpu")
+    trainer = package.Trainer(1_000_000, devices, reduction=reduction, placement="device", platform="cpu")
     trainer.prepare_data(data)
     trainer.prepare_model(package.LinearRegressionScratch(num_inputs, lr=1e-4))
-    return steady_rate(lambda number: trainer.fit_epoch(), num_rows)
+    return steady_rate(lambda number: trainer.fit_epoch(), num_rows, epochs=None if rank is None else 40)
 
 
 PROGRAMS = {
     "ddp": ddp,
     "ddp, by hand": functools.partial(ddp, by_hand=True),
+    "ddp x2": of_two(ddp),
+    "ddp x2, by hand": of_two(functools.partial(ddp, by_hand=True)),
     "sklearn": sklearn,
     "jax": jax_loop,
-    "pmean": functools.partial(dpreg, reduction="pmean"),
-    "ordered": functools.partial(dpreg, reduction="ordered"),
+    "jax, tf.data": functools.partial(jax_loop, loader=tf_data),
+    "jax, grain": functools.partial(jax_loop, loader=grain),
     "x @ w": floor,
+    "pmean": dpreg,
+    "ordered": functools.partial(dpreg, reduction="ordered"),
+    "pmean, 2 devices": functools.partial(dpreg, devices=2),
+    "pmean x2": of_two(dpreg),
+}
+NEEDS = {program: "torch" for program in PROGRAMS if program.startswith("ddp")} | {
+    "sklearn": "sklearn",
+    "jax, tf.data": "tensorflow",
+    "jax, grain": "grain",
+}
+ALONE = ("ddp", "ddp, by hand", "sklearn", "jax", "jax, tf.data", "jax, grain", "x @ w")
+OURS = {  # and whom they are compared with
+    "pmean": ALONE,
+    "ordered": (*ALONE, "pmean"),
+    "pmean, 2 devices": (*ALONE, "pmean"),
+    "pmean x2": ("ddp x2", "ddp x2, by hand", "pmean"),
 }
 
 if __name__ == "__main__":
-    for workload, rates in in_turns(__doc__, PROGRAMS, WORKLOADS):
+    for workload, rates in in_turns(__doc__, PROGRAMS, WORKLOADS, NEEDS):
         num_rows, num_inputs, batch = WORKLOADS[workload]
         least = 4 * (num_inputs + 2)
         print(f"\nrows, inputs, batch {WORKLOADS[workload]}: {least:,} bytes and {4 * num_inputs:,} operations a row")
-        for program, rate in rates.items():
+        for program, found in rates.items():
+            rate = statistics.median(found)
             print(f"{program:>16} {rate:>16,.0f} rows/s  {rate * least / 1e9:>7.2f} GB/s")
-        for ours in ("pmean", "ordered"):
-            beside = ", ".join(f"{rates[ours] / rates[p]:.1f}x {p}" for p in PROGRAMS if p not in ("pmean", "ordered"))
-            print(f"{ours}: {beside}")
-        print(f"ordered costs {rates['pmean'] / rates['ordered']:.2f}x of pmean")
+        for ours, others in OURS.items():
+            beside = (f"{median_ratio(rates[ours], rates[other]):.2f}x {other}" for other in others if other in rates)
+            print(f"{ours}: {', '.join(beside)}", flush=True)

@@ -1,6 +1,7 @@
 """What benchmarks share: programs take turns, each in a process of its own, and are measured in their steady state."""
 
 import argparse
+import importlib.util
 import json
 import os
 import platform
@@ -10,25 +11,93 @@ import sys
 import time
 
 SECONDS = 3.0  # at least this long is measured
+OF_TWO = "DPREG_BENCHMARK_OF_TWO"  # which of two processes this is
 
 
-def steady_rate(epoch, num_rows):
-    """Rows per second of `epoch(number)` after the first."""
+def steady_rate(epoch, num_rows, epochs=None):
+    """Rows per second of `epoch(number)` after the first two, over SECONDS, or over so many.
+
+    Processes that exchange something have to do the same number.
+    """
     epoch(0)
-    started, epochs = time.perf_counter(), 0
-    while time.perf_counter() - started < SECONDS:
-        epochs += 1
-        epoch(epochs)
-    return epochs * num_rows / (time.perf_counter() - started)
+    epoch(1)
+    started, done = time.perf_counter(), 0
+    while done < epochs if epochs else time.perf_counter() - started < SECONDS:
+        done += 1
+        epoch(done + 1)
+    return done * num_rows / (time.perf_counter() - started)
 
 
-def in_turns(description, programs, workloads):
-    """Yields (workload, {program: median rows/s}); where this is the process of one program, runs that instead.
+def of_two(program):
+    """The same program in two processes of this machine, each with a thread for computing: the first one's figure.
+
+    `program(*sizes, rank)` is given which of them it is.
+    """
+
+    def both(*sizes):
+        if OF_TWO in os.environ:
+            return program(*sizes, rank=int(os.environ[OF_TWO]))
+        one_thread = {"NPROC": "1", "OMP_NUM_THREADS": "1"}
+        processes = [
+            subprocess.Popen(
+                [sys.executable, *sys.argv], env=os.environ | one_thread | {OF_TWO: rank}, stdout=subprocess.PIPE
+            )
+            for rank in "01"
+        ]
+        found = [process.communicate(timeout=300)[0] for process in processes]
+        if any(process.returncode for process in processes):
+            sys.exit("one of two processes failed")
+        return json.loads(found[0].splitlines()[-1])
+
+    return both
+
+
+def rows(num_rows, num_inputs):
+    """X [n, d] and y [n, 1], float32."""
+    import numpy as np
+
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((num_rows, num_inputs), np.float32)
+    return x, x @ rng.standard_normal((num_inputs, 1), np.float32) + np.float32(4.2)
+
+
+def tf_data(x, y, batch):
+    """The batches of an epoch, by its number, as tf.data's guide has them."""
+    import tensorflow as tf
+
+    dataset = tf.data.Dataset.from_tensor_slices((x, y)).shuffle(len(x)).batch(batch, drop_remainder=True)
+    dataset = dataset.prefetch(tf.data.AUTOTUNE)
+    return lambda number: dataset.as_numpy_iterator()
+
+
+def grain(x, y, batch):
+    """The batches of an epoch, by its number, as Grain's documentation has them."""
+    import grain as package
+
+    class Source:
+        def __len__(self):
+            return len(x)
+
+        def __getitem__(self, index):
+            return x[index], y[index]
+
+    def batches(number):
+        shuffled = package.MapDataset.source(Source()).shuffle(seed=number)
+        return package.MapDataset.to_iter_dataset(shuffled.batch(batch, drop_remainder=True))
+
+    return batches
+
+
+def in_turns(description, programs, workloads, needs):
+    """Yields (workload, {program: rows/s of each round}); in the process of one program it runs that instead.
 
     Args:
       programs: name -> function of a workload's sizes that gives rows/s.
       workloads: name -> sizes.
+      needs: program -> the package it needs; where that is not installed the program is left out.
     """
+    absent = {program: package for program, package in needs.items() if not importlib.util.find_spec(package)}
+    programs = {name: program for name, program in programs.items() if name not in absent}
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--program", choices=programs)
     parser.add_argument("--workload", choices=workloads)
@@ -37,8 +106,10 @@ def in_turns(description, programs, workloads):
     if arguments.program:
         print(json.dumps(programs[arguments.program](*workloads[arguments.workload])))
         return
-    machine = f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}"
+    machine = f"{_processor()}, {os.cpu_count()} cores, Python {platform.python_version()}"
     print(f"{machine}, {arguments.rounds} rounds, {time.strftime('%Y-%m-%d')}", flush=True)
+    for program, package in absent.items():
+        print(f"without {program}: {package} is not installed")
     for workload in [arguments.workload] if arguments.workload else workloads:
         rates = {program: [] for program in programs}
         for _ in range(arguments.rounds):
@@ -48,4 +119,17 @@ def in_turns(description, programs, workloads):
                 if done.returncode:
                     sys.exit(f"{program}: {done.stderr[-2000:]}")
                 rates[program].append(json.loads(done.stdout.splitlines()[-1]))
-        yield workload, {program: statistics.median(values) for program, values in rates.items()}
+        yield workload, rates
+
+
+def median_ratio(above, below):
+    """Median over the rounds of one program's figure over another's of the same round: neighbours in time."""
+    return statistics.median(a / b for a, b in zip(above, below, strict=True))
+
+
+def _processor():
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as text:
+            return next(line.partition(":")[2].strip() for line in text if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.machine()
