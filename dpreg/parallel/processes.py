@@ -48,6 +48,7 @@ def join(address: str | None, num_processes: int | None, process_id: int | None)
         address, num_processes, process_id, local_device_ids = _asked_of_cluster()
     if address is None or num_processes is None or process_id is None:
         return
+    _take_turns()
     host, port = split_address(address)
     if process_id == 0:
         call_roll(host, port, num_processes)
@@ -68,6 +69,17 @@ def join(address: str | None, num_processes: int | None, process_id: int | None)
         heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
         shutdown_timeout_seconds=HEARTBEAT_SECONDS,
     )
+
+
+def _take_turns() -> None:
+    """Lets no thread of this process take its core from another one on waking, on Linux.
+
+    Gloo's thread would: it wakes while a sum is being sent, takes the core from the thread that sends, spins for the
+    lock which that one holds, and does so for a time slice of 3 ms, where a sum takes 0.2 ms.
+    """
+    if hasattr(os, "SCHED_BATCH"):
+        with contextlib.suppress(OSError):  # forbidden in some containers: it is slower then, no more
+            os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))  # of threads that start later, too
 
 
 def _asked_of_cluster() -> tuple[str, int, int, list[int] | None]:
