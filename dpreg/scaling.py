@@ -4,7 +4,7 @@
 
 The run is trained on 1, 2, 4, ... devices, twice: with the batch it has ("strong"), and with as many times the batch
 and the synthetic rows ("weak"). Simulated CPU devices share cores and would say nothing of speed, so on CPU each device
-is a process that computes on one thread, up to the number of cores. The exchange between devices is timed alone, at
+is a process on a core of its own. The exchange between devices is timed alone, at
 several sizes, and fitted by latency and bandwidth.
 """
 
@@ -136,7 +136,7 @@ class Laboratory:
     def __init__(self, config: Config):
         self._config = config
         self.on_cores = config.platform == "cpu"
-        self.most = _cores() if self.on_cores else self._accelerators()
+        self.most = devices.cores() if self.on_cores else self._accelerators()
 
     def _accelerators(self) -> int:
         """Asked for in another process, which does not keep them."""
@@ -146,7 +146,7 @@ class Laboratory:
             if self._config.platform is not None:
                 raise InputError(f"--platform={self._config.platform}: there is none here; use --platform=cpu")
             self.on_cores = True
-            return _cores()
+            return devices.cores()
         return int(count)
 
     def train(self, count: int, times: int) -> dict[str, Any]:
@@ -180,13 +180,11 @@ class Laboratory:
         )
 
     def _python(self, arguments: list[str], count: int, as_flags: bool = False, cores: bool = True) -> list[str]:
-        """What so many processes print, each with a thread of its own; an error is that of the first that failed."""
+        """What so many processes print, each on a core of its own; an error is that of the first that failed."""
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
-        # XLA's threads for computing. Pinned to a core, a process would compute while it should exchange: 3 ms a sum.
-        environment = os.environ | ({"NPROC": "1"} if cores and self.on_cores else {})
-        running = []
+        running: list[subprocess.Popen[str]] = []
         for number in range(count):
             who = [str(port), str(count), str(number)]
             if as_flags:
@@ -194,7 +192,9 @@ class Laboratory:
                 who = [f"--{name}{value}" for name, value in zip(names, who, strict=True)] if count > 1 else []
             command = [sys.executable, *arguments, *(who if cores else [])]
             pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-            running.append(subprocess.Popen(command, env=environment, **pipes))
+            running.append(subprocess.Popen(command, **pipes))
+            if cores and self.on_cores:
+                devices.keep_to_core(running[-1].pid, number)
         try:
             said = [process.communicate(timeout=_PATIENCE_SECONDS) for process in running]
         except subprocess.TimeoutExpired as error:
@@ -210,11 +210,6 @@ class Laboratory:
                 line = wrong.strip().splitlines()[-1:] or ["it ended"]
                 raise InputError(f"a run on {count} devices: {line[0].removeprefix('dpreg: ')}")
         return [out for out, _ in said]
-
-
-def _cores() -> int:
-    """That this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def time_exchange(count: str, platform: str, port: str, num_processes: str, process_id: str) -> None:
@@ -300,7 +295,7 @@ def describe(runs: list[Measured], exchanges: list[Exchange], further: dict[str,
         lines.append(f"with this batch, and exchanges as here, devices pay up to {further['pays_up_to']:,}: {beyond}")
     if on_cores:
         lines.append(
-            "devices here are processes with a thread of the CPU each; simulated devices (--num_devices) share cores: "
+            "devices here are processes with a core each; simulated devices (--num_devices) share cores: "
             "they show that results agree, and what dpreg costs, not what devices gain"
         )
     return "\n".join(lines)

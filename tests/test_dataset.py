@@ -29,10 +29,14 @@ def batches(dataset):
             )
             shards = first[device] + np.arange(dataset.slots)
             read = dataset.reader(jax.tree.map(jnp.asarray, local), jnp.asarray(shards), jnp.int32(block.first_step), 5)
-            stacked = [read(k) for k in range(block.num_steps)]
+            stacked = [read.of_slots(k) for k in range(block.num_steps)]
             for k, slot in itertools.product(range(block.num_steps), range(dataset.slots)):
-                for name, column in read(k, slot).items():
+                for name, column in read.of_slot(k, slot).items():
                     np.testing.assert_array_equal(column, stacked[k][name][slot])
+            for name, column in read.rows(0).items():
+                np.testing.assert_array_equal(column, np.concatenate(stacked[0][name]))
+                halves = [read.rows(0, part, 2)[name] for part in range(2)]
+                np.testing.assert_array_equal(column, np.concatenate(halves))
             parts.append(jax.tree.map(lambda *leaves, n=count[device]: np.stack(leaves)[:, :n], *stacked))
         steps.append(jax.tree.map(lambda *leaves: np.concatenate(leaves, axis=1), *parts))
     return jax.tree.map(lambda *leaves: np.concatenate(leaves), *steps)

@@ -28,7 +28,7 @@ PRECISIONS = {  # what features are, on the devices; and targets, weights, and w
 
 # Of a block. To be transferred, larger ones were slower and smaller ones are dominated by the call; rows that lie on
 # the devices are only to be gone through in less than a second.
-_BLOCK_BYTES, _RESIDENT_BLOCK_BYTES = 16 << 20, 1 << 28
+_BLOCK_BYTES, _RESIDENT_BLOCK_BYTES = 16 << 20, 1 << 30
 # A signal to stop is heard between blocks. Of several processes it takes some more blocks until all hear it, while
 # their steps are slow enough for a call to weigh little.
 _BLOCK_STEPS, _BLOCK_STEPS_AMONG_PROCESSES = 1 << 12, 1 << 8
@@ -50,6 +50,20 @@ class Block(NamedTuple):
     first_step: int
     num_steps: int
     data: Any
+
+
+class Read(NamedTuple):
+    """How a step finds its rows in what lies on its device; each may be asked for one of `parts` equal parts of them.
+
+    Attributes:
+      rows: (k, part, parts) -> those of step k of the block, of all slots one after the other.
+      of_slots: (k, part, parts) -> those of all slots, stacked in the first axis.
+      of_slot: (k, slot, part, parts) -> those of one.
+    """
+
+    rows: Callable[..., Batch]
+    of_slots: Callable[..., Batch]
+    of_slot: Callable[..., Batch]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -252,7 +266,7 @@ class Dataset:
         for first, data in zip(firsts, made, strict=True):
             yield Block(first, min(self.block_steps, stop - first), data)
 
-    def reader(self, data: Batch, shards: Array, first_step: Array, seed: Array) -> Callable[..., Batch]:
+    def reader(self, data: Batch, shards: Array, first_step: Array, seed: Array) -> Read:
         """How a compiled step reads a block: traced, on one device.
 
         Args:
@@ -261,48 +275,63 @@ class Dataset:
           first_step, seed: int32 scalars.
 
         Returns:
-          `read(k, slot) -> {"x": [b, d], "y": [b, t], "weight": [b]}` (with tags also "tag": [b] uint32, 0 for
-          padding), the rows of step `first_step + k` of the shard in a slot; `read(k)` gives all slots,
-          stacked in the first axis; `read(k, slot, part, parts)` one of so many equal parts of the rows.
+          Functions that read rows of step `first_step + k`: {"x": [b, d], "y": [b, t], "weight": [b]}; with tags also
+          "tag": [b] uint32, 0 for padding.
         """
 
-        # Slots are flattened into the axis read from: an axis of length 1 would be compiled otherwise.
-        def of_step(column: Array, k: Array, slot: Array | None) -> Array:
-            if slot is None:
-                return lax.dynamic_index_in_dim(column, jnp.uint32(k), keepdims=False)
-            flat = column.reshape(-1, *column.shape[2:])
-            return lax.dynamic_index_in_dim(flat, jnp.uint32(k * self.slots + slot), keepdims=False)
+        def of_step(column: Array, k: Array | int) -> Array:
+            return lax.dynamic_index_in_dim(column, jnp.uint32(k), keepdims=False)
 
-        if self.resolved_placement == "host":
+        def of_slot(column: Array, k: Array | int, slot: Array | int) -> Array:
+            # Slots are flattened into the axis read from: an axis of length 1 would be compiled otherwise.
+            return of_step(column.reshape(-1, *column.shape[2:]), k * self.slots + slot)
 
-            def read_block(k: Array, slot: Array | None = None, part: Array | int = 0, parts: int = 1) -> Batch:
-                axis = int(slot is None)
-                return {name: _part(of_step(column, k, slot), axis, part, parts) for name, column in data.items()}
+        fetch = self._fetch_from_block(data)
+        if self.resolved_placement == "device":
+            steps = first_step + jnp.arange(self.block_steps, dtype=jnp.int32)
+            fetch = self._fetch_by_runs(data, self.sampler.runs(steps[:, None], shards[None, :], seed))
+        return Read(
+            rows=lambda k, *part: fetch(lambda c: of_step(c, k).reshape(-1, *c.shape[3:]), 0, *part),
+            of_slots=lambda k, *part: fetch(lambda c: of_step(c, k), 1, *part),
+            of_slot=lambda k, slot, *part: fetch(lambda c: of_slot(c, k, slot), 0, *part),
+        )
 
-            return read_block
+    def _fetch_from_block(self, data: Batch) -> Callable[..., Batch]:
+        """Reads batches `[K, slots, b, ...]`: see `_fetch_by_runs`."""
 
-        steps = first_step + jnp.arange(self.block_steps, dtype=jnp.int32)
-        runs = self.sampler.runs(steps[:, None], shards[None, :], seed)
+        def fetch(chosen: Callable[[Array], Array], axis: int, part: Array | int = 0, parts: int = 1) -> Batch:
+            return {name: _part(chosen(column), axis, part, parts) for name, column in data.items()}
+
+        return fetch
+
+    def _fetch_by_runs(self, data: Batch, runs: Array) -> Callable[..., Batch]:
+        """Reads resident rows `[slots, rows, ...]` by the numbers of runs in their shards, `[K, slots, b / run]`.
+
+        Returns:
+          `fetch(chosen, axis, part, parts)`: what `chosen` leaves of [K, slots, ...], and of its rows, which lie along
+          an axis, one of so many equal parts.
+        """
+        run = self.sampler.run
         runs = runs + (self.sampler.shard_runs + 1) * jnp.arange(self.slots, dtype=jnp.int32)[None, :, None]
         runs = runs.astype(jnp.uint32)  # never negative: no counting from the end to be looked for
         flat = {  # a run is read as one long row
-            name: column.reshape(-1, self.sampler.run * math.prod(column.shape[2:])) for name, column in data.items()
+            name: column.reshape(-1, run * math.prod(column.shape[2:])) for name, column in data.items()
         }
 
-        def read_resident(k: Array, slot: Array | None = None, part: Array | int = 0, parts: int = 1) -> Batch:
-            axis, chosen = int(slot is None), of_step(runs, k, slot)
-            whole_runs = chosen.shape[axis] % parts == 0
+        def fetch(chosen: Callable[[Array], Array], axis: int, part: Array | int = 0, parts: int = 1) -> Batch:
+            which = chosen(runs)
+            whole_runs = which.shape[axis] % parts == 0
             if whole_runs:
-                chosen = _part(chosen, axis, part, parts)
-            rows = (*chosen.shape[:axis], chosen.shape[axis] * self.sampler.run)
+                which = _part(which, axis, part, parts)
+            lead = (*which.shape[:axis], which.shape[axis] * run)
 
             def gathered(name: str, column: Array) -> Array:
-                found = flat[name].at[chosen].get(mode="promise_in_bounds").reshape(*rows, *column.shape[2:])
-                return found if whole_runs else _part(found, axis, part, parts)
+                rows = flat[name].at[which].get(mode="promise_in_bounds").reshape(*lead, *column.shape[2:])
+                return rows if whole_runs else _part(rows, axis, part, parts)
 
             return {name: gathered(name, column) for name, column in data.items()}
 
-        return read_resident
+        return fetch
 
     def _gathered(self, first_step: int) -> Batch:
         """The batches of a block, [K, devices, slots, shard_batch, ...]."""

@@ -69,6 +69,18 @@ def start(
         raise InputError(f"JAX finds no device with JAX_PLATFORMS={asked}: unset it, or use --platform=cpu") from error
 
 
+def cores() -> int:
+    """Cores that this process may run on: as many threads XLA computes with on CPU, for all its devices."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def keep_to_core(process: int, number: int) -> None:
+    """Lets a process that has just been started run on one core alone, by its number among those of this one."""
+    if hasattr(os, "sched_setaffinity"):
+        of_this = sorted(os.sched_getaffinity(0))
+        os.sched_setaffinity(process, {of_this[number % len(of_this)]})
+
+
 def enable(dtype: np.dtype) -> None:
     """Lets JAX compute in a dtype: float64 is off, in the whole process, until it is asked for."""
     if dtype == np.float64:

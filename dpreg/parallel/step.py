@@ -15,9 +15,10 @@ from jax import Array, lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from numpy.typing import ArrayLike
 
-from dpreg.data.dataset import Dataset
+from dpreg.data.dataset import Dataset, Read
 from dpreg.errors import InputError
 from dpreg.models.losses import row_losses
+from dpreg.parallel.devices import cores
 from dpreg.parallel.reduce import (
     AXIS,
     PyTree,
@@ -43,10 +44,10 @@ BACKENDS = ("jit", "pmap")
 # that one rewrites x / s as x * (1 / s) where s has a single user. Without merging, both are simplified alike.
 _ORDERED_OPTIONS = types.MappingProxyType({"xla_disable_hlo_passes": "cse"})
 
-# On CPU the rows of a step are taken in parts that stay in the cores' common cache, so that the gradient finds there
-# what the prediction has read, and that are large enough for all cores. Where parts are not alike to the model, the
-# shards of a device are taken one by one, if their batches together would not stay in the cache of a core.
-_PART_BYTES, _CACHE_BYTES = 5 << 20, 1 << 20
+# On CPU the rows of a step are taken in parts that stay in cache, so that the gradient finds there what the prediction
+# has read: in the cache of a core; or, where a device has several, in the common one, since the compiler shares out
+# large parts alone. Where rows are not to be parted, the shards of a device are taken one by one.
+_PART_BYTES, _PART_BYTES_OF_CORES = 5 << 18, 5 << 20
 
 
 class TrainState(train_state.TrainState):
@@ -102,16 +103,6 @@ def example_of(dataset: Dataset) -> tuple[Any, ...]:
     carried = jax.ShapeDtypeStruct((mesh.size,), jnp.int32, sharding=NamedSharding(mesh, PartitionSpec(AXIS)))
     clock = jax.ShapeDtypeStruct((len(Clock._fields),), jnp.int32, sharding=NamedSharding(mesh, PartitionSpec()))
     return dataset.shapes, Carried(carried, carried), clock
-
-
-class Read(Protocol):
-    """How a step finds its rows in what lies on the device: see `dpreg.data.dataset`."""
-
-    def __call__(self, k: Array, slot: Array | None = None, part: Array | int = 0, parts: int = 1) -> PyTree:
-        """The batch of step k of the block: that of one slot, or of all slots stacked in the first axis.
-
-        Of its rows one of `parts` equal parts.
-        """
 
 
 class Layout(NamedTuple):
@@ -254,14 +245,16 @@ def compile_train_block(
       all after it, uses no rows and gives NaN for the loss.
     """
     platform = mesh.devices.flat[0].platform
-    parts, together = accumulate, True
+    parts, apart, one_by_one_shard = accumulate, _in_any_parts(model, state), False
     if platform == "cpu":
-        alike = _takes_parts(model, state)
-        if alike:
-            shards_at_once = 1 if reduction == "ordered" else layout.slots * len(mesh.local_devices)
-            parts *= _fewest_parts(layout.shard_batch // accumulate, layout.row_bytes * shards_at_once)
-        batch_bytes = layout.row_bytes * layout.shard_batch * layout.slots
-        together = batch_bytes // parts <= (_PART_BYTES if alike else _CACHE_BYTES)
+        most, rows = _PART_BYTES, layout.shard_batch // accumulate
+        if reduction == "pmean":
+            most = _PART_BYTES_OF_CORES if cores() > len(mesh.local_devices) else most
+            rows *= layout.slots
+        if apart:
+            parts *= _fewest_parts(rows, most // layout.row_bytes)
+        else:
+            one_by_one_shard = rows * layout.row_bytes > most
 
     def block(state: TrainState, data: PyTree, carried: Carried, packed: Array) -> tuple[TrainState, Array, Array]:
         clock = Clock(*packed)
@@ -294,22 +287,29 @@ def compile_train_block(
                 shard = carried.first + slot
 
                 def part_sums(part: Array) -> tuple[PyTree, Array, _Rest]:
-                    rows = read(k, slot, part, parts)
+                    rows = read.of_slot(k, slot, part, parts)
                     return value_and_gradient(loss, state.params, rows, shard + part * layout.num_shards)
 
                 return over_parts(part_sums)
 
             if reduction == "ordered":
                 sums = ordered_sum(sums_of, layout.slots, carried.count, layout.num_shards)
-            elif together:
+            elif apart:
+                any_shard = jnp.int32(0)
+                sums = mean_over_devices(
+                    over_parts(
+                        lambda part: value_and_gradient(loss, state.params, read.rows(k, part, parts), any_shard)
+                    )
+                )
+            elif one_by_one_shard:
+                sums = mean_over_devices(added_up(sums_of, carried.count))
+            else:
 
                 def parts_together(part: Array) -> tuple[PyTree, Array, _Rest]:
-                    rows = read(k, None, part, parts)
+                    rows = read.of_slots(k, part, parts)
                     return value_and_gradient_together(loss, state.params, rows, shards + part * layout.num_shards)
 
                 sums = mean_over_devices(over_parts(parts_together))
-            else:
-                sums = mean_over_devices(added_up(sums_of, carried.count))
 
             def update(_: Array, state: TrainState) -> TrainState:
                 with jax.named_scope("update"):
@@ -325,8 +325,8 @@ def compile_train_block(
         state, history = lax.fori_loop(0, clock.num_steps, step, (state, nothing))
         used = jnp.zeros((1, 2), jnp.uint32)
         if "tag" in data:
-            tags = jax.vmap(lambda k: read(k)["tag"])(steps)
-            tags = jnp.where((clock.first_step + steps < state.step)[:, None, None], tags, 0)
+            tags = jax.vmap(lambda k: read.rows(k)["tag"])(steps)
+            tags = jnp.where((clock.first_step + steps < state.step)[:, None], tags, 0)
             used = jnp.stack([(tags > 0).sum(dtype=tags.dtype), tags.sum(dtype=tags.dtype)])[None]
         return state, history, used
 
@@ -335,19 +335,18 @@ def compile_train_block(
     return _compile(block, layout, mesh, (state, *arguments), backend, dict(options), outputs, donate=True)
 
 
-def _takes_parts(model: Model, state: TrainState) -> bool:
-    """Whether rows may come to a model in any parts: neither together (BatchNorm) nor at random (Dropout).
+def _in_any_parts(model: Model, state: TrainState) -> bool:
+    """Whether a model may be given rows in any parts: neither together, as of BatchNorm, nor at random, as of Dropout.
 
-    Nor where it has so many parameters that adding up their gradients would cost more.
+    And has so few parameters that adding up their gradients costs little.
     """
     gradient_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state.params))
     return not (state.batch_stats or train_argument(model, True) or gradient_bytes * 16 > _PART_BYTES)
 
 
-def _fewest_parts(rows: int, bytes_of_row: int) -> int:
-    """Into how many equal parts to cut so many rows for one to stay in cache."""
-    numbers = (parts for parts in range(1, rows + 1) if rows % parts == 0)
-    return next((parts for parts in numbers if rows // parts * bytes_of_row <= _PART_BYTES), rows)
+def _fewest_parts(rows: int, most: int) -> int:
+    """Into how many equal parts to cut rows, for one to have at most so many."""
+    return next((parts for parts in range(1, rows) if rows % parts == 0 and rows // parts <= most), rows)
 
 
 def _updated(state: TrainState, sums: tuple[PyTree, Array, _Rest], step: Array) -> TrainState:
@@ -399,17 +398,19 @@ def compile_eval_block(
         def wanted(batch: PyTree) -> PyTree:
             return of(forward(model, variables, batch, train=False, platform=platform)[0], batch)
 
-        one = jax.eval_shape(lambda: wanted(read(jnp.int32(0), jnp.int32(0))))
+        one = jax.eval_shape(lambda: wanted(read.of_slot(jnp.int32(0), jnp.int32(0))))
         slots = max(layout.slots, 2)
         zeros = jax.tree.map(lambda leaf: jnp.zeros((layout.block_steps, slots, *leaf.shape), leaf.dtype), one)
 
         def step(k: Array, history: PyTree) -> PyTree:
             def fill(slot: Array, history: PyTree) -> PyTree:
-                return jax.tree.map(lambda all, new: all.at[k, slot].set(new), history, wanted(read(k, slot)))
+                return jax.tree.map(lambda all, new: all.at[k, slot].set(new), history, wanted(read.of_slot(k, slot)))
 
             if reduction == "ordered":
                 return one_by_one(fill, carried.count, history)
-            return jax.tree.map(lambda all, new: all.at[k, : layout.slots].set(new), history, jax.vmap(wanted)(read(k)))
+            return jax.tree.map(
+                lambda all, new: all.at[k, : layout.slots].set(new), history, jax.vmap(wanted)(read.of_slots(k))
+            )
 
         history = lax.fori_loop(0, clock.num_steps, step, zeros)
         return jax.tree.map(

@@ -1,7 +1,7 @@
 """Rows per second of dpreg beside its peers, in one run: `python tests/benchmarks/peers.py`.
 
 The peers are the extra `peers`; those that are not installed are left out. Each program runs in a process of its own,
-or in two that average their gradients ("x2", a thread each, over Gloo), the programs in turn, in steady state. Each
+or in two that average their gradients ("x2", a core each, over Gloo), the programs in turn, in steady state. Each
 peer's program is the idiomatic one of its own documentation; "ddp, by hand" gathers batches by index instead of by
 DataLoader. "x @ w" is the floor: one product of all rows with a vector, by the BLAS of NumPy on all cores, which reads
 each row once. "pmean, 2 devices" is one process that simulates two devices.

@@ -29,7 +29,7 @@ def steady_rate(epoch, num_rows, epochs=None):
 
 
 def of_two(program):
-    """The same program in two processes of this machine, each with a thread for computing: the first one's figure.
+    """The same program in two processes of this machine, each on a core of its own: the first one's figure.
 
     `program(*sizes, rank)` is given which of them it is.
     """
@@ -37,13 +37,12 @@ def of_two(program):
     def both(*sizes):
         if OF_TWO in os.environ:
             return program(*sizes, rank=int(os.environ[OF_TWO]))
-        one_thread = {"NPROC": "1", "OMP_NUM_THREADS": "1"}
         processes = [
-            subprocess.Popen(
-                [sys.executable, *sys.argv], env=os.environ | one_thread | {OF_TWO: rank}, stdout=subprocess.PIPE
-            )
+            subprocess.Popen([sys.executable, *sys.argv], env=os.environ | {OF_TWO: rank}, stdout=subprocess.PIPE)
             for rank in "01"
         ]
+        for process, core in zip(processes, sorted(os.sched_getaffinity(0)), strict=False):
+            os.sched_setaffinity(process.pid, {core})
         found = [process.communicate(timeout=300)[0] for process in processes]
         if any(process.returncode for process in processes):
             sys.exit("one of two processes failed")
