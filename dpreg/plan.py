@@ -1,10 +1,12 @@
-"""A door: `python -m dpreg.plan` says what the training steps would exchange, hold and cost; on a TPU slice, too.
+"""A door: `python -m dpreg.plan` says what the training steps would exchange, hold and cost; on a pod, too.
 
     python -m dpreg.plan --flagfile=configs/cpu.cfg
     python -m dpreg.plan --topology=v5p:2x2x2 --flagfile=configs/tpu.cfg
+    python -m dpreg.plan --topology=h100:4x8 --flagfile=configs/gpu.cfg
 
 The train step of the run is compiled, as it would be, and not run; for a TPU slice by libtpu (`pip install -e
-'.[plan]'`), without any TPU. Exit code 2 also where it does not fit into the memory.
+'.[plan]'`), without any TPU; for GPUs by JAX's plugin for CUDA (`.[plan-gpu]`), without any GPU or driver. Exit code 2
+also where it does not fit into the memory.
 """
 
 import concurrent.futures
@@ -34,13 +36,14 @@ from dpreg.data.dataset import RESIDENT_FRACTION
 from dpreg.door import enter, leave, leave_for
 from dpreg.errors import InputError
 from dpreg.parallel import devices
-from dpreg.parallel.chips import Slice, slice_named
+from dpreg.parallel.chips import Hosts, Slice, system_named
 from dpreg.parallel.program import Collective, Memory, collectives, cost, memory
 from dpreg.parallel.reduce import AXIS
 from dpreg.parallel.step import initial_state
 
 # No device is looked for, and others may compile at the same time.
 _COMPILER_ALONE = {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
+_PLUGINS = ("jax_cuda13_plugin", "jax_cuda12_plugin")
 _PASSES = {"float32": 6, "bfloat16": 1}  # of the units for products; float64 they have not
 
 
@@ -57,10 +60,10 @@ class Plan:
       memory: bytes on one device, of the train step alone; `capacity`: those that there are, where that is known.
       state_donated: whether the new state takes the place of the old one.
       operations, bytes_moved: of a step on one device, as the compiler counts them: of shards or parts of a batch that
-        are taken one after the other (ordered, accumulated, and large batches on CPU) it counts one.
+        are taken one after the other (ordered, accumulated, and large batches on CPU) it counts one; 0 for GPUs.
       compile_seconds: of the program, or of finding it in the cache of compiled programs.
-      seconds: of a step, predicted by published rates: "products", "memory", "exchange", "step"; empty where there are
-        none, or where the compiler has not counted all.
+      seconds: of a step, predicted by published rates: "products", "memory", "exchange", "step"; those which the
+        compiler has counted.
     """
 
     topology: str
@@ -107,7 +110,8 @@ class Plan:
             f"{_bytes(held.temporaries)}, program {_bytes(held.code)}{room}"
         )
         lines.append(f"the state is {'replaced in place' if self.state_donated else 'COPIED each call'}")
-        lines.append(f"a step on a device: {self.operations:,.0f} operations, {_bytes(self.bytes_moved)} moved")
+        counted = f"{self.operations:,.0f} operations, {_bytes(self.bytes_moved)} moved"
+        lines.append(f"a step on a device: {counted if self.operations else 'its compiler counts no operations'}")
         if self.seconds:
             parts = ", ".join(f"{name} {seconds * 1e6:,.1f} us" for name, seconds in self.seconds.items())
             rest = ", rows from the host not counted" if self.placement == "host" else ""
@@ -116,17 +120,17 @@ class Plan:
 
 
 def plan(config: Config, topology: str | None = None) -> Plan:
-    """Compiles the train step of a run for a TPU slice, or for the devices of this machine.
+    """Compiles the train step of a run for a TPU slice, for GPUs, or for the devices of this machine.
 
     Args:
-      topology: KIND:SHAPE, such as v5p:8x8x8; None for this machine.
+      topology: KIND:SHAPE, such as v5p:8x8x8 or h100:4x8; None for this machine.
 
     Raises:
-      InputError: when there is no such slice, or the run does not go on it.
+      InputError: when there is no such system, or the run does not go on it.
     """
-    tpu = slice_named(topology) if topology else None
-    if tpu:
-        described = topologies.get_topology_desc(platform="tpu", topology_name=tpu.name).devices
+    system = system_named(topology) if topology else None
+    if system:
+        described = _described(system)
         if len(described) > config.num_shards:
             raise InputError(
                 f"--topology={topology}: it has {len(described):,} devices, each of which needs a shard of its own: "
@@ -136,10 +140,10 @@ def plan(config: Config, topology: str | None = None) -> Plan:
     else:
         mesh = devices.data_mesh(config.num_shards, config.platform, config.num_devices)
     data, config = build_data(config), dataclasses.replace(config, backend="jit")  # pmap's is the same program
-    if tpu and config.placement == "auto":
+    if system and config.placement == "auto":
         trainer = build_trainer(config, mesh=mesh)
         trainer.lay_out(data)
-        fits = trainer.train.resident_bytes <= tpu.chip.memory * RESIDENT_FRACTION
+        fits = trainer.train.resident_bytes <= system.chip.memory * RESIDENT_FRACTION
         config = dataclasses.replace(config, placement="device" if fits else "host")
     compiled, seconds, trainer = _compiled(config, mesh, data, None)
     # Of loops the compiler counts one turn: what lies outside grows with the steps of a call.
@@ -161,12 +165,22 @@ def plan(config: Config, topology: str | None = None) -> Plan:
         steps_per_call=trainer.train.block_steps,
         collectives=exchanged,
         memory=held,
-        capacity=tpu.chip.memory if tpu else _capacity(mesh),
+        capacity=system.chip.memory if system else _capacity(mesh),
         state_donated=held.donated >= state_bytes,
         operations=operations,
         bytes_moved=moved,
         compile_seconds=seconds,
-        seconds=_predicted(tpu, config, operations, moved, exchanged) if tpu and counted else {},
+        seconds=_predicted(system, config, operations, moved, exchanged) if system and counted else {},
+    )
+
+
+def _described(system: Slice | Hosts) -> list[Any]:
+    """Its devices, for the compiler."""
+    if isinstance(system, Slice):
+        return list(topologies.get_topology_desc(platform="tpu", topology_name=system.name).devices)
+    shape = f"1x{system.hosts}x{system.each}"
+    return list(
+        topologies.get_topology_desc(system.name, "cuda", target_config=system.chip.target, topology=shape).devices
     )
 
 
@@ -196,14 +210,16 @@ def _capacity(mesh: Mesh) -> float | None:
 
 
 def _predicted(
-    tpu: Slice, config: Config, operations: float, moved: float, exchanged: list[Collective]
+    system: Slice | Hosts, config: Config, operations: float, moved: float, exchanged: list[Collective]
 ) -> dict[str, float]:
     """Products and memory overlap; the exchange comes after them."""
+    exchange = sum(system.seconds(one.kind, one.size) for one in exchanged if one.each_step)
+    if isinstance(system, Hosts):
+        return {"exchange": exchange}
     if config.precision not in _PASSES:
         return {}
-    products = operations * _PASSES[config.precision] / tpu.chip.products
-    from_memory = moved / tpu.chip.memory_rate
-    exchange = sum(tpu.seconds(one.kind, one.size) for one in exchanged if one.each_step)
+    products = operations * _PASSES[config.precision] / system.chip.products
+    from_memory = moved / system.chip.memory_rate
     step = max(products, from_memory) + exchange
     return {"products": products, "memory": from_memory, "exchange": exchange, "step": step}
 
@@ -216,9 +232,10 @@ def _bytes(size: float) -> str:
 
 def _apart(config: Config, topology: str) -> Plan:
     """`plan` in a process of its own: the compiler for TPUs ends its process where it cannot do something."""
-    if importlib.util.find_spec("libtpu") is None:
-        raise InputError("--topology: needs libtpu, which compiles for TPUs: pip install -e '.[plan]'")
-    slice_named(topology)
+    gpus = isinstance(system_named(topology), Hosts)
+    if not any(map(importlib.util.find_spec, _PLUGINS if gpus else ("libtpu",))):
+        what, extra = ("JAX's plugin for CUDA", "plan-gpu") if gpus else ("libtpu, which compiles for TPUs", "plan")
+        raise InputError(f"--topology={topology}: needs {what}: pip install -e '.[{extra}]'")
     os.environ.update(_COMPILER_ALONE)
     with tempfile.NamedTemporaryFile("r") as said:
         context = multiprocessing.get_context("spawn")
@@ -228,7 +245,7 @@ def _apart(config: Config, topology: str) -> Plan:
         except concurrent.futures.process.BrokenProcessPool as error:
             fatal = [line.strip() for line in said if re.match("F[0-9]|.*(Check failed|ABORT)", line)]
             reason = f": {fatal[0][:300]}" if fatal else ""
-            raise InputError(f"--topology={topology}: libtpu cannot compile for it, and ended{reason}") from error
+            raise InputError(f"--topology={topology}: the compiler cannot do it, and ended{reason}") from error
         except jax.errors.JaxRuntimeError as error:
             reason = " ".join(str(error).split())[:300]
             raise InputError(f"--topology={topology}: does not compile for it: {reason}") from error
@@ -265,7 +282,11 @@ def _main(argv: list[str]) -> None:
 
 def main() -> None:
     """The entry point."""
-    flags.DEFINE_string("topology", None, "KIND:SHAPE of a TPU slice, such as v5p:8x8x8. Default: this machine.")
+    flags.DEFINE_string(
+        "topology",
+        None,
+        "KIND:SHAPE of a TPU slice or of HOSTSxGPUS, such as v5p:8x8x8 or h100:4x8. Default: this machine.",
+    )
     enter(_main)
 
 

@@ -307,6 +307,20 @@ def test_steps_are_traced_once_and_fetched_once_a_block(monkeypatch):
     assert len(traced) == before
 
 
+@pytest.mark.parametrize(("placement", "columns"), [("device", 0), ("host", 4)])
+def test_a_block_costs_one_transfer_a_column_and_one_for_its_clock(placement, columns, monkeypatch):
+    trainer = dpreg.Trainer(3, steps_per_block=3, placement=placement)
+    trainer.prepare_data(Rows(100).data(16))
+    trainer.prepare_model(dpreg.LinearRegressionScratch(3, 0.1))
+    put, clocks = [], []
+    place, prepare = jax.make_array_from_callback, trainer.prepare_batch
+    monkeypatch.setattr(jax, "make_array_from_callback", lambda *a: put.append(1) or place(*a))
+    monkeypatch.setattr(trainer, "prepare_batch", lambda block: clocks.append(block.data) or prepare(block))
+    for epoch in range(1, 4):
+        trainer.fit_epoch()
+        assert (len(put), len(clocks)) == (epoch * 3 * columns, epoch * 3)  # 7 steps are 3 blocks
+
+
 def test_a_model_with_other_variables_is_refused():
     class Counter(dpreg.Module):
         lr: float = 0.1

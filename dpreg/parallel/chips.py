@@ -1,4 +1,7 @@
-"""TPU slices: what their chips can do, and which shapes there are, as the documentation of Cloud TPU says (2026-11)."""
+"""TPU slices and GPU systems that can be compiled for: what their chips can do, and which there are.
+
+As the documentation of Cloud TPU and NVIDIA's data sheets and programming guide say (2026-11).
+"""
 
 import dataclasses
 import math
@@ -73,17 +76,126 @@ class Slice:
         return passes * (size * share / self.links + self.hops * HOP_SECONDS)
 
 
-def slice_named(name: str) -> Slice:
-    """The slice KIND:SHAPE, such as v5p:8x8x8.
+@dataclasses.dataclass(frozen=True)
+class Gpu:
+    """A kind of GPU.
 
-    The compiler takes shapes that do not exist, and aborts for some that it has no table of: so the shapes are here.
+    Attributes:
+      name: as its driver has it.
+      memory: bytes; memory_rate: bytes/s from it.
+      links: bytes/s over NVLink to the others of a host, one way; network: its share of a host's way to other hosts.
+      capability: major and minor; cores: multiprocessors; cache: bytes of the common one; clock: in GHz.
+      shared: bytes that blocks share on a core; of which one may have all but 1 kB.
+    """
+
+    name: str
+    memory: float
+    memory_rate: float
+    links: float
+    network: float
+    capability: tuple[int, int]
+    cores: int
+    cache: int
+    clock: float
+    shared: int
+
+    @property
+    def target(self) -> str:
+        """What the compiler wants to know of it, where there is none: a GpuTargetConfigProto of XLA's, as text."""
+        of_all = {
+            "threads_per_block_limit": 1024,
+            "threads_per_warp": 32,
+            "threads_per_core_limit": 2048,
+            "registers_per_core_limit": 65_536,
+            "registers_per_block_limit": 65_536,
+            "fpus_per_core": 128,
+            "shared_memory_per_block": 48 << 10,
+            "block_dim_limit_x": 2**31 - 1,
+            "block_dim_limit_y": 65_535,
+            "block_dim_limit_z": 65_535,
+        }
+        of_kind = {
+            "core_count": self.cores,
+            "clock_rate_ghz": self.clock,
+            "l2_cache_size": self.cache,
+            "device_memory_size": int(self.memory),
+            "memory_bandwidth": int(self.memory_rate),
+            "shared_memory_per_core": self.shared,
+            "shared_memory_per_block_optin": self.shared - 1024,
+        }
+        versions = 'driver_version: "13.0.0" runtime_version: "13.0.0" compile_time_toolkit_version: "13.0.0"'
+        major, minor = self.capability
+        numbers = " ".join(f"{key}: {value}" for key, value in (of_all | of_kind).items())
+        return (
+            f'gpu_device_info {{ {numbers} {versions} dnn_version: "9.10.0" name: "{self.name}" '
+            f"cuda_compute_capability {{ major: {major} minor: {minor} }} }} "
+            f'platform_name: "CUDA" dnn_version_info {{ major: 9 minor: 10 }} device_description_str: "{self.name}"'
+        )
+
+
+# nvidia.com: data sheets of the SXM modules, of DGX and HGX systems for the network (InfiniBand, a port a GPU); clock,
+# cores and cache as `deviceQuery` tells them; shared memory by compute capability from the CUDA programming guide.
+GPUS = {
+    "a100": Gpu("NVIDIA A100-SXM4-80GB", 80e9, 2039e9, 300e9, 25e9, (8, 0), 108, 40 << 20, 1.41, 164 << 10),
+    "h100": Gpu("NVIDIA H100 80GB HBM3", 80e9, 3350e9, 450e9, 50e9, (9, 0), 132, 50 << 20, 1.98, 228 << 10),
+    "h200": Gpu("NVIDIA H200", 141e9, 4800e9, 450e9, 50e9, (9, 0), 132, 50 << 20, 1.98, 228 << 10),
+}
+_GPUS_OF_HOST = (1, 2, 4, 8)
+_MOST_HOSTS = 1280  # compiled for
+_NETWORK_SECONDS = 5e-6  # from host to host: a guess, as `HOP_SECONDS`
+
+
+@dataclasses.dataclass(frozen=True)
+class Hosts:
+    """GPUs of a kind in hosts.
+
+    Attributes:
+      name: as --topology has it.
+      chip: the kind.
+      hosts: how many; each: GPUs of each.
+    """
+
+    name: str
+    chip: Gpu
+    hosts: int
+    each: int
+
+    def seconds(self, kind: str, size: int) -> float:
+        """Of an exchange that gives each GPU so many bytes: in a ring, as fast as its slowest link, a sum twice."""
+        count = self.hosts * self.each
+        if count == 1:
+            return 0.0
+        passes = 2 if kind == "all-reduce" else 1
+        rate, hop = (self.chip.network, _NETWORK_SECONDS) if self.hosts > 1 else (self.chip.links, HOP_SECONDS)
+        return passes * (size * (1 - 1 / count) / rate + hop * math.ceil(math.log2(count)))
+
+
+def system_named(name: str) -> Slice | Hosts:
+    """What --topology names: a TPU slice such as v5p:8x8x8, or HOSTSxGPUS such as h100:4x8.
 
     Raises:
-      InputError: when there is no such slice; names some.
+      InputError: when there is no such system; names some.
     """
     kind, _, text = name.partition(":")
+    if kind in GPUS:
+        hosts, _, each = text.rpartition("x")
+        numbers = [int(part) if part.isdigit() else 0 for part in (hosts or "1", each)]
+        if not 1 <= numbers[0] <= _MOST_HOSTS or numbers[1] not in _GPUS_OF_HOST:
+            raise InputError(
+                f"--topology={name}: use {kind}:HOSTSxGPUS, up to {_MOST_HOSTS} hosts of 1, 2, 4 or 8 GPUs each"
+            )
+        return Hosts(name, GPUS[kind], *numbers)
+    return _slice_named(name)
+
+
+def _slice_named(name: str) -> Slice:
+    """The compiler takes shapes that do not exist, and aborts for some that it has no table of: so they are here."""
+    kind, _, text = name.partition(":")
     if kind not in CHIPS:
-        raise InputError(f"--topology={name}: use KIND:SHAPE, with a kind of {', '.join(CHIPS)}, such as v5p:8x8x8")
+        raise InputError(
+            f"--topology={name}: use KIND:SHAPE, with a kind of {', '.join((*CHIPS, *GPUS))}, such as v5p:8x8x8 or "
+            "h100:4x8"
+        )
     chip = CHIPS[kind]
     parts = text.split("x")
     shape = tuple(int(part) for part in parts if part.isdigit())
