@@ -332,9 +332,12 @@ class Trainer:
 
     @property
     def exchange_bytes(self) -> int:
-        """Bytes that a step gives each device: gradients, batch statistics and three sums; ordered, of each shard."""
+        """Bytes that a step gives each device: gradients, batch statistics and their rows, loss and weight.
+
+        Ordered, those of each shard.
+        """
         leaves = jax.tree.leaves((self.state.params, self.state.batch_stats))
-        sums = sum(leaf.size for leaf in leaves) + 3
+        sums = sum(leaf.size for leaf in leaves) + (3 if self.state.batch_stats else 2)
         return int(sums) * self.dtype.itemsize * (self.num_shards if self.reduction == "ordered" else 1)
 
     def prepare_batch(self, block: Block) -> tuple[Any, Carried, np.ndarray]:

@@ -35,8 +35,8 @@ def of(**changes):
 def test_a_linear_step_has_one_all_reduce_and_replaces_the_state(config):
     found = plan(config)
     (one,) = found.collectives
-    # Of w (2), b, the loss, the weights and the rows counted: float32.
-    assert (one.kind, one.size, one.devices, one.each_step) == ("all-reduce", 6 * 4, 8, True)
+    # Of w (2), b, the loss and the weights: float32.
+    assert (one.kind, one.size, one.devices, one.each_step) == ("all-reduce", 5 * 4, 8, True)
     assert found.state_donated
     rows = 5000 if found.placement == "device" else 64 * found.steps_per_call
     assert found.memory.arguments > rows * (2 * 2 + 4 + 4) / 8  # of bfloat16 features at least
@@ -44,13 +44,13 @@ def test_a_linear_step_has_one_all_reduce_and_replaces_the_state(config):
 
 def test_an_ordered_step_has_one_all_gather_and_one_device_none():
     (one,) = plan(of(reduction="ordered")).collectives
-    assert (one.kind, one.size, one.devices, one.each_step) == ("all-gather", 8 * 6 * 4, 8, True)
+    assert (one.kind, one.size, one.devices, one.each_step) == ("all-gather", 8 * 5 * 4, 8, True)
     assert [c for c in plan(of(num_devices=1)).collectives if c.devices > 1] == []
 
 
 def test_a_perceptron_exchanges_its_gradient_at_once():
     found = plan(of(model="mlp", hidden=(16, 8), optimizer="momentum"))
-    size = (2 * 16 + 16) + (16 * 8 + 8) + (8 + 1) + 3
+    size = (2 * 16 + 16) + (16 * 8 + 8) + (8 + 1) + 2
     assert [(c.kind, c.size, c.each_step) for c in found.collectives] == [("all-reduce", 4 * size, True)]
     assert found.state_donated
 
@@ -137,8 +137,8 @@ def test_an_exchange_of_gpus_is_as_fast_as_their_slowest_link():
 def test_by_flags(tmp_path):
     done = by_flags("--flagfile=configs/cpu.cfg", f"--workdir={tmp_path}")
     assert done.returncode == 0, done.stderr
-    assert "all-reduce of 24 bytes over 8 devices, each step (psum)" in done.stdout
-    assert json.loads((tmp_path / "plan.json").read_text())["collectives"][0]["size"] == 24
+    assert "all-reduce of 20 bytes over 8 devices, each step (psum)" in done.stdout
+    assert json.loads((tmp_path / "plan.json").read_text())["collectives"][0]["size"] == 20
     wrong = by_flags("--flagfile=configs/cpu.cfg", "--num_devices=9")
     assert (wrong.returncode, len(wrong.stderr.splitlines())) == (2, 1)
 
@@ -150,7 +150,7 @@ def test_the_tpu_configuration_compiles_for_slices(topology, tmp_path):
     assert (done.returncode, done.stderr) == (0, ""), done.stderr
     found = json.loads((tmp_path / "plan.json").read_text())
     assert found["devices"] == 8
-    assert [(c["kind"], c["size"], c["each_step"]) for c in found["collectives"]] == [("all-reduce", 24, True)]
+    assert [(c["kind"], c["size"], c["each_step"]) for c in found["collectives"]] == [("all-reduce", 20, True)]
     assert found["state_donated"]
     assert found["fits"]
     assert found["seconds"]["step"] > 0
@@ -163,7 +163,7 @@ def test_the_gpu_configuration_compiles_for_gpus(topology, count, tmp_path):
     assert done.returncode == 0, done.stderr
     found = json.loads((tmp_path / "plan.json").read_text())
     assert found["devices"] == count
-    assert [(c["kind"], c["size"], c["each_step"]) for c in found["collectives"]] == [("all-reduce", 24, True)]
+    assert [(c["kind"], c["size"], c["each_step"]) for c in found["collectives"]] == [("all-reduce", 20, True)]
     assert found["state_donated"]
     assert found["fits"]
     assert 0 < found["seconds"]["exchange"] < 1e-3

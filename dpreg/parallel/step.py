@@ -217,7 +217,7 @@ class _Rest(NamedTuple):
     """What is summed over shards besides gradients and losses."""
 
     weight: Array  # of the rows
-    rows: Array  # those with a weight, counted
+    rows: Array | None  # those with a weight, counted; None for models without batch statistics
     batch_stats: PyTree  # times rows
 
 
@@ -272,7 +272,7 @@ def compile_train_block(
                     model, {"params": params, "batch_stats": state.batch_stats}, batch, True, key, platform
                 )
                 weight = batch["weight"]
-                rows = (weight > 0).sum(dtype=weight.dtype)
+                rows = (weight > 0).sum(dtype=weight.dtype) if state.batch_stats else None
                 losses = row_losses(model, prediction, batch)
                 rest = _Rest(weight.sum(), rows, jax.tree.map(lambda leaf: leaf * rows, batch_stats))
                 return jnp.vdot(losses, weight), rest
@@ -354,13 +354,13 @@ def _updated(state: TrainState, sums: tuple[PyTree, Array, _Rest], step: Array) 
     gradient, value, rest = sums
     # A multiplication by the inverse, as the compiler would make it anyway in some of the programs.
     per_weight = 1 / jnp.where(rest.weight > 0, rest.weight, 1)
-    per_row = 1 / jnp.where(rest.rows > 0, rest.rows, 1)
-    new = state.apply_gradients(
-        grads=jax.tree.map(lambda leaf: leaf * per_weight, gradient),
-        batch_stats=jax.tree.map(
-            lambda summed, old: jnp.where(rest.rows > 0, summed * per_row, old), rest.batch_stats, state.batch_stats
-        ),
-    )
+    batch_stats = state.batch_stats
+    if rest.rows is not None:
+        any_row, per_row = rest.rows > 0, 1 / jnp.where(rest.rows > 0, rest.rows, 1)
+        batch_stats = jax.tree.map(
+            lambda summed, old: jnp.where(any_row, summed * per_row, old), rest.batch_stats, batch_stats
+        )
+    new = state.apply_gradients(grads=jax.tree.map(lambda leaf: leaf * per_weight, gradient), batch_stats=batch_stats)
     finite = jnp.isfinite(value) & jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(new.params)]).all()
     good = finite & (state.step == step)
     return jax.tree.map(lambda new, old: jnp.where(good, new, old), new, state)
