@@ -9,6 +9,7 @@ import os
 import pathlib
 import signal
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -46,8 +47,9 @@ def predict(config: Config) -> None:
         first = jax.process_index() == 0
         deadline = stack.enter_context(Deadline(config.step_timeout))
         progress = stack.enter_context(ProgressDisplay(Console(stderr=True, quiet=not first)))
-        # By way of what closes files and takes away what is not complete.
-        stack.callback(signal.signal, signal.SIGTERM, signal.signal(signal.SIGTERM, lambda *_: sys.exit(143)))
+        # Heard between pieces: what a handler raises is lost where it meets a callback of the garbage collector.
+        asked = threading.Event()
+        stack.callback(signal.signal, signal.SIGTERM, signal.signal(signal.SIGTERM, lambda *_: asked.set()))
         exported = load_model(pathlib.Path(config.workdir or "") / "model")
         config, schema = config.of_model(exported.flags), exported.schema
         if schema is None:
@@ -70,7 +72,8 @@ def predict(config: Config) -> None:
             backend=config.backend,
             heartbeat=deadline.progress,
         )
-        read = _Reading(table, RawReader(columns, schema, predictor.dtype), schema, predictor.piece_rows, progress)
+        reader = RawReader(columns, schema, predictor.dtype)
+        read = _Reading(table, reader, schema, predictor.piece_rows, progress, asked)
         deadline.begin()
         if evaluating:
             with told_of(table.name):
@@ -149,16 +152,26 @@ def columns_of(schema: Schema, columns: Columns, targets: bool) -> Columns:
 class _Reading:
     """The rows of a table as the model sees them, and which of them it can predict."""
 
-    def __init__(self, table: Table, reader: RawReader, schema: Schema, piece_rows: int, progress: ProgressDisplay):
+    def __init__(
+        self,
+        table: Table,
+        reader: RawReader,
+        schema: Schema,
+        piece_rows: int,
+        progress: ProgressDisplay,
+        asked_to_stop: threading.Event,
+    ):
         self.rows = self.used = 0
         self.there: collections.deque[np.ndarray] = collections.deque()  # of pieces not yet asked about
         self.others: collections.Counter[str] = collections.Counter()  # rows by column, of unknown categories
         self._table, self._reader, self._schema = table, reader, schema
-        self._piece_rows, self._progress = piece_rows, progress
+        self._piece_rows, self._progress, self._asked_to_stop = piece_rows, progress, asked_to_stop
 
     def pieces(self) -> Iterator[Rows]:
         started = time.perf_counter()
         for raw in self._reader.read(self._table, self._piece_rows):
+            if self._asked_to_stop.is_set():
+                sys.exit(143)  # by way of what closes files and takes away what is not complete
             there = self._reader.there(raw)
             self._reader.refuse_missing(self._table.name)
             raw[~there, :-1] = 0  # their weight, too

@@ -233,13 +233,12 @@ def test_a_stopped_prediction_leaves_nothing(trained, tmp_path):
     write(table_of(3_000_000, seed=4), tmp_path / "new.parquet")
     flags = (f"--workdir={trained / 'w'}", f"--dataset={tmp_path / 'new.parquet'}", f"--output={tmp_path / 'p.csv'}")
     command = [sys.executable, "-m", "dpreg.main", "--platform=cpu", "--mode=predict", *flags]
-    running = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    while running.poll() is None and not list(tmp_path.glob(".p.csv.new-*")):
-        time.sleep(0.01)
-    running.terminate()
-    assert running.wait(60) == 143, running.stdout.read()
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as running:
+        while running.poll() is None and not list(tmp_path.glob(".p.csv.new-*")):
+            time.sleep(0.01)
+        running.terminate()
+        assert running.wait(60) == 143, running.stdout.read()
     assert [path.name for path in tmp_path.iterdir()] == ["new.parquet"]
-    running.stdout.close()
 
 
 def test_a_trainer_predicts_and_evaluates_in_python():
