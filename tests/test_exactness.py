@@ -55,6 +55,22 @@ def test_ordered_holds_for_rows_generated_in_pieces_of_any_size():
     assert len({run(num_devices=n, placement=p) for n, p in ((1, "device"), (8, "device"), (3, "host"))}) == 1
 
 
+@pytest.mark.parametrize(
+    ("inputs", "rows", "batch"), [(2, 3001, 32), (8, 5003, 1024), (32, 9001, 1024), (200, 3001, 256)]
+)
+def test_ordered_holds_for_batches_of_any_size(inputs, rows, batch):
+    """However the compiler is asked for loops, and rows are copied: see step.py and dataset.py."""
+    rng = np.random.default_rng(0)
+    source = dpreg.ArraySource(rng.standard_normal((rows, inputs)), rng.standard_normal((rows, 1)))
+
+    def run(num_devices, placement):
+        data = dpreg.RegressionData(source, None, batch)
+        model = dpreg.LinearRegressionScratch(inputs, 0.01)
+        return digest(trained(model, data, 1, num_devices, reduction="ordered", placement=placement))
+
+    assert len({run(*layout) for layout in ((1, "device"), (3, "host"), (8, "device"))}) == 1
+
+
 @functools.cache
 def network_run(optimizer, size, num_devices=8, num_val=0, **arguments):
     num_rows, batch = SIZES[size]

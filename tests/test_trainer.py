@@ -260,10 +260,10 @@ class Deep(dpreg.Module):
 
 
 @functools.cache
-def program(kind, reduction, backend="jit", accumulate=1):
+def program(kind, reduction, backend="jit", accumulate=1, num_devices=None, rows=100):
     model = {"linear": dpreg.LinearRegressionScratch(3, 0.1), "mlp": Deep()}[kind]
-    trainer = dpreg.Trainer(1, reduction=reduction, backend=backend, accumulate_steps=accumulate)
-    trainer.prepare_data(Rows(100).data(16))
+    trainer = dpreg.Trainer(1, num_devices, reduction=reduction, backend=backend, accumulate_steps=accumulate)
+    trainer.prepare_data(Rows(rows).data(rows // 6 // 8 * 8))
     trainer.prepare_model(model)
     return trainer._train_block.as_text()
 
@@ -283,6 +283,14 @@ def test_the_compiled_ordered_step_gathers_once(kind):
     text = program(kind, "ordered")
     assert text.count(" all-gather(") + text.count(" all-gather-start(") == 1
     assert "all-reduce" not in text
+
+
+@pytest.mark.parametrize("reduction", ["pmean", "ordered"])
+@pytest.mark.parametrize("num_devices", [1, 8])
+def test_loops_of_small_steps_alone_are_one_function(reduction, num_devices):
+    for kind, rows, whole in (("linear", 100, True), ("linear", 100_000, False), ("mlp", 3000, False)):
+        text = program(kind, reduction, num_devices=num_devices, rows=rows)
+        assert ("xla_cpu_small_call" in text) == whole, (kind, rows)
 
 
 def test_steps_are_traced_once_and_fetched_once_a_block(monkeypatch):

@@ -32,6 +32,7 @@ _BLOCK_BYTES, _RESIDENT_BLOCK_BYTES = 16 << 20, 1 << 30
 # A signal to stop is heard between blocks. Of several processes it takes some more blocks until all hear it, while
 # their steps are slow enough for a call to weigh little.
 _BLOCK_STEPS, _BLOCK_STEPS_AMONG_PROCESSES = 1 << 12, 1 << 8
+_FEW_RUNS = 4
 _TAG_ROWS = 1 << 18  # at a time: they stay in cache
 # Of a device's memory: rows up to this size are kept there. CPU devices have the host's own, where rows lie already.
 RESIDENT_FRACTION, _RESIDENT_FRACTION_OF_HOST = 1 / 4, 1 / 32
@@ -326,7 +327,7 @@ class Dataset:
             lead = (*which.shape[:axis], which.shape[axis] * run)
 
             def gathered(name: str, column: Array) -> Array:
-                rows = flat[name].at[which].get(mode="promise_in_bounds").reshape(*lead, *column.shape[2:])
+                rows = _taken(flat[name], which).reshape(*lead, *column.shape[2:])
                 return rows if whole_runs else _part(rows, axis, part, parts)
 
             return {name: gathered(name, column) for name, column in data.items()}
@@ -388,6 +389,13 @@ class Dataset:
         if self.mesh is None:
             raise InputError("the dataset is not sharded: call .shard(mesh, num_shards) before iterating")
         return self.mesh
+
+
+def _taken(rows: Array, which: Array) -> Array:
+    """Rows by their numbers. A few are copied one by one: on CPU up to four times as fast as a gather."""
+    if which.ndim == 1 and len(which) <= _FEW_RUNS:
+        return jnp.concatenate([lax.dynamic_slice_in_dim(rows, one, 1) for one in which])
+    return rows.at[which].get(mode="promise_in_bounds")
 
 
 def _part(rows: Array, axis: int, part: Array | int, parts: int) -> Array:

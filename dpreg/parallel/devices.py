@@ -1,14 +1,17 @@
 """The devices of a run: processes joined and devices chosen before JAX starts, then a mesh of them."""
 
 import collections
+import functools
 import itertools
 import os
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar
 
 import jax
+import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax import Array, lax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from dpreg.errors import InputError
 from dpreg.parallel import processes
@@ -16,6 +19,8 @@ from dpreg.parallel.reduce import AXIS
 
 # Calls dispatched and not yet finished. Simulated CPU devices deadlock when a program runs far ahead of them.
 _MAX_IN_FLIGHT = 8
+# XLA's own limit, in bytes, to what a loop may read that becomes one function is 1 kB: step.py says which loops do.
+_ALL_LOOPS = f"--xla_backend_extra_options=xla_cpu_small_while_loop_byte_threshold={2**63 - 1}"
 _CONFIGS = {"cpu": "configs/cpu.cfg", "gpu": "configs/gpu.cfg", "tpu": "configs/tpu.cfg"}
 
 Item = TypeVar("Item")
@@ -46,6 +51,9 @@ def start(
     """
     if platform == "cpu":
         jax.config.update("jax_platforms", "cpu")
+    given = os.environ.get("XLA_FLAGS", "")
+    if "xla_backend_extra_options" not in given:
+        os.environ["XLA_FLAGS"] = f"{given} {_ALL_LOOPS}".strip()
     if num_devices is not None and num_devices > 0:
         try:
             # Asked for on every platform, as JAX may yet turn out to have no other than the CPU.
@@ -72,6 +80,18 @@ def start(
 def cores() -> int:
     """Cores that this process may run on: as many threads XLA computes with on CPU, for all its devices."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+@functools.cache
+def makes_whole_loops() -> bool:
+    """Whether the compiler has been asked, by `start`, to make one function of a loop on CPU, whatever that reads."""
+
+    def loop(x: Array) -> Array:
+        return lax.fori_loop(0, jnp.int32(x[0]), lambda _, y: y * x, x)
+
+    where = SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
+    lowered = jax.jit(loop).lower(jax.ShapeDtypeStruct((1 << 12,), jnp.float32, sharding=where))
+    return "xla_cpu_small_call" in str(lowered.compile().as_text())
 
 
 def keep_to_core(process: int, number: int) -> None:

@@ -1,7 +1,6 @@
 """The compiled train and evaluation steps: the algorithm, on every device."""
 
 import inspect
-import types
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, Protocol
 
@@ -18,7 +17,7 @@ from numpy.typing import ArrayLike
 from dpreg.data.dataset import Dataset, Read
 from dpreg.errors import InputError
 from dpreg.models.losses import row_losses
-from dpreg.parallel.devices import cores
+from dpreg.parallel import devices
 from dpreg.parallel.reduce import (
     AXIS,
     PyTree,
@@ -42,7 +41,13 @@ BACKENDS = ("jit", "pmap")
 # Under `ordered` the program of one device must compute the bits of the program of many. Only the latter
 # has its common subexpressions merged (by the partitioner) before the first algebraic simplification, and
 # that one rewrites x / s as x * (1 / s) where s has a single user. Without merging, both are simplified alike.
-_ORDERED_OPTIONS = types.MappingProxyType({"xla_disable_hlo_passes": "cse"})
+_MERGING = "cse"
+
+# On CPU a loop is one function, or each operation in it is dispatched, for 60 ns. The former is up to twice as fast
+# where a step takes few rows through few parameters, and slower where it has much to compute. Their bits differ: which
+# of them it is must not depend on the number of devices.
+_WHOLE_LOOPS = "small-while-loop-hoisting"
+_MOST_FACTORS_OF_WHOLE_LOOPS = 3 << 10
 
 # On CPU the rows of a step are taken in parts that stay in cache, so that the gradient finds there what the prediction
 # has read: in the cache of a core; or, where a device has several, in the common one, since the compiler shares out
@@ -245,12 +250,14 @@ def compile_train_block(
       all after it, uses no rows and gives NaN for the loss.
     """
     platform = mesh.devices.flat[0].platform
-    parts, apart, one_by_one_shard = accumulate, _in_any_parts(model, state), False
+    parts, apart, one_by_one_shard, whole_loops = accumulate, _in_any_parts(model, state), False, False
     if platform == "cpu":
         most, rows = _PART_BYTES, layout.shard_batch // accumulate
         if reduction == "pmean":
-            most = _PART_BYTES_OF_CORES if cores() > len(mesh.local_devices) else most
+            most = _PART_BYTES_OF_CORES if devices.cores() > len(mesh.local_devices) else most
             rows *= layout.slots
+        width = max(layout.row_bytes // 4, sum(leaf.size for leaf in jax.tree.leaves(state.params)))
+        whole_loops = apart and rows * width <= _MOST_FACTORS_OF_WHOLE_LOOPS
         if apart:
             parts *= _fewest_parts(rows, most // layout.row_bytes)
         else:
@@ -330,9 +337,8 @@ def compile_train_block(
             used = jnp.stack([(tags > 0).sum(dtype=tags.dtype), tags.sum(dtype=tags.dtype)])[None]
         return state, history, used
 
-    options = _ORDERED_OPTIONS if reduction == "ordered" else {}
-    outputs = (None, None, 0)
-    return _compile(block, layout, mesh, (state, *arguments), backend, dict(options), outputs, donate=True)
+    options = _options(reduction, platform, whole_loops)
+    return _compile(block, layout, mesh, (state, *arguments), backend, options, (None, None, 0), donate=True)
 
 
 def _in_any_parts(model: Model, state: TrainState) -> bool:
@@ -418,8 +424,16 @@ def compile_eval_block(
             history,
         )
 
-    options = _ORDERED_OPTIONS if reduction == "ordered" else {}
-    return _compile(block, layout, mesh, (variables, *arguments), backend, dict(options), None, donate=False)
+    options = _options(reduction, platform)
+    return _compile(block, layout, mesh, (variables, *arguments), backend, options, None, donate=False)
+
+
+def _options(reduction: str, platform: str, whole_loops: bool = False) -> dict[str, str]:
+    """What the compiler is told: the passes to leave out."""
+    left_out = [_MERGING] if reduction == "ordered" else []
+    if platform == "cpu" and not (whole_loops and devices.makes_whole_loops()):
+        left_out.append(_WHOLE_LOOPS)
+    return {"xla_disable_hlo_passes": ",".join(left_out)} if left_out else {}
 
 
 def _compile(
@@ -428,7 +442,7 @@ def _compile(
     mesh: Mesh,
     arguments: tuple[Any, ...],
     backend: str,
-    options: dict[str, Any],
+    options: dict[str, str],
     outputs: Any,
     donate: bool,
 ) -> Callable[..., Any]:
