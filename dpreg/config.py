@@ -24,6 +24,18 @@ MISSING = ("error", "drop", "mean")
 TRANSFORMS = ("none", "log", "standardize")
 
 
+# What --help shows: the flags that most runs need. --helpfull shows all.
+COMMON = {
+    "Rows": (
+        *("dataset", "target", "features", "categorical", "weight_column", "missing", "validation_fraction"),
+        *("num_train", "num_val", "batch_size", "seed"),
+    ),
+    "Model": ("model", "loss", "l2", "solver"),
+    "Steps": ("optimizer", "lr", "lr_schedule", "max_epochs", "patience"),
+    "Devices": ("platform", "num_devices", "num_shards", "reduction", "precision"),
+    "Run": ("mode", "workdir", "output", "resume", "checkpoint_every_seconds"),
+}
+
 # Of what decides the answer, that which --mode=evaluate and predict take from the flags where they are given.
 _ASKED = ("dataset", "batch_size", "missing")
 
@@ -58,7 +70,9 @@ class Columns:
         (), "Columns to fit on, separated by commas. Default: all but the target.", decides=True
     )
     exclude: tuple[str, ...] = _flag((), "Columns not to fit on, where --features names none.", decides=True)
-    weight_column: str | None = _flag(None, "Column of sample weights, 0 or more.", decides=True)
+    weight_column: str | None = _flag(
+        None, "Column of sample weights, 0 or more. Default: all rows weigh 1.", decides=True
+    )
     categorical: tuple[str, ...] = _flag(
         (), "Features that are categories: one column of 0 and 1 for each, and one for all others.", decides=True
     )
@@ -141,7 +155,9 @@ class Config(Columns):
         decides=True,
     )
     data_dir: str | None = _flag(None, "Where TFDS datasets are prepared. Default: TFDS's own place.")
-    validation_dataset: str | None = _flag(None, "A table whose rows are held out instead of a share.", decides=True)
+    validation_dataset: str | None = _flag(
+        None, "A table whose rows are held out. Default: a share of the rows.", decides=True
+    )
     output: str | None = _flag(None, "Where --mode=predict writes: a .csv or .parquet file.", who=True)
     cache_dir: str | None = _flag(None, "Where tables lie once they are read. Default: ~/.cache/dpreg/tables.")
     w: tuple[float, ...] = _flag((2.0, -3.4), "True weights of the synthetic data, separated by commas.")
@@ -228,7 +244,9 @@ class Config(Columns):
     keep: int = _flag(3, "How many checkpoints to keep, the newest.", least=1)
     audit: bool = _flag(True, "Check each epoch that every row was used exactly once, over all processes.")
     profile: str | None = _flag(
-        None, "START:STOP: trace these steps, to whole blocks, into the workdir's profile/ (TensorBoard, Perfetto)."
+        None,
+        "START:STOP: trace these steps, to whole blocks, into the workdir's profile/ (TensorBoard, Perfetto). "
+        "Default: none.",
     )
     step_timeout: float | None = _flag(
         None,

@@ -1,13 +1,16 @@
 """What every door does: parse flags, and end with one line where something is wrong."""
 
+import functools
 import pathlib
+import shutil
 import sys
+import textwrap
 from collections.abc import Callable
 from typing import NoReturn
 
 from absl import app, flags
 
-from dpreg.config import Config, define_flags
+from dpreg.config import COMMON, Config, define_flags
 from dpreg.errors import InputError
 
 _PRESET = "config_preset"
@@ -15,12 +18,11 @@ _PRESET = "config_preset"
 
 def enter(main: Callable[[list[str]], None]) -> NoReturn:
     """Parses the flags of a run, and those that the door has defined, and hands over to it."""
+    own = [flag.name for flag in flags.FLAGS.get_key_flags_for_module(sys.argv[0])]
     define_flags()
     names = ", ".join(_presets())
     flags.DEFINE_string(_PRESET, None, f"A flagfile of dpreg's own: {names}.", module_name=Config.__module__)
-    for flag in flags.FLAGS.get_key_flags_for_module(Config.__module__):
-        flags.FLAGS.register_key_flag_for_module(sys.argv[0], flag)  # so that --help lists them
-    app.run(main, flags_parser=_parse)
+    app.run(main, flags_parser=functools.partial(_parse, sys.modules[main.__module__].__doc__, own))
 
 
 def leave(error: Exception, code: int) -> NoReturn:
@@ -36,8 +38,11 @@ def leave_for(error: OSError) -> NoReturn:
     leave(InputError(f"{error.filename}: {error.strerror}: free or change it"), InputError.exit_code)
 
 
-def _parse(argv: list[str]) -> list[str]:
-    """Bad flags are one line and exit code 2, where absl has a page and 1."""
+def _parse(about: str | None, own: list[str], argv: list[str]) -> list[str]:
+    """Bad flags are one line and exit code 2, where absl has a page and 1; --help is a page, where absl has many."""
+    if {"--help", "-help", "-h"} & set(argv):
+        print(_help(about, own))
+        sys.exit(0)
     try:
         rest = flags.FLAGS([_with_preset(argument) for argument in argv])
         if len(rest) > 1:
@@ -45,6 +50,21 @@ def _parse(argv: list[str]) -> list[str]:
         return rest
     except (flags.Error, InputError, UnicodeDecodeError) as error:
         leave(error, InputError.exit_code)
+
+
+def _help(about: str | None, own: list[str]) -> str:
+    """What the door is about, and the common flags in groups, with their defaults; first those of its own."""
+    width = min(shutil.get_terminal_size().columns, 120)
+    lines = [about.strip()] if about else []
+    for group, names in {"This command": own, **COMMON, "Flags": (_PRESET,)}.items():
+        lines += ["", group] if names else []
+        for name in names:
+            flag = flags.FLAGS[name]
+            default = f" [{flag.default_as_str}]" if flag.default not in (None, []) else ""
+            text = f"  --{name:<24} {flag.help}{default.replace(chr(39), '')}"
+            lines.append(textwrap.fill(text, width, subsequent_indent=" " * 29))
+    ends = "In [ ] stands what holds without the flag. --flagfile=FILE takes flags from a file. --helpfull lists all."
+    return "\n".join([*lines, "", textwrap.fill(ends, width)])
 
 
 def _presets() -> dict[str, str]:

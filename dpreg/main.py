@@ -1,4 +1,4 @@
-"""The main door: `python -m dpreg.main --flagfile=configs/cpu.cfg`. Parses, starts the devices, hands over."""
+"""`python -m dpreg.main --flagfile=configs/cpu.cfg` trains on all devices, or predicts: the main door."""
 
 import contextlib
 import functools

@@ -1,5 +1,6 @@
 """The main door, as a user opens it: a process of its own, its outputs and its exit code."""
 
+import dataclasses
 import gzip
 import hashlib
 import json
@@ -15,6 +16,7 @@ import numpy as np
 import pyarrow.parquet
 import pytest
 
+from dpreg.config import Config
 from dpreg.data.order import keyed_hash
 from dpreg.errors import InputError
 from dpreg.observers.workdir import open_workdir
@@ -267,10 +269,20 @@ def test_divergence_is_exit_code_3_and_keeps_the_last_good_state(tmp_path):
     assert np.isfinite(state["params"]["w"]).all()
 
 
-def test_help_is_there():
-    done = dpreg("--help")
-    assert "--num_devices" in done.stdout
-    assert "Logical shards" in done.stdout
+def test_help_is_short_and_grouped_and_helpfull_complete():
+    """Each flag with what holds without it: in words, or as its default."""
+    short, full = dpreg("--help"), dpreg("--helpfull")
+    assert short.returncode == 0
+    assert len(short.stdout.splitlines()) < 80
+    assert "\nDevices\n  --platform" in short.stdout
+    assert "--num_shards               Logical shards" in short.stdout
+    assert "[8]" in short.stdout
+    for field in dataclasses.fields(Config):
+        if field.metadata:
+            assert f"--{field.name}:" in full.stdout or f"--[no]{field.name}:" in full.stdout
+            assert field.default is not None or field.metadata["who"] or "Default: " in field.metadata["help"]
+    plan = subprocess.run([sys.executable, "-m", "dpreg.plan", "--help"], cwd=ROOT, capture_output=True, text=True)
+    assert "\nThis command\n  --topology" in plan.stdout
 
 
 def test_a_terminal_shows_a_bar(tmp_path):
