@@ -5,7 +5,7 @@ import pathlib
 import shutil
 import sys
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import NoReturn
 
 from absl import app, flags
@@ -16,13 +16,17 @@ from dpreg.errors import InputError
 _PRESET = "config_preset"
 
 
-def enter(main: Callable[[list[str]], None]) -> NoReturn:
-    """Parses the flags of a run, and those that the door has defined, and hands over to it."""
+def enter(main: Callable[[list[str]], None], of_runs: bool = False) -> NoReturn:
+    """Parses flags and hands over to the door: those of a run and its own, or its own alone and the names of runs."""
     own = [flag.name for flag in flags.FLAGS.get_key_flags_for_module(sys.argv[0])]
+    about = sys.modules[main.__module__].__doc__
+    if of_runs:
+        app.run(main, flags_parser=functools.partial(_parse, lambda: _help(about, {"Flags": own}), True))
     define_flags()
     names = ", ".join(_presets())
     flags.DEFINE_string(_PRESET, None, f"A flagfile of dpreg's own: {names}.", module_name=Config.__module__)
-    app.run(main, flags_parser=functools.partial(_parse, sys.modules[main.__module__].__doc__, own))
+    groups = {"This command": own, **COMMON, "Flags": (_PRESET,)}
+    app.run(main, flags_parser=functools.partial(_parse, lambda: _help(about, groups), False))
 
 
 def leave(error: Exception, code: int) -> NoReturn:
@@ -38,25 +42,25 @@ def leave_for(error: OSError) -> NoReturn:
     leave(InputError(f"{error.filename}: {error.strerror}: free or change it"), InputError.exit_code)
 
 
-def _parse(about: str | None, own: list[str], argv: list[str]) -> list[str]:
+def _parse(help: Callable[[], str], of_runs: bool, argv: list[str]) -> list[str]:
     """Bad flags are one line and exit code 2, where absl has a page and 1; --help is a page, where absl has many."""
     if {"--help", "-help", "-h"} & set(argv):
-        print(_help(about, own))
+        print(help())
         sys.exit(0)
     try:
         rest = flags.FLAGS([_with_preset(argument) for argument in argv])
-        if len(rest) > 1:
+        if len(rest) > 1 and not of_runs:
             raise InputError(f"{rest[1]}: not a flag; flags are given as --name=value")
         return rest
     except (flags.Error, InputError, UnicodeDecodeError) as error:
         leave(error, InputError.exit_code)
 
 
-def _help(about: str | None, own: list[str]) -> str:
-    """What the door is about, and the common flags in groups, with their defaults; first those of its own."""
+def _help(about: str | None, groups: Mapping[str, Sequence[str]]) -> str:
+    """What the door is about, and flags in groups, with their defaults."""
     width = min(shutil.get_terminal_size().columns, 120)
     lines = [about.strip()] if about else []
-    for group, names in {"This command": own, **COMMON, "Flags": (_PRESET,)}.items():
+    for group, names in groups.items():
         lines += ["", group] if names else []
         for name in names:
             flag = flags.FLAGS[name]

@@ -64,7 +64,7 @@ def test_the_default_run_and_its_outputs(tmp_path):
     assert records[-1]["val_loss"] == summary["val_loss"]
 
     report = (tmp_path / "report.html").read_text()
-    assert report.count("<polyline") == 2
+    assert report.count("<polyline") == 3  # training and validation loss, rows per second
     assert not re.search(r"(src|href)=|https?:|@import|url\(", report)
     assert list((tmp_path / "checkpoints").iterdir()) == [tmp_path / "checkpoints" / "96"]
 

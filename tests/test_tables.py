@@ -513,7 +513,7 @@ def test_imports_go_downward():
         ("predictor", "solver"),
         ("trainer",),
         ("observers", "build"),
-        ("doctor", "plan", "scaling", "sklearn"),
+        ("doctor", "plan", "report", "scaling", "sklearn"),
         ("predict",),
         ("main",),
     ]

@@ -1,0 +1,90 @@
+"""`python -m dpreg.report W1 W2 ...` compares the runs in these workdirs: what they were, reached and cost.
+
+With --output=FILE.html also on a page, with their curves one over the other.
+"""
+
+import json
+import pathlib
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from absl import flags
+from rich.console import Console
+from rich.table import Table
+
+from dpreg.door import enter, leave, leave_for
+from dpreg.errors import InputError
+from dpreg.observers.metrics import read_metrics
+from dpreg.observers.report import shown, write_comparison
+
+_REACHED, _COST = ("epoch", "train_loss", "val_loss"), ("rows_per_second", "device_count", "process_count")
+_DIGITS = 12  # of a digest: enough to tell runs apart
+
+
+class Run(NamedTuple):
+    """A finished run, as its workdir tells it."""
+
+    summary: Mapping[str, Any]
+    records: list[dict[str, Any]]
+    flags: Mapping[str, str]
+
+
+def read_run(workdir: pathlib.Path) -> Run:
+    """What a run has left in its workdir.
+
+    Raises:
+      InputError: when there is no finished run.
+    """
+    try:
+        summary = json.loads((workdir / "summary.json").read_text(encoding="utf-8"))
+        lines = (workdir / "flags.cfg").read_text(encoding="utf-8").splitlines()
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise InputError(f"{workdir}: holds no finished run; name the --workdir of one") from error
+    except ValueError as error:
+        raise InputError(f"{workdir}/summary.json: is none of dpreg: {error}") from error
+    return Run(summary, read_metrics(workdir / "metrics.jsonl"), dict(line[2:].split("=", 1) for line in lines))
+
+
+def compare(runs: Mapping[str, Run]) -> dict[str, list[Any]]:
+    """A row for each result, and for each flag that is not the same in all runs: its values, run by run."""
+    metrics = dict.fromkeys(name for run in runs.values() for name in run.summary["metrics"])
+    rows = {name: [run.summary[name] for run in runs.values()] for name in _REACHED}
+    rows |= {name: [run.summary["metrics"].get(name) for run in runs.values()] for name in metrics}
+    rows |= {name: [run.summary[name] for run in runs.values()] for name in _COST}
+    rows["params_sha256"] = [run.summary["params_sha256"][:_DIGITS] for run in runs.values()]
+    for flag in sorted({flag for run in runs.values() for flag in run.flags}):
+        values = [run.flags.get(flag) for run in runs.values()]
+        if len(set(values)) > 1:
+            rows[f"--{flag}"] = values
+    return rows
+
+
+def _main(argv: list[str]) -> None:
+    try:
+        if len(argv) < 2:
+            raise InputError("name the workdirs of the runs to compare: python -m dpreg.report W1 W2")
+        runs = {name: read_run(pathlib.Path(name)) for name in argv[1:]}
+        rows = compare(runs)
+        table = Table("", *runs, box=None)
+        for name, values in rows.items():
+            table.add_row(name, *map(shown, values))
+        Console(markup=False, highlight=False).print(table)
+        if len(runs) > 1:
+            print("parameters: the same bits" if len(set(rows["params_sha256"])) == 1 else "parameters: other bits")
+        if output := flags.FLAGS["output"].value:
+            write_comparison(pathlib.Path(output), {name: run.records for name, run in runs.items()}, rows)
+            print(f"also in {output}")
+    except InputError as error:
+        leave(error, error.exit_code)
+    except OSError as error:
+        leave_for(error)
+
+
+def main() -> None:
+    """The entry point."""
+    flags.DEFINE_string("output", None, "A page to write: FILE.html. Default: none.")
+    enter(_main, of_runs=True)
+
+
+if __name__ == "__main__":
+    main()

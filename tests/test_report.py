@@ -1,0 +1,61 @@
+"""`python -m dpreg.report`: runs beside each other."""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+
+import pytest
+from cluster import ROOT
+
+NAMES = ("one", "two", "other")
+
+
+def door(module, *arguments, cwd=ROOT):
+    command = [sys.executable, "-m", f"dpreg.{module}", *arguments]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=240)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """The same run on one device and on two, and another run."""
+    folder = tmp_path_factory.mktemp("runs")
+    for name, *flags in (("one", "--num_devices=1"), ("two", "--num_devices=2"), ("other", "--lr=0.1", "--patience=2")):
+        done = door("main", "--platform=cpu", "--reduction=ordered", f"--workdir={folder / name}", *flags)
+        assert done.returncode == 0, done.stderr
+    return folder
+
+
+def test_runs_are_compared_by_results_bits_and_flags(runs):
+    done = door("report", *(str(runs / name) for name in NAMES), f"--output={runs / 'page.html'}")
+    assert done.returncode == 0, done.stderr
+    rows = {line.split()[0]: line.split()[1:] for line in done.stdout.splitlines() if len(line.split()) > 1}
+    summaries = [json.loads((runs / name / "summary.json").read_text()) for name in NAMES]
+    assert rows["val_loss"] == [f"{summary['val_loss']:.6g}" for summary in summaries]
+    assert rows["rmse"] == [f"{summary['metrics']['rmse']:.6g}" for summary in summaries]
+    assert rows["device_count"] == ["1", "2", str(summaries[2]["device_count"])]
+    assert rows["--lr"] == ["0.03", "0.03", "0.1"]
+    assert "--seed" not in rows  # it is the same
+    assert rows["params_sha256"][0] == rows["params_sha256"][1] == summaries[0]["params_sha256"][:12]
+    assert "parameters: other bits" in done.stdout
+    page = (runs / "page.html").read_text()
+    assert page.count("<polyline") == 3 * 3
+    assert not re.search(r"(src|href)=|https?:|@import|url\(", page)
+    same = door("report", str(runs / "one"), str(runs / "two"))
+    assert "parameters: the same bits" in same.stdout
+
+
+def test_what_is_no_run_is_one_line(runs, tmp_path):
+    shutil.copytree(runs / "one", tmp_path / "cut")
+    (tmp_path / "cut" / "summary.json").write_text("{")
+    for names, said in (
+        ((), "name the workdirs"),
+        ((str(tmp_path / "no"),), "holds no finished run"),
+        ((str(tmp_path / "cut"),), "is none of dpreg"),
+        ((str(runs / "one"), "--output=no/page.html"), "no/page.html: No such file"),
+        ((str(runs / "one"), "--outputs=page.html"), "Did you mean: output"),
+    ):
+        done = door("report", *names)
+        assert (done.returncode, len(done.stderr.splitlines())) == (2, 1), done.stderr
+        assert said in done.stderr
