@@ -10,6 +10,7 @@ from dpreg.models.linear import LinearRegressionScratch
 from dpreg.models.losses import squared_loss
 from dpreg.models.module import Module
 from dpreg.models.sgd import SGD
+from dpreg.parallel.devices import start
 from dpreg.parallel.step import TrainState
 from dpreg.trainer import Progress, Trainer
 
@@ -32,6 +33,7 @@ __all__ = [
     "Trainer",
     "read_table",
     "squared_loss",
+    "start",
 ]
 
 __version__ = "0.1.0"

@@ -1,0 +1,72 @@
+"""What the README and the guide show runs: every fenced block, page by page and in its order."""
+
+import os
+import pathlib
+import re
+import shlex
+import subprocess
+import sys
+
+import nbclient
+import nbformat
+import pytest
+from cluster import ROOT
+
+PAGES = [pathlib.Path(ROOT) / "README.md", *sorted((pathlib.Path(ROOT) / "docs").glob("*.md"))]
+INSTALL = "-m pip install"  # `.ci/run` runs these, and a newcomer
+
+
+def blocks(page, language):
+    return re.findall(rf"^```{language}\n(.*?)^```$", page.read_text(), re.DOTALL | re.MULTILINE)
+
+
+def run(command, folder):
+    """In an empty folder beside which dpreg is installed, as far as a shell can tell."""
+    for name in ("launch", "configs", "tests"):
+        (folder / name).symlink_to(pathlib.Path(ROOT) / name)
+    path = f"{pathlib.Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    environment = os.environ | {"PATH": path, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_the_snippets_of_a_page_run(page, tmp_path):
+    snippets = blocks(page, "python")
+    if not snippets:
+        pytest.skip("has none")
+    said = run([sys.executable, "-W", "error::DeprecationWarning:__main__", "-c", "\n".join(snippets)], tmp_path)
+    assert said or page.stem == "README"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_the_commands_of_a_page_run(page, tmp_path):
+    commands = [block for block in blocks(page, "sh") if INSTALL not in block]
+    if not commands:
+        pytest.skip("has none")
+    run(["bash", "-eu", "-c", "\n".join(commands)], tmp_path)
+
+
+def test_the_first_command_of_the_readme_trains(tmp_path):
+    first = blocks(PAGES[0], "sh")[0].split("&&")[-1]
+    command = [sys.executable, *shlex.split(first)[1:]]
+    assert "error in estimating w" in run([*command, f"--workdir={tmp_path / 'w'}"], tmp_path)
+
+
+def test_the_notebook_is_the_first_page_and_runs():
+    notebook = nbformat.read(PAGES[1].with_suffix(".ipynb"), as_version=4)
+    code = [cell.source for cell in notebook.cells if cell.cell_type == "code"]
+    assert code == [block.strip() for block in blocks(PAGES[1], "python")]
+    text = "\n\n".join(cell.source for cell in notebook.cells if cell.cell_type == "markdown")
+    assert text == re.sub(r"^```python\n.*?^```\n\n?", "", PAGES[1].read_text(), flags=re.DOTALL | re.MULTILINE).strip()
+    ran = nbclient.NotebookClient(notebook, timeout=240, kernel_name="python3").execute()
+    assert "devices: 8" in ran.cells[-2].outputs[0].text
+
+
+def test_links_lead_somewhere():
+    for page in PAGES:
+        for link in re.findall(r"\]\(([^)#]+)", page.read_text()):
+            assert link.startswith("http") or (page.parent / link).exists(), f"{page.name}: {link}"
+        for name in re.findall(r"`((?:dpreg|tests|launch|configs)/[\w/.-]+)`", page.read_text()):
+            assert (pathlib.Path(ROOT) / name).exists(), f"{page.name}: {name}"
