@@ -1,6 +1,6 @@
 """`python -m dpreg.report W1 W2 ...` compares the runs in these workdirs: what they were, reached and cost.
 
-With --output=FILE.html also on a page, with their curves one over the other.
+With --output=FILE.html also on a page, with their curves one over the other; with FILE.svg, the curves alone.
 """
 
 import json
@@ -82,7 +82,7 @@ def _main(argv: list[str]) -> None:
 
 def main() -> None:
     """The entry point."""
-    flags.DEFINE_string("output", None, "A page to write: FILE.html. Default: none.")
+    flags.DEFINE_string("output", None, "A page to write, FILE.html, or a picture, FILE.svg. Default: none.")
     enter(_main, of_runs=True)
 
 

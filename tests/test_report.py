@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
+import xml.etree.ElementTree
 
 import pytest
 from cluster import ROOT
@@ -42,6 +43,9 @@ def test_runs_are_compared_by_results_bits_and_flags(runs):
     page = (runs / "page.html").read_text()
     assert page.count("<polyline") == 3 * 3
     assert not re.search(r"(src|href)=|https?:|@import|url\(", page)
+    door("report", *(str(runs / name) for name in NAMES), f"--output={runs / 'curves.svg'}")
+    drawing = xml.etree.ElementTree.parse(runs / "curves.svg")
+    assert len(drawing.findall(".//{*}polyline")) == 3
     same = door("report", str(runs / "one"), str(runs / "two"))
     assert "parameters: the same bits" in same.stdout
 

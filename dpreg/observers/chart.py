@@ -25,7 +25,7 @@ h1 { font-size: 1.5rem; margin: 0; } h2 { font-size: 1.1rem; margin: 2rem 0 .5re
 p { margin: .25rem 0 0; color: var(--faint); }
 svg { width: 100%; height: auto; display: block; font: 13px system-ui, sans-serif; }
 @media (max-width: 40rem) { svg { font-size: 22px; } }
-svg text { fill: var(--faint); } .grid { stroke: var(--line); }
+svg text { fill: var(--faint); } svg .key { font-weight: 600; } .grid { stroke: var(--line); }
 .curve { fill: none; stroke-linejoin: round; vector-effect: non-scaling-stroke; }
 .legend { display: flex; flex-wrap: wrap; column-gap: 1.5rem; color: var(--ink); margin: 0 0 .25rem; }
 .legend i { display: inline-block; width: 1.2rem; height: .2rem; margin-right: .4rem; vertical-align: middle; }
@@ -39,6 +39,18 @@ def page(title: str, body: str, style: str = "") -> str:
         f'<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         f"<title>dpreg: {html.escape(title)}</title>\n<style>{STYLE}{style}</style>\n{body}\n</html>\n"
     )
+
+
+def picture(series: Mapping[str, Points], across: str, label: str) -> str:
+    """A `chart` of lines that may lie on each other, as an SVG file of its own."""
+    _, drawing = chart(series, across, label, covering=True).split("<svg", 1)
+    names = "".join(
+        f'<tspan style="fill: var(--line{number % _COLOURS})" dx="12">{html.escape(name)}</tspan>'
+        for number, name in enumerate(series)
+    )
+    key = f'<text class="key" x="{_WIDTH - _MARGIN}" y="{2 * _MARGIN}" text-anchor="end">{names}</text></svg>'
+    opened, rest = drawing.split(">", 1)
+    return f'<svg xmlns="http://www.w3.org/2000/svg"{opened}><style>{STYLE}</style>{rest.removesuffix("</svg>")}{key}\n'
 
 
 def chart(series: Mapping[str, Points], across: str, label: str, doubling: bool = False, covering: bool = False) -> str:
@@ -86,7 +98,7 @@ def chart(series: Mapping[str, Points], across: str, label: str, doubling: bool 
     for number, points in enumerate(finite.values()):
         colour = f"var(--line{number % _COLOURS})"
         line = " ".join(f"{right(x):.1f},{down(y):.1f}" for x, y in points)
-        width = 2 + 3 * (len(finite) - 1 - number) * covering
+        width = 2 + 4 * (len(finite) - 1 - number) * covering
         parts.append(f'<polyline class="curve" stroke="{colour}" stroke-width="{width}" points="{line}"/>')
         if len(points) <= _FEW_POINTS and not covering:
             parts += (f'<circle fill="{colour}" cx="{right(x):.1f}" cy="{down(y):.1f}" r="3"/>' for x, y in points)

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from dpreg.config import Config
-from dpreg.observers.chart import chart, page
+from dpreg.observers.chart import chart, page, picture
 
 _CURVES = {"train_loss": "training loss", "val_loss": "validation loss", "rows_per_second": "rows per second"}
 
@@ -75,10 +75,16 @@ def write_comparison(
 ) -> None:
     """Writes a page with the curves of several runs, one over the other, and what they reached.
 
+    Or, into an .svg file, a picture of their training losses alone.
+
     Args:
       records: of each run, by its name, the log points.
       rows: what is compared, by its name: a value for each run.
     """
+    if path.suffix == ".svg":
+        losses = {run: _curve(of_run, "train_loss") for run, of_run in records.items()}
+        path.write_text(picture(losses, "epoch", "training loss"), encoding="utf-8")
+        return
     body = "<h1>Runs</h1>"
     for name, title in _CURVES.items():
         curves = {run: _curve(of_run, name) for run, of_run in records.items()}
