@@ -49,6 +49,8 @@ def _parse(help: Callable[[], str], of_runs: bool, argv: list[str]) -> list[str]
         sys.exit(0)
     try:
         rest = flags.FLAGS([_with_preset(argument) for argument in argv])
+        if not of_runs and flags.FLAGS[_PRESET].value is not None:  # absl takes it in other places, and other forms
+            raise InputError(f"--{_PRESET}: write --{_PRESET}=NAME, on the command line")
         if len(rest) > 1 and not of_runs:
             raise InputError(f"{rest[1]}: not a flag; flags are given as --name=value")
         return rest

@@ -16,6 +16,7 @@ from rich.console import Console
 from dpreg.build import build_data, build_model, build_trainer
 from dpreg.config import Config
 from dpreg.data.dataset import Cast
+from dpreg.data.order import ORDER
 from dpreg.data.sources import RegressionData
 from dpreg.doctor import agree, examine
 from dpreg.door import enter, leave, leave_for
@@ -191,7 +192,7 @@ def _checkpoints(
     """The run's checkpoints, with the trainer brought to the newest, as --resume says."""
     with Checkpoints(
         workdir / "checkpoints",
-        config.identity() | {"data": data.fingerprint()},
+        config.identity() | {"data": data.fingerprint(), "order": ORDER},
         config.checkpoint_every_seconds,
         config.checkpoint_every_steps,
         config.keep,

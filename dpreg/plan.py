@@ -143,7 +143,7 @@ def plan(config: Config, topology: str | None = None) -> Plan:
     if system and config.placement == "auto":
         trainer = build_trainer(config, mesh=mesh)
         trainer.lay_out(data)
-        fits = trainer.train.resident_bytes <= system.chip.memory * RESIDENT_FRACTION
+        fits = trainer.train.resident_bytes <= system.memory * RESIDENT_FRACTION
         config = dataclasses.replace(config, placement="device" if fits else "host")
     compiled, seconds, trainer = _compiled(config, mesh, data, None)
     # Of loops the compiler counts one turn: what lies outside grows with the steps of a call.
@@ -165,12 +165,12 @@ def plan(config: Config, topology: str | None = None) -> Plan:
         steps_per_call=trainer.train.block_steps,
         collectives=exchanged,
         memory=held,
-        capacity=system.chip.memory if system else _capacity(mesh),
+        capacity=system.memory if system else _capacity(mesh),
         state_donated=held.donated >= state_bytes,
         operations=operations,
         bytes_moved=moved,
         compile_seconds=seconds,
-        seconds=_predicted(system, config, operations, moved, exchanged) if system and counted else {},
+        seconds=_predicted(system, config, operations if counted else None, moved, exchanged) if system else {},
     )
 
 
@@ -210,14 +210,12 @@ def _capacity(mesh: Mesh) -> float | None:
 
 
 def _predicted(
-    system: Slice | Hosts, config: Config, operations: float, moved: float, exchanged: list[Collective]
+    system: Slice | Hosts, config: Config, operations: float | None, moved: float, exchanged: list[Collective]
 ) -> dict[str, float]:
-    """Products and memory overlap; the exchange comes after them."""
+    """Products and memory overlap; the exchange comes after them. The exchange alone where operations are unknown."""
     exchange = sum(system.seconds(one.kind, one.size) for one in exchanged if one.each_step)
-    if isinstance(system, Hosts):
+    if isinstance(system, Hosts) or operations is None or config.precision not in _PASSES:
         return {"exchange": exchange}
-    if config.precision not in _PASSES:
-        return {}
     products = operations * _PASSES[config.precision] / system.chip.products
     from_memory = moved / system.chip.memory_rate
     step = max(products, from_memory) + exchange
@@ -235,7 +233,7 @@ def _apart(config: Config, topology: str) -> Plan:
     gpus = isinstance(system_named(topology), Hosts)
     if not any(map(importlib.util.find_spec, _PLUGINS if gpus else ("libtpu",))):
         what, extra = ("JAX's plugin for CUDA", "plan-gpu") if gpus else ("libtpu, which compiles for TPUs", "plan")
-        raise InputError(f"--topology={topology}: needs {what}: pip install -e '.[{extra}]'")
+        raise InputError(f"--topology={topology}: needs {what}: pip install 'dpreg[{extra}]', or -e '.[{extra}]'")
     os.environ.update(_COMPILER_ALONE)
     with tempfile.NamedTemporaryFile("r") as said:
         context = multiprocessing.get_context("spawn")

@@ -12,6 +12,7 @@ import contextlib
 import dataclasses
 import json
 import math
+import os
 import pathlib
 import socket
 import subprocess
@@ -191,6 +192,8 @@ class Laboratory:
                 who = [f"--{name}{value}" for name, value in zip(names, who, strict=True)] if count > 1 else []
             command = [sys.executable, *arguments, *(who if cores else [])]
             pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+            if cores and self.on_cores and not hasattr(os, "sched_setaffinity"):
+                pipes["env"] = os.environ | {"NPROC": "1"}  # a thread at least, where there are no cores to keep to
             running.append(subprocess.Popen(command, **pipes))
             if cores and self.on_cores:
                 devices.keep_to_core(running[-1].pid, number)

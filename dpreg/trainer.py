@@ -34,6 +34,7 @@ from dpreg.parallel.step import (
 )
 from dpreg.predictor import Predictor, errors_of, metrics_of
 
+_OPERATIONS_OF_CALL = 1 << 36  # a second or so of a CPU: signals, saves and progress wait for it
 _FEW_ROWS = 16  # fewer make poor batch statistics
 
 
@@ -275,6 +276,8 @@ class Trainer:
                 _FEW_ROWS,
             )
         self._model, self._predictor = model, None
+        parameters = sum(leaf.size for leaf in jax.tree.leaves(state.params))
+        self._steps_of_call = max(1, _OPERATIONS_OF_CALL // (6 * parameters * self.train.global_batch))
         self.state = devices.replicated(state, self.mesh)
         self.step, self.epoch_sums = 0, np.zeros((self.train.sampler.steps_per_epoch, 2))
         self.best = Best(math.inf, 0, jax.device_get(self.variables) if self.patience else {})
@@ -425,7 +428,7 @@ class Trainer:
         first = self.step
         if self.checkpoints and (every := self.checkpoints.every_steps):
             stop = min(stop, first - first % every + every)
-        for block in self.train.blocks(first, stop):
+        for block in self.train.blocks(first, stop, self._steps_of_call):
             if block.first_step > first and self.checkpoints and self.checkpoints.due():
                 return
             with jax.profiler.StepTraceAnnotation("train", step_num=block.first_step):
@@ -453,8 +456,9 @@ class Trainer:
             self.val_loss, self.metrics = None, {}
             return
         started = time.perf_counter()
-        blocks = ((b, self._eval_block(self.variables, *self.prepare_batch(b))) for b in self.val)
-        found = [errors for _, errors in devices.arrived(blocks, self.heartbeat)]
+        blocks = self.val.blocks(0, self.val.num_steps, self._steps_of_call)
+        calls = ((b, self._eval_block(self.variables, *self.prepare_batch(b))) for b in blocks)
+        found = [errors for _, errors in devices.arrived(calls, self.heartbeat)]
         self.val_loss, self.metrics = metrics_of(self._model, self._schema, found)
         if self.patience and not self.metrics:
             raise InputError(f"--patience={self.patience}: no row held out has a weight to measure by")

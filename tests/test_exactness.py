@@ -71,6 +71,34 @@ def test_ordered_holds_for_batches_of_any_size(inputs, rows, batch):
     assert len({run(*layout) for layout in ((1, "device"), (3, "host"), (8, "device"))}) == 1
 
 
+class Centred(dpreg.LinearRegressionScratch):
+    """Of a shard's rows together."""
+
+    def __call__(self, x):
+        return super().__call__(x - x.mean(axis=0, keepdims=True))
+
+
+class Noisy(dpreg.Module):
+    """At random without an argument that says so."""
+
+    lr: float = 0.01
+
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(1)(nn.Dropout(0.5, deterministic=not self.has_rng("dropout"))(x))
+
+
+@pytest.mark.parametrize("model", [Centred(3, 0.01), Noisy()])
+def test_models_that_take_rows_together_see_whole_shards_on_any_devices(model):
+    def run(num_devices):
+        return trained(model, Rows(1003).data(64), 1, num_devices)[0]
+
+    one, *others = (run(n) for n in (1, 2, 8))
+    for other in others:
+        for leaf, same in zip(one, other, strict=True):
+            np.testing.assert_allclose(leaf, same, rtol=1e-5, atol=1e-6)
+
+
 @functools.cache
 def network_run(optimizer, size, num_devices=8, num_val=0, **arguments):
     num_rows, batch = SIZES[size]

@@ -187,7 +187,7 @@ def tables(tmp_path):
         (["--num_devices=9"], "use --num_devices=8 or --num_shards=9"),
         (["--num_devices=50000"], "use --num_devices=8 or --num_shards=50000"),
         (["--standardize"], "--standardize=true"),
-        (["--platform=gpu"], "--flagfile=configs/cpu.cfg"),
+        (["--platform=gpu"], "use --config_preset=cpu"),
         (["--platform=abacus"], "use cpu, gpu or tpu"),
         (["--batch_size=30"], "use --batch_size=24 or 32"),
         (["--lr=-1"], "--lr=-1.0: use a value above 0"),

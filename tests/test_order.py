@@ -10,6 +10,7 @@ import pytest
 import dpreg
 from dpreg.data import order
 from dpreg.data.order import Sampler, keyed_hash, permute
+from dpreg.errors import InputError
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 7, 33, 64, 65, 1000, 4097])
@@ -138,3 +139,12 @@ def test_without_shuffle_rows_keep_their_order():
 def test_a_batch_that_shards_do_not_divide_is_refused_with_the_nearest_that_work(batch, near):
     with pytest.raises(dpreg.InputError, match=f"--batch_size={batch} .* use --batch_size={near},"):
         Sampler(100, 8, batch)
+
+
+def test_more_rows_than_int32_counts_are_refused():
+    with pytest.raises(InputError, match="too many for so few; use more shards"):
+        Sampler(2**31 - 1, 1, 3072)
+    sampler = Sampler(2**31 - 4096, 1, 1024)
+    last = sampler.positions(np.int32(sampler.steps_per_epoch - 1), np.int32(0), seed=0)
+    assert last.min() >= 0
+    assert (last < sampler.num_rows).sum() == (sampler.num_rows - 1) % 1024 + 1

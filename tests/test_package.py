@@ -51,6 +51,11 @@ def test_a_run_by_a_preset_from_an_empty_folder(installed, tmp_path):
     wrong = run("--config_preset=cup")
     assert (wrong.returncode, len(wrong.stderr.splitlines())) == (2, 1)
     assert "--config_preset=cup: there is none; use one of cpu, gpu, tpu" in wrong.stderr
+    (tmp_path / "mine.cfg").write_text("--config_preset=cpu\n")
+    for elsewhere in (("--config_preset", "cpu"), ("--flagfile=mine.cfg",)):
+        wrong = run(*elsewhere)
+        assert (wrong.returncode, len(wrong.stderr.splitlines())) == (2, 1)
+        assert "write --config_preset=NAME, on the command line" in wrong.stderr
 
 
 def test_the_version_stands_in_the_changelog_and_the_citation():

@@ -112,6 +112,9 @@ def test_an_exchange_goes_over_the_links_that_a_slice_has():
         ("h100:3", "use h100:HOSTSxGPUS, up to 1280 hosts of 1, 2, 4 or 8 GPUs each"),
         ("h100:0x8", "use h100:HOSTSxGPUS"),
         ("h100:", "use h100:HOSTSxGPUS"),
+        ("h100:x8", "use h100:HOSTSxGPUS"),
+        ("h100:²x8", "use h100:HOSTSxGPUS"),
+        ("v5p:²x4x4", "no such slice"),
         ("v5p", "there is no such slice"),
     ],
 )

@@ -9,6 +9,7 @@ import sys
 import pytest
 from cluster import ROOT
 
+from dpreg.parallel import devices
 from dpreg.scaling import Exchange, Measured, extrapolated
 
 
@@ -42,7 +43,7 @@ def test_devices_pay_until_each_does_half_of_what_one_does_alone():
     assert extrapolated(runs, [], 24, 32) == {}
 
 
-@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="one core")
+@pytest.mark.skipif(devices.cores() < 2, reason="one core")
 def test_a_run_on_one_core_and_on_two(tmp_path):
     done = subprocess.run(
         [

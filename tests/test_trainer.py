@@ -17,6 +17,7 @@ from models import Foreign, Net, Rows
 import dpreg
 from dpreg.parallel.devices import data_mesh
 from dpreg.parallel.reduce import tree_sum
+from dpreg.parallel.step import _fewest_parts
 
 
 def test_the_snippet_of_the_book_runs_on_all_devices():
@@ -283,6 +284,31 @@ def test_the_compiled_ordered_step_gathers_once(kind):
     text = program(kind, "ordered")
     assert text.count(" all-gather(") + text.count(" all-gather-start(") == 1
     assert "all-reduce" not in text
+
+
+@pytest.mark.parametrize(
+    ("rows", "most", "parts"), [(1, 8, 1), (8, 8, 1), (9, 8, 3), (5003, 100, 1), (40, 9, 5), (12, 0, 12), (521, 400, 1)]
+)
+def test_batches_are_cut_into_equal_parts_or_not_at_all(rows, most, parts):
+    assert _fewest_parts(rows, most) == parts
+
+
+def test_calls_of_models_that_compute_much_are_short(monkeypatch):
+    """As many steps a call as `_OPERATIONS_OF_CALL` has room for, to the same result."""
+
+    def run():
+        trainer = dpreg.Trainer(1, 1, placement="device", reduction="ordered")
+        steps = []
+        trainer.observers = (lambda progress: steps.append(progress.step),)
+        trainer.fit(Deep(), Rows(800).data(16, num_val=100))
+        return sorted(set(steps)), [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(trainer.state.params)]
+
+    _, result = run()
+    parameters = 3 * 16 + 16 + 16 * 16 + 16 + 16 + 1
+    monkeypatch.setattr("dpreg.trainer._OPERATIONS_OF_CALL", 6 * parameters * 16 * 3)
+    steps, again = run()
+    assert set(range(3, 50, 3)) <= set(steps)
+    assert again == result
 
 
 @pytest.mark.parametrize("reduction", ["pmean", "ordered"])

@@ -27,12 +27,11 @@ PRECISIONS = {  # what features are, on the devices; and targets, weights, and w
 }
 
 # Of a block. To be transferred, larger ones were slower and smaller ones are dominated by the call; rows that lie on
-# the devices are only to be gone through in less than a second.
-_BLOCK_BYTES, _RESIDENT_BLOCK_BYTES = 16 << 20, 1 << 30
+# the devices are only to be gone through in less than a second, and their numbers to take little memory.
+_BLOCK_BYTES, _RESIDENT_BLOCK_BYTES, _RESIDENT_BLOCK_ROWS = 16 << 20, 1 << 30, 1 << 22
 # A signal to stop is heard between blocks. Of several processes it takes some more blocks until all hear it, while
 # their steps are slow enough for a call to weigh little.
 _BLOCK_STEPS, _BLOCK_STEPS_AMONG_PROCESSES = 1 << 12, 1 << 8
-_FEW_RUNS = 4
 _TAG_ROWS = 1 << 18  # at a time: they stay in cache
 # Of a device's memory: rows up to this size are kept there. CPU devices have the host's own, where rows lie already.
 RESIDENT_FRACTION, _RESIDENT_FRACTION_OF_HOST = 1 / 4, 1 / 32
@@ -181,8 +180,10 @@ class Dataset:
     @functools.cached_property
     def block_steps(self) -> int:
         """Steps of one block, K: chosen by bytes. 2 at least, since K = 1 would be compiled to other bits."""
-        most_bytes = _BLOCK_BYTES if self.resolved_placement == "host" else _RESIDENT_BLOCK_BYTES
-        steps = self.steps_per_block or most_bytes // (self.row_bytes * self.global_batch)
+        rows = _BLOCK_BYTES // self.row_bytes
+        if self.resolved_placement == "device":
+            rows = min(_RESIDENT_BLOCK_BYTES // self.row_bytes, _RESIDENT_BLOCK_ROWS)
+        steps = self.steps_per_block or rows // self.global_batch
         epoch, most = self.sampler.steps_per_epoch, _BLOCK_STEPS
         if len({device.process_index for device in self._mesh.devices.flat}) > 1:
             most = _BLOCK_STEPS_AMONG_PROCESSES
@@ -255,9 +256,10 @@ class Dataset:
             count.shape, 0, lambda d: count[d : d + 1]
         )
 
-    def blocks(self, start: int, stop: int) -> Iterator[Block]:
-        """The blocks of steps [start, stop)."""
-        firsts = range(start, stop, self.block_steps)
+    def blocks(self, start: int, stop: int, most: int | None = None) -> Iterator[Block]:
+        """The blocks of steps [start, stop); of rows that lie on the devices with so many steps at most."""
+        steps = min(self.block_steps, most) if most and self.data is not None else self.block_steps
+        firsts = range(start, stop, steps)
         if self.data is not None:
             made: Iterator[Batch] = itertools.repeat(self.data, len(firsts))
         elif self.ahead and self._mesh.devices.flat[0].platform != "cpu":
@@ -265,7 +267,7 @@ class Dataset:
         else:
             made = map(self._gathered, firsts)
         for first, data in zip(firsts, made, strict=True):
-            yield Block(first, min(self.block_steps, stop - first), data)
+            yield Block(first, min(steps, stop - first), data)
 
     def reader(self, data: Batch, shards: Array, first_step: Array, seed: Array) -> Read:
         """How a compiled step reads a block: traced, on one device.
@@ -315,8 +317,11 @@ class Dataset:
         run = self.sampler.run
         runs = runs + (self.sampler.shard_runs + 1) * jnp.arange(self.slots, dtype=jnp.int32)[None, :, None]
         runs = runs.astype(jnp.uint32)  # never negative: no counting from the end to be looked for
-        flat = {  # a run is read as one long row
-            name: column.reshape(-1, run * math.prod(column.shape[2:])) for name, column in data.items()
+        # On CPU a run is read as one long row. The compiler for TPUs takes minutes over those.
+        long = self._mesh.devices.flat[0].platform == "cpu"
+        flat = {
+            name: column.reshape(-1, run * math.prod(column.shape[2:]) if long else math.prod(column.shape[2:]))
+            for name, column in data.items()
         }
 
         def fetch(chosen: Callable[[Array], Array], axis: int, part: Array | int = 0, parts: int = 1) -> Batch:
@@ -325,9 +330,11 @@ class Dataset:
             if whole_runs:
                 which = _part(which, axis, part, parts)
             lead = (*which.shape[:axis], which.shape[axis] * run)
+            if not long:
+                which = (which[..., None] * run + jnp.arange(run, dtype=jnp.uint32)).reshape(lead)
 
             def gathered(name: str, column: Array) -> Array:
-                rows = _taken(flat[name], which).reshape(*lead, *column.shape[2:])
+                rows = flat[name].at[which].get(mode="promise_in_bounds").reshape(*lead, *column.shape[2:])
                 return rows if whole_runs else _part(rows, axis, part, parts)
 
             return {name: gathered(name, column) for name, column in data.items()}
@@ -389,13 +396,6 @@ class Dataset:
         if self.mesh is None:
             raise InputError("the dataset is not sharded: call .shard(mesh, num_shards) before iterating")
         return self.mesh
-
-
-def _taken(rows: Array, which: Array) -> Array:
-    """Rows by their numbers. A few are copied one by one: on CPU up to four times as fast as a gather."""
-    if which.ndim == 1 and len(which) <= _FEW_RUNS:
-        return jnp.concatenate([lax.dynamic_slice_in_dim(rows, one, 1) for one in which])
-    return rows.at[which].get(mode="promise_in_bounds")
 
 
 def _part(rows: Array, axis: int, part: Array | int, parts: int) -> Array:

@@ -13,6 +13,7 @@ from dpreg.errors import InputError
 
 Integers = Any  # a NumPy or a JAX array of integers, or an int
 
+ORDER = 2  # raised with each change to which row is where: a run is only taken up in the order that it began with
 _ROUNDS = 6
 _SMALLEST_DOMAIN = 64  # with fewer, orders of a few elements are measurably unequal in frequency
 # Rows that lie together are read several times as fast. They stay together where a shard and a global batch have many
@@ -125,7 +126,8 @@ class Sampler:
     the ragged ends. Shuffled are runs of `run` neighbouring rows. None of it knows of devices.
 
     Raises:
-      InputError: when `num_shards` does not divide `global_batch`; names the nearest values that work.
+      InputError: when `num_shards` does not divide `global_batch`, which names the nearest values that work; or a shard
+        has more rows than int32 counts, with the padding of its last batch.
     """
 
     num_rows: int
@@ -141,6 +143,8 @@ class Sampler:
                 f"--batch_size={batch} is not a multiple of --num_shards={shards}: "
                 f"use --batch_size={' or '.join(map(str, near))}, or another --num_shards"
             )
+        if self.shard_capacity + self.shard_batch + 2 * _LARGEST_RUN >= 2**31:
+            raise InputError(f"--num_shards={shards}: {self.num_rows:,} rows are too many for so few; use more shards")
 
     @property
     def shard_batch(self) -> int:

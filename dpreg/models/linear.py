@@ -1,7 +1,7 @@
 """Linear regression."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import jax.numpy as jnp
 import numpy as np
@@ -39,6 +39,7 @@ class LinearRegressionScratch(Module):
     sigma: float = 0.01
     num_targets: int = 1
     intercept: bool = True
+    rows_apart: ClassVar[bool] = True
 
     def setup(self) -> None:
         """Creates the parameters."""

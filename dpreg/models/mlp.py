@@ -1,6 +1,7 @@
 """Models beside the one from scratch: the concise linear one, and multilayer perceptrons."""
 
 from collections.abc import Sequence
+from typing import ClassVar
 
 from flax import linen as nn
 from jax import Array
@@ -22,6 +23,7 @@ class LinearRegression(Module):
     lr: float = 0.03
     sigma: float = 0.01
     intercept: bool = True
+    rows_apart: ClassVar[bool] = True
 
     @nn.compact
     def __call__(self, x: Array) -> Array:

@@ -1,5 +1,7 @@
 """What the trainer asks of a model."""
 
+from typing import ClassVar
+
 import optax
 from flax import linen as nn
 from jax import Array
@@ -16,6 +18,9 @@ class Module(nn.Module, kw_only=True):
     `configure_optimizers` where it has no field `lr`. A flax module that is no subclass but has these
     two methods trains as well. Padding rows are hidden from every `nn.BatchNorm`.
 
+    With `rows_apart = True` a class says that what its `__call__` makes of a row depends on no other row and on no
+    random number: batches may then be taken in parts that stay in cache.
+
     Attributes:
       objective: the loss, with its link and its metrics; keyword only.
       optimizer: an optax transformation instead of `SGD(lr)`; keyword only.
@@ -23,6 +28,7 @@ class Module(nn.Module, kw_only=True):
 
     objective: Loss = SQUARED
     optimizer: optax.GradientTransformation | None = None
+    rows_apart: ClassVar[bool] = False
 
     def loss(self, prediction: Array, target: Array) -> Array:
         """The loss of each row: [n, p], [n, t] -> [n]. Never a mean: the step owns the weights."""

@@ -54,6 +54,11 @@ class Slice:
     shape: tuple[int, ...]
 
     @property
+    def memory(self) -> float:
+        """Bytes of a chip."""
+        return self.chip.memory
+
+    @property
     def _wraps(self) -> bool:
         """Whether the ends of axes are linked: of cubes of 4 chips a side and more, and of whole pods of two axes."""
         return all(size % 4 == 0 for size in self.shape) if self.chip.axes == 3 else min(self.shape) == 16
@@ -160,8 +165,13 @@ class Hosts:
     hosts: int
     each: int
 
+    @property
+    def memory(self) -> float:
+        """Bytes of a GPU that JAX allocates, where XLA_PYTHON_CLIENT_MEM_FRACTION does not say otherwise."""
+        return 0.75 * self.chip.memory
+
     def seconds(self, kind: str, size: int) -> float:
-        """Of an exchange that gives each GPU so many bytes: in a ring, as fast as its slowest link, a sum twice."""
+        """Of an exchange that gives each GPU so many bytes: as fast as its slowest link, a sum twice."""
         count = self.hosts * self.each
         if count == 1:
             return 0.0
@@ -179,13 +189,19 @@ def system_named(name: str) -> Slice | Hosts:
     kind, _, text = name.partition(":")
     if kind in GPUS:
         hosts, _, each = text.rpartition("x")
-        numbers = [int(part) if part.isdigit() else 0 for part in (hosts or "1", each)]
+        if not hosts and "x" not in text:
+            hosts = "1"
+        numbers = [int(part) if _is_number(part) else 0 for part in (hosts, each)]
         if not 1 <= numbers[0] <= _MOST_HOSTS or numbers[1] not in _GPUS_OF_HOST:
             raise InputError(
                 f"--topology={name}: use {kind}:HOSTSxGPUS, up to {_MOST_HOSTS} hosts of 1, 2, 4 or 8 GPUs each"
             )
         return Hosts(name, GPUS[kind], *numbers)
     return _slice_named(name)
+
+
+def _is_number(text: str) -> bool:
+    return text.isascii() and text.isdecimal()
 
 
 def _slice_named(name: str) -> Slice:
@@ -198,7 +214,7 @@ def _slice_named(name: str) -> Slice:
         )
     chip = CHIPS[kind]
     parts = text.split("x")
-    shape = tuple(int(part) for part in parts if part.isdigit())
+    shape = tuple(int(part) for part in parts if _is_number(part))
     if len(shape) != len(parts) or not _exists(chip, shape):
         some = ", ".join("x".join(map(str, shape)) for shape in _shapes(chip))
         raise InputError(f"--topology={name}: there is no such slice of several chips; {kind} has {some}")

@@ -21,7 +21,6 @@ from dpreg.parallel.reduce import AXIS
 _MAX_IN_FLIGHT = 8
 # XLA's own limit, in bytes, to what a loop may read that becomes one function is 1 kB: step.py says which loops do.
 _ALL_LOOPS = f"--xla_backend_extra_options=xla_cpu_small_while_loop_byte_threshold={2**63 - 1}"
-_CONFIGS = {"cpu": "configs/cpu.cfg", "gpu": "configs/gpu.cfg", "tpu": "configs/tpu.cfg"}
 
 Item = TypeVar("Item")
 
@@ -78,7 +77,7 @@ def start(
 
 
 def cores() -> int:
-    """Cores that this process may run on: as many threads XLA computes with on CPU, for all its devices."""
+    """Cores that this process may run on: XLA computes with as many threads on CPU, for all devices of the process."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
@@ -121,9 +120,9 @@ def data_mesh(num_shards: int, platform: str | None = None, num_devices: int | N
     try:
         local = jax.local_devices(backend=platform)
     except RuntimeError as error:
-        config = _CONFIGS[jax.default_backend()]
+        preset = jax.default_backend()
         raise InputError(
-            f"--platform={platform}: there is none; this machine has {_there()}: use --flagfile={config}"
+            f"--platform={platform}: there is none; this machine has {_there()}: use --config_preset={preset}"
         ) from error
     count = jax.process_count()
     of_process = [[d for d in jax.devices(local[0].platform) if d.process_index == p] for p in range(count)]
@@ -146,7 +145,7 @@ def data_mesh(num_shards: int, platform: str | None = None, num_devices: int | N
         kind = local[0].platform
         raise InputError(
             f"--num_devices={wanted}: this machine has {_there()}; use --num_devices={len(local)} or fewer, "
-            + ("or --platform=cpu to simulate them" if kind != "cpu" else f"or --flagfile={_CONFIGS['cpu']}")
+            + ("or --platform=cpu to simulate them" if kind != "cpu" else "or --config_preset=cpu")
         )
     return Mesh(np.array([device for there in of_process for device in there[:wanted]]), (AXIS,))
 

@@ -47,7 +47,7 @@ _MERGING = "cse"
 # where a step takes few rows through few parameters, and slower where it has much to compute. Their bits differ: which
 # of them it is must not depend on the number of devices.
 _WHOLE_LOOPS = "small-while-loop-hoisting"
-_MOST_FACTORS_OF_WHOLE_LOOPS = 3 << 10
+_MOST_FACTORS_OF_WHOLE_LOOPS = 9 << 9
 
 # On CPU the rows of a step are taken in parts that stay in cache, so that the gradient finds there what the prediction
 # has read: in the cache of a core; or, where a device has several, in the common one, since the compiler shares out
@@ -342,17 +342,17 @@ def compile_train_block(
 
 
 def _in_any_parts(model: Model, state: TrainState) -> bool:
-    """Whether a model may be given rows in any parts: neither together, as of BatchNorm, nor at random, as of Dropout.
-
-    And has so few parameters that adding up their gradients costs little.
-    """
+    """Whether a model says that it may be given rows in any parts, and has few gradients to add up."""
+    says = next((of for of in type(model).__mro__ if "rows_apart" in vars(of)), None)
+    rows_apart = says is not None and vars(says)["rows_apart"] and type(model).__call__ is says.__call__
     gradient_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state.params))
-    return not (state.batch_stats or train_argument(model, True) or gradient_bytes * 16 > _PART_BYTES)
+    return rows_apart and gradient_bytes * 16 <= _PART_BYTES
 
 
 def _fewest_parts(rows: int, most: int) -> int:
-    """Into how many equal parts to cut rows, for one to have at most so many."""
-    return next((parts for parts in range(1, rows) if rows % parts == 0 and rows // parts <= most), rows)
+    """Into how many equal parts to cut rows, for one to have at most so many; 1 where that takes many more."""
+    fewest = -(-rows // max(most, 1))
+    return next((parts for parts in range(fewest, 2 * fewest + 1) if rows % parts == 0), 1)
 
 
 def _updated(state: TrainState, sums: tuple[PyTree, Array, _Rest], step: Array) -> TrainState:
