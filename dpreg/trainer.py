@@ -46,6 +46,7 @@ class Progress:
       step, num_steps: steps done, steps of the run.
       epoch, max_epochs: epochs done, in parts; epochs of the run.
       train_loss: mean loss per weight over the steps since the last log point; None between log points.
+      gradient_norm: of the mean loss in the last of these steps, before it is clipped; None between log points.
       val_loss, metrics: the mean loss and the metrics on the validation rows; only at the end of an epoch.
       rows_per_second: training speed in this epoch so far.
       audit: [2] uint32, how many rows this epoch used and the sum of their tags; only at the end of an audited one.
@@ -56,6 +57,7 @@ class Progress:
     epoch: float
     max_epochs: int
     train_loss: float | None = None
+    gradient_norm: float | None = None
     val_loss: float | None = None
     metrics: Mapping[str, float] | None = None
     rows_per_second: float = 0.0
@@ -131,7 +133,8 @@ class Trainer:
       step, steps_trained: steps done; those of them that this trainer did, not one that it goes on from.
       audit: the rows used in this epoch.
       best: with `patience`, the best epoch so far.
-      epoch_sums: [steps of an epoch, 2] weighted loss sum and weight sum of each step of this epoch so far.
+      epoch_sums: [steps of an epoch, 3] weighted loss sum, weight sum and norm of the gradient of each step of this
+        epoch so far.
       checkpoints: what saves the run while it trains; None for nothing.
       heartbeat: called whenever results have come from the devices, or a checkpoint has been taken.
       train_loss, val_loss, metrics: of the last epoch.
@@ -279,7 +282,7 @@ class Trainer:
         parameters = sum(leaf.size for leaf in jax.tree.leaves(state.params))
         self._steps_of_call = max(1, _OPERATIONS_OF_CALL // (6 * parameters * self.train.global_batch))
         self.state = devices.replicated(state, self.mesh)
-        self.step, self.epoch_sums = 0, np.zeros((self.train.sampler.steps_per_epoch, 2))
+        self.step, self.epoch_sums = 0, np.zeros((self.train.sampler.steps_per_epoch, 3))
         self.best = Best(math.inf, 0, jax.device_get(self.variables) if self.patience else {})
         self._train_block, self._eval_block = self.compile_train(model, self.state), None
         if self.val:
@@ -378,7 +381,7 @@ class Trainer:
         steps = self.train.sampler.steps_per_epoch
         start = self.step - self.step % steps
         if self.step == start:
-            self.epoch_sums = np.zeros((steps, 2))
+            self.epoch_sums = np.zeros((steps, 3))
             self.audit.begin()
         while self.step < start + steps:
             self._train_on(start)
@@ -395,6 +398,7 @@ class Trainer:
         self._tell(
             self.step,
             train_loss=_mean(self.epoch_sums[unlogged:]),
+            gradient_norm=float(self.epoch_sums[-1, 2]),
             val_loss=self.val_loss,
             metrics=self.metrics,
             audit=used,
@@ -415,8 +419,8 @@ class Trainer:
             self.step = start + done
             self._speed = (self.step - first) * len(self.train.source) / steps / (time.perf_counter() - began)
             for point in range(before // every * every + every, min(done + 1, steps), every):
-                mean = _mean(self.epoch_sums[point - every : point])
-                self._tell(start + point, train_loss=mean)
+                norm = float(self.epoch_sums[point - 1, 2])
+                self._tell(start + point, train_loss=_mean(self.epoch_sums[point - every : point]), gradient_norm=norm)
             self._tell(self.step)
             if good < block.num_steps:
                 raise Diverged(self.step + 1)
@@ -484,6 +488,17 @@ class Trainer:
         predictor = self.predictor()
         return predictor.evaluate(predictor.pieces(source))
 
+    def compared(self, source: Source, most: int) -> tuple[np.ndarray, np.ndarray]:
+        """(predicted, observed) for rows evenly spaced over a source: each [n, t] float64, in original units.
+
+        Args:
+          most: rows; those without weight are left out.
+        """
+        rows = source[np.arange(0, len(source), -(-len(source) // most))]
+        there = rows["weight"] > 0
+        predicted, observed = self.predict(rows["x"])[there], rows["y"][there].astype(np.float64)
+        return predicted, observed if self._schema is None else self._schema.prediction(observed)
+
     def predictor(self) -> Predictor:
         """The trained model on the trainer's devices; compiled once."""
         if not hasattr(self, "state"):
@@ -517,6 +532,6 @@ class Trainer:
 
 
 def _mean(sums: np.ndarray) -> float:
-    """The mean loss per weight of steps, from their [steps, 2] sums; 0 where nothing has a weight."""
-    loss, weight = sums.sum(axis=0)
+    """The mean loss per weight of steps, from their [steps, 3] sums; 0 where nothing has a weight."""
+    loss, weight = sums[:, :2].sum(axis=0)
     return float(loss / weight) if weight > 0 else 0.0

@@ -106,6 +106,40 @@ def test_gradient_clip_val_scales_the_global_gradient_to_its_norm():
     np.testing.assert_allclose(moved[0.1], moved[0.0] * 0.1 / np.linalg.norm(moved[0.0]), rtol=1e-5)
 
 
+@pytest.mark.parametrize("num_devices", [1, 2, 4, 8])
+@pytest.mark.parametrize(("reduction", "backend"), [("pmean", "jit"), ("ordered", "jit"), ("pmean", "pmap")])
+def test_the_gradient_norm_is_that_of_the_mean_loss_before_it_is_clipped(num_devices, reduction, backend):
+    """Against gradient descent in float64, on rows with weights that no number of devices divides."""
+    source, told = Rows(21, weighted=True).source(), []
+    trainer = dpreg.Trainer(
+        6, num_devices, 0.2, reduction=reduction, backend=backend, log_every_steps=1, observers=[told.append]
+    )
+    trainer.fit(dpreg.LinearRegressionScratch(3, lr=0.5), dpreg.RegressionData(source, None, 24))
+    x, y, c = np.c_[source.x, np.ones(21)].astype(np.float64), source.y.astype(np.float64), np.float64(source.weight)
+    start = dpreg.LinearRegressionScratch(3, lr=0.5).init(jax.random.key(0), source.x[:1])["params"]
+    theta, expected = np.float64(np.concatenate([start["w"], start["b"][:, None]])), []
+    for _ in range(6):
+        gradient = x.T @ ((x @ theta - y) * c[:, None]) / c.sum()
+        expected.append(np.linalg.norm(gradient))
+        theta -= 0.5 * gradient * min(1, 0.2 / expected[-1])
+    assert expected[0] > 0.2  # it is clipped
+    norms = [progress.gradient_norm for progress in told if progress.train_loss is not None]
+    np.testing.assert_allclose(norms, expected, rtol=1e-5)
+
+
+def test_predictions_are_compared_with_what_was_observed():
+    val = Rows(101, weighted=True, seed=4).source()
+    trainer = dpreg.Trainer(1, 3)
+    trainer.fit(dpreg.LinearRegressionScratch(3, lr=0.1), dpreg.RegressionData(Rows(40).source(), val, 8))
+    predicted, observed = trainer.compared(val, most=40)
+    rows = np.arange(0, 101, 3)
+    rows = rows[val.weight[rows] > 0]
+    assert 0 < len(rows) < 34
+    w, b = (np.float64(trainer.state.params[name]) for name in "wb")
+    np.testing.assert_allclose(predicted, val.x[rows] @ w + b, rtol=1e-5)
+    np.testing.assert_array_equal(observed, val.y[rows])
+
+
 class Relative(dpreg.Module):
     """A loss and a model that rows of zeros would make NaN: padding has to be real rows."""
 
@@ -313,8 +347,10 @@ def test_calls_of_models_that_compute_much_are_short(monkeypatch):
 
 @pytest.mark.parametrize("reduction", ["pmean", "ordered"])
 @pytest.mark.parametrize("num_devices", [1, 8])
-def test_loops_of_small_steps_alone_are_one_function(reduction, num_devices):
-    for kind, rows, whole in (("linear", 100, True), ("linear", 100_000, False), ("mlp", 3000, False)):
+def test_loops_are_one_function_where_they_need_one_core(reduction, num_devices, monkeypatch):
+    monkeypatch.setattr("dpreg.parallel.devices.cores", lambda: 4)
+    several_cores = reduction == "pmean" and num_devices == 1
+    for kind, rows, whole in (("linear", 100, True), ("linear", 100_000, not several_cores), ("mlp", 3000, False)):
         text = program(kind, reduction, num_devices=num_devices, rows=rows)
         assert ("xla_cpu_small_call" in text) == whole, (kind, rows)
 

@@ -43,16 +43,16 @@ BACKENDS = ("jit", "pmap")
 # that one rewrites x / s as x * (1 / s) where s has a single user. Without merging, both are simplified alike.
 _MERGING = "cse"
 
-# On CPU a loop is one function, or each operation in it is dispatched, for 60 ns. The former is up to twice as fast
-# where a step takes few rows through few parameters, and slower where it has much to compute. Their bits differ: which
-# of them it is must not depend on the number of devices.
+# On CPU a loop is one function, or each operation in it is dispatched, for 60 ns. The former is up to twice as fast,
+# but keeps to one core: where a device has several, it is for steps that take few rows through few parameters. The bits
+# of the two differ: which of them it is must not depend on the number of devices.
 _WHOLE_LOOPS = "small-while-loop-hoisting"
 _MOST_FACTORS_OF_WHOLE_LOOPS = 9 << 9
 
 # On CPU the rows of a step are taken in parts that stay in cache, so that the gradient finds there what the prediction
 # has read: in the cache of a core; or, where a device has several, in the common one, since the compiler shares out
-# large parts alone. Where rows are not to be parted, the shards of a device are taken one by one.
-_PART_BYTES, _PART_BYTES_OF_CORES = 5 << 18, 5 << 20
+# large parts alone. Where rows are not to be parted, the shards of a device are taken one by one if they are large.
+_PART_BYTES, _PART_BYTES_OF_CORES, _LARGE_SHARD_BYTES = 5 << 16, 5 << 20, 5 << 18
 
 
 class TrainState(train_state.TrainState):
@@ -243,25 +243,24 @@ def compile_train_block(
       accumulate: parts of a shard's batch that go through the model one after the other, before they are reduced.
 
     Returns:
-      `f(state, data, carried, clock) -> (state, sums, used)`; the state given is consumed. `sums` is
-      [block_steps, 2]: each step's weighted loss sum and weight sum (under pmean, both divided by the number
-      of devices). `used` lies along the devices, each with two uint32: how many tagged rows it used, and the
-      sum of their tags. A step whose loss or new parameters are not finite leaves the state as it was, as do
-      all after it, uses no rows and gives NaN for the loss.
+      `f(state, data, carried, clock) -> (state, sums, used)`; the state given is consumed. `sums` is [block_steps, 3]:
+      each step's weighted loss sum and weight sum (under pmean, both divided by the number of devices), and the norm
+      of the gradient of their quotient. `used` lies along the devices, each with two uint32: how many tagged rows it
+      used, and the sum of their tags. A step whose loss or new parameters are not finite leaves the state as it was,
+      as do all after it, uses no rows and gives NaN for the loss.
     """
     platform = mesh.devices.flat[0].platform
     parts, apart, one_by_one_shard, whole_loops = accumulate, _in_any_parts(model, state), False, False
     if platform == "cpu":
-        most, rows = _PART_BYTES, layout.shard_batch // accumulate
-        if reduction == "pmean":
-            most = _PART_BYTES_OF_CORES if devices.cores() > len(mesh.local_devices) else most
-            rows *= layout.slots
+        several_cores = reduction == "pmean" and devices.cores() > len(mesh.local_devices)
+        rows = layout.shard_batch // accumulate * (layout.slots if reduction == "pmean" else 1)
         width = max(layout.row_bytes // 4, sum(leaf.size for leaf in jax.tree.leaves(state.params)))
-        whole_loops = apart and rows * width <= _MOST_FACTORS_OF_WHOLE_LOOPS
         if apart:
-            parts *= _fewest_parts(rows, most // layout.row_bytes)
+            whole_loops = not several_cores or rows * width <= _MOST_FACTORS_OF_WHOLE_LOOPS
+            parts *= _fewest_parts(rows, (_PART_BYTES_OF_CORES if several_cores else _PART_BYTES) // layout.row_bytes)
         else:
-            one_by_one_shard = rows * layout.row_bytes > most
+            large = _PART_BYTES_OF_CORES if several_cores else _LARGE_SHARD_BYTES
+            one_by_one_shard = rows * layout.row_bytes > large
 
     def block(state: TrainState, data: PyTree, carried: Carried, packed: Array) -> tuple[TrainState, Array, Array]:
         clock = Clock(*packed)
@@ -318,17 +317,18 @@ def compile_train_block(
 
                 sums = mean_over_devices(over_parts(parts_together))
 
-            def update(_: Array, state: TrainState) -> TrainState:
+            def update(_: Array, before: tuple[TrainState, Array]) -> tuple[TrainState, Array]:
                 with jax.named_scope("update"):
-                    return _updated(state, sums, clock.first_step + k)
+                    return _updated(before[0], sums, clock.first_step + k)
 
-            new = one_by_one(update, clock.one, state) if reduction == "ordered" else update(k, state)
+            before = state, jnp.zeros((), history.dtype)
+            new, norm = one_by_one(update, clock.one, before) if reduction == "ordered" else update(k, before)
             _, value, rest = sums
             value = jnp.where(new.step > clock.first_step + k, value, jnp.nan)
-            return new, lax.dynamic_update_index_in_dim(history, jnp.stack([value, rest.weight]), k, 0)
+            return new, lax.dynamic_update_index_in_dim(history, jnp.stack([value, rest.weight, norm]), k, 0)
 
         steps = jnp.arange(layout.block_steps, dtype=jnp.int32)
-        nothing = jnp.zeros((layout.block_steps, 2), data["weight"].dtype)
+        nothing = jnp.zeros((layout.block_steps, 3), data["weight"].dtype)
         state, history = lax.fori_loop(0, clock.num_steps, step, (state, nothing))
         used = jnp.zeros((1, 2), jnp.uint32)
         if "tag" in data:
@@ -346,7 +346,7 @@ def _in_any_parts(model: Model, state: TrainState) -> bool:
     says = next((of for of in type(model).__mro__ if "rows_apart" in vars(of)), None)
     rows_apart = says is not None and vars(says)["rows_apart"] and type(model).__call__ is says.__call__
     gradient_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state.params))
-    return rows_apart and gradient_bytes * 16 <= _PART_BYTES
+    return rows_apart and gradient_bytes * 4 <= _PART_BYTES
 
 
 def _fewest_parts(rows: int, most: int) -> int:
@@ -355,8 +355,11 @@ def _fewest_parts(rows: int, most: int) -> int:
     return next((parts for parts in range(fewest, 2 * fewest + 1) if rows % parts == 0), 1)
 
 
-def _updated(state: TrainState, sums: tuple[PyTree, Array, _Rest], step: Array) -> TrainState:
-    """The state after a step with these sums; as it was, where that is not finite or an earlier step stopped."""
+def _updated(state: TrainState, sums: tuple[PyTree, Array, _Rest], step: Array) -> tuple[TrainState, Array]:
+    """The state after a step with these sums; as it was, where that is not finite or an earlier step stopped.
+
+    And the norm of the mean gradient.
+    """
     gradient, value, rest = sums
     # A multiplication by the inverse, as the compiler would make it anyway in some of the programs.
     per_weight = 1 / jnp.where(rest.weight > 0, rest.weight, 1)
@@ -366,10 +369,12 @@ def _updated(state: TrainState, sums: tuple[PyTree, Array, _Rest], step: Array) 
         batch_stats = jax.tree.map(
             lambda summed, old: jnp.where(any_row, summed * per_row, old), rest.batch_stats, batch_stats
         )
-    new = state.apply_gradients(grads=jax.tree.map(lambda leaf: leaf * per_weight, gradient), batch_stats=batch_stats)
+    gradient = jax.tree.map(lambda leaf: leaf * per_weight, gradient)
+    new = state.apply_gradients(grads=gradient, batch_stats=batch_stats)
     finite = jnp.isfinite(value) & jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(new.params)]).all()
     good = finite & (state.step == step)
-    return jax.tree.map(lambda new, old: jnp.where(good, new, old), new, state)
+    norm = optax.tree.norm(gradient).astype(value.dtype)
+    return jax.tree.map(lambda new, old: jnp.where(good, new, old), new, state), norm
 
 
 def compile_eval_block(
