@@ -1,13 +1,14 @@
 """From a Config to the parts of a run, for every door."""
 
 import importlib
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from dpreg.config import Config
+from dpreg.config import MODELS, Config
 from dpreg.data.dataset import PRECISIONS
 from dpreg.data.ingest import Progress, read_table
 from dpreg.data.sources import RegressionData
@@ -95,6 +96,14 @@ def build_model(config: Config, num_inputs: int, num_targets: int, num_steps: in
         return of_user(**own) if issubclass(of_user, Module) else of_user()
     except Exception as error:
         raise InputError(f"--model={config.model}: {type(error).__name__}: {error}") from error
+
+
+def learning_rates(config: Config, num_steps: int) -> Callable[[int], float] | None:
+    """The learning rate of each global step, from 0; None where the model is the user's own, or nothing is stepped."""
+    if config.model not in MODELS or config.solver != "sgd":
+        return None
+    schedule = schedule_called(config.lr_schedule, config.lr, num_steps, config.warmup_steps)
+    return lambda step: float(schedule(step))
 
 
 def objective_and_optimizer(config: Config, num_steps: int = 1) -> dict[str, Any]:

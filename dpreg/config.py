@@ -248,6 +248,9 @@ class Config(Columns):
         "START:STOP: trace these steps, to whole blocks, into the workdir's profile/ (TensorBoard, Perfetto). "
         "Default: none.",
     )
+    tensorboard: bool = _flag(
+        False, "Write the scalars of metrics.jsonl, and the flags, into the workdir's tensorboard/ as event files."
+    )
     step_timeout: float | None = _flag(
         None,
         "Seconds without results after which a run ends as hung; 0 for never. "

@@ -13,7 +13,7 @@ import numpy as np
 from absl import flags, logging
 from rich.console import Console
 
-from dpreg.build import build_data, build_model, build_trainer
+from dpreg.build import build_data, build_model, build_trainer, learning_rates
 from dpreg.config import Config
 from dpreg.data.dataset import Cast
 from dpreg.data.order import ORDER
@@ -25,11 +25,19 @@ from dpreg.models.glm import FAMILIES
 from dpreg.models.least_squares import Fit
 from dpreg.observers.checkpoint import Checkpoints
 from dpreg.observers.export import save_model
-from dpreg.observers.metrics import MetricsWriter, read_metrics, to_json
+from dpreg.observers.metrics import MetricsWriter, note_start, read_records, to_json
 from dpreg.observers.profile import Profiler
 from dpreg.observers.progress import ProgressDisplay
-from dpreg.observers.report import write_report
-from dpreg.observers.summary import describe_optimum, feature_names, in_units_of, summarize, target_names
+from dpreg.observers.report import COMPARED_ROWS, write_report
+from dpreg.observers.summary import (
+    describe_devices,
+    describe_optimum,
+    feature_names,
+    in_units_of,
+    summarize,
+    target_names,
+)
+from dpreg.observers.tensorboard import TensorBoardWriter, require_tensorboard
 from dpreg.observers.workdir import open_workdir
 from dpreg.parallel import devices, processes
 from dpreg.parallel.deadline import Deadline
@@ -51,6 +59,8 @@ def run(config: Config) -> None:
     with contextlib.ExitStack() as stack:
         agree(config)
         first = jax.process_index() == 0
+        if config.tensorboard:
+            require_tensorboard()
         announcements = _stop_signals()
         deadline = stack.enter_context(Deadline(config.step_timeout))
         workdir = stack.enter_context(open_workdir(config.workdir))
@@ -71,11 +81,17 @@ def run(config: Config) -> None:
                 (workdir / stale).unlink(missing_ok=True)
             (workdir / "flags.cfg").write_text(config.to_flagfile(), encoding="utf-8")
             kept = trainer.step if config.solver == "sgd" else -1  # an exact solution takes no step
-            metrics = stack.enter_context(MetricsWriter(workdir / "metrics.jsonl", kept))
+            note_start(workdir / "starts.jsonl", trainer.step, trainer.mesh.size, jax.process_count())
+            rates = learning_rates(config, trainer.train.num_steps)
+            metrics = stack.enter_context(MetricsWriter(workdir / "metrics.jsonl", kept, rates))
             trainer.observers = (progress, metrics)
+            if config.tensorboard:
+                writer = TensorBoardWriter(workdir, kept, config.identity(), rates)
+                trainer.observers += (stack.enter_context(writer),)
             if steps := config.profiled_steps():
                 trainer.observers += (stack.enter_context(Profiler(workdir / "profile", *steps)),)
         fit = _trained(config, trainer, data, checkpoints, progress, announcements)
+        compared = _compared(config, trainer, data)
 
     if not first:
         return
@@ -86,12 +102,20 @@ def run(config: Config) -> None:
         if "gap" in found:
             print(f"loss {found['loss']:.6g}, best possible {found['best']:.6g}{_above(found['gap'])}")
         if config.solver != "sgd":
-            told, of = in_units_of(data, fit), target_names(data)
+            told, of = in_units_of(data, fit), target_names(data, as_fitted=True)
             for t, name in enumerate(of):
                 print(*([f"\n{name}:"] if len(of) > 1 or name.startswith("log(") else []), sep="\n")
                 print(told.describe(feature_names(data), t))
     (workdir / "summary.json").write_text(to_json(summary, indent=2) + "\n", encoding="utf-8")
-    write_report(workdir / "report.html", config, summary, read_metrics(workdir / "metrics.jsonl"))
+    write_report(
+        workdir / "report.html",
+        config,
+        summary,
+        records=read_records(workdir / "metrics.jsonl"),
+        starts=read_records(workdir / "starts.jsonl"),
+        devices=describe_devices(trainer),
+        compared=compared,
+    )
     for name, error in summary.get("parameter_error", {}).items():
         print(f"error in estimating {name}: {np.array(error)}")
     print(f"outputs in {workdir}: summary.json, metrics.jsonl, report.html, flags.cfg, model, checkpoints")
@@ -137,6 +161,16 @@ def _trained(
         trainer.accept(fit.w, fit.b, loss)
         checkpoints.save(trainer)
     return fit
+
+
+def _compared(config: Config, trainer: Trainer, data: RegressionData) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """By target, what the trained model predicts for some rows held out, and what was observed; none of labels."""
+    if config.loss == "softmax":
+        return {}
+    predicted, observed = trainer.compared(data.val or data.train, COMPARED_ROWS)
+    if predicted.shape != observed.shape:  # a loss of the user's own may take other predictions than targets
+        return {}
+    return {name: (predicted[:, t], observed[:, t]) for t, name in enumerate(target_names(data))}
 
 
 def _above(gap: float | None) -> str:
@@ -200,6 +234,8 @@ def _checkpoints(
     ) as checkpoints:
         if config.resume == "never":
             checkpoints.clear()
+            if jax.process_index() == 0:
+                (workdir / "starts.jsonl").unlink(missing_ok=True)
         elif not checkpoints.restore(trainer) and config.resume == "must":
             raise InputError(f"--resume=must: {workdir} holds no checkpoint that can be read")
         trainer.checkpoints = checkpoints

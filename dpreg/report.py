@@ -14,7 +14,7 @@ from rich.table import Table
 
 from dpreg.door import enter, leave, leave_for
 from dpreg.errors import InputError
-from dpreg.observers.metrics import read_metrics
+from dpreg.observers.metrics import read_records
 from dpreg.observers.report import shown, write_comparison
 
 _REACHED, _COST = ("epoch", "train_loss", "val_loss"), ("rows_per_second", "device_count", "process_count")
@@ -42,7 +42,7 @@ def read_run(workdir: pathlib.Path) -> Run:
         raise InputError(f"{workdir}: holds no finished run; name the --workdir of one") from error
     except ValueError as error:
         raise InputError(f"{workdir}/summary.json: is none of dpreg: {error}") from error
-    return Run(summary, read_metrics(workdir / "metrics.jsonl"), dict(line[2:].split("=", 1) for line in lines))
+    return Run(summary, read_records(workdir / "metrics.jsonl"), dict(line[2:].split("=", 1) for line in lines))
 
 
 def compare(runs: Mapping[str, Run]) -> dict[str, list[Any]]:

@@ -10,7 +10,7 @@ import time
 
 import psutil
 
-from dpreg.observers.metrics import read_metrics
+from dpreg.observers.metrics import read_records
 
 ROOT = pathlib.Path(__file__).parent.parent
 # 600 steps of real work: 20 epochs of 30 steps
@@ -49,7 +49,7 @@ def alone(workdir, *flags, devices=8, work=WORK):
 
 def outcome(workdir):
     """All of a run that may not depend on who ran it."""
-    curve = [{k: v for k, v in r.items() if k != "rows_per_second"} for r in read_metrics(workdir / "metrics.jsonl")]
+    curve = [{k: v for k, v in r.items() if k != "rows_per_second"} for r in read_records(workdir / "metrics.jsonl")]
     summary = json.loads((workdir / "summary.json").read_text())
     return summary["params_sha256"], curve, summary["train_loss"], summary["val_loss"]
 
@@ -86,7 +86,7 @@ def free_address():
 
 def stepping(workdir):
     """Whether steps have been told of."""
-    return bool(read_metrics(workdir / "metrics.jsonl"))
+    return bool(read_records(workdir / "metrics.jsonl"))
 
 
 def together(*starts, timeout=100):

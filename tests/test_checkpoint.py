@@ -20,7 +20,7 @@ from models import Net, Rows
 import dpreg
 from dpreg.errors import Preempted
 from dpreg.observers.checkpoint import Checkpoints
-from dpreg.observers.metrics import MetricsWriter, read_metrics
+from dpreg.observers.metrics import MetricsWriter, read_records
 from dpreg.parallel.processes import Announcements
 
 IDENTITY = {"lr": 0.05}
@@ -61,7 +61,7 @@ def leaves_of(trainer):
 
 
 def outcome(folder, trainer):
-    curve = [{k: v for k, v in r.items() if k != "rows_per_second"} for r in read_metrics(folder / "metrics.jsonl")]
+    curve = [{k: v for k, v in r.items() if k != "rows_per_second"} for r in read_records(folder / "metrics.jsonl")]
     return leaves_of(trainer), curve, trainer.train_loss, trainer.val_loss
 
 
@@ -165,7 +165,7 @@ def test_a_file_system_in_trouble_is_no_damaged_checkpoint(tmp_path, monkeypatch
 def test_an_epoch_that_was_not_audited_from_its_start_is_not_audited(tmp_path):
     train(tmp_path, 4, audit=False)
     train(tmp_path)
-    audits = [record.get("audit") for record in read_metrics(tmp_path / "metrics.jsonl") if record["step"] % 10 == 0]
+    audits = [record.get("audit") for record in read_records(tmp_path / "metrics.jsonl") if record["step"] % 10 == 0]
     assert audits[0] is None
     assert audits[1] == audits[2]
     assert audits[1]["rows"] == 153
@@ -214,7 +214,7 @@ def test_a_killed_process_loses_nothing_but_time(tmp_path, how):
     assert run(tmp_path / "whole", epochs, "--num_devices=1").returncode == 0
     summaries = [json.loads((tmp_path / name / "summary.json").read_text()) for name in ("w", "whole")]
     assert summaries[0]["params_sha256"] == summaries[1]["params_sha256"]
-    curves = [read_metrics(tmp_path / name / "metrics.jsonl") for name in ("w", "whole")]
+    curves = [read_records(tmp_path / name / "metrics.jsonl") for name in ("w", "whole")]
     assert len(curves[0]) == len(curves[1])
     for resumed, expected in zip(*curves, strict=True):
         assert resumed | {"rows_per_second": 0} == expected | {"rows_per_second": 0}

@@ -63,8 +63,22 @@ def test_the_default_run_and_its_outputs(tmp_path):
     assert [r["step"] for r in records if "val_loss" in r] == [32, 64, 96]
     assert records[-1]["val_loss"] == summary["val_loss"]
 
+    assert {r["learning_rate"] for r in records} == {0.03}
+    assert all(r["gradient_norm"] > 0 for r in records)
     report = (tmp_path / "report.html").read_text()
-    assert report.count("<polyline") == 3  # training and validation loss, rows per second
+    # Losses, gap, learning rate, gradient norm, rows per second, calibration.
+    assert report.count("<polyline") == 7
+    for heading in (
+        "Optimality gap",
+        "Residuals",
+        "Shape of the residuals",
+        "Calibration",
+        "Devices",
+        "Starts",
+        "Audit",
+    ):
+        assert f">{heading}</h" in report
+    assert "<tr><td>7<td>0<td>7<td>125" in report  # device, process, shard, rows
     assert not re.search(r"(src|href)=|https?:|@import|url\(", report)
     assert list((tmp_path / "checkpoints").iterdir()) == [tmp_path / "checkpoints" / "96"]
 

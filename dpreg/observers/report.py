@@ -5,30 +5,50 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
+import scipy.special
+
 from dpreg.config import Config
-from dpreg.observers.chart import chart, page, picture
+from dpreg.observers.chart import chart, page, picture, scatter
+
+COMPARED_ROWS = 1000  # of which residuals are drawn
 
 _CURVES = {"train_loss": "training loss", "val_loss": "validation loss", "rows_per_second": "rows per second"}
+_GROUPS = 10  # of rows, by their prediction, for the calibration
+_OF_A_VALUE = ("squared", "huber", "absolute", "quantile")  # losses whose residuals may have a shape
+_MOST_TARGETS = 4  # drawn
 
 _STYLE = """
 table { border-collapse: collapse; width: 100%; table-layout: fixed; }
 th, td { text-align: left; padding: .25rem .5rem .25rem 0; border-bottom: 1px solid var(--line); vertical-align: top;
   overflow-wrap: anywhere; font-variant-numeric: tabular-nums; }
 th { font-weight: 400; color: var(--faint); width: 38%; }
-.beside { overflow-x: auto; } .beside table { table-layout: auto; white-space: nowrap; }
-.columns { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 22rem), 1fr)); column-gap: 3rem; }
+.beside { overflow: auto; max-height: 24rem; } .beside table { table-layout: auto; white-space: nowrap; }
+.beside th { width: auto; }
+.columns { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 24rem), 1fr)); column-gap: 3rem; }
 """
+
+Records = Sequence[Mapping[str, Any]]
 
 
 def write_report(
-    path: pathlib.Path, config: Config, summary: Mapping[str, Any], records: Sequence[Mapping[str, Any]]
+    path: pathlib.Path,
+    config: Config,
+    summary: Mapping[str, Any],
+    records: Records,
+    starts: Records,
+    devices: Records,
+    compared: Mapping[str, tuple[np.ndarray, np.ndarray]],
 ) -> None:
-    """Writes the page: curves, results, what was run on what.
+    """Writes the page: curves, fit, results, what was run on what, and how it went.
 
     Args:
       records: the log points, as in metrics.jsonl.
+      starts: when the run was started, as in starts.jsonl.
+      devices: what each carried, as of `describe_devices`.
+      compared: by the name of a target (predicted, observed) for some rows, each [n]; none where they are labels.
     """
-    devices = f"{summary['device_count']} x {summary['device_kind']}"
+    on = f"{summary['device_count']} x {summary['device_kind']}"
     results = {
         "training loss, last epoch": summary["train_loss"],
         "validation loss": summary["val_loss"],
@@ -46,7 +66,7 @@ def write_report(
         "rows per second": summary["rows_per_second"],
         "steps per second": summary["steps_per_second"],
         **{f"seconds, {name}": value for name, value in summary["seconds"].items()},
-        "devices": devices,
+        "devices": on,
         **{
             name.replace("_", " "): summary[name]
             for name in ("process_count", "num_shards", "placement", "reduction", "backend")
@@ -54,25 +74,92 @@ def write_report(
         **summary["versions"],
     }
     flags = dict(line[2:].split("=", 1) for line in config.to_flagfile().splitlines())
-    losses = {title: _curve(records, name) for name, title in _CURVES.items() if name.endswith("loss")}
-    speed = {"rows per second": _curve(records, "rows_per_second")}
+    where = "held out" if summary["val_loss"] is not None else "of training: none were held out"
     body = f"""<h1>{html.escape(config.dataset)}</h1>
-<p>{summary["step"]:,} steps on {html.escape(devices)}, reduction {summary["reduction"]}</p>
-<h2>Loss</h2>
-{chart(losses, "epoch", "loss curves")}
-<h2>Rows per second</h2>
-{chart(speed, "epoch", "rows per second")}
+<p>{summary["step"]:,} steps on {html.escape(on)}, reduction {summary["reduction"]}</p>
+{_losses(summary, records)}
+<div class="columns">{_courses(records)}</div>
+{"".join(_fit(name, *pair, where, config) for name, pair in list(compared.items())[:_MOST_TARGETS])}
 <div class="columns">
 <section><h2>Result</h2>{_table(results)}</section>
 <section><h2>Run</h2>{_table(cost)}</section>
+<section><h2>Devices</h2><p>Each carries some of the run's logical shards.</p>{_rows(devices)}</section>
+<section><h2>Starts</h2><p>Each goes on from the step of the newest checkpoint.</p>{_rows(starts)}</section>
+{_audit(records)}
 <section><h2>Flags</h2>{_table(flags)}</section>
 </div>"""
     path.write_text(page(config.dataset, body, _STYLE), encoding="utf-8")
 
 
-def write_comparison(
-    path: pathlib.Path, records: Mapping[str, Sequence[Mapping[str, Any]]], rows: Mapping[str, Sequence[Any]]
-) -> None:
+def _losses(summary: Mapping[str, Any], records: Records) -> str:
+    """The curves; with the least loss there is, where that is known, also how far they are above it."""
+    losses = {title: _curve(records, name) for name, title in _CURVES.items() if name.endswith("loss")}
+    body = f"<h2>Loss</h2>{chart(losses, 'epoch', 'loss curves')}"
+    optimum = summary.get("optimality", {})
+    best, gap = optimum.get("best"), optimum.get("gap")
+    if best is None or gap is None:
+        return body
+    above = [(x, y - best) for x, y in losses[_CURVES["train_loss"]] if y > best]
+    told = f"The best possible is {best:.6g}; the trained parameters are {gap:.3%} above it."
+    if len(above) < 2:
+        return f"{body}<p>{told}</p>"
+    return f"{body}<h2>Optimality gap</h2><p>{told}</p>" + chart(
+        {"training loss above the best possible": above}, "epoch", "training loss less the best possible"
+    )
+
+
+def _courses(records: Records) -> str:
+    """What else went with the epochs, as far as it is known."""
+    titles = {"learning_rate": "Learning rate", "gradient_norm": "Gradient norm", "rows_per_second": "Rows per second"}
+    curves = {title: _curve(records, name) for name, title in titles.items()}
+    return "".join(
+        f"<section><h2>{title}</h2>{chart({title.lower(): curve}, 'epoch', title.lower(), small=True)}</section>"
+        for title, curve in curves.items()
+        if curve
+    )
+
+
+def _fit(name: str, predicted: np.ndarray, observed: np.ndarray, where: str, config: Config) -> str:
+    """Residuals and calibration of one target."""
+    residual = observed - predicted
+    count = len(residual)
+    of = f"{count:,} rows {where}"
+    drawing = scatter(list(zip(predicted, residual, strict=True)), "predicted", "residual", "residuals", "zero")
+    parts = [f"<h3>Residuals</h3><p>Observed less predicted, {of}.</p>{drawing}"]
+    if config.loss in _OF_A_VALUE and count > 1 and residual.std() > 0:
+        normal = scipy.special.ndtri((np.arange(count) + 0.5) / count) * residual.std() + residual.mean()
+        drawing = scatter(list(zip(normal, np.sort(residual), strict=True)), "normal", "residual", "quantiles", "equal")
+        told = "Their quantiles over those of a normal distribution: on the line where they are normal."
+        parts.append(f"<h3>Shape of the residuals</h3><p>{told}</p>{drawing}")
+    if config.loss == "quantile":
+        share = float((residual <= 0).mean()) if count else float("nan")
+        parts.append(
+            f"<h3>Calibration</h3><p>{share:.3f} of rows lie at or below the predicted {config.quantile:g}.</p>"
+        )
+    elif count >= 2 * _GROUPS:
+        order = np.array_split(np.argsort(predicted, kind="stable"), _GROUPS)
+        means = [(float(predicted[group].mean()), float(observed[group].mean())) for group in order]
+        told = f"Means of {_GROUPS} groups of rows, by prediction: on the line where what is predicted comes true."
+        drawing = scatter(means, "predicted", "observed", "calibration", "equal", joined=True)
+        parts.append(f"<h3>Calibration</h3><p>{told}</p>{drawing}")
+    sections = "".join(f"<section>{part}</section>" for part in parts)
+    return f'<h2>Fit of {html.escape(name)}</h2><div class="columns">{sections}</div>'
+
+
+def _audit(records: Records) -> str:
+    """Which epochs used every row once, as the audit found."""
+    audited = [
+        {"epoch": f"{record['epoch']:g}", "rows used": record["audit"]["rows"], "sum of tags": record["audit"]["tags"]}
+        for record in records
+        if "audit" in record
+    ]
+    if not audited:
+        return ""
+    told = "What the steps of each epoch used: every row once, else the run would have ended."
+    return f"<section><h2>Audit</h2><p>{told}</p>{_rows(audited)}</section>"
+
+
+def write_comparison(path: pathlib.Path, records: Mapping[str, Records], rows: Mapping[str, Sequence[Any]]) -> None:
     """Writes a page with the curves of several runs, one over the other, and what they reached.
 
     Or, into an .svg file, a picture of their training losses alone.
@@ -99,8 +186,17 @@ def write_comparison(
     path.write_text(page("runs", body, _STYLE), encoding="utf-8")
 
 
-def _curve(records: Sequence[Mapping[str, Any]], name: str) -> list[tuple[float, float]]:
+def _curve(records: Records, name: str) -> list[tuple[float, float]]:
     return [(record["epoch"], record[name]) for record in records if record.get(name) is not None]
+
+
+def _rows(records: Records) -> str:
+    """A table with a row for each record."""
+    if not records:
+        return "<p>None.</p>"
+    heads = "".join(f"<th>{html.escape(name.replace('_', ' '))}" for name in records[0])
+    cells = ("".join(f"<td>{html.escape(shown(value))}" for value in record.values()) for record in records)
+    return f'<div class="beside"><table><tr>{heads}{"".join(f"<tr>{row}" for row in cells)}</table></div>'
 
 
 def _table(values: Mapping[str, Any]) -> str:

@@ -50,6 +50,18 @@ def summarize(trainer: Trainer, data: RegressionData) -> dict[str, Any]:
     }
 
 
+def describe_devices(trainer: Trainer) -> list[dict[str, Any]]:
+    """Of each device of the run: its process, and the logical shards and training rows that it carries."""
+    slots, sampler = trainer.train.slots, trainer.train.sampler
+    found = []
+    for number, device in enumerate(trainer.mesh.devices.flat):
+        first, end = (min(at * slots, trainer.num_shards) for at in (number, number + 1))
+        shards = "none" if first == end else f"{first}" if end - first == 1 else f"{first} to {end - 1}"
+        rows = sampler.shard_start(end) - sampler.shard_start(first)
+        found.append({"device": number, "process": device.process_index, "shards": shards, "rows": rows})
+    return found
+
+
 def describe_parameters(params: Any, data: RegressionData) -> dict[str, Any]:
     """`parameters` of a linear model, in the units of the data, and `parameter_error` where the truth is known.
 
@@ -117,11 +129,12 @@ def feature_names(data: RegressionData) -> tuple[str, ...]:
     return data.schema.features if data.schema is not None else tuple(f"x{j}" for j in range(data.num_inputs))
 
 
-def target_names(data: RegressionData) -> tuple[str, ...]:
-    """Of the t targets, as they are fitted: log(NAME) where that is their logarithm."""
+def target_names(data: RegressionData, as_fitted: bool = False) -> tuple[str, ...]:
+    """Of the t targets; as they are fitted: log(NAME) where that is their logarithm."""
     if data.schema is None:
         return tuple(f"y{t}" for t in range(data.num_targets))
-    return tuple(f"log({t.name})" if data.schema.log_targets else t.name for t in data.schema.targets)
+    logs = as_fitted and data.schema.log_targets
+    return tuple(f"log({t.name})" if logs else t.name for t in data.schema.targets)
 
 
 def params_sha256(params: Any) -> str:
