@@ -162,6 +162,7 @@ def chart(
     doubling: bool = False,
     covering: bool = False,
     small: bool = False,
+    even: bool = False,
 ) -> str:
     """Lines over an axis; the other axis is logarithmic where values are above 0 and some ten times as large as others.
 
@@ -171,6 +172,7 @@ def chart(
       doubling: whether x doubles from point to point: the axis is logarithmic then, and begins at the least.
       covering: whether lines may lie on each other: each is broader than the next, and seen beside it.
       small: whether it is one of several beside each other.
+      even: whether the other axis is not logarithmic in any case.
     """
     finite = {name: [point for point in points if math.isfinite(point[1])] for name, points in series.items()}
     values = [y for points in finite.values() for _, y in points]
@@ -180,7 +182,7 @@ def chart(
     last = max(steps) or 1.0  # an exact solution takes no epoch
     frame = _Frame(
         _doublings(steps) if doubling else _even([last], also=0.0),
-        _decades(values) if min(values) > 0 and max(values) >= 10 * min(values) else _even(values),
+        _even(values) if even or not 0 < 10 * min(values) <= max(values) else _decades(values),
         _SMALL if small else _WIDE,
         (across, ""),
     )

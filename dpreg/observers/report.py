@@ -24,7 +24,7 @@ th, td { text-align: left; padding: .25rem .5rem .25rem 0; border-bottom: 1px so
   overflow-wrap: anywhere; font-variant-numeric: tabular-nums; }
 th { font-weight: 400; color: var(--faint); width: 38%; }
 .beside { overflow: auto; max-height: 24rem; } .beside table { table-layout: auto; white-space: nowrap; }
-.beside th { width: auto; }
+.beside th { width: auto; } .beside.named th { width: 60%; }
 .columns { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 24rem), 1fr)); column-gap: 3rem; }
 """
 
@@ -53,13 +53,18 @@ def write_report(
         "training loss, last epoch": summary["train_loss"],
         "validation loss": summary["val_loss"],
         **summary["metrics"],
-        **{
-            f"{group.replace('_', ' ')}: {name}": value
-            for group in ("parameters", "parameter_error")
-            for name, value in summary.get(group, {}).items()
-        },
+        **{f"truth less estimate, {name}": value for name, value in summary.get("parameter_error", {}).items()},
         "parameters, SHA-256": summary["params_sha256"],
     }
+    history = [
+        {
+            "time, UTC": start["time"][:19].replace("T", " "),
+            "from step": start["step"],
+            "devices": start["device_count"],
+        }
+        | {"processes": start["process_count"]}
+        for start in starts
+    ]
     cost = {
         "steps": summary["step"],
         "epochs": summary["epoch"],
@@ -81,10 +86,10 @@ def write_report(
 <div class="columns">{_courses(records)}</div>
 {"".join(_fit(name, *pair, where, config) for name, pair in list(compared.items())[:_MOST_TARGETS])}
 <div class="columns">
-<section><h2>Result</h2>{_table(results)}</section>
+<section><h2>Result</h2>{_table(results)}{_parameters(summary.get("parameters", {}))}</section>
 <section><h2>Run</h2>{_table(cost)}</section>
 <section><h2>Devices</h2><p>Each carries some of the run's logical shards.</p>{_rows(devices)}</section>
-<section><h2>Starts</h2><p>Each goes on from the step of the newest checkpoint.</p>{_rows(starts)}</section>
+<section><h2>Starts</h2><p>Each goes on from the step of the newest checkpoint.</p>{_rows(history)}</section>
 {_audit(records)}
 <section><h2>Flags</h2>{_table(flags)}</section>
 </div>"""
@@ -110,13 +115,13 @@ def _losses(summary: Mapping[str, Any], records: Records) -> str:
 
 def _courses(records: Records) -> str:
     """What else went with the epochs, as far as it is known."""
-    titles = {"learning_rate": "Learning rate", "gradient_norm": "Gradient norm", "rows_per_second": "Rows per second"}
-    curves = {title: _curve(records, name) for name, title in titles.items()}
-    return "".join(
-        f"<section><h2>{title}</h2>{chart({title.lower(): curve}, 'epoch', title.lower(), small=True)}</section>"
-        for title, curve in curves.items()
-        if curve
-    )
+    drawn = []
+    for name in ("learning_rate", "gradient_norm", "rows_per_second"):
+        title, curve = name.replace("_", " "), _curve(records, name)
+        if curve:
+            drawing = chart({title: curve}, "epoch", title, small=True, even=name != "gradient_norm")
+            drawn.append(f"<section><h2>{title.capitalize()}</h2>{drawing}</section>")
+    return "".join(drawn)
 
 
 def _fit(name: str, predicted: np.ndarray, observed: np.ndarray, where: str, config: Config) -> str:
@@ -144,6 +149,15 @@ def _fit(name: str, predicted: np.ndarray, observed: np.ndarray, where: str, con
         parts.append(f"<h3>Calibration</h3><p>{told}</p>{drawing}")
     sections = "".join(f"<section>{part}</section>" for part in parts)
     return f'<h2>Fit of {html.escape(name)}</h2><div class="columns">{sections}</div>'
+
+
+def _parameters(parameters: Mapping[str, Any]) -> str:
+    """Those of a linear model, by the names of its features where they have some."""
+    if not parameters:
+        return ""
+    w = parameters["w"]
+    named = w if isinstance(w, Mapping) else {f"w[{at}]": value for at, value in enumerate(w)}
+    return f'<h2>Parameters</h2><div class="beside named">{_table({**named, "b": parameters["b"]})}</div>'
 
 
 def _audit(records: Records) -> str:
@@ -209,6 +223,10 @@ def shown(value: Any) -> str:
     match value:
         case None:
             return "none"
+        case bool():
+            return str(value)
+        case int():
+            return f"{value:,}"
         case float():
             return f"{value:,.0f}" if abs(value) >= 1e5 else f"{value:.6g}"
         case dict():

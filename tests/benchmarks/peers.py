@@ -3,16 +3,18 @@
 The peers are the extra `peers`; those that are not installed are left out. Each program runs in a process of its own,
 or in two that average their gradients ("x2", a core each, over Gloo), the programs in turn, in steady state. Each
 peer's program is the idiomatic one of its own documentation; "ddp, by hand" gathers batches by index instead of by
-DataLoader. "x @ w" is the floor: one product of all rows with a vector, by the BLAS of NumPy on all cores, which reads
-each row once. "pmean, 2 devices" is one process that simulates two devices.
+DataLoader. "x @ w" is one product of all rows with a vector, by the BLAS of NumPy on all cores, which reads each row
+once. "pmean, 2 devices" is one process that simulates two devices.
 
 Prints medians of the rounds, and ratios: medians of those in the same round, since absolute figures drift with the
-machine.
+machine. The limit is what the memory allows, or the cores: each value of a row has to be read once and takes four
+operations. Rows that fit into caches are read faster than from memory: shares of it are then above 1.
 """
 
 import functools
 import os
 import statistics
+import time
 from collections.abc import Callable, Iterable
 
 from turns import grain, in_turns, median_ratio, of_two, rows, steady_rate, tf_data
@@ -121,6 +123,25 @@ def floor(num_rows: int, num_inputs: int, batch: int) -> float:
     return steady_rate(lambda number: x @ w, num_rows)
 
 
+def best_rate(work: Callable[[], object], amount: float) -> float:
+    """How much a second, at best."""
+    found = 0.0
+    for _ in range(9):
+        started = time.perf_counter()
+        work()
+        found = max(found, amount / (time.perf_counter() - started))
+    return found
+
+
+def limits() -> tuple[float, float]:
+    """(bytes/s read from memory, float32 operations/s) of the machine, by the BLAS of NumPy on all cores."""
+    import numpy as np
+
+    x, w = np.ones((1 << 17, 1 << 10), np.float32), np.ones(1 << 10, np.float32)
+    square = np.ones((1 << 11, 1 << 11), np.float32)
+    return best_rate(lambda: x @ w, x.nbytes), best_rate(lambda: square @ square, 2 * len(square) ** 3)
+
+
 def dpreg(
     num_rows: int, num_inputs: int, batch: int, reduction: str = "pmean", devices: int = 1, rank: int | None = None
 ) -> float:
@@ -166,13 +187,19 @@ OURS = {  # and whom they are compared with
 }
 
 if __name__ == "__main__":
+    bandwidth, operations = 0.0, 0.0
     for workload, rates in in_turns(__doc__, PROGRAMS, WORKLOADS, NEEDS):
+        if not bandwidth:
+            bandwidth, operations = limits()
+            print(f"memory {bandwidth / 1e9:.1f} GB/s, matrix products {operations / 1e9:.0f} G operations/s")
         num_rows, num_inputs, batch = WORKLOADS[workload]
-        least = 4 * (num_inputs + 2)
-        print(f"\nrows, inputs, batch {WORKLOADS[workload]}: {least:,} bytes and {4 * num_inputs:,} operations a row")
+        least, work = 4 * (num_inputs + 2), 4 * num_inputs
+        limit = min(bandwidth / least, operations / work)
+        print(f"\nrows, inputs, batch {WORKLOADS[workload]}: {least:,} bytes and {work:,} operations a row")
+        print(f"{'limit':>16} {limit:>16,.0f} rows/s")
         for program, found in rates.items():
             rate = statistics.median(found)
-            print(f"{program:>16} {rate:>16,.0f} rows/s  {rate * least / 1e9:>7.2f} GB/s")
+            print(f"{program:>16} {rate:>16,.0f} rows/s  {rate * least / 1e9:>7.2f} GB/s  {rate / limit:>6.3f} of it")
         for ours, others in OURS.items():
             beside = (f"{median_ratio(rates[ours], rates[other]):.2f}x {other}" for other in others if other in rates)
             print(f"{ours}: {', '.join(beside)}", flush=True)
