@@ -201,7 +201,10 @@ def _checkpoints(
         if config.resume == "never":
             checkpoints.clear()
         elif not checkpoints.restore(trainer) and config.resume == "must":
-            raise InputError(f"--resume=must: {workdir} holds no checkpoint that can be read")
+            raise InputError(
+                f"--resume=must: {workdir} holds no checkpoint that can be read; "
+                "name another --workdir, or use --resume=auto"
+            )
         trainer.checkpoints = checkpoints
         yield checkpoints
 
