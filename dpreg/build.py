@@ -95,7 +95,9 @@ def build_model(config: Config, num_inputs: int, num_targets: int, num_steps: in
         of_user = getattr(importlib.import_module(module), name)
         return of_user(**own) if issubclass(of_user, Module) else of_user()
     except Exception as error:
-        raise InputError(f"--model={config.model}: {type(error).__name__}: {error}") from error
+        raise InputError(
+            f"--model={config.model}: {type(error).__name__}: {error}; mend that, or name a class that can be made"
+        ) from error
 
 
 def learning_rates(config: Config, num_steps: int) -> Callable[[int], float] | None:

@@ -65,36 +65,52 @@ def _flag(
 class Columns:
     """What to take from a table, and how: each field is the flag of the same name."""
 
-    target: tuple[str, ...] = _flag((), "Column to predict; several separated by commas.", decides=True)
+    target: tuple[str, ...] = _flag(
+        (),
+        "Column to predict; several separated by commas. Default: as a TFDS dataset says.",
+        decides=True,
+    )
     features: tuple[str, ...] = _flag(
         (), "Columns to fit on, separated by commas. Default: all but the target.", decides=True
     )
-    exclude: tuple[str, ...] = _flag((), "Columns not to fit on, where --features names none.", decides=True)
+    exclude: tuple[str, ...] = _flag(
+        (), "Columns not to fit on, where --features names none; separated by commas. Default: none.", decides=True
+    )
     weight_column: str | None = _flag(
         None, "Column of sample weights, 0 or more. Default: all rows weigh 1.", decides=True
     )
     categorical: tuple[str, ...] = _flag(
-        (), "Features that are categories: one column of 0 and 1 for each, and one for all others.", decides=True
+        (),
+        "Features of categories: a column of 0 and 1 for each, and one for all others. Default: none.",
+        decides=True,
     )
     dates: tuple[str, ...] = _flag(
-        (), "Features that are dates or times: as days since the beginning of 1970.", decides=True
+        (),
+        "Features that are dates or times, separated by commas: in days since the beginning of 1970. Default: none.",
+        decides=True,
     )
-    max_categories: int = _flag(64, "Categories of a column told apart, the most frequent.", decides=True, least=1)
+    max_categories: int = _flag(
+        64, "Categories of a column that are told apart: the most frequent; all others are one.", decides=True, least=1
+    )
     missing: str = _flag(
         "error", "Values that are missing: error, drop the row, or the mean (of features).", decides=True, of=MISSING
     )
     standardize: bool | None = _flag(
         None,
-        "Fit on numeric features of mean 0 and deviation 1; reported parameters are in original units. "
+        "Fit on numeric features of mean 0 and standard deviation 1; reported parameters are in original units. "
         "Default: tables only, with an intercept.",
         decides=True,
     )
     target_transform: str = _flag(
-        "none", "What is fitted of the target: none, log or standardize.", decides=True, of=TRANSFORMS
+        "none",
+        "What is done to the target before the fit: none; log, to its logarithm; or standardize, to mean 0 and "
+        "standard deviation 1.",
+        decides=True,
+        of=TRANSFORMS,
     )
     validation_fraction: float = _flag(
         0.1,
-        "Share of a table's rows held out for validation, in [0, 1), where nothing else is.",
+        "Share of a table's rows held out for validation, under 1; not with --validation_dataset.",
         decides=True,
         least=0,
         under=1,
@@ -129,7 +145,7 @@ class Columns:
             if above is not None and number <= above:
                 self._refuse(name, f"use a value above {above}")
             if under is not None and number >= under:
-                self._refuse(name, f"use a value under {under}")
+                self._refuse(name, f"use a value under {under:,}")
 
     def _refuse(self, name: str, remedy: str) -> None:
         raise InputError(f"--{name}={_text(getattr(self, name))}: {remedy}")
@@ -154,15 +170,19 @@ class Config(Columns):
         "What to fit: synthetic, tfds:NAME, or a table (.csv, .csv.gz, .parquet, .npz, .npy): file, pattern or folder.",
         decides=True,
     )
-    data_dir: str | None = _flag(None, "Where TFDS datasets are prepared. Default: TFDS's own place.")
-    validation_dataset: str | None = _flag(
-        None, "A table whose rows are held out. Default: a share of the rows.", decides=True
+    data_dir: str | None = _flag(
+        None, "Folder where TFDS datasets are prepared. Default: TFDS's own, ~/tensorflow_datasets."
     )
-    output: str | None = _flag(None, "Where --mode=predict writes: a .csv or .parquet file.", who=True)
-    cache_dir: str | None = _flag(None, "Where tables lie once they are read. Default: ~/.cache/dpreg/tables.")
-    w: tuple[float, ...] = _flag((2.0, -3.4), "True weights of the synthetic data, separated by commas.")
-    b: float = _flag(4.2, "True bias of the synthetic data.")
-    noise: float = _flag(0.01, "Standard deviation of the synthetic noise.", least=0)
+    validation_dataset: str | None = _flag(
+        None,
+        "A table whose rows are held out for validation. Default: --validation_fraction of the rows.",
+        decides=True,
+    )
+    output: str | None = _flag(None, "Where --mode=predict writes: a .csv or .parquet file. Default: none.", who=True)
+    cache_dir: str | None = _flag(None, "Folder where tables lie once they are read. Default: ~/.cache/dpreg/tables.")
+    w: tuple[float, ...] = _flag((2.0, -3.4), "True weights of the synthetic rows, one a feature, separated by commas.")
+    b: float = _flag(4.2, "True bias of the synthetic rows.")
+    noise: float = _flag(0.01, "Standard deviation of the noise in the synthetic targets.", least=0)
     num_train: int = _flag(1000, "Synthetic rows to fit.", least=1)
     num_val: int = _flag(1000, "Synthetic rows held out for validation.", least=0)
     model: str = _flag(
@@ -170,13 +190,23 @@ class Config(Columns):
     )
     intercept: bool = _flag(True, "Whether a linear model has a bias.", decides=True)
     hidden: tuple[int, ...] = _flag(
-        (64, 64), "Widths of an mlp's hidden layers, separated by commas.", decides=True, least=1
+        (64, 64), "Units of each hidden layer of an mlp, separated by commas.", decides=True, least=1
     )
     dropout: float = _flag(
-        0.0, "Share of an mlp's hidden values left out in training, in [0, 1).", decides=True, least=0, under=1
+        0.0,
+        "Share of an mlp's hidden values left out in training, 0 or more and below 1.",
+        decides=True,
+        least=0,
+        under=1,
     )
-    batch_norm: bool = _flag(False, "Whether an mlp's hidden values are normalised, within a shard.", decides=True)
-    activation: str = _flag("relu", f"Of an mlp: {', '.join(ACTIVATIONS)}.", decides=True, of=ACTIVATIONS)
+    batch_norm: bool = _flag(
+        False,
+        "Normalise an mlp's hidden values by the mean and variance of the rows of a shard in each batch.",
+        decides=True,
+    )
+    activation: str = _flag(
+        "relu", f"Activation of an mlp's hidden layers: {', '.join(ACTIVATIONS)}.", decides=True, of=ACTIVATIONS
+    )
     solver: str = _flag(
         "sgd",
         "sgd, as --optimizer says; exact: least squares in one pass over the rows, in float64; "
@@ -189,34 +219,73 @@ class Config(Columns):
     )
     loss: str = _flag("squared", f"{', '.join(LOSSES)}.", decides=True, of=LOSSES)
     huber_delta: float = _flag(
-        1.0, "Errors beyond it count in proportion, in units of what is fitted.", decides=True, above=0
+        1.0,
+        "For --loss=huber: errors beyond it count in proportion, smaller ones by their square; in units of the target "
+        "as it is fitted.",
+        decides=True,
+        above=0,
     )
-    quantile: float = _flag(0.5, "Which quantile --loss=quantile fits, in (0, 1).", decides=True, above=0, under=1)
-    num_classes: int = _flag(2, "Labels that --loss=softmax tells apart: 0 to num_classes - 1.", decides=True, least=2)
+    quantile: float = _flag(
+        0.5, "Which quantile --loss=quantile fits, above 0 and below 1.", decides=True, above=0, under=1
+    )
+    num_classes: int = _flag(
+        2, "How many labels --loss=softmax tells apart: 0 to num_classes - 1.", decides=True, least=2
+    )
     optimizer: str = _flag(
         "sgd", f"{', '.join(OPTIMIZERS)}; all but sgd (from scratch) are optax's.", decides=True, of=OPTIMIZERS
     )
-    lr_schedule: str = _flag("constant", f"After the warm-up: {', '.join(SCHEDULES)}.", decides=True, of=SCHEDULES)
-    warmup_steps: int = _flag(0, "Global steps in which the learning rate rises from 0.", decides=True, least=0)
-    l1: float = _flag(0.0, "Weight of the sum of |w|, not of biases; with --optimizer=sgd.", decides=True, least=0)
-    l2: float = _flag(0.0, "Weight of the sum of w^2 / 2, not of biases.", decides=True, least=0)
-    lr: float = _flag(0.03, "Learning rate, per step of the global batch.", decides=True, above=0)
-    sigma: float = _flag(0.01, "Standard deviation of the initial weights.", decides=True, least=0)
-    batch_size: int = _flag(
-        32, "Rows of a global batch, over all devices: a multiple of num_shards.", decides=True, least=1
+    lr_schedule: str = _flag(
+        "constant",
+        f"How the learning rate goes on after --warmup_steps: {', '.join(SCHEDULES)}.",
+        decides=True,
+        of=SCHEDULES,
     )
-    accumulate_steps: int = _flag(1, "Batches whose gradients are added up for one step.", decides=True, least=1)
-    max_epochs: int = _flag(3, "How often every row is used.", least=1)
-    patience: int = _flag(
-        0,
-        "Epochs in a row without a lower validation loss after which a run ends; it gives the parameters of the best. "
-        "0: no such end.",
+    warmup_steps: int = _flag(0, "Steps in which the learning rate rises from 0; 0 for none.", decides=True, least=0)
+    l1: float = _flag(
+        0.0,
+        "Weight of a penalty on the loss, the sum of |w|, not of biases; with --optimizer=sgd.",
         decides=True,
         least=0,
     )
-    gradient_clip_val: float = _flag(0.0, "Largest norm of the global gradient; 0 for no limit.", decides=True, least=0)
-    seed: int = _flag(0, "Of the synthetic rows, the initial parameters, the order and dropout.", decides=True, least=0)
-    num_shards: int = _flag(8, "Logical shards of the run: as many devices can share it.", decides=True, least=1)
+    l2: float = _flag(
+        0.0,
+        "Weight of a penalty on the loss, the sum of w^2 / 2, not of biases (weight decay).",
+        decides=True,
+        least=0,
+    )
+    lr: float = _flag(
+        0.03,
+        "Learning rate, per step of the global batch.",
+        decides=True,
+        above=0,
+    )
+    sigma: float = _flag(
+        0.01, "Standard deviation of the initial weights, of --model=linear and concise.", decides=True, least=0
+    )
+    batch_size: int = _flag(
+        32, "Rows of a global batch, over all devices: a multiple of num_shards.", decides=True, least=1
+    )
+    accumulate_steps: int = _flag(
+        1, "Batches whose gradients are added up for one step, as if they were one.", decides=True, least=1
+    )
+    max_epochs: int = _flag(3, "Epochs to train: how often every row is used.", least=1)
+    patience: int = _flag(
+        0,
+        "Epochs without a lower validation loss that end a run, with the best parameters; 0: none.",
+        decides=True,
+        least=0,
+    )
+    gradient_clip_val: float = _flag(
+        0.0, "Largest norm of a step's gradient, to which longer ones are cut; 0 for no limit.", decides=True, least=0
+    )
+    seed: int = _flag(
+        0,
+        "Decides synthetic rows, initial parameters, the order of rows and dropout.",
+        decides=True,
+        least=0,
+        under=2**31,
+    )
+    num_shards: int = _flag(8, "Logical shards of the run: up to as many devices can share it.", decides=True, least=1)
     precision: str = _flag(
         "float32",
         "float32; float64, from the table to the result; or bfloat16: features and the factors of products, where a "
@@ -224,8 +293,12 @@ class Config(Columns):
         decides=True,
         of=PRECISIONS,
     )
-    reduction: str = _flag("pmean", "pmean, or ordered: the same bits on any number of devices.", decides=True)
-    backend: str = _flag("jit", "jit (shard_map) or pmap: the same results.")
+    reduction: str = _flag(
+        "pmean",
+        "How gradients add up: pmean, or ordered: the same bits on any number of devices.",
+        decides=True,
+    )
+    backend: str = _flag("jit", "How steps are compiled: jit (shard_map) or pmap; the results are the same.")
     placement: str = _flag("auto", "Where rows wait for their step: device, host, or auto: on devices if they fit.")
     log_every_steps: int = _flag(0, "Steps between lines of metrics.jsonl; 0 for eight lines an epoch.", least=0)
     platform: str | None = _flag(None, "cpu, gpu or tpu. Default: the best there is.", of=("cpu", "gpu", "tpu"))
@@ -233,20 +306,27 @@ class Config(Columns):
         None, "Devices of this process; on cpu, as many are simulated. Default: all, up to num_shards.", least=1
     )
     coordinator_address: str | None = _flag(
-        None, "HOST:PORT where process 0 of several serves; auto asks the cluster.", who=True
+        None,
+        "HOST:PORT where process 0 of several serves; auto asks the cluster. Default: a single process, or auto in "
+        "a step of Slurm or Open MPI.",
+        who=True,
     )
-    num_processes: int | None = _flag(None, "How many processes run this together.", who=True, least=1)
-    process_id: int | None = _flag(None, "Which of them this is, from 0.", who=True)
+    num_processes: int | None = _flag(
+        None, "How many processes run this together. Default: as the cluster says, or one.", who=True, least=1
+    )
+    process_id: int | None = _flag(
+        None, "Which of the processes this is, from 0. Default: as the cluster says, or 0.", who=True
+    )
     checkpoint_every_seconds: float = _flag(
-        60.0, "Seconds between checkpoints, besides the one at the end; 0 for none.", least=0
+        60.0, "Seconds between checkpoints, besides the one at the end; 0 for none by time.", least=0
     )
     checkpoint_every_steps: int = _flag(0, "Steps between checkpoints; 0 to save by time only.", least=0)
     keep: int = _flag(3, "How many checkpoints to keep, the newest.", least=1)
     audit: bool = _flag(True, "Check each epoch that every row was used exactly once, over all processes.")
     profile: str | None = _flag(
         None,
-        "START:STOP: trace these steps, to whole blocks, into the workdir's profile/ (TensorBoard, Perfetto). "
-        "Default: none.",
+        "START:STOP: trace from the one step to the other, to whole compiled calls, into the workdir's profile/ "
+        "(TensorBoard, Perfetto). Default: none.",
     )
     tensorboard: bool = _flag(
         False, "Write the scalars of metrics.jsonl, and the flags, into the workdir's tensorboard/ as event files."
@@ -259,11 +339,11 @@ class Config(Columns):
     )
     resume: str = _flag(
         "auto",
-        "auto: go on where the workdir's run of the same answer stopped; never; must.",
+        "auto: go on from the workdir's newest checkpoint, if any; must: or fail; never: start over.",
         of=("auto", "never", "must"),
     )
     workdir: str | None = _flag(
-        None, "Where the outputs go. Default: a new folder in runs/, named by the time.", who=True
+        None, "Folder for the outputs. Default: a new one in runs/, named by the time.", who=True
     )
     given: frozenset[str] = dataclasses.field(default=frozenset(), compare=False)  # no flag: those that were named
 
@@ -290,29 +370,34 @@ class Config(Columns):
                 if centred:
                     self._refuse(name, "what is centred has an intercept; leave out that or --nointercept")
         if self.solver == "exact" and not self.is_least_squares():
-            self._refuse("solver", "it is for --model=linear or concise, --loss=squared, and no --l1")
+            self._refuse("solver", "it is for --model=linear or concise, --loss=squared and no --l1; use --solver=sgd")
         if self.solver == "irls" and not (self._is_linear() and self.loss in ("logistic", "poisson")):
-            self._refuse("solver", "it is for --model=linear or concise, --loss=logistic or poisson, and no --l1")
+            self._refuse(
+                "solver",
+                "it is for --model=linear or concise, --loss=logistic or poisson and no --l1; use --solver=sgd",
+            )
         if self.patience and self.solver != "sgd":
-            self._refuse("patience", "it is for --solver=sgd")
+            self._refuse("patience", "it is for --solver=sgd; leave one out")
         unscaled = self.dataset != "synthetic" and self.columns().standardize is False
         if self.precision == "bfloat16" and unscaled:
-            self._refuse("precision", "it keeps three digits of features: fit on standardised ones")
+            self._refuse("precision", "it keeps three digits of features; use --standardize, or --precision=float32")
         if self.loss not in LOSSES[:4] and self.target_transform != "none":
             self._refuse("target_transform", f"--loss={self.loss} is defined for the target as it is; leave one out")
         if self.l1 and self.optimizer != "sgd":
-            self._refuse("l1", "its optimum is reached with --optimizer=sgd alone")
+            self._refuse("l1", "its optimum is reached with --optimizer=sgd alone; use that, or --l2")
         if self.standardize and self.dataset == "synthetic":
             self._refuse("standardize", "synthetic rows are of mean 0 and deviation 1 already; leave it out")
         if not self.w:
             self._refuse("w", "give at least one weight, such as --w=2,-3.4")
-        if max(self.num_train + self.num_val, self.seed) >= 2**31:
-            raise InputError("--num_train plus --num_val, and --seed, have to be under 2147483648")
+        if self.num_train + self.num_val >= 2**31:
+            raise InputError(
+                f"--num_train={self.num_train} --num_val={self.num_val}: are too many rows; use fewer than {2**31:,}"
+            )
 
     def _check_machine(self) -> None:
         """Refuses devices and processes that cannot be."""
         if self.profile is not None and not self.profiled_steps():
-            self._refuse("profile", "give two steps, such as 100:200")
+            self._refuse("profile", "give two steps, the earlier first, such as --profile=100:200")
         if self.num_devices is not None and self.num_devices > self.num_shards:
             self._refuse(
                 "num_devices",
@@ -339,14 +424,14 @@ class Config(Columns):
         if address == "auto" and processes is None and process is None:
             return
         if address is None or processes is None or process is None:
-            raise InputError("--coordinator_address, --num_processes and --process_id go together: give all three")
+            raise InputError("--coordinator_address, --num_processes and --process_id go together; give all three")
         host, _, port = address.rpartition(":")
         if not host or not port.isdigit() or not 0 < int(port) < 65536:
             self._refuse("coordinator_address", "give the host and the port of process 0, such as node1:29500")
         if not 0 <= process < processes:
             self._refuse("process_id", f"with --num_processes={processes} use 0 to {processes - 1}")
         if not self.workdir:
-            raise InputError("several processes need a folder that all see: give --workdir")
+            raise InputError("--workdir: several processes need a folder that all see; give --workdir=DIR")
 
     @classmethod
     def from_flags(cls, values: flags.FlagValues) -> "Config":
@@ -355,11 +440,11 @@ class Config(Columns):
         for name, value in given.items():
             if isinstance(value, list):
                 given[name] = tuple(value)
-        for name, kind in (("w", float), ("hidden", int)):
+        for name, kind, numbers in (("w", float, "numbers"), ("hidden", int, "whole numbers")):
             try:
                 given[name] = tuple(map(kind, given[name]))
             except ValueError as error:
-                raise InputError(f"--{name}={_text(given[name])}: give numbers separated by commas") from error
+                raise InputError(f"--{name}={_text(given[name])}: give {numbers} separated by commas") from error
         return cls(**given, given=frozenset(name for name in given if values[name].present))
 
     def is_least_squares(self) -> bool:
@@ -396,7 +481,10 @@ class Config(Columns):
         """
         trained: dict[str, Any] = {n: tuple(v) if isinstance(v, list) else v for n, v in flags.items()}
         if ":" in trained["model"] and self.model != trained["model"]:
-            raise InputError(f"the model is code of yours: allow it to be imported, with --model={trained['model']}")
+            raise InputError(
+                f"--workdir={self.workdir}: its model is code of yours; allow it to be imported, with "
+                f"--model={trained['model']}"
+            )
         for field in _flag_fields():
             name, asked = field.name, getattr(self, field.name)
             if name not in trained or not (name in self.given or asked != field.default):

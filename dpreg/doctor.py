@@ -47,7 +47,7 @@ def examine(config: Config) -> None:
         if jax.process_index() == 0:
             print(f"{'ok' if well else 'WRONG':<6}{name:<12}{found}", flush=True)
     if wrong:
-        raise InputError(f"the doctor found something wrong with: {', '.join(wrong)}")
+        raise InputError(f"--mode=doctor: something is wrong with {', '.join(wrong)}; mend that first")
 
 
 def _of_all(value: Any) -> list[Any]:
@@ -62,7 +62,7 @@ def _versions(config: Config) -> str:
         for name, version in versions.items():
             if version != everywhere[0][name]:
                 raise InputError(
-                    f"{name} is {everywhere[0][name]} in process 0 and {version} in process {process}: "
+                    f"{name} is {everywhere[0][name]} in process 0 and {version} in process {process}; "
                     "install the same everywhere"
                 )
     return ", ".join(f"{name} {version}" for name, version in everywhere[0].items())
@@ -85,7 +85,7 @@ def agree(config: Config) -> None:
             if theirs[name] != own[name]:
                 raise InputError(
                     f"--{name} is {own[name]} in process {jax.process_index()} and {theirs[name]} in process "
-                    f"{process}: start all processes with the same flags"
+                    f"{process}; start all processes with the same flags"
                 )
 
 
@@ -96,7 +96,7 @@ def _devices(config: Config) -> str:
         if count != counts[0]:
             raise InputError(
                 f"process 0 has {counts[0][0]} devices of kind {counts[0][1]}, process {process} {count[0]} of kind "
-                f"{count[1]}: give all the same with --num_devices, or mend that host"
+                f"{count[1]}; give all the same with --num_devices, or mend that host"
             )
     return f"{devices.describe(mesh.devices.flat)} ({counts[0][1]}) for {config.num_shards} shards"
 
@@ -115,12 +115,14 @@ def _network(config: Config) -> str:
     names = sorted({name for name, _ in hosts})
     if len(names) > 1:
         if is_loopback(split_address(address)[0]):
-            raise InputError(f"--coordinator_address={address} is of one machine alone: use the address of its network")
+            raise InputError(
+                f"--coordinator_address={address}: is of one machine alone; use the address of its network"
+            )
         for process, (name, resolved) in enumerate(hosts):
             if not resolved or is_loopback(resolved):
                 raise InputError(
                     f"process {process}: its host {name} resolves its own name to {resolved or 'nothing'}, which other "
-                    "hosts cannot reach: put its address in that host's /etc/hosts"
+                    "hosts cannot reach; put its address in that host's /etc/hosts"
                 )
     return f"coordinator at {address}, reached by {len(hosts)} processes on {', '.join(names)}"
 
@@ -153,12 +155,13 @@ def _all_reduce(config: Config) -> str:
             (small, latency), (large, seconds) = summed(1), summed(_REDUCED_BYTES // 4)
     except jax.errors.JaxRuntimeError as error:
         raise InputError(
-            f"the devices cannot add up ({' '.join(str(error).split())[:200]}): see that hosts reach each other"
+            f"the devices cannot add up: {' '.join(str(error).split())[:200]}; see that hosts reach each other"
         ) from error
     due = mesh.size * (mesh.size - 1) / 2
     for values in (small, large):
         if (values != due).any():
-            raise InputError(f"the sum over devices is {values.flat[(values != due).argmax()]} instead of {due}")
+            found = values.flat[(values != due).argmax()]
+            raise InputError(f"the sum over devices is {found:,} instead of {due:,}; use other devices, or mend these")
     return f"right; {latency * 1e3:.2f} ms for 4 B, {seconds * 1e3:.2f} ms for 1 MiB"
 
 
@@ -172,11 +175,11 @@ def _data(config: Config) -> str:
     try:
         data = build_data(config)
     except OSError as error:
-        raise InputError(f"--dataset={config.dataset}: {error.strerror or error}") from error
+        raise InputError(f"--dataset={config.dataset}: {error.strerror or error}; mend it, or name another") from error
     prints = _of_all(data.fingerprint())
     for process, fingerprint in enumerate(prints):
         if fingerprint != prints[0]:
-            raise InputError(f"process {process} reads other rows than process 0: give both the same files")
+            raise InputError(f"process {process} reads other rows than process 0; give both the same files")
     return f"{len(data.train):,} rows of {data.num_inputs} features, read in {time.perf_counter() - started:.1f} s"
 
 
@@ -188,7 +191,7 @@ def _clocks(config: Config) -> str:
         times = _of_all(time.time())
         spreads.append(max(times) - min(times))
     if (skew := min(spreads)) > _MAX_SKEW_SECONDS:
-        raise InputError(f"clocks are {skew:.1f} s apart: logs cannot be put in order; run a time service")
+        raise InputError(f"clocks are {skew:.1f} s apart, so logs cannot be put in order; run a time service")
     return f"within {skew * 1e3:.0f} ms of each other"
 
 

@@ -1,7 +1,9 @@
 """What every door does: parse flags, and end with one line where something is wrong."""
 
+import difflib
 import functools
 import pathlib
+import re
 import shutil
 import sys
 import textwrap
@@ -24,7 +26,9 @@ def enter(main: Callable[[list[str]], None], of_runs: bool = False) -> NoReturn:
         app.run(main, flags_parser=functools.partial(_parse, lambda: _help(about, {"Flags": own}), True))
     define_flags()
     names = ", ".join(_presets())
-    flags.DEFINE_string(_PRESET, None, f"A flagfile of dpreg's own: {names}.", module_name=Config.__module__)
+    flags.DEFINE_string(
+        _PRESET, None, f"A flagfile that comes with dpreg: {names}. Default: none.", module_name=Config.__module__
+    )
     groups = {"This command": own, **COMMON, "Flags": (_PRESET,)}
     app.run(main, flags_parser=functools.partial(_parse, lambda: _help(about, groups), False))
 
@@ -39,7 +43,7 @@ def leave_for(error: OSError) -> NoReturn:
     """Ends with one line on a file that could not be read or written; another fault is raised again."""
     if error.filename is None:
         raise error
-    leave(InputError(f"{error.filename}: {error.strerror}: free or change it"), InputError.exit_code)
+    leave(InputError(f"{error.filename}: {error.strerror}; mend it, or name another"), InputError.exit_code)
 
 
 def _parse(help: Callable[[], str], of_runs: bool, argv: list[str]) -> list[str]:
@@ -52,10 +56,38 @@ def _parse(help: Callable[[], str], of_runs: bool, argv: list[str]) -> list[str]
         if not of_runs and flags.FLAGS[_PRESET].value is not None:  # absl takes it in other places, and other forms
             raise InputError(f"--{_PRESET}: write --{_PRESET}=NAME, on the command line")
         if len(rest) > 1 and not of_runs:
-            raise InputError(f"{rest[1]}: not a flag; flags are given as --name=value")
+            raise InputError(f"{rest[1]}: is no flag; give flags as --name=value")
         return rest
     except (flags.Error, InputError, UnicodeDecodeError) as error:
-        leave(error, InputError.exit_code)
+        leave(InputError(_told(error)), InputError.exit_code)
+
+
+def _told(error: Exception) -> str:
+    """What is wrong with a flag, and what to do, in the words of dpreg where absl has its own."""
+    said, cause = str(error), error.__context__
+    match error:
+        case flags.UnrecognizedFlagError():
+            return f"--{error.flagname}: there is no such flag; {_instead_of(error.flagname)}see --help"
+        case flags.CantOpenFlagFileError() if isinstance(cause, OSError):
+            return f"--flagfile={cause.filename}: {cause.strerror}; name a file with a flag in each line"
+        case flags.IllegalFlagValueError() if cause is not None:
+            given = said.removeprefix("flag ").removesuffix(f": {cause}")
+            kind = flags.FLAGS[given.lstrip("-").partition("=")[0]].parser.syntactic_help
+            return f"{given}: use {kind or 'true or false'}"
+        case UnicodeDecodeError():
+            return f"--flagfile: holds what is no text ({said}); name a file with a flag in each line"
+        case flags.Error() if said.startswith("Missing value for flag "):
+            return f"{said.rpartition(' ')[2]}: has no value; give flags as --name=value"
+    return said
+
+
+def _instead_of(name: str) -> str:
+    """The flag that is spelled most like it, or else one whose description begins with it."""
+    name = name.replace("-", "_").lower()
+    like = difflib.get_close_matches(name, [flag for flag in flags.FLAGS if len(flag) > 1], 1)
+    words = re.compile(rf"{re.escape(name.replace('_', ' '))}\b", re.IGNORECASE)
+    like += [flag for flag in flags.FLAGS if words.match(str(flags.FLAGS[flag].help))]
+    return f"use --{like[0]}, or " if like else ""
 
 
 def _help(about: str | None, groups: Mapping[str, Sequence[str]]) -> str:
@@ -86,5 +118,6 @@ def _with_preset(argument: str) -> str:
     if not (argument.startswith("-") and name == _PRESET and equals):
         return argument
     if preset not in _presets():
-        raise InputError(f"--{_PRESET}={preset}: there is none; use one of {', '.join(_presets())}")
+        *others, last = _presets()
+        raise InputError(f"--{_PRESET}={preset}: there is none; use {', '.join(others)} or {last}")
     return f"--flagfile={_presets()[preset]}"

@@ -29,10 +29,10 @@ class Diverged(ArithmeticError):  # noqa: N818 (what happened, not whose error)
 
     def __init__(self, step: int, validation: bool = False):
         what = (
-            f"the validation loss is not finite after step {step}: the state after it is kept; look at those rows, or"
+            f"the validation loss is not finite after step {step:,}: the state after it is kept; look at those rows, or"
         )
         if not validation:
-            what = f"the loss is not finite at step {step}: the state before it is kept;"
+            what = f"the loss is not finite at step {step:,}: the state before it is kept;"
         super().__init__(f"{what} try a smaller --lr, or --gradient_clip_val")
         self.step = step
 
@@ -49,7 +49,7 @@ class Preempted(Exception):  # noqa: N818
     exit_code = 75
 
     def __init__(self, step: int | None = None):
-        where = "before the first step" if step is None else f"at step {step}, which is saved"
+        where = "before the first step" if step is None else f"at step {step:,}, which is saved"
         super().__init__(f"stopped {where}: the same command goes on from there")
         self.step = step
 

@@ -237,7 +237,10 @@ def _checkpoints(
             if jax.process_index() == 0:
                 (workdir / "starts.jsonl").unlink(missing_ok=True)
         elif not checkpoints.restore(trainer) and config.resume == "must":
-            raise InputError(f"--resume=must: {workdir} holds no checkpoint that can be read")
+            raise InputError(
+                f"--resume=must: {workdir} holds no checkpoint that can be read; "
+                "name another --workdir, or use --resume=auto"
+            )
         trainer.checkpoints = checkpoints
         yield checkpoints
 

@@ -35,6 +35,7 @@ from dpreg.config import Config
 from dpreg.data.dataset import RESIDENT_FRACTION
 from dpreg.door import enter, leave, leave_for
 from dpreg.errors import InputError
+from dpreg.observers.workdir import made
 from dpreg.parallel import devices
 from dpreg.parallel.chips import Hosts, Slice, system_named
 from dpreg.parallel.program import Collective, Memory, collectives, cost, memory
@@ -133,7 +134,7 @@ def plan(config: Config, topology: str | None = None) -> Plan:
         described = _described(system)
         if len(described) > config.num_shards:
             raise InputError(
-                f"--topology={topology}: it has {len(described):,} devices, each of which needs a shard of its own: "
+                f"--topology={topology}: it has {len(described):,} devices, each of which needs a shard of its own; "
                 f"use --num_shards={len(described)} and a --batch_size that is a multiple of it"
             )
         mesh = Mesh(np.array(described), (AXIS,))
@@ -233,7 +234,7 @@ def _apart(config: Config, topology: str) -> Plan:
     gpus = isinstance(system_named(topology), Hosts)
     if not any(map(importlib.util.find_spec, _PLUGINS if gpus else ("libtpu",))):
         what, extra = ("JAX's plugin for CUDA", "plan-gpu") if gpus else ("libtpu, which compiles for TPUs", "plan")
-        raise InputError(f"--topology={topology}: needs {what}: pip install 'dpreg[{extra}]', or -e '.[{extra}]'")
+        raise InputError(f"--topology={topology}: needs {what}; run pip install 'dpreg[{extra}]', or -e '.[{extra}]'")
     os.environ.update(_COMPILER_ALONE)
     with tempfile.NamedTemporaryFile("r") as said:
         context = multiprocessing.get_context("spawn")
@@ -243,10 +244,12 @@ def _apart(config: Config, topology: str) -> Plan:
         except concurrent.futures.process.BrokenProcessPool as error:
             fatal = [line.strip() for line in said if re.match("F[0-9]|.*(Check failed|ABORT)", line)]
             reason = f": {fatal[0][:300]}" if fatal else ""
-            raise InputError(f"--topology={topology}: the compiler cannot do it, and ended{reason}") from error
+            raise InputError(
+                f"--topology={topology}: the compiler cannot do it, and ended{reason}; use another"
+            ) from error
         except jax.errors.JaxRuntimeError as error:
             reason = " ".join(str(error).split())[:300]
-            raise InputError(f"--topology={topology}: does not compile for it: {reason}") from error
+            raise InputError(f"--topology={topology}: does not compile for it: {reason}; use another") from error
 
 
 def _say_into(file: str) -> None:
@@ -258,13 +261,12 @@ def _main(argv: list[str]) -> None:
     del argv
     try:
         config, topology = Config.from_flags(flags.FLAGS), flags.FLAGS["topology"].value
-        folder = pathlib.Path(config.workdir or ".")
-        folder.mkdir(parents=True, exist_ok=True)
-        if topology:
-            found = _apart(config, topology)
-        else:
-            devices.start(config.platform, config.num_devices)
-            found = plan(config)
+        with made(pathlib.Path(config.workdir or ".")) as folder:
+            if topology:
+                found = _apart(config, topology)
+            else:
+                devices.start(config.platform, config.num_devices)
+                found = plan(config)
         print(found.describe())
         if config.workdir:
             told = dataclasses.asdict(found) | {"fits": found.fits}

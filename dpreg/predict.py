@@ -53,7 +53,7 @@ def predict(config: Config) -> None:
         exported = load_model(pathlib.Path(config.workdir or "") / "model")
         config, schema = config.of_model(exported.flags), exported.schema
         if schema is None:
-            raise InputError(f"--workdir={config.workdir}: its model was not trained on a table: predict from Python")
+            raise InputError(f"--workdir={config.workdir}: its model was not trained on a table; predict from Python")
         evaluating = config.mode == "evaluate"
         table, columns = open_dataset(config), columns_of(schema, config.columns(), evaluating)
         table.require(columns.taken)
@@ -98,7 +98,10 @@ def _compare(own: dict[str, Any]) -> None:
     for process, text in enumerate(processes.exchange(json.dumps(own))):
         for what, theirs in json.loads(text).items():
             if theirs != own[what]:
-                raise InputError(f"process {process} sees another {what} than process {jax.process_index()}")
+                raise InputError(
+                    f"process {process} sees another {what} than process {jax.process_index()}; "
+                    "give both the same files"
+                )
 
 
 def _refuse_input(output: pathlib.Path, dataset: str, table: Table) -> None:
@@ -106,7 +109,7 @@ def _refuse_input(output: pathlib.Path, dataset: str, table: Table) -> None:
     path = output.absolute()
     inside = pathlib.Path(dataset).is_dir() and path.parent.samefile(dataset) if path.parent.exists() else False
     if inside or str(path) in [file for file, *_ in table.signature] or path.match(os.path.abspath(dataset)):
-        raise InputError(f"--output={output}: that is a file of --dataset={dataset}, or would be; name another")
+        raise InputError(f"--output={output}: that is a file of --dataset={dataset}, or would be; name another file")
 
 
 def _write(writer: PredictionWriter, predictor: Predictor, read: "_Reading") -> None:
@@ -137,7 +140,7 @@ def columns_of(schema: Schema, columns: Columns, targets: bool) -> Columns:
       InputError: when missing values should become the mean, and the model knows none.
     """
     if columns.missing == "mean" and any(isinstance(c, Number) and c.fill is None for c in schema.inputs):
-        raise InputError("--missing=mean: the model was trained without; use --missing=drop, or train it so")
+        raise InputError("--missing=mean: the model was trained without it; use --missing=drop, or train it so")
     return dataclasses.replace(
         columns,
         features=tuple(column.name for column in schema.inputs),
@@ -186,4 +189,4 @@ class _Reading:
             speed = self.rows / (time.perf_counter() - started)
             self._progress.doing(f"{self._table.name}: {self.rows:,} rows, {speed:,.0f} rows/s")
         if not self.rows:
-            raise InputError(f"{self._table.name}: there are no rows")
+            raise InputError(f"{self._table.name}: there are no rows; name a table that has some")

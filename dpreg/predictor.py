@@ -102,7 +102,9 @@ class Predictor:
         """
         found = [errors for _, errors in self._evaluated(pieces, self._errors)]
         if not any(errors.weight.sum() > 0 for errors in found):
-            raise InputError("there are no rows with a weight, and without missing values, to evaluate")
+            raise InputError(
+                "there are no rows with a weight, and without missing values, to evaluate; name a table that has some"
+            )
         return metrics_of(self._model, self.schema, found)
 
     def pieces(self, source: Source) -> Iterator[Rows]:

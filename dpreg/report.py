@@ -37,11 +37,15 @@ def read_run(workdir: pathlib.Path) -> Run:
     """
     try:
         summary = json.loads((workdir / "summary.json").read_text(encoding="utf-8"))
+        if missing := {*_REACHED, *_COST, "metrics", "params_sha256"} - {*summary}:
+            raise ValueError(f"it has no {min(missing)!r}")
         lines = (workdir / "flags.cfg").read_text(encoding="utf-8").splitlines()
     except (FileNotFoundError, NotADirectoryError) as error:
         raise InputError(f"{workdir}: holds no finished run; name the --workdir of one") from error
     except ValueError as error:
-        raise InputError(f"{workdir}/summary.json: is none of dpreg: {error}") from error
+        raise InputError(
+            f"{workdir}/summary.json: is none of dpreg ({error}); name the --workdir of a finished run"
+        ) from error
     return Run(summary, read_records(workdir / "metrics.jsonl"), dict(line[2:].split("=", 1) for line in lines))
 
 
@@ -62,7 +66,10 @@ def compare(runs: Mapping[str, Run]) -> dict[str, list[Any]]:
 def _main(argv: list[str]) -> None:
     try:
         if len(argv) < 2:
-            raise InputError("name the workdirs of the runs to compare: python -m dpreg.report W1 W2")
+            raise InputError("there is no run to show; name the workdirs of some: python -m dpreg.report W1 W2")
+        output = flags.FLAGS["output"].value
+        if output and not output.endswith((".html", ".svg")):
+            raise InputError(f"--output={output}: unknown kind; use FILE.html or FILE.svg")
         runs = {name: read_run(pathlib.Path(name)) for name in argv[1:]}
         rows = compare(runs)
         table = Table("", *runs, box=None)
@@ -71,7 +78,7 @@ def _main(argv: list[str]) -> None:
         Console(markup=False, highlight=False).print(table)
         if len(runs) > 1:
             print("parameters: the same bits" if len(set(rows["params_sha256"])) == 1 else "parameters: other bits")
-        if output := flags.FLAGS["output"].value:
+        if output:
             write_comparison(pathlib.Path(output), {name: run.records for name, run in runs.items()}, rows)
             print(f"also in {output}")
     except InputError as error:

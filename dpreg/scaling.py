@@ -35,6 +35,7 @@ from dpreg.errors import InputError, ProcessLost
 from dpreg.observers.chart import chart, page
 from dpreg.observers.metrics import to_json
 from dpreg.observers.progress import ProgressDisplay
+from dpreg.observers.workdir import made
 from dpreg.parallel import devices, processes
 from dpreg.parallel.reduce import AXIS
 
@@ -201,7 +202,8 @@ class Laboratory:
             said = [process.communicate(timeout=_PATIENCE_SECONDS) for process in running]
         except subprocess.TimeoutExpired as error:
             raise InputError(
-                f"a run on {count} devices takes more than {_PATIENCE_SECONDS} s: give fewer rows"
+                f"a run on {count} device{'s' if count > 1 else ''} takes more than {_PATIENCE_SECONDS:,} s; "
+                "give fewer rows"
             ) from error
         finally:
             for process in running:
@@ -210,7 +212,9 @@ class Laboratory:
         for code, (_, wrong) in sorted(ended, key=lambda of: of[0] == ProcessLost.exit_code):  # the others say why
             if code:
                 line = wrong.strip().splitlines()[-1:] or ["it ended"]
-                raise InputError(f"a run on {count} devices: {line[0].removeprefix('dpreg: ')}")
+                raise InputError(
+                    f"a run on {count} device{'s' if count > 1 else ''}: {line[0].removeprefix('dpreg: ')}"
+                )
         return [out for out, _ in said]
 
 
@@ -234,7 +238,10 @@ def measure(config: Config, told: Any) -> tuple[list[Measured], list[Exchange], 
       InputError: for what cannot be run, or is not run in steps with one sum each.
     """
     if config.solver != "sgd" or config.reduction != "pmean":
-        raise InputError("scaling measures steps that exchange one sum: --solver=sgd and --reduction=pmean")
+        raise InputError(
+            f"--solver={config.solver} --reduction={config.reduction}: scaling measures steps that exchange one sum; "
+            "use --solver=sgd and --reduction=pmean"
+        )
     laboratory = Laboratory(config)
     counts = [1 << power for power in range(16) if 1 << power <= min(laboratory.most, config.num_shards)]
     exchanges, runs, size = [], list[Measured](), 0
@@ -307,9 +314,8 @@ def _main(argv: list[str]) -> None:
     del argv
     try:
         config = Config.from_flags(flags.FLAGS)
-        folder = pathlib.Path(config.workdir or ".")
-        folder.mkdir(parents=True, exist_ok=True)
         with contextlib.ExitStack() as stack:
+            folder = stack.enter_context(made(pathlib.Path(config.workdir or ".")))
             progress = stack.enter_context(ProgressDisplay(Console(stderr=True)))
             runs, exchanges, further, on_cores = measure(config, progress.doing)
         print(describe(runs, exchanges, further, on_cores))

@@ -34,7 +34,7 @@ try:
     from sklearn.utils.multiclass import check_classification_targets
     from sklearn.utils.validation import _check_sample_weight, check_is_fitted, validate_data
 except ImportError as missing:
-    raise ImportError("dpreg.sklearn needs scikit-learn 1.6 or newer: pip install 'dpreg[sklearn]'") from missing
+    raise ImportError("dpreg.sklearn: needs scikit-learn 1.6 or newer; pip install 'dpreg[sklearn]'") from missing
 
 __all__ = ["DataParallelClassifier", "DataParallelRegressor"]
 
@@ -182,17 +182,20 @@ class _Estimator(BaseEstimator):
         before: _Fitted | None = getattr(self, "_fitted", None) if further else None
         same = y.shape[1], config.model, config.loss, module
         if before and (before.targets, before.config.model, before.config.loss, before.module) != same:
-            raise InputError("partial_fit goes on with the targets, model and loss that it began with: call fit")
+            raise InputError("partial_fit: it goes on with the targets, model and loss that it began with; call fit")
         if before:  # in another order each time
             config = dataclasses.replace(config, seed=(before.config.seed + 1) % 2**31)
         fitted = _Fitted(config, module, y.shape[1], one_column, Schema((), ()))
         if wrong := first_outside(ArraySource(np.zeros(len(y)), y, dtype=np.float64), fitted.objective.allowed):
             target = ", ".join(f"{value:g}" for value in wrong[1])
             domain = fitted.objective.domain
-            raise InputError(f"loss={config.loss!r}: the target in row {wrong[0]} is {target}; it has to be {domain}")
+            raise InputError(
+                f"loss={config.loss!r}: the target in row {wrong[0]:,} is {target} and has to be {domain}; "
+                "mend it, or use another loss"
+            )
         used = weight > 0
         if not used.any():
-            raise InputError("sample_weight is zero in every row: there is no row to fit")
+            raise InputError("sample_weight: it is zero in every row; give one row at least a weight")
         x, y, weight = x[used], y[used], weight[used]
         exact, squared = self._is_exact(fitted), config.loss == "squared"
         if further and exact and not squared:
@@ -215,7 +218,8 @@ class _Estimator(BaseEstimator):
         can = fitted.is_linear and not config.l1 and config.loss in ("squared", "softmax", *FAMILIES)
         if self.solver == "exact" and not can:
             raise InputError(
-                "solver='exact': it is for model='linear', no l1, and loss='squared', 'poisson', or classes"
+                "solver='exact': it is for model='linear', no l1, and loss='squared', 'poisson', or classes; use "
+                "solver='auto'"
             )
         size = (1 + self.n_features_in_) * fitted.outputs
         return can and (self.solver == "exact" or (self.solver == "auto" and size <= _MOST_EXACT))
@@ -336,7 +340,7 @@ def _require_outputs(model: Any, x: np.ndarray, outputs: int) -> None:
 
     shape = jax.eval_shape(prediction, jnp.asarray(x[:1])).shape
     if shape != (1, outputs):
-        raise InputError(f"the model predicts {list(shape)} for one row: give [1, {outputs}]")
+        raise InputError(f"model: it predicts {list(shape)} for one row; give one that predicts [1, {outputs}]")
 
 
 def _moments(columns: np.ndarray, weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -359,7 +363,7 @@ def _scale(deviation: np.ndarray, mean: np.ndarray) -> np.ndarray:
 def _weights(sample_weight: ArrayLike | None, x: np.ndarray) -> np.ndarray:
     weight = _check_sample_weight(sample_weight, x, dtype=np.float64)
     if (weight < 0).any():
-        raise InputError(f"sample_weight is negative in row {(weight < 0).argmax()}: weights are 0 or more")
+        raise InputError(f"sample_weight: it is negative in row {(weight < 0).argmax() + 1:,}; use 0 or more")
     return weight
 
 
@@ -460,7 +464,7 @@ class DataParallelRegressor(MultiOutputMixin, RegressorMixin, _Estimator):
 
     def _fit(self, X: Any, y: Any, sample_weight: ArrayLike | None, further: bool) -> Self:  # noqa: N803
         if self.loss in ("logistic", "softmax"):
-            raise InputError(f"loss={self.loss!r} is for classes: use DataParallelClassifier")
+            raise InputError(f"loss={self.loss!r}: it is for classes; use DataParallelClassifier")
         config = self._config(loss=self.loss, huber_delta=self.huber_delta, quantile=self.quantile)
         first = not (further and hasattr(self, "_fitted"))
         x, y = validate_data(self, X, y, reset=first, dtype=np.float64, order="C", multi_output=True, y_numeric=True)
@@ -520,10 +524,10 @@ class DataParallelClassifier(ClassifierMixin, _Estimator):
         """
         first = not hasattr(self, "_fitted")
         if first and classes is None:
-            raise InputError("classes: the first call of partial_fit needs all labels that there will be")
+            raise InputError("classes: the first call of partial_fit needs all labels that there will be; give them")
         known = np.unique(np.asarray(classes)) if first else self.classes_
         if classes is not None and not np.array_equal(np.unique(np.asarray(classes)), known):
-            raise InputError(f"classes: they were {known} in the first call of partial_fit")
+            raise InputError(f"classes: they were {known} in the first call of partial_fit; give those, or none")
         x, labels, weight = self._rows(X, y, sample_weight, first)
         return self._fit(x, labels, weight, known, further=True)
 
@@ -540,11 +544,14 @@ class DataParallelClassifier(ClassifierMixin, _Estimator):
 
     def _fit(self, x: np.ndarray, labels: np.ndarray, weight: np.ndarray, classes: np.ndarray, further: bool) -> Self:
         if len(classes) < 2 and (weight > 0).any():
-            raise InputError(f"there is one class, {classes.tolist()[0]!r}: give rows of two classes or more")
+            raise InputError(f"y: there is one class, {classes.tolist()[0]!r}; give rows of two classes or more")
         at = np.searchsorted(classes, labels)
         unknown = classes[np.minimum(at, len(classes) - 1)] != labels
         if (unknown & (weight > 0)).any():
-            raise InputError(f"the label {labels[unknown].tolist()[0]!r} is none of the classes, {classes}")
+            raise InputError(
+                f"y: the label {labels[unknown].tolist()[0]!r} is none of the classes, {classes}; "
+                "leave it out, or call fit"
+            )
         y = np.where(unknown, 0, at).astype(np.float64)[:, None]
         two = len(classes) == 2
         config = self._config(loss="logistic" if two else "softmax", num_classes=len(classes))

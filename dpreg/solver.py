@@ -83,10 +83,10 @@ class Solver:
           InputError: when there are several targets, or no optimum, such as for classes that a plane separates.
         """
         if self._targets > 1:
-            raise InputError(f"Newton's method has one target, and there are {self._targets}")
+            raise InputError(f"--solver=irls: it has one target, and there are {self._targets}; name one")
         triangle, _, weight = self._around(family, None)
         if not weight > 0:
-            raise InputError("there is no row with a weight to fit")
+            raise InputError("there is no row with a weight to fit; give one row at least a weight")
         spread = np.sqrt(np.square(triangle.r[int(intercept) :, 1 : 1 + self._inputs]).sum(axis=0) / triangle.weight)
         trial = triangle.solve(l2 * weight / triangle.weight, intercept)
         accepted, least = dataclasses.replace(trial, w=np.zeros_like(trial.w), b=np.zeros_like(trial.b)), np.inf
@@ -117,7 +117,7 @@ class Solver:
           InputError: when there are several targets, or no optimum was found.
         """
         if self._targets > 1:
-            raise InputError(f"there is one target of labels, and there are {self._targets}")
+            raise InputError(f"labels are one target, and there are {self._targets}; give one")
         theta = np.zeros((1 + self._inputs, num_classes))
 
         def sums_at(theta: np.ndarray) -> np.ndarray:

@@ -174,7 +174,7 @@ class Trainer:
             ("placement", placement, PLACEMENTS),
         ):
             if value not in allowed:
-                raise InputError(f"--{name}={value}: use one of {', '.join(allowed)}")
+                raise InputError(f"--{name}={value}: use {', '.join(allowed[:-1])} or {allowed[-1]}")
         if not (math.isfinite(gradient_clip_val) and gradient_clip_val >= 0):
             raise InputError(f"--gradient_clip_val={gradient_clip_val}: use a norm above 0, or 0 for no limit")
         for name, number in (
@@ -188,7 +188,7 @@ class Trainer:
             if number < 0:
                 raise InputError(f"--{name}={number}: use 0 or more")
         if not 0 <= seed < 2**31:
-            raise InputError(f"--seed={seed}: use 0 to 2147483647")
+            raise InputError(f"--seed={seed}: use 0 to {2**31 - 1:,}")
         self.max_epochs, self.gradient_clip_val, self.num_shards = max_epochs, gradient_clip_val, num_shards
         self.reduction, self.backend, self.seed, self.observers = reduction, backend, seed, tuple(observers)
         self.log_every_steps, self.steps_per_block, self.placement = log_every_steps, steps_per_block, placement
@@ -253,12 +253,12 @@ class Trainer:
         self._schema: Schema | None = getattr(data, "schema", None)
         self.seconds, self.steps_trained = dict.fromkeys(self.seconds, 0.0), 0
         if self.dtype == np.float64 and data.train[np.zeros(1, np.int32)]["x"].dtype != np.float64:
-            logging.warning("precision float64: the rows are float32, and have its digits; give them as float64")
+            logging.warning("--precision=float64: the rows are float32, and have its digits; give them as float64")
         batch_size = data.batch_size * self.accumulate_steps
         train = Dataset(data.train).shuffle(self.seed).batch(batch_size).repeat(self.max_epochs)
         self.train = self._placed(train.tag(self.audit.on))
         if self.patience and not data.val:
-            raise InputError(f"--patience={self.patience}: there are no rows held out to measure by")
+            raise InputError(f"--patience={self.patience}: there are no rows held out to measure by; hold some out")
         self.val = self._placed(Dataset(data.val).batch(data.batch_size)) if data.val else None
 
     def _placed(self, dataset: Dataset) -> Dataset:
@@ -273,7 +273,7 @@ class Trainer:
         rows_together = self.train.sampler.shard_batch // self.accumulate_steps
         if state.batch_stats and rows_together < _FEW_ROWS:
             logging.warning(
-                "batch statistics of %d rows: BatchNorm sees the rows of one shard, batch_size / num_shards; "
+                "batch statistics of %d rows: BatchNorm sees the rows of one shard, --batch_size / --num_shards; "
                 "give it %d or more",
                 rows_together,
                 _FEW_ROWS,
@@ -306,7 +306,8 @@ class Trainer:
             if dataset is not None and loss.domain and (wrong := first_outside(dataset.source, loss.allowed)):
                 is_now = ", ".join(f"{value:g}" for value in wrong[1])
                 raise InputError(
-                    f"--loss={loss.name}: the target in row {wrong[0]} is {is_now}; it has to be {loss.domain}"
+                    f"--loss={loss.name}: the target in row {wrong[0]:,} is {is_now} and has to be {loss.domain}; "
+                    "mend it, or use another --loss"
                 )
 
     def initial_state(self, model: Model) -> TrainState:
@@ -465,7 +466,7 @@ class Trainer:
         found = [errors for _, errors in devices.arrived(calls, self.heartbeat)]
         self.val_loss, self.metrics = metrics_of(self._model, self._schema, found)
         if self.patience and not self.metrics:
-            raise InputError(f"--patience={self.patience}: no row held out has a weight to measure by")
+            raise InputError(f"--patience={self.patience}: no row held out has a weight to measure by; hold out others")
         self.seconds["eval"] += time.perf_counter() - started
 
     def predict(self, x: ArrayLike) -> np.ndarray:
@@ -479,7 +480,7 @@ class Trainer:
         """
         x, predictor = np.asarray(x, self.dtype), self.predictor()
         if x.ndim != 2 or x.shape[1] != predictor.num_inputs or not len(x):
-            raise InputError(f"x has shape {list(x.shape)}: give one row or more of {predictor.num_inputs} columns")
+            raise InputError(f"x has shape {list(x.shape)}; give one row or more of {predictor.num_inputs:,} columns")
         rows = ArraySource(x, np.zeros((len(x), predictor.num_targets)), dtype=self.dtype)
         return np.concatenate(list(predictor.predictions(predictor.pieces(rows))))
 
@@ -502,7 +503,7 @@ class Trainer:
     def predictor(self) -> Predictor:
         """The trained model on the trainer's devices; compiled once."""
         if not hasattr(self, "state"):
-            raise InputError("there is nothing to predict with yet: call fit first")
+            raise InputError("there is nothing to predict with yet; call fit first")
         if self._predictor is None:
             rows = self.train.source[np.zeros(1, np.int32)]
             self._predictor = Predictor(

@@ -20,6 +20,7 @@ import threading
 import time
 from collections.abc import Sequence
 from types import FrameType
+from typing import NoReturn
 
 FINAL = (0, 1, 2, 3)  # done, a fault, wrong input, diverged: starting again would change nothing
 PREEMPTED, LOST = 75, 76
@@ -28,13 +29,15 @@ GRACE_SECONDS = 15.0  # for the others to end by themselves once one has
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the processes to the end, restarting them as asked; gives the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--processes", type=int, required=True, help="how many to start")
-    parser.add_argument("--max_restarts", type=int, default=0, help="how often to start all again")
+    parser = _Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--processes", type=int, required=True, help="how many to start, 1 or more")
+    parser.add_argument("--max_restarts", type=int, default=0, help="how often to start all again; default: 0")
     parser.add_argument("flags", nargs="*", help="after --: flags of dpreg.main, with --workdir")
     parsed = parser.parse_args(arguments)
     if parsed.processes < 1:
-        parser.error("--processes: use 1 or more")
+        parser.error(f"--processes={parsed.processes}: use 1 or more")
+    if parsed.max_restarts < 0:
+        parser.error(f"--max_restarts={parsed.max_restarts}: use 0 or more")
 
     told_to_stop = threading.Event()
     run: Run | None = None
@@ -63,6 +66,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if code in FINAL:
             break
     return code
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """One line, as dpreg has it, where argparse adds its usage."""
+        self.exit(2, f"local: {message}; see --help\n")
 
 
 class Run:

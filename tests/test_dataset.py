@@ -134,10 +134,10 @@ def test_synthetic_rows_are_a_function_of_seed_and_index():
     ("arguments", "message"),
     [
         ((np.ones((3, 2)), np.ones(4)), "y has 4 rows and x has 3"),
-        ((np.array([[1.0], [np.nan]]), np.ones(2)), "x has a value that is not finite in row 1"),
+        ((np.array([[1.0], [np.nan]]), np.ones(2)), "x has a value that is not finite in row 2"),
         ((np.ones((2, 2, 2)), np.ones(2)), "x has shape"),
-        ((np.ones(2), np.ones(2), np.array([1.0, -1.0])), "weight is negative in row 1"),
-        ((np.ones((0, 2)), np.ones(0)), "there are no rows"),
+        ((np.ones(2), np.ones(2), np.array([1.0, -1.0])), "weight is negative in row 2"),
+        ((np.ones((0, 2)), np.ones(0)), "x has no rows"),
     ],
 )
 def test_bad_arrays_are_refused(arguments, message):

@@ -56,7 +56,7 @@ def test_what_is_wrong_in_one_process_is_found_by_all(tmp_path, fault, check, sa
     results = together(patched(both or "pass", 0, *flags), patched(fault, 1, *flags))
     for code, lines, _, _ in results:
         assert (code, len(lines)) == (2, 1), lines
-        assert f"the doctor found something wrong with: {check}" in lines[0]
+        assert f"--mode=doctor: something is wrong with {check};" in lines[0]
     out = results[0][2]
     assert findings(out) == dict.fromkeys(CHECKS, "ok") | {check: "WRONG"}
     assert said in out

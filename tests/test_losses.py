@@ -129,10 +129,10 @@ def test_the_gradient_is_that_of_differences_in_float64(name):
 @pytest.mark.parametrize(
     ("name", "value", "said"),
     [
-        ("logistic", 0.5, "in row 8 is 0.5; it has to be 0 or 1"),
-        ("softmax", 2, "in row 8 is 2; it has to be a label from 0 to 1"),
-        ("poisson", -1, "in row 8 is -1; it has to be 0 or more"),
-        ("gamma", 0, "in row 8 is 0; it has to be above 0"),
+        ("logistic", 0.5, "in row 8 is 0.5 and has to be 0 or 1"),
+        ("softmax", 2, "in row 8 is 2 and has to be a label from 0 to 1"),
+        ("poisson", -1, "in row 8 is -1 and has to be 0 or more"),
+        ("gamma", 0, "in row 8 is 0 and has to be above 0"),
     ],
 )
 def test_targets_outside_of_a_domain_name_the_first_row(name, value, said):

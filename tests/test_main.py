@@ -193,9 +193,9 @@ def tables(tmp_path):
     ("arguments", "said"),
     [
         (["--nosuchflag=1"], "nosuchflag"),
-        (["--batch_sise=64"], "Did you mean: batch_size"),
+        (["--batch_sise=64"], "use --batch_size, or see --help"),
         (["--flagfile=nowhere.cfg"], "nowhere.cfg"),
-        (["train"], "train: not a flag"),
+        (["train"], "train: is no flag"),
         (["--max_epochs=many"], "--max_epochs=many"),
         (["--num_devices=0"], "--num_devices=0: use 1 or more"),
         (["--num_devices=9"], "use --num_devices=8 or --num_shards=9"),
@@ -207,12 +207,12 @@ def tables(tmp_path):
         (["--lr=-1"], "--lr=-1.0: use a value above 0"),
         (["--lr=nan"], "--lr=nan: use a finite number"),
         (["--w=2,x"], "--w=2,x"),
-        (["--reduction=mean"], "use one of pmean, ordered"),
+        (["--reduction=mean"], "use pmean or ordered"),
         (["--dataset=nowhere", "--target=y"], "there is no such file"),
         (["--dataset=nowhere.csv", "--target=y"], "no such file"),
         (["--dataset=tfds:nowhere"], "nowhere"),
         (["--dataset={}/good.csv"], "--target=COLUMN"),
-        (["--dataset={}/good.csv", "--target=z"], "column 'z' is not there; the columns are 'a', 'b', 'y'"),
+        (["--dataset={}/good.csv", "--target=z"], "column 'z' is not there; use one of 'a', 'b', 'y'"),
         (["--dataset={}/text.csv", "--target=y"], "text.csv, row 2: column 'b' has 'x', which is no number"),
         (["--dataset={}/nan.csv", "--target=y"], "column 'b' has 1, the first in {}/nan.csv, row 2"),
         (["--dataset={}/missing.csv", "--target=y"], "column 'b' has 1, the first in {}/missing.csv, row 2"),
@@ -341,4 +341,7 @@ def test_a_profile_is_a_trace_of_named_steps(tmp_path):
     assert "train" in names
     assert list((tmp_path / "profile").rglob("*.xplane.pb"))
     wrong = dpreg(CPU, "--profile=7", f"--workdir={tmp_path}/w")
-    assert (wrong.returncode, wrong.stderr) == (2, "dpreg: --profile=7: give two steps, such as 100:200\n")
+    assert (wrong.returncode, wrong.stderr) == (
+        2,
+        "dpreg: --profile=7: give two steps, the earlier first, such as --profile=100:200\n",
+    )

@@ -50,7 +50,7 @@ def test_a_run_by_a_preset_from_an_empty_folder(installed, tmp_path):
     assert "--num_devices=8" in (tmp_path / "w" / "flags.cfg").read_text()
     wrong = run("--config_preset=cup")
     assert (wrong.returncode, len(wrong.stderr.splitlines())) == (2, 1)
-    assert "--config_preset=cup: there is none; use one of cpu, gpu, tpu" in wrong.stderr
+    assert "--config_preset=cup: there is none; use cpu, gpu or tpu" in wrong.stderr
     (tmp_path / "mine.cfg").write_text("--config_preset=cpu\n")
     for elsewhere in (("--config_preset", "cpu"), ("--flagfile=mine.cfg",)):
         wrong = run(*elsewhere)

@@ -103,13 +103,13 @@ def test_an_exchange_goes_over_the_links_that_a_slice_has():
 @pytest.mark.parametrize(
     ("name", "said"),
     [
-        ("v5e:32x32", "there is no such slice of several chips; v5e has 2x2, 2x4, 4x4, 4x8, 8x8, 8x16, 16x16"),
+        ("v5e:32x32", "there is no such slice of several chips; use one of v5e: 2x2, 2x4, 4x4, 4x8, 8x8, 8x16, 16x16"),
         ("v5p:8x4x4", "there is no such slice"),
         ("v5p:16x20x28", "there is no such slice"),
         ("v5p:4x4", "there is no such slice"),
         ("v5e:4xx4", "there is no such slice"),
         ("h1:8", "use KIND:SHAPE, with a kind of v4, v5e, v5p, v6e, a100, h100, h200"),
-        ("h100:3", "use h100:HOSTSxGPUS, up to 1280 hosts of 1, 2, 4 or 8 GPUs each"),
+        ("h100:3", "use h100:HOSTSxGPUS, up to 1,280 hosts of 1, 2, 4 or 8 GPUs each"),
         ("h100:0x8", "use h100:HOSTSxGPUS"),
         ("h100:", "use h100:HOSTSxGPUS"),
         ("h100:x8", "use h100:HOSTSxGPUS"),

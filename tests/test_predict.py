@@ -155,8 +155,8 @@ def test_two_processes_predict_the_same_file(trained, tmp_path):
         ({"num_shards": 4}, "--num_shards=4: the model was trained with 8"),
         ({"missing": "mean"}, "the model was trained without"),
         ({"dataset": "{}/short.csv"}, "column 'a' is not there"),
-        ({"dataset": "{}/words.csv"}, "words.csv, row 9000: column 'a' has 'x', which is no number"),
-        ({"dataset": "{}/huge.parquet"}, "row 9000: 'a' is not finite once it is scaled|not finite as float32"),
+        ({"dataset": "{}/words.csv"}, "words.csv, row 9,000: column 'a' has 'x', which is no number"),
+        ({"dataset": "{}/huge.parquet"}, "row 9,000: 'a' is not finite once it is scaled|not finite as float32"),
         ({"dataset": "{}/none.csv"}, "there are no rows"),
     ],
 )

@@ -136,7 +136,7 @@ def test_sigterm_to_one_process_saves_in_all_within_an_epoch_and_exits_75(tmp_pa
     assert code == 75, said
     assert said.count("the same command goes on from there") == 2
     stopped_at = max(complete(tmp_path / "w"))
-    assert f"stopped at step {stopped_at}," in said
+    assert f"stopped at step {stopped_at:,}," in said
     assert any(step % 2560 for step in complete(tmp_path / "w")), "none was saved within an epoch"
     for name in ("w", "whole"):
         done = alone(tmp_path / name, epochs, devices=1, work=LONG)
@@ -304,7 +304,7 @@ def test_the_roll_call_minds_neither_strangers_nor_one_that_went_and_came_again(
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
-        (["--coordinator_address=node:1234"], "go together: give all three"),
+        (["--coordinator_address=node:1234"], "go together; give all three"),
         (["--coordinator_address=node:1234", "--num_processes=2", "--process_id=2"], "use 0 to 1"),
         (["--coordinator_address=node", "--num_processes=2", "--process_id=0"], "give the host and the port"),
         (["--coordinator_address=a:1", "--num_processes=2", "--process_id=0", "--workdir="], "give --workdir"),

@@ -54,11 +54,11 @@ def test_what_is_no_run_is_one_line(runs, tmp_path):
     shutil.copytree(runs / "one", tmp_path / "cut")
     (tmp_path / "cut" / "summary.json").write_text("{")
     for names, said in (
-        ((), "name the workdirs"),
+        ((), "name the workdirs of some"),
         ((str(tmp_path / "no"),), "holds no finished run"),
         ((str(tmp_path / "cut"),), "is none of dpreg"),
         ((str(runs / "one"), "--output=no/page.html"), "no/page.html: No such file"),
-        ((str(runs / "one"), "--outputs=page.html"), "Did you mean: output"),
+        ((str(runs / "one"), "--outputs=page.html"), "use --output, or see --help"),
     ):
         done = door("report", *names)
         assert (done.returncode, len(done.stderr.splitlines())) == (2, 1), done.stderr

@@ -74,7 +74,7 @@ def test_a_run_on_one_core_and_on_two(tmp_path):
 
 def test_what_cannot_run_is_one_line(tmp_path):
     for bad, said in (
-        (("--num_shards=3", "--batch_size=32"), "--batch_size=32 is not a multiple of --num_shards=3"),
+        (("--num_shards=3", "--batch_size=32"), "--batch_size=32: is not a multiple of --num_shards=3"),
         (("--solver=exact",), "scaling measures steps"),
     ):
         done = subprocess.run(

@@ -292,7 +292,7 @@ def test_modules_of_the_user():
     foreign = DataParallelRegressor(model=Foreign(), standardize=True).fit(X, y)
     best = linear_model.QuantileRegressor(quantile=0.5, alpha=0).fit(X, y)
     assert np.abs(foreign.predict(X) - y).mean() < 1.01 * np.abs(best.predict(X) - y).mean()
-    with pytest.raises(dpreg.InputError, match=r"predicts \[1, 2\] for one row: give \[1, 3\]"):
+    with pytest.raises(dpreg.InputError, match=r"predicts \[1, 2\] for one row; give one that predicts \[1, 3\]"):
         DataParallelClassifier(model=MLP((4,), 2)).fit(X, targets("softmax"))
 
 
@@ -303,8 +303,8 @@ def test_modules_of_the_user():
         ({"solver": "exact", "loss": "huber"}, "solver='exact': it is for"),
         ({"loss": "logistic"}, "use DataParallelClassifier"),
         ({"lr": -1.0}, "--lr=-1.0"),
-        ({"solver": "sgd", "batch_size": 20}, "--batch_size=20 is not a multiple of --num_shards=8"),
-        ({"loss": "gamma"}, "the target in row 4 is -5; it has to be above 0"),
+        ({"solver": "sgd", "batch_size": 20}, "--batch_size=20: is not a multiple of --num_shards=8"),
+        ({"loss": "gamma"}, "the target in row 4 is -5 and has to be above 0"),
     ],
 )
 def test_what_cannot_be_fitted_is_one_line(arguments, said):

@@ -281,7 +281,7 @@ def test_a_column_far_from_zero_keeps_its_digits(read, tmp_path):
         ({"features": ("k", "k")}, "'k' is asked for twice"),
         ({"target": ("y", "y")}, "'y' is asked for twice"),
         ({"features": ("k", "y")}, "'y' is asked for twice"),
-        ({"features": "z"}, "column 'z' is not there; the columns are 'a'"),
+        ({"features": "z"}, "column 'z' is not there; use one of 'a'"),
         ({"exclude": "z"}, "column 'z' is not there"),
         ({"categorical": "y"}, "--categorical=y is no feature"),
         ({"exclude": ("a", "flag", "k", "kind")}, "no column to fit on"),
@@ -455,7 +455,7 @@ def test_a_value_of_another_type_far_below_is_named(read, tmp_path):
     lines = [f"{i},{i % 2 == 0}" for i in range(1_500_000)]
     lines[1_400_000] = "x,True"
     (tmp_path / "t.csv").write_text("\n".join(["a,y", *lines]) + "\n")
-    with pytest.raises(dpreg.InputError, match=r"t.csv, row 1400001: column 'a' has 'x', which is no number"):
+    with pytest.raises(dpreg.InputError, match=r"t.csv, row 1,400,001: column 'a' has 'x', which is no number"):
         read("t.csv", target="y")
     (tmp_path / "s.csv").write_text("a,y\n1,2\n3\n")
     with pytest.raises(dpreg.InputError, match=r"row 2: Expected 2 columns, got 1"):
@@ -497,7 +497,7 @@ def test_tfds_features_are_chosen_by_name(read, tmp_path):
     assert (data.num_inputs, data.num_targets, data.schema.features) == (1, 1, ("x1",))
     data = read("tfds:synthetic_regression", features="y", target="x", data_dir=str(tmp_path))
     assert (data.num_inputs, data.num_targets) == (1, 2)
-    with pytest.raises(dpreg.InputError, match="column 'z' is not there; the columns are 'x0', 'x1', 'y0'"):
+    with pytest.raises(dpreg.InputError, match="column 'z' is not there; use one of 'x0', 'x1', 'y0'"):
         read("tfds:synthetic_regression", target="z", data_dir=str(tmp_path))
     with pytest.raises(dpreg.InputError, match="Could not find dataset files for: mnist"):
         read("tfds:mnist", data_dir=str(tmp_path))

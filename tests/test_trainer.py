@@ -413,7 +413,7 @@ def test_processes_with_unequal_devices_are_told_so(monkeypatch):
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     monkeypatch.setattr(jax, "local_devices", lambda backend=None: there[:8])
     monkeypatch.setattr(jax, "devices", lambda platform=None: there)
-    with pytest.raises(dpreg.InputError, match="process 1 has 7 devices and process 0 has 8: give --num_devices=7"):
+    with pytest.raises(dpreg.InputError, match="process 1 has 7 devices and process 0 has 8; give --num_devices=7"):
         data_mesh(16)
 
 
@@ -423,7 +423,7 @@ def test_processes_with_unequal_devices_are_told_so(monkeypatch):
         ({"num_devices": 0}, "--num_devices=0"),
         ({"num_devices": 9}, "--num_devices=9 with --num_shards=8"),
         ({"num_devices": 9, "num_shards": 16}, "8 cpu devices"),
-        ({"reduction": "mean"}, "--reduction=mean: use one of pmean, ordered"),
+        ({"reduction": "mean"}, "--reduction=mean: use pmean or ordered"),
         ({"backend": "tf"}, "--backend=tf"),
         ({"placement": "disk"}, "--placement=disk"),
         ({"gradient_clip_val": math.nan}, "--gradient_clip_val=nan"),

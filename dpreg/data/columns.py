@@ -45,18 +45,20 @@ def resolve(columns: Columns, table: Table) -> Columns:
     table.require((*full.taken, *full.exclude, *full.categorical, *full.dates))
     for name in full.taken:
         if len(name.splitlines()) > 1:
-            raise InputError(f"{table.name}: the name of column {name!r} has several lines: rename it")
+            raise InputError(f"{table.name}: the name of column {name!r} has several lines; rename it")
         if full.taken.count(name) > 1:
             raise InputError(f"{table.name}: column {name!r} is asked for twice; name it once")
     for flag, names in (("categorical", full.categorical), ("dates", full.dates)):
         for name in names:
             if name not in features:
-                raise InputError(f"{table.name}: --{flag}={name} is no feature")
+                raise InputError(
+                    f"{table.name}: --{flag}={name} is no feature; leave it out there, or name it in --features"
+                )
     for name in full.categorical:
         if name in full.dates:
             raise InputError(f"{table.name}: column {name!r} is in --categorical and in --dates; choose one")
     if not features:
-        raise InputError(f"{table.name}: there is no column to fit on besides the target")
+        raise InputError(f"{table.name}: there is no column to fit on besides the target; leave some out of --exclude")
     return full
 
 
@@ -134,13 +136,15 @@ class RawReader:
         if columns.weight_column and (bad := raw[:, -2] < 0).any():
             raise InputError(
                 f"{part.where(int(bad.argmax()))}: column {columns.weight_column!r}: the weight is negative; "
-                "weights are 0 or more"
+                "use 0 or more"
             )
         if columns.target_transform == "log":
             for at, name in enumerate(columns.target, len(columns.features)):
                 if (bad := raw[:, at] <= 0).any():
                     where = part.where(int(bad.argmax()))
-                    raise InputError(f"{where}: column {name!r} is not above 0: it has no logarithm")
+                    raise InputError(
+                        f"{where}: column {name!r} is not above 0, and has no logarithm; use another --target_transform"
+                    )
                 raw[:, at] = np.log(raw[:, at])
         return raw
 
@@ -161,7 +165,9 @@ class RawReader:
                 column = pa.array(column.to_numpy(zero_copy_only=False) + 0.0, from_pandas=True)  # and no -0
             text = column.cast(pa.string())
         except (pa.ArrowException, TypeError, ValueError) as error:
-            reason = f"has no categories but {column.type}: {' '.join(str(error).split())[:100]}"
+            reason = (
+                f"has no categories but {column.type}: {' '.join(str(error).split())[:100]}; take it from --categorical"
+            )
             raise InputError(f"{part.where(0)}: column {name!r} {reason}") from error
         encoded = pc.dictionary_encode(pc.if_else(pc.equal(text, ""), None, text))
         codes = self.codes[name]
@@ -172,7 +178,7 @@ class RawReader:
             own = np.array([codes.setdefault(value, len(codes)) for value in values], np.float64)
         if len(codes) > _MOST_CATEGORIES:
             raise InputError(
-                f"{part.where(0)}: column {name!r} has more than {_MOST_CATEGORIES:,} categories by here: "
+                f"{part.where(0)}: column {name!r} has more than {_MOST_CATEGORIES:,} categories by here; "
                 "leave it out with --exclude"
             )
         indices = encoded.indices.to_numpy(zero_copy_only=False).astype(np.float64)  # NaN where missing
@@ -218,6 +224,7 @@ def _numbers(part: Part, name: str, column: pa.Array, dtype: np.dtype) -> np.nda
         raise InputError(
             f"{part.where(int(bad.argmax()))}: column {name!r} has a value that is not finite as {dtype}"
             + (f", or beyond {most:g}" if most == _LARGEST else "")
+            + "; mend it, or leave the column out with --exclude"
         )
     return values
 
@@ -231,7 +238,8 @@ def _days(part: Part, name: str, column: pa.Array) -> np.ndarray:
             row = first_wrong(column, pa.timestamp("us"))
             value = column[row].as_py()
             raise InputError(
-                f"{part.where(row)}: column {name!r} has {value!r}, which is no date such as 2026-01-31"
+                f"{part.where(row)}: column {name!r} has {value!r}, which is no date such as 2026-01-31; "
+                "mend it, or take the column from --dates"
             ) from error
     kind = column.type
     if pa.types.is_date(kind) or pa.types.is_timestamp(kind):

@@ -394,7 +394,7 @@ class Dataset:
     @property
     def _mesh(self) -> Mesh:
         if self.mesh is None:
-            raise InputError("the dataset is not sharded: call .shard(mesh, num_shards) before iterating")
+            raise InputError("the dataset is not sharded; call .shard(mesh, num_shards) before iterating")
         return self.mesh
 
 

@@ -74,7 +74,7 @@ def read_table(
     else:
         table = open_table(name)
     if not columns.target:
-        raise InputError(f"{table.name}: say what to predict with --target; it has {', '.join(table.columns)}")
+        raise InputError(f"{table.name}: say what to predict with --target=COLUMN; it has {', '.join(table.columns)}")
     if validation_dataset is not None:
         validation = open_table(validation_dataset, "validation_dataset")
     cache = pathlib.Path(cache_dir or "~/.cache/dpreg/tables").expanduser()
@@ -118,9 +118,13 @@ def ingest(
                 _write(table, validation, columns, dtype, new, progress)
         except OSError as error:
             if error.errno in (errno.ENOSPC, errno.EDQUOT):
-                raise InputError(f"--cache_dir={cache}: the disk is full; free some of it, or name another") from error
-            if error.errno in (errno.EACCES, errno.EROFS, errno.ENOTDIR, errno.EEXIST):
-                raise InputError(f"--cache_dir={cache}: cannot be written: {error.strerror}; name another") from error
+                raise InputError(
+                    f"--cache_dir={cache}: the disk is full; free some of it, or name another folder"
+                ) from error
+            if error.errno in (errno.EACCES, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.ENOENT, errno.EPERM):
+                raise InputError(
+                    f"--cache_dir={cache}: cannot be written: {error.strerror}; name another folder"
+                ) from error
             raise
         rows = opened(folder)
     if rows is None:
@@ -156,13 +160,15 @@ def _write(
         reader.refuse_missing(table.name)
         if not train.rows:
             besides = " besides those held out" if val.rows else ""
-            raise InputError(f"{table.name}: there are no rows to fit{besides}")
+            raise InputError(f"{table.name}: there are no rows to fit{besides}; give some")
         if validation is not None and not val.rows:
-            raise InputError(f"{validation.name}: there are no rows to hold out")
+            raise InputError(f"{validation.name}: there are no rows to hold out; give some")
         if read > _MOST_ROWS:
-            raise InputError(f"{table.name}: {read:,} rows are more than {_MOST_ROWS:,}")
+            raise InputError(f"{table.name}: {read:,} rows are more than {_MOST_ROWS:,}; give fewer")
         if not learned.weight > 0:
-            raise InputError(f"{table.name}: all weights in column {columns.weight_column!r} are 0")
+            raise InputError(
+                f"{table.name}: all weights in column {columns.weight_column!r} are 0; give one row at least a weight"
+            )
         with told_of(table.name):
             schema, codes = learned.schema(train.rows)
         written = {}

@@ -47,7 +47,7 @@ class Learned:
             else:
                 mean, scale = scales[at]
                 if not self._moments.count[at]:
-                    raise InputError(f"column {name!r} has no value in the rows to fit: leave it out with --exclude")
+                    raise InputError(f"column {name!r} has no value in the rows to fit; leave it out with --exclude")
                 fill = float(self._moments.mean[at]) if columns.missing == "mean" else None
                 inputs.append(Number(name, mean, scale, fill, name in columns.dates))
                 codes.append(None)
@@ -58,7 +58,7 @@ class Learned:
         schema = Schema(tuple(inputs), tuple(targets), log_targets=columns.target_transform == "log")
         for feature, count in collections.Counter(schema.features).items():
             if count > 1:
-                raise InputError(f"two features would be called {feature!r}: rename a column or a category")
+                raise InputError(f"two features would be called {feature!r}; rename a column or a category")
         return schema, codes
 
     def _refuse_what_cannot_be_told(self, rows: int) -> None:
@@ -75,8 +75,8 @@ class Learned:
                 remedy = "--target_transform=standardize" if is_target else "--standardize"
                 remedy += "" if dtype == np.float64 else ", or --precision=float64"
                 raise InputError(
-                    f"column {name!r} varies by {deviation[at]:.3g} around {moments.mean[at]:.6g}: {dtype} cannot tell "
-                    f"that; use {remedy}"
+                    f"column {name!r} varies by {deviation[at]:.3g} around {moments.mean[at]:.6g}, which {dtype} "
+                    f"cannot tell; use {remedy}"
                 )
 
 

@@ -140,7 +140,7 @@ class Sampler:
         if shards < 1 or batch < 1 or batch % shards:
             near = sorted({max(batch // max(shards, 1), 1) * shards, -(-batch // max(shards, 1)) * shards})
             raise InputError(
-                f"--batch_size={batch} is not a multiple of --num_shards={shards}: "
+                f"--batch_size={batch}: is not a multiple of --num_shards={shards}; "
                 f"use --batch_size={' or '.join(map(str, near))}, or another --num_shards"
             )
         if self.shard_capacity + self.shard_batch + 2 * _LARGEST_RUN >= 2**31:

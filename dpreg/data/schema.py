@@ -110,7 +110,7 @@ class Schema:
             if not np.isfinite(scaled).all():
                 row, at = np.argwhere(~np.isfinite(scaled))[0]
                 raise InputError(
-                    f"row {int(raw[row, -1]) + 1}: {names[at]!r} is not finite once it is scaled; mend that value"
+                    f"row {int(raw[row, -1]) + 1:,}: {names[at]!r} is not finite once it is scaled; mend that value"
                 )
         return {"x": x, "y": y, "weight": raw[:, -2].astype(dtype)}
 

@@ -61,22 +61,24 @@ class ArraySource:
             "weight": np.ones(len(np.asarray(y)), dtype) if weight is None else np.asarray(weight, dtype),
         }
         if not len(columns["y"]):
-            raise InputError("there are no rows: give at least one")
+            raise InputError("x has no rows; give at least one")
         for name, array in columns.items():
             if name != "weight" and array.ndim == 1:
                 columns[name] = array = array[:, None]
             if array.ndim != (1 if name == "weight" else 2):
                 raise InputError(
-                    f"{name} has shape {list(array.shape)}: give rows in the first axis, columns in the second"
+                    f"{name} has shape {list(array.shape)}; give rows in the first axis, columns in the second"
                 )
             if len(array) != len(columns["x"]):
-                raise InputError(f"{name} has {len(array)} rows and x has {len(columns['x'])}: they must agree")
+                raise InputError(f"{name} has {len(array):,} rows and x has {len(columns['x']):,}; give as many")
             bad = ~np.isfinite(array).reshape(len(array), -1).all(axis=1)
             if bad.any():
-                raise InputError(f"{name} has a value that is not finite in row {bad.argmax()}: clean it first")
+                raise InputError(
+                    f"{name} has a value that is not finite in row {bad.argmax() + 1:,}; mend it, or leave that row out"
+                )
             object.__setattr__(self, name, array)
         if (self.weight < 0).any():
-            raise InputError(f"weight is negative in row {(self.weight < 0).argmax()}: weights are 0 or more")
+            raise InputError(f"weight is negative in row {(self.weight < 0).argmax() + 1:,}; use 0 or more")
 
     def __len__(self) -> int:
         return len(self.weight)
@@ -143,7 +145,7 @@ class RegressionData:
         schema: Schema | None = None,
     ):
         if len(train) < 1:
-            raise InputError("there are no training rows: give at least one")
+            raise InputError("there are no training rows; give at least one")
         self.train, self.val, self.batch_size, self.schema = train, val, batch_size, schema
         first = train[np.zeros(1, np.int32)]
         self.num_inputs, self.num_targets = first["x"].shape[1], first["y"].shape[1]

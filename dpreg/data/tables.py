@@ -39,7 +39,7 @@ class Part:
 
     def where(self, row: int) -> str:
         """The place of a row of the batch, counted from 1."""
-        return f"{self.file}, row {self.first + row + 1}"
+        return f"{self.file}, row {self.first + row + 1:,}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,7 +65,7 @@ class Table:
         for column in columns:
             if column not in self.columns:
                 there = ", ".join(map(repr, self.columns))
-                raise InputError(f"{self.name}: column {column!r} is not there; the columns are {there}")
+                raise InputError(f"{self.name}: column {column!r} is not there; use one of {there}")
 
 
 def open_table(name: str, flag: str = "dataset") -> Table:
@@ -84,7 +84,10 @@ def open_table(name: str, flag: str = "dataset") -> Table:
     files = _files(name, flag)
     kinds = {_kind(file).removesuffix(".gz") for file in files}
     if len(kinds) > 1:
-        raise InputError(f"--{flag}={name}: the files are of different kinds: {', '.join(sorted(kinds))}")
+        raise InputError(
+            f"--{flag}={name}: the files are of different kinds, {' and '.join(sorted(kinds))}; "
+            "name those of one, by a pattern"
+        )
     _, read = _READERS[kinds.pop()]
     columns, groups = _header_of(files[0])
 
@@ -94,7 +97,10 @@ def open_table(name: str, flag: str = "dataset") -> Table:
             own = columns if file == files[0] else _header_of(file)[0]
             for column in asked:
                 if column not in own:
-                    raise InputError(f"{file}: there is no column {column!r}, as there is in {files[0]}")
+                    raise InputError(
+                        f"{file}: there is no column {column!r}, as there is in {files[0]}; "
+                        "give all files the same columns"
+                    )
             kinds = {own[c].name: pa.string() if c in texts else columns[c].type for c in asked}
             first = 0
             with _Readable(file):
@@ -120,13 +126,13 @@ def _header_of(file: str) -> tuple[dict[str, pa.Field], dict[str, tuple[str, ...
         fields, groups = _READERS[_kind(file)][0](file)
         for field in fields:
             if columns.setdefault(field.name.strip(), field) is not field:
-                raise InputError(f"{file}: there are two columns {field.name.strip()!r}: rename one")
+                raise InputError(f"{file}: there are two columns {field.name.strip()!r}; rename one")
     return columns, groups
 
 
 def _files(name: str, flag: str) -> list[str]:
     if not name:
-        raise InputError(f"--{flag}: name a file, a pattern or a folder")
+        raise InputError(f"--{flag}=: it is empty; name a file, a pattern or a folder")
     path = pathlib.Path(name)
     if path.is_dir():
         files = sorted(
@@ -138,7 +144,9 @@ def _files(name: str, flag: str) -> list[str]:
         files = sorted(glob.glob(name))
     if not files:
         found = "no readable file in that folder" if path.is_dir() else "no such file"
-        raise InputError(f"--{flag}={name}: there is {found}")
+        raise InputError(
+            f"--{flag}={name}: there is {found}; name one, or a folder with some, of {', '.join(_READERS)}"
+        )
     for file in files:
         if not _kind(file):
             kinds = ", ".join(_READERS)
@@ -164,7 +172,9 @@ class _Readable:
             not isinstance(error, InputError)
         ):
             reason = " ".join(str(error).split()) or type(error).__name__
-            raise InputError(f"{self._file}: not a readable {_kind(self._file)[1:]} file: {reason[:200]}") from error
+            raise InputError(
+                f"{self._file}: not a readable {_kind(self._file)[1:]} file: {reason[:200]}; mend it, or leave it out"
+            ) from error
 
 
 Header = tuple[list[pa.Field], dict[str, tuple[str, ...]]]  # columns, and those that one name stands for

@@ -48,9 +48,11 @@ def open_tfds(name: str, data_dir: str | None = None) -> tuple[Table, Table | No
         splits = builder.as_data_source()
     except (ValueError, NotImplementedError, OSError) as error:
         reason = str(error).strip().partition("\n")[0]
-        raise InputError(f"{where}: {reason} Prepare it with file_format=array_record under --data_dir.") from error
+        raise InputError(
+            f"{where}: {reason.rstrip('.')}; prepare it with file_format=array_record, and name where with --data_dir"
+        ) from error
     if "train" not in splits:
-        raise InputError(f"{where}: there is no split 'train'; it has {', '.join(splits)}")
+        raise InputError(f"{where}: there is no split 'train' but {', '.join(splits)}; prepare it with that split")
 
     def table(split: str) -> Table:
         return _table(where, split, splits[split], builder)

@@ -75,7 +75,7 @@ class Triangle:
           InputError: when no row has a weight.
         """
         if not self.weight > 0:
-            raise InputError("there is no row with a weight to fit")
+            raise InputError("there is no row with a weight to fit; give one row at least a weight")
         d = self.num_inputs
         # Below the first row everything is about the mean: the intercept is out of the way.
         rest = self.r[1:] if intercept else self.r

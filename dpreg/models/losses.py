@@ -36,7 +36,7 @@ def squared_loss(prediction: Array, target: Array) -> Array:
     """
     if prediction.shape != target.shape:
         raise ValueError(
-            f"prediction {list(prediction.shape)} and target {list(target.shape)} differ in shape: "
+            f"prediction {list(prediction.shape)} and target {list(target.shape)} differ in shape; "
             "give both as [rows, targets]"
         )
     return jnp.square(prediction - target).reshape(len(target), -1).sum(axis=1) / 2
@@ -125,7 +125,7 @@ class Loss:
           InputError: for several targets where one is labels.
         """
         if self.num_classes and num_targets > 1:
-            raise InputError(f"--loss={self.name}: it has one target of labels, and there are {num_targets}")
+            raise InputError(f"--loss={self.name}: it has one target of labels, and there are {num_targets}; name one")
         return self.num_classes or num_targets
 
 
@@ -183,7 +183,7 @@ def row_losses(model: Any, prediction: Array, batch: Mapping[str, Array]) -> Arr
     losses = model.loss(prediction, batch["y"])
     if losses.shape != batch["weight"].shape:
         raise InputError(
-            f"the model's loss gives {list(losses.shape)} for {len(batch['weight'])} rows: "
+            f"the model's loss gives {list(losses.shape)} for {len(batch['weight'])} rows; "
             "give one value for each row, [rows], and no mean: rows have weights"
         )
     return jnp.where(batch["weight"] > 0, losses, 0)

@@ -46,7 +46,7 @@ def errors(model: Any, log_targets: bool, prediction: Array, batch: dict[str, Ar
     mean_of = loss_of(model).mean(prediction)
     if mean_of.shape != target.shape:
         raise InputError(
-            f"the model predicts {list(prediction.shape)} where the target is {list(target.shape)}: "
+            f"the model predicts {list(prediction.shape)} where the target is {list(target.shape)}; "
             "give one column for each target"
         )
     if log_targets:

@@ -54,7 +54,7 @@ def minimum(sums_at: Callable[[np.ndarray], np.ndarray], theta: np.ndarray, l2: 
     def evaluated(theta: np.ndarray) -> tuple[float, np.ndarray, np.ndarray]:
         weight, *of_rows = sums_at(theta)
         if not weight > 0:
-            raise InputError("there is no row with a weight to fit")
+            raise InputError("there is no row with a weight to fit; give one row at least a weight")
         at, flat = np.array(of_rows) / weight, theta.ravel()
         curvature = at[1 + size :].reshape(size, size) + np.diag(penalty)
         return float(at[0] + (penalty * flat**2).sum() / 2), at[1 : 1 + size] + penalty * flat, curvature
@@ -73,7 +73,7 @@ def minimum(sums_at: Callable[[np.ndarray], np.ndarray], theta: np.ndarray, l2: 
             last = descent <= _EPSILON * max(1.0, value)
         theta = start + length * step.reshape(theta.shape)
         at = evaluated(theta)
-    raise InputError(f"no optimum within {_MOST_PASSES} passes: give some l2, such as 0.001")
+    raise InputError(f"no optimum within {_MOST_PASSES} passes; give some l2, such as 0.001")
 
 
 def _solved(curvature: np.ndarray, gradient: np.ndarray) -> np.ndarray:

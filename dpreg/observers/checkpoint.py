@@ -103,8 +103,8 @@ class Checkpoints:
                 continue
             if step > trainer.train.num_steps:
                 raise InputError(
-                    f"the workdir's run is at step {step:,}, past the {trainer.train.num_steps:,} of these epochs; "
-                    "give more --max_epochs, another --workdir, or --resume=never to start over"
+                    f"{self._folder}: the run is at step {step:,}, past the {trainer.train.num_steps:,} of these epochs"
+                    "; give more --max_epochs, another --workdir, or --resume=never to start over"
                 )
             train_state, used = trainer.state.replace(**content["train_state"]), np.asarray(content["rows_used"])
             best = _best(content["best"]) if "best" in content else None
@@ -131,7 +131,7 @@ class Checkpoints:
             return content
         # Out of the way, else a later save of the same step would be skipped.
         aside = f"damaged-{step}-{time.time_ns()}"
-        logging.warning("checkpoint %d is damaged, and set aside as %s: %s", step, aside, damages[0])
+        logging.warning("%s: is damaged (%s), and set aside as %s", self._folder / str(step), damages[0], aside)
         if jax.process_index() == 0:
             (self._folder / str(step)).rename(self._folder / aside)
         processes.exchange()
@@ -148,7 +148,7 @@ class Checkpoints:
         if names:
             differences = ", ".join(f"{n} was {was.get(n)} and is {now.get(n)}" for n in names)
             raise InputError(
-                f"the workdir holds another {what}: {differences}; "
+                f"{self._folder}: holds another {what}: {differences}; "
                 "take those values, another --workdir, or --resume=never to start over"
             )
 

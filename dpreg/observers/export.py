@@ -75,7 +75,7 @@ def load_model(folder: pathlib.Path) -> Exported:
       InputError: when there is none, or it is damaged.
     """
     if not (folder / _REST).exists():
-        raise InputError(f"{folder}: there is no model: train with that --workdir first, to the end")
+        raise InputError(f"{folder}: there is no model; train with that --workdir first, to the end")
     try:
         text = (folder / _REST).read_text(encoding="utf-8")
         rest = json.loads(text)
@@ -94,4 +94,4 @@ def load_model(folder: pathlib.Path) -> Exported:
             hashlib.sha256(text.encode()).hexdigest(),
         )
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{folder}: the model cannot be used ({error}): run the training command again") from error
+        raise InputError(f"{folder}: the model cannot be used ({error}); run the training command again") from error

@@ -18,7 +18,7 @@ def require_tensorboard() -> None:
     try:
         import tensorboard  # noqa: F401
     except ImportError as error:
-        raise InputError("--tensorboard: its package is not installed; pip install tensorboard") from error
+        raise InputError("--tensorboard: its package is not installed; run pip install tensorboard") from error
 
 
 class TensorBoardWriter:

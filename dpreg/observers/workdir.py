@@ -25,15 +25,13 @@ def open_workdir(name: str | None, keep: bool = True) -> Iterator[pathlib.Path]:
       InputError: when it cannot be written, or not all processes see the same folder there.
     """
     if not name and jax.process_count() > 1:
-        raise InputError("several processes need a folder that all see: give --workdir")
+        raise InputError("--workdir: several processes need a folder that all see; give --workdir=DIR")
     path = pathlib.Path(name or f"runs/{time.strftime('%Y%m%d-%H%M%S')}")
-    created = list[pathlib.Path]()
-    try:
+    with contextlib.ExitStack() as stack:
+        if jax.process_index() == 0:
+            stack.enter_context(made(path, keep))
+        processes.exchange()
         try:
-            if jax.process_index() == 0:
-                created = [folder for folder in (path, *path.parents) if not folder.exists()]
-                path.mkdir(parents=True, exist_ok=True)
-            processes.exchange()
             with tempfile.NamedTemporaryFile(dir=path, prefix=".process-") as mine:
                 # All look for what each wrote, before any takes it away.
                 names = processes.exchange(pathlib.Path(mine.name).name)
@@ -45,8 +43,28 @@ def open_workdir(name: str | None, keep: bool = True) -> Iterator[pathlib.Path]:
                     )
                 processes.exchange()
         except OSError as error:
-            raise InputError(f"--workdir={path}: cannot be written: {error.strerror}; name another folder") from error
+            raise _unwritable(path, error) from error
         processes.exchange()
+        yield path
+
+
+@contextlib.contextmanager
+def made(path: pathlib.Path, keep: bool = True) -> Iterator[pathlib.Path]:
+    """The folder, made with those above it where there are none.
+
+    Args:
+      keep: False takes away at the end what was made here; an InputError does so, too.
+
+    Raises:
+      InputError: when it cannot be made.
+    """
+    created = list[pathlib.Path]()
+    try:
+        try:
+            created = [folder for folder in (path, *path.parents) if not folder.exists()]
+            path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise _unwritable(path, error) from error
         yield path
     except InputError:
         keep = False
@@ -57,3 +75,7 @@ def open_workdir(name: str | None, keep: bool = True) -> Iterator[pathlib.Path]:
             with contextlib.suppress(OSError):  # another run has come into it meanwhile
                 for folder in created[1:]:
                     folder.rmdir()
+
+
+def _unwritable(path: pathlib.Path, error: OSError) -> InputError:
+    return InputError(f"--workdir={path}: cannot be written: {error.strerror}; name another folder")

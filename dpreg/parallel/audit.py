@@ -46,7 +46,7 @@ class Audit:
         if used is not None and (used != due).any():
             what, right = (f"{rows:,} rows with tags {tags:08x}" for rows, tags in (used, due))
             raise AuditFailed(
-                f"the epoch that ends at step {step} did not use every row once: {what} where it has {right}; "
-                "a fault of dpreg or of the machine: report it with flags.cfg"
+                f"the epoch that ends at step {step:,} did not use every row once: {what} where it has {right}; "
+                "report this fault, of dpreg or of the machine, with flags.cfg"
             )
         return used

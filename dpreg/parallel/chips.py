@@ -194,7 +194,7 @@ def system_named(name: str) -> Slice | Hosts:
         numbers = [int(part) if _is_number(part) else 0 for part in (hosts, each)]
         if not 1 <= numbers[0] <= _MOST_HOSTS or numbers[1] not in _GPUS_OF_HOST:
             raise InputError(
-                f"--topology={name}: use {kind}:HOSTSxGPUS, up to {_MOST_HOSTS} hosts of 1, 2, 4 or 8 GPUs each"
+                f"--topology={name}: use {kind}:HOSTSxGPUS, up to {_MOST_HOSTS:,} hosts of 1, 2, 4 or 8 GPUs each"
             )
         return Hosts(name, GPUS[kind], *numbers)
     return _slice_named(name)
@@ -217,7 +217,7 @@ def _slice_named(name: str) -> Slice:
     shape = tuple(int(part) for part in parts if _is_number(part))
     if len(shape) != len(parts) or not _exists(chip, shape):
         some = ", ".join("x".join(map(str, shape)) for shape in _shapes(chip))
-        raise InputError(f"--topology={name}: there is no such slice of several chips; {kind} has {some}")
+        raise InputError(f"--topology={name}: there is no such slice of several chips; use one of {kind}: {some}")
     return Slice(name, chip, shape)
 
 

@@ -73,7 +73,7 @@ def start(
         jax.local_devices()
     except (RuntimeError, AssertionError) as error:
         asked = os.environ.get("JAX_PLATFORMS", "")
-        raise InputError(f"JAX finds no device with JAX_PLATFORMS={asked}: unset it, or use --platform=cpu") from error
+        raise InputError(f"JAX_PLATFORMS={asked}: JAX finds no such device; unset it, or use --platform=cpu") from error
 
 
 def cores() -> int:
@@ -122,14 +122,14 @@ def data_mesh(num_shards: int, platform: str | None = None, num_devices: int | N
     except RuntimeError as error:
         preset = jax.default_backend()
         raise InputError(
-            f"--platform={platform}: there is none; this machine has {_there()}: use --config_preset={preset}"
+            f"--platform={platform}: there is none; this machine has {_there()}; use --config_preset={preset}"
         ) from error
     count = jax.process_count()
     of_process = [[d for d in jax.devices(local[0].platform) if d.process_index == p] for p in range(count)]
     for process, there in enumerate(of_process):
         if num_devices is None and len(there) != len(local):
             raise InputError(
-                f"process {process} has {len(there)} devices and process {jax.process_index()} has {len(local)}: give "
+                f"process {process} has {len(there)} devices and process {jax.process_index()} has {len(local)}; give "
                 f"--num_devices={min(map(len, of_process))}, which all have, or mend that host"
             )
     wanted = min(len(local), max(num_shards // count, 1)) if num_devices is None else num_devices

@@ -143,7 +143,7 @@ def end_as_lost(error: BaseException) -> NoReturn:
         with contextlib.suppress(jax.errors.JaxRuntimeError):  # another one told it before
             service.key_value_set("dpreg/lost", reason)
         reason = service.key_value_try_get("dpreg/lost")
-    tell(f"the run lost a process ({reason}): start all again to go on from the newest checkpoint")
+    tell(f"the run lost a process ({reason}); start all again to go on from the newest checkpoint")
     sys.stdout.flush()
     os._exit(ProcessLost.exit_code)
 
@@ -192,7 +192,7 @@ def _awaited(key: str, process: int, wait: Wait) -> str:
         except jax.errors.JaxRuntimeError as error:
             if "DEADLINE_EXCEEDED" not in str(error):
                 raise
-    raise ProcessLost(f"process {process} does not come to meet the others")
+    raise ProcessLost(f"process {process} does not come to meet the others; see what it says")
 
 
 class AgreedError(InputError):

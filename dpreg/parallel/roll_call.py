@@ -67,7 +67,7 @@ def call_roll(host: str, port: int, num_processes: int) -> None:
             if not wait.goes_on(f"process 0 waits at {host}:{port} for {who}"):
                 end(
                     ProcessLost(
-                        f"{who} did not come to process 0 at {host}:{port} in {JOIN_SECONDS} s: check that it runs, "
+                        f"{who} did not come to process 0 at {host}:{port} in {JOIN_SECONDS} s; check that it runs, "
                         "and that a firewall does not keep it from that address"
                     )
                 )
@@ -83,7 +83,7 @@ def call_roll(host: str, port: int, num_processes: int) -> None:
             if processes != num_processes:
                 end(
                     InputError(
-                        f"--num_processes is {num_processes} in process 0 and {processes} in process {process}: "
+                        f"--num_processes is {num_processes} in process 0 and {processes} in process {process}; "
                         "start all processes with the same flags"
                     )
                 )
@@ -107,7 +107,7 @@ def answer_roll(host: str, port: int, num_processes: int, process_id: int) -> No
         except (OSError, ValueError) as error:
             if connected and isinstance(error, TimeoutError):
                 raise ProcessLost(
-                    f"process 0 at {host}:{port} says nothing for {HEARTBEAT_SECONDS} s: it is stuck"
+                    f"process 0 at {host}:{port} says nothing for {HEARTBEAT_SECONDS} s: it is stuck; start all again"
                 ) from error
             connected = False
             reason = getattr(error, "strerror", None) or "what answers there is no process 0 that waits"
@@ -118,7 +118,7 @@ def answer_roll(host: str, port: int, num_processes: int, process_id: int) -> No
                 raise kind(answer[kind.__name__])
         return
     raise ProcessLost(
-        f"process {process_id} found no process 0 at {host}:{port} in {JOIN_SECONDS} s ({reason}): check that it "
+        f"process {process_id} found no process 0 at {host}:{port} in {JOIN_SECONDS} s ({reason}); check that it "
         "runs, that this is an address of its host"
         + (" (this one is of each machine alone)" if is_loopback(host) else "")
         + ", and that no firewall keeps the port"
@@ -135,7 +135,7 @@ def _listen(host: str, port: int) -> socket.socket:
             listener = socket.create_server(("", port))
     except OSError as error:
         raise InputError(
-            f"--coordinator_address={host}:{port}: process 0 cannot serve there ({error.strerror}): use a port that "
+            f"--coordinator_address={host}:{port}: process 0 cannot serve there ({error.strerror}); use a port that "
             "no other run has, and a --process_id of its own for each process"
         ) from error
     listener.settimeout(0.1)

@@ -167,7 +167,10 @@ def initial_state(
         variables = jax.tree.map(lambda v: v.astype(dtype) if v.dtype == jnp.float32 else v, variables)
     params, batch_stats = variables.pop("params"), variables.pop("batch_stats", {})
     if variables:
-        raise InputError(f"the model has variables {sorted(variables)}: only params and batch_stats can be trained")
+        raise InputError(
+            f"the model has variables {sorted(variables)}, and only params and batch_stats can be trained; "
+            "keep no others"
+        )
     state = TrainState.create(apply_fn=model.apply, params=params, tx=optimizer, batch_stats=batch_stats)
     return state.replace(step=jnp.int32(0))
 

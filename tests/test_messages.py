@@ -1,0 +1,177 @@
+"""Wrong command lines, as users type them: one line that says what, where and what to do, exit code 2, nothing left."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parent.parent
+
+# One process imports the door; each line is a copy of it, in a folder of its own, and with files for what it says.
+_PROGRAM = """
+import importlib, json, os, sys
+door, codes = importlib.import_module(f"dpreg.{sys.argv[1]}"), []
+for number, line in enumerate(json.load(sys.stdin)):
+    child = os.fork()
+    if not child:
+        os.mkdir(str(number))
+        os.chdir(str(number))
+        for stream in (1, 2):
+            os.dup2(os.open(f"../{number}.{stream}", os.O_WRONLY | os.O_CREAT), stream)
+        sys.argv = [f"dpreg.{sys.argv[1]}", *line]
+        try:
+            door.main()
+        except SystemExit as end:  # the rest of an exit takes a second
+            sys.stderr.flush()
+            os._exit(end.code)
+    codes.append(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+print(json.dumps(codes))
+"""
+
+_NEW = "--workdir=new/w"
+_GOOD, _DATES = ("--dataset={}/good.csv", "--target=y", "--cache_dir={}/cache"), ("--dataset={}/date.csv", "--target=y")
+_TABLES = {
+    "good.csv": "a,b,y\n" + "".join(f"{i},{i * i % 7},{i % 5 - 2}\n" for i in range(60)),
+    "date.csv": "a,b,y\n2026-01-01,1,3\n2026-01-02,1,4\n",
+    "mixed/a.csv": "a,y\n1,2\n",
+    "mixed/b.npy": "",
+    "empty/note.txt": "",
+    "file": "",
+    "bad.cfg": "--batchsize=3\n",
+    "cut/summary.json": "{",
+    "other/summary.json": "{}",
+    "other/flags.cfg": "",
+}
+
+# door -> line -> what is said of it.
+WRONG = {
+    "main": {
+        ("--batchsize=64",): "--batchsize: there is no such flag; use --batch_size, or see --help",
+        ("--batch-size=64",): "--batch-size: there is no such flag; use --batch_size, or see --help",
+        ("--learning_rate=0.1",): "--learning_rate: there is no such flag; use --lr, or see --help",
+        ("--learning-rate", "0.1"): "--learning-rate: there is no such flag; use --lr, or see --help",
+        ("--epochs=3",): "--epochs: there is no such flag; use --max_epochs, or see --help",
+        ("--device=cpu",): "--device: there is no such flag; use --num_devices, or see --help",
+        ("--devices=4",): "--devices: there is no such flag; use --num_devices, or see --help",
+        ("--num-devices=4",): "--num-devices: there is no such flag; use --num_devices, or see --help",
+        ("--noaudti",): "--noaudti: there is no such flag; use --audit, or see --help",
+        ("--xyz",): "--xyz: there is no such flag; see --help",
+        ("--flagfile={}/bad.cfg",): "--batchsize: there is no such flag; use --batch_size, or see --help",
+        ("train",): "train: is no flag; give flags as --name=value",
+        ("a", "b"): "a: is no flag; give flags as --name=value",
+        (
+            "--flagfile=nowhere.cfg",
+        ): "--flagfile=nowhere.cfg: No such file or directory; name a file with a flag in each",
+        ("--flagfile={}/mixed",): "--flagfile={}/mixed: Is a directory; name a file with a flag in each line",
+        ("--config_preset=cup",): "--config_preset=cup: there is none; use cpu, gpu or tpu",
+        ("--lr=x",): "--lr=x: use a number",
+        ("--max_epochs=1.5",): "--max_epochs=1.5: use an integer",
+        ("--audit=maybe",): "--audit=maybe: use true or false",
+        ("--lr",): "--lr: has no value; give flags as --name=value",
+        ("--lr=nan",): "--lr=nan: use a finite number",
+        ("--max_epochs=0",): "--max_epochs=0: use 1 or more",
+        ("--num_devices=0",): "--num_devices=0: use 1 or more",
+        ("--seed=3000000000",): "--seed=3000000000: use a value under 2,147,483,648",
+        ("--num_train=3000000000",): "are too many rows; use fewer than 2,147,483,648",
+        ("--w=a,b",): "--w=a,b: give numbers separated by commas",
+        ("--hidden=1.5",): "--hidden=1.5: give whole numbers separated by commas",
+        ("--profile=5:3",): "--profile=5:3: give two steps, the earlier first, such as --profile=100:200",
+        ("--solver=exact", "--loss=huber"): "--loss=squared and no --l1; use --solver=sgd",
+        ("--solver=exact", "--patience=3"): "--patience=3: it is for --solver=sgd; leave one out",
+        ("--l1=0.1", "--optimizer=adam"): "with --optimizer=sgd alone; use that, or --l2",
+        ("--num_processes=2",): "go together; give all three",
+        ("--reduction=mean",): "--reduction=mean: use pmean or ordered",
+        ("--platform=tpu",): "--platform=tpu: there is none; this machine has",
+        ("--patience=3", "--num_val=0"): "--patience=3: there are no rows held out to measure by; hold some out",
+        ("--resume=must",): "holds no checkpoint that can be read; name another --workdir, or use --resume=auto",
+        ("--model=nowhere:Net",): "No module named 'nowhere'; mend that, or name a class that can be made",
+        ("--dataset={}/nowhere.csv", "--target=y"): "there is no such file; name one, or a folder with some, of .csv",
+        (
+            "--dataset={}/empty",
+            "--target=y",
+        ): "{}/empty: there is no readable file in that folder; name one, or a folder",
+        ("--dataset={}/mixed", "--target=y"): "different kinds, .csv and .npy; name those of one, by a pattern",
+        (*_GOOD, "--target=z"): "{}/good.csv: column 'z' is not there; use one of 'a', 'b', 'y'",
+        (*_GOOD, "--dates=y"): "--dates=y is no feature; leave it out there, or name it in --features",
+        (*_GOOD, "--loss=logistic"): "the target in row 5 is 2 and has to be 0 or 1; mend it, or use another --loss",
+        (*_GOOD, "--target_transform=log"): "good.csv, row 1: column 'y' is not above 0, and has no logarithm; use",
+        (*_GOOD, "--weight_column=y", "--target=b"): "the weight is negative; use 0 or more",
+        (
+            *_GOOD,
+            "--cache_dir=/proc/x",
+        ): "--cache_dir=/proc/x: cannot be written: No such file or directory; name another",
+        (*_DATES, "--cache_dir={}/cache"): "date.csv, row 1: column 'a' is not numeric but date32[day]; use --dates=a",
+        ("--workdir={}/file",): "--workdir={}/file: cannot be written: File exists; name another folder",
+        ("--workdir=/proc/w",): "--workdir=/proc/w: cannot be written: No such file or directory; name another folder",
+        (
+            "--mode=evaluate",
+            *_GOOD,
+            "--workdir={}/empty",
+        ): "{}/empty/model: there is no model; train with that --workdir",
+    },
+    "plan": {
+        ("--topolgy=v5p:2x2x2",): "--topolgy: there is no such flag; use --topology, or see --help",
+        ("--topology=abacus",): "--topology=abacus: use KIND:SHAPE",
+        ("--topology=v5p:3x3",): "there is no such slice of several chips; use one of v5p: 2x2x1",
+        ("--batch_size=30",): "--batch_size=30: is not a multiple of --num_shards=8; use --batch_size=24 or 32",
+        ("--workdir={}/file",): "--workdir={}/file: cannot be written: File exists; name another folder",
+    },
+    "scaling": {
+        ("--epochs=3",): "--epochs: there is no such flag; use --max_epochs, or see --help",
+        ("--reduction=ordered",): "one sum; use --solver=sgd and --reduction=pmean",
+    },
+    "report": {
+        (): "there is no run to show; name the workdirs of some: python -m dpreg.report W1 W2",
+        ("nowhere",): "nowhere: holds no finished run; name the --workdir of one",
+        ("{}/cut",): "{}/cut/summary.json: is none of dpreg (",
+        ("{}/other",): "{}/other/summary.json: is none of dpreg (it has no 'device_count'); name the --workdir of a",
+        ("{}/other", "--output=x.pdf"): "--output=x.pdf: unknown kind; use FILE.html or FILE.svg",
+        ("--outptu=x.svg",): "--outptu: there is no such flag; use --output, or see --help",
+    },
+}
+
+
+@pytest.mark.parametrize("door", WRONG)
+def test_wrong_lines_are_told_in_one_line_with_what_to_do_and_leave_nothing(door, tmp_path):
+    tables, here = tmp_path / "tables", tmp_path / "here"
+    for name, text in _TABLES.items():
+        (tables / name).parent.mkdir(parents=True, exist_ok=True)
+        (tables / name).write_text(text)
+    here.mkdir()
+    before = sorted(tables.rglob("*"))
+    lines = [[*([_NEW] if door != "report" else []), *(f.format(tables) for f in line)] for line in WRONG[door]]
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", _PROGRAM, door],
+        input=json.dumps(lines),
+        cwd=here,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    wrong = []
+    for number, (code, said) in enumerate(zip(json.loads(done.stdout), WRONG[door].values(), strict=True)):
+        out, told = ((here / f"{number}.{stream}").read_text() for stream in (1, 2))
+        left = list((here / str(number)).iterdir())
+        one_line = told.startswith("dpreg: ") and told.count("\n") == 1 and not told.endswith(".\n")
+        if (code, out, left, one_line) != (2, "", [], True) or said.format(tables) not in told:
+            wrong.append((lines[number], code, out, told, left))
+    assert not wrong, "\n".join(map(str, wrong))
+    assert [path for path in sorted(tables.rglob("*")) if "cache" not in path.parts] == before
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        ((), "local: the following arguments are required: --processes; see --help"),
+        (("--processes=0",), "local: --processes=0: use 1 or more; see --help"),
+        (("--processes=2", "--max_restarts=-1"), "local: --max_restarts=-1: use 0 or more; see --help"),
+    ],
+)
+def test_the_launcher_tells_what_is_wrong_in_one_line(flags, said):
+    done = subprocess.run([sys.executable, ROOT / "launch" / "local.py", *flags], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", said + "\n")
