@@ -19,9 +19,13 @@ OPTIMIZERS = ("sgd", "momentum", "adam", "adamw", "lbfgs")
 SCHEDULES = ("constant", "linear", "cosine", "inverse_sqrt")
 MODELS = ("linear", "concise", "mlp")
 PRECISIONS = ("float32", "bfloat16", "float64")
+REDUCTIONS = ("pmean", "ordered")
+BACKENDS = ("jit", "pmap")
+PLACEMENTS = ("auto", "device", "host")
 ACTIVATIONS = ("relu", "tanh", "gelu", "sigmoid")
 MISSING = ("error", "drop", "mean")
 TRANSFORMS = ("none", "log", "standardize")
+A_FILE = "FILE"  # among what a value may be: any file or folder
 
 
 # What --help shows: the flags that most runs need. --helpfull shows all.
@@ -46,6 +50,7 @@ def _flag(
     decides: bool = False,
     who: bool = False,
     of: tuple[str, ...] = (),
+    such_as: tuple[str, ...] = (),
     least: int | None = None,
     above: int | None = None,
     under: int | None = None,
@@ -56,9 +61,11 @@ def _flag(
       decides: whether another value is another answer.
       who: whether it says who asks.
       of: the names that it may be; least, above, under: bounds of numbers, each of several.
+      such_as: names that a shell offers, where others may hold as well, or are refused elsewhere.
     """
     bounds = {"of": of, "least": least, "above": above, "under": under}
-    return dataclasses.field(default=default, metadata={"help": help, "decides": decides, "who": who, **bounds})
+    about = {"help": help, "decides": decides, "who": who, "such_as": such_as or of}
+    return dataclasses.field(default=default, metadata=about | bounds)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,20 +160,30 @@ class Config(Columns):
         "synthetic",
         "What to fit: synthetic, tfds:NAME, or a table (.csv, .csv.gz, .parquet, .npz, .npy): file, pattern or folder.",
         decides=True,
+        such_as=("synthetic", A_FILE),
     )
-    data_dir: str | None = _flag(None, "Where TFDS datasets are prepared. Default: TFDS's own place.")
+    data_dir: str | None = _flag(
+        None, "Where TFDS datasets are prepared. Default: TFDS's own place.", such_as=(A_FILE,)
+    )
     validation_dataset: str | None = _flag(
-        None, "A table whose rows are held out. Default: a share of the rows.", decides=True
+        None, "A table whose rows are held out. Default: a share of the rows.", decides=True, such_as=(A_FILE,)
     )
-    output: str | None = _flag(None, "Where --mode=predict writes: a .csv or .parquet file.", who=True)
-    cache_dir: str | None = _flag(None, "Where tables lie once they are read. Default: ~/.cache/dpreg/tables.")
+    output: str | None = _flag(
+        None, "Where --mode=predict writes: a .csv or .parquet file.", who=True, such_as=(A_FILE,)
+    )
+    cache_dir: str | None = _flag(
+        None, "Where tables lie once they are read. Default: ~/.cache/dpreg/tables.", such_as=(A_FILE,)
+    )
     w: tuple[float, ...] = _flag((2.0, -3.4), "True weights of the synthetic data, separated by commas.")
     b: float = _flag(4.2, "True bias of the synthetic data.")
     noise: float = _flag(0.01, "Standard deviation of the synthetic noise.", least=0)
     num_train: int = _flag(1000, "Synthetic rows to fit.", least=1)
     num_val: int = _flag(1000, "Synthetic rows held out for validation.", least=0)
     model: str = _flag(
-        "linear", "linear (from scratch), concise, mlp; or PACKAGE.MODULE:CLASS, a flax module.", decides=True
+        "linear",
+        "linear (from scratch), concise, mlp; or PACKAGE.MODULE:CLASS, a flax module.",
+        decides=True,
+        such_as=MODELS,
     )
     intercept: bool = _flag(True, "Whether a linear model has a bias.", decides=True)
     hidden: tuple[int, ...] = _flag(
@@ -224,9 +241,13 @@ class Config(Columns):
         decides=True,
         of=PRECISIONS,
     )
-    reduction: str = _flag("pmean", "pmean, or ordered: the same bits on any number of devices.", decides=True)
-    backend: str = _flag("jit", "jit (shard_map) or pmap: the same results.")
-    placement: str = _flag("auto", "Where rows wait for their step: device, host, or auto: on devices if they fit.")
+    reduction: str = _flag(
+        "pmean", "pmean, or ordered: the same bits on any number of devices.", decides=True, such_as=REDUCTIONS
+    )
+    backend: str = _flag("jit", "jit (shard_map) or pmap: the same results.", such_as=BACKENDS)
+    placement: str = _flag(
+        "auto", "Where rows wait for their step: device, host, or auto: on devices if they fit.", such_as=PLACEMENTS
+    )
     log_every_steps: int = _flag(0, "Steps between lines of metrics.jsonl; 0 for eight lines an epoch.", least=0)
     platform: str | None = _flag(None, "cpu, gpu or tpu. Default: the best there is.", of=("cpu", "gpu", "tpu"))
     num_devices: int | None = _flag(
@@ -260,7 +281,7 @@ class Config(Columns):
         of=("auto", "never", "must"),
     )
     workdir: str | None = _flag(
-        None, "Where the outputs go. Default: a new folder in runs/, named by the time.", who=True
+        None, "Where the outputs go. Default: a new folder in runs/, named by the time.", who=True, such_as=(A_FILE,)
     )
     given: frozenset[str] = dataclasses.field(default=frozenset(), compare=False)  # no flag: those that were named
 

@@ -12,7 +12,8 @@ import numpy as np
 from jax.sharding import Mesh
 from numpy.typing import ArrayLike
 
-from dpreg.data.dataset import PLACEMENTS, PRECISIONS, Block, Dataset
+from dpreg.config import BACKENDS, PLACEMENTS, REDUCTIONS
+from dpreg.data.dataset import PRECISIONS, Block, Dataset
 from dpreg.data.schema import Schema
 from dpreg.data.sources import ArraySource, RegressionData, Source, first_outside
 from dpreg.errors import Diverged, InputError, Preempted
@@ -20,8 +21,6 @@ from dpreg.models.losses import loss_of
 from dpreg.parallel import devices, processes
 from dpreg.parallel.audit import Audit
 from dpreg.parallel.step import (
-    BACKENDS,
-    REDUCTIONS,
     Carried,
     Clock,
     Model,

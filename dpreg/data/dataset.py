@@ -19,7 +19,6 @@ from dpreg.data.order import Sampler, row_tag
 from dpreg.data.sources import Rows, Source
 from dpreg.errors import InputError
 
-PLACEMENTS = ("auto", "device", "host")
 PRECISIONS = {  # what features are, on the devices; and targets, weights, and what is computed
     "float32": (np.float32, np.float32),
     "bfloat16": (jnp.bfloat16, np.float32),

@@ -35,9 +35,6 @@ _IN_FULL, _OF_BFLOAT16 = "highest", "BF16_BF16_F32"
 
 TRAINING_KEY = 1  # of the run's random key: the part for dropout, apart from that for the first parameters
 
-REDUCTIONS = ("pmean", "ordered")
-BACKENDS = ("jit", "pmap")
-
 # Under `ordered` the program of one device must compute the bits of the program of many. Only the latter
 # has its common subexpressions merged (by the partitioner) before the first algebraic simplification, and
 # that one rewrites x / s as x * (1 / s) where s has a single user. Without merging, both are simplified alike.
