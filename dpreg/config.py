@@ -2,14 +2,17 @@
 
 import csv
 import dataclasses
+import inspect
 import io
 import math
 from collections.abc import Mapping
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import Any, TypeVar, cast, get_args, get_origin, get_type_hints
 
 from absl import flags
 
 from dpreg.errors import InputError
+
+T = TypeVar("T")
 
 SOLVERS = ("sgd", "exact", "irls")
 MODES = ("train", "evaluate", "predict", "doctor")
@@ -68,6 +71,16 @@ def _flag(
     return dataclasses.field(default=default, metadata=about | bounds)
 
 
+def _told(flags: type[T]) -> type[T]:
+    """Lists in its docstring what each field of a class of flags is: for help() and the reference."""
+    fields = (field for field in dataclasses.fields(cast(Any, flags)) if field.metadata)
+    told = "".join(f"\n  {field.name}: {field.metadata['help']}" for field in fields)
+    if flags.__doc__:  # not under python -OO
+        flags.__doc__ = f"{inspect.cleandoc(flags.__doc__)}\n\nAttributes:{told}\n"
+    return flags
+
+
+@_told
 @dataclasses.dataclass(frozen=True)
 class Columns:
     """What to take from a table, and how: each field is the flag of the same name."""
@@ -142,6 +155,7 @@ class Columns:
         raise InputError(f"--{name}={_text(getattr(self, name))}: {remedy}")
 
 
+@_told
 @dataclasses.dataclass(frozen=True)
 class Config(Columns):
     """A run, by its flags: each field is the flag of the same name. The defaults are those of D2L section 3.4.

@@ -5,7 +5,11 @@ from collections.abc import Iterator
 
 
 class InputError(ValueError):
-    """The caller asked for something that cannot be done. The message is one line: what, where, what to do."""
+    """The caller asked for something that cannot be done. The message is one line: what, where, what to do.
+
+    Attributes:
+      exit_code: of a process that ends by it.
+    """
 
     exit_code = 2
 
@@ -23,6 +27,10 @@ class Diverged(ArithmeticError):  # noqa: N818 (what happened, not whose error)
     """The loss is no longer finite, in training at `step` or in validation after it.
 
     The trainer's state is the last good one: before the step, or after it where only validation failed.
+
+    Attributes:
+      exit_code: of a process that ends by it.
+      step: the one, counted from 1, or the one before validation.
     """
 
     exit_code = 3

@@ -96,6 +96,12 @@ class Dataset:
 
     It is random access: a block is a function of its first step. Each device, and so each process, asks the
     source for the rows of its own shards only.
+
+    Attributes:
+      source: the rows.
+      seed, global_batch, epochs: as `shuffle`, `batch` and `repeat` were told.
+      mesh, num_shards: as `shard` was; placement, steps_per_block: as `place` was.
+      ahead, tagged, precision: as `prefetch`, `tag` and `cast` were.
     """
 
     source: Source

@@ -133,6 +133,10 @@ class RegressionData:
       val: rows held out, or None.
       batch_size: rows of one global batch.
       schema: what the columns of a table are to the model; None where the rows are no table's.
+
+    Attributes:
+      train, val, batch_size, schema: as given.
+      num_inputs, num_targets: columns of x and of y.
     """
 
     def __init__(

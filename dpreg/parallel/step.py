@@ -53,7 +53,14 @@ _PART_BYTES, _PART_BYTES_OF_CORES = 5 << 18, 5 << 20
 
 
 class TrainState(train_state.TrainState):
-    """flax's TrainState (step, params, optimizer state) with the running statistics of BatchNorm."""
+    """flax's TrainState with the running statistics of BatchNorm.
+
+    Attributes:
+      step: steps done, int32.
+      params: of the model, a tree of arrays.
+      opt_state: of the optimizer.
+      batch_stats: of the model's `nn.BatchNorm`s; empty without one.
+    """
 
     batch_stats: PyTree
 
