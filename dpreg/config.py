@@ -83,7 +83,11 @@ def _told(flags: type[T]) -> type[T]:
 @_told
 @dataclasses.dataclass(frozen=True)
 class Columns:
-    """What to take from a table, and how: each field is the flag of the same name."""
+    """What to take from a table, and how: each field is the flag of the same name.
+
+    >>> Columns(target=("price",), features=("carat", "color"), categorical=("color",)).taken
+    ('carat', 'color', 'price')
+    """
 
     target: tuple[str, ...] = _flag((), "Column to predict; several separated by commas.", decides=True)
     features: tuple[str, ...] = _flag(

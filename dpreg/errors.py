@@ -9,6 +9,11 @@ class InputError(ValueError):
 
     Attributes:
       exit_code: of a process that ends by it.
+
+    >>> import dpreg
+    >>> dpreg.ArraySource(x=[[1.0], [2.0]], y=[1.0])
+    Traceback (most recent call last):
+    dpreg.errors.InputError: y has 1 rows and x has 2: they must agree
     """
 
     exit_code = 2
@@ -31,6 +36,10 @@ class Diverged(ArithmeticError):  # noqa: N818 (what happened, not whose error)
     Attributes:
       exit_code: of a process that ends by it.
       step: the one, counted from 1, or the one before validation.
+
+    >>> error = Diverged(step=7)
+    >>> error.step, error.exit_code
+    (7, 3)
     """
 
     exit_code = 3

@@ -48,6 +48,9 @@ class Progress:
       val_loss, metrics: the mean loss and the metrics on the validation rows; only at the end of an epoch.
       rows_per_second: training speed in this epoch so far.
       audit: [2] uint32, how many rows this epoch used and the sum of their tags; only at the end of an audited one.
+
+    >>> Progress(step=32, num_steps=96, epoch=1.0, max_epochs=3, val_loss=0.5, metrics={"r2": 0.9}).epoch_ended
+    True
     """
 
     step: int
@@ -138,6 +141,14 @@ class Trainer:
 
     Raises:
       InputError: for arguments out of range.
+
+    >>> import dpreg
+    >>> data = dpreg.SyntheticRegressionData(w=[2, -3.4], b=4.2)
+    >>> trainer = dpreg.Trainer(max_epochs=10)
+    >>> trainer.fit(dpreg.LinearRegressionScratch(2, lr=0.1), data)
+    >>> trainer.predict([[1.0, 1.0], [0.0, 0.0]]).round(1)
+    array([[2.8],
+           [4.2]])
     """
 
     state: TrainState

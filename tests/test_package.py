@@ -12,7 +12,7 @@ import zipfile
 import pytest
 from cluster import ROOT
 
-FILES = ("pyproject.toml", "MANIFEST.in", "README.md", "LICENSE", "CHANGELOG.md", "CITATION.cff")
+FILES = ("pyproject.toml", "MANIFEST.in", "README.md", "LICENSE", "CHANGELOG.md", "CITATION.cff", "conftest.py")
 FOLDERS = ("dpreg", "configs", "docs", "launch", "tests")
 
 

@@ -44,6 +44,12 @@ class Block(NamedTuple):
     `data` is what lies on the devices: with placement "host" the batches themselves,
     `[K, devices, slots, shard_batch, ...]`; with "device" all rows of the run's shards,
     `[devices, slots, rows, ...]`, from which the compiled call gathers.
+
+    >>> import dpreg
+    >>> trainer = dpreg.Trainer(max_epochs=3)
+    >>> trainer.prepare_data(dpreg.SyntheticRegressionData(w=[2, -3.4], b=4.2))
+    >>> [(block.first_step, block.num_steps) for block in trainer.train]
+    [(0, 32), (32, 32), (64, 32)]
     """
 
     first_step: int
@@ -102,6 +108,13 @@ class Dataset:
       seed, global_batch, epochs: as `shuffle`, `batch` and `repeat` were told.
       mesh, num_shards: as `shard` was; placement, steps_per_block: as `place` was.
       ahead, tagged, precision: as `prefetch`, `tag` and `cast` were.
+
+    >>> from dpreg.data.sources import ArraySource
+    >>> from dpreg.parallel.devices import data_mesh
+    >>> source = ArraySource(x=np.arange(1000), y=np.arange(1000))
+    >>> dataset = Dataset(source).shuffle(seed=0).batch(32).repeat(3).shard(data_mesh(8), num_shards=8)
+    >>> dataset.num_steps
+    96
     """
 
     source: Source

@@ -33,6 +33,9 @@ def squared_loss(prediction: Array, target: Array) -> Array:
 
     Raises:
       ValueError: when the shapes differ.
+
+    >>> squared_loss(jnp.array([[3.0], [1.0]]), jnp.array([[1.0], [1.0]]))
+    Array([2., 0.], dtype=float32)
     """
     if prediction.shape != target.shape:
         raise ValueError(

@@ -47,6 +47,10 @@ def start(
     Raises:
       InputError: when JAX has already started with fewer devices, or two processes have the same id.
       ProcessLost: when the others cannot be reached.
+
+    >>> start("cpu", num_devices=8)
+    >>> len(jax.local_devices())
+    8
     """
     if platform == "cpu":
         jax.config.update("jax_platforms", "cpu")

@@ -60,6 +60,10 @@ class TrainState(train_state.TrainState):
       params: of the model, a tree of arrays.
       opt_state: of the optimizer.
       batch_stats: of the model's `nn.BatchNorm`s; empty without one.
+
+    >>> state = TrainState.create(apply_fn=None, params={"w": jnp.ones(2)}, tx=optax.sgd(0.5), batch_stats={})
+    >>> state.apply_gradients(grads={"w": jnp.array([1.0, 2.0])}).params
+    {'w': Array([0.5, 0. ], dtype=float32)}
     """
 
     batch_stats: PyTree
