@@ -301,7 +301,8 @@ class Dataset:
         """
 
         def of_step(column: Array, k: Array | int) -> Array:
-            return lax.dynamic_index_in_dim(column, jnp.uint32(k), keepdims=False)
+            at_step: Array = lax.dynamic_index_in_dim(column, jnp.uint32(k), keepdims=False)
+            return at_step
 
         def of_slot(column: Array, k: Array | int, slot: Array | int) -> Array:
             # Slots are flattened into the axis read from: an axis of length 1 would be compiled otherwise.

@@ -44,4 +44,4 @@ class Module(nn.Module, kw_only=True):
 
     def configure_optimizers(self) -> optax.GradientTransformation:
         """The optimizer: an optax transformation."""
-        return self.optimizer or SGD(self.lr)  # type: ignore[attr-defined]  # a field of the subclass
+        return self.optimizer or SGD(self.lr)  # lr: a field of the subclass

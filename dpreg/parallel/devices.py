@@ -90,7 +90,8 @@ def makes_whole_loops() -> bool:
     """Whether the compiler has been asked, by `start`, to make one function of a loop on CPU, whatever that reads."""
 
     def loop(x: Array) -> Array:
-        return lax.fori_loop(0, jnp.int32(x[0]), lambda _, y: y * x, x)
+        last: Array = lax.fori_loop(0, jnp.int32(x[0]), lambda _, y: y * x, x)
+        return last
 
     where = SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
     lowered = jax.jit(loop).lower(jax.ShapeDtypeStruct((1 << 12,), jnp.float32, sharding=where))

@@ -176,8 +176,10 @@ def initial_state(
     params, batch_stats = variables.pop("params"), variables.pop("batch_stats", {})
     if variables:
         raise InputError(f"the model has variables {sorted(variables)}: only params and batch_stats can be trained")
-    state = TrainState.create(apply_fn=model.apply, params=params, tx=optimizer, batch_stats=batch_stats)
-    return state.replace(step=jnp.int32(0))
+    state: TrainState = TrainState.create(
+        apply_fn=model.apply, params=params, tx=optimizer, batch_stats=batch_stats
+    ).replace(step=jnp.int32(0))
+    return state
 
 
 def forward(
@@ -305,7 +307,8 @@ def compile_train_block(
                     rows = read.of_slot(k, slot, part, parts)
                     return value_and_gradient(loss, state.params, rows, shard + part * layout.num_shards)
 
-                return over_parts(part_sums)
+                of_shard: tuple[PyTree, Array, _Rest] = over_parts(part_sums)
+                return of_shard
 
             if reduction == "ordered":
                 sums = ordered_sum(sums_of, layout.slots, carried.count, layout.num_shards)
@@ -377,7 +380,8 @@ def _updated(state: TrainState, sums: tuple[PyTree, Array, _Rest], step: Array) 
     new = state.apply_gradients(grads=jax.tree.map(lambda leaf: leaf * per_weight, gradient), batch_stats=batch_stats)
     finite = jnp.isfinite(value) & jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(new.params)]).all()
     good = finite & (state.step == step)
-    return jax.tree.map(lambda new, old: jnp.where(good, new, old), new, state)
+    kept: TrainState = jax.tree.map(lambda new, old: jnp.where(good, new, old), new, state)
+    return kept
 
 
 def compile_eval_block(
@@ -491,4 +495,5 @@ def _compile(
     # As if no other run of this process had another precision.
     with jax.default_matmul_precision(_IN_FULL), jax.enable_x64(_has_float64(arguments[0])):
         lowered = function.lower(*arguments)
-    return lowered.compile(compiler_options=options)
+    compiled: Callable[..., Any] = lowered.compile(compiler_options=options)
+    return compiled
