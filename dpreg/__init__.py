@@ -1,4 +1,33 @@
-"""Distributed data-parallel regression in JAX: the answer does not depend on how many devices computed it."""
+"""Distributed data-parallel regression in JAX: the answer does not depend on how many devices computed it.
+
+Data, which `Trainer.fit` takes:
+
+- `SyntheticRegressionData`: rows whose true parameters are known.
+- `RegressionData`: rows to fit and rows held out, of any `Source`.
+- `ArraySource`, `Shuffled`: a source over arrays; one over another, in a mixed order.
+- `read_table`, `Columns`: rows of a table, and what to take from it.
+- `Dataset`, `Block`: the pipeline to the devices, and the steps that it hands over at once.
+
+Models:
+
+- `LinearRegressionScratch`: linear regression, from scratch.
+- `Module`: what your own model derives from.
+- `squared_loss`, `SGD`: the loss and the optimizer where a model names no others.
+
+Training:
+
+- `start`: chooses platform and devices, and joins processes, before anything else uses JAX.
+- `Trainer`: fits, predicts and evaluates, on all devices.
+- `TrainState`, `Progress`: what it trains, and what it tells its observers.
+
+Errors:
+
+- `InputError`: what was asked for cannot be done; says what to do instead.
+- `Diverged`: the loss is no longer finite.
+
+The command `dpreg` is `python -m dpreg.main`; `dpreg.plan`, `dpreg.scaling` and `dpreg.report` are others, and
+`dpreg.sklearn` has estimators of scikit-learn.
+"""
 
 from dpreg.config import Columns
 from dpreg.data.dataset import Block, Dataset

@@ -93,7 +93,8 @@ def build_model(config: Config, num_inputs: int, num_targets: int, num_steps: in
     module, _, name = config.model.partition(":")
     try:
         of_user = getattr(importlib.import_module(module), name)
-        return of_user(**own) if issubclass(of_user, Module) else of_user()
+        made: Model = of_user(**own) if issubclass(of_user, Module) else of_user()
+        return made
     except Exception as error:
         raise InputError(
             f"--model={config.model}: {type(error).__name__}: {error}; mend that, or name a class that can be made"

@@ -2,14 +2,17 @@
 
 import csv
 import dataclasses
+import inspect
 import io
 import math
 from collections.abc import Mapping
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import Any, TypeVar, cast, get_args, get_origin, get_type_hints
 
 from absl import flags
 
 from dpreg.errors import InputError
+
+T = TypeVar("T")
 
 SOLVERS = ("sgd", "exact", "irls")
 MODES = ("train", "evaluate", "predict", "doctor")
@@ -19,9 +22,13 @@ OPTIMIZERS = ("sgd", "momentum", "adam", "adamw", "lbfgs")
 SCHEDULES = ("constant", "linear", "cosine", "inverse_sqrt")
 MODELS = ("linear", "concise", "mlp")
 PRECISIONS = ("float32", "bfloat16", "float64")
+REDUCTIONS = ("pmean", "ordered")
+BACKENDS = ("jit", "pmap")
+PLACEMENTS = ("auto", "device", "host")
 ACTIVATIONS = ("relu", "tanh", "gelu", "sigmoid")
 MISSING = ("error", "drop", "mean")
 TRANSFORMS = ("none", "log", "standardize")
+A_FILE = "FILE"  # among what a value may be: any file or folder
 
 
 # What --help shows: the flags that most runs need. --helpfull shows all.
@@ -46,6 +53,7 @@ def _flag(
     decides: bool = False,
     who: bool = False,
     of: tuple[str, ...] = (),
+    such_as: tuple[str, ...] = (),
     least: int | None = None,
     above: int | None = None,
     under: int | None = None,
@@ -56,14 +64,30 @@ def _flag(
       decides: whether another value is another answer.
       who: whether it says who asks.
       of: the names that it may be; least, above, under: bounds of numbers, each of several.
+      such_as: names that a shell offers, where others may hold as well, or are refused elsewhere.
     """
     bounds = {"of": of, "least": least, "above": above, "under": under}
-    return dataclasses.field(default=default, metadata={"help": help, "decides": decides, "who": who, **bounds})
+    about = {"help": help, "decides": decides, "who": who, "such_as": such_as or of}
+    return dataclasses.field(default=default, metadata=about | bounds)
 
 
+def _told(flags: type[T]) -> type[T]:
+    """Lists in its docstring what each field of a class of flags is: for help() and the reference."""
+    fields = (field for field in dataclasses.fields(cast(Any, flags)) if field.metadata)
+    told = "".join(f"\n  {field.name}: {field.metadata['help']}" for field in fields)
+    if flags.__doc__:  # not under python -OO
+        flags.__doc__ = f"{inspect.cleandoc(flags.__doc__)}\n\nAttributes:{told}\n"
+    return flags
+
+
+@_told
 @dataclasses.dataclass(frozen=True)
 class Columns:
-    """What to take from a table, and how: each field is the flag of the same name."""
+    """What to take from a table, and how: each field is the flag of the same name.
+
+    >>> Columns(target=("price",), features=("carat", "color"), categorical=("color",)).taken
+    ('carat', 'color', 'price')
+    """
 
     target: tuple[str, ...] = _flag(
         (),
@@ -151,6 +175,7 @@ class Columns:
         raise InputError(f"--{name}={_text(getattr(self, name))}: {remedy}")
 
 
+@_told
 @dataclasses.dataclass(frozen=True)
 class Config(Columns):
     """A run, by its flags: each field is the flag of the same name. The defaults are those of D2L section 3.4.
@@ -169,24 +194,33 @@ class Config(Columns):
         "synthetic",
         "What to fit: synthetic, tfds:NAME, or a table (.csv, .csv.gz, .parquet, .npz, .npy): file, pattern or folder.",
         decides=True,
+        such_as=("synthetic", A_FILE),
     )
     data_dir: str | None = _flag(
-        None, "Folder where TFDS datasets are prepared. Default: TFDS's own, ~/tensorflow_datasets."
+        None, "Folder where TFDS datasets are prepared. Default: TFDS's own, ~/tensorflow_datasets.", such_as=(A_FILE,)
     )
     validation_dataset: str | None = _flag(
         None,
         "A table whose rows are held out for validation. Default: --validation_fraction of the rows.",
         decides=True,
+        such_as=(A_FILE,),
     )
-    output: str | None = _flag(None, "Where --mode=predict writes: a .csv or .parquet file. Default: none.", who=True)
-    cache_dir: str | None = _flag(None, "Folder where tables lie once they are read. Default: ~/.cache/dpreg/tables.")
+    output: str | None = _flag(
+        None, "Where --mode=predict writes: a .csv or .parquet file. Default: none.", who=True, such_as=(A_FILE,)
+    )
+    cache_dir: str | None = _flag(
+        None, "Folder where tables lie once they are read. Default: ~/.cache/dpreg/tables.", such_as=(A_FILE,)
+    )
     w: tuple[float, ...] = _flag((2.0, -3.4), "True weights of the synthetic rows, one a feature, separated by commas.")
     b: float = _flag(4.2, "True bias of the synthetic rows.")
     noise: float = _flag(0.01, "Standard deviation of the noise in the synthetic targets.", least=0)
     num_train: int = _flag(1000, "Synthetic rows to fit.", least=1)
     num_val: int = _flag(1000, "Synthetic rows held out for validation.", least=0)
     model: str = _flag(
-        "linear", "linear (from scratch), concise, mlp; or PACKAGE.MODULE:CLASS, a flax module.", decides=True
+        "linear",
+        "linear (from scratch), concise, mlp; or PACKAGE.MODULE:CLASS, a flax module.",
+        decides=True,
+        such_as=MODELS,
     )
     intercept: bool = _flag(True, "Whether a linear model has a bias.", decides=True)
     hidden: tuple[int, ...] = _flag(
@@ -297,9 +331,14 @@ class Config(Columns):
         "pmean",
         "How gradients add up: pmean, or ordered: the same bits on any number of devices.",
         decides=True,
+        of=REDUCTIONS,
     )
-    backend: str = _flag("jit", "How steps are compiled: jit (shard_map) or pmap; the results are the same.")
-    placement: str = _flag("auto", "Where rows wait for their step: device, host, or auto: on devices if they fit.")
+    backend: str = _flag(
+        "jit", "How steps are compiled: jit (shard_map) or pmap; the results are the same.", of=BACKENDS
+    )
+    placement: str = _flag(
+        "auto", "Where rows wait for their step: device, host, or auto: on devices if they fit.", of=PLACEMENTS
+    )
     log_every_steps: int = _flag(0, "Steps between lines of metrics.jsonl; 0 for eight lines an epoch.", least=0)
     platform: str | None = _flag(None, "cpu, gpu or tpu. Default: the best there is.", of=("cpu", "gpu", "tpu"))
     num_devices: int | None = _flag(
@@ -343,7 +382,7 @@ class Config(Columns):
         of=("auto", "never", "must"),
     )
     workdir: str | None = _flag(
-        None, "Folder for the outputs. Default: a new one in runs/, named by the time.", who=True
+        None, "Folder for the outputs. Default: a new one in runs/, named by the time.", who=True, such_as=(A_FILE,)
     )
     given: frozenset[str] = dataclasses.field(default=frozenset(), compare=False)  # no flag: those that were named
 

@@ -12,14 +12,19 @@ from typing import NoReturn
 
 from absl import app, flags
 
-from dpreg.config import COMMON, Config, define_flags
+from dpreg.completion import SHELLS, Flag, script
+from dpreg.config import A_FILE, COMMON, Config, define_flags
 from dpreg.errors import InputError
 
-_PRESET = "config_preset"
+_PRESET, _SHELL = "config_preset", "shell_completion"
 
 
-def enter(main: Callable[[list[str]], None], of_runs: bool = False) -> NoReturn:
-    """Parses flags and hands over to the door: those of a run and its own, or its own alone and the names of runs."""
+def enter(main: Callable[[list[str]], None], of_runs: bool = False, installed: bool = False) -> NoReturn:
+    """Parses flags and hands over to the door: those of a run and its own, or its own alone and the names of runs.
+
+    Args:
+      installed: whether it is the command `dpreg`, for which shells may complete flags.
+    """
     own = [flag.name for flag in flags.FLAGS.get_key_flags_for_module(sys.argv[0])]
     about = sys.modules[main.__module__].__doc__
     if of_runs:
@@ -29,7 +34,10 @@ def enter(main: Callable[[list[str]], None], of_runs: bool = False) -> NoReturn:
     flags.DEFINE_string(
         _PRESET, None, f"A flagfile that comes with dpreg: {names}. Default: none.", module_name=Config.__module__
     )
-    groups = {"This command": own, **COMMON, "Flags": (_PRESET,)}
+    if installed:
+        about_shell = f'Print a script that completes flags, for eval "$(dpreg --{_SHELL}=bash)" in ~/.bashrc.'
+        flags.DEFINE_enum(_SHELL, None, SHELLS, about_shell, module_name=Config.__module__)
+    groups = {"This command": own, **COMMON, "Flags": (_PRESET, *((_SHELL,) if installed else ()))}
     app.run(main, flags_parser=functools.partial(_parse, lambda: _help(about, groups), False))
 
 
@@ -57,6 +65,9 @@ def _parse(help: Callable[[], str], of_runs: bool, argv: list[str]) -> list[str]
             raise InputError(f"--{_PRESET}: write --{_PRESET}=NAME, on the command line")
         if len(rest) > 1 and not of_runs:
             raise InputError(f"{rest[1]}: is no flag; give flags as --name=value")
+        if _SHELL in flags.FLAGS and (shell := flags.FLAGS[_SHELL].value):
+            print(script(shell, _others()))
+            sys.exit(0)
         return rest
     except (flags.Error, InputError, UnicodeDecodeError) as error:
         leave(InputError(_told(error)), InputError.exit_code)
@@ -88,6 +99,17 @@ def _instead_of(name: str) -> str:
     words = re.compile(rf"{re.escape(name.replace('_', ' '))}\b", re.IGNORECASE)
     like += [flag for flag in flags.FLAGS if words.match(str(flags.FLAGS[flag].help))]
     return f"use --{like[0]}, or " if like else ""
+
+
+def _others() -> list[Flag]:
+    """The flags that are no field of `Config`."""
+    return [
+        Flag(_PRESET, "A flagfile of dpreg's own", tuple(_presets())),
+        Flag("flagfile", "A file of flags, one a line", (A_FILE,)),
+        Flag(_SHELL, "Print a script such as this", SHELLS),
+        Flag("help", "The flags that most runs need"),
+        Flag("helpfull", "All flags"),
+    ]
 
 
 def _help(about: str | None, groups: Mapping[str, Sequence[str]]) -> str:

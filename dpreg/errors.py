@@ -5,7 +5,16 @@ from collections.abc import Iterator
 
 
 class InputError(ValueError):
-    """The caller asked for something that cannot be done. The message is one line: what, where, what to do."""
+    """The caller asked for something that cannot be done. The message is one line: what, where, what to do.
+
+    Attributes:
+      exit_code: of a process that ends by it.
+
+    >>> import dpreg
+    >>> dpreg.ArraySource(x=[[1.0], [2.0]], y=[1.0])
+    Traceback (most recent call last):
+    dpreg.errors.InputError: y has 1 rows and x has 2: they must agree
+    """
 
     exit_code = 2
 
@@ -23,6 +32,14 @@ class Diverged(ArithmeticError):  # noqa: N818 (what happened, not whose error)
     """The loss is no longer finite, in training at `step` or in validation after it.
 
     The trainer's state is the last good one: before the step, or after it where only validation failed.
+
+    Attributes:
+      exit_code: of a process that ends by it.
+      step: the one, counted from 1, or the one before validation.
+
+    >>> error = Diverged(step=7)
+    >>> error.step, error.exit_code
+    (7, 3)
     """
 
     exit_code = 3

@@ -285,7 +285,7 @@ def _among_others(work: Callable[[], None]) -> None:
 
 def main() -> None:
     """The entry point."""
-    enter(_main)
+    enter(_main, installed=True)
 
 
 if __name__ == "__main__":

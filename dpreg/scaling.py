@@ -91,7 +91,8 @@ def exchange_seconds(count: int) -> dict[int, float]:
     for size in _SIZES:
 
         def sums(x: jax.Array, one: jax.Array, times: jax.Array) -> jax.Array:
-            return lax.fori_loop(0, times, lambda _, total: lax.pmean(total, AXIS) * one, x)
+            last: jax.Array = lax.fori_loop(0, times, lambda _, total: lax.pmean(total, AXIS) * one, x)
+            return last
 
         everywhere = PartitionSpec()
         mapped = jax.shard_map(sums, mesh=mesh, in_specs=(everywhere,) * 3, out_specs=everywhere, check_vma=False)

@@ -71,7 +71,8 @@ class _Fitted:
 
     @property
     def objective(self) -> Loss:
-        return objective_and_optimizer(self.config)["objective"]
+        loss: Loss = objective_and_optimizer(self.config)["objective"]
+        return loss
 
     @property
     def outputs(self) -> int:
@@ -85,7 +86,8 @@ class _Fitted:
     def scaled(self, x: np.ndarray) -> np.ndarray:
         """Rows [n, d] as the model sees them."""
         mean, scale = (part[: x.shape[1]] for part in self.schema.units)
-        return (x - mean) / scale
+        scaled: np.ndarray = (x - mean) / scale
+        return scaled
 
     def model(self, config: Config, num_steps: int = 1) -> Model:
         """The model to train for so many steps, or to predict with."""
@@ -329,14 +331,16 @@ class _Estimator(BaseEstimator):
         check_is_fitted(self)
         fitted, rows = self._fitted, validate_data(self, x, reset=False, dtype=np.float64, order="C")
         if fitted.is_linear:
-            return rows @ np.atleast_2d(self.coef_).T + np.atleast_1d(self.intercept_)
+            margins: np.ndarray = rows @ np.atleast_2d(self.coef_).T + np.atleast_1d(self.intercept_)
+            return margins
         source = ArraySource(fitted.scaled(rows), np.zeros((len(rows), fitted.targets)))
         return np.concatenate(list(fitted.predictor.predictions(fitted.predictor.pieces(source))))
 
 
 def _require_outputs(model: Any, x: np.ndarray, outputs: int) -> None:
     def prediction(row: jax.Array) -> jax.Array:
-        return model.init_with_output(jax.random.key(0), row, **train_argument(model, False))[0]
+        predicted: jax.Array = model.init_with_output(jax.random.key(0), row, **train_argument(model, False))[0]
+        return predicted
 
     shape = jax.eval_shape(prediction, jnp.asarray(x[:1])).shape
     if shape != (1, outputs):
@@ -361,7 +365,7 @@ def _scale(deviation: np.ndarray, mean: np.ndarray) -> np.ndarray:
 
 
 def _weights(sample_weight: ArrayLike | None, x: np.ndarray) -> np.ndarray:
-    weight = _check_sample_weight(sample_weight, x, dtype=np.float64)
+    weight: np.ndarray = _check_sample_weight(sample_weight, x, dtype=np.float64)
     if (weight < 0).any():
         raise InputError(f"sample_weight: it is negative in row {(weight < 0).argmax() + 1:,}; use 0 or more")
     return weight
@@ -567,15 +571,20 @@ class DataParallelClassifier(ClassifierMixin, _Estimator):
     def predict(self, X: ArrayLike) -> np.ndarray:  # noqa: N803
         """The likeliest labels, [n]."""
         logits = self.decision_function(X)
-        return self.classes_[(logits > 0).astype(int) if logits.ndim == 1 else logits.argmax(axis=1)]
+        labels: np.ndarray = self.classes_[(logits > 0).astype(int) if logits.ndim == 1 else logits.argmax(axis=1)]
+        return labels
 
     def predict_proba(self, X: ArrayLike) -> np.ndarray:  # noqa: N803
         """The probabilities of the classes, [n, C]."""
-        return np.exp(self.predict_log_proba(X))
+        probabilities: np.ndarray = np.exp(self.predict_log_proba(X))
+        return probabilities
 
     def predict_log_proba(self, X: ArrayLike) -> np.ndarray:  # noqa: N803
         """Their logarithms, [n, C]."""
         logits = self.decision_function(X)
+        logarithms: np.ndarray
         if logits.ndim == 1:
-            return -np.logaddexp(0, np.stack([logits, -logits], axis=1))
-        return scipy.special.log_softmax(logits, axis=1)
+            logarithms = -np.logaddexp(0, np.stack([logits, -logits], axis=1))
+        else:
+            logarithms = scipy.special.log_softmax(logits, axis=1)
+        return logarithms

@@ -12,7 +12,8 @@ import numpy as np
 from jax.sharding import Mesh
 from numpy.typing import ArrayLike
 
-from dpreg.data.dataset import PLACEMENTS, PRECISIONS, Block, Dataset
+from dpreg.config import BACKENDS, PLACEMENTS, REDUCTIONS
+from dpreg.data.dataset import PRECISIONS, Block, Dataset
 from dpreg.data.schema import Schema
 from dpreg.data.sources import ArraySource, RegressionData, Source, first_outside
 from dpreg.errors import Diverged, InputError, Preempted
@@ -20,8 +21,6 @@ from dpreg.models.losses import loss_of
 from dpreg.parallel import devices, processes
 from dpreg.parallel.audit import Audit
 from dpreg.parallel.step import (
-    BACKENDS,
-    REDUCTIONS,
     Carried,
     Clock,
     Model,
@@ -50,6 +49,9 @@ class Progress:
       val_loss, metrics: the mean loss and the metrics on the validation rows; only at the end of an epoch.
       rows_per_second: training speed in this epoch so far.
       audit: [2] uint32, how many rows this epoch used and the sum of their tags; only at the end of an audited one.
+
+    >>> Progress(step=32, num_steps=96, epoch=1.0, max_epochs=3, val_loss=0.5, metrics={"r2": 0.9}).epoch_ended
+    True
     """
 
     step: int
@@ -142,6 +144,14 @@ class Trainer:
 
     Raises:
       InputError: for arguments out of range.
+
+    >>> import dpreg
+    >>> data = dpreg.SyntheticRegressionData(w=[2, -3.4], b=4.2)
+    >>> trainer = dpreg.Trainer(max_epochs=10)
+    >>> trainer.fit(dpreg.LinearRegressionScratch(2, lr=0.1), data)
+    >>> trainer.predict([[1.0, 1.0], [0.0, 0.0]]).round(1)
+    array([[2.8],
+           [4.2]])
     """
 
     state: TrainState

@@ -5,28 +5,57 @@ import pathlib
 import shutil
 import subprocess
 import sys
+import tarfile
 import tomllib
 import zipfile
 
 import pytest
 from cluster import ROOT
 
+FILES = ("pyproject.toml", "MANIFEST.in", "README.md", "LICENSE", "CHANGELOG.md", "CITATION.cff", "conftest.py")
+FOLDERS = ("dpreg", "configs", "docs", "launch", "tests")
+
+
+def python(*arguments):
+    done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
 
 @pytest.fixture(scope="module")
-def installed(tmp_path_factory):
-    """The unpacked wheel, built of what is in the repository and nothing else."""
-    folder = tmp_path_factory.mktemp("package")
-    source = folder / "source"
-    source.mkdir()
-    for name in ("dpreg", "configs", "pyproject.toml", "README.md", "LICENSE"):
-        copy = shutil.copytree if (pathlib.Path(ROOT) / name).is_dir() else shutil.copy
-        copy(pathlib.Path(ROOT) / name, source / name)
-    pip = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "-w", str(folder), str(source)]
-    done = subprocess.run(pip, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    (wheel,) = folder.glob("*.whl")
-    zipfile.ZipFile(wheel).extractall(folder / "site")
-    return folder / "site"
+def built(tmp_path_factory):
+    """The sdist, and the wheel made of it, of a copy of the sources and nothing else."""
+    source, dist = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("dist")
+    for name in FILES:
+        shutil.copy(pathlib.Path(ROOT) / name, source)
+    for name in FOLDERS:
+        shutil.copytree(pathlib.Path(ROOT) / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
+    python("-m", "build", f"--outdir={dist}", str(source))
+    return dist
+
+
+@pytest.fixture(scope="module")
+def installed(built, tmp_path_factory):
+    """The unpacked wheel."""
+    (wheel,) = built.glob("*.whl")
+    site = tmp_path_factory.mktemp("site")
+    zipfile.ZipFile(wheel).extractall(site)
+    return site
+
+
+def test_a_registry_would_take_both_files(built):
+    files = sorted(map(str, built.iterdir()))
+    assert [pathlib.Path(file).suffix for file in files] == [".whl", ".gz"]
+    assert python("-m", "twine", "--no-color", "check", "--strict", *files).count("PASSED") == 2
+
+
+def test_the_sdist_has_what_its_tests_need(built):
+    (archive,) = built.glob("*.tar.gz")
+    with tarfile.open(archive) as sdist:
+        there = {name.partition("/")[2] for name in sdist.getnames()}
+    files = {path for name in FOLDERS for path in (pathlib.Path(ROOT) / name).rglob("*") if path.is_file()}
+    wanted = {str(path.relative_to(ROOT)) for path in files if path.suffix not in (".pyc", ".pyo")}
+    assert {*FILES, *wanted} <= there
 
 
 def test_the_wheel_has_every_module_the_types_and_the_presets(installed):

@@ -508,6 +508,7 @@ def test_imports_go_downward():
     rooms = [
         ("errors",),
         ("config",),
+        ("completion",),
         ("data", "models", "door"),
         ("parallel",),
         ("predictor", "solver"),

@@ -188,7 +188,8 @@ class RawReader:
         """Which rows are used: with --missing=drop those without missing values."""
         if self.columns.missing != "drop":
             return np.ones(len(raw), bool)
-        return ~np.isnan(raw).any(axis=1)
+        there: np.ndarray = ~np.isnan(raw).any(axis=1)
+        return there
 
     def refuse_missing(self, table: str) -> None:
         """Raises InputError where values are missing that may not be."""
@@ -217,7 +218,7 @@ def _numbers(part: Part, name: str, column: pa.Array, dtype: np.dtype) -> np.nda
         column = column.cast(pa.float64())
     elif not (pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_null(kind)):
         raise InputError(_not_numeric(part, name, column))
-    values = column.to_numpy(zero_copy_only=False).astype(np.float64, copy=False)
+    values: np.ndarray = column.to_numpy(zero_copy_only=False).astype(np.float64, copy=False)
     most = min(float(np.finfo(dtype).max), _LARGEST)
     bad = np.abs(values) > most  # False for NaN
     if bad.any():
@@ -248,11 +249,12 @@ def _days(part: Part, name: str, column: pa.Array) -> np.ndarray:
         column = column.cast(pa.duration("us"), safe=False).cast(pa.int64())
     elif not pa.types.is_null(kind):
         raise InputError(f"{part.where(0)}: column {name!r} holds no dates but {kind}; take it from --dates")
-    return column.to_numpy(zero_copy_only=False).astype(np.float64) / _MICROSECONDS_A_DAY
+    days: np.ndarray = column.to_numpy(zero_copy_only=False).astype(np.float64) / _MICROSECONDS_A_DAY
+    return days
 
 
 def _is_text(kind: pa.DataType) -> bool:
-    return pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
+    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind))
 
 
 def _not_numeric(part: Part, name: str, column: pa.Array) -> str:

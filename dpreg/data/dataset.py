@@ -19,7 +19,6 @@ from dpreg.data.order import Sampler, row_tag
 from dpreg.data.sources import Rows, Source
 from dpreg.errors import InputError
 
-PLACEMENTS = ("auto", "device", "host")
 PRECISIONS = {  # what features are, on the devices; and targets, weights, and what is computed
     "float32": (np.float32, np.float32),
     "bfloat16": (jnp.bfloat16, np.float32),
@@ -45,6 +44,12 @@ class Block(NamedTuple):
     `data` is what lies on the devices: with placement "host" the batches themselves,
     `[K, devices, slots, shard_batch, ...]`; with "device" all rows of the run's shards,
     `[devices, slots, rows, ...]`, from which the compiled call gathers.
+
+    >>> import dpreg
+    >>> trainer = dpreg.Trainer(max_epochs=3)
+    >>> trainer.prepare_data(dpreg.SyntheticRegressionData(w=[2, -3.4], b=4.2))
+    >>> [(block.first_step, block.num_steps) for block in trainer.train]
+    [(0, 32), (32, 32), (64, 32)]
     """
 
     first_step: int
@@ -97,6 +102,19 @@ class Dataset:
 
     It is random access: a block is a function of its first step. Each device, and so each process, asks the
     source for the rows of its own shards only.
+
+    Attributes:
+      source: the rows.
+      seed, global_batch, epochs: as `shuffle`, `batch` and `repeat` were told.
+      mesh, num_shards: as `shard` was; placement, steps_per_block: as `place` was.
+      ahead, tagged, precision: as `prefetch`, `tag` and `cast` were.
+
+    >>> from dpreg.data.sources import ArraySource
+    >>> from dpreg.parallel.devices import data_mesh
+    >>> source = ArraySource(x=np.arange(1000), y=np.arange(1000))
+    >>> dataset = Dataset(source).shuffle(seed=0).batch(32).repeat(3).shard(data_mesh(8), num_shards=8)
+    >>> dataset.num_steps
+    96
     """
 
     source: Source
@@ -283,7 +301,8 @@ class Dataset:
         """
 
         def of_step(column: Array, k: Array | int) -> Array:
-            return lax.dynamic_index_in_dim(column, jnp.uint32(k), keepdims=False)
+            at_step: Array = lax.dynamic_index_in_dim(column, jnp.uint32(k), keepdims=False)
+            return at_step
 
         def of_slot(column: Array, k: Array | int, slot: Array | int) -> Array:
             # Slots are flattened into the axis read from: an axis of length 1 would be compiled otherwise.

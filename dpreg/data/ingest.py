@@ -49,7 +49,7 @@ def read_table(
     dtype: DTypeLike = np.float32,
     progress: Progress = lambda what, rows: None,
 ) -> RegressionData:
-    """The rows of a table, held out, scaled and shuffled as asked for; read from its files the first time only.
+    r"""The rows of a table, held out, scaled and shuffled as asked for; read from its files the first time only.
 
     Args:
       name: a file, a pattern or a folder, as for `dpreg.data.tables.open_table`; or tfds:NAME.
@@ -63,6 +63,14 @@ def read_table(
 
     Raises:
       InputError: as `ingest`.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     file = pathlib.Path(folder, "table.csv")
+    ...     _ = file.write_text("height,cost\n1,2\n2,4\n3,6\n")
+    ...     data = read_table(str(file), Columns(target=("cost",), validation_fraction=0), cache_dir=folder)
+    >>> len(data.train), data.schema.features
+    (3, ('height',))
     """
     validation = None
     if name.startswith("tfds:"):

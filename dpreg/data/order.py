@@ -213,4 +213,7 @@ class Sampler:
         """
         runs = self.runs(step, shard, seed)
         rows = runs[..., None] * np.int32(self.run) + np.arange(self.run, dtype=np.int32)
-        return np.minimum(rows.reshape(*runs.shape[:-1], self.shard_batch), self.shard_size(shard)[..., None])
+        positions: np.ndarray = np.minimum(
+            rows.reshape(*runs.shape[:-1], self.shard_batch), self.shard_size(shard)[..., None]
+        )
+        return positions

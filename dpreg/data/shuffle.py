@@ -139,7 +139,8 @@ class Shuffle:
 
 
 def _order(rows: np.ndarray) -> np.ndarray:
-    return keyed_hash(rows[:, -1].astype(np.uint32), _ORDER)
+    keys: np.ndarray = keyed_hash(rows[:, -1].astype(np.uint32), _ORDER)
+    return keys
 
 
 def _sorted(rows: np.ndarray) -> np.ndarray:

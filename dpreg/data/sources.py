@@ -21,6 +21,14 @@ class Source(Protocol):
     """Rows by index. `source[indices]` gathers them in one vectorised call, in the order asked.
 
     Its result is `{"x": [n, d], "y": [n, t], "weight": [n]}`, float32 (or float64) and freshly allocated.
+
+    >>> class Line:
+    ...     __len__ = lambda self: 100
+    ...     fingerprint = lambda self: "y = x / 100"
+    ...     def __getitem__(self, indices):
+    ...         x = indices[:, None].astype(np.float32)
+    ...         return {"x": x, "y": x / 100, "weight": np.ones(len(x), np.float32)}
+    >>> data = RegressionData(Line())
     """
 
     def __len__(self) -> int: ...
@@ -48,6 +56,11 @@ class ArraySource:
 
     Raises:
       InputError: when shapes disagree, or a value is not finite or a weight negative (names the row).
+
+    >>> source = ArraySource(x=[[1, 0], [0, 1], [1, 1]], y=[2, 3, 5])
+    >>> source[np.array([2, 0])]["y"]
+    array([[5.],
+           [2.]], dtype=float32)
     """
 
     x: np.ndarray
@@ -112,7 +125,15 @@ def first_outside(source: Source, allowed: Callable[[np.ndarray], np.ndarray]) -
 
 @dataclasses.dataclass(frozen=True)
 class Shuffled:
-    """A source in a fixed pseudo-random order, so that contiguous shards of it are random samples."""
+    """A source in a fixed pseudo-random order, so that contiguous shards of it are random samples.
+
+    Attributes:
+      source: the rows, in an order of their own.
+
+    >>> source = Shuffled(ArraySource(x=np.arange(5), y=np.arange(5)))
+    >>> source[np.arange(5)]["y"].ravel().tolist()
+    [2.0, 1.0, 3.0, 0.0, 4.0]
+    """
 
     source: Source
 
@@ -135,6 +156,14 @@ class RegressionData:
       val: rows held out, or None.
       batch_size: rows of one global batch.
       schema: what the columns of a table are to the model; None where the rows are no table's.
+
+    Attributes:
+      train, val, batch_size, schema: as given.
+      num_inputs, num_targets: columns of x and of y.
+
+    >>> data = RegressionData(ArraySource([[0, 1], [2, 3]], [4, 5]), batch_size=2)
+    >>> data.num_inputs, data.num_targets
+    (2, 1)
     """
 
     def __init__(

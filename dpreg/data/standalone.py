@@ -64,11 +64,14 @@ def predict(columns: Mapping[str, Sequence[Any]], folder: pathlib.Path | None = 
 
 
 def _of_link(z: np.ndarray, loss: str) -> np.ndarray:
+    found = z
     if loss == "softmax":
-        return z.argmax(axis=1, keepdims=True).astype(np.float64)
-    return {"logistic": lambda: 1 / (1 + np.exp(-z)), "poisson": lambda: np.exp(z), "gamma": lambda: np.exp(z)}.get(
-        loss, lambda: z
-    )()
+        found = z.argmax(axis=1, keepdims=True).astype(np.float64)
+    elif loss == "logistic":
+        found = 1 / (1 + np.exp(-z))
+    elif loss in ("poisson", "gamma"):
+        found = np.exp(z)
+    return found
 
 
 def _seen(column: Mapping[str, Any], values: Sequence[Any], filled: bool) -> np.ndarray:
@@ -77,7 +80,8 @@ def _seen(column: Mapping[str, Any], values: Sequence[Any], filled: bool) -> np.
     if column["kind"] == "number":
         fill = np.nan if column["fill"] is None else column["fill"]
         numbers = [fill if gone else _number(v, column["days"]) for v, gone in zip(values, missing, strict=True)]
-        return (np.array(numbers, np.float64).reshape(-1, 1) - column["mean"]) / column["scale"]
+        seen: np.ndarray = (np.array(numbers, np.float64).reshape(-1, 1) - column["mean"]) / column["scale"]
+        return seen
     place = {name: at for at, name in enumerate(column["values"])}
     texts = [repr(float(value) + 0.0) if isinstance(value, (float, np.floating)) else str(value) for value in values]
     at = np.array([place.get(spelled(text), len(place)) for text in texts], int)

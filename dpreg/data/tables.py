@@ -196,7 +196,7 @@ def _open_csv(file: str, kinds: Kinds | None = None) -> pa.csv.CSVStreamingReade
 
 
 def _is_numeric(kind: pa.DataType) -> bool:
-    return pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_null(kind)
+    return bool(pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_null(kind))
 
 
 def _inspect_csv(file: str) -> Header:

@@ -55,7 +55,8 @@ class Family:
 def _half_deviance_of_counts(z: np.ndarray, y: np.ndarray) -> np.ndarray:
     """As `dpreg.models.losses.poisson_loss`."""
     ratio = z - np.log(np.where(y > 0, y, 1))
-    return np.where(y > 0, y * (np.expm1(ratio) - ratio), np.exp(z))
+    half: np.ndarray = np.where(y > 0, y * (np.expm1(ratio) - ratio), np.exp(z))
+    return half
 
 
 FAMILIES = {

@@ -192,7 +192,8 @@ class Fit:
         if self.known_variance:
             return np.ones(self.b.shape)
         at = np.concatenate([self.b[None], self.w, -np.eye(self.w.shape[1])])
-        return np.sqrt(np.square(self.triangle.r @ at).sum(axis=0) / max(self.degrees_of_freedom, 1))
+        deviation: np.ndarray = np.sqrt(np.square(self.triangle.r @ at).sum(axis=0) / max(self.degrees_of_freedom, 1))
+        return deviation
 
     @property
     def r2(self) -> np.ndarray:
@@ -200,7 +201,8 @@ class Fit:
         at = np.concatenate([self.b[None], self.w, -np.eye(self.w.shape[1])])
         residual = np.square(self.triangle.r @ at).sum(axis=0)
         spread = np.square(self.triangle.r[self.intercept :, 1 + self.triangle.num_inputs :]).sum(axis=0)
-        return 1 - residual / np.where(spread > 0, spread, np.nan)
+        explained: np.ndarray = 1 - residual / np.where(spread > 0, spread, np.nan)
+        return explained
 
     @property
     def standard_errors(self) -> tuple[np.ndarray, np.ndarray]:

@@ -32,6 +32,11 @@ class LinearRegressionScratch(Module):
       sigma: standard deviation of the initial weights.
       num_targets: targets per row, t; D2L has one.
       intercept: whether there is a `b`; else the predictions are x w.
+
+    >>> model = LinearRegressionScratch(num_inputs=2, lr=0.03)
+    >>> params = {"w": jnp.array([[2.0], [-3.0]]), "b": jnp.array([4.0])}
+    >>> model.apply({"params": params}, jnp.array([[1.0, 1.0]]))
+    Array([[3.]], dtype=float32)
     """
 
     num_inputs: int

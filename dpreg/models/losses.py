@@ -33,6 +33,9 @@ def squared_loss(prediction: Array, target: Array) -> Array:
 
     Raises:
       ValueError: when the shapes differ.
+
+    >>> squared_loss(jnp.array([[3.0], [1.0]]), jnp.array([[1.0], [1.0]]))
+    Array([2., 0.], dtype=float32)
     """
     if prediction.shape != target.shape:
         raise ValueError(
@@ -44,7 +47,8 @@ def squared_loss(prediction: Array, target: Array) -> Array:
 
 def huber_loss(prediction: Array, target: Array, delta: float = 1.0) -> Array:
     """e^2 / 2 for errors |e| up to delta, delta (|e| - delta / 2) beyond (Huber 1964; optax.huber_loss). -> [n]."""
-    return optax.huber_loss(prediction, target, delta=delta).sum(axis=1)
+    losses: Array = optax.huber_loss(prediction, target, delta=delta).sum(axis=1)
+    return losses
 
 
 def absolute_loss(prediction: Array, target: Array) -> Array:
@@ -60,13 +64,15 @@ def quantile_loss(prediction: Array, target: Array, quantile: float = 0.5) -> Ar
 
 def logistic_loss(prediction: Array, target: Array) -> Array:
     """The cross-entropy of targets 0 and 1 with logits, log(1 + e^z) - y z: half deviance, link logit. -> [n]."""
-    return optax.sigmoid_binary_cross_entropy(prediction, target).sum(axis=1)
+    losses: Array = optax.sigmoid_binary_cross_entropy(prediction, target).sum(axis=1)
+    return losses
 
 
 def softmax_loss(prediction: Array, target: Array) -> Array:
     """The cross-entropy of labels 0 to C - 1 [n, 1] with logits [n, C] (D2L section 4.1): half deviance. -> [n]."""
     labels = target[:, 0].astype(jnp.int32)
-    return optax.softmax_cross_entropy_with_integer_labels(prediction, labels)
+    losses: Array = optax.softmax_cross_entropy_with_integer_labels(prediction, labels)
+    return losses
 
 
 def poisson_loss(prediction: Array, target: Array) -> Array:
@@ -142,7 +148,8 @@ def loss_called(name: str, huber_delta: float = 1.0, quantile: float = 0.5, num_
     """
 
     def labels_below(target: np.ndarray, classes: int) -> np.ndarray:
-        return (target >= 0) & (target < classes) & (target == np.floor(target))
+        labels: np.ndarray = (target >= 0) & (target < classes) & (target == np.floor(target))
+        return labels
 
     of_classes: dict[str, Any] = {"metrics": ("accuracy", "deviance")}
     of_means: dict[str, Any] = {"mean": jnp.exp, "metrics": ("deviance", "rmse", "mae", "r2")}

@@ -24,6 +24,14 @@ class Module(nn.Module, kw_only=True):
     Attributes:
       objective: the loss, with its link and its metrics; keyword only.
       optimizer: an optax transformation instead of `SGD(lr)`; keyword only.
+      rows_apart: see above.
+
+    >>> class Net(Module):
+    ...     lr: float
+    ...     @nn.compact
+    ...     def __call__(self, x):
+    ...         return nn.Dense(1)(nn.relu(nn.Dense(8)(x)))
+    >>> model = Net(lr=0.1)
     """
 
     objective: Loss = SQUARED
@@ -36,4 +44,4 @@ class Module(nn.Module, kw_only=True):
 
     def configure_optimizers(self) -> optax.GradientTransformation:
         """The optimizer: an optax transformation."""
-        return self.optimizer or SGD(self.lr)  # type: ignore[attr-defined]  # a field of the subclass
+        return self.optimizer or SGD(self.lr)  # lr: a field of the subclass

@@ -84,4 +84,4 @@ def _soft_threshold(schedule: optax.Schedule | float, l1: float) -> optax.Gradie
 
         return jax.tree.map(shrunk, updates, params), optax.ScaleByScheduleState(state.count + 1)
 
-    return optax.GradientTransformation(init, update)  # type: ignore[arg-type]
+    return optax.GradientTransformation(init, update)

@@ -77,7 +77,9 @@ def minimum(sums_at: Callable[[np.ndarray], np.ndarray], theta: np.ndarray, l2: 
 
 
 def _solved(curvature: np.ndarray, gradient: np.ndarray) -> np.ndarray:
+    step: np.ndarray
     try:
-        return scipy.linalg.cho_solve(scipy.linalg.cho_factor(curvature), gradient)
+        step = scipy.linalg.cho_solve(scipy.linalg.cho_factor(curvature), gradient)
     except np.linalg.LinAlgError:  # flat to rounding: the shortest of the steps that do as well
-        return np.linalg.lstsq(curvature, gradient)[0]
+        step = np.linalg.lstsq(curvature, gradient)[0]
+    return step

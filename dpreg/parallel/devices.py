@@ -47,6 +47,10 @@ def start(
     Raises:
       InputError: when JAX has already started with fewer devices, or two processes have the same id.
       ProcessLost: when the others cannot be reached.
+
+    >>> start("cpu", num_devices=8)
+    >>> len(jax.local_devices())
+    8
     """
     if platform == "cpu":
         jax.config.update("jax_platforms", "cpu")
@@ -86,7 +90,8 @@ def makes_whole_loops() -> bool:
     """Whether the compiler has been asked, by `start`, to make one function of a loop on CPU, whatever that reads."""
 
     def loop(x: Array) -> Array:
-        return lax.fori_loop(0, jnp.int32(x[0]), lambda _, y: y * x, x)
+        last: Array = lax.fori_loop(0, jnp.int32(x[0]), lambda _, y: y * x, x)
+        return last
 
     where = SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
     lowered = jax.jit(loop).lower(jax.ShapeDtypeStruct((1 << 12,), jnp.float32, sharding=where))

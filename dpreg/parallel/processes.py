@@ -109,16 +109,16 @@ def _in_cluster() -> bool:
     return any(size.isdigit() and int(size) > 1 for size in sizes)
 
 
-_ABORT_HANDLER = ctypes.CFUNCTYPE(None, ctypes.c_int)
-
-
-@_ABORT_HANDLER
-def _aborted(_: int) -> None:
+def _end_as_aborted(_: int) -> None:
     tell(
         f"process {distributed.global_state.process_id} ends: JAX's runtime lost another process, as it says above; "
         "start all again to go on from the newest checkpoint"
     )
     os._exit(ProcessLost.exit_code)
+
+
+_ABORT_HANDLER = ctypes.CFUNCTYPE(None, ctypes.c_int)
+_aborted = _ABORT_HANDLER(_end_as_aborted)  # for the life of the process, as C does not keep it
 
 
 def _end_as_lost_when_aborted() -> None:
@@ -188,7 +188,8 @@ def _awaited(key: str, process: int, wait: Wait) -> str:
     """What the process puts under a key."""
     while wait.goes_on(f"process {jax.process_index()} waits for process {process}"):
         try:
-            return _service().blocking_key_value_get(key, 1000)
+            told: str = _service().blocking_key_value_get(key, 1000)
+            return told
         except jax.errors.JaxRuntimeError as error:
             if "DEADLINE_EXCEEDED" not in str(error):
                 raise

@@ -74,7 +74,8 @@ def ordered_sum(sums_of: Callable[[Array], PyTree], slots: int, carried: Array, 
     flat, unravel = ravel_pytree(jax.tree.map(jnp.zeros_like, jax.eval_shape(sums_of, jnp.int32(0))))
 
     def fill(slot: Array, buffer: Array) -> Array:
-        return lax.dynamic_update_index_in_dim(buffer, ravel_pytree(sums_of(slot))[0], slot, 0)
+        filled: Array = lax.dynamic_update_index_in_dim(buffer, ravel_pytree(sums_of(slot))[0], slot, 0)
+        return filled
 
     # Two rows at least: with one, the compiler knows where the loop writes, and fuses otherwise.
     buffer = one_by_one(fill, carried, jnp.zeros((max(slots, 2), flat.size), flat.dtype))

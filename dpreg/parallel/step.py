@@ -35,9 +35,6 @@ _IN_FULL, _OF_BFLOAT16 = "highest", "BF16_BF16_F32"
 
 TRAINING_KEY = 1  # of the run's random key: the part for dropout, apart from that for the first parameters
 
-REDUCTIONS = ("pmean", "ordered")
-BACKENDS = ("jit", "pmap")
-
 # Under `ordered` the program of one device must compute the bits of the program of many. Only the latter
 # has its common subexpressions merged (by the partitioner) before the first algebraic simplification, and
 # that one rewrites x / s as x * (1 / s) where s has a single user. Without merging, both are simplified alike.
@@ -56,7 +53,18 @@ _PART_BYTES, _PART_BYTES_OF_CORES, _LARGE_SHARD_BYTES = 5 << 16, 5 << 20, 5 << 1
 
 
 class TrainState(train_state.TrainState):
-    """flax's TrainState (step, params, optimizer state) with the running statistics of BatchNorm."""
+    """flax's TrainState with the running statistics of BatchNorm.
+
+    Attributes:
+      step: steps done, int32.
+      params: of the model, a tree of arrays.
+      opt_state: of the optimizer.
+      batch_stats: of the model's `nn.BatchNorm`s; empty without one.
+
+    >>> state = TrainState.create(apply_fn=None, params={"w": jnp.ones(2)}, tx=optax.sgd(0.5), batch_stats={})
+    >>> state.apply_gradients(grads={"w": jnp.array([1.0, 2.0])}).params
+    {'w': Array([0.5, 0. ], dtype=float32)}
+    """
 
     batch_stats: PyTree
 
@@ -171,8 +179,10 @@ def initial_state(
             f"the model has variables {sorted(variables)}, and only params and batch_stats can be trained; "
             "keep no others"
         )
-    state = TrainState.create(apply_fn=model.apply, params=params, tx=optimizer, batch_stats=batch_stats)
-    return state.replace(step=jnp.int32(0))
+    state: TrainState = TrainState.create(
+        apply_fn=model.apply, params=params, tx=optimizer, batch_stats=batch_stats
+    ).replace(step=jnp.int32(0))
+    return state
 
 
 def forward(
@@ -299,7 +309,8 @@ def compile_train_block(
                     rows = read.of_slot(k, slot, part, parts)
                     return value_and_gradient(loss, state.params, rows, shard + part * layout.num_shards)
 
-                return over_parts(part_sums)
+                of_shard: tuple[PyTree, Array, _Rest] = over_parts(part_sums)
+                return of_shard
 
             if reduction == "ordered":
                 sums = ordered_sum(sums_of, layout.slots, carried.count, layout.num_shards)
@@ -376,8 +387,8 @@ def _updated(state: TrainState, sums: tuple[PyTree, Array, _Rest], step: Array) 
     new = state.apply_gradients(grads=gradient, batch_stats=batch_stats)
     finite = jnp.isfinite(value) & jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(new.params)]).all()
     good = finite & (state.step == step)
-    norm = optax.tree.norm(gradient).astype(value.dtype)
-    return jax.tree.map(lambda new, old: jnp.where(good, new, old), new, state), norm
+    kept: TrainState = jax.tree.map(lambda new, old: jnp.where(good, new, old), new, state)
+    return kept, optax.tree.norm(gradient).astype(value.dtype)
 
 
 def compile_eval_block(
@@ -491,4 +502,5 @@ def _compile(
     # As if no other run of this process had another precision.
     with jax.default_matmul_precision(_IN_FULL), jax.enable_x64(_has_float64(arguments[0])):
         lowered = function.lower(*arguments)
-    return lowered.compile(compiler_options=options)
+    compiled: Callable[..., Any] = lowered.compile(compiler_options=options)
+    return compiled

@@ -1,0 +1,64 @@
+"""The reference that pdoc makes of the docstrings: complete, and without a warning of ours."""
+
+import inspect
+import re
+import subprocess
+import sys
+
+from cluster import ROOT
+from flax import linen as nn
+
+import dpreg
+
+
+def is_ours(of):
+    return getattr(of, "__module__", "").partition(".")[0] == "dpreg"
+
+
+def members():
+    """Of each public class, with what it inherits from others of dpreg: (class, name, what it is)."""
+    for name in dpreg.__all__:
+        public = getattr(dpreg, name)
+        for cls in filter(is_ours, public.__mro__ if inspect.isclass(public) else ()):
+            for member in {**inspect.get_annotations(cls), **vars(cls)}:
+                of_flax = issubclass(cls, nn.Module) and member in {"parent", "name", "scope"}  # added to every class
+                if not member.startswith("_") and not of_flax:
+                    yield cls, member, vars(cls).get(member)
+
+
+def test_all_that_is_public_is_documented():
+    """Functions and properties by a docstring of their own, other attributes in that of their class."""
+    lacking = [name for name in dpreg.__all__ if not getattr(dpreg, name).__doc__]
+    for cls, name, what in members():
+        if inspect.isroutine(what) or isinstance(what, (classmethod, staticmethod, property)) or hasattr(what, "func"):
+            documented = inspect.getdoc(getattr(cls, name))
+        else:
+            of_class = "\n".join(inspect.getdoc(base) or "" for base in cls.__mro__ if is_ours(base))
+            documented = re.search(rf"\b{name}\b", of_class)
+        if not documented:
+            lacking.append(f"{cls.__name__}.{name}")
+    assert not lacking
+
+
+def test_the_package_says_where_each_name_belongs():
+    for name in dpreg.__all__:
+        assert f"`{name}`" in dpreg.__doc__
+
+
+def test_all_that_is_public_has_a_short_example():
+    """Which runs: pytest collects them, of `dpreg/`."""
+    for name in dpreg.__all__:
+        (example,) = re.findall(r"(?:^ *(?:>>>|\.\.\.).*\n?)+", getattr(dpreg, name).__doc__, re.MULTILINE)[:1] or [""]
+        assert 0 < len(example.splitlines()) < 9, name
+
+
+def test_pdoc_makes_a_page_of_the_public_list(tmp_path):
+    command = [sys.executable, "-m", "pdoc", "--docformat", "google", "dpreg", "-o", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    # flax annotates a field of its TrainState with a name that only optax knows.
+    of_flax = "TrainState.*Import of ArrayTree failed"
+    assert not [line for line in done.stderr.splitlines() if "Warn" in line and not re.search(of_flax, line)]
+    page = (tmp_path / "dpreg.html").read_text()
+    wanted = {*dpreg.__all__, *(f"{cls.__name__}.{name}" for cls, name, _ in members())}
+    assert wanted <= set(re.findall(r'id="([^"]+)"', page))
