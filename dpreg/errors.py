@@ -13,7 +13,7 @@ class InputError(ValueError):
     >>> import dpreg
     >>> dpreg.ArraySource(x=[[1.0], [2.0]], y=[1.0])
     Traceback (most recent call last):
-    dpreg.errors.InputError: y has 1 rows and x has 2: they must agree
+    dpreg.errors.InputError: y has 1 rows and x has 2; give as many
     """
 
     exit_code = 2
