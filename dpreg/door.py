@@ -83,8 +83,9 @@ def _told(error: Exception) -> str:
             return f"--flagfile={cause.filename}: {cause.strerror}; name a file with a flag in each line"
         case flags.IllegalFlagValueError() if cause is not None:
             given = said.removeprefix("flag ").removesuffix(f": {cause}")
-            kind = flags.FLAGS[given.lstrip("-").partition("=")[0]].parser.syntactic_help
-            return f"{given}: use {kind or 'true or false'}"
+            parser = flags.FLAGS[given.lstrip("-").partition("=")[0]].parser
+            names = getattr(parser, "enum_values", ("true", "false"))
+            return f"{given}: use {parser.syntactic_help or ' or '.join(names)}"
         case UnicodeDecodeError():
             return f"--flagfile: holds what is no text ({said}); name a file with a flag in each line"
         case flags.Error() if said.startswith("Missing value for flag "):

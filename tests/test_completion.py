@@ -169,4 +169,4 @@ def test_fish_completes(typed, candidates, scripts, files):
 def test_an_unknown_shell_is_one_line_and_no_script():
     done = dpreg("--shell_completion=tcsh")
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == "dpreg: flag --shell_completion=tcsh: value should be one of <bash|zsh|fish>\n"
+    assert done.stderr == "dpreg: --shell_completion=tcsh: use bash or zsh or fish\n"
