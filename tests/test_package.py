@@ -5,15 +5,13 @@ import pathlib
 import shutil
 import subprocess
 import sys
-import tarfile
 import tomllib
 import zipfile
 
 import pytest
 from cluster import ROOT
 
-FILES = ("pyproject.toml", "MANIFEST.in", "README.md", "LICENSE", "CHANGELOG.md", "CITATION.cff", "conftest.py")
-FOLDERS = ("dpreg", "configs", "docs", "launch", "tests")
+FILES, FOLDERS = ("pyproject.toml", "README.md", "LICENSE"), ("dpreg", "configs")
 
 
 def python(*arguments):
@@ -47,15 +45,6 @@ def test_a_registry_would_take_both_files(built):
     files = sorted(map(str, built.iterdir()))
     assert [pathlib.Path(file).suffix for file in files] == [".whl", ".gz"]
     assert python("-m", "twine", "--no-color", "check", "--strict", *files).count("PASSED") == 2
-
-
-def test_the_sdist_has_what_its_tests_need(built):
-    (archive,) = built.glob("*.tar.gz")
-    with tarfile.open(archive) as sdist:
-        there = {name.partition("/")[2] for name in sdist.getnames()}
-    files = {path for name in FOLDERS for path in (pathlib.Path(ROOT) / name).rglob("*") if path.is_file()}
-    wanted = {str(path.relative_to(ROOT)) for path in files if path.suffix not in (".pyc", ".pyo")}
-    assert {*FILES, *wanted} <= there
 
 
 def test_the_wheel_has_every_module_the_types_and_the_presets(installed):

@@ -1,4 +1,4 @@
-"""The tests, and the examples in docstrings, run on 8 simulated CPU devices, strictly."""
+"""The tests run on 8 simulated CPU devices, strictly."""
 
 import jax
 import pytest
