@@ -322,8 +322,7 @@ class Config(Columns):
     num_shards: int = _flag(8, "Logical shards of the run: up to as many devices can share it.", decides=True, least=1)
     precision: str = _flag(
         "float32",
-        "float32; float64, from the table to the result; or bfloat16: features and the factors of products, where a "
-        "chip has them, with sums in float32.",
+        "float32; float64, from the table to the result; or bfloat16 for features and, where a chip has them, products.",
         decides=True,
         of=PRECISIONS,
     )

@@ -35,7 +35,7 @@ def enter(main: Callable[[list[str]], None], of_runs: bool = False, installed: b
         _PRESET, None, f"A flagfile that comes with dpreg: {names}. Default: none.", module_name=Config.__module__
     )
     if installed:
-        about_shell = f'Print a script that completes flags, for eval "$(dpreg --{_SHELL}=bash)" in ~/.bashrc.'
+        about_shell = f'Print a script that completes flags: eval "$(dpreg --{_SHELL}=bash)". Default: none.'
         flags.DEFINE_enum(_SHELL, None, SHELLS, about_shell, module_name=Config.__module__)
     groups = {"This command": own, **COMMON, "Flags": (_PRESET, *((_SHELL,) if installed else ()))}
     app.run(main, flags_parser=functools.partial(_parse, lambda: _help(about, groups), False))

@@ -380,7 +380,7 @@ def test_one_category_has_one_spelling_in_any_file(read, tmp_path):
 def test_what_float32_cannot_tell_is_refused_where_it_is_not_scaled(read, tmp_path):
     noise = np.random.default_rng(0).normal(size=200)
     pyarrow.parquet.write_table(pa.table({"a": noise + 1e9, "y": noise + 1e9}), tmp_path / "t.parquet")
-    with pytest.raises(dpreg.InputError, match=r"'y' varies by .* around 1e\+09: .*--target_transform=standardize"):
+    with pytest.raises(dpreg.InputError, match=r"'y' varies by .* around 1e\+09, .*--target_transform=standardize"):
         read("t.parquet", target="y")
     with pytest.raises(dpreg.InputError, match=r"'a' varies by .*--standardize"):
         read("t.parquet", target="y", target_transform="standardize", standardize=False)

@@ -232,7 +232,7 @@ def _refuse_text(file: str, kinds: Kinds) -> None:
                 row = first_wrong(column, kind)
                 what = "number" if pa.types.is_floating(kind) else f"{kind}, as the values before it"
                 raise InputError(
-                    f"{file}, row {first + row + 1}: column {name.strip()!r} has {column[row].as_py()!r}, "
+                    f"{file}, row {first + row + 1:,}: column {name.strip()!r} has {column[row].as_py()!r}, "
                     f"which is no {what}; choose columns with --features or --exclude, or --categorical"
                 ) from error
         first += batch.num_rows

@@ -131,7 +131,7 @@ class Checkpoints:
             return content
         # Out of the way, else a later save of the same step would be skipped.
         aside = f"damaged-{step}-{time.time_ns()}"
-        logging.warning("%s: is damaged (%s), and set aside as %s", self._folder / str(step), damages[0], aside)
+        logging.warning("checkpoint %d is damaged, and set aside as %s: %s", step, aside, damages[0])
         if jax.process_index() == 0:
             (self._folder / str(step)).rename(self._folder / aside)
         processes.exchange()
