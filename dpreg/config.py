@@ -302,7 +302,7 @@ class Config(Columns):
     accumulate_steps: int = _flag(
         1, "Batches whose gradients are added up for one step, as if they were one.", decides=True, least=1
     )
-    max_epochs: int = _flag(3, "Epochs to train: how often every row is used.", least=1)
+    max_epochs: int = _flag(3, "How often every row is used.", least=1)
     patience: int = _flag(
         0,
         "Epochs without a lower validation loss that end a run, with the best parameters; 0: none.",
@@ -322,7 +322,7 @@ class Config(Columns):
     num_shards: int = _flag(8, "Logical shards of the run: up to as many devices can share it.", decides=True, least=1)
     precision: str = _flag(
         "float32",
-        "float32; float64, from the table to the result; or bfloat16 for features and, where a chip has them, products.",
+        "float32; float64, from the table to the result; or bfloat16 for features, and products where a chip has them.",
         decides=True,
         of=PRECISIONS,
     )
@@ -355,9 +355,7 @@ class Config(Columns):
     process_id: int | None = _flag(
         None, "Which of the processes this is, from 0. Default: as the cluster says, or 0.", who=True
     )
-    checkpoint_every_seconds: float = _flag(
-        60.0, "Seconds between checkpoints, besides the one at the end; 0 for none by time.", least=0
-    )
+    checkpoint_every_seconds: float = _flag(60.0, "Seconds between checkpoints; 0 for none by time.", least=0)
     checkpoint_every_steps: int = _flag(0, "Steps between checkpoints; 0 to save by time only.", least=0)
     keep: int = _flag(3, "How many checkpoints to keep, the newest.", least=1)
     audit: bool = _flag(True, "Check each epoch that every row was used exactly once, over all processes.")
