@@ -319,7 +319,7 @@ class Config(Columns):
         least=0,
         under=2**31,
     )
-    num_shards: int = _flag(8, "Logical shards of the run: up to as many devices can share it.", decides=True, least=1)
+    num_shards: int = _flag(8, "Logical shards; as many devices can share it.", decides=True, least=1)
     precision: str = _flag(
         "float32",
         "float32; float64, from the table to the result; or bfloat16 for features, and products where a chip has them.",
@@ -328,7 +328,7 @@ class Config(Columns):
     )
     reduction: str = _flag(
         "pmean",
-        "How gradients add up: pmean, or ordered: the same bits on any number of devices.",
+        "pmean; or ordered: the same bits on any number of devices.",
         decides=True,
         of=REDUCTIONS,
     )
