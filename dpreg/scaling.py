@@ -41,7 +41,7 @@ from dpreg.parallel.reduce import AXIS
 
 KINDS = ("strong", "weak")  # the same batch for all devices, or for each
 _SIZES = (24, 4096, 65_536, 1 << 20, 4 << 20)  # bytes exchanged
-_REPEATS, _ROUNDS = 200, 5
+_REPEATED_BYTES, _MOST_REPEATS, _ROUNDS = 32 << 20, 200, 5
 _WORTH = 0.5  # efficiency below which devices no longer pay
 _PATIENCE_SECONDS = 1800
 
@@ -89,6 +89,7 @@ def exchange_seconds(count: int) -> dict[int, float]:
     mesh = devices.data_mesh(jax.device_count(), num_devices=count // jax.process_count())
     found = {}
     for size in _SIZES:
+        repeats = min(_MOST_REPEATS, _REPEATED_BYTES // size)
 
         def sums(x: jax.Array, one: jax.Array, times: jax.Array) -> jax.Array:
             last: jax.Array = lax.fori_loop(0, times, lambda _, total: lax.pmean(total, AXIS) * one, x)
@@ -96,14 +97,14 @@ def exchange_seconds(count: int) -> dict[int, float]:
 
         everywhere = PartitionSpec()
         mapped = jax.shard_map(sums, mesh=mesh, in_specs=(everywhere,) * 3, out_specs=everywhere, check_vma=False)
-        given = devices.replicated((np.ones(size // 4, np.float32), np.float32(1), np.int32(_REPEATS)), mesh)
+        given = devices.replicated((np.ones(size // 4, np.float32), np.float32(1), np.int32(repeats)), mesh)
         compiled = jax.jit(mapped).lower(*given).compile()
         processes.exchange()
         times = []
         for _ in range(_ROUNDS):
             began = time.perf_counter()
             jax.block_until_ready(compiled(*given))
-            times.append((time.perf_counter() - began) / _REPEATS)
+            times.append((time.perf_counter() - began) / repeats)
         found[size] = min(times)
     return found
 

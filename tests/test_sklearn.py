@@ -325,4 +325,4 @@ def test_scikit_learn_is_optional():
         "except ImportError as error:\n"
         "    print(error)\n"
     )
-    assert run_python(code) == "dpreg.sklearn needs scikit-learn 1.6 or newer: pip install 'dpreg[sklearn]'\n"
+    assert run_python(code) == "dpreg.sklearn: needs scikit-learn 1.6 or newer; pip install 'dpreg[sklearn]'\n"
