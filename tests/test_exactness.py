@@ -19,6 +19,7 @@ from dpreg.parallel import step as compiled
 
 DEVICES = (1, 2, 3, 4, 6, 8)
 LAYOUTS = list(itertools.product(("jit", "pmap"), ("device", "host")))
+SOME_LAYOUTS = LAYOUTS[:3]  # where steps take seconds to be compiled: pmap is the same body, whatever the placement
 OPTIMIZERS = {
     "sgd": optax.sgd(0.05),
     "adam": optax.adam(0.01),
@@ -140,7 +141,7 @@ def test_ordered_linear_gives_the_same_bits_on_any_number_of_devices(backend, pl
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
-@pytest.mark.parametrize(("backend", "placement"), LAYOUTS)
+@pytest.mark.parametrize(("backend", "placement"), SOME_LAYOUTS)
 def test_ordered_network_gives_the_same_bits_on_any_number_of_devices(backend, placement, optimizer):
     devices = DEVICES if (backend, placement) == ("jit", "device") else (1, 3, 8)
     results = {n: network_run(optimizer, "ragged", n, backend=backend, placement=placement) for n in devices}
@@ -148,7 +149,7 @@ def test_ordered_network_gives_the_same_bits_on_any_number_of_devices(backend, p
 
 
 @pytest.mark.parametrize("size", ["less than a batch", "less than the shards"])
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("optimizer", ["adam", "clip+momentum"])
 @pytest.mark.parametrize(("backend", "placement"), [("jit", "host"), ("pmap", "device")])
 def test_ordered_network_with_few_rows_gives_the_same_bits(backend, placement, optimizer, size):
     results = {n: network_run(optimizer, size, n, backend=backend, placement=placement) for n in (1, 3)}
@@ -232,7 +233,7 @@ def test_agrees_with_float64_in_runs_of_rows_and_parts_of_batches(reduction, bat
     batches = list(batches_of(sampler, 0, 3))
     w, b, _ = sgd_in_float64(source.x, source.y, source.weight, 0.1, batches, (start["w"], start["b"]))
     found = set()
-    for n, (backend, placement) in itertools.product((1, 3, 8), LAYOUTS):
+    for n, (backend, placement) in itertools.product((1, 3, 8), SOME_LAYOUTS):
         trainer = dpreg.Trainer(
             3, n, reduction=reduction, backend=backend, placement=placement, accumulate_steps=accumulate
         )
