@@ -10,6 +10,8 @@ import xml.etree.ElementTree
 import pytest
 from cluster import ROOT
 
+from dpreg.observers.metrics import note_start, read_records
+
 NAMES = ("one", "two", "other")
 
 
@@ -48,6 +50,15 @@ def test_runs_are_compared_by_results_bits_and_flags(runs):
     assert len(drawing.findall(".//{*}polyline")) == 3
     same = door("report", str(runs / "one"), str(runs / "two"))
     assert "parameters: the same bits" in same.stdout
+
+
+def test_a_start_that_a_crash_cut_off_takes_no_other_with_it(tmp_path):
+    history = tmp_path / "starts.jsonl"
+    note_start(history, 0, 8, 1)
+    with history.open("a") as file:
+        file.write('{"time": "2026-')
+    note_start(history, 32, 4, 2)
+    assert [(start["step"], start["device_count"]) for start in read_records(history)] == [(0, 8), (32, 4)]
 
 
 def test_what_is_no_run_is_one_line(runs, tmp_path):

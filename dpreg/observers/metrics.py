@@ -63,10 +63,7 @@ class MetricsWriter:
     """
 
     def __init__(self, path: pathlib.Path, step: int = 0, schedule: Schedule | None = None):
-        kept = [record for record in read_records(path) if record["step"] <= step]
-        rewritten = path.with_suffix(".tmp")  # whole or not at all
-        rewritten.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
-        rewritten.replace(path)
+        _rewrite(path, [record for record in read_records(path) if record["step"] <= step])
         self._file: TextIO = path.open("a", encoding="utf-8")
         self._schedule = schedule
 
@@ -90,8 +87,14 @@ def read_records(path: pathlib.Path) -> list[dict[str, Any]]:
 
 
 def note_start(path: pathlib.Path, step: int, device_count: int, process_count: int) -> None:
-    """Appends a line to the history of a run: when it was started, from which step and on what."""
+    """Adds to the history of a run when it was started, from which step and on what."""
     now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     start = {"time": now, "step": step, "device_count": device_count, "process_count": process_count}
-    with path.open("a", encoding="utf-8") as file:
-        file.write(to_json(start) + "\n")
+    _rewrite(path, [*read_records(path), start])
+
+
+def _rewrite(path: pathlib.Path, records: list[dict[str, Any]]) -> None:
+    """Writes the lines anew, whole or not at all: one that a crash cut off would swallow the next."""
+    rewritten = path.with_suffix(".tmp")
+    rewritten.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+    rewritten.replace(path)
