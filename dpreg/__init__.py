@@ -39,9 +39,10 @@ from dpreg.models.linear import LinearRegressionScratch
 from dpreg.models.losses import squared_loss
 from dpreg.models.module import Module
 from dpreg.models.sgd import SGD
+from dpreg.observer import Progress
 from dpreg.parallel.devices import start
-from dpreg.parallel.step import TrainState
-from dpreg.trainer import Progress, Trainer
+from dpreg.parallel.state import TrainState
+from dpreg.trainer import Trainer
 
 __all__ = [
     "SGD",

@@ -22,7 +22,7 @@ from dpreg.models.mlp import MLP, LinearRegression
 from dpreg.models.module import Module
 from dpreg.models.optimizers import optimizer_called, schedule_called
 from dpreg.parallel import processes
-from dpreg.parallel.step import Model
+from dpreg.parallel.state import Model
 from dpreg.trainer import Trainer
 
 _INGEST_SECONDS = 24 * 3600.0  # that the others wait for process 0; they say so now and then

@@ -40,7 +40,7 @@ from dpreg.parallel import devices
 from dpreg.parallel.chips import Hosts, Slice, system_named
 from dpreg.parallel.program import Collective, Memory, collectives, cost, memory
 from dpreg.parallel.reduce import AXIS
-from dpreg.parallel.step import initial_state
+from dpreg.parallel.state import initial_state
 
 # No device is looked for, and others may compile at the same time.
 _COMPILER_ALONE = {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}

@@ -18,60 +18,15 @@ from dpreg.data.schema import Schema
 from dpreg.data.sources import ArraySource, RegressionData, Source, first_outside
 from dpreg.errors import Diverged, InputError, Preempted
 from dpreg.models.losses import loss_of
+from dpreg.observer import Observer, Progress
 from dpreg.parallel import devices, processes
 from dpreg.parallel.audit import Audit
-from dpreg.parallel.step import (
-    Carried,
-    Clock,
-    Model,
-    TrainState,
-    compile_eval_block,
-    compile_train_block,
-    example_of,
-    initial_state,
-    layout_of,
-)
+from dpreg.parallel.state import Model, TrainState, initial_state
+from dpreg.parallel.step import Carried, Clock, compile_eval_block, compile_train_block, example_of, layout_of
 from dpreg.predictor import Predictor, errors_of, metrics_of
 
 _OPERATIONS_OF_CALL = 1 << 36  # a second or so of a CPU: signals, saves and progress wait for it
 _FEW_ROWS = 16  # fewer make poor batch statistics
-
-
-@dataclasses.dataclass(frozen=True)
-class Progress:
-    """What an observer is told after some steps.
-
-    Attributes:
-      step, num_steps: steps done, steps of the run.
-      epoch, max_epochs: epochs done, in parts; epochs of the run.
-      train_loss: mean loss per weight over the steps since the last log point; None between log points.
-      gradient_norm: of the mean loss in the last of these steps, before it is clipped; None between log points.
-      val_loss, metrics: the mean loss and the metrics on the validation rows; only at the end of an epoch.
-      rows_per_second: training speed in this epoch so far.
-      audit: [2] uint32, how many rows this epoch used and the sum of their tags; only at the end of an audited one.
-
-    >>> Progress(step=32, num_steps=96, epoch=1.0, max_epochs=3, val_loss=0.5, metrics={"r2": 0.9}).epoch_ended
-    True
-    """
-
-    step: int
-    num_steps: int
-    epoch: float
-    max_epochs: int
-    train_loss: float | None = None
-    gradient_norm: float | None = None
-    val_loss: float | None = None
-    metrics: Mapping[str, float] | None = None
-    rows_per_second: float = 0.0
-    audit: np.ndarray | None = None
-
-    @property
-    def epoch_ended(self) -> bool:
-        """Whether this closes an epoch: validation is done."""
-        return self.metrics is not None
-
-
-Observer = Callable[[Progress], None]
 
 
 @dataclasses.dataclass(frozen=True)

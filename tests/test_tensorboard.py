@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from cluster import ROOT
 
+from dpreg.observer import Progress
 from dpreg.observers.tensorboard import TensorBoardWriter
-from dpreg.trainer import Progress
 
 RUN = ("--platform=cpu", "--num_devices=2", "--nooptimality")
 

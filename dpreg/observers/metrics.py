@@ -7,7 +7,7 @@ import pathlib
 from collections.abc import Callable, Mapping
 from typing import Any, TextIO
 
-from dpreg.trainer import Progress
+from dpreg.observer import Progress
 
 
 def to_json(value: Any, indent: int | None = None) -> str:

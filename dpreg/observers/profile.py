@@ -5,7 +5,7 @@ from types import TracebackType
 
 import jax
 
-from dpreg.trainer import Progress
+from dpreg.observer import Progress
 
 
 class Profiler:

@@ -7,7 +7,7 @@ from rich.console import Console
 from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 
-from dpreg.trainer import Progress
+from dpreg.observer import Progress
 
 _LINE_SECONDS = 10.0
 

@@ -9,8 +9,8 @@ from types import TracebackType
 from typing import Any
 
 from dpreg.errors import InputError
+from dpreg.observer import Progress
 from dpreg.observers.metrics import Schedule, record_of
-from dpreg.trainer import Progress
 
 
 def require_tensorboard() -> None:

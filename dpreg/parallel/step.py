@@ -1,21 +1,16 @@
 """The compiled train and evaluation steps: the algorithm, on every device."""
 
-import inspect
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from flax import linen as nn
-from flax.training import train_state
 from jax import Array, lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from numpy.typing import ArrayLike
 
 from dpreg.data.dataset import Dataset, Read
-from dpreg.errors import InputError
 from dpreg.models.losses import row_losses
 from dpreg.parallel import devices
 from dpreg.parallel.reduce import (
@@ -28,10 +23,7 @@ from dpreg.parallel.reduce import (
     value_and_gradient,
     value_and_gradient_together,
 )
-
-# Products of float32 as such, also where a chip would round their factors by default; of bfloat16 features the factors
-# are rounded where the chip has such products, which it adds up in float32.
-_IN_FULL, _OF_BFLOAT16 = "highest", "BF16_BF16_F32"
+from dpreg.parallel.state import IN_FULL, Model, TrainState, forward
 
 TRAINING_KEY = 1  # of the run's random key: the part for dropout, apart from that for the first parameters
 
@@ -50,41 +42,6 @@ _MOST_FACTORS_OF_WHOLE_LOOPS = 9 << 9
 # has read: in the cache of a core; or, where a device has several, in the common one, since the compiler shares out
 # large parts alone. Where rows are not to be parted, the shards of a device are taken one by one if they are large.
 _PART_BYTES, _PART_BYTES_OF_CORES, _LARGE_SHARD_BYTES = 5 << 16, 5 << 20, 5 << 18
-
-
-class TrainState(train_state.TrainState):
-    """flax's TrainState with the running statistics of BatchNorm.
-
-    Attributes:
-      step: steps done, int32.
-      params: of the model, a tree of arrays.
-      opt_state: of the optimizer.
-      batch_stats: of the model's `nn.BatchNorm`s; empty without one.
-
-    >>> state = TrainState.create(apply_fn=None, params={"w": jnp.ones(2)}, tx=optax.sgd(0.5), batch_stats={})
-    >>> state.apply_gradients(grads={"w": jnp.array([1.0, 2.0])}).params
-    {'w': Array([0.5, 0. ], dtype=float32)}
-    """
-
-    batch_stats: PyTree
-
-
-class Model(Protocol):
-    """A flax module with a loss per row and an optimizer, see `dpreg.Module`."""
-
-    @property
-    def init(self) -> Callable[..., PyTree]:
-        """As of `flax.linen.Module`."""
-
-    @property
-    def apply(self) -> Callable[..., Any]:
-        """As of `flax.linen.Module`."""
-
-    def loss(self, prediction: Array, target: Array) -> Array:
-        """The loss of each row: [n, t], [n, t] -> [n]."""
-
-    def configure_optimizers(self) -> optax.GradientTransformation:
-        """The optimizer."""
 
 
 class Clock(NamedTuple):
@@ -153,82 +110,8 @@ def layout_of(dataset: Dataset) -> Layout:
     )
 
 
-def initial_state(
-    model: Model, row: ArrayLike, seed: int, dtype: np.dtype, gradient_clip_val: float = 0.0
-) -> TrainState:
-    """The state before the first step, drawn as float32 and kept as `dtype`.
-
-    Args:
-      row: [1, d], any.
-      gradient_clip_val: the largest norm of the global gradient; 0 for no limit.
-
-    Raises:
-      InputError: when the model has variables besides params and batch_stats.
-    """
-    optimizer = model.configure_optimizers()
-    if gradient_clip_val:
-        optimizer = optax.chain(optax.clip_by_global_norm(gradient_clip_val), optimizer)
-    with jax.enable_x64(False):
-        row = jnp.asarray(row, jnp.float32)
-        variables = dict(model.init(jax.random.key(seed), row, **train_argument(model, False)))
-    if dtype == np.float64:
-        variables = jax.tree.map(lambda v: v.astype(dtype) if v.dtype == jnp.float32 else v, variables)
-    params, batch_stats = variables.pop("params"), variables.pop("batch_stats", {})
-    if variables:
-        raise InputError(
-            f"the model has variables {sorted(variables)}, and only params and batch_stats can be trained; "
-            "keep no others"
-        )
-    state: TrainState = TrainState.create(
-        apply_fn=model.apply, params=params, tx=optimizer, batch_stats=batch_stats
-    ).replace(step=jnp.int32(0))
-    return state
-
-
-def forward(
-    model: Model,
-    variables: Mapping[str, PyTree],
-    batch: PyTree,
-    train: bool,
-    key: Array | None = None,
-    platform: str = "cpu",
-) -> tuple[Array, PyTree]:
-    """Predictions [n, t] for the rows of one shard, and the batch statistics after them.
-
-    `train` reaches models whose `__call__` takes it. Rows of weight 0 are hidden from every `nn.BatchNorm`;
-    where all rows are, none is hidden: flax would give NaN, and such statistics are weighted with 0 anyway.
-    """
-    mode = train_argument(model, train)
-    real = batch["weight"] > 0
-    mask = real | ~real.any()
-
-    def hide_padding(next_call: Callable[..., Any], args: Any, kwargs: Any, context: Any) -> Any:
-        if isinstance(context.module, nn.BatchNorm) and context.method_name == "__call__":
-            x = args[0] if args else kwargs["x"]
-            kwargs = {"mask": mask.reshape(-1, *[1] * (x.ndim - 1)), **kwargs}
-        return next_call(*args, **kwargs)
-
-    x = batch["x"]
-    rounded = x.dtype == jnp.bfloat16 and platform != "cpu"
-    products = jax.default_matmul_precision(_OF_BFLOAT16 if rounded else _IN_FULL)
-    with nn.intercept_methods(hide_padding), products:
-        prediction, updated = model.apply(
-            variables,
-            x.astype(batch["weight"].dtype),
-            **mode,
-            mutable=["batch_stats"] if train else [],
-            rngs=None if key is None else {"dropout": key},
-        )
-    return prediction, updated.get("batch_stats", {})
-
-
 def _has_float64(tree: PyTree) -> bool:
     return any(leaf.dtype == np.float64 for leaf in jax.tree.leaves(tree))
-
-
-def train_argument(model: Model, train: bool) -> dict[str, bool]:
-    """How to tell the model whether it trains: nothing, where its `__call__` does not ask."""
-    return {"train": train} if "train" in inspect.signature(type(model).__call__).parameters else {}
 
 
 class _Rest(NamedTuple):
@@ -263,17 +146,7 @@ def compile_train_block(
       as do all after it, uses no rows and gives NaN for the loss.
     """
     platform = mesh.devices.flat[0].platform
-    parts, apart, one_by_one_shard, whole_loops = accumulate, _in_any_parts(model, state), False, False
-    if platform == "cpu":
-        several_cores = reduction == "pmean" and devices.cores() > len(mesh.local_devices)
-        rows = layout.shard_batch // accumulate * (layout.slots if reduction == "pmean" else 1)
-        width = max(layout.row_bytes // 4, sum(leaf.size for leaf in jax.tree.leaves(state.params)))
-        if apart:
-            whole_loops = not several_cores or rows * width <= _MOST_FACTORS_OF_WHOLE_LOOPS
-            parts *= _fewest_parts(rows, (_PART_BYTES_OF_CORES if several_cores else _PART_BYTES) // layout.row_bytes)
-        else:
-            large = _PART_BYTES_OF_CORES if several_cores else _LARGE_SHARD_BYTES
-            one_by_one_shard = rows * layout.row_bytes > large
+    parts, apart, one_by_one_shard, whole_loops = _way(model, state, layout, mesh, accumulate, reduction)
 
     def block(state: TrainState, data: PyTree, carried: Carried, packed: Array) -> tuple[TrainState, Array, Array]:
         clock = Clock(*packed)
@@ -353,6 +226,41 @@ def compile_train_block(
 
     options = _options(reduction, platform, whole_loops)
     return _compile(block, layout, mesh, (state, *arguments), backend, options, (None, None, 0), donate=True)
+
+
+class _Way(NamedTuple):
+    """How a device goes through the rows of a step.
+
+    Attributes:
+      parts: into which a shard's batch is cut, or under pmean that of all shards where rows are apart.
+      apart: whether parts are of any rows, for the model says that it may be given rows so.
+      one_by_one_shard: under pmean, whether a shard at a time goes through the model, not all together.
+      whole_loops: whether a loop is one function.
+    """
+
+    parts: int
+    apart: bool
+    one_by_one_shard: bool = False
+    whole_loops: bool = False
+
+
+def _way(model: Model, state: TrainState, layout: Layout, mesh: Mesh, accumulate: int, reduction: str) -> _Way:
+    """The fastest way known for a platform; under `ordered` the same for any number of devices."""
+    apart = _in_any_parts(model, state)
+    if mesh.devices.flat[0].platform != "cpu":
+        return _Way(accumulate, apart)
+    several_cores = reduction == "pmean" and devices.cores() > len(mesh.local_devices)
+    rows = layout.shard_batch // accumulate * (layout.slots if reduction == "pmean" else 1)
+    if not apart:
+        large = _PART_BYTES_OF_CORES if several_cores else _LARGE_SHARD_BYTES
+        return _Way(accumulate, apart, one_by_one_shard=rows * layout.row_bytes > large)
+    width = max(layout.row_bytes // 4, sum(leaf.size for leaf in jax.tree.leaves(state.params)))
+    part_bytes = _PART_BYTES_OF_CORES if several_cores else _PART_BYTES
+    return _Way(
+        accumulate * _fewest_parts(rows, part_bytes // layout.row_bytes),
+        apart,
+        whole_loops=not several_cores or rows * width <= _MOST_FACTORS_OF_WHOLE_LOOPS,
+    )
 
 
 def _in_any_parts(model: Model, state: TrainState) -> bool:
@@ -500,7 +408,7 @@ def _compile(
         )
         function = jax.jit(mapped, donate_argnums=donated)
     # As if no other run of this process had another precision.
-    with jax.default_matmul_precision(_IN_FULL), jax.enable_x64(_has_float64(arguments[0])):
+    with jax.default_matmul_precision(IN_FULL), jax.enable_x64(_has_float64(arguments[0])):
         lowered = function.lower(*arguments)
     compiled: Callable[..., Any] = lowered.compile(compiler_options=options)
     return compiled

@@ -1,0 +1,368 @@
+"""What the estimators of `dpreg.sklearn` have in common: all but the targets."""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from numpy.typing import ArrayLike
+from sklearn.base import BaseEstimator
+from sklearn.utils import check_random_state
+from sklearn.utils.validation import _check_sample_weight, check_is_fitted, validate_data
+
+from dpreg.build import build_model, build_trainer, objective_and_optimizer
+from dpreg.config import Config
+from dpreg.data.schema import Number, Schema
+from dpreg.data.sources import ArraySource, RegressionData, Shuffled, first_outside
+from dpreg.errors import InputError
+from dpreg.models.glm import FAMILIES
+from dpreg.models.least_squares import Triangle
+from dpreg.models.linear import linear_parameters
+from dpreg.models.losses import Loss
+from dpreg.models.module import Module
+from dpreg.parallel import devices
+from dpreg.parallel.state import Model, train_argument
+from dpreg.predictor import Predictor
+from dpreg.solver import Solver
+from dpreg.trainer import Trainer
+
+_MOST_EXACT = 1024  # parameters up to which "auto" is exact: its time grows with their square, or third power
+_LOCATED = ("squared", "huber", "absolute", "quantile")  # losses of which a scaled target is a target, too
+_EPSILON = float(np.finfo(np.float64).eps)
+
+
+@dataclasses.dataclass
+class _Fitted:
+    """What is kept of training, all in plain values and NumPy arrays.
+
+    Attributes:
+      config: of the run.
+      module: the user's own, if any.
+      targets: columns of y; one_column: whether y was an array with a single axis.
+      schema: the units, by which the model sees the rows.
+      triangle: of all rows so far, where least squares are solved exactly.
+      variables, optimizer: of the trained model, where steps were taken.
+    """
+
+    config: Config
+    module: Model | None
+    targets: int
+    one_column: bool
+    schema: Schema
+    triangle: Triangle | None = None
+    variables: Any = None
+    optimizer: Any = None
+
+    @property
+    def is_linear(self) -> bool:
+        return self.module is None and self.config.model in ("linear", "concise")
+
+    @property
+    def objective(self) -> Loss:
+        loss: Loss = objective_and_optimizer(self.config)["objective"]
+        return loss
+
+    @property
+    def outputs(self) -> int:
+        """Columns that the model predicts."""
+        return self.objective.outputs(self.targets)
+
+    @property
+    def mesh(self) -> Mesh:
+        return devices.data_mesh(self.config.num_shards, self.config.platform, self.config.num_devices)
+
+    def scaled(self, x: np.ndarray) -> np.ndarray:
+        """Rows [n, d] as the model sees them."""
+        mean, scale = (part[: x.shape[1]] for part in self.schema.units)
+        scaled: np.ndarray = (x - mean) / scale
+        return scaled
+
+    def model(self, config: Config, num_steps: int = 1) -> Model:
+        """The model to train for so many steps, or to predict with."""
+        if self.module is None:
+            return build_model(config, len(self.schema.inputs), self.targets, num_steps)
+        if not isinstance(self.module, Module):
+            return self.module
+        own = objective_and_optimizer(config, num_steps)
+        return self.module.clone(**own | {"optimizer": self.module.optimizer or own["optimizer"]})
+
+    @functools.cached_property
+    def predictor(self) -> Predictor:
+        """Of a model that is not linear; gives what it adds up, before any link."""
+        config, model = self.config, self.model(self.config)
+        if isinstance(model, Module):
+            model = model.clone(objective=dataclasses.replace(model.objective, mean=lambda prediction: prediction))
+        return Predictor(
+            model,
+            self.variables,
+            len(self.schema.inputs),
+            self.targets,
+            mesh=self.mesh,
+            num_shards=config.num_shards,
+            batch_size=config.batch_size,
+            schema=self.schema,
+            reduction=config.reduction,
+        )
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "predictor"}  # compiled, on devices
+
+
+class Estimator(BaseEstimator):
+    """What the regressor and the classifier have in common: all but the targets."""
+
+    def __init__(
+        self,
+        *,
+        model: str | Model = "linear",
+        hidden: Sequence[int] = (64, 64),
+        solver: str = "auto",
+        optimizer: str = "adam",
+        lr: float = 0.03,
+        lr_schedule: str = "linear",
+        l1: float = 0.0,
+        l2: float = 1e-4,
+        batch_size: int = 32,
+        max_epochs: int = 100,
+        standardize: bool = True,
+        num_devices: int | None = None,
+        num_shards: int = 8,
+        reduction: str = "pmean",
+        random_state: Any = 0,
+    ):
+        self.model, self.hidden, self.solver = model, hidden, solver
+        self.optimizer, self.lr, self.lr_schedule, self.l1, self.l2 = optimizer, lr, lr_schedule, l1, l2
+        self.batch_size, self.max_epochs, self.standardize = batch_size, max_epochs, standardize
+        self.num_devices, self.num_shards, self.reduction = num_devices, num_shards, reduction
+        self.random_state = random_state
+
+    def __sklearn_is_fitted__(self) -> bool:
+        return hasattr(self, "_fitted")
+
+    def _config(self, **of_loss: Any) -> Config:
+        """The run that the arguments describe."""
+        if self.solver not in ("auto", "exact", "sgd"):
+            raise InputError(f"solver={self.solver!r}: use auto, exact or sgd")
+        return Config(
+            model=self.model if isinstance(self.model, str) else "linear",
+            hidden=tuple(self.hidden),
+            optimizer=self.optimizer,
+            lr=self.lr,
+            lr_schedule=self.lr_schedule,
+            l1=self.l1,
+            l2=self.l2,
+            batch_size=self.batch_size,
+            max_epochs=self.max_epochs,
+            num_devices=self.num_devices,
+            num_shards=self.num_shards,
+            reduction=self.reduction,
+            seed=int(check_random_state(self.random_state).randint(2**31 - 1)),
+            **of_loss,
+        )
+
+    def _train(
+        self, config: Config, x: np.ndarray, y: np.ndarray, weight: np.ndarray, one_column: bool, further: bool
+    ) -> None:
+        """Trains on rows [n, d], [n, t], [n] float64: from the beginning, or further.
+
+        Raises:
+          InputError: for what cannot be trained so.
+        """
+        module = None if isinstance(self.model, str) else self.model
+        before: _Fitted | None = getattr(self, "_fitted", None) if further else None
+        same = y.shape[1], config.model, config.loss, module
+        if before and (before.targets, before.config.model, before.config.loss, before.module) != same:
+            raise InputError("partial_fit: it goes on with the targets, model and loss that it began with; call fit")
+        if before:  # in another order each time
+            config = dataclasses.replace(config, seed=(before.config.seed + 1) % 2**31)
+        fitted = _Fitted(config, module, y.shape[1], one_column, Schema((), ()))
+        if wrong := first_outside(ArraySource(np.zeros(len(y)), y, dtype=np.float64), fitted.objective.allowed):
+            target = ", ".join(f"{value:g}" for value in wrong[1])
+            domain = fitted.objective.domain
+            raise InputError(
+                f"loss={config.loss!r}: the target in row {wrong[0]:,} is {target} and has to be {domain}; "
+                "mend it, or use another loss"
+            )
+        used = weight > 0
+        if not used.any():
+            raise InputError("sample_weight: it is zero in every row; give one row at least a weight")
+        x, y, weight = x[used], y[used], weight[used]
+        exact, squared = self._is_exact(fitted), config.loss == "squared"
+        if further and exact and not squared:
+            if self.solver == "exact":
+                raise InputError("solver='exact': its partial_fit is for loss='squared'; use solver='auto' or 'sgd'")
+            exact = False
+        if exact and squared and not (before and not before.triangle):
+            self._solve_least_squares(fitted, x, y, weight, before)
+        elif exact and not further:
+            self._solve_by_newton(fitted, x, y, weight)
+        else:
+            self._take_steps(fitted, x, y, weight, before, further)
+        if not fitted.is_linear:
+            for name in ("coef_", "intercept_"):  # of another model
+                self.__dict__.pop(name, None)
+        self._fitted = fitted
+
+    def _is_exact(self, fitted: _Fitted) -> bool:
+        config = fitted.config
+        can = fitted.is_linear and not config.l1 and config.loss in ("squared", "softmax", *FAMILIES)
+        if self.solver == "exact" and not can:
+            raise InputError(
+                "solver='exact': it is for model='linear', no l1, and loss='squared', 'poisson', or classes; use "
+                "solver='auto'"
+            )
+        size = (1 + self.n_features_in_) * fitted.outputs
+        return can and (self.solver == "exact" or (self.solver == "auto" and size <= _MOST_EXACT))
+
+    def _solve_least_squares(
+        self, fitted: _Fitted, x: np.ndarray, y: np.ndarray, weight: np.ndarray, before: _Fitted | None
+    ) -> None:
+        """Exactly, of these rows and those before."""
+        triangle = self._solver(fitted, x, y, weight).triangle()
+        if before and before.triangle:
+            triangle = before.triangle + triangle
+        fitted.triangle, fitted.schema = triangle, self._schema(fitted, *_moments_of(triangle))
+        mean, scale = fitted.schema.units
+        self.n_iter_ = 1
+        self._keep_linear(fitted, *triangle.in_units(-mean / scale, 1 / scale).solve(fitted.config.l2).shortest())
+
+    def _solve_by_newton(self, fitted: _Fitted, x: np.ndarray, y: np.ndarray, weight: np.ndarray) -> None:
+        """Exactly, of these rows."""
+        loss, l2 = fitted.config.loss, fitted.config.l2
+        triangle = self._solver(fitted, x, y, weight).triangle()
+        fitted.schema = self._schema(fitted, *_moments_of(triangle))
+        mean, scale = fitted.schema.units
+        # Without a penalty there is nothing to find but in the directions in which rows differ.
+        along = np.eye(x.shape[1]) if l2 else triangle.in_units(-mean / scale, 1 / scale).solve().directions
+        rows, self.n_iter_ = fitted.scaled(x) @ along, 0
+        found: list[tuple[np.ndarray, np.ndarray]] = []
+        for target in y.T:
+            solver = self._solver(fitted, rows, target[:, None], weight)
+            if loss == "softmax":
+                found.append(solver.softmax(fitted.outputs, l2))
+            else:
+                fit, _ = solver.newton(FAMILIES[loss], l2)
+                found.append((fit.w, fit.b))
+            self.n_iter_ = max(self.n_iter_, solver.passes)
+        w, b = (np.concatenate(parts, axis=-1) for parts in zip(*found, strict=True))
+        self._keep_linear(fitted, along @ w, b)
+
+    def _solver(self, fitted: _Fitted, x: np.ndarray, y: np.ndarray, weight: np.ndarray) -> Solver:
+        return Solver(ArraySource(x, y, weight, np.float64), fitted.mesh, fitted.config.num_shards)
+
+    def _take_steps(
+        self,
+        fitted: _Fitted,
+        x: np.ndarray,
+        y: np.ndarray,
+        weight: np.ndarray,
+        before: _Fitted | None,
+        further: bool,
+    ) -> None:
+        """By the optimizer: `max_epochs`, or further one epoch."""
+        config = fitted.config
+        fitted.schema = before.schema if before else self._schema(fitted, *_moments(np.c_[x, y], weight))
+        if further:
+            steady = config.lr_schedule in ("linear", "cosine")
+            config = dataclasses.replace(config, max_epochs=1, lr_schedule="constant" if steady else config.lr_schedule)
+        mean, scale = (part[x.shape[1] :] for part in fitted.schema.units)
+        rows = ArraySource(fitted.scaled(x), (y - mean) / scale, weight)
+        trainer = build_trainer(config)
+        # In a fixed order: contiguous shards of sorted rows would be no samples.
+        trainer.prepare_data(RegressionData(Shuffled(rows), None, config.batch_size, fitted.schema))
+        model = fitted.model(config, trainer.train.num_steps)
+        if fitted.module is not None:
+            _require_outputs(model, rows.x, fitted.outputs)
+        trainer.prepare_model(model)
+        if before:
+            self._go_on(trainer, before)
+        while not trainer.done:
+            trainer.fit_epoch()
+        optimizer = trainer.state.opt_state
+        fitted.variables, fitted.optimizer = jax.tree.map(np.asarray, (trainer.variables, optimizer))
+        self.n_iter_ = config.max_epochs
+        if fitted.is_linear and (linear := linear_parameters(fitted.variables["params"])):
+            self._keep_linear(fitted, *linear)
+
+    def _go_on(self, trainer: Trainer, before: _Fitted) -> None:
+        """From the parameters, and the optimizer's state where there is one."""
+        if before.is_linear:
+            w, b = np.atleast_2d(self.coef_).T, np.ravel(self.intercept_)
+            mean, scale = before.schema.units
+            d = len(w)
+            trainer.accept(w * scale[:d, None] / scale[d:], (b + mean[:d] @ w - mean[d:]) / scale[d:], np.nan)
+        else:
+            trainer.state = trainer.state.replace(**devices.replicated(before.variables, trainer.mesh))
+        same = jax.tree.structure(before.optimizer) == jax.tree.structure(trainer.state.opt_state)  # type: ignore[operator]
+        if same:
+            trainer.state = trainer.state.replace(opt_state=devices.replicated(before.optimizer, trainer.mesh))
+
+    def _schema(self, fitted: _Fitted, mean: np.ndarray, scale: np.ndarray) -> Schema:
+        d = self.n_features_in_
+        names = getattr(self, "feature_names_in_", [f"x{j}" for j in range(d)])
+        units = [*zip(mean.tolist(), scale.tolist(), strict=True)]
+        x = units[:d] if self.standardize else [(0.0, 1.0)] * d
+        y = units[d:] if self.standardize and fitted.config.loss in _LOCATED else [(0.0, 1.0)] * fitted.targets
+        return Schema(
+            tuple(Number(str(name), *unit) for name, unit in zip(names, x, strict=True)),
+            tuple(Number(f"y{k}", *unit) for k, unit in enumerate(y)),
+        )
+
+    def _keep_linear(self, fitted: _Fitted, w: np.ndarray, b: np.ndarray) -> None:
+        """Gives w [d, p] and b [p] in the units of the rows."""
+        w, b = fitted.schema.parameters(w, b)
+        self.coef_: np.ndarray = w[:, 0] if fitted.one_column else np.ascontiguousarray(w.T)
+        self.intercept_: float | np.ndarray = float(b[0]) if fitted.one_column else b
+
+    def _margins(self, x: ArrayLike) -> np.ndarray:
+        """What the model adds up for rows, before any link: [n, p] float64, of a located loss in the units of y."""
+        check_is_fitted(self)
+        fitted, rows = self._fitted, validate_data(self, x, reset=False, dtype=np.float64, order="C")
+        if fitted.is_linear:
+            margins: np.ndarray = rows @ np.atleast_2d(self.coef_).T + np.atleast_1d(self.intercept_)
+            return margins
+        source = ArraySource(fitted.scaled(rows), np.zeros((len(rows), fitted.targets)))
+        return np.concatenate(list(fitted.predictor.predictions(fitted.predictor.pieces(source))))
+
+
+def _require_outputs(model: Any, x: np.ndarray, outputs: int) -> None:
+    def prediction(row: jax.Array) -> jax.Array:
+        predicted: jax.Array = model.init_with_output(jax.random.key(0), row, **train_argument(model, False))[0]
+        return predicted
+
+    shape = jax.eval_shape(prediction, jnp.asarray(x[:1])).shape
+    if shape != (1, outputs):
+        raise InputError(f"model: it predicts {list(shape)} for one row; give one that predicts [1, {outputs}]")
+
+
+def _moments(columns: np.ndarray, weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and deviation of columns [n, m] float64; 1 for the deviation of constants."""
+    mean = weight @ columns / weight.sum()
+    deviation = np.sqrt(weight @ np.square(columns - mean) / weight.sum())
+    return mean, _scale(deviation, mean)
+
+
+def _moments_of(triangle: Triangle) -> tuple[np.ndarray, np.ndarray]:
+    """The same, of the rows of a triangle, whose first row is that of the means."""
+    mean = triangle.r[0, 1:] / triangle.r[0, 0]
+    return mean, _scale(np.sqrt(np.square(triangle.r[1:, 1:]).sum(axis=0) / triangle.weight), mean)
+
+
+def _scale(deviation: np.ndarray, mean: np.ndarray) -> np.ndarray:
+    return np.where(deviation > 10 * _EPSILON * np.abs(mean), deviation, 1.0)
+
+
+def weights_of(sample_weight: ArrayLike | None, x: np.ndarray) -> np.ndarray:
+    """The weights of rows, [n] float64; 1 where there are none.
+
+    Raises:
+      InputError: for a negative one.
+    """
+    weight: np.ndarray = _check_sample_weight(sample_weight, x, dtype=np.float64)
+    if (weight < 0).any():
+        raise InputError(f"sample_weight: it is negative in row {(weight < 0).argmax() + 1:,}; use 0 or more")
+    return weight

@@ -1,0 +1,130 @@
+"""A run's state, and the model's way from the rows of a shard to predictions."""
+
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import linen as nn
+from flax.training import train_state
+from jax import Array
+from numpy.typing import ArrayLike
+
+from dpreg.errors import InputError
+from dpreg.parallel.reduce import PyTree
+
+# Products of float32 as such, also where a chip would round their factors by default; of bfloat16 features the factors
+# are rounded where the chip has such products, which it adds up in float32.
+IN_FULL, _OF_BFLOAT16 = "highest", "BF16_BF16_F32"
+
+
+class TrainState(train_state.TrainState):
+    """flax's TrainState with the running statistics of BatchNorm.
+
+    Attributes:
+      step: steps done, int32.
+      params: of the model, a tree of arrays.
+      opt_state: of the optimizer.
+      batch_stats: of the model's `nn.BatchNorm`s; empty without one.
+
+    >>> state = TrainState.create(apply_fn=None, params={"w": jnp.ones(2)}, tx=optax.sgd(0.5), batch_stats={})
+    >>> state.apply_gradients(grads={"w": jnp.array([1.0, 2.0])}).params
+    {'w': Array([0.5, 0. ], dtype=float32)}
+    """
+
+    batch_stats: PyTree
+
+
+class Model(Protocol):
+    """A flax module with a loss per row and an optimizer, see `dpreg.Module`."""
+
+    @property
+    def init(self) -> Callable[..., PyTree]:
+        """As of `flax.linen.Module`."""
+
+    @property
+    def apply(self) -> Callable[..., Any]:
+        """As of `flax.linen.Module`."""
+
+    def loss(self, prediction: Array, target: Array) -> Array:
+        """The loss of each row: [n, t], [n, t] -> [n]."""
+
+    def configure_optimizers(self) -> optax.GradientTransformation:
+        """The optimizer."""
+
+
+def initial_state(
+    model: Model, row: ArrayLike, seed: int, dtype: np.dtype, gradient_clip_val: float = 0.0
+) -> TrainState:
+    """The state before the first step, drawn as float32 and kept as `dtype`.
+
+    Args:
+      row: [1, d], any.
+      gradient_clip_val: the largest norm of the global gradient; 0 for no limit.
+
+    Raises:
+      InputError: when the model has variables besides params and batch_stats.
+    """
+    optimizer = model.configure_optimizers()
+    if gradient_clip_val:
+        optimizer = optax.chain(optax.clip_by_global_norm(gradient_clip_val), optimizer)
+    with jax.enable_x64(False):
+        row = jnp.asarray(row, jnp.float32)
+        variables = dict(model.init(jax.random.key(seed), row, **train_argument(model, False)))
+    if dtype == np.float64:
+        variables = jax.tree.map(lambda v: v.astype(dtype) if v.dtype == jnp.float32 else v, variables)
+    params, batch_stats = variables.pop("params"), variables.pop("batch_stats", {})
+    if variables:
+        raise InputError(
+            f"the model has variables {sorted(variables)}, and only params and batch_stats can be trained; "
+            "keep no others"
+        )
+    state: TrainState = TrainState.create(
+        apply_fn=model.apply, params=params, tx=optimizer, batch_stats=batch_stats
+    ).replace(step=jnp.int32(0))
+    return state
+
+
+def forward(
+    model: Model,
+    variables: Mapping[str, PyTree],
+    batch: PyTree,
+    train: bool,
+    key: Array | None = None,
+    platform: str = "cpu",
+) -> tuple[Array, PyTree]:
+    """Predictions [n, t] for the rows of one shard, and the batch statistics after them.
+
+    `train` reaches models whose `__call__` takes it. Rows of weight 0 are hidden from every `nn.BatchNorm`;
+    where all rows are, none is hidden: flax would give NaN, and such statistics are weighted with 0 anyway.
+    """
+    mode = train_argument(model, train)
+    real = batch["weight"] > 0
+    mask = real | ~real.any()
+
+    def hide_padding(next_call: Callable[..., Any], args: Any, kwargs: Any, context: Any) -> Any:
+        if isinstance(context.module, nn.BatchNorm) and context.method_name == "__call__":
+            x = args[0] if args else kwargs["x"]
+            kwargs = {"mask": mask.reshape(-1, *[1] * (x.ndim - 1)), **kwargs}
+        return next_call(*args, **kwargs)
+
+    x = batch["x"]
+    rounded = x.dtype == jnp.bfloat16 and platform != "cpu"
+    products = jax.default_matmul_precision(_OF_BFLOAT16 if rounded else IN_FULL)
+    with nn.intercept_methods(hide_padding), products:
+        prediction, updated = model.apply(
+            variables,
+            x.astype(batch["weight"].dtype),
+            **mode,
+            mutable=["batch_stats"] if train else [],
+            rngs=None if key is None else {"dropout": key},
+        )
+    return prediction, updated.get("batch_stats", {})
+
+
+def train_argument(model: Model, train: bool) -> dict[str, bool]:
+    """How to tell the model whether it trains: nothing, where its `__call__` does not ask."""
+    return {"train": train} if "train" in inspect.signature(type(model).__call__).parameters else {}
