@@ -1,9 +1,9 @@
 """What every door does: parse flags, and end with one line where something is wrong."""
 
+import contextlib
 import difflib
 import functools
 import pathlib
-import re
 import shutil
 import sys
 import textwrap
@@ -59,6 +59,9 @@ def _parse(help: Callable[[], str], of_runs: bool, argv: list[str]) -> list[str]
     if {"--help", "-help", "-h"} & set(argv):
         print(help())
         sys.exit(0)
+    if {"--helpfull", "-helpfull"} & set(argv):
+        app.usage(writeto_stdout=True)
+        sys.exit(0)
     try:
         rest = flags.FLAGS([_with_preset(argument) for argument in argv])
         if not of_runs and flags.FLAGS[_PRESET].value is not None:  # absl takes it in other places, and other forms
@@ -70,7 +73,23 @@ def _parse(help: Callable[[], str], of_runs: bool, argv: list[str]) -> list[str]
             sys.exit(0)
         return rest
     except (flags.Error, InputError, UnicodeDecodeError) as error:
-        leave(InputError(_told(error)), InputError.exit_code)
+        told = _told(error)
+        name = told.partition(":")[0].partition("=")[0]
+        leave(InputError(f"{_flagfile_with(name, argv)}{told}"), InputError.exit_code)
+
+
+def _flagfile_with(name: str, arguments: Sequence[str]) -> str:
+    """`FILE: ` for the flagfile that gives a flag, if no argument does; files that files name are looked at, too."""
+    texts = {"": arguments}
+    for file, lines in (waiting := [*texts.items()]):
+        for flag, _, value in (line.strip().lstrip("-").partition("=") for line in lines):
+            if flag == name.lstrip("-"):
+                return f"{file}: " if file else ""
+            if flag == "flagfile" and value not in texts:
+                with contextlib.suppress(OSError, UnicodeDecodeError):
+                    texts[value] = pathlib.Path(value).expanduser().read_text(encoding="utf-8").splitlines()
+                    waiting.append((value, texts[value]))
+    return ""
 
 
 def _told(error: Exception) -> str:
@@ -94,11 +113,16 @@ def _told(error: Exception) -> str:
 
 
 def _instead_of(name: str) -> str:
-    """The flag that is spelled most like it, or else one whose description begins with it."""
+    """The flag whose description has the same words, spelled most like it, or whose description begins with it."""
     name = name.replace("-", "_").lower()
-    like = difflib.get_close_matches(name, [flag for flag in flags.FLAGS if len(flag) > 1], 1)
-    words = re.compile(rf"{re.escape(name.replace('_', ' '))}\b", re.IGNORECASE)
-    like += [flag for flag in flags.FLAGS if words.match(str(flags.FLAGS[flag].help))]
+    words = name.replace("_", " ")
+    places = {flag: str(flags.FLAGS[flag].help).lower().find(words) for flag in flags.FLAGS}
+    named = sorted((flag for flag in places if places[flag] >= 0), key=lambda flag: (places[flag], flag))
+    like = [
+        *(named if " " in words else ()),
+        *difflib.get_close_matches(name, [flag for flag in flags.FLAGS if len(flag) > 1], 1),
+        *(flag for flag in named if not places[flag]),
+    ]
     return f"use --{like[0]}, or " if like else ""
 
 

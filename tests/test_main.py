@@ -286,7 +286,7 @@ def test_divergence_is_exit_code_3_and_keeps_the_last_good_state(tmp_path):
 def test_help_is_short_and_grouped_and_helpfull_complete():
     """Each flag with what holds without it: in words, or as its default."""
     short, full = dpreg("--help"), dpreg("--helpfull")
-    assert short.returncode == 0
+    assert short.returncode == full.returncode == 0
     assert len(short.stdout.splitlines()) < 80
     assert "\nDevices\n  --platform" in short.stdout
     assert "--num_shards               Logical shards" in short.stdout
