@@ -33,6 +33,9 @@ def build_data(config: Config, progress: Progress = lambda what, rows: None) -> 
 
     Args:
       progress: told what goes on with a table, see `dpreg.data.ingest.read_table`.
+
+    Raises:
+      InputError: for a table that cannot be read, or that is not the same in all processes.
     """
     if config.dataset == "synthetic":
         return SyntheticRegressionData(
@@ -60,7 +63,14 @@ def build_data(config: Config, progress: Progress = lambda what, rows: None) -> 
 
     first = read() if jax.process_index() == 0 else None
     processes.exchange(patience=_INGEST_SECONDS)
-    return first or read()
+    data = first or read()
+    for process, fingerprint in enumerate(processes.exchange(data.fingerprint())):
+        if fingerprint != data.fingerprint():
+            raise InputError(
+                f"--dataset={config.dataset}: process {process} reads other rows than process {jax.process_index()}; "
+                "give both the same files"
+            )
+    return data
 
 
 def dtype_of(config: Config) -> np.dtype:

@@ -134,7 +134,7 @@ class Columns:
     )
     validation_fraction: float = _flag(
         0.1,
-        "Share of a table's rows held out for validation, under 1; not with --validation_dataset.",
+        "Share of a table's rows held out for validation, under 1; of no use with --validation_dataset.",
         decides=True,
         least=0,
         under=1,
@@ -249,7 +249,9 @@ class Config(Columns):
         of=SOLVERS,
     )
     optimality: bool = _flag(
-        True, "Say how far a linear model is from the least squared loss there is: a pass over the training rows."
+        True,
+        "Say how far a linear model is from the least squared loss there is: a pass over the training rows; not "
+        "of more than 2048 features.",
     )
     loss: str = _flag("squared", f"{', '.join(LOSSES)}.", decides=True, of=LOSSES)
     huber_delta: float = _flag(
@@ -405,6 +407,8 @@ class Config(Columns):
             ):
                 if centred:
                     self._refuse(name, "what is centred has an intercept; leave out that or --nointercept")
+        if self.model == "mlp" and not self.hidden:
+            self._refuse("hidden", "give one width at least, or use --model=linear")
         if self.solver == "exact" and not self.is_least_squares():
             self._refuse("solver", "it is for --model=linear or concise, --loss=squared and no --l1; use --solver=sgd")
         if self.solver == "irls" and not (self._is_linear() and self.loss in ("logistic", "poisson")):
@@ -431,7 +435,10 @@ class Config(Columns):
             )
 
     def _check_machine(self) -> None:
-        """Refuses devices and processes that cannot be."""
+        """Refuses devices, processes and folders that cannot be."""
+        for name in ("workdir", "output", "cache_dir"):
+            if "://" in (getattr(self, name) or ""):
+                self._refuse(name, "is no path of this machine; mount that storage, and name its folder")
         if self.profile is not None and not self.profiled_steps():
             self._refuse("profile", "give two steps, the earlier first, such as --profile=100:200")
         if self.num_devices is not None and self.num_devices > self.num_shards:
@@ -529,7 +536,7 @@ class Config(Columns):
                 trained[name] = asked
             elif asked != trained[name]:
                 self._refuse(name, f"the model was trained with {_text(trained[name])}; leave it out")
-        return dataclasses.replace(self, **trained)
+        return dataclasses.replace(self, **trained | {"validation_dataset": None})
 
     def shared(self) -> dict[str, Any]:
         """What all processes of a run have to agree on."""

@@ -1,4 +1,4 @@
-"""`--mode=doctor`: whether a run could start here, and what keeps it from it. In seconds, on all its processes."""
+"""`--mode=doctor`: whether a run could start here, and what keeps it from it; on all its processes, rows read once."""
 
 import functools
 import json
@@ -14,10 +14,11 @@ import numpy as np
 from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from dpreg.build import build_data
+from dpreg.build import build_data, build_model, build_trainer
 from dpreg.config import Config
 from dpreg.errors import InputError
 from dpreg.observers.summary import package_versions
+from dpreg.observers.tensorboard import require_tensorboard
 from dpreg.observers.workdir import open_workdir
 from dpreg.parallel import devices, processes
 from dpreg.parallel.deadline import Deadline
@@ -37,8 +38,8 @@ def examine(config: Config) -> None:
     """
     wrong = []
     for name, check in _CHECKS:
-        if check is _all_reduce and "devices" in wrong:
-            continue  # it could not end
+        if check in (_all_reduce, _rows) and "devices" in wrong:
+            continue  # they need them
         try:
             found, well = processes.agreed(functools.partial(check, config)), True
         except InputError as error:
@@ -166,21 +167,27 @@ def _all_reduce(config: Config) -> str:
 
 
 def _workdir(config: Config) -> str:
+    if config.tensorboard:
+        require_tensorboard()
     with open_workdir(config.workdir, keep=False) as path:
         return f"{path} can be written" + (" and is seen by all" if jax.process_count() > 1 else "")
 
 
-def _data(config: Config) -> str:
+def _rows(config: Config) -> str:
+    """The rows, cut into the run's batches, and a model for them."""
     started = time.perf_counter()
     try:
         data = build_data(config)
     except OSError as error:
         raise InputError(f"--dataset={config.dataset}: {error.strerror or error}; mend it, or name another") from error
-    prints = _of_all(data.fingerprint())
-    for process, fingerprint in enumerate(prints):
-        if fingerprint != prints[0]:
-            raise InputError(f"process {process} reads other rows than process 0; give both the same files")
-    return f"{len(data.train):,} rows of {data.num_inputs} features, read in {time.perf_counter() - started:.1f} s"
+    seconds = time.perf_counter() - started
+    trainer = build_trainer(config)
+    trainer.lay_out(data)
+    model = build_model(config, data.num_inputs, data.num_targets, trainer.train.num_steps)
+    trainer.check_targets(model)
+    trainer.initial_state(model)
+    rows = f"{len(data.train):,} rows of {data.num_inputs} features, read in {seconds:.1f} s"
+    return f"{rows}; {trainer.train.num_steps:,} steps"
 
 
 def _clocks(config: Config) -> str:
@@ -203,5 +210,5 @@ _CHECKS: tuple[tuple[str, Callable[[Config], str]], ...] = (
     ("workdir", _workdir),
     ("devices", _devices),
     ("all-reduce", _all_reduce),
-    ("data", _data),
+    ("rows", _rows),
 )

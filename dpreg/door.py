@@ -2,7 +2,9 @@
 
 import contextlib
 import difflib
+import errno
 import functools
+import importlib.metadata
 import pathlib
 import shutil
 import sys
@@ -49,6 +51,8 @@ def leave(error: Exception, code: int) -> NoReturn:
 
 def leave_for(error: OSError) -> NoReturn:
     """Ends with one line on a file that could not be read or written; another fault is raised again."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        leave(InputError(f"a file could not be written: {error.strerror}; make room, and start again"), 2)
     if error.filename is None:
         raise error
     leave(InputError(f"{error.filename}: {error.strerror}; mend it, or name another"), InputError.exit_code)
@@ -58,6 +62,9 @@ def _parse(help: Callable[[], str], of_runs: bool, argv: list[str]) -> list[str]
     """Bad flags are one line and exit code 2, where absl has a page and 1; --help is a page, where absl has many."""
     if {"--help", "-help", "-h"} & set(argv):
         print(help())
+        sys.exit(0)
+    if "--version" in argv:
+        print(f"dpreg {importlib.metadata.version('dpreg')}")
         sys.exit(0)
     if {"--helpfull", "-helpfull"} & set(argv):
         app.usage(writeto_stdout=True)
@@ -134,6 +141,7 @@ def _others() -> list[Flag]:
         Flag(_SHELL, "Print a script such as this", SHELLS),
         Flag("help", "The flags that most runs need"),
         Flag("helpfull", "All flags"),
+        Flag("version", "Which dpreg this is"),
     ]
 
 

@@ -61,13 +61,18 @@ class AuditFailed(RuntimeError):  # noqa: N818
 
 
 class Preempted(Exception):  # noqa: N818
-    """The run was asked to stop, and its state is saved, or no step taken yet: start it again to go on."""
+    """The run was asked to stop, and its state is saved, or no step taken yet: start it again to go on.
+
+    Attributes:
+      step: the one that is saved; None before the first.
+    """
 
     exit_code = 75
 
-    def __init__(self, step: int | None = None):
+    def __init__(self, step: int | None = None, unnamed: str | None = None):
         where = "before the first step" if step is None else f"at step {step:,}, which is saved"
-        super().__init__(f"stopped {where}: the same command goes on from there")
+        command = "the same command" if unnamed is None else f"the same command with --workdir={unnamed}"
+        super().__init__(f"stopped {where}: {command} goes on from there")
         self.step = step
 
 

@@ -38,12 +38,14 @@ from dpreg.observers.summary import (
     target_names,
 )
 from dpreg.observers.tensorboard import TensorBoardWriter, require_tensorboard
-from dpreg.observers.workdir import open_workdir
+from dpreg.observers.workdir import open_workdir, write_whole
 from dpreg.parallel import devices, processes
 from dpreg.parallel.deadline import Deadline
 from dpreg.predict import predict
 from dpreg.solver import Solver
 from dpreg.trainer import Trainer
+
+_MOST_INPUTS_OF_OPTIMUM = 2048  # the pass takes their square for each row, and their third power at its end
 
 
 def run(config: Config) -> None:
@@ -64,6 +66,7 @@ def run(config: Config) -> None:
         announcements = _stop_signals()
         deadline = stack.enter_context(Deadline(config.step_timeout))
         workdir = stack.enter_context(open_workdir(config.workdir))
+        stack.enter_context(_to_go_on_in(None if config.workdir else workdir))
         progress = stack.enter_context(ProgressDisplay(Console(stderr=True, quiet=not first)))
         trainer, data = _prepared(config, progress, announcements)
         trainer.heartbeat = deadline.progress
@@ -79,7 +82,7 @@ def run(config: Config) -> None:
         if first:
             for stale in ("summary.json", "report.html", "model/model.json"):
                 (workdir / stale).unlink(missing_ok=True)
-            (workdir / "flags.cfg").write_text(config.to_flagfile(), encoding="utf-8")
+            write_whole(workdir / "flags.cfg", config.to_flagfile())
             kept = trainer.step if config.solver == "sgd" else -1  # an exact solution takes no step
             note_start(workdir / "starts.jsonl", trainer.step, trainer.mesh.size, jax.process_count())
             rates = learning_rates(config, trainer.train.num_steps)
@@ -106,7 +109,7 @@ def run(config: Config) -> None:
             for t, name in enumerate(of):
                 print(*([f"\n{name}:"] if len(of) > 1 or name.startswith("log(") else []), sep="\n")
                 print(told.describe(feature_names(data), t))
-    (workdir / "summary.json").write_text(to_json(summary, indent=2) + "\n", encoding="utf-8")
+    write_whole(workdir / "summary.json", to_json(summary, indent=2) + "\n")
     write_report(
         workdir / "report.html",
         config,
@@ -142,7 +145,8 @@ def _trained(
             epoch = trainer.best.step // trainer.train.sampler.steps_per_epoch
             progress.say(f"the validation loss was least after epoch {epoch}: its parameters are kept")
         decoupled = config.optimizer == "adamw" and config.l2  # which is no penalty on the loss
-        if not config.optimality or not config.is_least_squares() or decoupled:
+        wide = data.num_inputs > _MOST_INPUTS_OF_OPTIMUM
+        if not config.optimality or not config.is_least_squares() or decoupled or wide:
             return None
     progress.doing("solving")
 
@@ -202,6 +206,15 @@ def _prepared(
     progress.doing("compiling")
     trainer.prepare_model(build_model(config, data.num_inputs, data.num_targets, trainer.train.num_steps))
     return trainer, data
+
+
+@contextlib.contextmanager
+def _to_go_on_in(unnamed: pathlib.Path | None) -> Iterator[None]:
+    """Says in Preempted which folder a command that names none has to name, to go on."""
+    try:
+        yield
+    except Preempted as stopped:
+        raise Preempted(stopped.step, None if unnamed is None else str(unnamed)) from stopped
 
 
 def _stop_signals() -> processes.Announcements:
@@ -278,7 +291,7 @@ def _among_others(work: Callable[[], None]) -> None:
     except (InputError, Diverged, AuditFailed, Preempted):
         raise
     except BaseException as error:
-        if not isinstance(error, ProcessLost):
+        if not isinstance(error, (ProcessLost, OSError, KeyboardInterrupt, SystemExit)):
             traceback.print_exc()
         processes.end_as_lost(error)
 

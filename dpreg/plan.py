@@ -2,7 +2,7 @@
 
     python -m dpreg.plan --flagfile=configs/cpu.cfg
     python -m dpreg.plan --topology=v5p:2x2x2 --flagfile=configs/tpu.cfg
-    python -m dpreg.plan --topology=h100:4x8 --flagfile=configs/gpu.cfg
+    python -m dpreg.plan --topology=h100:4x8 --flagfile=configs/gpu.cfg --num_shards=32
 
 The train step of the run is compiled, as it would be, and not run; for a TPU slice by libtpu (`pip install -e
 '.[plan]'`), without any TPU; for GPUs by JAX's plugin for CUDA (`.[plan-gpu]`), without any GPU or driver. Exit code 2

@@ -49,7 +49,8 @@ def predict(config: Config) -> None:
         progress = stack.enter_context(ProgressDisplay(Console(stderr=True, quiet=not first)))
         # Heard between pieces: what a handler raises is lost where it meets a callback of the garbage collector.
         asked = threading.Event()
-        stack.callback(signal.signal, signal.SIGTERM, signal.signal(signal.SIGTERM, lambda *_: asked.set()))
+        for number in (signal.SIGTERM, signal.SIGUSR1):  # which mpirun passes on
+            stack.callback(signal.signal, number, signal.signal(number, lambda *_: asked.set()))
         exported = load_model(pathlib.Path(config.workdir or "") / "model")
         config, schema = config.of_model(exported.flags), exported.schema
         if schema is None:
@@ -108,7 +109,8 @@ def _refuse_input(output: pathlib.Path, dataset: str, table: Table) -> None:
     """Raises InputError where predictions would become rows of the table, or take their place."""
     path = output.absolute()
     inside = pathlib.Path(dataset).is_dir() and path.parent.samefile(dataset) if path.parent.exists() else False
-    if inside or str(path) in [file for file, *_ in table.signature] or path.match(os.path.abspath(dataset)):
+    of_table = path.exists() and any(path.samefile(file) for file, *_ in table.signature)
+    if inside or of_table or path.match(os.path.abspath(dataset)):
         raise InputError(f"--output={output}: that is a file of --dataset={dataset}, or would be; name another file")
 
 

@@ -35,18 +35,19 @@ def read_run(workdir: pathlib.Path) -> Run:
     Raises:
       InputError: when there is no finished run.
     """
+    file = workdir / "summary.json"
     try:
-        summary = json.loads((workdir / "summary.json").read_text(encoding="utf-8"))
+        summary = json.loads(file.read_text(encoding="utf-8"))
         if missing := {*_REACHED, *_COST, "metrics", "params_sha256"} - {*summary}:
             raise ValueError(f"it has no {min(missing)!r}")
         lines = (workdir / "flags.cfg").read_text(encoding="utf-8").splitlines()
+        given = dict(line[2:].split("=", 1) for line in lines if line.startswith("--"))
+        records = read_records(file := workdir / "metrics.jsonl")
     except (FileNotFoundError, NotADirectoryError) as error:
         raise InputError(f"{workdir}: holds no finished run; name the --workdir of one") from error
     except ValueError as error:
-        raise InputError(
-            f"{workdir}/summary.json: is none of dpreg ({error}); name the --workdir of a finished run"
-        ) from error
-    return Run(summary, read_records(workdir / "metrics.jsonl"), dict(line[2:].split("=", 1) for line in lines))
+        raise InputError(f"{file}: is none of dpreg ({error}); name the --workdir of a finished run") from error
+    return Run(summary, records, given)
 
 
 def compare(runs: Mapping[str, Run]) -> dict[str, list[Any]]:
@@ -71,6 +72,8 @@ def _main(argv: list[str]) -> None:
         if output and not output.endswith((".html", ".svg")):
             raise InputError(f"--output={output}: unknown kind; use FILE.html or FILE.svg")
         runs = {name: read_run(pathlib.Path(name)) for name in argv[1:]}
+        if output and not all(run.records for run in runs.values()):
+            raise InputError(f"--output={output}: a run has no curve, for its metrics.jsonl is empty; leave it out")
         rows = compare(runs)
         table = Table("", *runs, box=None)
         for name, values in rows.items():

@@ -14,6 +14,7 @@ from dpreg.errors import InputError
 from dpreg.models import softmax
 from dpreg.models.glm import Family
 from dpreg.models.least_squares import Fit, Triangle
+from dpreg.parallel.reduce import tree_sum
 
 _BLOCK_VALUES = 1 << 21  # reduced at once
 _MOST_PASSES = 30  # of Newton's method, which takes about 8; after 37 one without an optimum comes to rest by rounding
@@ -161,7 +162,8 @@ class Solver:
         """[size] float64: what `of` gives for blocks of rows, put together by `add` over all rows."""
         self.passes += 1
         found = np.full((*self._own.shape, size), np.nan)
-        at_once = max(256, _BLOCK_VALUES // (1 + self._inputs + self._targets))
+        columns = 1 + self._inputs + self._targets
+        at_once = max(256, 2 * columns, _BLOCK_VALUES // columns)  # to put two triangles together costs as much as that
         for place, shard in np.ndenumerate(self._own):
             start, rows = self._sampler.shard_start(int(shard)), int(self._sampler.shard_size(int(shard)))
             for first in range(start, start + rows, at_once):
@@ -173,10 +175,5 @@ class Solver:
         # As words: JAX would make float32 of them.
         words = multihost_utils.process_allgather(found.view(np.uint32), tiled=True)
         every = list(np.ascontiguousarray(words).view(np.float64).reshape(-1, size))
-        every = every[: min(self._sampler.num_shards, len(self._source))]  # the others have no rows
-        while len(every) > 1:
-            every = [
-                add(*pair) if len(pair) == 2 else pair[0]
-                for pair in (every[i : i + 2] for i in range(0, len(every), 2))
-            ]
-        return every[0]
+        whole: np.ndarray = tree_sum(every[: min(self._sampler.num_shards, len(self._source))], add)  # others: no rows
+        return whole

@@ -14,6 +14,7 @@ from numpy.typing import ArrayLike
 
 from dpreg.config import BACKENDS, PLACEMENTS, REDUCTIONS
 from dpreg.data.dataset import PRECISIONS, Block, Dataset
+from dpreg.data.order import Sampler
 from dpreg.data.schema import Schema
 from dpreg.data.sources import ArraySource, RegressionData, Source, first_outside
 from dpreg.errors import Diverged, InputError, Preempted
@@ -219,6 +220,7 @@ class Trainer:
         self.seconds, self.steps_trained = dict.fromkeys(self.seconds, 0.0), 0
         if self.dtype == np.float64 and data.train[np.zeros(1, np.int32)]["x"].dtype != np.float64:
             logging.warning("--precision=float64: the rows are float32, and have its digits; give them as float64")
+        Sampler(len(data.train), self.num_shards, data.batch_size)  # raises: shards divide each batch, not their sum
         batch_size = data.batch_size * self.accumulate_steps
         train = Dataset(data.train).shuffle(self.seed).batch(batch_size).repeat(self.max_epochs)
         self.train = self._placed(train.tag(self.audit.on))
@@ -227,13 +229,16 @@ class Trainer:
         self.val = self._placed(Dataset(data.val).batch(data.batch_size)) if data.val else None
 
     def _placed(self, dataset: Dataset) -> Dataset:
-        placed = dataset.cast(self.precision).shard(self.mesh, self.num_shards)
-        return placed.place(self.placement, self.steps_per_block).prefetch(2)
+        sharded = dataset.cast(self.precision).shard(self.mesh, self.num_shards).prefetch(2)
+        placed = sharded.place(self.placement, self.steps_per_block)
+        if jax.process_count() > 1 and "host" in processes.exchange(placed.resolved_placement):
+            return sharded.place("host", self.steps_per_block)  # one has less memory than others, and all are alike
+        return placed
 
     def prepare_model(self, model: Model) -> None:
         """Initialises the state and compiles the steps, ahead of the first."""
         started = time.perf_counter()
-        self._check_targets(model)
+        self.check_targets(model)
         state = self.initial_state(model)
         rows_together = self.train.sampler.shard_batch // self.accumulate_steps
         if state.batch_stats and rows_together < _FEW_ROWS:
@@ -265,7 +270,8 @@ class Trainer:
         processes.exchange()
         self.seconds["compile"] += time.perf_counter() - started
 
-    def _check_targets(self, model: Model) -> None:
+    def check_targets(self, model: Model) -> None:
+        """Raises InputError for a target that the model's loss is not defined for."""
         loss = loss_of(model)
         for dataset in (self.train, self.val):
             if dataset is not None and loss.domain and (wrong := first_outside(dataset.source, loss.allowed)):
@@ -319,13 +325,17 @@ class Trainer:
     def resume(
         self, state: TrainState, epoch_sums: np.ndarray, rows_used: np.ndarray | None = None, best: Best | None = None
     ) -> None:
-        """Goes on from a state: its step, the sums of the steps of its epoch so far, the rows they used, the best."""
+        """Goes on from a state: its step, the sums of the steps of its epoch so far, the rows they used, the best.
+
+        Raises:
+          Diverged: when it is of the end of an epoch, and the loss on validation rows is not finite.
+        """
         self.best = best or self.best
         self.state, self.step, self.epoch_sums = state, int(state.step), epoch_sums.astype(np.float64)
         self.audit.begin(rows_used)
         if self.step and self.step % self.train.sampler.steps_per_epoch == 0:
             self.train_loss = _mean(self.epoch_sums)
-            self.validate()
+            self._validate_finitely()
 
     def accept(self, w: np.ndarray, b: np.ndarray, train_loss: float) -> None:
         """Takes the parameters [d, t] and [t] of a linear model as they are, validates and tells of it."""
@@ -355,9 +365,7 @@ class Trainer:
                 self._rest()
         self.train_loss = _mean(self.epoch_sums)
         used = self.audit.check(self.step, self.train.tags) if self.audit.on else None
-        self.validate()
-        if self.val_loss is not None and not math.isfinite(self.val_loss):
-            raise Diverged(self.step, validation=True)
+        self._validate_finitely()
         if self.patience and self.val_loss is not None and self.val_loss < self.best.val_loss:
             self.best = Best(self.val_loss, self.step, jax.device_get(self.variables))
         unlogged = (steps - 1) // self._log_every * self._log_every
@@ -420,6 +428,11 @@ class Trainer:
     def _log_every(self) -> int:
         return self.log_every_steps or -(-self.train.sampler.steps_per_epoch // 8)
 
+    def _validate_finitely(self) -> None:
+        self.validate()
+        if self.val_loss is not None and not math.isfinite(self.val_loss):
+            raise Diverged(self.step, validation=True)
+
     def validate(self) -> None:
         """Sets `val_loss` and `metrics`: exact weighted means over all validation rows, whatever their batches."""
         if self.val is None or self._eval_block is None:
@@ -430,7 +443,7 @@ class Trainer:
         calls = ((b, self._eval_block(self.variables, *self.prepare_batch(b))) for b in blocks)
         found = [errors for _, errors in devices.arrived(calls, self.heartbeat)]
         self.val_loss, self.metrics = metrics_of(self._model, self._schema, found)
-        if self.patience and not self.metrics:
+        if self.patience and not any(errors.weight.sum() > 0 for errors in found):
             raise InputError(f"--patience={self.patience}: no row held out has a weight to measure by; hold out others")
         self.seconds["eval"] += time.perf_counter() - started
 

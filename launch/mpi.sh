@@ -14,13 +14,14 @@ set -u
 processes=$1
 shift
 stopped=
+folder=runs/mpi-$(date +%Y%m%d-%H%M%S) # where the flags name none: it has to be found again
 again=() # from the second time on, whatever the flags say
 # mpirun ends its processes at SIGTERM, and passes SIGUSR1 on to them: they save and exit with 75.
 trap 'stopped=1; kill -USR1 "$mpirun" 2>/dev/null' TERM INT
 while :; do
   # shellcheck disable=SC2086  # MPIRUN_FLAGS are several words
   mpirun ${HOSTFILE:+--hostfile "$HOSTFILE"} ${MPIRUN_FLAGS:-} -n "$processes" \
-    "${PYTHON:-python}" -m dpreg.main "$@" "${again[@]}" &
+    "${PYTHON:-python}" -m dpreg.main --workdir="$folder" "$@" "${again[@]}" &
   mpirun=$!
   wait "$mpirun"
   code=$?

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# One run over all hosts of a Cloud TPU slice: launch/tpu_vm.sh NAME ZONE --flagfile=configs/tpu.cfg --workdir=DIR
+# One run over all hosts of a Cloud TPU slice: launch/tpu_vm.sh NAME ZONE --config_preset=tpu --workdir=DIR
 #
 # NAME and ZONE are those of the TPU VM; the other arguments are flags of dpreg.main. Every host runs the same
 # command, and JAX learns from the TPU's metadata who each is. Needs gcloud, and dpreg installed on the hosts:

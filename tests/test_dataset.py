@@ -1,5 +1,6 @@
 """The pipeline: both placements give the same batches, whatever the devices."""
 
+import dataclasses
 import itertools
 
 import jax
@@ -91,6 +92,15 @@ def test_auto_keeps_small_rows_on_the_devices_and_streams_large_ones():
     assert next(iter(pipeline)).data["x"].shape[1:] == (2, 4, 1, 1)
     small = dpreg.Dataset(Rows(10).source()).batch(8).shard(mesh(2), num_shards=8)
     assert small.resolved_placement == "device"
+
+
+def test_a_container_has_less_memory_than_its_machine(monkeypatch, tmp_path):
+    (tmp_path / "max").write_text("max\n")
+    (tmp_path / "limit").write_text("64000\n")
+    pipeline = dpreg.Dataset(Rows(1000).source()).batch(8).shard(mesh(2), num_shards=8)
+    for name, placement in (("none", "device"), ("max", "device"), ("limit", "host")):
+        monkeypatch.setattr("dpreg.data.dataset._CONTAINER_LIMITS", [str(tmp_path / name)])
+        assert dataclasses.replace(pipeline).resolved_placement == placement
 
 
 def test_a_dataset_without_devices_says_so():

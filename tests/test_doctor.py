@@ -11,7 +11,7 @@ from dpreg.config import Config
 from dpreg.errors import InputError
 from dpreg.parallel import processes
 
-CHECKS = ["versions", "flags", "network", "clocks", "workdir", "devices", "all-reduce", "data"]
+CHECKS = ["versions", "flags", "network", "clocks", "workdir", "devices", "all-reduce", "rows"]
 DOCTOR = ("--mode=doctor", "--platform=cpu", "--num_devices=2")
 
 
@@ -33,6 +33,14 @@ def test_all_is_well_and_nothing_is_left_behind(tmp_path):
     assert not (tmp_path / "c").exists()
 
 
+def test_batches_that_cannot_be_are_found(tmp_path):
+    command = [sys.executable, "-m", "dpreg.main", *DOCTOR, "--batch_size=33", f"--workdir={tmp_path}"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2
+    assert findings(done.stdout) == dict.fromkeys(CHECKS, "ok") | {"rows": "WRONG"}
+    assert "--batch_size=33: is not a multiple of --num_shards=8" in done.stdout
+
+
 def patched(code, number, *flags):
     return ("-c", f"{code}; from dpreg.main import main; main()"), [*flags, f"--process_id={number}"], ROOT
 
@@ -47,7 +55,7 @@ def patched(code, number, *flags):
         ),
         ("import time; now = time.time; time.time = lambda: now() + 60", "clocks", "clocks are 60.0 s apart"),
         ("import jax; jax.lax.psum = lambda x, axis: jax.lax.pmean(x, axis)", "all-reduce", "instead of 6.0"),
-        ("from dpreg import doctor; doctor.build_data = lambda config: open('/nowhere')", "data", "No such file"),
+        ("from dpreg import doctor; doctor.build_data = lambda config: open('/nowhere')", "rows", "No such file"),
     ],
 )
 def test_what_is_wrong_in_one_process_is_found_by_all(tmp_path, fault, check, said):

@@ -247,7 +247,7 @@ def test_the_jobset_has_fields_that_exist():
     (container,) = pod["containers"]
     assert job["podFailurePolicy"]["rules"][0]["onExitCodes"]["containerName"] == container["name"]
     assert {mount["name"] for mount in container["volumeMounts"]} == {volume["name"] for volume in pod["volumes"]}
-    known = {field.name for field in dataclasses.fields(Config)} | {"flagfile"}
+    known = {field.name for field in dataclasses.fields(Config)} | {"config_preset"}
     assert {argument.removeprefix("--").partition("=")[0] for argument in container["args"]} <= known
 
 

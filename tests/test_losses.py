@@ -143,6 +143,31 @@ def test_targets_outside_of_a_domain_name_the_first_row(name, value, said):
         trainer.fit(build_model(Config(loss=name), 2, 1), data)
 
 
+@pytest.mark.parametrize("reduction", ["pmean", "ordered"])
+@pytest.mark.parametrize(("name", "outlier"), [("poisson", 1e3), ("gamma", -1e3)])
+def test_an_outlier_without_weight_counts_for_nothing(name, outlier, reduction, x):
+    """Not even where the derivative of its loss is infinite."""
+    y, weight, found = targets(name, x)[:40], np.ones(40), []
+    weight[[3, 17]] = 0
+    for value in (outlier, 0.0):
+        rows = np.array(x[:40])
+        rows[[3, 17]] = value
+        trainer = dpreg.Trainer(2, 2, reduction=reduction)
+        source = dpreg.ArraySource(rows, y, weight)
+        trainer.fit(build_model(Config(loss=name), 4, 1), dpreg.RegressionData(source, source, 8))
+        found.append(np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(trainer.state.params)]))
+    assert np.isfinite(found[0]).all()
+    np.testing.assert_array_equal(*found)
+
+
+def test_a_target_outside_of_a_domain_is_named_as_the_user_numbers_its_row():
+    y = np.ones(40)
+    y[7] = -1
+    source = dpreg.Shuffled(dpreg.Shuffled(dpreg.ArraySource(np.ones((40, 2)), y)))
+    with pytest.raises(dpreg.InputError, match="in row 8 is -1"):
+        dpreg.Trainer(1).fit(build_model(Config(loss="poisson"), 2, 1), dpreg.RegressionData(source, None, 8))
+
+
 @pytest.mark.parametrize("name", ["constant", "linear", "cosine", "inverse_sqrt"])
 def test_schedules_warm_up_and_then_fall(name):
     rates = [float(schedule_called(name, 0.5, 110, 10)(step)) for step in (0, 5, 10, 60, 110)]

@@ -16,9 +16,11 @@ import numpy as np
 import pyarrow.parquet
 import pytest
 
+import dpreg as package
 from dpreg.config import Config
 from dpreg.data.order import keyed_hash
-from dpreg.errors import InputError
+from dpreg.errors import InputError, Preempted
+from dpreg.main import _to_go_on_in
 from dpreg.observers.workdir import open_workdir
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -287,6 +289,7 @@ def test_help_is_short_and_grouped_and_helpfull_complete():
     """Each flag with what holds without it: in words, or as its default."""
     short, full = dpreg("--help"), dpreg("--helpfull")
     assert short.returncode == full.returncode == 0
+    assert dpreg("--version").stdout == f"dpreg {package.__version__}\n"
     assert len(short.stdout.splitlines()) < 80
     assert "\nDevices\n  --platform" in short.stdout
     assert "--num_shards               Logical shards" in short.stdout
@@ -326,6 +329,26 @@ def test_a_run_that_cannot_start_takes_no_other_run_with_it(tmp_path):
     with pytest.raises(InputError, match="too late"):
         cannot_start(tmp_path / "new" / "a")
     assert not (tmp_path / "new").exists()
+
+
+def test_two_runs_are_never_in_one_workdir(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with open_workdir(None) as one, open_workdir(None) as other:
+        assert one != other
+        for folder in (one, other):
+            with pytest.raises(InputError, match="another run is in it"), open_workdir(str(folder)):
+                pass
+    with open_workdir(str(one)):  # free again, and still there
+        assert not list(one.iterdir())
+
+
+def test_a_stopped_run_tells_the_folder_that_its_command_does_not_name():
+    for folder, said in (
+        (pathlib.Path("runs/now"), "the same command with --workdir=runs/now goes on"),
+        (None, "d goes"),
+    ):
+        with pytest.raises(Preempted, match=said), _to_go_on_in(folder):
+            raise Preempted(3)
 
 
 def test_several_processes_need_a_workdir(monkeypatch):

@@ -77,6 +77,8 @@ WRONG = {
         ("--lr",): "--lr: has no value; give flags as --name=value",
         ("--lr=nan",): "--lr=nan: use a finite number",
         ("--max_epochs=0",): "--max_epochs=0: use 1 or more",
+        ("--workdir=gs://bucket/run",): "--workdir=gs://bucket/run: is no path of this machine; mount that storage",
+        ("--model=mlp", "--hidden="): "--hidden=: give one width at least, or use --model=linear",
         ("--num_devices=0",): "--num_devices=0: use 1 or more",
         ("--seed=3000000000",): "--seed=3000000000: use a value under 2,147,483,648",
         ("--num_train=3000000000",): "are too many rows; use fewer than 2,147,483,648",

@@ -147,6 +147,7 @@ def test_two_processes_predict_the_same_file(trained, tmp_path):
         ({"output": "{}/p.txt"}, "--output=FILE"),
         ({"output": "{}/no/p.csv", "dataset": "{}/table.csv"}, "--output=.*cannot be written"),
         ({"output": "{}/table.csv", "dataset": "{}/table.csv"}, "that is a file of --dataset"),
+        ({"output": "{}/parts/../table.csv", "dataset": "{}/table.csv"}, "that is a file of --dataset"),
         ({"output": "{}/parts/p.csv", "dataset": "{}/parts"}, "that is a file of --dataset"),
         ({"output": "{}/table2.csv", "dataset": "{}/table*.csv"}, "that is a file of --dataset"),
         ({"lr": 0.03, "given": frozenset({"lr"})}, "--lr=0.03: the model was trained with 0.1"),
@@ -226,6 +227,12 @@ def test_processes_with_other_models_or_nowhere_to_write_end_with_a_line(trained
     for code, lines, *_ in both(trained / "w", trained / "w", output=tmp_path / "no" / "p.csv"):
         assert code == 2, lines
         assert "cannot be written" in lines[-1]
+
+
+def test_a_model_forgets_by_which_table_it_was_validated():
+    trained = Config(dataset="t.csv", target=("y",), validation_dataset="v.csv")
+    asked = Config(mode="evaluate", dataset="new.csv", workdir="w")
+    assert asked.of_model(json.loads(json.dumps(trained.identity()))).validation_dataset is None
 
 
 @pytest.mark.parametrize("trained", ["none"], indirect=True)

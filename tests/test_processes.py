@@ -28,7 +28,7 @@ from cluster import (
 )
 
 from dpreg.errors import InputError, ProcessLost
-from dpreg.parallel import roll_call
+from dpreg.parallel import processes, roll_call
 from dpreg.parallel.deadline import Deadline
 
 MAIN = ("-m", "dpreg.main")
@@ -210,6 +210,18 @@ def test_the_deadline_grows_with_the_slowest_wait_and_can_be_off():
         deadline.progress()
     assert deadline.limit == 120
     assert Deadline(7.0).limit == 7
+    ends = []
+    brisk = Deadline(0.6)
+    brisk._end = lambda: ends.append(1)
+    with brisk:
+        brisk.begin()
+        for _ in range(20):
+            time.sleep(0.1)
+            brisk.progress()
+    assert not ends
+    for some in ((None, 2, 0), ("127.0.0.1:1", 2, None)):
+        with pytest.raises(InputError, match="give all three"):
+            processes.join(*some)
     with Deadline(0.0) as never:
         assert not never._thread.is_alive()
 

@@ -15,6 +15,8 @@ from flax import linen as nn
 from models import Foreign, Net, Rows
 
 import dpreg
+from dpreg.build import build_model
+from dpreg.config import Config
 from dpreg.parallel.devices import data_mesh
 from dpreg.parallel.reduce import tree_sum
 from dpreg.parallel.step import _fewest_parts
@@ -197,6 +199,47 @@ def test_a_validation_loss_that_is_not_finite_says_so():
     with pytest.raises(dpreg.Diverged, match="validation loss is not finite after step 8"):
         trainer.fit(dpreg.LinearRegressionScratch(3, 0.1), dpreg.RegressionData(Rows(64).source(), val, 8))
     assert int(trainer.state.step) == trainer.step == 8
+
+
+def test_going_on_where_validation_failed_fails_again():
+    """A run that ended so does not end well when it is started once more."""
+    val = dpreg.ArraySource(np.ones((4, 3)), np.array([0, 0, 1e30, 0]))
+    model, data = dpreg.LinearRegressionScratch(3, 0.1), dpreg.RegressionData(Rows(64).source(), val, 8)
+    trainer, again = dpreg.Trainer(1), dpreg.Trainer(1)
+    with pytest.raises(dpreg.Diverged):
+        trainer.fit(model, data)
+    again.prepare_data(data)
+    again.prepare_model(model)
+    with pytest.raises(dpreg.Diverged, match="validation loss is not finite after step 8") as caught:
+        again.resume(trainer.state, trainer.epoch_sums)
+    assert caught.value.exit_code == 3
+
+
+def test_patience_does_not_take_overflow_for_rows_without_weight():
+    val = dpreg.ArraySource(np.full((4, 3), 1e4) * [[1], [-1], [1], [-1]], np.ones(4))
+    data = dpreg.RegressionData(dpreg.ArraySource(Rows(64).source().x, np.ones(64)), val, 8)
+    with pytest.raises(dpreg.Diverged, match="validation"):
+        dpreg.Trainer(2, patience=1).fit(build_model(Config(loss="poisson"), 3, 1), data)
+
+
+@pytest.mark.parametrize("batch_size", [4, 12])
+@pytest.mark.parametrize("num_val", [0, 8])
+def test_shards_divide_each_batch_that_is_accumulated(batch_size, num_val):
+    """Else some rows would be in no part of any batch."""
+    trainer = dpreg.Trainer(1, accumulate_steps=2, num_shards=8)
+    with pytest.raises(dpreg.InputError, match=f"--batch_size={batch_size}: is not a multiple of --num_shards=8"):
+        trainer.fit(dpreg.LinearRegressionScratch(3, 0.1), Rows(64).data(batch_size, num_val))
+
+
+def test_processes_keep_their_rows_where_the_one_with_least_memory_can(monkeypatch):
+    data = Rows(64).data(8)
+    trainer = dpreg.Trainer(1, 2)
+    trainer.lay_out(data)
+    assert trainer.train.resolved_placement == "device"
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr("dpreg.parallel.processes.exchange", lambda own: [own, "host"])
+    trainer.lay_out(data)
+    assert trainer.train.resolved_placement == "host"
 
 
 def test_rows_of_weight_zero_count_for_nothing_and_all_of_them_give_zeros():

@@ -1,10 +1,12 @@
 """The pipeline from a source to the devices: shuffle, batch, repeat, shard; then blocks of steps."""
 
+import contextlib
 import dataclasses
 import functools
 import itertools
 import math
 import os
+import pathlib
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -34,6 +36,7 @@ _BLOCK_STEPS, _BLOCK_STEPS_AMONG_PROCESSES = 1 << 12, 1 << 8
 _TAG_ROWS = 1 << 18  # at a time: they stay in cache
 # Of a device's memory: rows up to this size are kept there. CPU devices have the host's own, where rows lie already.
 RESIDENT_FRACTION, _RESIDENT_FRACTION_OF_HOST = 1 / 4, 1 / 32
+_CONTAINER_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
 
 Batch = dict[str, Array]
 
@@ -429,5 +432,13 @@ def _resident_bytes(mesh: Mesh) -> int:
     stats = device.memory_stats() or {}
     if device.platform != "cpu" and "bytes_limit" in stats:
         return int(stats["bytes_limit"] * RESIDENT_FRACTION)
-    machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return int(machine * _RESIDENT_FRACTION_OF_HOST / len(mesh.local_devices))
+    return int(_host_bytes() * _RESIDENT_FRACTION_OF_HOST / len(mesh.local_devices))
+
+
+def _host_bytes() -> int:
+    """The memory of this machine, or of the container that this process is in."""
+    sizes = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    for limit in _CONTAINER_LIMITS:
+        with contextlib.suppress(OSError, ValueError):  # there is none, or it is "max"
+            sizes.append(int(pathlib.Path(limit).read_text(encoding="ascii")))
+    return min(sizes)

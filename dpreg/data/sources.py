@@ -3,7 +3,7 @@
 import dataclasses
 import hashlib
 from collections.abc import Callable
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike
@@ -116,11 +116,19 @@ def first_outside(source: Source, allowed: Callable[[np.ndarray], np.ndarray]) -
     found: tuple[int, tuple[float, ...]] | None = None
     for start in range(0, len(source), _CHECKED_ROWS):
         indices = np.arange(start, min(start + _CHECKED_ROWS, len(source)))
-        y = source.y[indices] if hasattr(source, "y") else source[indices]["y"]
+        of_source: Any = getattr(source, "y", None)  # where there is one, x is not to be read
+        y = of_source[indices] if np.ndim(of_source) == 2 else source[indices]["y"]
         for at in np.flatnonzero(~allowed(y).all(axis=1)):
-            number = int(source.row[indices[at]] if hasattr(source, "row") else indices[at]) + 1
+            number = _number_of(indices[at], source)
             found = min(found or (number, tuple(y[at])), (number, tuple(y[at])))
     return found
+
+
+def _number_of(index: np.ndarray, source: Source) -> int:
+    """As the user numbers the row at an index."""
+    while isinstance(source, Shuffled):
+        index, source = permute(index, len(source)), source.source
+    return int(source.row[index] if hasattr(source, "row") else index) + 1
 
 
 @dataclasses.dataclass(frozen=True)

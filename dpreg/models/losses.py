@@ -187,10 +187,13 @@ def row_losses(model: Any, prediction: Array, batch: Mapping[str, Array]) -> Arr
     Raises:
       InputError: when the model's loss gives anything but one value a row, such as their mean.
     """
-    losses = model.loss(prediction, batch["y"])
+    counts = batch["weight"] > 0
+    # Not only the loss: its derivative may be infinite, and infinity times nothing is not a number.
+    along = counts.reshape(-1, *[1] * (prediction.ndim - 1))
+    losses = model.loss(jnp.where(along, prediction, 0), batch["y"])
     if losses.shape != batch["weight"].shape:
         raise InputError(
             f"the model's loss gives {list(losses.shape)} for {len(batch['weight'])} rows; "
             "give one value for each row, [rows], and no mean: rows have weights"
         )
-    return jnp.where(batch["weight"] > 0, losses, 0)
+    return jnp.where(counts, losses, 0)

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, TextIO
 
 from dpreg.observer import Progress
+from dpreg.observers.workdir import write_whole
 
 
 def to_json(value: Any, indent: int | None = None) -> str:
@@ -94,7 +95,5 @@ def note_start(path: pathlib.Path, step: int, device_count: int, process_count: 
 
 
 def _rewrite(path: pathlib.Path, records: list[dict[str, Any]]) -> None:
-    """Writes the lines anew, whole or not at all: one that a crash cut off would swallow the next."""
-    rewritten = path.with_suffix(".tmp")
-    rewritten.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
-    rewritten.replace(path)
+    """Writes the lines anew: one that a crash cut off would swallow the next."""
+    write_whole(path, "".join(json.dumps(record) + "\n" for record in records))

@@ -10,6 +10,7 @@ import scipy.special
 
 from dpreg.config import Config
 from dpreg.observers.chart import chart, page, picture, scatter
+from dpreg.observers.workdir import write_whole
 
 COMPARED_ROWS = 1000  # of which residuals are drawn
 
@@ -93,7 +94,7 @@ def write_report(
 {_audit(records)}
 <section><h2>Flags</h2>{_table(flags)}</section>
 </div>"""
-    path.write_text(page(config.dataset, body, _STYLE), encoding="utf-8")
+    write_whole(path, page(config.dataset, body, _STYLE))
 
 
 def _losses(summary: Mapping[str, Any], records: Records) -> str:
@@ -184,7 +185,7 @@ def write_comparison(path: pathlib.Path, records: Mapping[str, Records], rows: M
     """
     if path.suffix == ".svg":
         losses = {run: _curve(of_run, "train_loss") for run, of_run in records.items()}
-        path.write_text(picture(losses, "epoch", "training loss"), encoding="utf-8")
+        write_whole(path, picture(losses, "epoch", "training loss"))
         return
     body = "<h1>Runs</h1>"
     for name, title in _CURVES.items():
@@ -197,7 +198,7 @@ def write_comparison(path: pathlib.Path, records: Mapping[str, Records], rows: M
         for name, values in rows.items()
     )
     body += f'<h2>Results</h2><div class="beside"><table><tr><th>{heads}{"".join(cells)}</table></div>'
-    path.write_text(page("runs", body, _STYLE), encoding="utf-8")
+    write_whole(path, page("runs", body, _STYLE))
 
 
 def _curve(records: Records, name: str) -> list[tuple[float, float]]:

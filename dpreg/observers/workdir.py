@@ -1,10 +1,12 @@
 """The folder of a run's outputs, the same for all its processes."""
 
 import contextlib
+import datetime
+import fcntl
+import os
 import pathlib
 import shutil
 import tempfile
-import time
 from collections.abc import Iterator
 
 import jax
@@ -15,21 +17,22 @@ from dpreg.parallel import processes
 
 @contextlib.contextmanager
 def open_workdir(name: str | None, keep: bool = True) -> Iterator[pathlib.Path]:
-    """The folder, made where there is none, and checked before anything costly.
+    """The folder, made where there is none, checked before anything costly, and held against other runs.
 
     Args:
       name: None for a new folder in runs/, named by the time.
       keep: False takes the folder away at the end, if it was made here; an InputError does so, too.
 
     Raises:
-      InputError: when it cannot be written, or not all processes see the same folder there.
+      InputError: when it cannot be written, another run is in it, or not all processes see the same folder there.
     """
     if not name and jax.process_count() > 1:
         raise InputError("--workdir: several processes need a folder that all see; give --workdir=DIR")
-    path = pathlib.Path(name or f"runs/{time.strftime('%Y%m%d-%H%M%S')}")
+    path = pathlib.Path(name or f"runs/{datetime.datetime.now():%Y%m%d-%H%M%S-%f}")
     with contextlib.ExitStack() as stack:
         if jax.process_index() == 0:
             stack.enter_context(made(path, keep))
+            stack.enter_context(_held(path))
         processes.exchange()
         try:
             with tempfile.NamedTemporaryFile(dir=path, prefix=".process-") as mine:
@@ -46,6 +49,21 @@ def open_workdir(name: str | None, keep: bool = True) -> Iterator[pathlib.Path]:
             raise _unwritable(path, error) from error
         processes.exchange()
         yield path
+
+
+@contextlib.contextmanager
+def _held(path: pathlib.Path) -> Iterator[None]:
+    """Keeps other runs out of a folder until the end of this one, however it ends."""
+    folder = os.open(path, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):  # of some network file systems, which lock no folders
+            try:
+                fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise InputError(f"--workdir={path}: another run is in it; await its end, or name another") from error
+        yield
+    finally:
+        os.close(folder)
 
 
 @contextlib.contextmanager
@@ -75,6 +93,20 @@ def made(path: pathlib.Path, keep: bool = True) -> Iterator[pathlib.Path]:
             with contextlib.suppress(OSError):  # another run has come into it meanwhile
                 for folder in created[1:]:
                     folder.rmdir()
+
+
+def write_whole(path: pathlib.Path, text: str) -> None:
+    """Writes a file, whole or not at all."""
+    new = path.with_name(f".new-{path.name}")
+    try:
+        new.write_text(text, encoding="utf-8")
+        new.replace(path)
+    except OSError as error:
+        error.filename = str(path)
+        raise
+    finally:
+        with contextlib.suppress(OSError):
+            new.unlink()
 
 
 def _unwritable(path: pathlib.Path, error: OSError) -> InputError:

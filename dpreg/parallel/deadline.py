@@ -1,6 +1,7 @@
 """No run hangs without a message: a deadline between the results of a run's steps."""
 
 import faulthandler
+import math
 import os
 import sys
 import threading
@@ -21,7 +22,8 @@ _FORGOTTEN = 0.1  # of the slowest wait, with each result
 class Deadline:
     """Ends the process when no results have come for too long: with the stacks of all threads, and exit code 76.
 
-    Heartbeats between processes come from threads of the runtime, and go on when Python or a file system hangs.
+    (1 where a hung call holds the interpreter's lock, and so keeps this from saying it.) Heartbeats between processes
+    come from threads of the runtime, and go on when Python or a file system hangs.
     A context manager; the time counts from `begin` on, so ingest and compilation have no limit.
 
     Args:
@@ -30,7 +32,7 @@ class Deadline:
     """
 
     def __init__(self, seconds: float | None = None):
-        self._seconds = seconds
+        self._seconds, self._tick = seconds, min(_TICK_SECONDS, (seconds or math.inf) / 4)
         self._slowest: float | None = None
         self._waited: float | None = None  # counted, not read from a clock: who is stopped and goes on, is not late
         self._over = threading.Event()
@@ -64,19 +66,19 @@ class Deadline:
         return max(_SHORTEST_SECONDS, _TIMES_THE_SLOWEST * self._slowest)
 
     def _watch(self) -> None:
-        while not self._over.wait(_TICK_SECONDS):
+        while not self._over.wait(self._tick):
             if self._waited is None:
                 continue
             if jax.process_count() > 1:
                 # A hung call may hold the lock that this thread needs: then this timer ends the process.
                 faulthandler.dump_traceback_later(self.limit + 2 * _TICK_SECONDS, exit=True)
-            self._waited += _TICK_SECONDS
+            self._waited += self._tick
             if self._waited > self.limit:
                 self._end()
 
     def _end(self) -> None:
         print(
-            f"dpreg: process {jax.process_index()} had no result for {self.limit:.0f} s (--step_timeout): it, a file "
+            f"dpreg: process {jax.process_index()} had no result for {self.limit:g} s (--step_timeout): it, a file "
             "system or another process hangs; its threads are at",
             file=sys.stderr,
             flush=True,

@@ -40,14 +40,17 @@ def join(address: str | None, num_processes: int | None, process_id: int | None)
       num_processes: how many there are; process_id: which this is, from 0.
 
     Raises:
-      InputError: when two processes have the same id, or the port is taken, or there is no cluster to ask.
+      InputError: when one of the three is missing, two processes have the same id, the port is taken, or there is no
+        cluster to ask.
       ProcessLost: when the others cannot be reached.
     """
     local_device_ids = None
     if address == "auto" or (address is None and _in_cluster()):
         address, num_processes, process_id, local_device_ids = _asked_of_cluster()
-    if address is None or num_processes is None or process_id is None:
+    if address is None and num_processes is None and process_id is None:
         return
+    if address is None or num_processes is None or process_id is None:
+        raise InputError("coordinator_address, num_processes and process_id go together; give all three")
     _take_turns()
     host, port = split_address(address)
     if process_id == 0:

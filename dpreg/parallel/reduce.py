@@ -1,6 +1,8 @@
 """From the losses of logical shards to the sums over the global batch: where devices meet."""
 
-from collections.abc import Callable
+import functools
+import operator
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -84,8 +86,8 @@ def ordered_sum(sums_of: Callable[[Array], PyTree], slots: int, carried: Array, 
     return unravel(tree_sum(list(gathered[:num_shards])))
 
 
-def tree_sum(parts: list[Array]) -> Array:
+def tree_sum(parts: Sequence[Any], add: Callable[[Any, Any], Any] = operator.add) -> Any:
     """The sum of neighbours, of neighbouring pairs, and so on: an order that depends on `len(parts)` alone."""
     while len(parts) > 1:
-        parts = [sum(parts[i + 1 : i + 2], parts[i]) for i in range(0, len(parts), 2)]
+        parts = [functools.reduce(add, parts[i : i + 2]) for i in range(0, len(parts), 2)]
     return parts[0]

@@ -131,7 +131,7 @@ def compile_train_block(
     accumulate: int,
     reduction: str,
     backend: str,
-) -> Callable[..., tuple[TrainState, Array]]:
+) -> Callable[..., tuple[TrainState, Array, Array]]:
     """Compiles `num_steps` consecutive training steps into one call.
 
     Args:
