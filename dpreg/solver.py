@@ -165,7 +165,7 @@ class Solver:
         columns = 1 + self._inputs + self._targets
         at_once = max(256, 2 * columns, _BLOCK_VALUES // columns)  # to put two triangles together costs as much as that
         for place, shard in np.ndenumerate(self._own):
-            start, rows = self._sampler.shard_start(int(shard)), int(self._sampler.shard_size(int(shard)))
+            start, rows = (int(of(int(shard))) for of in (self._sampler.shard_start, self._sampler.shard_size))
             for first in range(start, start + rows, at_once):
                 block = self._source[np.arange(first, min(first + at_once, start + rows))]
                 counted = block["weight"] > 0  # the others may be anything

@@ -74,7 +74,7 @@ def test_bash_completes_every_flag(scripts, files):
             both = {field.name, f"no{field.name}"}
             assert f"{field.name}=" in offered or both <= offered, field.name
     listed = dpreg("--helpfull").stdout  # which has booleans as --[no]name
-    for name in offered - {"help", "helpfull", "flagfile="}:
+    for name in offered - {"help", "helpfull", "version", "flagfile="}:
         bare = name.removesuffix("=").removeprefix("no") if f"--{name}:" not in listed else name
         assert f"--{name.removesuffix('=')}:" in listed or f"--[no]{bare}:" in listed, name
     assert {"config_preset=", "flagfile=", "shell_completion=", "help", "helpfull"} <= offered

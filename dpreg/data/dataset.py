@@ -381,7 +381,7 @@ class Dataset:
         def part(device: int) -> Rows:
             shards = np.arange(device * self.slots, (device + 1) * self.slots)
             positions, size = positions_of(shards), sampler.shard_size(shards)[:, None]
-            start = np.array([sampler.shard_start(int(shard)) for shard in shards])[:, None]
+            start = sampler.shard_start(shards)[:, None]
             padding = (positions >= size).ravel()
             # Padding is a row of the device's own without weight: any model takes it, and no other is read.
             indices = np.minimum(start + np.minimum(positions, np.maximum(size - 1, 0)), sampler.num_rows - 1)

@@ -181,10 +181,12 @@ class Sampler:
         size = self.num_rows // self.num_shards + (shard < self.num_rows % self.num_shards).astype(np.int32)
         return size * (shard < self.num_shards).astype(np.int32)
 
-    def shard_start(self, shard: int) -> int:
-        """The first row of a shard; `num_rows` for shards past the last."""
+    def shard_start(self, shard: np.ndarray | int) -> np.ndarray:
+        """The first row of a shard, or of each; `num_rows` for shards past the last. int64."""
         quotient, remainder = divmod(self.num_rows, self.num_shards)
-        return min(quotient * shard + min(shard, remainder), self.num_rows)
+        shard = np.asarray(shard, np.int64)
+        start: np.ndarray = np.minimum(quotient * shard + np.minimum(shard, remainder), self.num_rows)
+        return start
 
     def runs(self, step: Integers, shard: Integers, seed: Integers) -> Integers:
         """Which runs of its shard a batch is made of. `step` and `shard` broadcast, NumPy or JAX.

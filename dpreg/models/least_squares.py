@@ -61,10 +61,15 @@ class Triangle:
         units[0, 1:] = mean
         return dataclasses.replace(self, r=self.r @ units)
 
-    def loss(self, w: np.ndarray, b: np.ndarray) -> float:
-        """The mean squared loss, sum of weight |x w + b - y|^2 / 2 over the sum of weights, of w [d, t] and b [t]."""
+    def squares(self, w: np.ndarray, b: np.ndarray) -> np.ndarray:
+        """[t]: the sums of weight (x w + b - y)^2, of w [d, t] and b [t]."""
         at = np.concatenate([np.atleast_2d(b), w, -np.eye(w.shape[1])])
-        return float(np.square(self.r @ at).sum() / 2 / self.weight)
+        squares: np.ndarray = np.square(self.r @ at).sum(axis=0)
+        return squares
+
+    def loss(self, w: np.ndarray, b: np.ndarray) -> float:
+        """The mean squared loss: half of `squares`, over the sum of weights."""
+        return float(self.squares(w, b).sum() / 2 / self.weight)
 
     def solve(self, l2: float = 0.0, intercept: bool = True) -> "Fit":
         """The least mean squared loss + l2 / 2 sum w^2, with a free b, or with b = 0.
@@ -191,17 +196,13 @@ class Fit:
         """[t]: sqrt(sum of squared residuals / degrees of freedom); 1 where that is known."""
         if self.known_variance:
             return np.ones(self.b.shape)
-        at = np.concatenate([self.b[None], self.w, -np.eye(self.w.shape[1])])
-        deviation: np.ndarray = np.sqrt(np.square(self.triangle.r @ at).sum(axis=0) / max(self.degrees_of_freedom, 1))
-        return deviation
+        return np.sqrt(self.triangle.squares(self.w, self.b) / max(self.degrees_of_freedom, 1))
 
     @property
     def r2(self) -> np.ndarray:
         """[t]: the share of the targets' spread that is explained (around 0 without intercept); NaN for none."""
-        at = np.concatenate([self.b[None], self.w, -np.eye(self.w.shape[1])])
-        residual = np.square(self.triangle.r @ at).sum(axis=0)
         spread = np.square(self.triangle.r[self.intercept :, 1 + self.triangle.num_inputs :]).sum(axis=0)
-        explained: np.ndarray = 1 - residual / np.where(spread > 0, spread, np.nan)
+        explained: np.ndarray = 1 - self.triangle.squares(self.w, self.b) / np.where(spread > 0, spread, np.nan)
         return explained
 
     @property

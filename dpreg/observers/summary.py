@@ -57,7 +57,7 @@ def describe_devices(trainer: Trainer) -> list[dict[str, Any]]:
     for number, device in enumerate(trainer.mesh.devices.flat):
         first, end = (min(at * slots, trainer.num_shards) for at in (number, number + 1))
         shards = "none" if first == end else f"{first}" if end - first == 1 else f"{first} to {end - 1}"
-        rows = sampler.shard_start(end) - sampler.shard_start(first)
+        rows = int(sampler.shard_start(end) - sampler.shard_start(first))
         found.append({"device": number, "process": device.process_index, "shards": shards, "rows": rows})
     return found
 
