@@ -64,7 +64,7 @@ def build_data(config: Config, progress: Progress = lambda what, rows: None) -> 
     first = read() if jax.process_index() == 0 else None
     processes.exchange(patience=_INGEST_SECONDS)
     data = first or read()
-    for process, fingerprint in enumerate(processes.exchange(data.fingerprint())):
+    for process, fingerprint in enumerate(processes.exchange(data.fingerprint(), patience=_INGEST_SECONDS)):
         if fingerprint != data.fingerprint():
             raise InputError(
                 f"--dataset={config.dataset}: process {process} reads other rows than process {jax.process_index()}; "

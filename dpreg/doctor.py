@@ -36,10 +36,10 @@ def examine(config: Config) -> None:
     Raises:
       InputError: when something was wrong; names the checks. What was found is printed by then.
     """
-    wrong = []
+    wrong = list[str]()
     for name, check in _CHECKS:
-        if check in (_all_reduce, _rows) and "devices" in wrong:
-            continue  # they need them
+        if _NEEDS.get(name, set()) & {*wrong}:
+            continue  # it could not end, or processes would not do the same
         try:
             found, well = processes.agreed(functools.partial(check, config)), True
         except InputError as error:
@@ -202,6 +202,7 @@ def _clocks(config: Config) -> str:
     return f"within {skew * 1e3:.0f} ms of each other"
 
 
+_NEEDS = {"all-reduce": {"devices"}, "rows": {"devices", "flags"}}  # what has to be right for a check
 _CHECKS: tuple[tuple[str, Callable[[Config], str]], ...] = (
     ("versions", _versions),
     ("flags", _flags),

@@ -81,16 +81,15 @@ def _parse(help: Callable[[], str], of_runs: bool, argv: list[str]) -> list[str]
         return rest
     except (flags.Error, InputError, UnicodeDecodeError) as error:
         told = _told(error)
-        name = told.partition(":")[0].partition("=")[0]
-        leave(InputError(f"{_flagfile_with(name, argv)}{told}"), InputError.exit_code)
+        leave(InputError(f"{_flagfile_with(told.partition(': ')[0], argv)}{told}"), InputError.exit_code)
 
 
-def _flagfile_with(name: str, arguments: Sequence[str]) -> str:
-    """`FILE: ` for the flagfile that gives a flag, if no argument does; files that files name are looked at, too."""
+def _flagfile_with(given: str, arguments: Sequence[str]) -> str:
+    """`FILE: ` for the flagfile with a flag, or a flag of that value, if no argument is it; files may name files."""
     texts = {"": arguments}
     for file, lines in (waiting := [*texts.items()]):
         for flag, _, value in (line.strip().lstrip("-").partition("=") for line in lines):
-            if flag == name.lstrip("-"):
+            if given.lstrip("-") in (flag, f"{flag}={value}"):
                 return f"{file}: " if file else ""
             if flag == "flagfile" and value not in texts:
                 with contextlib.suppress(OSError, UnicodeDecodeError):

@@ -2,8 +2,10 @@
 
 import contextlib
 import functools
+import os
 import pathlib
 import signal
+import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -58,15 +60,18 @@ def run(config: Config) -> None:
       Diverged: when the loss is no longer finite; the last good state is saved then.
       Preempted: when a signal asked the run to stop; its state is saved then.
     """
+    agree(config)
+    if config.tensorboard:
+        require_tensorboard()
+    announcements = _stop_signals()
+    with open_workdir(config.workdir) as workdir, _to_go_on_in(None if config.workdir else workdir):
+        _run_in(workdir, config, announcements)
+
+
+def _run_in(workdir: pathlib.Path, config: Config, announcements: processes.Announcements) -> None:
+    first = jax.process_index() == 0
     with contextlib.ExitStack() as stack:
-        agree(config)
-        first = jax.process_index() == 0
-        if config.tensorboard:
-            require_tensorboard()
-        announcements = _stop_signals()
         deadline = stack.enter_context(Deadline(config.step_timeout))
-        workdir = stack.enter_context(open_workdir(config.workdir))
-        stack.enter_context(_to_go_on_in(None if config.workdir else workdir))
         progress = stack.enter_context(ProgressDisplay(Console(stderr=True, quiet=not first)))
         trainer, data = _prepared(config, progress, announcements)
         trainer.heartbeat = deadline.progress
@@ -291,7 +296,11 @@ def _among_others(work: Callable[[], None]) -> None:
     except (InputError, Diverged, AuditFailed, Preempted):
         raise
     except BaseException as error:
-        if not isinstance(error, (ProcessLost, OSError, KeyboardInterrupt, SystemExit)):
+        if isinstance(error, SystemExit):  # a prediction that was asked to stop: nobody waits for it
+            sys.stdout.flush()
+            os._exit(int(error.code or 0))
+        of_a_file = isinstance(error, OSError) and error.filename is not None
+        if not (of_a_file or isinstance(error, (ProcessLost, KeyboardInterrupt))):
             traceback.print_exc()
         processes.end_as_lost(error)
 

@@ -231,8 +231,10 @@ class Trainer:
     def _placed(self, dataset: Dataset) -> Dataset:
         sharded = dataset.cast(self.precision).shard(self.mesh, self.num_shards).prefetch(2)
         placed = sharded.place(self.placement, self.steps_per_block)
-        if jax.process_count() > 1 and "host" in processes.exchange(placed.resolved_placement):
-            return sharded.place("host", self.steps_per_block)  # one has less memory than others, and all are alike
+        if jax.process_count() > 1:
+            everywhere = {*processes.exchange(placed.resolved_placement)}
+            if len(everywhere) > 1:  # one has less memory than others, and all have to be alike
+                return sharded.place("host", self.steps_per_block)
         return placed
 
     def prepare_model(self, model: Model) -> None:

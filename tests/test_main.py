@@ -20,8 +20,9 @@ import dpreg as package
 from dpreg.config import Config
 from dpreg.data.order import keyed_hash
 from dpreg.errors import InputError, Preempted
-from dpreg.main import _to_go_on_in
+from dpreg.main import _to_go_on_in, run
 from dpreg.observers.workdir import open_workdir
+from dpreg.parallel.processes import Announcements
 
 ROOT = pathlib.Path(__file__).parent.parent
 CPU = "--flagfile=configs/cpu.cfg"
@@ -340,6 +341,20 @@ def test_two_runs_are_never_in_one_workdir(tmp_path, monkeypatch):
                 pass
     with open_workdir(str(one)):  # free again, and still there
         assert not list(one.iterdir())
+
+
+def test_a_run_has_its_workdir_until_its_last_output(tmp_path, monkeypatch):
+    tried = []
+
+    def another(path, *others, **named):
+        with pytest.raises(InputError, match="another run is in it"), open_workdir(str(path.parent)):
+            tried.append(path)
+        tried.append(path)
+
+    monkeypatch.setattr("dpreg.main.write_report", another)
+    monkeypatch.setattr("dpreg.main._stop_signals", Announcements)  # pytest's own are to stay
+    run(Config(workdir=str(tmp_path / "w"), max_epochs=1, num_train=64, num_val=0))
+    assert tried == [tmp_path / "w" / "report.html"]
 
 
 def test_a_stopped_run_tells_the_folder_that_its_command_does_not_name():

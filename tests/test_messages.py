@@ -64,6 +64,7 @@ WRONG = {
         ("--flagfile={}/bad.cfg",): "{}/bad.cfg: --batchsize: there is no such flag; use --batch_size, or see --help",
         ("--flagfile={}/value.cfg",): "{}/value.cfg: --batch_size=many: use an integer",
         ("--lr=x", "--flagfile={}/value.cfg"): "--lr=x: use a number",
+        ("--batch_size=8", "--flagfile={}/value.cfg"): "{}/value.cfg: --batch_size=many: use an integer",
         ("train",): "train: is no flag; give flags as --name=value",
         ("a", "b"): "a: is no flag; give flags as --name=value",
         (

@@ -179,6 +179,16 @@ def test_a_loss_that_is_not_per_row_is_refused(model):
         dpreg.Trainer(1).fit(model, Rows(64).data(32))
 
 
+class Mean(dpreg.LinearRegressionScratch):
+    def __call__(self, x):
+        return super().__call__(x).mean(axis=0, keepdims=True)
+
+
+def test_a_prediction_that_is_not_per_row_is_refused():
+    with pytest.raises(dpreg.InputError, match=r"predicts \[1, 1\] for 4 rows; give a prediction for each row"):
+        dpreg.Trainer(1).fit(Mean(3, 0.1), Rows(64).data(32))
+
+
 class Flat(Foreign):
     @nn.compact
     def __call__(self, x, train):

@@ -185,9 +185,15 @@ def row_losses(model: Any, prediction: Array, batch: Mapping[str, Array]) -> Arr
     """The loss of each row, [n]; 0 for rows without weight.
 
     Raises:
-      InputError: when the model's loss gives anything but one value a row, such as their mean.
+      InputError: when there is no prediction for each row, or the model's loss gives anything but one value a row, such
+        as their mean.
     """
     counts = batch["weight"] > 0
+    if prediction.shape[:1] != counts.shape:
+        raise InputError(
+            f"the model predicts {list(prediction.shape)} for {len(counts)} rows; give a prediction for each row, "
+            "[rows, targets]"
+        )
     # Not only the loss: its derivative may be infinite, and infinity times nothing is not a number.
     along = counts.reshape(-1, *[1] * (prediction.ndim - 1))
     losses = model.loss(jnp.where(along, prediction, 0), batch["y"])

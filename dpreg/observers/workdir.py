@@ -29,10 +29,10 @@ def open_workdir(name: str | None, keep: bool = True) -> Iterator[pathlib.Path]:
     if not name and jax.process_count() > 1:
         raise InputError("--workdir: several processes need a folder that all see; give --workdir=DIR")
     path = pathlib.Path(name or f"runs/{datetime.datetime.now():%Y%m%d-%H%M%S-%f}")
-    with contextlib.ExitStack() as stack:
+    with contextlib.ExitStack() as until_taken_away, contextlib.ExitStack() as stack:
         if jax.process_index() == 0:
             stack.enter_context(made(path, keep))
-            stack.enter_context(_held(path))
+            until_taken_away.enter_context(_held(path))
         processes.exchange()
         try:
             with tempfile.NamedTemporaryFile(dir=path, prefix=".process-") as mine:
@@ -80,7 +80,13 @@ def made(path: pathlib.Path, keep: bool = True) -> Iterator[pathlib.Path]:
     try:
         try:
             created = [folder for folder in (path, *path.parents) if not folder.exists()]
-            path.mkdir(parents=True, exist_ok=True)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                path.mkdir()
+            except FileExistsError:
+                created = []  # or another run has made it meanwhile
+                if not path.is_dir():
+                    raise
         except OSError as error:
             raise _unwritable(path, error) from error
         yield path
