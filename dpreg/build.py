@@ -99,7 +99,16 @@ def build_model(config: Config, num_inputs: int, num_targets: int, num_steps: in
     if config.model == "concise":
         return LinearRegression(outputs, config.lr, config.sigma, config.intercept, **own)
     if config.model == "mlp":
-        return MLP(config.hidden, outputs, config.lr, config.dropout, config.batch_norm, config.activation, **own)
+        return MLP(
+            config.hidden,
+            outputs,
+            config.lr,
+            config.dropout,
+            config.batch_norm,
+            config.activation,
+            config.sync_batch_norm,
+            **own,
+        )
     module, _, name = config.model.partition(":")
     try:
         of_user = getattr(importlib.import_module(module), name)

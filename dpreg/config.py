@@ -238,6 +238,11 @@ class Config(Columns):
         "Normalise an mlp's hidden values by the mean and variance of the rows of a shard in each batch.",
         decides=True,
     )
+    sync_batch_norm: bool = _flag(
+        False,
+        "With --batch_norm: by those of all rows of each batch; devices then meet in every layer. Not ordered.",
+        decides=True,
+    )
     activation: str = _flag(
         "relu", f"Activation of an mlp's hidden layers: {', '.join(ACTIVATIONS)}.", decides=True, of=ACTIVATIONS
     )
@@ -409,6 +414,12 @@ class Config(Columns):
                     self._refuse(name, "what is centred has an intercept; leave out that or --nointercept")
         if self.model == "mlp" and not self.hidden:
             self._refuse("hidden", "give one width at least, or use --model=linear")
+        if self.sync_batch_norm and not (self.model == "mlp" and self.batch_norm):
+            self._refuse("sync_batch_norm", "it is for --model=mlp --batch_norm; give both, or leave it out")
+        if self.sync_batch_norm and self.reduction == "ordered":
+            self._refuse(
+                "sync_batch_norm", "it takes all shards at once, and --reduction=ordered one by one; leave one out"
+            )
         if self.solver == "exact" and not self.is_least_squares():
             self._refuse("solver", "it is for --model=linear or concise, --loss=squared and no --l1; use --solver=sgd")
         if self.solver == "irls" and not (self._is_linear() and self.loss in ("logistic", "poisson")):

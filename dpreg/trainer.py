@@ -22,7 +22,7 @@ from dpreg.models.losses import loss_of
 from dpreg.observer import Observer, Progress
 from dpreg.parallel import devices, processes
 from dpreg.parallel.audit import Audit
-from dpreg.parallel.state import Model, TrainState, initial_state
+from dpreg.parallel.state import Model, TrainState, initial_state, normalises_over_batch
 from dpreg.parallel.step import Carried, Clock, compile_eval_block, compile_train_block, example_of, layout_of
 from dpreg.predictor import Predictor, errors_of, metrics_of
 
@@ -243,10 +243,11 @@ class Trainer:
         self.check_targets(model)
         state = self.initial_state(model)
         rows_together = self.train.sampler.shard_batch // self.accumulate_steps
-        if state.batch_stats and rows_together < _FEW_ROWS:
+        num_inputs = self.train.source[np.zeros(1, np.int32)]["x"].shape[1]
+        if state.batch_stats and rows_together < _FEW_ROWS and not normalises_over_batch(model, state, num_inputs):
             logging.warning(
                 "batch statistics of %d rows: BatchNorm sees the rows of one shard, --batch_size / --num_shards; "
-                "give it %d or more",
+                "give it %d or more, or all of the batch by --sync_batch_norm",
                 rows_together,
                 _FEW_ROWS,
             )
@@ -314,7 +315,7 @@ class Trainer:
     def exchange_bytes(self) -> int:
         """Bytes that a step gives each device: gradients, batch statistics and their rows, loss and weight.
 
-        Ordered, those of each shard.
+        Ordered, those of each shard. What a BatchNorm over the batch exchanges in its layer is not among them.
         """
         leaves = jax.tree.leaves((self.state.params, self.state.batch_stats))
         sums = sum(leaf.size for leaf in leaves) + (3 if self.state.batch_stats else 2)

@@ -79,6 +79,10 @@ WRONG = {
         ("--lr=nan",): "--lr=nan: use a finite number",
         ("--max_epochs=0",): "--max_epochs=0: use 1 or more",
         ("--workdir=gs://bucket/run",): "--workdir=gs://bucket/run: is no path of this machine; mount that storage",
+        ("--sync_batch_norm",): "--sync_batch_norm: it is for --model=mlp --batch_norm; give both, or leave it out",
+        ("--model=mlp", "--batch_norm", "--sync_batch_norm", "--reduction=ordered"): (
+            "--sync_batch_norm: it takes all shards at once, and --reduction=ordered one by one; leave one out"
+        ),
         ("--model=mlp", "--hidden="): "--hidden=: give one width at least, or use --model=linear",
         ("--num_devices=0",): "--num_devices=0: use 1 or more",
         ("--seed=3000000000",): "--seed=3000000000: use a value under 2,147,483,648",

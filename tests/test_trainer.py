@@ -328,6 +328,89 @@ def test_sorted_and_periodic_tables_train_as_well_as_mixed_ones(tmp_path):
             assert loss(ingested(name)) < 1.4 * mixed, name
 
 
+class OverTheBatch(dpreg.Module):
+    lr: float = 0.1
+
+    @nn.compact
+    def __call__(self, x, train=False):
+        x = nn.BatchNorm(use_running_average=not train, axis_name="batch")(nn.Dense(4)(x))
+        return nn.Dense(1)(nn.softplus(x))
+
+
+def batch_norm_by_hand(params, stats, x, y, weight, lr, steps):
+    """SGD steps of a net with BatchNorm over all rows of weight above 0, float64; gradients by central differences."""
+    leaves, structure = jax.tree.flatten(params)
+    sizes = np.cumsum([0, *(leaf.size for leaf in leaves)])
+
+    def forward(flat):
+        of = jax.tree.unflatten(
+            structure, [flat[a:b].reshape(leaf.shape) for a, b, leaf in zip(sizes, sizes[1:], leaves, strict=False)]
+        )
+        h = x @ of["Dense_0"]["kernel"] + of["Dense_0"]["bias"]
+        mean, var = h[weight > 0].mean(axis=0), h[weight > 0].var(axis=0)
+        h = (h - mean) / np.sqrt(var + 1e-5) * of["BatchNorm_0"]["scale"] + of["BatchNorm_0"]["bias"]
+        h = np.log1p(np.exp(h)) @ of["Dense_1"]["kernel"] + of["Dense_1"]["bias"]
+        return (weight * (h[:, 0] - y) ** 2 / 2).sum() / weight.sum(), mean, var
+
+    flat = np.concatenate([np.ravel(leaf) for leaf in leaves])
+    for _ in range(steps):
+        _, mean, var = forward(flat)
+        stats = {"mean": 0.99 * stats["mean"] + 0.01 * mean, "var": 0.99 * stats["var"] + 0.01 * var}
+        h = 1e-5 * np.eye(flat.size)
+        flat = flat - lr * np.array([(forward(flat + e)[0] - forward(flat - e)[0]) / 2e-5 for e in h])
+    return flat, stats
+
+
+@pytest.mark.parametrize("backend", ["jit", "pmap"])
+@pytest.mark.parametrize("devices", [1, 2, 3, 4, 8])
+@pytest.mark.parametrize("rows", [37, 5])  # 5: shards without rows
+def test_batch_norm_over_the_batch_agrees_with_float64(devices, backend, rows):
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(rows, 3)), rng.normal(size=rows)
+    weight = np.where(np.arange(rows) % 4 == 1, 0, rng.uniform(0.5, 2, rows))
+    trainer = dpreg.Trainer(3, devices, precision="float64", backend=backend)
+    source = dpreg.ArraySource(x, y, weight, dtype=np.dtype("float64"))
+    trainer.prepare_data(dpreg.RegressionData(source, None, 40))
+    trainer.prepare_model(OverTheBatch())
+    start = jax.device_get(trainer.variables)
+    while not trainer.done:
+        trainer.fit_epoch()
+    params, stats = batch_norm_by_hand(
+        start["params"], start["batch_stats"]["BatchNorm_0"], x, y, weight, lr=0.1, steps=3
+    )
+    found = np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(trainer.state.params)])
+    np.testing.assert_allclose(found, params, rtol=0, atol=1e-9)
+    for name, value in trainer.state.batch_stats["BatchNorm_0"].items():
+        np.testing.assert_allclose(value, stats[name], rtol=1e-9)
+    for shard in trainer.state.params["Dense_0"]["kernel"].addressable_shards:
+        np.testing.assert_array_equal(shard.data, trainer.state.params["Dense_0"]["kernel"])
+
+
+def test_batch_norm_over_the_batch_cannot_be_ordered():
+    with pytest.raises(dpreg.InputError, match="BatchNorm over the whole batch"):
+        dpreg.Trainer(1, reduction="ordered").fit(OverTheBatch(), Rows(80).data(8))
+
+
+@pytest.mark.parametrize("devices", [1, 2, 4, 8])
+def test_an_mlp_normalises_over_the_batch(devices, caplog):
+    """A step of all rows, of one shard or of eight."""
+
+    def trained(num_shards, **flags):
+        config = Config(model="mlp", hidden=(5, 4), batch_norm=True, lr=0.1, **flags)
+        trainer = dpreg.Trainer(5, min(devices, num_shards), num_shards=num_shards)
+        trainer.fit(build_model(config, 3, 1), Rows(80, weighted=True).data(80))
+        return jax.device_get(trainer.variables)
+
+    of_one = trained(1)
+    of_eight = trained(8, sync_batch_norm=True)
+    assert "batch statistics" not in caplog.text
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-6), of_eight, of_one)
+    over_shards = trained(8)
+    assert "batch statistics of 10 rows" in caplog.text
+    apart = over_shards["params"]["Dense_0"]["kernel"] - of_one["params"]["Dense_0"]["kernel"]
+    assert np.abs(apart).max() > 1e-3
+
+
 @pytest.mark.parametrize("count", [1, 2, 3, 7, 8])
 def test_tree_sum_adds_neighbours_first(count):
     parts = [jnp.float32(10.0) ** k for k in range(count)]

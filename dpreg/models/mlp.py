@@ -35,7 +35,8 @@ class LinearRegression(Module):
 class MLP(Module):
     """A multilayer perceptron (D2L section 5.1), with Dropout (5.6) and BatchNorm (8.5) after each hidden layer.
 
-    BatchNorm normalises within a logical shard, so it does not depend on the number of devices.
+    BatchNorm normalises within a logical shard, so it does not depend on the number of devices; or over all rows of
+    the batch, which needs devices to meet in every layer.
 
     Attributes:
       hidden: widths of the hidden layers.
@@ -44,6 +45,7 @@ class MLP(Module):
       dropout: share of hidden values that training leaves out.
       batch_norm: whether hidden values are normalised.
       activation: a function of `flax.linen` by its name, such as "relu".
+      sync_batch_norm: whether that is done over all rows of the batch, not only those of a shard.
     """
 
     hidden: Sequence[int]
@@ -52,13 +54,15 @@ class MLP(Module):
     dropout: float = 0.0
     batch_norm: bool = False
     activation: str = "relu"
+    sync_batch_norm: bool = False
 
     @nn.compact
     def __call__(self, x: Array, train: bool = False) -> Array:
         """The predictions: [n, d] -> [n, num_outputs]."""
+        over = "batch" if self.sync_batch_norm else None
         for width in self.hidden:
             x = nn.Dense(width)(x)
             if self.batch_norm:
-                x = nn.BatchNorm(use_running_average=not train, use_fast_variance=False)(x)
+                x = nn.BatchNorm(use_running_average=not train, use_fast_variance=False, axis_name=over)(x)
             x = nn.Dropout(self.dropout, deterministic=not train)(getattr(nn, self.activation)(x))
         return nn.Dense(self.num_outputs)(x)

@@ -16,7 +16,8 @@ class Module(nn.Module, kw_only=True):
     A subclass gives `__call__(x)`, or `__call__(x, train)` where training differs from evaluation, as with
     Dropout and BatchNorm: x is [n, d] float32 and the result [n, t]. It may replace `loss`, and
     `configure_optimizers` where it has no field `lr`. A flax module that is no subclass but has these
-    two methods trains as well. Padding rows are hidden from every `nn.BatchNorm`.
+    two methods trains as well. Padding rows are hidden from every `nn.BatchNorm`, which normalises over the rows of a
+    logical shard, and over all of the batch where it has an `axis_name`, such as "batch".
 
     With `rows_apart = True` a class says that what its `__call__` makes of a row depends on no other row and on no
     random number: batches may then be taken in parts that stay in cache.

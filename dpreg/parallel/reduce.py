@@ -11,6 +11,7 @@ from jax import Array, lax
 from jax.flatten_util import ravel_pytree
 
 AXIS = "data"  # the mesh axis that shards lie along
+SLOTS = "slots"  # the axis of those on one device, where they go through the model together
 
 PyTree = Any
 # (params, batch of one shard, shard number) -> (weighted loss sum, whatever else is to be summed)
@@ -30,12 +31,19 @@ def value_and_gradient_together(
     """The sums over shards stacked in the first axis: one gradient of the summed losses, not a sum of gradients."""
 
     def summed(params: PyTree) -> tuple[Array, PyTree]:
-        values, rest = jax.vmap(loss, in_axes=(None, 0, 0))(params, batches, shards)
+        values, rest = jax.vmap(loss, in_axes=(None, 0, 0), axis_name=SLOTS)(params, batches, shards)
         return values.sum(), jax.tree.map(lambda leaf: leaf.sum(axis=0), rest)
 
     with jax.named_scope("gradient"):
         (value, rest), gradient = jax.value_and_grad(summed, has_aux=True)(params)
     return gradient, value, rest
+
+
+def sum_over_batch(of_shard: Array) -> Array:
+    """The sum over all shards of a batch, within the loss of one of them as `value_and_gradient_together` takes it."""
+    # Of one device, the compiler would still call a meeting.
+    total: Array = lax.psum(of_shard, SLOTS if lax.axis_size(AXIS) == 1 else (SLOTS, AXIS))
+    return total
 
 
 def one_by_one(turn: Callable[[Array, PyTree], PyTree], count: Array, start: PyTree) -> PyTree:

@@ -10,11 +10,11 @@ import numpy as np
 import optax
 from flax import linen as nn
 from flax.training import train_state
-from jax import Array
+from jax import Array, lax
 from numpy.typing import ArrayLike
 
 from dpreg.errors import InputError
-from dpreg.parallel.reduce import PyTree
+from dpreg.parallel.reduce import PyTree, sum_over_batch
 
 # Products of float32 as such, also where a chip would round their factors by default; of bfloat16 features the factors
 # are rounded where the chip has such products, which it adds up in float32.
@@ -100,15 +100,19 @@ def forward(
 
     `train` reaches models whose `__call__` takes it. Rows of weight 0 are hidden from every `nn.BatchNorm`;
     where all rows are, none is hidden: flax would give NaN, and such statistics are weighted with 0 anyway.
+    In training, one with an `axis_name` normalises over all rows of the batch: see `normalises_over_batch`.
     """
     mode = train_argument(model, train)
     real = batch["weight"] > 0
     mask = real | ~real.any()
 
     def hide_padding(next_call: Callable[..., Any], args: Any, kwargs: Any, context: Any) -> Any:
-        if isinstance(context.module, nn.BatchNorm) and context.method_name == "__call__":
-            x = args[0] if args else kwargs["x"]
-            kwargs = {"mask": mask.reshape(-1, *[1] * (x.ndim - 1)), **kwargs}
+        if _is_batch_norm(context):
+            module, x = context.module, args[0] if args else kwargs["x"]
+            rows = (-1, *[1] * (x.ndim - 1))
+            if module.axis_name is not None and not _uses_running_average(module, args, kwargs):
+                return _normalised_over_batch(module, x, real.reshape(rows))
+            kwargs = {"mask": mask.reshape(rows), **kwargs}
         return next_call(*args, **kwargs)
 
     x = batch["x"]
@@ -128,3 +132,61 @@ def forward(
 def train_argument(model: Model, train: bool) -> dict[str, bool]:
     """How to tell the model whether it trains: nothing, where its `__call__` does not ask."""
     return {"train": train} if "train" in inspect.signature(type(model).__call__).parameters else {}
+
+
+def normalises_over_batch(model: Model, state: TrainState, num_inputs: int) -> bool:
+    """Whether a `nn.BatchNorm` of the model is told, by any `axis_name`, to normalise over all rows of a batch.
+
+    Others normalise over those of a shard.
+    """
+    if not state.batch_stats:
+        return False
+    names = []
+
+    def note(next_call: Callable[..., Any], args: Any, kwargs: Any, context: Any) -> Any:
+        if not _is_batch_norm(context):
+            return next_call(*args, **kwargs)
+        if not _uses_running_average(context.module, args, kwargs):
+            names.append(context.module.axis_name)
+        return args[0] if args else kwargs["x"]
+
+    def applied(variables: PyTree, x: Array, key: Array) -> Any:
+        return model.apply(variables, x, **train_argument(model, True), mutable=["batch_stats"], rngs={"dropout": key})
+
+    x = jax.ShapeDtypeStruct((1, num_inputs), jax.tree.leaves(state.params)[0].dtype)
+    with nn.intercept_methods(note):
+        jax.eval_shape(applied, {"params": state.params, "batch_stats": state.batch_stats}, x, jax.random.key(0))
+    return any(name is not None for name in names)
+
+
+def _is_batch_norm(context: Any) -> bool:
+    return isinstance(context.module, nn.BatchNorm) and context.method_name == "__call__"
+
+
+def _uses_running_average(module: nn.BatchNorm, args: Any, kwargs: Any) -> bool:
+    given = args[1] if len(args) > 1 else kwargs.get("use_running_average")
+    return bool(nn.merge_param("use_running_average", module.use_running_average, given))
+
+
+def _normalised_over_batch(module: nn.BatchNorm, x: Array, real: Array) -> Array:
+    """What the module makes of x [n, ...] by the mean and variance of the batch's real rows, of all shards.
+
+    flax would average the means of shards with unequally many rows.
+    """
+    features = {axis % x.ndim for axis in np.atleast_1d(module.axis)}
+    across = tuple(axis for axis in range(x.ndim) if axis not in features)
+    real = jnp.broadcast_to(real, x.shape)
+    count = jnp.maximum(sum_over_batch(real.sum(across, x.dtype)), 1)
+    mean = sum_over_batch(jnp.where(real, x, 0).sum(across)) / count
+    centre = jnp.expand_dims(mean, across)
+    variance = sum_over_batch(jnp.square(jnp.where(real, x, centre) - centre).sum(across)) / count
+    for name, of_batch in (("mean", mean), ("var", variance)):
+        before: Array = module.get_variable("batch_stats", name)
+        module.put_variable("batch_stats", name, module.momentum * before + (1 - module.momentum) * of_batch)
+    factor = lax.rsqrt(variance + module.epsilon)
+    if module.use_scale:
+        factor *= module.get_variable("params", "scale")
+    normalised = (x - centre) * jnp.expand_dims(factor, across)
+    if module.use_bias:
+        normalised += jnp.expand_dims(module.get_variable("params", "bias"), across)
+    return normalised

@@ -11,6 +11,7 @@ from jax import Array, lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from dpreg.data.dataset import Dataset, Read
+from dpreg.errors import InputError
 from dpreg.models.losses import row_losses
 from dpreg.parallel import devices
 from dpreg.parallel.reduce import (
@@ -23,7 +24,7 @@ from dpreg.parallel.reduce import (
     value_and_gradient,
     value_and_gradient_together,
 )
-from dpreg.parallel.state import IN_FULL, Model, TrainState, forward
+from dpreg.parallel.state import IN_FULL, Model, TrainState, forward, normalises_over_batch
 
 TRAINING_KEY = 1  # of the run's random key: the part for dropout, apart from that for the first parameters
 
@@ -146,7 +147,13 @@ def compile_train_block(
       as do all after it, uses no rows and gives NaN for the loss.
     """
     platform = mesh.devices.flat[0].platform
-    parts, apart, one_by_one_shard, whole_loops = _way(model, state, layout, mesh, accumulate, reduction)
+    together = normalises_over_batch(model, state, arguments[0]["x"].shape[-1])
+    if together and reduction == "ordered":
+        raise InputError(
+            "--reduction=ordered: a BatchNorm over the whole batch needs its shards at once, and ordered takes one by "
+            "one; use --reduction=pmean, or normalise over shards (--nosync_batch_norm; no axis_name)"
+        )
+    parts, apart, one_by_one_shard, whole_loops = _way(model, state, layout, mesh, accumulate, reduction, together)
 
     def block(state: TrainState, data: PyTree, carried: Carried, packed: Array) -> tuple[TrainState, Array, Array]:
         clock = Clock(*packed)
@@ -244,8 +251,14 @@ class _Way(NamedTuple):
     whole_loops: bool = False
 
 
-def _way(model: Model, state: TrainState, layout: Layout, mesh: Mesh, accumulate: int, reduction: str) -> _Way:
-    """The fastest way known for a platform; under `ordered` the same for any number of devices."""
+def _way(
+    model: Model, state: TrainState, layout: Layout, mesh: Mesh, accumulate: int, reduction: str, together: bool
+) -> _Way:
+    """The fastest way known for a platform; under `ordered` the same for any number of devices.
+
+    Args:
+      together: whether all shards of a device have to go through the model together.
+    """
     apart = _in_any_parts(model, state)
     if mesh.devices.flat[0].platform != "cpu":
         return _Way(accumulate, apart)
@@ -253,7 +266,7 @@ def _way(model: Model, state: TrainState, layout: Layout, mesh: Mesh, accumulate
     rows = layout.shard_batch // accumulate * (layout.slots if reduction == "pmean" else 1)
     if not apart:
         large = _PART_BYTES_OF_CORES if several_cores else _LARGE_SHARD_BYTES
-        return _Way(accumulate, apart, one_by_one_shard=rows * layout.row_bytes > large)
+        return _Way(accumulate, apart, one_by_one_shard=not together and rows * layout.row_bytes > large)
     width = max(layout.row_bytes // 4, sum(leaf.size for leaf in jax.tree.leaves(state.params)))
     part_bytes = _PART_BYTES_OF_CORES if several_cores else _PART_BYTES
     return _Way(
