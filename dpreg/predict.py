@@ -91,7 +91,9 @@ def predict(config: Config) -> None:
                 without = f"; {missing:,} have none, since values are missing" if missing else ""
                 print(f"predictions of {read.rows:,} rows in {path}{without}")
         for name, rows in read.others.items():
-            progress.say(f"column {name!r}: {rows:,} of {read.rows:,} rows have a category unknown to the model")
+            progress.say(
+                f"column {name!r}: {rows:,} of {read.rows:,} rows have a category that the model does not tell apart"
+            )
 
 
 def _compare(own: dict[str, Any]) -> None:

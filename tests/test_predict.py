@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import time
+from datetime import date
 
 import jax.numpy as jnp
 import numpy as np
@@ -301,11 +302,27 @@ def test_the_script_says_in_a_line_what_it_cannot_predict(trained, tmp_path):
         ("a,b,kind\n1,inf,red\n", "'inf' is not finite"),
         ("a,b,kind\n1,1_0,red\n", "could not convert"),
         ("a,kind\n1,red\n", "'b'"),
+        ("a,b,kind,b\n1,2,red,3\n", "two columns 'b'"),
     ):
         (tmp_path / "t.csv").write_text(text)
         done = subprocess.run([sys.executable, script, tmp_path / "t.csv"], capture_output=True, text=True)
         assert (done.returncode, len(done.stderr.splitlines()), done.stdout) == (2, 1, ""), text
         assert said in done.stderr
+
+
+def test_a_category_called_none_is_one_and_none_is_missing():
+    column = {"kind": "category", "name": "c", "values": ["None", "NaT"], "counts": [3, 2], "others": 1}
+    seen = standalone._seen(column, ["None", "NaT", None, np.datetime64("NaT"), "NA", "<NA>"], True)
+    np.testing.assert_array_equal(seen.argmax(axis=1), [0, 1, 2, 2, 2, 2])
+    assert np.isnan(standalone._seen(column, ["<NA>", "NA", None], False)).all(axis=1).tolist() == [False, True, True]
+
+
+def test_the_script_reads_long_texts_and_times_of_utc(trained, tmp_path):
+    (tmp_path / "t.csv").write_text("a,b,kind,text\n1,2,red," + "x" * 200_000 + "\n")
+    script = trained / "w" / "model" / "predict.py"
+    done = subprocess.run([sys.executable, script, tmp_path / "t.csv"], capture_output=True, text=True)
+    assert (done.returncode, len(done.stdout.splitlines()), done.stderr) == (0, 2, "")
+    assert standalone._number("2026-01-02T12:00:00Z", days=True) == (date(2026, 1, 2) - date(1970, 1, 1)).days + 0.5
 
 
 def test_the_script_keeps_all_digits_of_categories():

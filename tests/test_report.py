@@ -10,6 +10,7 @@ import xml.etree.ElementTree
 import pytest
 from cluster import ROOT
 
+from dpreg.observers import chart
 from dpreg.observers.metrics import note_start, read_records
 
 NAMES = ("one", "two", "other")
@@ -74,3 +75,10 @@ def test_what_is_no_run_is_one_line(runs, tmp_path):
         done = door("report", *names)
         assert (done.returncode, len(done.stderr.splitlines())) == (2, 1), done.stderr
         assert said in done.stderr
+
+
+@pytest.mark.parametrize("values", [[0.0], [1.0, 1.0], [4.6e18], [-1e300], [1e18, 1e18 + 4096], [-3.0, 1e-9, 7e5]])
+def test_an_axis_holds_its_values_and_has_ticks_apart(values):
+    axis = chart._even(values)
+    assert all(0 <= axis.share(value) <= 1 for value in values)
+    assert len({f"{tick:.12g}" for tick in axis.ticks}) == len(axis.ticks) >= 2

@@ -305,6 +305,14 @@ def test_what_cannot_be_taken_from_a_table_is_one_line(read, columns, tmp_path, 
     [
         ("a,y\n0,1\n1e-30,2\n", {"validation_dataset": "v.csv"}, "row 1: 'a' is not finite once it is scaled"),
         ("a,y,w\n1,1,0\n2,2,0\n", {"weight_column": "w"}, "all weights in column 'w' are 0"),
+        ("a,y,w\n1,1,1e-37\n2,2,2e-37\n", {"weight_column": "w"}, "column 'w' are 2e-37 at most, .* multiply all"),
+        (
+            "a,y,w\n1,1,1\n2,2,2\n",
+            {"weight_column": "w", "validation_dataset": "light.csv"},
+            "light.csv: no row held out has a weight in column 'w'",
+        ),
+        ("a,y\n1,1e-45\n2,3e-45\n", {}, "column 'y' varies by .* --target_transform=standardize"),
+        ("a,y\n1, \n2,3\n", {}, "row 1: column 'y' has ' ', .*leave no blanks"),
         ("a,b,y\n1,,1\n2,,2\n", {"missing": "mean"}, "column 'b' has no value"),
         ("a,a=u,y\nu,1,1\nv,2,2\n", {"categorical": "a"}, "two features would be called 'a=u'"),
         ("b,y\n0,1\n1,2\n", {"validation_dataset": "v.csv"}, "v.csv: column 'b' is not there"),
@@ -315,6 +323,7 @@ def test_what_would_be_wrong_in_silence_is_refused(read, tmp_path, content, aske
     (tmp_path / "t.csv").write_text(content)
     (tmp_path / "v.csv").write_text("a,y\n1e30,1\n")
     (tmp_path / "none.csv").write_text("a,y\n")
+    (tmp_path / "light.csv").write_text("a,y,w\n1,1,0\n")
     with pytest.raises(dpreg.InputError, match=said):
         read("t.csv", target="y", validation_fraction=0.0, **asked)
     assert not list((tmp_path / "cache").glob("*"))
@@ -451,12 +460,40 @@ def test_dictionaries_and_other_byte_orders_are_values(read, tmp_path):
     np.testing.assert_array_equal(all_rows(read("t.npz", **wanted).train)["x"][:, 0], data.train.row)
 
 
+def test_in_quotes_a_missing_number_is_missing_and_a_category_is_text(read, tmp_path, monkeypatch):
+    """Also below the first block, by which Arrow chooses types; and then no row is read twice."""
+    monkeypatch.setattr(dpreg.data.tables, "_CSV_BLOCK_BYTES", 1 << 10)
+    full = [f'"{i}","{"NA" if i % 7 == 0 else "u"}","{i}"' for i in range(1000)]
+    wanted = {"target": "y", "missing": "mean", "validation_fraction": 0.0, "standardize": False}
+    for holes in ([], [0], [990]):
+        lines = [line.replace(f'"{i}",', '"",', 1) if i in holes else line for i, line in enumerate(full)]
+        (tmp_path / "t.csv").write_text("\n".join(['"a","c","y"', *lines]) + "\n")
+        data = read("t.csv", categorical="c", **wanted)
+        x, y = (all_rows(data.train)[name][np.argsort(data.train.row)] for name in "xy")
+        numbers = np.arange(1000.0)
+        numbers[holes] = np.delete(numbers, holes).mean()
+        np.testing.assert_allclose(x[:, 0], numbers, rtol=1e-6)
+        np.testing.assert_array_equal(x[:, 2], np.arange(1000) % 7 == 0)  # "NA"
+        np.testing.assert_array_equal(y[:, 0], np.arange(1000))
+        np.testing.assert_array_equal(all_rows(read("t.csv", exclude="c", **wanted).train)["x"].sum(), x[:, 0].sum())
+
+
+def test_a_column_has_its_name_before_a_group_of_columns(read, tmp_path):
+    rows = np.zeros(9, [("y", "f8"), ("c", "f8")])
+    rows["c"] = np.arange(9)
+    np.save(tmp_path / "s.npy", rows)
+    assert read("s.npy", target="y", features="c", validation_fraction=0.0).schema.features == ("c",)
+
+
 def test_a_value_of_another_type_far_below_is_named(read, tmp_path):
     lines = [f"{i},{i % 2 == 0}" for i in range(1_500_000)]
     lines[1_400_000] = "x,True"
     (tmp_path / "t.csv").write_text("\n".join(["a,y", *lines]) + "\n")
     with pytest.raises(dpreg.InputError, match=r"t.csv, row 1,400,001: column 'a' has 'x', which is no number"):
         read("t.csv", target="y")
+    (tmp_path / "l.csv").write_bytes(b"a,k,y\n1,u,2\n2,\xe9,3\n")
+    with pytest.raises(dpreg.InputError, match=r"l.csv: .* row 2: CSV conversion error to string: invalid UTF8"):
+        read("l.csv", target="y", categorical="k")
     (tmp_path / "s.csv").write_text("a,y\n1,2\n3\n")
     with pytest.raises(dpreg.InputError, match=r"row 2: Expected 2 columns, got 1"):
         read("s.csv", target="y")

@@ -30,7 +30,8 @@ def resolve(columns: Columns, table: Table) -> Columns:
     """
 
     def named(names: Sequence[str]) -> tuple[str, ...]:
-        return tuple(column for name in names for column in table.groups.get(name, (name,)))
+        groups = {**table.groups, **{name: (name,) for name in table.columns}}
+        return tuple(column for name in names for column in groups.get(name, (name,)))
 
     full = dataclasses.replace(
         columns,
@@ -266,9 +267,9 @@ def _not_numeric(part: Part, name: str, column: pa.Array) -> str:
     row = next((i for i, value in enumerate(column.to_pylist()) if value is not None and not _is_number(value)), None)
     if row is None:
         return f"{part.where(0)}: column {name!r} holds numbers written as text; store numbers, or use --categorical"
-    return (
-        f"{part.where(row)}: column {name!r} has {column[row].as_py()!r}, which is no number; {hint}, or --categorical"
-    )
+    value = column[row].as_py()
+    remedy = f"{hint}, or --categorical" if value.strip() else "leave no blanks where a value is missing"
+    return f"{part.where(row)}: column {name!r} has {value!r}, which is no number; {remedy}"
 
 
 def _is_number(text: str) -> bool:

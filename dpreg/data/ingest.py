@@ -149,7 +149,7 @@ def _write(
     progress: Progress,
 ) -> None:
     reader = RawReader(columns, dtype=dtype)
-    learned, read = Learned(reader), 0
+    learned, read, held_out_weight = Learned(reader), 0, 0.0
     with Shuffle(folder / "train") as train, Shuffle(folder / "val") as val:
         for rows in ahead(reader.read(table), _AHEAD):
             held_out = np.zeros(len(rows), bool)
@@ -160,10 +160,13 @@ def _write(
             learned.add(fitted)
             train.add(fitted, reader.narrow)
             val.add(rows[there & held_out], reader.narrow)
+            held_out_weight += rows[there & held_out, -2].astype(dtype).sum(dtype=np.float64)
             progress("reading", read := read + len(rows))
         if validation is not None:
             for rows in reader.read(validation):
-                val.add(rows[reader.there(rows)], reader.narrow)
+                kept = rows[reader.there(rows)]
+                val.add(kept, reader.narrow)
+                held_out_weight += kept[:, -2].astype(dtype).sum(dtype=np.float64)
                 progress("reading", read := read + len(rows))
         reader.refuse_missing(table.name)
         if not train.rows:
@@ -177,12 +180,26 @@ def _write(
             raise InputError(
                 f"{table.name}: all weights in column {columns.weight_column!r} are 0; give one row at least a weight"
             )
+        least = float(np.finfo(dtype).tiny / np.finfo(dtype).eps ** 2)
+        if learned.largest_weight < least:
+            raise InputError(
+                f"{table.name}: the weights in column {columns.weight_column!r} are {learned.largest_weight:.3g} at "
+                f"most, and products with them vanish as {dtype}; multiply all by the same number"
+            )
+        if val.rows and not held_out_weight > 0:
+            raise InputError(
+                f"{(validation or table).name}: no row held out has a weight in column {columns.weight_column!r}; "
+                "hold out others, or none with --validation_fraction=0"
+            )
         with told_of(table.name):
             schema, codes = learned.schema(train.rows)
         written = {}
-        for name, kept, of in (("train", train, table), ("val", val, validation or table)):
+        for name, shuffled, of in (("train", train, table), ("val", val, validation or table)):
             with told_of(of.name):
-                written[name] = kept.rows, _encode(kept.in_order(), folder / name, schema, dtype, codes, progress)
+                written[name] = (
+                    shuffled.rows,
+                    _encode(shuffled.in_order(), folder / name, schema, dtype, codes, progress),
+                )
     write_manifest(folder, table.name, schema, dtype, written)
 
 

@@ -22,12 +22,14 @@ class Learned:
         self._reader, self._columns = reader, reader.columns
         self._counts = {name: collections.Counter[int]() for name in self._columns.categorical}
         self._moments = Moments.none(len(self._columns.features) + len(self._columns.target))
-        self.weight = 0.0  # of all rows
+        self.weight = self.largest_weight = 0.0  # of all rows, and of one
 
     def add(self, raw: np.ndarray) -> None:
         """Takes in rows as `RawReader.read` gives them."""
         self._moments.add(raw[:, :-2])
-        self.weight += float(raw[:, -2].astype(self._reader.dtype).sum(dtype=np.float64))
+        weight = raw[:, -2].astype(self._reader.dtype)
+        self.weight += float(weight.sum(dtype=np.float64))
+        self.largest_weight = max(self.largest_weight, float(weight.max(initial=0)))
         for name in self._counts:
             values = raw[:, self._columns.features.index(name)]
             self._counts[name].update(dict(zip(*np.unique(values[~np.isnan(values)], return_counts=True), strict=True)))
@@ -71,7 +73,8 @@ class Learned:
             scaled = columns.target_transform == "standardize" if is_target else columns.standardize is not False
             if scaled or name in self._counts or not moments.least[at] < moments.most[at]:
                 continue
-            if largest[at] * float(np.finfo(dtype).eps) / 2 > _MOST_LOST * deviation[at]:
+            rounding = max(largest[at] * float(np.finfo(dtype).eps) / 2, float(np.finfo(dtype).tiny))
+            if rounding > _MOST_LOST * deviation[at]:
                 remedy = "--target_transform=standardize" if is_target else "--standardize"
                 remedy += "" if dtype == np.float64 else ", or --precision=float64"
                 raise InputError(

@@ -18,9 +18,10 @@ from typing import Any
 
 import numpy as np
 
-# What CSV files write for a missing value, as Arrow has it, and how Python shows one.
+# What CSV files write for a missing value, as Arrow has it, and how Python shows one that is no text.
 _IN_FILES = ("#N/A", "#N/A N/A", "#NA", "-1.#IND", "-1.#QNAN", "-NaN", "-nan", "1.#IND", "1.#QNAN", "N/A", "NA", "NULL")
-MISSING = frozenset([*_IN_FILES, "", "NaN", "n/a", "nan", "null", "None", "<NA>", "NaT"])
+MISSING = frozenset([*_IN_FILES, "", "NaN", "n/a", "nan", "null"])
+_SHOWN = MISSING | {"None", "<NA>", "NaT"}
 
 
 def spelled(category: str) -> str:
@@ -57,9 +58,10 @@ def predict(columns: Mapping[str, Sequence[Any]], folder: pathlib.Path | None = 
     filled = model["flags"]["missing"] == "mean"
     x = np.concatenate([_seen(column, columns[column["name"]], filled) for column in schema["inputs"]], axis=1)
     z = x @ w + by_size.get(1, 0.0)
-    found = _of_link(z, model["flags"]["loss"])
-    found = found * [target["scale"] for target in schema["targets"]] + [target["mean"] for target in schema["targets"]]
-    found = np.exp(found) if schema["log_targets"] else found
+    mean, scale = ([target[name] for target in schema["targets"]] for name in ("mean", "scale"))
+    with np.errstate(over="ignore"):  # it is infinite then
+        found = _of_link(z, model["flags"]["loss"]) * scale + mean
+        found = np.exp(found) if schema["log_targets"] else found
     return np.where(np.isnan(x).any(axis=1, keepdims=True), np.nan, found)
 
 
@@ -76,7 +78,7 @@ def _of_link(z: np.ndarray, loss: str) -> np.ndarray:
 
 def _seen(column: Mapping[str, Any], values: Sequence[Any], filled: bool) -> np.ndarray:
     """What the model sees of a column: [n, features]; NaN where a value is missing that is not filled in."""
-    missing = np.array([str(value) in MISSING for value in values], bool)
+    missing = np.array([value in MISSING if isinstance(value, str) else str(value) in _SHOWN for value in values], bool)
     if column["kind"] == "number":
         fill = np.nan if column["fill"] is None else column["fill"]
         numbers = [fill if gone else _number(v, column["days"]) for v, gone in zip(values, missing, strict=True)]
@@ -99,7 +101,7 @@ def _number(value: Any, days: bool) -> float:
     if days:
         if not re.match(r"\d{4}-\d\d-\d\d", text):
             raise ValueError(f"{text!r} is no date such as 2026-01-31")
-        return float(np.datetime64(text, "us").astype(np.int64) / 86_400e6)
+        return float(np.datetime64(text.removesuffix("Z"), "us").astype(np.int64) / 86_400e6)
     number = float({"true": 1, "false": 0}.get(text.lower(), "" if "_" in text else text))
     if not math.isfinite(number):
         raise ValueError(f"{text!r} is not finite")
@@ -107,14 +109,19 @@ def _number(value: Any, days: bool) -> float:
 
 
 def _main(file: str) -> None:
+    csv.field_size_limit(2**31 - 1)
     with open(file, newline="", encoding="utf-8-sig") as lines:
         head, *rows = [row for row in csv.reader(lines) if row] or [[]]
+    head = [name.strip() for name in head]
+    for name in head:
+        if head.count(name) > 1:
+            raise ValueError(f"there are two columns {name!r}")
     for number, row in enumerate(rows, 1):
         if len(row) != len(head):
             raise ValueError(f"row {number} has {len(row)} values, and there are {len(head)} columns")
     if not rows:
         raise ValueError("there are no rows")
-    found = predict({name.strip(): [row[at] for row in rows] for at, name in enumerate(head)})
+    found = predict({name: [row[at] for row in rows] for at, name in enumerate(head)})
     model = json.loads((pathlib.Path(__file__).parent / "model.json").read_text(encoding="utf-8"))
     writer = csv.writer(sys.stdout, lineterminator="\n")
     writer.writerow(["row", *(f"predicted_{target['name']}" for target in model["schema"]["targets"])])
@@ -127,7 +134,7 @@ if __name__ == "__main__":
         sys.exit(2)
     try:
         _main(sys.argv[1])
-    except (OSError, KeyError, ValueError) as error:
+    except (OSError, KeyError, ValueError, csv.Error) as error:
         what = f"there is no column {error}" if isinstance(error, KeyError) else error
         print(f"predict.py: {what}", file=sys.stderr)
         sys.exit(2)

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import glob
+import itertools
 import math
 import os
 import pathlib
@@ -181,7 +182,7 @@ Header = tuple[list[pa.Field], dict[str, tuple[str, ...]]]  # columns, and those
 Kinds = dict[str, pa.DataType]
 
 
-def _open_csv(file: str, kinds: Kinds | None = None) -> pa.csv.CSVStreamingReader:
+def _open_csv(file: str, kinds: Kinds | None = None, quoted_missing: bool = True) -> pa.csv.CSVStreamingReader:
     return pyarrow.csv.open_csv(
         pa.input_stream(file, compression="gzip" if file.lower().endswith(".gz") else None),
         read_options=pyarrow.csv.ReadOptions(block_size=_CSV_BLOCK_BYTES, use_threads=False),  # messages name the row
@@ -190,7 +191,7 @@ def _open_csv(file: str, kinds: Kinds | None = None) -> pa.csv.CSVStreamingReade
             column_types=kinds,
             include_columns=list(kinds or ()),
             strings_can_be_null=True,
-            quoted_strings_can_be_null=False,
+            quoted_strings_can_be_null=quoted_missing,
         ),
     )
 
@@ -207,11 +208,27 @@ def _inspect_csv(file: str) -> Header:
 
 
 def _read_csv(file: str, kinds: Kinds) -> Iterator[pa.RecordBatch]:
+    """In quotes, what is written for a missing value is text to a category, but never a number or a date."""
     kinds = {name: pa.float64() if _is_numeric(kind) else kind for name, kind in kinds.items()}
+    texts = {name: kind for name, kind in kinds.items() if pa.types.is_string(kind)}
+    others = {name: kind for name, kind in kinds.items() if name not in texts}
+    done = 0
     try:
-        yield from _open_csv(file, kinds)
+        try:
+            for batch in _open_csv(file, kinds, quoted_missing=not texts):
+                yield batch
+                done += 1
+        except pa.ArrowInvalid:
+            if not (texts and others):
+                raise
+            # There may be such a value among numbers: all are read again, apart, in the same batches.
+            apart = zip(_open_csv(file, texts, quoted_missing=False), _open_csv(file, others), strict=True)
+            for batches in itertools.islice(apart, done, None):
+                columns = {name: batch.column(name) for batch in batches for name in batch.schema.names}
+                yield pa.RecordBatch.from_pydict({name: columns[name] for name in kinds})
     except pa.ArrowInvalid as error:
-        _refuse_text(file, kinds)
+        with contextlib.suppress(pa.ArrowInvalid):  # it is no text either
+            _refuse_text(file, others)
         raise _with_row(error) from error
 
 
@@ -231,9 +248,12 @@ def _refuse_text(file: str, kinds: Kinds) -> None:
             except pa.ArrowInvalid as error:
                 row = first_wrong(column, kind)
                 what = "number" if pa.types.is_floating(kind) else f"{kind}, as the values before it"
+                remedy = "choose columns with --features or --exclude, or --categorical"
+                if column[row].as_py() == "":
+                    remedy = "leave no blanks where a value is missing"
                 raise InputError(
                     f"{file}, row {first + row + 1:,}: column {name.strip()!r} has {column[row].as_py()!r}, "
-                    f"which is no {what}; choose columns with --features or --exclude, or --categorical"
+                    f"which is no {what}; {remedy}"
                 ) from error
         first += batch.num_rows
 
