@@ -270,7 +270,13 @@ def _main(argv: list[str]) -> None:
     try:
         config = Config.from_flags(flags.FLAGS)
         devices.start(
-            config.platform, config.num_devices, config.coordinator_address, config.num_processes, config.process_id
+            config.platform,
+            config.num_devices,
+            config.coordinator_address,
+            config.num_processes,
+            config.process_id,
+            # A model that predicts was trained in one order or not: so it is given the same threads in any case.
+            config.num_shards if config.reduction == "ordered" or config.mode != "train" else None,
         )
         door = {"train": run, "doctor": examine}.get(config.mode, predict)
         if jax.process_count() == 1:

@@ -3,6 +3,10 @@
 import functools
 import hashlib
 import itertools
+import json
+import os
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +17,8 @@ from flax import linen as nn
 from models import Net, Rows
 
 import dpreg
+from dpreg.build import build_model
+from dpreg.config import Config
 from dpreg.data import order
 from dpreg.data.order import Sampler
 from dpreg.parallel import step as compiled
@@ -154,6 +160,38 @@ def test_ordered_network_gives_the_same_bits_on_any_number_of_devices(backend, p
 def test_ordered_network_with_few_rows_gives_the_same_bits(backend, placement, optimizer, size):
     results = {n: network_run(optimizer, size, n, backend=backend, placement=placement) for n in (1, 3)}
     assert results == dict.fromkeys((1, 3), network_run(optimizer, size))
+
+
+@pytest.mark.parametrize(("model", "optimizer"), [("linear", "lbfgs"), ("mlp", "momentum")])
+def test_ordered_holds_for_several_targets(model, optimizer):
+    """Also for the losses told: how rows are read from where they lie must not change what is made of them."""
+    x = np.random.default_rng(0).normal(size=(403, 5))
+    rows = dpreg.ArraySource(x, np.stack([x.sum(axis=1), x[:, 0]], axis=1))
+    data = dpreg.RegressionData(rows, dpreg.ArraySource(*(rows[np.arange(77)][name] for name in "xy")), 32)
+    config = Config(model=model, optimizer=optimizer, lr=0.02, hidden=(8,))
+    results = {
+        digest(trained(build_model(config, 5, 2), data, 2, n, reduction="ordered", placement=placement))
+        for n, placement in ((1, "device"), (1, "host"), (8, "device"), (3, "host"))
+    }
+    assert len(results) == 1
+
+
+def test_ordered_holds_on_any_number_of_cores(tmp_path):
+    """Products of this size are shared by the threads that XLA has, and added up as these divide them."""
+    flags = "--platform=cpu --reduction=ordered --model=mlp --num_train=8192 --batch_size=8192 --num_val=4096"
+    cores = sorted(os.sched_getaffinity(0))
+    runs = {"one": (1, cores[:1]), "all": (1, cores), "eight": (8, cores)}
+    for name, (n, on) in runs.items():
+        bound = f"import os, runpy; os.sched_setaffinity(0, {on}); runpy.run_module('dpreg.main', run_name='__main__')"
+        done = subprocess.run(
+            [sys.executable, "-c", bound, *flags.split(), f"--num_devices={n}", f"--workdir={tmp_path / name}"],
+            env={name: value for name, value in os.environ.items() if name != "NPROC"},
+            capture_output=True,
+            timeout=240,
+        )
+        assert done.returncode == 0, done.stderr
+    told = [json.loads((tmp_path / name / "summary.json").read_text()) for name in runs]
+    assert len({(of["params_sha256"], of["val_loss"], of["train_loss"]) for of in told}) == 1
 
 
 @pytest.mark.parametrize("activation", [nn.gelu, nn.tanh])

@@ -45,7 +45,8 @@ def optimizer_called(
     if name == "sgd" and not callable(schedule):
         inner = SGD(schedule)
     elif name == "lbfgs":
-        inner = optax.chain(optax.scale_by_lbfgs(), optax.scale_by_learning_rate(schedule))
+        # Of one vector: the products of matrices would be compiled otherwise for one device than for many.
+        inner = optax.flatten(optax.chain(optax.scale_by_lbfgs(), optax.scale_by_learning_rate(schedule)))
     elif name == "adamw":
         inner = optax.adamw(schedule, weight_decay=l2, mask=_matrices)
     else:

@@ -31,6 +31,7 @@ def start(
     coordinator_address: str | None = None,
     num_processes: int | None = None,
     process_id: int | None = None,
+    threads: int | None = None,
 ) -> None:
     """Prepares JAX, before anything else uses it: platform, simulated devices, compilation cache, processes.
 
@@ -43,6 +44,8 @@ def start(
       coordinator_address: HOST:PORT at which process 0 serves; "auto" leaves it to JAX to ask the cluster
         (also Kubernetes and TPU pods).
       num_processes: how many there are; process_id: which this is, from 0.
+      threads: that XLA computes with on CPU, all devices of this process together; None: as many as it has cores. How
+        a product is added up depends on it: "ordered" has the same bits with as many threads as shards.
 
     Raises:
       InputError: when JAX has already started with fewer devices, or two processes have the same id.
@@ -54,6 +57,8 @@ def start(
     """
     if platform == "cpu":
         jax.config.update("jax_platforms", "cpu")
+    if threads is not None:
+        os.environ["NPROC"] = str(threads)  # read by XLA
     given = os.environ.get("XLA_FLAGS", "")
     if "xla_backend_extra_options" not in given:
         os.environ["XLA_FLAGS"] = f"{given} {_ALL_LOOPS}".strip()
@@ -81,8 +86,13 @@ def start(
 
 
 def cores() -> int:
-    """Cores that this process may run on: XLA computes with as many threads on CPU, for all devices of the process."""
+    """Cores that this process may run on."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def threads() -> int:
+    """Threads that XLA computes with on CPU, for all devices of this process: a device at least has one."""
+    return max(int(os.environ.get("NPROC") or cores()), len(jax.local_devices(backend="cpu")))
 
 
 @functools.cache

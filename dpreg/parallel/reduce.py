@@ -55,6 +55,12 @@ def one_by_one(turn: Callable[[Array, PyTree], PyTree], count: Array, start: PyT
     return lax.fori_loop(0, count, turn, start)
 
 
+def on_its_own(made: Callable[[], PyTree], one: Array) -> PyTree:
+    """What `made` gives, in a loop of `one` turn: how it is computed changes nothing of what is then done with it."""
+    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(made))
+    return one_by_one(lambda _, __: made(), one, zeros)
+
+
 def added_up(sums_of: Callable[[Array], PyTree], count: Array) -> PyTree:
     """The sum of `sums_of(i)` for i in [0, count), one after the other, in a loop as of `one_by_one`."""
     zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(lambda: sums_of(jnp.int32(0))))
