@@ -170,6 +170,8 @@ def _workdir(config: Config) -> str:
     if config.tensorboard:
         require_tensorboard()
     with open_workdir(config.workdir, keep=False) as path:
+        if config.resume == "must" and not any(path.glob("checkpoints/*")):
+            raise InputError(f"--resume=must: {path} holds no checkpoint; name another --workdir, or use --resume=auto")
         return f"{path} can be written" + (" and is seen by all" if jax.process_count() > 1 else "")
 
 

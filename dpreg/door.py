@@ -16,7 +16,7 @@ from absl import app, flags
 
 from dpreg.completion import SHELLS, Flag, script
 from dpreg.config import A_FILE, COMMON, Config, define_flags
-from dpreg.errors import InputError
+from dpreg.errors import AuditFailed, Diverged, InputError, Preempted, ProcessLost
 
 _PRESET, _SHELL = "config_preset", "shell_completion"
 
@@ -29,6 +29,7 @@ def enter(main: Callable[[list[str]], None], of_runs: bool = False, installed: b
     """
     own = [flag.name for flag in flags.FLAGS.get_key_flags_for_module(sys.argv[0])]
     about = sys.modules[main.__module__].__doc__
+    main = functools.partial(_in_a_line, main)
     if of_runs:
         app.run(main, flags_parser=functools.partial(_parse, lambda: _help(about, {"Flags": own}), True))
     define_flags()
@@ -43,19 +44,31 @@ def enter(main: Callable[[list[str]], None], of_runs: bool = False, installed: b
     app.run(main, flags_parser=functools.partial(_parse, lambda: _help(about, groups), False))
 
 
-def leave(error: Exception, code: int) -> NoReturn:
+def _in_a_line(main: Callable[[list[str]], None], argv: list[str]) -> None:
+    """Runs `main`; what is no fault of the code ends with one line, and the exit code that tells it."""
+    try:
+        main(argv)
+    except (InputError, Diverged, AuditFailed, Preempted, ProcessLost) as error:
+        _leave(error, error.exit_code)
+    except KeyboardInterrupt:
+        _leave(InterruptedError("interrupted"), 130)
+    except OSError as error:
+        _leave_for(error)
+
+
+def _leave(error: Exception, code: int) -> NoReturn:
     """Ends with one line on stderr."""
     print("dpreg:", " ".join(str(error).split()), file=sys.stderr, flush=True)
     sys.exit(code)
 
 
-def leave_for(error: OSError) -> NoReturn:
+def _leave_for(error: OSError) -> NoReturn:
     """Ends with one line on a file that could not be read or written; another fault is raised again."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        leave(InputError(f"a file could not be written: {error.strerror}; make room, and start again"), 2)
+        _leave(InputError(f"a file could not be written: {error.strerror}; make room, and start again"), 2)
     if error.filename is None:
         raise error
-    leave(InputError(f"{error.filename}: {error.strerror}; mend it, or name another"), InputError.exit_code)
+    _leave(InputError(f"{error.filename}: {error.strerror}; mend it, or name another"), InputError.exit_code)
 
 
 def _parse(help: Callable[[], str], of_runs: bool, argv: list[str]) -> list[str]:
@@ -81,7 +94,7 @@ def _parse(help: Callable[[], str], of_runs: bool, argv: list[str]) -> list[str]
         return rest
     except (flags.Error, InputError, UnicodeDecodeError) as error:
         told = _told(error)
-        leave(InputError(f"{_flagfile_with(told.partition(': ')[0], argv)}{told}"), InputError.exit_code)
+        _leave(InputError(f"{_flagfile_with(told.partition(': ')[0], argv)}{told}"), InputError.exit_code)
 
 
 def _flagfile_with(given: str, arguments: Sequence[str]) -> str:

@@ -32,6 +32,7 @@ from dpreg.trainer import Trainer
 
 _MOST_EXACT = 1024  # parameters up to which "auto" is exact: its time grows with their square, or third power
 _LOCATED = ("squared", "huber", "absolute", "quantile")  # losses of which a scaled target is a target, too
+_OF_LOGARITHMS = ("poisson", "gamma")  # losses of which a linear model adds up logarithms
 _EPSILON = float(np.finfo(np.float64).eps)
 
 
@@ -280,6 +281,10 @@ class Estimator(BaseEstimator):
         trainer.prepare_model(model)
         if before:
             self._go_on(trainer, before)
+        elif fitted.is_linear and config.loss in _OF_LOGARITHMS:
+            # From the mean: the steps of an optimizer are too short to get there from 1.
+            typical = np.maximum(weight @ y / weight.sum(), np.finfo(np.float32).tiny)
+            trainer.accept(np.zeros((x.shape[1], fitted.targets)), np.log(typical), np.nan)
         while not trainer.done:
             trainer.fit_epoch()
         optimizer = trainer.state.opt_state

@@ -21,7 +21,7 @@ from dpreg.data.dataset import Cast
 from dpreg.data.order import ORDER
 from dpreg.data.sources import RegressionData
 from dpreg.doctor import agree, examine
-from dpreg.door import enter, leave, leave_for
+from dpreg.door import enter
 from dpreg.errors import AuditFailed, Diverged, InputError, Preempted, ProcessLost
 from dpreg.models.glm import FAMILIES
 from dpreg.models.least_squares import Fit
@@ -207,6 +207,10 @@ def _prepared(
     data = build_data(config, told)
     reading = time.perf_counter() - started
     trainer.prepare_data(data)
+    if (profiled := config.profiled_steps()) and profiled[0] >= trainer.train.num_steps:
+        raise InputError(
+            f"--profile={config.profile}: the run has {trainer.train.num_steps:,} steps; name two of them, from 0"
+        )
     trainer.seconds["ingest"] += reading
     progress.doing("compiling")
     trainer.prepare_model(build_model(config, data.num_inputs, data.num_targets, trainer.train.num_steps))
@@ -267,28 +271,21 @@ def _main(argv: list[str]) -> None:
     del argv  # all flags
     if not flags.FLAGS["verbosity"].present:
         logging.set_verbosity(logging.WARNING)
-    try:
-        config = Config.from_flags(flags.FLAGS)
-        devices.start(
-            config.platform,
-            config.num_devices,
-            config.coordinator_address,
-            config.num_processes,
-            config.process_id,
-            # A model that predicts was trained in one order or not: so it is given the same threads in any case.
-            config.num_shards if config.reduction == "ordered" or config.mode != "train" else None,
-        )
-        door = {"train": run, "doctor": examine}.get(config.mode, predict)
-        if jax.process_count() == 1:
-            door(config)
-        else:
-            _among_others(functools.partial(door, config))
-    except (InputError, Diverged, AuditFailed, Preempted, ProcessLost) as error:
-        leave(error, error.exit_code)
-    except KeyboardInterrupt:
-        leave(InterruptedError("interrupted"), 130)
-    except OSError as error:
-        leave_for(error)
+    config = Config.from_flags(flags.FLAGS)
+    devices.start(
+        config.platform,
+        config.num_devices,
+        config.coordinator_address,
+        config.num_processes,
+        config.process_id,
+        # A model that predicts was trained in one order or not: so it is given the same threads in any case.
+        config.num_shards if config.reduction == "ordered" or config.mode != "train" else None,
+    )
+    door = {"train": run, "doctor": examine}.get(config.mode, predict)
+    if jax.process_count() == 1:
+        door(config)
+    else:
+        _among_others(functools.partial(door, config))
 
 
 def _among_others(work: Callable[[], None]) -> None:

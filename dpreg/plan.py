@@ -33,7 +33,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from dpreg.build import build_data, build_model, build_trainer
 from dpreg.config import Config
 from dpreg.data.dataset import RESIDENT_FRACTION
-from dpreg.door import enter, leave, leave_for
+from dpreg.door import enter
 from dpreg.errors import InputError
 from dpreg.observers.workdir import made
 from dpreg.parallel import devices
@@ -259,23 +259,21 @@ def _say_into(file: str) -> None:
 
 def _main(argv: list[str]) -> None:
     del argv
-    try:
-        config, topology = Config.from_flags(flags.FLAGS), flags.FLAGS["topology"].value
-        with made(pathlib.Path(config.workdir or ".")) as folder:
-            if topology:
-                found = _apart(config, topology)
-            else:
-                devices.start(config.platform, config.num_devices)
-                found = plan(config)
-        print(found.describe())
-        if config.workdir:
-            told = dataclasses.asdict(found) | {"fits": found.fits}
-            (folder / "plan.json").write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
-            print(f"also in {folder / 'plan.json'}")
-    except InputError as error:
-        leave(error, error.exit_code)
-    except OSError as error:
-        leave_for(error)
+    config, topology = Config.from_flags(flags.FLAGS), flags.FLAGS["topology"].value
+    for name, of_a_step in (("mode", "train"), ("solver", "sgd"), ("num_processes", None)):
+        if (given := getattr(config, name)) != of_a_step:
+            raise InputError(f"--{name}={given}: a plan is of a training step, in one process; leave it out")
+    with made(pathlib.Path(config.workdir or ".")) as folder:
+        if topology:
+            found = _apart(config, topology)
+        else:
+            devices.start(config.platform, config.num_devices)
+            found = plan(config)
+    print(found.describe())
+    if config.workdir:
+        told = dataclasses.asdict(found) | {"fits": found.fits}
+        (folder / "plan.json").write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
+        print(f"also in {folder / 'plan.json'}")
     if found.fits is False:
         sys.exit(InputError.exit_code)
 

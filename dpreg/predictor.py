@@ -141,6 +141,10 @@ class Predictor:
 
     def _dataset(self, piece: Rows) -> Dataset:
         """The rows, with rows of weight 0 behind them up to the size of a piece."""
+        if (width := piece["x"].shape[1]) != self.num_inputs:
+            raise InputError(
+                f"the rows have {width:,} features, and the model was trained on {self.num_inputs:,}; give as many"
+            )
         missing = self.piece_rows - len(piece["weight"])
         if missing:
             piece = {k: np.pad(v, [(0, missing), *[(0, 0)] * (v.ndim - 1)]) for k, v in piece.items()}

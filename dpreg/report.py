@@ -12,7 +12,7 @@ from absl import flags
 from rich.console import Console
 from rich.table import Table
 
-from dpreg.door import enter, leave, leave_for
+from dpreg.door import enter
 from dpreg.errors import InputError
 from dpreg.observers.metrics import read_records
 from dpreg.observers.report import shown, write_comparison
@@ -65,29 +65,24 @@ def compare(runs: Mapping[str, Run]) -> dict[str, list[Any]]:
 
 
 def _main(argv: list[str]) -> None:
-    try:
-        if len(argv) < 2:
-            raise InputError("there is no run to show; name the workdirs of some: python -m dpreg.report W1 W2")
-        output = flags.FLAGS["output"].value
-        if output and not output.endswith((".html", ".svg")):
-            raise InputError(f"--output={output}: unknown kind; use FILE.html or FILE.svg")
-        runs = {name: read_run(pathlib.Path(name)) for name in argv[1:]}
-        if output and not all(run.records for run in runs.values()):
-            raise InputError(f"--output={output}: a run has no curve, for its metrics.jsonl is empty; leave it out")
-        rows = compare(runs)
-        table = Table("", *runs, box=None)
-        for name, values in rows.items():
-            table.add_row(name, *map(shown, values))
-        Console(markup=False, highlight=False).print(table)
-        if len(runs) > 1:
-            print("parameters: the same bits" if len(set(rows["params_sha256"])) == 1 else "parameters: other bits")
-        if output:
-            write_comparison(pathlib.Path(output), {name: run.records for name, run in runs.items()}, rows)
-            print(f"also in {output}")
-    except InputError as error:
-        leave(error, error.exit_code)
-    except OSError as error:
-        leave_for(error)
+    if len(argv) < 2:
+        raise InputError("there is no run to show; name the workdirs of some: python -m dpreg.report W1 W2")
+    output = flags.FLAGS["output"].value
+    if output and not output.endswith((".html", ".svg")):
+        raise InputError(f"--output={output}: unknown kind; use FILE.html or FILE.svg")
+    runs = {name: read_run(pathlib.Path(name)) for name in argv[1:]}
+    if output and not all(run.records for run in runs.values()):
+        raise InputError(f"--output={output}: a run has no curve, for its metrics.jsonl is empty; leave it out")
+    rows = compare(runs)
+    table = Table("", *runs, box=None)
+    for name, values in rows.items():
+        table.add_row(name, *map(shown, values))
+    Console(markup=False, highlight=False).print(table)
+    if len(runs) > 1:
+        print("parameters: the same bits" if len(set(rows["params_sha256"])) == 1 else "parameters: other bits")
+    if output:
+        write_comparison(pathlib.Path(output), {name: run.records for name, run in runs.items()}, rows)
+        print(f"also in {output}")
 
 
 def main() -> None:

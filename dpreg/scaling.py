@@ -14,6 +14,7 @@ import json
 import math
 import os
 import pathlib
+import signal
 import socket
 import subprocess
 import sys
@@ -30,7 +31,7 @@ from jax.sharding import PartitionSpec
 from rich.console import Console
 
 from dpreg.config import Config
-from dpreg.door import enter, leave, leave_for
+from dpreg.door import enter
 from dpreg.errors import InputError, ProcessLost
 from dpreg.observers.chart import chart, page
 from dpreg.observers.metrics import to_json
@@ -314,34 +315,30 @@ def describe(runs: list[Measured], exchanges: list[Exchange], further: dict[str,
 
 def _main(argv: list[str]) -> None:
     del argv
-    try:
-        config = Config.from_flags(flags.FLAGS)
-        with contextlib.ExitStack() as stack:
-            folder = stack.enter_context(made(pathlib.Path(config.workdir or ".")))
-            progress = stack.enter_context(ProgressDisplay(Console(stderr=True)))
-            runs, exchanges, further, on_cores = measure(config, progress.doing)
-        print(describe(runs, exchanges, further, on_cores))
-        if config.workdir:
-            found = {
-                "runs": [dataclasses.asdict(run) for run in runs],
-                "exchanges": [dataclasses.asdict(one) for one in exchanges],
-                "extrapolated": further,
-            }
-            (folder / "scaling.json").write_text(to_json(found, indent=2) + "\n", encoding="utf-8")
-            rates = {
-                kind: [(run.devices, run.rows_per_second) for run in runs if run.kind == kind or run.devices == 1]
-                for kind in KINDS
-            }
-            body = f"<h1>Rows per second</h1>{chart(rates, 'devices', 'rows per second', doubling=True)}"
-            if further:
-                share = {"expected efficiency, same batch": sorted(further["efficiency"].items())}
-                body += f"<h2>On more devices</h2>{chart(share, 'devices', 'efficiency', doubling=True)}"
-            (folder / "scaling.html").write_text(page("scaling", body), encoding="utf-8")
-            print(f"also in {folder}: scaling.json, scaling.html")
-    except InputError as error:
-        leave(error, error.exit_code)
-    except OSError as error:
-        leave_for(error)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # by way of what ends the runs it has started
+    config = Config.from_flags(flags.FLAGS)
+    with contextlib.ExitStack() as stack:
+        folder = stack.enter_context(made(pathlib.Path(config.workdir or ".")))
+        progress = stack.enter_context(ProgressDisplay(Console(stderr=True)))
+        runs, exchanges, further, on_cores = measure(config, progress.doing)
+    print(describe(runs, exchanges, further, on_cores))
+    if config.workdir:
+        found = {
+            "runs": [dataclasses.asdict(run) for run in runs],
+            "exchanges": [dataclasses.asdict(one) for one in exchanges],
+            "extrapolated": further,
+        }
+        (folder / "scaling.json").write_text(to_json(found, indent=2) + "\n", encoding="utf-8")
+        rates = {
+            kind: [(run.devices, run.rows_per_second) for run in runs if run.kind == kind or run.devices == 1]
+            for kind in KINDS
+        }
+        body = f"<h1>Rows per second</h1>{chart(rates, 'devices', 'rows per second', doubling=True)}"
+        if further:
+            share = {"expected efficiency, same batch": sorted(further["efficiency"].items())}
+            body += f"<h2>On more devices</h2>{chart(share, 'devices', 'efficiency', doubling=True)}"
+        (folder / "scaling.html").write_text(page("scaling", body), encoding="utf-8")
+        print(f"also in {folder}: scaling.json, scaling.html")
 
 
 def main() -> None:

@@ -33,12 +33,16 @@ def test_all_is_well_and_nothing_is_left_behind(tmp_path):
     assert not (tmp_path / "c").exists()
 
 
-def test_batches_that_cannot_be_are_found(tmp_path):
+def test_batches_and_checkpoints_that_cannot_be_are_found(tmp_path):
     command = [sys.executable, "-m", "dpreg.main", *DOCTOR, "--batch_size=33", f"--workdir={tmp_path}"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 2
     assert findings(done.stdout) == dict.fromkeys(CHECKS, "ok") | {"rows": "WRONG"}
     assert "--batch_size=33: is not a multiple of --num_shards=8" in done.stdout
+    command = [sys.executable, "-m", "dpreg.main", *DOCTOR, "--resume=must", f"--workdir={tmp_path / 'none'}"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2
+    assert "none holds no checkpoint; name another --workdir, or use --resume=auto" in done.stdout
 
 
 def patched(code, number, *flags):

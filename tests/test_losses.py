@@ -8,6 +8,8 @@ import sys
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet
 import pytest
 import statsmodels.api as sm
 from cluster import ROOT
@@ -235,3 +237,24 @@ def test_models_by_their_flags(flags, tmp_path):
 def test_what_cannot_be_built_is_one_line(flags, said):
     with pytest.raises(dpreg.InputError, match=said):
         build_model(Config(**flags), 2, 1)
+
+
+@pytest.mark.parametrize("transform", ["none", "standardize", "log"])
+def test_pinball_is_in_the_units_of_the_table(transform, tmp_path):
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(200, 2))
+    y = 1000 + 50 * x @ rng.normal(size=(2, 2)) + rng.normal(size=(200, 2))
+    weight = rng.uniform(0.5, 2, 200)
+    names = ("a", "b", "y", "z", "w")
+    table = pa.table(dict(zip(names, np.c_[x, y, weight].T, strict=True)))
+    pyarrow.parquet.write_table(table, tmp_path / "t.parquet")
+    columns = dpreg.Columns(
+        target=("y", "z"), weight_column="w", target_transform=transform, validation_fraction=0.3, standardize=True
+    )
+    data = dpreg.read_table(str(tmp_path / "t.parquet"), columns, cache_dir=str(tmp_path / "cache"))
+    trainer = dpreg.Trainer(3)
+    trainer.fit(build_model(Config(loss="quantile", quantile=0.3, lr=0.1), 2, 2), data)
+    held_out = data.val[np.arange(len(data.val))]
+    error = y[data.val.row] - trainer.predict(held_out["x"])
+    pinball = np.where(error > 0, 0.3 * error, -0.7 * error).mean(axis=1)
+    assert trainer.metrics["pinball"] == pytest.approx(np.average(pinball, weights=weight[data.val.row]), rel=1e-4)

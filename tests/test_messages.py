@@ -1,5 +1,6 @@
 """Wrong command lines, as users type them: one line that says what, where and what to do, exit code 2, nothing left."""
 
+import contextlib
 import json
 import os
 import pathlib
@@ -7,6 +8,10 @@ import subprocess
 import sys
 
 import pytest
+
+from dpreg import door
+from dpreg.errors import InputError
+from dpreg.observers.workdir import made
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -79,9 +84,9 @@ WRONG = {
         ("--lr=nan",): "--lr=nan: use a finite number",
         ("--max_epochs=0",): "--max_epochs=0: use 1 or more",
         ("--workdir=gs://bucket/run",): "--workdir=gs://bucket/run: is no path of this machine; mount that storage",
-        ("--sync_batch_norm",): "--sync_batch_norm: it is for --model=mlp --batch_norm; give both, or leave it out",
+        ("--sync_batch_norm",): "--sync_batch_norm=true: it is for --model=mlp --batch_norm; give both, or leave it out",
         ("--model=mlp", "--batch_norm", "--sync_batch_norm", "--reduction=ordered"): (
-            "--sync_batch_norm: it takes all shards at once, and --reduction=ordered one by one; leave one out"
+            "--sync_batch_norm=true: it takes all shards at once, and --reduction=ordered one by one; leave one out"
         ),
         ("--model=mlp", "--hidden="): "--hidden=: give one width at least, or use --model=linear",
         ("--num_devices=0",): "--num_devices=0: use 1 or more",
@@ -90,6 +95,7 @@ WRONG = {
         ("--w=a,b",): "--w=a,b: give numbers separated by commas",
         ("--hidden=1.5",): "--hidden=1.5: give whole numbers separated by commas",
         ("--profile=5:3",): "--profile=5:3: give two steps, the earlier first, such as --profile=100:200",
+        ("--profile=500:600", "--max_epochs=1"): "--profile=500:600: the run has 32 steps; name two of them, from 0",
         ("--solver=exact", "--loss=huber"): "--loss=squared and no --l1; use --solver=sgd",
         ("--solver=exact", "--patience=3"): "--patience=3: it is for --solver=sgd; leave one out",
         ("--l1=0.1", "--optimizer=adam"): "with --optimizer=sgd alone; use that, or --l2",
@@ -129,6 +135,8 @@ WRONG = {
         ("--topology=v5p:3x3",): "there is no such slice of several chips; use one of v5p: 2x2x1",
         ("--batch_size=30",): "--batch_size=30: is not a multiple of --num_shards=8; use --batch_size=24 or 32",
         ("--workdir={}/file",): "--workdir={}/file: cannot be written: File exists; name another folder",
+        ("--solver=exact",): "--solver=exact: a plan is of a training step, in one process; leave it out",
+        ("--mode=doctor",): "--mode=doctor: a plan is of a training step",
     },
     "scaling": {
         ("--epochs=3",): "--epochs: there is no such flag; use --max_epochs, or see --help",
@@ -145,17 +153,44 @@ WRONG = {
 }
 
 
-@pytest.mark.parametrize("door", WRONG)
-def test_wrong_lines_are_told_in_one_line_with_what_to_do_and_leave_nothing(door, tmp_path):
+@pytest.mark.parametrize(
+    ("raised", "code", "said"),
+    [
+        (KeyboardInterrupt(), 130, "dpreg: interrupted\n"),
+        (InputError("a: b;\n c"), 2, "dpreg: a: b; c\n"),
+        (PermissionError(13, "no", "file"), 2, "dpreg: file: no; mend it, or name another\n"),
+    ],
+)
+def test_every_door_ends_with_one_line(raised, code, said, capsys):
+    def main(argv):
+        raise raised
+
+    with pytest.raises(SystemExit) as end:
+        door._in_a_line(main, [])
+    assert (end.value.code, capsys.readouterr().err) == (code, said)
+
+
+def test_an_error_takes_away_what_was_made_but_no_checkpoint(tmp_path):
+    for name, kept in (("new/w", False), ("run", True)):
+        with contextlib.suppress(InputError), made(tmp_path / name) as folder:
+            if kept:
+                (folder / "checkpoints" / "7").mkdir(parents=True)
+            raise InputError("wrong")
+        assert (tmp_path / name).exists() == kept
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_wrong_lines_are_told_in_one_line_with_what_to_do_and_leave_nothing(name, tmp_path):
     tables, here = tmp_path / "tables", tmp_path / "here"
-    for name, text in _TABLES.items():
-        (tables / name).parent.mkdir(parents=True, exist_ok=True)
-        (tables / name).write_text(text)
+    for file, text in _TABLES.items():
+        (tables / file).parent.mkdir(parents=True, exist_ok=True)
+        (tables / file).write_text(text)
     here.mkdir()
     before = sorted(tables.rglob("*"))
-    lines = [[*([_NEW] if door != "report" else []), *(f.format(tables) for f in line)] for line in WRONG[door]]
+    lines = [[*([_NEW] if name != "report" else []), *(f.format(tables) for f in line)] for line in WRONG[name]]
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", _PROGRAM, door],
+        [sys.executable, "-W", "ignore", "-c", _PROGRAM, name],
         input=json.dumps(lines),
         cwd=here,
         env=os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"},
@@ -165,7 +200,7 @@ def test_wrong_lines_are_told_in_one_line_with_what_to_do_and_leave_nothing(door
     )
     assert done.returncode == 0, done.stderr
     wrong = []
-    for number, (code, said) in enumerate(zip(json.loads(done.stdout), WRONG[door].values(), strict=True)):
+    for number, (code, said) in enumerate(zip(json.loads(done.stdout), WRONG[name].values(), strict=True)):
         out, told = ((here / f"{number}.{stream}").read_text() for stream in (1, 2))
         left = list((here / str(number)).iterdir())
         one_line = told.startswith("dpreg: ") and told.count("\n") == 1 and not told.endswith(".\n")

@@ -236,6 +236,15 @@ def test_partial_fit_goes_on_from_where_it_was():
         classifier.partial_fit(X[:2], [0, 7])
 
 
+def test_large_means_are_reached_by_steps():
+    x = np.random.default_rng(0).normal(size=(300, 4))
+    y = np.exp(14 + x @ [0.3, -0.2, 0.1, 0]) * np.random.default_rng(1).gamma(3, 1 / 3, 300)
+    ours = DataParallelRegressor("gamma").fit(x, y)
+    theirs = linear_model.GammaRegressor(alpha=0, tol=1e-10).fit(x, y)
+    np.testing.assert_allclose(ours.intercept_, theirs.intercept_, atol=0.02)
+    np.testing.assert_allclose(ours.coef_, theirs.coef_, atol=0.02)
+
+
 def test_sorted_rows_train_as_mixed_ones_do():
     iris = load_iris()  # sorted by class
     order = np.random.default_rng(0).permutation(len(iris.target))

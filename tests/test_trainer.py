@@ -328,6 +328,24 @@ def test_sorted_and_periodic_tables_train_as_well_as_mixed_ones(tmp_path):
             assert loss(ingested(name)) < 1.4 * mixed, name
 
 
+def test_rows_of_another_width_and_models_without_parameters_are_refused():
+    class Nothing(dpreg.Module):
+        lr: float = 0.1
+
+        def __call__(self, x):
+            return x[:, :1]
+
+    data = Rows(80).data(8)
+    with pytest.raises(dpreg.InputError, match="num_inputs=2: the rows have 3 features"):
+        dpreg.Trainer(1).fit(dpreg.LinearRegressionScratch(2, 0.1), data)
+    with pytest.raises(dpreg.InputError, match="no parameters"):
+        dpreg.Trainer(1).fit(Nothing(), data)
+    trainer = dpreg.Trainer(1)
+    trainer.fit(dpreg.LinearRegressionScratch(3, 0.1), data)
+    with pytest.raises(dpreg.InputError, match="the rows have 2 features, and the model was trained on 3"):
+        trainer.evaluate(dpreg.ArraySource(np.ones((5, 2)), np.ones(5)))
+
+
 class OverTheBatch(dpreg.Module):
     lr: float = 0.1
 

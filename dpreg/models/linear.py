@@ -8,6 +8,7 @@ import numpy as np
 from flax import linen as nn
 from jax import Array
 
+from dpreg.errors import InputError
 from dpreg.models.module import Module
 
 
@@ -54,6 +55,12 @@ class LinearRegressionScratch(Module):
             self.b = self.param("b", nn.initializers.zeros, (self.num_targets,), jnp.float32)
 
     def __call__(self, x: Array) -> Array:
-        """The predictions: [n, num_inputs] -> [n, num_targets]."""
+        """The predictions: [n, num_inputs] -> [n, num_targets].
+
+        Raises:
+          InputError: for rows of another width.
+        """
+        if x.shape[-1] != self.num_inputs:
+            raise InputError(f"num_inputs={self.num_inputs}: the rows have {x.shape[-1]:,} features; give as many")
         prediction = jnp.matmul(x, self.w)
         return prediction + self.b[None] if self.intercept else prediction

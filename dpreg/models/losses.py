@@ -114,6 +114,7 @@ class Loss:
       metrics: the names of those that fit, of `dpreg.models.metrics.metrics`.
       domain: what targets have to be, in words; allowed: which of them are.
       num_classes: the predictions that one target takes, with labels as targets; else 0.
+      quantile: that "pinball" measures.
     """
 
     name: str
@@ -123,6 +124,7 @@ class Loss:
     domain: str = ""
     allowed: Callable[[np.ndarray], np.ndarray] = _anything
     num_classes: int = 0
+    quantile: float = 0.5
 
     def outputs(self, num_targets: int) -> int:
         """How many columns a model has to predict.
@@ -157,7 +159,9 @@ def loss_called(name: str, huber_delta: float = 1.0, quantile: float = 0.5, num_
         "squared": SQUARED,
         "huber": Loss(name, functools.partial(huber_loss, delta=huber_delta)),
         "absolute": Loss(name, absolute_loss),
-        "quantile": Loss(name, functools.partial(quantile_loss, quantile=quantile), metrics=("pinball", "mae")),
+        "quantile": Loss(
+            name, functools.partial(quantile_loss, quantile=quantile), metrics=("pinball", "mae"), quantile=quantile
+        ),
         "logistic": Loss(
             name, logistic_loss, jax.nn.sigmoid, domain="0 or 1", allowed=lambda y: labels_below(y, 2), **of_classes
         ),

@@ -23,6 +23,7 @@ class Errors(NamedTuple):
     loss: Any
     absolute_error: Any
     squared_error: Any
+    pinball: Any
     right: Any
     mean: Any
     spread: Any
@@ -59,6 +60,7 @@ def errors(model: Any, log_targets: bool, prediction: Array, batch: dict[str, Ar
         jnp.vdot(losses, weight),
         weight @ jnp.abs(error),
         weight @ jnp.square(error),
+        weight @ (jnp.abs(error) / 2 - (loss_of(model).quantile - 0.5) * error),
         weight @ (jnp.abs(error) < 0.5).astype(weight.dtype),
         mean,
         weight @ jnp.square(target - mean[None]),
@@ -70,8 +72,8 @@ def metrics(
 ) -> tuple[float, dict[str, float]]:
     """(mean loss, metrics) from the errors of all batches, added in float64 in one fixed order.
 
-    rmse, mae, and accuracy (the share within 1/2 of the target) are over all values of all targets, r2 is the mean of
-    the targets'; pinball is the mean loss and deviance twice that. The spread of all targets is put together from that
+    rmse, mae, pinball, and accuracy (the share within 1/2 of the target) are over all values of all targets, r2 is the
+    mean of the targets'; deviance is twice the mean loss. The spread of all targets is put together from that
     within the batches and that of their means (Chan, Golub and LeVeque 1983). What cannot be said, such as r2 without
     spread, is left out.
 
@@ -98,7 +100,7 @@ def metrics(
         "mae": float((every.absolute_error.sum(axis=0) * scale).mean() / weight),
         "r2": float((1 - squared / spread).mean()) if (spread > 0).all() else math.nan,
         "accuracy": float(every.right.sum(axis=0).mean() / weight),
-        "pinball": loss,
+        "pinball": float((every.pinball.sum(axis=0) * scale).mean() / weight),
         "deviance": 2 * loss,
     }
     return loss, {name: found[name] for name in named if math.isfinite(found[name])}

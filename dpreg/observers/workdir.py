@@ -21,7 +21,8 @@ def open_workdir(name: str | None, keep: bool = True) -> Iterator[pathlib.Path]:
 
     Args:
       name: None for a new folder in runs/, named by the time.
-      keep: False takes the folder away at the end, if it was made here; an InputError does so, too.
+      keep: False takes the folder away at the end, if it was made here; an InputError does so, too, unless there are
+        checkpoints in it.
 
     Raises:
       InputError: when it cannot be written, another run is in it, or not all processes see the same folder there.
@@ -71,7 +72,7 @@ def made(path: pathlib.Path, keep: bool = True) -> Iterator[pathlib.Path]:
     """The folder, made with those above it where there are none.
 
     Args:
-      keep: False takes away at the end what was made here; an InputError does so, too.
+      keep: False takes away at the end what was made here; an InputError does so, too, unless there are checkpoints.
 
     Raises:
       InputError: when it cannot be made.
@@ -91,7 +92,7 @@ def made(path: pathlib.Path, keep: bool = True) -> Iterator[pathlib.Path]:
             raise _unwritable(path, error) from error
         yield path
     except InputError:
-        keep = False
+        keep = any(path.glob("checkpoints/*"))
         raise
     finally:
         if created and not keep:

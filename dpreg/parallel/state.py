@@ -66,7 +66,7 @@ def initial_state(
       gradient_clip_val: the largest norm of the global gradient; 0 for no limit.
 
     Raises:
-      InputError: when the model has variables besides params and batch_stats.
+      InputError: when the model has no params, or variables besides them and batch_stats.
     """
     optimizer = model.configure_optimizers()
     if gradient_clip_val:
@@ -76,7 +76,9 @@ def initial_state(
         variables = dict(model.init(jax.random.key(seed), row, **train_argument(model, False)))
     if dtype == np.float64:
         variables = jax.tree.map(lambda v: v.astype(dtype) if v.dtype == jnp.float32 else v, variables)
-    params, batch_stats = variables.pop("params"), variables.pop("batch_stats", {})
+    params, batch_stats = variables.pop("params", None), variables.pop("batch_stats", {})
+    if not params:
+        raise InputError("the model has no parameters; give one that has some to train")
     if variables:
         raise InputError(
             f"the model has variables {sorted(variables)}, and only params and batch_stats can be trained; "
