@@ -149,7 +149,7 @@ def test_ordered_linear_gives_the_same_bits_on_any_number_of_devices(backend, pl
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize(("backend", "placement"), SOME_LAYOUTS)
 def test_ordered_network_gives_the_same_bits_on_any_number_of_devices(backend, placement, optimizer):
-    devices = DEVICES if (backend, placement) == ("jit", "device") else (1, 3, 8)
+    devices = DEVICES if (backend, placement, optimizer) == ("jit", "device", "adam") else (1, 3, 8)
     results = {n: network_run(optimizer, "ragged", n, backend=backend, placement=placement) for n in devices}
     assert results == dict.fromkeys(devices, network_run(optimizer, "ragged"))
 

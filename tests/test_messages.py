@@ -84,7 +84,9 @@ WRONG = {
         ("--lr=nan",): "--lr=nan: use a finite number",
         ("--max_epochs=0",): "--max_epochs=0: use 1 or more",
         ("--workdir=gs://bucket/run",): "--workdir=gs://bucket/run: is no path of this machine; mount that storage",
-        ("--sync_batch_norm",): "--sync_batch_norm=true: it is for --model=mlp --batch_norm; give both, or leave it out",
+        (
+            "--sync_batch_norm",
+        ): "--sync_batch_norm=true: it is for --model=mlp --batch_norm; give both, or leave it out",
         ("--model=mlp", "--batch_norm", "--sync_batch_norm", "--reduction=ordered"): (
             "--sync_batch_norm=true: it takes all shards at once, and --reduction=ordered one by one; leave one out"
         ),

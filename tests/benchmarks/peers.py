@@ -4,7 +4,7 @@ The peers are the extra `peers`; those that are not installed are left out. Each
 or in two that average their gradients ("x2", a core each, over Gloo), the programs in turn, in steady state. Each
 peer's program is the idiomatic one of its own documentation; "ddp, by hand" gathers batches by index instead of by
 DataLoader. "x @ w" is one product of all rows with a vector, by the BLAS of NumPy on all cores, which reads each row
-once. "pmean, 2 devices" is one process that simulates two devices.
+once. "pmean, 2 devices" is one process that simulates two devices; "a core" is a process that has but one.
 
 Prints medians of the rounds, and ratios: medians of those in the same round, since absolute figures drift with the
 machine. The limit is what the memory allows, or the cores: each value of a row has to be read once and takes four
@@ -17,7 +17,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterable
 
-from turns import grain, in_turns, median_ratio, of_two, rows, steady_rate, tf_data
+from turns import grain, in_turns, median_ratio, of_two, on_a_core, rows, steady_rate, tf_data
 
 Loader = Callable[..., Callable[[int], Iterable]]
 WORKLOADS = {"narrow": (20_000, 2, 32), "middle": (100_000, 32, 1024), "wide": (40_000, 1024, 4096)}
@@ -172,6 +172,9 @@ PROGRAMS = {
     "ordered": functools.partial(dpreg, reduction="ordered"),
     "pmean, 2 devices": functools.partial(dpreg, devices=2),
     "pmean x2": of_two(dpreg),
+    "ddp, by hand, a core": on_a_core(functools.partial(ddp, by_hand=True)),
+    "x @ w, a core": on_a_core(floor),
+    "pmean, a core": on_a_core(dpreg),
 }
 NEEDS = {program: "torch" for program in PROGRAMS if program.startswith("ddp")} | {
     "sklearn": "sklearn",
@@ -184,6 +187,7 @@ OURS = {  # and whom they are compared with
     "ordered": (*ALONE, "pmean"),
     "pmean, 2 devices": (*ALONE, "pmean"),
     "pmean x2": ("ddp x2", "ddp x2, by hand", "pmean"),
+    "pmean, a core": ("ddp, by hand, a core", "x @ w, a core"),
 }
 
 if __name__ == "__main__":
@@ -196,10 +200,10 @@ if __name__ == "__main__":
         least, work = 4 * (num_inputs + 2), 4 * num_inputs
         limit = min(bandwidth / least, operations / work)
         print(f"\nrows, inputs, batch {WORKLOADS[workload]}: {least:,} bytes and {work:,} operations a row")
-        print(f"{'limit':>16} {limit:>16,.0f} rows/s")
+        print(f"{'limit':>20} {limit:>16,.0f} rows/s")
         for program, found in rates.items():
             rate = statistics.median(found)
-            print(f"{program:>16} {rate:>16,.0f} rows/s  {rate * least / 1e9:>7.2f} GB/s  {rate / limit:>6.3f} of it")
+            print(f"{program:>20} {rate:>16,.0f} rows/s  {rate * least / 1e9:>7.2f} GB/s  {rate / limit:>6.3f} of it")
         for ours, others in OURS.items():
             beside = (f"{median_ratio(rates[ours], rates[other]):.2f}x {other}" for other in others if other in rates)
             print(f"{ours}: {', '.join(beside)}", flush=True)

@@ -51,6 +51,16 @@ def of_two(program):
     return both
 
 
+def on_a_core(program):
+    """The same program on one core alone."""
+
+    def alone(*sizes):
+        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:1])
+        return program(*sizes)
+
+    return alone
+
+
 def rows(num_rows, num_inputs):
     """X [n, d] and y [n, 1], float32."""
     import numpy as np
