@@ -30,8 +30,7 @@ def resolve(columns: Columns, table: Table) -> Columns:
     """
 
     def named(names: Sequence[str]) -> tuple[str, ...]:
-        groups = {**table.groups, **{name: (name,) for name in table.columns}}
-        return tuple(column for name in names for column in groups.get(name, (name,)))
+        return tuple(c for n in names for c in ((n,) if n in table.columns else table.groups.get(n, (n,))))
 
     full = dataclasses.replace(
         columns,
