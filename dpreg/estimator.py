@@ -330,8 +330,7 @@ class Estimator(BaseEstimator):
         if fitted.is_linear:
             margins: np.ndarray = rows @ np.atleast_2d(self.coef_).T + np.atleast_1d(self.intercept_)
             return margins
-        source = ArraySource(fitted.scaled(rows), np.zeros((len(rows), fitted.targets)))
-        return np.concatenate(list(fitted.predictor.predictions(fitted.predictor.pieces(source))))
+        return fitted.predictor.predict(fitted.scaled(rows))
 
 
 def _require_outputs(model: Any, x: np.ndarray, outputs: int) -> None:

@@ -176,7 +176,7 @@ def _compared(config: Config, trainer: Trainer, data: RegressionData) -> dict[st
     """By target, what the trained model predicts for some rows held out, and what was observed; none of labels."""
     if config.loss == "softmax":
         return {}
-    predicted, observed = trainer.compared(data.val or data.train, COMPARED_ROWS)
+    predicted, observed = trainer.predictor().compared(data.val or data.train, COMPARED_ROWS)
     if predicted.shape != observed.shape:  # a loss of the user's own may take other predictions than targets
         return {}
     return {name: (predicted[:, t], observed[:, t]) for t, name in enumerate(target_names(data))}

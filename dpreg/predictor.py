@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 from jax.sharding import Mesh
+from numpy.typing import ArrayLike
 
 from dpreg.data.dataset import PRECISIONS, Dataset
 from dpreg.data.schema import Schema
@@ -83,6 +84,32 @@ class Predictor:
     def piece_rows(self) -> int:
         """Rows of a piece: all but the last have as many."""
         return self._steps * self._batch_size
+
+    def predict(self, x: ArrayLike) -> np.ndarray:
+        """What the model predicts for rows: [n, t] float64, in original units.
+
+        Args:
+          x: [n, d], as the model sees them: those of a table scaled, and with columns for its categories.
+
+        Raises:
+          InputError: for rows of another shape.
+        """
+        x = np.asarray(x, self.dtype)
+        if x.ndim != 2 or x.shape[1] != self.num_inputs or not len(x):
+            raise InputError(f"x has shape {list(x.shape)}; give one row or more of {self.num_inputs:,} columns")
+        rows = ArraySource(x, np.zeros((len(x), self.num_targets)), dtype=self.dtype)
+        return np.concatenate(list(self.predictions(self.pieces(rows))))
+
+    def compared(self, source: Source, most: int) -> tuple[np.ndarray, np.ndarray]:
+        """(predicted, observed) for rows evenly spaced over a source: each [n, t] float64, in original units.
+
+        Args:
+          most: rows; those without weight are left out.
+        """
+        rows = source[np.arange(0, len(source), -(-len(source) // most))]
+        there = rows["weight"] > 0
+        predicted, observed = self.predict(rows["x"])[there], rows["y"][there].astype(np.float64)
+        return predicted, observed if self.schema is None else self.schema.prediction(observed)
 
     def predictions(self, pieces: Iterable[Rows]) -> Iterator[np.ndarray]:
         """What the model predicts for each piece, in the order of its rows: [n, t] float64, in original units.

@@ -16,7 +16,7 @@ from dpreg.config import BACKENDS, PLACEMENTS, REDUCTIONS
 from dpreg.data.dataset import PRECISIONS, Block, Dataset
 from dpreg.data.order import Sampler
 from dpreg.data.schema import Schema
-from dpreg.data.sources import ArraySource, RegressionData, Source, first_outside
+from dpreg.data.sources import RegressionData, Source, first_outside
 from dpreg.errors import Diverged, InputError, Preempted
 from dpreg.models.losses import loss_of
 from dpreg.observer import Observer, Progress
@@ -451,35 +451,13 @@ class Trainer:
         self.seconds["eval"] += time.perf_counter() - started
 
     def predict(self, x: ArrayLike) -> np.ndarray:
-        """What the trained model predicts for rows: [n, t] float64, in original units.
-
-        Args:
-          x: [n, d], as the model sees them: those of a table scaled, and with columns for its categories.
-
-        Raises:
-          InputError: for rows of another shape.
-        """
-        x, predictor = np.asarray(x, self.dtype), self.predictor()
-        if x.ndim != 2 or x.shape[1] != predictor.num_inputs or not len(x):
-            raise InputError(f"x has shape {list(x.shape)}; give one row or more of {predictor.num_inputs:,} columns")
-        rows = ArraySource(x, np.zeros((len(x), predictor.num_targets)), dtype=self.dtype)
-        return np.concatenate(list(predictor.predictions(predictor.pieces(rows))))
+        """What the trained model predicts for rows x [n, d]: [n, t] float64, see `Predictor.predict`."""
+        return self.predictor().predict(x)
 
     def evaluate(self, source: Source) -> tuple[float, dict[str, float]]:
         """(mean loss, metrics in original units) of the trained model over rows."""
         predictor = self.predictor()
         return predictor.evaluate(predictor.pieces(source))
-
-    def compared(self, source: Source, most: int) -> tuple[np.ndarray, np.ndarray]:
-        """(predicted, observed) for rows evenly spaced over a source: each [n, t] float64, in original units.
-
-        Args:
-          most: rows; those without weight are left out.
-        """
-        rows = source[np.arange(0, len(source), -(-len(source) // most))]
-        there = rows["weight"] > 0
-        predicted, observed = self.predict(rows["x"])[there], rows["y"][there].astype(np.float64)
-        return predicted, observed if self._schema is None else self._schema.prediction(observed)
 
     def predictor(self) -> Predictor:
         """The trained model on the trainer's devices; compiled once."""

@@ -1,7 +1,5 @@
 """Every epoch proves that it used each row once; what does not is an error."""
 
-import itertools
-
 import numpy as np
 import pytest
 from models import Net, Rows
@@ -42,7 +40,14 @@ def test_tags_are_odd_and_tell_rows_apart():
 def test_an_epoch_uses_each_row_once_on_any_devices(rows):
     due = [rows, sum(map(tag, range(rows))) % 2**32]
     data = Rows(rows, weighted=True).data(16, num_val=5)
-    for devices, placement, backend in itertools.product((1, 3, 8), ("device", "host"), ("jit", "pmap")):
+    layouts = (
+        (1, "device", "jit"),
+        (1, "host", "pmap"),
+        (3, "device", "pmap"),
+        (8, "host", "jit"),
+        (8, "device", "jit"),
+    )
+    for devices, placement, backend in layouts:
         trainer = dpreg.Trainer(
             3, devices, placement=placement, backend=backend, steps_per_block=2, reduction="ordered"
         )

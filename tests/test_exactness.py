@@ -25,7 +25,7 @@ from dpreg.parallel import step as compiled
 
 DEVICES = (1, 2, 3, 4, 6, 8)
 LAYOUTS = list(itertools.product(("jit", "pmap"), ("device", "host")))
-SOME_LAYOUTS = LAYOUTS[:3]  # where steps take seconds to be compiled: pmap is the same body, whatever the placement
+SOME_LAYOUTS = LAYOUTS[:3]  # pmap is the same body, whatever the placement
 OPTIMIZERS = {
     "sgd": optax.sgd(0.05),
     "adam": optax.adam(0.01),
@@ -142,21 +142,25 @@ def test_accumulated_batches_are_the_larger_batch_on_any_devices(reduction, rows
 
 @pytest.mark.parametrize(("backend", "placement"), LAYOUTS)
 def test_ordered_linear_gives_the_same_bits_on_any_number_of_devices(backend, placement):
-    results = {n: linear_run(num_devices=n, backend=backend, placement=placement) for n in DEVICES}
-    assert results == dict.fromkeys(DEVICES, linear_run(num_devices=8))
+    devices = DEVICES if (backend, placement) == ("jit", "device") else (1, 3, 8)
+    results = {n: linear_run(num_devices=n, backend=backend, placement=placement) for n in devices}
+    assert results == dict.fromkeys(devices, linear_run(num_devices=8))
 
 
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
-@pytest.mark.parametrize(("backend", "placement"), SOME_LAYOUTS)
+@pytest.mark.parametrize(
+    ("backend", "placement", "optimizer"),
+    [*((*layout, "clip+momentum") for layout in SOME_LAYOUTS), (*SOME_LAYOUTS[0], "adam")],
+)
 def test_ordered_network_gives_the_same_bits_on_any_number_of_devices(backend, placement, optimizer):
     devices = DEVICES if (backend, placement, optimizer) == ("jit", "device", "adam") else (1, 3, 8)
     results = {n: network_run(optimizer, "ragged", n, backend=backend, placement=placement) for n in devices}
     assert results == dict.fromkeys(devices, network_run(optimizer, "ragged"))
 
 
-@pytest.mark.parametrize("size", ["less than a batch", "less than the shards"])
-@pytest.mark.parametrize("optimizer", ["adam", "clip+momentum"])
-@pytest.mark.parametrize(("backend", "placement"), [("jit", "host"), ("pmap", "device")])
+@pytest.mark.parametrize(
+    ("backend", "placement", "optimizer", "size"),
+    [("jit", "host", "adam", "less than a batch"), ("pmap", "device", "clip+momentum", "less than the shards")],
+)
 def test_ordered_network_with_few_rows_gives_the_same_bits(backend, placement, optimizer, size):
     results = {n: network_run(optimizer, size, n, backend=backend, placement=placement) for n in (1, 3)}
     assert results == dict.fromkeys((1, 3), network_run(optimizer, size))
@@ -194,10 +198,9 @@ def test_ordered_holds_on_any_number_of_cores(tmp_path):
     assert len({(of["params_sha256"], of["val_loss"], of["train_loss"]) for of in told}) == 1
 
 
-@pytest.mark.parametrize("activation", [nn.gelu, nn.tanh])
-def test_ordered_holds_for_other_networks(activation):
+def test_ordered_holds_for_another_activation():
     """Of one shard a device the compiler once knew which: a gelu network showed it."""
-    data, model = Rows(150, num_inputs=5).data(40), Net(optax.sgd(0.05), activation=activation)
+    data, model = Rows(150, num_inputs=5).data(40), Net(optax.sgd(0.05), activation=nn.gelu)
     assert len({digest(trained(model, data, 1, n, reduction="ordered")) for n in (1, 3, 8)}) == 1
 
 
@@ -206,10 +209,12 @@ def test_ordered_validation_gives_the_same_bits_on_any_number_of_devices():
     assert len(set(results.values())) == 1
 
 
-@pytest.mark.parametrize("reduction", ["pmean", "ordered"])
-def test_steps_per_block_do_not_change_the_result(reduction):
+@pytest.mark.parametrize(
+    ("reduction", "model"), [("pmean", dpreg.LinearRegressionScratch(3, 0.03)), ("ordered", Net(OPTIMIZERS["adam"]))]
+)
+def test_steps_per_block_do_not_change_the_result(reduction, model):
     def run(steps):
-        model, data = Net(OPTIMIZERS["adam"]), Rows(203, weighted=True).data(16)
+        data = Rows(203, weighted=True).data(16)
         return digest(trained(model, data, reduction=reduction, steps_per_block=steps, num_devices=2))
 
     assert {run(steps) for steps in (2, 5)} == {run(None)}
@@ -240,8 +245,9 @@ def batches_of(sampler, seed, epochs):
 
 
 @pytest.mark.parametrize("reduction", ["pmean", "ordered"])
-@pytest.mark.parametrize(("backend", "placement"), LAYOUTS)
-@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize(
+    ("backend", "placement", "weighted"), [*((*layout, True) for layout in LAYOUTS), (*LAYOUTS[0], False)]
+)
 def test_agrees_with_sgd_in_float64(reduction, backend, placement, weighted):
     source = Rows(1003, num_inputs=5, weighted=weighted).source()
     model = dpreg.LinearRegressionScratch(5, 0.03)
@@ -251,7 +257,7 @@ def test_agrees_with_sgd_in_float64(reduction, backend, placement, weighted):
     assert sorted(np.concatenate(batches)) == sorted(list(range(1003)) * 3)
     w, b, losses = sgd_in_float64(source.x, source.y, source.weight, 0.03, batches, (start["w"], start["b"]))
     last_epoch = np.array(losses[-sampler.steps_per_epoch :]).sum(0)
-    for n in DEVICES:
+    for n in DEVICES if (backend, placement) == ("jit", "device") else (1, 3, 8):
         trainer = dpreg.Trainer(3, n, reduction=reduction, backend=backend, placement=placement)
         trainer.fit(model, dpreg.RegressionData(source, None, 64))
         np.testing.assert_allclose(trainer.state.params["w"], w, rtol=1e-6, atol=1e-7)
@@ -271,7 +277,12 @@ def test_agrees_with_float64_in_runs_of_rows_and_parts_of_batches(reduction, bat
     batches = list(batches_of(sampler, 0, 3))
     w, b, _ = sgd_in_float64(source.x, source.y, source.weight, 0.1, batches, (start["w"], start["b"]))
     found = set()
-    for n, (backend, placement) in itertools.product((1, 3, 8), SOME_LAYOUTS):
+    for n, backend, placement in (
+        (1, "jit", "device"),
+        (3, "pmap", "device"),
+        (8, "jit", "host"),
+        (8, "jit", "device"),
+    ):
         trainer = dpreg.Trainer(
             3, n, reduction=reduction, backend=backend, placement=placement, accumulate_steps=accumulate
         )
@@ -309,7 +320,7 @@ def network_in_float64(model, source, batch_size, seed, epochs):
                 )
             return (weight * jnp.square(prediction - y)[:, 0] / 2).sum(), new["batch_stats"]
 
-        gradient_of = jax.value_and_grad(shard_loss, has_aux=True)
+        gradient_of = jax.jit(jax.value_and_grad(shard_loss, has_aux=True))
         for step in range(epochs * sampler.steps_per_epoch):
             step_key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), 1), step)
             totals, weights, count = None, 0.0, 0
@@ -331,7 +342,7 @@ def network_in_float64(model, source, batch_size, seed, epochs):
         return [np.asarray(leaf) for leaf in jax.tree.leaves((params, stats))]
 
 
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("optimizer", ["adam", "clip+momentum"])
 def test_network_agrees_with_float64(optimizer):
     model, data = Net(OPTIMIZERS[optimizer]), Rows(203, weighted=True).data(64)
     with jax.numpy_dtype_promotion("standard"):

@@ -47,8 +47,8 @@ def test_devices_pay_until_each_does_half_of_what_one_does_alone():
 def test_a_run_on_one_core_and_on_two(tmp_path):
     done = subprocess.run(
         [
-            *(sys.executable, "-m", "dpreg.scaling", "--num_shards=2", "--batch_size=512", "--max_epochs=4"),
-            *("--num_train=20000", "--num_val=0", f"--workdir={tmp_path}"),
+            *(sys.executable, "-m", "dpreg.scaling", "--w=1,2,3,4", "--batch_size=1024", "--max_epochs=4"),
+            *("--num_train=20000", "--num_val=0", f"--workdir={tmp_path}"),  # as in docs/6-scale.md: compiled once
         ],
         cwd=ROOT,
         env=os.environ | {"JAX_PLATFORMS": "cpu"},

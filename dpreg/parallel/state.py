@@ -72,8 +72,8 @@ def initial_state(
     if gradient_clip_val:
         optimizer = optax.chain(optax.clip_by_global_norm(gradient_clip_val), optimizer)
     with jax.enable_x64(False):
-        row = jnp.asarray(row, jnp.float32)
-        variables = dict(model.init(jax.random.key(seed), row, **train_argument(model, False)))
+        init = jax.jit(lambda key, row: model.init(key, row, **train_argument(model, False)))
+        variables = dict(init(jax.random.key(seed), jnp.asarray(row, jnp.float32)))
     if dtype == np.float64:
         variables = jax.tree.map(lambda v: v.astype(dtype) if v.dtype == jnp.float32 else v, variables)
     params, batch_stats = variables.pop("params", None), variables.pop("batch_stats", {})

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax import Array, lax
+from jax.flatten_util import ravel_pytree
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from dpreg.data.dataset import Dataset, Read
@@ -201,7 +202,7 @@ def compile_train_block(
                         # Of linear models not the features: their only use is in products, and a copy of wide rows
                         # takes a fifth of a step.
                         as_it_is = {"x": batch["x"]} if apart else {}
-                        names = batch.keys() - as_it_is.keys()
+                        names = [name for name in batch if name not in as_it_is]
                         alone = on_its_own(
                             lambda: {name: read.of_slot(k, slot, part, parts)[name] for name in names}, clock.one
                         )
@@ -364,25 +365,25 @@ def compile_eval_block(
             return of(forward(model, variables, batch, train=False, platform=platform)[0], batch)
 
         one = jax.eval_shape(lambda: wanted(read.of_slot(jnp.int32(0), jnp.int32(0))))
+        flat, unravel = ravel_pytree(jax.tree.map(jnp.zeros_like, one))
         slots = max(layout.slots, 2)
-        zeros = jax.tree.map(lambda leaf: jnp.zeros((layout.block_steps, slots, *leaf.shape), leaf.dtype), one)
 
-        def step(k: Array, history: PyTree) -> PyTree:
-            def fill(slot: Array, history: PyTree) -> PyTree:
+        def step(k: Array, history: Array) -> Array:
+            def fill(slot: Array, history: Array) -> Array:
                 batch = on_its_own(lambda: read.of_slot(k, slot), clock.one)
-                return jax.tree.map(lambda all, new: all.at[k, slot].set(new), history, wanted(batch))
+                return history.at[k, slot].set(ravel_pytree(wanted(batch))[0])
 
             if reduction == "ordered":
-                return one_by_one(fill, carried.count, history)
-            return jax.tree.map(
-                lambda all, new: all.at[k, : layout.slots].set(new), history, jax.vmap(wanted)(read.of_slots(k))
+                filled: Array = one_by_one(fill, carried.count, history)
+                return filled
+            return history.at[k, : layout.slots].set(
+                jax.vmap(lambda batch: ravel_pytree(wanted(batch))[0])(read.of_slots(k))
             )
 
-        history = lax.fori_loop(0, clock.num_steps, step, zeros)
-        return jax.tree.map(
-            lambda leaf: lax.all_gather(leaf[:, : layout.slots], AXIS, axis=1, tiled=True)[:, : layout.num_shards],
-            history,
-        )
+        history = jnp.zeros((layout.block_steps, slots, flat.size), flat.dtype)
+        history = lax.fori_loop(0, clock.num_steps, step, history)
+        of_all = lax.all_gather(history[:, : layout.slots], AXIS, axis=1, tiled=True)[:, : layout.num_shards]
+        return jax.vmap(jax.vmap(unravel))(of_all)
 
     options = _options(reduction, platform)
     return _compile(block, layout, mesh, (variables, *arguments), backend, options, None, donate=False)
