@@ -368,8 +368,8 @@ class Config(Columns):
     audit: bool = _flag(True, "Check each epoch that every row was used exactly once, over all processes.")
     profile: str | None = _flag(
         None,
-        "START:STOP: trace from the one step to the other, to whole compiled calls, into the workdir's profile/ "
-        "(TensorBoard, Perfetto). Default: none.",
+        "START:STOP: trace from the one step to the other into the workdir's profile/ (TensorBoard, Perfetto). "
+        "Default: none.",
     )
     tensorboard: bool = _flag(
         False, "Write the scalars of metrics.jsonl, and the flags, into the workdir's tensorboard/ as event files."

@@ -207,7 +207,8 @@ def _prepared(
     data = build_data(config, told)
     reading = time.perf_counter() - started
     trainer.prepare_data(data)
-    if (profiled := config.profiled_steps()) and profiled[0] >= trainer.train.num_steps:
+    trainer.pauses = profiled = config.profiled_steps() or ()
+    if profiled and profiled[0] >= trainer.train.num_steps:
         raise InputError(
             f"--profile={config.profile}: the run has {trainer.train.num_steps:,} steps; name two of them, from 0"
         )

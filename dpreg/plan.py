@@ -11,7 +11,6 @@ also where it does not fit into the memory.
 
 import concurrent.futures
 import dataclasses
-import functools
 import importlib.util
 import json
 import math
@@ -32,50 +31,55 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from dpreg.build import build_data, build_model, build_trainer
 from dpreg.config import Config
-from dpreg.data.dataset import RESIDENT_FRACTION
+from dpreg.data.dataset import RESIDENT_FRACTION, Dataset
 from dpreg.door import enter
 from dpreg.errors import InputError
 from dpreg.observers.workdir import made
 from dpreg.parallel import devices
 from dpreg.parallel.chips import Hosts, Slice, system_named
-from dpreg.parallel.program import Collective, Memory, collectives, cost, memory
+from dpreg.parallel.program import Collective, Memory, collectives, memory
 from dpreg.parallel.reduce import AXIS
-from dpreg.parallel.state import initial_state
+from dpreg.parallel.state import Model, TrainState, initial_state
+from dpreg.parallel.step import operations_of_step
+from dpreg.trainer import Trainer
 
 # No device is looked for, and others may compile at the same time.
 _COMPILER_ALONE = {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
 _PLUGINS = ("jax_cuda13_plugin", "jax_cuda12_plugin")
-_PASSES = {"float32": 6, "bfloat16": 1}  # of the units for products; float64 they have not
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What a train step would be; validation and rows on their way are not counted.
+    """What a train step would be.
 
     Attributes:
       topology: as asked for, or the devices of this machine.
       devices: how many; kind: of them.
+      num_shards, batch_size: of the run; those asked for, where each device has a shard by them.
       placement, precision, reduction: of the run.
       steps_per_call: that one compiled call takes at most.
       collectives: what devices exchange.
-      memory: bytes on one device, of the train step alone; `capacity`: those that there are, where that is known.
+      memory: bytes on one device, of the train step; validation_bytes: of rows held out that stay there, too.
+        With placement "host", rows on their way are not counted. `capacity`: bytes that there are, where that is known.
       state_donated: whether the new state takes the place of the old one.
-      operations, bytes_moved: of a step on one device, as the compiler counts them: of shards or parts of a batch that
-        are taken one after the other (ordered, accumulated, and large batches on CPU) it counts one; 0 for GPUs.
+      operations: of a step on one device, as XLA counts them in the program that it is given.
+      bytes_moved: by a step on one device at least: its rows are read once, the state is read and written.
       compile_seconds: of the program, or of finding it in the cache of compiled programs.
-      seconds: of a step, predicted by published rates: "products", "memory", "exchange", "step"; those which the
-        compiler has counted.
+      seconds: of a step, predicted by published rates: "products", "memory", "exchange", "step".
     """
 
     topology: str
     devices: int
     kind: str
+    num_shards: int
+    batch_size: int
     placement: str
     precision: str
     reduction: str
     steps_per_call: int
     collectives: list[Collective]
     memory: Memory
+    validation_bytes: int
     capacity: float | None
     state_donated: bool
     operations: float
@@ -84,35 +88,47 @@ class Plan:
     seconds: dict[str, float]
 
     @property
+    def held_bytes(self) -> int:
+        """Bytes on one device, all together."""
+        return self.memory.total + self.validation_bytes
+
+    @property
     def fits(self) -> bool | None:
         """Whether a device has the memory, where that is known."""
-        return None if self.capacity is None else self.memory.total <= self.capacity
+        return None if self.capacity is None else self.held_bytes <= self.capacity
 
     def describe(self) -> str:
         """In lines for a person."""
         held = self.memory
         lines = [
-            f"{self.devices:,} devices: {self.topology} ({self.kind}); placement {self.placement}, {self.precision}, "
+            f"{self.devices:,} devices: {self.topology} ({self.kind}); --num_shards={self.num_shards} "
+            f"--batch_size={self.batch_size}, placement {self.placement}, {self.precision}, "
             f"reduction {self.reduction}, up to {self.steps_per_call:,} steps a call, compiled in "
             f"{self.compile_seconds:.1f} s"
         ]
         for one in self.collectives:
             when = "each step" if one.each_step else "once a call"
-            lines.append(f"{one.kind} of {one.size:,} bytes over {one.devices:,} devices, {when} ({one.place})")
+            lines.append(
+                f"{one.kind} of {one.size:,} bytes over {one.devices:,} devices, {when} ({one.place}); "
+                f"a device sends {one.wire_bytes:,}"
+            )
         if not self.collectives:
             lines.append("no exchange between devices")
         room = ""
         if self.capacity is not None:
-            left = _bytes(abs(self.capacity - held.total))
+            left = _bytes(abs(self.capacity - self.held_bytes))
             room = f"; fits, with {left} to spare" if self.fits else f"; DOES NOT FIT: {left} are missing"
             room += f" of {_bytes(self.capacity)}"
         lines.append(
-            f"on a device {_bytes(held.total)}: rows and state {_bytes(held.arguments)}, temporaries "
-            f"{_bytes(held.temporaries)}, program {_bytes(held.code)}{room}"
+            f"on a device {_bytes(self.held_bytes)}: rows and state {_bytes(held.arguments)}, rows held out "
+            f"{_bytes(self.validation_bytes)}, temporaries {_bytes(held.temporaries)}, program "
+            f"{_bytes(held.code)}{room}"
         )
         lines.append(f"the state is {'replaced in place' if self.state_donated else 'COPIED each call'}")
-        counted = f"{self.operations:,.0f} operations, {_bytes(self.bytes_moved)} moved"
-        lines.append(f"a step on a device: {counted if self.operations else 'its compiler counts no operations'}")
+        lines.append(
+            f"a step on a device: {self.operations:,.0f} operations; from memory and to it at least "
+            f"{_bytes(self.bytes_moved)}"
+        )
         if self.seconds:
             parts = ", ".join(f"{name} {seconds * 1e6:,.1f} us" for name, seconds in self.seconds.items())
             rest = ", rows from the host not counted" if self.placement == "host" else ""
@@ -131,47 +147,61 @@ def plan(config: Config, topology: str | None = None) -> Plan:
     """
     system = system_named(topology) if topology else None
     if system:
-        described = _described(system)
-        if len(described) > config.num_shards:
-            raise InputError(
-                f"--topology={topology}: it has {len(described):,} devices, each of which needs a shard of its own; "
-                f"use --num_shards={len(described)} and a --batch_size that is a multiple of it"
-            )
-        mesh = Mesh(np.array(described), (AXIS,))
+        mesh = Mesh(np.array(_described(system)), (AXIS,))
+        if mesh.size > config.num_shards:  # as many rows for each as there were
+            rows, rest = divmod(config.batch_size, config.num_shards)
+            if rest:
+                raise InputError(
+                    f"--batch_size={config.batch_size}: is not a multiple of --num_shards={config.num_shards}"
+                )
+            config = dataclasses.replace(config, num_shards=mesh.size, batch_size=mesh.size * rows)
     else:
         mesh = devices.data_mesh(config.num_shards, config.platform, config.num_devices)
     data, config = build_data(config), dataclasses.replace(config, backend="jit")  # pmap's is the same program
+    trainer = build_trainer(config, mesh=mesh)
+    trainer.lay_out(data)
     if system and config.placement == "auto":
-        trainer = build_trainer(config, mesh=mesh)
-        trainer.lay_out(data)
-        fits = trainer.train.resident_bytes <= system.memory * RESIDENT_FRACTION
-        config = dataclasses.replace(config, placement="device" if fits else "host")
-    compiled, seconds, trainer = _compiled(config, mesh, data, None)
-    # Of loops the compiler counts one turn: what lies outside grows with the steps of a call.
-    (few, _, small), (more, _, large) = (_compiled(config, mesh, data, steps) for steps in (2, 4))
-    apart = large.train.block_steps - small.train.block_steps
-    operations, moved = (
-        one - (other - one) / apart if apart else one for one, other in zip(cost(few), cost(more), strict=True)
-    )
+        most = system.memory * RESIDENT_FRACTION
+
+        def placed(dataset: Dataset) -> Dataset:
+            return dataset.place("device" if dataset.resident_bytes <= most else "host")
+
+        trainer.train, trainer.val = placed(trainer.train), trainer.val and placed(trainer.val)
+    train, val = trainer.train, trainer.val
+    model = build_model(config, data.num_inputs, data.num_targets, train.num_steps)
+    row = data.train[np.zeros(1, np.int32)]
+    state = _abstract(trainer, model, row["x"])
+    started = time.perf_counter()
+    compiled = trainer.compile_train(model, state)
+    seconds = time.perf_counter() - started
+
+    batches = {
+        name: jax.ShapeDtypeStruct((train.slots, train.sampler.shard_batch, *column.shape[1:]), trainer.dtype)
+        for name, column in row.items()
+    }
+    operations = operations_of_step(model, state, batches)
+    state_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
+    moved = train.slots * train.sampler.shard_batch * train.row_bytes + 2 * state_bytes
     held, exchanged = memory(compiled), collectives(compiled, mesh.size)
-    state_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(_abstract(trainer, data, config)))
-    counted = config.accumulate_steps == 1 and (config.reduction == "pmean" or trainer.train.slots == 1)
     return Plan(
         topology=topology or devices.describe(mesh.devices.flat),
         devices=mesh.size,
         kind=mesh.devices.flat[0].device_kind,
-        placement=trainer.train.resolved_placement,
+        num_shards=config.num_shards,
+        batch_size=config.batch_size,
+        placement=train.resolved_placement,
         precision=config.precision,
         reduction=config.reduction,
-        steps_per_call=trainer.train.block_steps,
+        steps_per_call=train.block_steps,
         collectives=exchanged,
         memory=held,
+        validation_bytes=val.resident_bytes if val and val.resolved_placement == "device" else 0,
         capacity=system.memory if system else _capacity(mesh),
         state_donated=held.donated >= state_bytes,
         operations=operations,
         bytes_moved=moved,
         compile_seconds=seconds,
-        seconds=_predicted(system, config, operations if counted else None, moved, exchanged) if system else {},
+        seconds=_predicted(system, config.precision, operations, moved, exchanged) if system else {},
     )
 
 
@@ -185,25 +215,14 @@ def _described(system: Slice | Hosts) -> list[Any]:
     )
 
 
-def _compiled(config: Config, mesh: Mesh, data: Any, steps_per_block: int | None) -> tuple[Any, float, Any]:
-    trainer = build_trainer(config, mesh=mesh, steps_per_block=steps_per_block)
-    trainer.lay_out(data)
-    model = build_model(config, data.num_inputs, data.num_targets, trainer.train.num_steps)
-    started = time.perf_counter()
-    return trainer.compile_train(model, _abstract(trainer, data, config)), time.perf_counter() - started, trainer
-
-
-def _abstract(trainer: Any, data: Any, config: Config) -> Any:
+def _abstract(trainer: Trainer, model: Model, x: np.ndarray) -> TrainState:
     """The state without its values."""
-    model = build_model(config, data.num_inputs, data.num_targets, trainer.train.num_steps)
-    row = data.train[np.zeros(1, np.int32)]["x"]
-    first = functools.partial(
-        initial_state, model, seed=0, dtype=trainer.dtype, gradient_clip_val=config.gradient_clip_val
+    everywhere, clip = NamedSharding(trainer.mesh, PartitionSpec()), trainer.gradient_clip_val
+    state: TrainState = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=everywhere),
+        jax.eval_shape(lambda x: initial_state(model, x, 0, trainer.dtype, clip), x),
     )
-    everywhere = NamedSharding(trainer.mesh, PartitionSpec())
-    return jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=everywhere), jax.eval_shape(first, row)
-    )
+    return state
 
 
 def _capacity(mesh: Mesh) -> float | None:
@@ -211,14 +230,13 @@ def _capacity(mesh: Mesh) -> float | None:
 
 
 def _predicted(
-    system: Slice | Hosts, config: Config, operations: float | None, moved: float, exchanged: list[Collective]
+    system: Slice | Hosts, precision: str, operations: float, moved: float, exchanged: list[Collective]
 ) -> dict[str, float]:
-    """Products and memory overlap; the exchange comes after them. The exchange alone where operations are unknown."""
+    """Products and memory overlap; the exchange comes after them. Without a rate of products the exchange alone."""
     exchange = sum(system.seconds(one.kind, one.size) for one in exchanged if one.each_step)
-    if isinstance(system, Hosts) or operations is None or config.precision not in _PASSES:
+    if precision not in system.chip.products:
         return {"exchange": exchange}
-    products = operations * _PASSES[config.precision] / system.chip.products
-    from_memory = moved / system.chip.memory_rate
+    products, from_memory = operations / system.chip.products[precision], moved / system.chip.memory_rate
     step = max(products, from_memory) + exchange
     return {"products": products, "memory": from_memory, "exchange": exchange, "step": step}
 
@@ -260,6 +278,8 @@ def _say_into(file: str) -> None:
 def _main(argv: list[str]) -> None:
     del argv
     config, topology = Config.from_flags(flags.FLAGS), flags.FLAGS["topology"].value
+    if topology and config.num_devices is not None:
+        raise InputError(f"--num_devices={config.num_devices}: --topology={topology} says how many; leave it out")
     for name, of_a_step in (("mode", "train"), ("solver", "sgd"), ("num_processes", None)):
         if (given := getattr(config, name)) != of_a_step:
             raise InputError(f"--{name}={given}: a plan is of a training step, in one process; leave it out")

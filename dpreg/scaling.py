@@ -8,6 +8,7 @@ is a process on a core of its own. The exchange between devices is timed alone, 
 several sizes, and fitted by latency and bandwidth.
 """
 
+import concurrent.futures
 import contextlib
 import dataclasses
 import json
@@ -45,6 +46,7 @@ _SIZES = (24, 4096, 65_536, 1 << 20, 4 << 20)  # bytes exchanged
 _REPEATED_BYTES, _MOST_REPEATS, _ROUNDS = 32 << 20, 200, 5
 _WORTH = 0.5  # efficiency below which devices no longer pay
 _PATIENCE_SECONDS = 1800
+_SHORT_SECONDS = 0.5  # of training, whose figures differ from run to run
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,6 +122,7 @@ class Measured:
       rows_per_second, steps_per_second: in steady state.
       efficiency: rows per second as a share of as many times those of one device.
       exchange_share: of a step, what the exchange alone takes.
+      seconds: that it trained.
     """
 
     devices: int
@@ -128,6 +131,7 @@ class Measured:
     steps_per_second: float
     efficiency: float
     exchange_share: float
+    seconds: float
 
 
 class Laboratory:
@@ -164,6 +168,7 @@ class Laboratory:
             platform="cpu" if self.on_cores else self._config.platform,
             optimality=False,
             profile=None,
+            resume="never",
             workdir=None,
         )
         with tempfile.TemporaryDirectory() as folder:
@@ -202,7 +207,8 @@ class Laboratory:
             if cores and self.on_cores:
                 devices.keep_to_core(running[-1].pid, number)
         try:
-            said = [process.communicate(timeout=_PATIENCE_SECONDS) for process in running]
+            with concurrent.futures.ThreadPoolExecutor(count) as pool:  # none is to wait for its words to be read
+                said = [*pool.map(lambda process: process.communicate(timeout=_PATIENCE_SECONDS), running)]
         except subprocess.TimeoutExpired as error:
             raise InputError(
                 f"a run on {count} device{'s' if count > 1 else ''} takes more than {_PATIENCE_SECONDS:,} s; "
@@ -215,9 +221,11 @@ class Laboratory:
         for code, (_, wrong) in sorted(ended, key=lambda of: of[0] == ProcessLost.exit_code):  # the others say why
             if code:
                 line = wrong.strip().splitlines()[-1:] or ["it ended"]
-                raise InputError(
+                failed = InputError(
                     f"a run on {count} device{'s' if count > 1 else ''}: {line[0].removeprefix('dpreg: ')}"
                 )
+                failed.exit_code = max(code, 1)
+                raise failed
         return [out for out, _ in said]
 
 
@@ -240,11 +248,12 @@ def measure(config: Config, told: Any) -> tuple[list[Measured], list[Exchange], 
     Raises:
       InputError: for what cannot be run, or is not run in steps with one sum each.
     """
-    if config.solver != "sgd" or config.reduction != "pmean":
-        raise InputError(
-            f"--solver={config.solver} --reduction={config.reduction}: scaling measures steps that exchange one sum; "
-            "use --solver=sgd and --reduction=pmean"
-        )
+    measured = Config()
+    for name in ("mode", "solver", "reduction", "num_processes", "sync_batch_norm"):
+        if (given := getattr(config, name)) != getattr(measured, name):
+            raise InputError(
+                f"--{name}={given}: scaling measures steps that exchange one sum, in runs that it starts; leave it out"
+            )
     laboratory = Laboratory(config)
     counts = [1 << power for power in range(16) if 1 << power <= min(laboratory.most, config.num_shards)]
     exchanges, runs, size = [], list[Measured](), 0
@@ -258,7 +267,7 @@ def measure(config: Config, told: Any) -> tuple[list[Measured], list[Exchange], 
             rate, steps, size = summary["rows_per_second"], summary["steps_per_second"], summary["exchange_bytes"]
             share = exchange.of(size, count) * steps if exchange else 0.0
             alone = runs[0].rows_per_second if runs else rate
-            runs.append(Measured(count, kind, rate, steps, rate / count / alone, share))
+            runs.append(Measured(count, kind, rate, steps, rate / count / alone, share, summary["seconds"]["train"]))
     return runs, exchanges, extrapolated(runs, exchanges, size, config.batch_size), laboratory.on_cores
 
 
@@ -298,8 +307,10 @@ def describe(runs: list[Measured], exchanges: list[Exchange], further: dict[str,
     for one in exchanges:
         rate = "" if math.isinf(one.bandwidth) else f" + size / {one.bandwidth / 1e9:.2f} GB/s"
         lines.append(
-            f"a sum over {one.devices} devices: {one.latency * 1e6:,.1f} us{rate}, to {one.error:.0%} of all measured"
+            f"a sum over {one.devices} devices: {one.latency * 1e6:,.1f} us{rate}, to {one.error:.0%} of all measured, one after the other"
         )
+    if (shortest := min(run.seconds for run in runs)) < _SHORT_SECONDS:
+        lines.append(f"trained for {shortest:.2f} s only: such figures differ from run to run; give more --max_epochs")
     if further:
         beyond = "beyond, each does less than half of what one does alone"
         if further["pays_up_to"] == max(further["efficiency"]):

@@ -94,6 +94,7 @@ class Trainer:
       epoch_sums: [steps of an epoch, 3] weighted loss sum, weight sum and norm of the gradient of each step of this
         epoch so far.
       checkpoints: what saves the run while it trains; None for nothing.
+      pauses: steps before which none is in flight: where an observer begins or ends what it does to them.
       heartbeat: called whenever results have come from the devices, or a checkpoint has been taken.
       train_loss, val_loss, metrics: of the last epoch.
       seconds: where the time went: "ingest" (rows to the devices), "compile", "train", "eval".
@@ -167,6 +168,7 @@ class Trainer:
         self.metrics: dict[str, float] = {}
         self.steps_trained, self._speed = 0, 0.0
         self.checkpoints: Saver | None = None
+        self.pauses: tuple[int, ...] = ()
         self.best = Best(math.inf, 0, {})
         self._predictor: Predictor | None = None
         self.heartbeat: Callable[[], None] = lambda: None
@@ -383,7 +385,7 @@ class Trainer:
         self._rest()
 
     def _train_on(self, start: int) -> None:
-        """Trains the epoch that began at step `start`, to its end or until it is time to save."""
+        """Trains the epoch that began at step `start`, to its end, a pause, or until it is time to save."""
         steps, every, first = self.train.sampler.steps_per_epoch, self._log_every, self.step
         began = time.perf_counter()
         for block, (sums, used) in devices.arrived(self._train_blocks(start + steps), self.heartbeat):
@@ -405,8 +407,9 @@ class Trainer:
         self.steps_trained += self.step - first
 
     def _train_blocks(self, stop: int) -> Iterator[tuple[Block, Any]]:
-        """Dispatches blocks up to step `stop`, or until it is time to save."""
+        """Dispatches blocks up to step `stop` or a pause, or until it is time to save."""
         first = self.step
+        stop = min(stop, *(pause for pause in (*self.pauses, stop) if pause > first))
         if self.checkpoints and (every := self.checkpoints.every_steps):
             stop = min(stop, first - first % every + every)
         for block in self.train.blocks(first, stop, self._steps_of_call):

@@ -180,6 +180,25 @@ def test_ordered_holds_for_several_targets(model, optimizer):
     assert len(results) == 1
 
 
+def test_every_process_compiles_the_same_program(tmp_path):
+    """Whatever the order in which Python hashes names: or none finds in the cache what another has compiled."""
+    program = (
+        "import dpreg; from dpreg.build import build_model; from dpreg.config import Config\n"
+        "dpreg.start('cpu', 2, threads=8)\n"
+        "for reduction in ('pmean', 'ordered'):\n"
+        "    trainer = dpreg.Trainer(1, reduction=reduction)\n"
+        "    model = build_model(Config(model='mlp', hidden=(4,), dropout=0.1, batch_norm=True), 2, 1)\n"
+        "    trainer.fit(model, dpreg.SyntheticRegressionData([1.0, 2.0], 3.0, num_train=64, num_val=16))\n"
+    )
+    found = []
+    for seed in "123":
+        environment = os.environ | {"PYTHONHASHSEED": seed, "XDG_CACHE_HOME": str(tmp_path)}
+        subprocess.run([sys.executable, "-c", program], env=environment, check=True, capture_output=True, timeout=240)
+        found.append({path.name for path in tmp_path.rglob("*-cache")})
+    assert found[0]
+    assert found[1:] == found[:1] * 2
+
+
 def test_ordered_holds_on_any_number_of_cores(tmp_path):
     """Products of this size are shared by the threads that XLA has, and added up as these divide them."""
     flags = "--platform=cpu --reduction=ordered --model=mlp --num_train=8192 --batch_size=8192 --num_val=4096"

@@ -372,11 +372,12 @@ def test_several_processes_need_a_workdir(monkeypatch):
         pass
 
 
-def test_a_profile_is_a_trace_of_named_steps(tmp_path):
-    finished(CPU, "--num_devices=2", "--profile=0:40", f"--workdir={tmp_path}")
+def test_a_profile_is_a_trace_of_these_steps(tmp_path):
+    finished(CPU, "--num_devices=2", "--profile=10:20", f"--workdir={tmp_path}")
     (trace,) = (tmp_path / "profile").rglob("perfetto_trace.json.gz")
-    names = {event.get("name") for event in json.loads(gzip.decompress(trace.read_bytes()))["traceEvents"]}
-    assert "train" in names
+    events = json.loads(gzip.decompress(trace.read_bytes()))["traceEvents"]
+    assert [event["args"]["step_num"] for event in events if event.get("name") == "train"] == ["10"]
+    assert any("while" in event.get("name", "") for event in events)  # what the step is made of
     assert list((tmp_path / "profile").rglob("*.xplane.pb"))
     wrong = dpreg(CPU, "--profile=7", f"--workdir={tmp_path}/w")
     assert (wrong.returncode, wrong.stderr) == (

@@ -55,11 +55,42 @@ def test_a_perceptron_exchanges_its_gradient_at_once():
     assert found.state_donated
 
 
-def test_operations_are_those_of_a_step():
+@pytest.mark.parametrize(
+    ("rows", "changes"),
+    [
+        (64, {"num_devices": 1}),
+        (64, {"num_devices": 1, "reduction": "ordered"}),
+        (8, {}),
+        (4 * 8, {"accumulate_steps": 4}),
+        (16384, {"num_devices": 1, "batch_size": 16384, "num_train": 20000}),
+    ],
+    ids=["one", "ordered", "eight", "accumulated", "in parts"],
+)
+def test_operations_and_bytes_are_those_of_a_step(rows, changes):
     """Of wide rows nearly all is in the products: x w and x^T g, a multiplication and an addition each."""
-    found = plan(of(w=tuple(np.linspace(-1, 1, 512)), num_devices=1))
-    assert found.operations == pytest.approx(2 * 2 * 64 * 512, rel=0.1)
-    assert found.bytes_moved > 64 * 512 * 4
+    found = plan(of(w=tuple(np.linspace(-1, 1, 512)), **changes))
+    assert found.operations == pytest.approx(2 * 2 * rows * 512, rel=0.35 if rows < 32 else 0.1)
+    assert found.bytes_moved == pytest.approx(rows * (512 + 3) * 4 + 2 * 513 * 4, rel=0.01)
+
+
+def test_the_compiled_step_computes_no_more_than_that():
+    """Of loops the compiler counts one turn: what lies outside grows with the steps of a call."""
+    data = dpreg.SyntheticRegressionData(np.ones(512), 1.0, num_train=640, num_val=0, batch_size=64)
+    model = dpreg.LinearRegressionScratch(512, 0.1)
+
+    def counted(steps):
+        trainer = dpreg.Trainer(1, 1, steps_per_block=steps)
+        trainer.lay_out(data)
+        return trainer.compile_train(model, trainer.initial_state(model)).cost_analysis()["flops"]
+
+    assert counted(2) - (counted(4) - counted(2)) == pytest.approx(2 * 2 * 64 * 512, rel=0.1)
+
+
+def test_rows_held_out_take_memory_too():
+    few, many = (plan(of(num_val=rows, num_devices=1)) for rows in (0, 5000))
+    assert few.validation_bytes == 0
+    assert many.validation_bytes == pytest.approx(5000 * (2 + 1 + 1) * 4, rel=0.1)
+    assert many.held_bytes - many.memory.total == many.validation_bytes
 
 
 @pytest.mark.parametrize(("reduction", "part"), [("pmean", 5 << 20), ("ordered", 5 << 18)])
@@ -74,16 +105,28 @@ def test_collectives_are_read_from_a_program():
     class Compiled:
         def as_text(self):
             return """
-  %psum.1 = f32[6]{0:T(128)} all-reduce(%c), replica_groups={{0,1,2,3}}, metadata={op_name="jit(f)/while/body/psum"}
+%region_1.5 (c: f32[6]) -> f32[6] {
+  %psum.1 = f32[6]{0:T(128)} all-reduce(%c), replica_groups={{0,1,2,3}}, metadata={op_name="jit(f)/while/body/sum/psum"}
+}
+
+%region_2.7 (t: (f32[6])) -> (f32[6]) {
+  %sum = f32[6] call(%gte), to_apply=%region_1.5
+}
+
+ENTRY %main.9 (s: f32[1,6]) -> f32[8,6] {
+  %while.3 = (f32[6]) while(%t), condition=%region_4.1, body=%region_2.7
   ROOT all-gather.2 = (f32[2,6]{1,0}, f32[8,6]{1,0}) all-gather-start(%s), replica_groups=[2,4]<=[8], dimensions={0}
   %done = f32[8,1,6]{2,1,0} all-gather-done(%all-gather.2)
   %no = f32[6] add(%all-reduce, %psum.1)
+}
 """
 
-    assert program.collectives(Compiled(), 8) == [
-        program.Collective("all-reduce", 24, 4, True, "psum"),
+    found = program.collectives(Compiled(), 8)
+    assert found == [
+        program.Collective("all-reduce", 24, 4, True, "sum/psum"),
         program.Collective("all-gather", 8 * 6 * 4, 4, False, ""),
     ]
+    assert [one.wire_bytes for one in found] == [36, 144]
 
 
 @pytest.mark.parametrize("name", ["v5e:2x2", "v5e:16x16", "v6e:4x8", "v4:2x2x1", "v5p:4x4x12", "v5p:16x16x24"])
@@ -106,6 +149,9 @@ def test_an_exchange_goes_over_the_links_that_a_slice_has():
         ("v5e:32x32", "there is no such slice of several chips; use one of v5e: 2x2, 2x4, 4x4, 4x8, 8x8, 8x16, 16x16"),
         ("v5p:8x4x4", "there is no such slice"),
         ("v5p:16x20x28", "there is no such slice"),
+        ("v5p:4x4x384", "there is no such slice"),
+        ("v4:4x4x256", "there is no such slice"),
+        ("v5p:0x4x4", "there is no such slice"),
         ("v5p:4x4", "there is no such slice"),
         ("v5e:4xx4", "there is no such slice"),
         ("h1:8", "use KIND:SHAPE, with a kind of v4, v5e, v5p, v6e, a100, h100, h200"),
@@ -140,23 +186,36 @@ def test_an_exchange_of_gpus_is_as_fast_as_their_slowest_link():
 def test_by_flags(tmp_path):
     done = by_flags("--flagfile=configs/cpu.cfg", f"--workdir={tmp_path}")
     assert done.returncode == 0, done.stderr
-    assert "all-reduce of 20 bytes over 8 devices, each step (psum)" in done.stdout
+    assert "all-reduce of 20 bytes over 8 devices, each step (exchange/psum); a device sends 35" in done.stdout
     assert json.loads((tmp_path / "plan.json").read_text())["collectives"][0]["size"] == 20
     wrong = by_flags("--flagfile=configs/cpu.cfg", "--num_devices=9")
     assert (wrong.returncode, len(wrong.stderr.splitlines())) == (2, 1)
 
 
-@pytest.mark.parametrize("topology", ["v5p:2x2x2", "v5e:2x4", "v6e:2x4"])
-def test_the_tpu_configuration_compiles_for_slices(topology, tmp_path):
+@pytest.mark.parametrize(("topology", "count"), [("v5p:2x2x2", 8), ("v5e:2x4", 8), ("v6e:2x4", 8), ("v5p:8x8x8", 512)])
+def test_the_tpu_configuration_compiles_for_slices(topology, count, tmp_path):
     pytest.importorskip("libtpu")
     done = by_flags(f"--topology={topology}", "--flagfile=configs/tpu.cfg", f"--workdir={tmp_path}")
     assert (done.returncode, done.stderr) == (0, ""), done.stderr
     found = json.loads((tmp_path / "plan.json").read_text())
-    assert found["devices"] == 8
+    # Where there are more devices than shards, as many rows for each.
+    assert (found["devices"], found["num_shards"], found["batch_size"]) == (count, count, count * 4)
     assert [(c["kind"], c["size"], c["each_step"]) for c in found["collectives"]] == [("all-reduce", 20, True)]
     assert found["state_donated"]
     assert found["fits"]
     assert found["seconds"]["step"] > 0
+
+
+def test_a_step_on_a_slice_costs_the_same_of_any_number_of_rows(tmp_path):
+    """No column is brought into another form."""
+    pytest.importorskip("libtpu")
+    found = {}
+    for rows in (100_000, 4_000_000):
+        done = by_flags("--topology=v5e:2x4", f"--num_train={rows}", "--batch_size=4096", f"--workdir={tmp_path}")
+        assert done.returncode == 0, done.stderr
+        found[rows] = json.loads((tmp_path / "plan.json").read_text())
+    assert found[100_000]["seconds"] == found[4_000_000]["seconds"]
+    assert found[4_000_000]["memory"]["temporaries"] < 1 << 20
 
 
 @pytest.mark.parametrize(("topology", "count"), [("a100:8", 8), ("h100:1x8", 8), ("h200:4x2", 8)])
@@ -169,14 +228,14 @@ def test_the_gpu_configuration_compiles_for_gpus(topology, count, tmp_path):
     assert [(c["kind"], c["size"], c["each_step"]) for c in found["collectives"]] == [("all-reduce", 20, True)]
     assert found["state_donated"]
     assert found["fits"]
-    assert 0 < found["seconds"]["exchange"] < 1e-3
+    assert 0 < found["seconds"]["exchange"] < found["seconds"]["step"] < 1e-3
 
 
 def test_what_goes_on_no_slice_is_one_line(tmp_path):
     pytest.importorskip("libtpu")
-    few = by_flags("--topology=v5p:4x4x4", "--flagfile=configs/tpu.cfg")
-    assert (few.returncode, len(few.stderr.splitlines())) == (2, 1)
-    assert "use --num_shards=64" in few.stderr
+    uneven = by_flags("--topology=v5p:4x4x4", "--flagfile=configs/tpu.cfg", "--batch_size=30")
+    assert (uneven.returncode, len(uneven.stderr.splitlines())) == (2, 1)
+    assert "--batch_size=30: is not a multiple of --num_shards=8" in uneven.stderr
     wide = ("--model=mlp", "--hidden=100000,100000", "--batch_size=64", "--num_train=64", "--num_val=8")
     large = by_flags("--topology=v5e:2x4", "--flagfile=configs/tpu.cfg", *wide)
     assert large.returncode == 2

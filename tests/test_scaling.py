@@ -30,7 +30,7 @@ def test_devices_pay_until_each_does_half_of_what_one_does_alone():
     # A step of 1 ms, 0.1 ms of which are not shared; sums of 10 us over two, 20 over four.
     exchange = Exchange(2, 1e-5, 1e12, 0.0, {})
     runs = [
-        Measured(count, "strong", 0.0, 1 / (0.9e-3 / count + 0.1e-3 + latency), 0.0, 0.0)
+        Measured(count, "strong", 0.0, 1 / (0.9e-3 / count + 0.1e-3 + latency), 0.0, 0.0, 1.0)
         for count, latency in ((1, 0), (2, 1e-5), (4, 2e-5))
     ]
     found = extrapolated(runs, [exchange], 0, batch_size=1024)
@@ -47,7 +47,7 @@ def test_devices_pay_until_each_does_half_of_what_one_does_alone():
 def test_a_run_on_one_core_and_on_two(tmp_path):
     done = subprocess.run(
         [
-            *(sys.executable, "-m", "dpreg.scaling", "--w=1,2,3,4", "--batch_size=1024", "--max_epochs=4"),
+            *(sys.executable, "-m", "dpreg.scaling", "--w=1,2,3,4", "--batch_size=1024", "--max_epochs=20"),
             *("--num_train=20000", "--num_val=0", f"--workdir={tmp_path}"),  # as in docs/6-scale.md: compiled once
         ],
         cwd=ROOT,
@@ -72,17 +72,18 @@ def test_a_run_on_one_core_and_on_two(tmp_path):
     assert shown.count("http") == 0
 
 
-def test_what_cannot_run_is_one_line(tmp_path):
-    for bad, said in (
-        (("--num_shards=3", "--batch_size=32"), "--batch_size=32: is not a multiple of --num_shards=3"),
-        (("--solver=exact",), "scaling measures steps"),
-    ):
-        done = subprocess.run(
-            [sys.executable, "-m", "dpreg.scaling", "--platform=cpu", *bad],
-            cwd=ROOT,
-            capture_output=True,
-            text=True,
-            timeout=300,
-        )
-        assert done.returncode == 2
-        assert said in done.stderr.splitlines()[-1]
+@pytest.mark.parametrize(
+    ("flags", "code", "said"),
+    [
+        (("--num_shards=3", "--batch_size=32"), 2, "--batch_size=32: is not a multiple of --num_shards=3"),
+        (("--solver=exact",), 2, "--solver=exact: scaling measures steps"),
+        (("--mode=predict",), 2, "--mode=predict: "),
+        (("--lr=1e9", "--num_val=0"), 3, "a run on 1 device: the loss is not finite at step"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, tuple) else "",
+)
+def test_what_cannot_run_is_one_line(flags, code, said):
+    command = [sys.executable, "-m", "dpreg.scaling", "--platform=cpu", *flags]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == code
+    assert said in done.stderr.splitlines()[-1]

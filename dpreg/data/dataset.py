@@ -339,12 +339,15 @@ class Dataset:
         run = self.sampler.run
         runs = runs + (self.sampler.shard_runs + 1) * jnp.arange(self.slots, dtype=jnp.int32)[None, :, None]
         runs = runs.astype(jnp.uint32)  # never negative: no counting from the end to be looked for
-        # On CPU a run is read as one long row. The compiler for TPUs takes minutes over those.
+        # On CPU a run is read as one long row. The compiler for TPUs takes minutes over those, and would bring a column
+        # of single numbers into another form, all of it in each step, if they did not lie along one axis here.
         long = self._mesh.devices.flat[0].platform == "cpu"
-        flat = {
-            name: column.reshape(-1, run * math.prod(column.shape[2:]) if long else math.prod(column.shape[2:]))
-            for name, column in data.items()
-        }
+
+        def in_rows(column: Array) -> Array:
+            width = math.prod(column.shape[2:])
+            return column.reshape(-1, run * width) if long else column.reshape(-1, *[width] * (width > 1))
+
+        flat = {name: in_rows(column) for name, column in data.items()}
 
         def fetch(chosen: Callable[[Array], Array], axis: int, part: Array | int = 0, parts: int = 1) -> Batch:
             which = chosen(runs)

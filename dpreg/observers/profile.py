@@ -9,7 +9,7 @@ from dpreg.observer import Progress
 
 
 class Profiler:
-    """An observer that traces from the first log point or block at or past step `start` to the one at or past `stop`.
+    """An observer that traces the steps from `start` to `stop`, of a trainer that pauses before either.
 
     A context manager: a trace that is still open is ended. It lies in `folder`: `tensorboard --logdir=FOLDER`, or the
     file `perfetto_trace.json.gz` at ui.perfetto.dev.

@@ -15,25 +15,34 @@ class Chip:
 
     Attributes:
       memory: bytes of high-bandwidth memory; memory_rate: bytes/s from it.
-      products: operations/s of bfloat16 products. Of float32 in full they are six times as dear.
+      bfloat16_products: operations/s of products.
       links: bytes/s over all links of a chip to its neighbours, one way.
-      axes: of the torus; most_chips: of a slice.
+      largest: the shape of the largest slice, shorter axes first.
     """
 
     memory: float
     memory_rate: float
-    products: float
+    bfloat16_products: float
     links: float
-    axes: int
-    most_chips: int
+    largest: tuple[int, ...]
+
+    @property
+    def axes(self) -> int:
+        """Of the torus."""
+        return len(self.largest)
+
+    @property
+    def products(self) -> dict[str, float]:
+        """Operations/s by precision: float32 in full takes six products of bfloat16, float64 there is not."""
+        return {"bfloat16": self.bfloat16_products, "float32": self.bfloat16_products / 6}
 
 
 # cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e}: "key specifications"; links as 1/2 of the bidirectional bandwidth.
 CHIPS = {
-    "v4": Chip(32 * 2**30, 1228e9, 275e12, 300e9, 3, 4096),
-    "v5e": Chip(16e9, 819e9, 197e12, 200e9, 2, 256),
-    "v5p": Chip(95 * 2**30, 2765e9, 459e12, 600e9, 3, 6144),
-    "v6e": Chip(32e9, 1638e9, 918e12, 400e9, 2, 256),
+    "v4": Chip(32 * 2**30, 1228e9, 275e12, 300e9, (16, 16, 16)),
+    "v5e": Chip(16e9, 819e9, 197e12, 200e9, (16, 16)),
+    "v5p": Chip(95 * 2**30, 2765e9, 459e12, 600e9, (16, 16, 24)),
+    "v6e": Chip(32e9, 1638e9, 918e12, 400e9, (16, 16)),
 }
 _SMALL = {2: ((2, 2), (2, 4)), 3: ((2, 2, 1), (2, 2, 2), (2, 2, 4), (2, 4, 4))}
 HOP_SECONDS = 1e-6  # from chip to chip: a guess, as none is published
@@ -88,6 +97,7 @@ class Gpu:
     Attributes:
       name: as its driver has it.
       memory: bytes; memory_rate: bytes/s from it.
+      products: operations/s by precision: of tensor cores in bfloat16, else without them.
       links: bytes/s over NVLink to the others of a host, one way; network: its share of a host's way to other hosts.
       capability: major and minor; cores: multiprocessors; cache: bytes of the common one; clock: in GHz.
       shared: bytes that blocks share on a core; of which one may have all but 1 kB.
@@ -96,6 +106,7 @@ class Gpu:
     name: str
     memory: float
     memory_rate: float
+    products: dict[str, float]
     links: float
     network: float
     capability: tuple[int, int]
@@ -140,10 +151,12 @@ class Gpu:
 
 # nvidia.com: data sheets of the SXM modules, of DGX and HGX systems for the network (InfiniBand, a port a GPU); clock,
 # cores and cache as `deviceQuery` tells them; shared memory by compute capability from the CUDA programming guide.
+_A100 = {"bfloat16": 312e12, "float32": 19.5e12, "float64": 9.7e12}
+_H100 = {"bfloat16": 989e12, "float32": 67e12, "float64": 34e12}
 GPUS = {
-    "a100": Gpu("NVIDIA A100-SXM4-80GB", 80e9, 2039e9, 300e9, 25e9, (8, 0), 108, 40 << 20, 1.41, 164 << 10),
-    "h100": Gpu("NVIDIA H100 80GB HBM3", 80e9, 3350e9, 450e9, 50e9, (9, 0), 132, 50 << 20, 1.98, 228 << 10),
-    "h200": Gpu("NVIDIA H200", 141e9, 4800e9, 450e9, 50e9, (9, 0), 132, 50 << 20, 1.98, 228 << 10),
+    "a100": Gpu("NVIDIA A100-SXM4-80GB", 80e9, 2039e9, _A100, 300e9, 25e9, (8, 0), 108, 40 << 20, 1.41, 164 << 10),
+    "h100": Gpu("NVIDIA H100 80GB HBM3", 80e9, 3350e9, _H100, 450e9, 50e9, (9, 0), 132, 50 << 20, 1.98, 228 << 10),
+    "h200": Gpu("NVIDIA H200", 141e9, 4800e9, _H100, 450e9, 50e9, (9, 0), 132, 50 << 20, 1.98, 228 << 10),
 }
 _GPUS_OF_HOST = (1, 2, 4, 8)
 _MOST_HOSTS = 1280  # compiled for
@@ -224,16 +237,17 @@ def _slice_named(name: str) -> Slice:
 def _exists(chip: Chip, shape: tuple[int, ...]) -> bool:
     if shape in _SMALL[chip.axes]:
         return True
-    cubes = chip.axes == 3 and len(shape) == 3 and not any(size % 4 for size in shape)
-    return (cubes and list(shape) == sorted(shape) and 0 < math.prod(shape) <= chip.most_chips) or (
-        shape in _shapes(chip)
-    )
+    if chip.axes == 2 or len(shape) != 3:
+        return shape in _shapes(chip)
+    # Of cubes of four chips a side.
+    within = all(0 < size <= most and size % 4 == 0 for size, most in zip(shape, chip.largest, strict=True))
+    return within and list(shape) == sorted(shape)
 
 
 def _shapes(chip: Chip) -> list[tuple[int, ...]]:
     """The usual shapes: each has twice the chips of the one before it."""
     shapes = [*_SMALL[chip.axes], (4,) * chip.axes]
-    while math.prod(shapes[-1]) * 2 <= chip.most_chips:
+    while math.prod(shapes[-1]) * 2 <= math.prod(chip.largest):
         grown = list(shapes[-1])
         grown[grown.count(grown[0]) - 1] *= 2  # the last of the shortest
         shapes.append(tuple(grown))

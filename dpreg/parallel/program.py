@@ -9,6 +9,9 @@ _KINDS = "all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute|col
 _BOTH = ("all-gather", "collective-permute")  # whose beginning gives (what goes in, what comes out)
 _COLLECTIVE = re.compile(rf"^\s*(?:ROOT )?%?[\w.-]+ = (\(?.*?\)?) ({_KINDS})(-start)?\((.*)$")
 _ARRAY = re.compile(r"\b(pred|[sufbc]\w*?\d+)\[([\d,]*)\]")
+_COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.-]+) \(.*\{$")
+_BODY = re.compile(r"\bbody=%?([\w.-]+)")
+_CALLED = re.compile(r"\b(?:body|to_apply|calls|condition)=%?([\w.-]+)")
 _GROUPS = re.compile(r"replica_groups=(?:\{\{([\d,]*)\}|\[(\d+),(\d+)\])")
 
 
@@ -21,7 +24,7 @@ class Collective:
       size: bytes that it gives each device.
       devices: how many take part.
       each_step: whether it is in the loop over steps; else once a call.
-      place: where in the program it comes from.
+      place: where in the step it comes from.
     """
 
     kind: str
@@ -30,11 +33,22 @@ class Collective:
     each_step: bool
     place: str
 
+    @property
+    def wire_bytes(self) -> int:
+        """That each device sends, at least: a sum goes round twice, what is gathered once, but for one's own share."""
+        passes = 2 if self.kind == "all-reduce" else 1
+        return math.ceil(passes * self.size * (1 - 1 / self.devices))
+
 
 def collectives(compiled: Any, devices: int) -> list[Collective]:
     """All exchanges of a compiled program for so many devices, in the order of its text."""
     found = []
-    for line in compiled.as_text().splitlines():
+    text = compiled.as_text()
+    looped = _of_loops(text)
+    computation = ""
+    for line in text.splitlines():
+        if head := _COMPUTATION.match(line):
+            computation = head[1]
         if match := _COLLECTIVE.match(line):
             result, kind, start, rest = match.groups()
             arrays = _ARRAY.findall(result)
@@ -43,13 +57,26 @@ def collectives(compiled: Any, devices: int) -> list[Collective]:
             groups = _GROUPS.search(rest)
             members = groups[1].count(",") + 1 if groups and groups[1] else int(groups[3]) if groups else devices
             place = re.search(r'op_name="([^"]*)"', rest)
-            name = place[1] if place else ""
-            found.append(
-                Collective(
-                    kind, sum(_bytes(*array) for array in arrays), members, "/while/" in name, name.rpartition("/")[2]
-                )
-            )
+            name = place[1].rpartition("while/body/")[2] if place else ""
+            size = sum(_bytes(*array) for array in arrays)
+            found.append(Collective(kind, size, members, computation in looped, name))
     return found
+
+
+def _of_loops(text: str) -> set[str]:
+    """The computations that are a loop's body, or called from one."""
+    calls: dict[str, set[str]] = {}
+    within, computation = set[str](), ""
+    for line in text.splitlines():
+        if head := _COMPUTATION.match(line):
+            computation = head[1]
+            calls[computation] = set()
+        calls.setdefault(computation, set()).update(_CALLED.findall(line))
+        within.update(_BODY.findall(line))
+    further = within
+    while further := {called for name in further for called in calls.get(name, ())} - within:
+        within |= further
+    return within
 
 
 def _bytes(dtype: str, shape: str) -> int:
@@ -91,10 +118,3 @@ def memory(compiled: Any) -> Memory:
         of.generated_code_size_in_bytes,
         of.alias_size_in_bytes,
     )
-
-
-def cost(compiled: Any) -> tuple[float, float]:
-    """(operations, bytes moved) on each device, as the compiler counts them: of loops one turn."""
-    of = compiled.cost_analysis() or {}
-    of = of[0] if isinstance(of, list) else of
-    return float(of.get("flops", 0.0)), float(of.get("bytes accessed", 0.0))

@@ -126,6 +126,41 @@ class _Rest(NamedTuple):
     batch_stats: PyTree  # times rows
 
 
+def _loss_of_shard(
+    model: Model, params: PyTree, batch_stats: PyTree, batch: PyTree, key: Array, platform: str
+) -> tuple[Array, _Rest]:
+    """The weighted loss sum of a shard's batch, and what else is summed."""
+    prediction, new = forward(model, {"params": params, "batch_stats": batch_stats}, batch, True, key, platform)
+    weight = batch["weight"]
+    rows = (weight > 0).sum(dtype=weight.dtype) if batch_stats else None
+    losses = row_losses(model, prediction, batch)
+    return jnp.vdot(losses, weight), _Rest(weight.sum(), rows, jax.tree.map(lambda leaf: leaf * rows, new))
+
+
+def operations_of_step(model: Model, state: TrainState, batches: PyTree) -> float:
+    """Operations of a training step on one device, as XLA counts them before it makes any of them quicker.
+
+    Args:
+      state: and `batches`, the rows of each of its shards, [shards, b, ...]: shapes will do.
+    """
+
+    def step(state: TrainState, batches: PyTree, shards: Array, key: Array) -> tuple[TrainState, Array]:
+        def loss(params: PyTree, batch: PyTree, shard: Array) -> tuple[Array, _Rest]:
+            return _loss_of_shard(model, params, state.batch_stats, batch, jax.random.fold_in(key, shard), "cpu")
+
+        sums = value_and_gradient_together(loss, state.params, batches, shards)
+        return _updated(state, sums, jnp.asarray(state.step))
+
+    mesh, everywhere = Mesh(np.array(jax.devices()[:1]), (AXIS,)), PartitionSpec()
+    mapped = jax.shard_map(step, mesh=mesh, in_specs=everywhere, out_specs=everywhere, check_vma=False)
+    state, batches = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), (state, batches))
+    shards = jax.ShapeDtypeStruct(batches["weight"].shape[:1], jnp.int32)
+    with jax.enable_x64(_has_float64(state)):
+        lowered = jax.jit(mapped).lower(state, batches, shards, jax.random.key(0))
+    counted = lowered.cost_analysis() or {}
+    return float(counted.get("flops", 0.0))
+
+
 def compile_train_block(
     model: Model,
     state: TrainState,
@@ -178,14 +213,7 @@ def compile_train_block(
 
             def loss(params: PyTree, batch: PyTree, shard: Array) -> tuple[Array, _Rest]:
                 key = jax.random.fold_in(step_key, shard)
-                prediction, batch_stats = forward(
-                    model, {"params": params, "batch_stats": state.batch_stats}, batch, True, key, platform
-                )
-                weight = batch["weight"]
-                rows = (weight > 0).sum(dtype=weight.dtype) if state.batch_stats else None
-                losses = row_losses(model, prediction, batch)
-                rest = _Rest(weight.sum(), rows, jax.tree.map(lambda leaf: leaf * rows, batch_stats))
-                return jnp.vdot(losses, weight), rest
+                return _loss_of_shard(model, params, state.batch_stats, batch, key, platform)
 
             def over_parts(part_sums: Callable[[Array], PyTree]) -> PyTree:
                 if parts == 1:
