@@ -251,9 +251,7 @@ def measure(config: Config, told: Any) -> tuple[list[Measured], list[Exchange], 
     measured = Config()
     for name in ("mode", "solver", "reduction", "num_processes", "sync_batch_norm"):
         if (given := getattr(config, name)) != getattr(measured, name):
-            raise InputError(
-                f"--{name}={given}: scaling measures steps that exchange one sum, in runs that it starts; leave it out"
-            )
+            raise InputError(f"--{name}={given}: scaling starts runs of its own, of steps with one sum; leave it out")
     laboratory = Laboratory(config)
     counts = [1 << power for power in range(16) if 1 << power <= min(laboratory.most, config.num_shards)]
     exchanges, runs, size = [], list[Measured](), 0
@@ -307,7 +305,8 @@ def describe(runs: list[Measured], exchanges: list[Exchange], further: dict[str,
     for one in exchanges:
         rate = "" if math.isinf(one.bandwidth) else f" + size / {one.bandwidth / 1e9:.2f} GB/s"
         lines.append(
-            f"a sum over {one.devices} devices: {one.latency * 1e6:,.1f} us{rate}, to {one.error:.0%} of all measured, one after the other"
+            f"a sum over {one.devices} devices: {one.latency * 1e6:,.1f} us{rate}, to {one.error:.0%} of all measured, "
+            "one after the other"
         )
     if (shortest := min(run.seconds for run in runs)) < _SHORT_SECONDS:
         lines.append(f"trained for {shortest:.2f} s only: such figures differ from run to run; give more --max_epochs")

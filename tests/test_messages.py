@@ -142,7 +142,9 @@ WRONG = {
     },
     "scaling": {
         ("--epochs=3",): "--epochs: there is no such flag; use --max_epochs, or see --help",
-        ("--reduction=ordered",): "one sum; use --solver=sgd and --reduction=pmean",
+        (
+            "--reduction=ordered",
+        ): "--reduction=ordered: scaling starts runs of its own, of steps with one sum; leave it out",
     },
     "report": {
         (): "there is no run to show; name the workdirs of some: python -m dpreg.report W1 W2",

@@ -76,7 +76,7 @@ def test_a_run_on_one_core_and_on_two(tmp_path):
     ("flags", "code", "said"),
     [
         (("--num_shards=3", "--batch_size=32"), 2, "--batch_size=32: is not a multiple of --num_shards=3"),
-        (("--solver=exact",), 2, "--solver=exact: scaling measures steps"),
+        (("--solver=exact",), 2, "--solver=exact: scaling starts runs of its own"),
         (("--mode=predict",), 2, "--mode=predict: "),
         (("--lr=1e9", "--num_val=0"), 3, "a run on 1 device: the loss is not finite at step"),
     ],
