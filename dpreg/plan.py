@@ -32,6 +32,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from dpreg.build import build_data, build_model, build_trainer
 from dpreg.config import Config
 from dpreg.data.dataset import RESIDENT_FRACTION, Dataset
+from dpreg.data.order import Sampler
 from dpreg.door import enter
 from dpreg.errors import InputError
 from dpreg.observers.workdir import made
@@ -149,11 +150,7 @@ def plan(config: Config, topology: str | None = None) -> Plan:
     if system:
         mesh = Mesh(np.array(_described(system)), (AXIS,))
         if mesh.size > config.num_shards:  # as many rows for each as there were
-            rows, rest = divmod(config.batch_size, config.num_shards)
-            if rest:
-                raise InputError(
-                    f"--batch_size={config.batch_size}: is not a multiple of --num_shards={config.num_shards}"
-                )
+            rows = Sampler(1, config.num_shards, config.batch_size).shard_batch
             config = dataclasses.replace(config, num_shards=mesh.size, batch_size=mesh.size * rows)
     else:
         mesh = devices.data_mesh(config.num_shards, config.platform, config.num_devices)
