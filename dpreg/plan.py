@@ -288,7 +288,8 @@ def _main(argv: list[str]) -> None:
             found = plan(config)
     print(found.describe())
     if config.workdir:
-        told = dataclasses.asdict(found) | {"fits": found.fits}
+        exchanged = [dataclasses.asdict(one) | {"wire_bytes": one.wire_bytes} for one in found.collectives]
+        told = dataclasses.asdict(found) | {"collectives": exchanged, "fits": found.fits}
         (folder / "plan.json").write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
         print(f"also in {folder / 'plan.json'}")
     if found.fits is False:

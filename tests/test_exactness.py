@@ -113,8 +113,7 @@ def network_run(optimizer, size, num_devices=8, num_val=0, **arguments):
     return digest(trained(Net(OPTIMIZERS[optimizer]), data, 2, num_devices, reduction="ordered", **arguments))
 
 
-@pytest.mark.parametrize("reduction", ["pmean", "ordered"])
-@pytest.mark.parametrize("rows", [1003, 90])
+@pytest.mark.parametrize(("reduction", "rows"), [("pmean", 90), ("ordered", 1003), ("ordered", 90)])
 def test_accumulated_batches_are_the_larger_batch_on_any_devices(reduction, rows):
     def trained(batch, accumulate, devices, backend="jit", placement="device"):
         trainer = dpreg.Trainer(
@@ -185,18 +184,17 @@ def test_every_process_compiles_the_same_program(tmp_path):
     program = (
         "import dpreg; from dpreg.build import build_model; from dpreg.config import Config\n"
         "dpreg.start('cpu', 2, threads=8)\n"
-        "for reduction in ('pmean', 'ordered'):\n"
-        "    trainer = dpreg.Trainer(1, reduction=reduction)\n"
-        "    model = build_model(Config(model='mlp', hidden=(4,), dropout=0.1, batch_norm=True), 2, 1)\n"
-        "    trainer.fit(model, dpreg.SyntheticRegressionData([1.0, 2.0], 3.0, num_train=64, num_val=16))\n"
+        "model = build_model(Config(model='mlp', hidden=(4,), dropout=0.1, batch_norm=True), 2, 1)\n"
+        "data = dpreg.SyntheticRegressionData([1.0, 2.0], 3.0, num_train=64, num_val=16)\n"
+        "dpreg.Trainer(1, reduction='ordered').fit(model, data)\n"
     )
     found = []
-    for seed in "123":
+    for seed in "12":
         environment = os.environ | {"PYTHONHASHSEED": seed, "XDG_CACHE_HOME": str(tmp_path)}
         subprocess.run([sys.executable, "-c", program], env=environment, check=True, capture_output=True, timeout=240)
         found.append({path.name for path in tmp_path.rglob("*-cache")})
     assert found[0]
-    assert found[1:] == found[:1] * 2
+    assert found[1] == found[0]
 
 
 def test_ordered_holds_on_any_number_of_cores(tmp_path):
@@ -276,7 +274,7 @@ def test_agrees_with_sgd_in_float64(reduction, backend, placement, weighted):
     assert sorted(np.concatenate(batches)) == sorted(list(range(1003)) * 3)
     w, b, losses = sgd_in_float64(source.x, source.y, source.weight, 0.03, batches, (start["w"], start["b"]))
     last_epoch = np.array(losses[-sampler.steps_per_epoch :]).sum(0)
-    for n in DEVICES if (backend, placement) == ("jit", "device") else (1, 3, 8):
+    for n in DEVICES if (backend, placement) == ("jit", "device") else (3, 8):
         trainer = dpreg.Trainer(3, n, reduction=reduction, backend=backend, placement=placement)
         trainer.fit(model, dpreg.RegressionData(source, None, 64))
         np.testing.assert_allclose(trainer.state.params["w"], w, rtol=1e-6, atol=1e-7)

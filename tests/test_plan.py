@@ -187,7 +187,8 @@ def test_by_flags(tmp_path):
     done = by_flags("--flagfile=configs/cpu.cfg", f"--workdir={tmp_path}")
     assert done.returncode == 0, done.stderr
     assert "all-reduce of 20 bytes over 8 devices, each step (exchange/psum); a device sends 35" in done.stdout
-    assert json.loads((tmp_path / "plan.json").read_text())["collectives"][0]["size"] == 20
+    (one,) = json.loads((tmp_path / "plan.json").read_text())["collectives"]
+    assert (one["size"], one["wire_bytes"]) == (20, 35)
     wrong = by_flags("--flagfile=configs/cpu.cfg", "--num_devices=9")
     assert (wrong.returncode, len(wrong.stderr.splitlines())) == (2, 1)
 

@@ -3,6 +3,8 @@
 import json
 import math
 import os
+import pathlib
+import re
 import subprocess
 import sys
 
@@ -11,6 +13,8 @@ from cluster import ROOT
 
 from dpreg.parallel import devices
 from dpreg.scaling import Exchange, Measured, extrapolated
+
+SHOWN = pathlib.Path(ROOT) / "docs" / "6-scale.md"  # whose command is run here
 
 
 def test_latency_and_bandwidth_are_found_again():
@@ -45,11 +49,9 @@ def test_devices_pay_until_each_does_half_of_what_one_does_alone():
 
 @pytest.mark.skipif(devices.cores() < 2, reason="one core")
 def test_a_run_on_one_core_and_on_two(tmp_path):
+    (command,) = re.findall(r"^python (-m dpreg.scaling .*)$", SHOWN.read_text(), re.MULTILINE)
     done = subprocess.run(
-        [
-            *(sys.executable, "-m", "dpreg.scaling", "--w=1,2,3,4", "--batch_size=1024", "--max_epochs=20"),
-            *("--num_train=20000", "--num_val=0", f"--workdir={tmp_path}"),  # as in docs/6-scale.md: compiled once
-        ],
+        [sys.executable, *command.split(), f"--workdir={tmp_path}"],
         cwd=ROOT,
         env=os.environ | {"JAX_PLATFORMS": "cpu"},
         capture_output=True,

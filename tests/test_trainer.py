@@ -108,9 +108,11 @@ def test_gradient_clip_val_scales_the_global_gradient_to_its_norm():
     np.testing.assert_allclose(moved[0.1], moved[0.0] * 0.1 / np.linalg.norm(moved[0.0]), rtol=1e-5)
 
 
-@pytest.mark.parametrize("num_devices", [1, 2, 4, 8])
-@pytest.mark.parametrize(("reduction", "backend"), [("pmean", "jit"), ("ordered", "jit"), ("pmean", "pmap")])
-def test_the_gradient_norm_is_that_of_the_mean_loss_before_it_is_clipped(num_devices, reduction, backend):
+@pytest.mark.parametrize(
+    ("reduction", "backend", "num_devices"),
+    [*(("pmean", "jit", n) for n in (1, 2, 4, 8)), *(("ordered", "jit", n) for n in (1, 8)), ("pmean", "pmap", 4)],
+)
+def test_the_gradient_norm_is_that_of_the_mean_loss_before_it_is_clipped(reduction, backend, num_devices):
     """Against gradient descent in float64, on rows with weights that no number of devices divides."""
     source, told = Rows(21, weighted=True).source(), []
     trainer = dpreg.Trainer(
