@@ -97,7 +97,7 @@ def _run_in(workdir: pathlib.Path, config: Config, announcements: processes.Anno
                 writer = TensorBoardWriter(workdir, kept, config.identity(), rates)
                 trainer.observers += (stack.enter_context(writer),)
             if steps := config.profiled_steps():
-                trainer.observers += (stack.enter_context(Profiler(workdir / "profile", *steps)),)
+                trainer.observers += (stack.enter_context(Profiler(workdir / "profile", *steps, trainer.step)),)
         fit = _trained(config, trainer, data, checkpoints, progress, announcements)
         compared = _compared(config, trainer, data)
 

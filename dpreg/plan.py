@@ -57,6 +57,7 @@ class Plan:
       topology: as asked for, or the devices of this machine.
       devices: how many; kind: of them.
       num_shards, batch_size: of the run; those asked for, where each device has a shard by them.
+      accumulate_steps: of the run: parts of a step.
       placement, precision, reduction: of the run.
       steps_per_call: that one compiled call takes at most.
       collectives: what devices exchange.
@@ -74,6 +75,7 @@ class Plan:
     kind: str
     num_shards: int
     batch_size: int
+    accumulate_steps: int
     placement: str
     precision: str
     reduction: str
@@ -108,7 +110,7 @@ class Plan:
             f"{self.compile_seconds:.1f} s"
         ]
         for one in self.collectives:
-            when = "each step" if one.each_step else "once a call"
+            when = ("once a call", "each step", f"{self.accumulate_steps} times a step")[min(one.loops, 2)]
             lines.append(
                 f"{one.kind} of {one.size:,} bytes over {one.devices:,} devices, {when} ({one.place}); "
                 f"a device sends {one.wire_bytes:,}"
@@ -186,6 +188,7 @@ def plan(config: Config, topology: str | None = None) -> Plan:
         kind=mesh.devices.flat[0].device_kind,
         num_shards=config.num_shards,
         batch_size=config.batch_size,
+        accumulate_steps=config.accumulate_steps,
         placement=train.resolved_placement,
         precision=config.precision,
         reduction=config.reduction,
@@ -198,7 +201,7 @@ def plan(config: Config, topology: str | None = None) -> Plan:
         operations=operations,
         bytes_moved=moved,
         compile_seconds=seconds,
-        seconds=_predicted(system, config.precision, operations, moved, exchanged) if system else {},
+        seconds=_predicted(system, config, operations, moved, exchanged) if system else {},
     )
 
 
@@ -227,13 +230,14 @@ def _capacity(mesh: Mesh) -> float | None:
 
 
 def _predicted(
-    system: Slice | Hosts, precision: str, operations: float, moved: float, exchanged: list[Collective]
+    system: Slice | Hosts, config: Config, operations: float, moved: float, exchanged: list[Collective]
 ) -> dict[str, float]:
     """Products and memory overlap; the exchange comes after them. Without a rate of products the exchange alone."""
-    exchange = sum(system.seconds(one.kind, one.size) for one in exchanged if one.each_step)
-    if precision not in system.chip.products:
+    times = (0, 1, config.accumulate_steps)
+    exchange = sum(times[min(one.loops, 2)] * system.seconds(one.kind, one.size) for one in exchanged)
+    if config.precision not in system.chip.products:
         return {"exchange": exchange}
-    products, from_memory = operations / system.chip.products[precision], moved / system.chip.memory_rate
+    products, from_memory = operations / system.chip.products[config.precision], moved / system.chip.memory_rate
     step = max(products, from_memory) + exchange
     return {"products": products, "memory": from_memory, "exchange": exchange, "step": step}
 
@@ -288,7 +292,10 @@ def _main(argv: list[str]) -> None:
             found = plan(config)
     print(found.describe())
     if config.workdir:
-        exchanged = [dataclasses.asdict(one) | {"wire_bytes": one.wire_bytes} for one in found.collectives]
+        exchanged = [
+            dataclasses.asdict(one) | {"each_step": one.each_step, "wire_bytes": one.wire_bytes}
+            for one in found.collectives
+        ]
         told = dataclasses.asdict(found) | {"collectives": exchanged, "fits": found.fits}
         (folder / "plan.json").write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
         print(f"also in {folder / 'plan.json'}")

@@ -21,6 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -194,29 +195,28 @@ class Laboratory:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
         running: list[subprocess.Popen[str]] = []
-        for number in range(count):
-            who = [str(port), str(count), str(number)]
-            if as_flags:
-                names = ("coordinator_address=127.0.0.1:", "num_processes=", "process_id=")
-                who = [f"--{name}{value}" for name, value in zip(names, who, strict=True)] if count > 1 else []
-            command = [sys.executable, *arguments, *(who if cores else [])]
-            pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-            if cores and self.on_cores and not hasattr(os, "sched_setaffinity"):
-                pipes["env"] = os.environ | {"NPROC": "1"}  # a thread at least, where there are no cores to keep to
-            running.append(subprocess.Popen(command, **pipes))
-            if cores and self.on_cores:
-                devices.keep_to_core(running[-1].pid, number)
-        try:
-            with concurrent.futures.ThreadPoolExecutor(count) as pool:  # none is to wait for its words to be read
-                said = [*pool.map(lambda process: process.communicate(timeout=_PATIENCE_SECONDS), running)]
-        except subprocess.TimeoutExpired as error:
-            raise InputError(
-                f"a run on {count} device{'s' if count > 1 else ''} takes more than {_PATIENCE_SECONDS:,} s; "
-                "give fewer rows"
-            ) from error
-        finally:
-            for process in running:
-                process.kill()
+        with _killed(running):
+            for number in range(count):
+                who = [str(port), str(count), str(number)]
+                if as_flags:
+                    names = ("coordinator_address=127.0.0.1:", "num_processes=", "process_id=")
+                    who = [f"--{name}{value}" for name, value in zip(names, who, strict=True)] if count > 1 else []
+                command = [sys.executable, *arguments, *(who if cores else [])]
+                pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+                if cores and self.on_cores and not hasattr(os, "sched_setaffinity"):
+                    pipes["env"] = os.environ | {"NPROC": "1"}  # a thread at least, where there are no cores to keep to
+                running.append(subprocess.Popen(command, **pipes))
+                if cores and self.on_cores:
+                    devices.keep_to_core(running[-1].pid, number)
+            try:
+                # None is to wait for its words to be read; killed in here, as the pool waits for those who read.
+                with concurrent.futures.ThreadPoolExecutor(count) as pool, _killed(running):
+                    said = [*pool.map(lambda process: process.communicate(timeout=_PATIENCE_SECONDS), running)]
+            except subprocess.TimeoutExpired as error:
+                raise InputError(
+                    f"a run on {count} device{'s' if count > 1 else ''} takes more than {_PATIENCE_SECONDS:,} s; "
+                    "give fewer rows"
+                ) from error
         ended = zip([process.returncode for process in running], said, strict=True)
         for code, (_, wrong) in sorted(ended, key=lambda of: of[0] == ProcessLost.exit_code):  # the others say why
             if code:
@@ -227,6 +227,16 @@ class Laboratory:
                 failed.exit_code = max(code, 1)
                 raise failed
         return [out for out, _ in said]
+
+
+@contextlib.contextmanager
+def _killed(running: list[subprocess.Popen[str]]) -> Iterator[None]:
+    """No process outlives the block."""
+    try:
+        yield
+    finally:
+        for process in running:
+            process.kill()
 
 
 def time_exchange(count: str, platform: str, port: str, num_processes: str, process_id: str) -> None:

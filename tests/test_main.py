@@ -21,6 +21,7 @@ from dpreg.config import Config
 from dpreg.data.order import keyed_hash
 from dpreg.errors import InputError, Preempted
 from dpreg.main import _to_go_on_in, run
+from dpreg.observers.profile import Profiler
 from dpreg.observers.workdir import open_workdir
 from dpreg.parallel.processes import Announcements
 
@@ -379,6 +380,10 @@ def test_a_profile_is_a_trace_of_these_steps(tmp_path):
     assert [event["args"]["step_num"] for event in events if event.get("name") == "train"] == ["10"]
     assert any("while" in event.get("name", "") for event in events)  # what the step is made of
     assert list((tmp_path / "profile").rglob("*.xplane.pb"))
+    profiler = Profiler(tmp_path / "later", 0, 10, step=25)  # of a run that went on
+    with profiler:
+        pass
+    assert not (tmp_path / "later").exists()
     wrong = dpreg(CPU, "--profile=7", f"--workdir={tmp_path}/w")
     assert (wrong.returncode, wrong.stderr) == (
         2,

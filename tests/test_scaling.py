@@ -7,9 +7,11 @@ import pathlib
 import re
 import subprocess
 import sys
+import time
 
+import psutil
 import pytest
-from cluster import ROOT
+from cluster import ROOT, end, wait_until
 
 from dpreg.parallel import devices
 from dpreg.scaling import Exchange, Measured, extrapolated
@@ -79,7 +81,7 @@ def test_a_run_on_one_core_and_on_two(tmp_path):
     [
         (("--num_shards=3", "--batch_size=32"), 2, "--batch_size=32: is not a multiple of --num_shards=3"),
         (("--solver=exact",), 2, "--solver=exact: scaling starts runs of its own"),
-        (("--mode=predict",), 2, "--mode=predict: "),
+        (("--mode=doctor",), 2, "--mode=doctor: scaling starts runs of its own"),
         (("--lr=1e9", "--num_val=0"), 3, "a run on 1 device: the loss is not finite at step"),
     ],
     ids=lambda value: value[0] if isinstance(value, tuple) else "",
@@ -89,3 +91,19 @@ def test_what_cannot_run_is_one_line(flags, code, said):
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == code
     assert said in done.stderr.splitlines()[-1]
+
+
+def test_a_stopped_scaling_leaves_no_run_behind():
+    command = [sys.executable, "-m", "dpreg.scaling", "--platform=cpu", "--num_train=100000", "--max_epochs=10000"]
+    scaling = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    try:
+        of_it = psutil.Process(scaling.pid)
+        wait_until(lambda: of_it.children(recursive=True), scaling)
+        time.sleep(1)
+        runs = of_it.children(recursive=True)
+        assert runs
+        scaling.terminate()
+        assert scaling.wait(30) == 143
+        assert not psutil.wait_procs(runs, 10)[1]
+    finally:
+        end([scaling])

@@ -10,8 +10,8 @@ _BOTH = ("all-gather", "collective-permute")  # whose beginning gives (what goes
 _COLLECTIVE = re.compile(rf"^\s*(?:ROOT )?%?[\w.-]+ = (\(?.*?\)?) ({_KINDS})(-start)?\((.*)$")
 _ARRAY = re.compile(r"\b(pred|[sufbc]\w*?\d+)\[([\d,]*)\]")
 _COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.-]+) \(.*\{$")
-_BODY = re.compile(r"\bbody=%?([\w.-]+)")
-_CALLED = re.compile(r"\b(?:body|to_apply|calls|condition)=%?([\w.-]+)")
+_CALLED = re.compile(r"\b(body|to_apply|calls|condition|true_computation|false_computation)=%?([\w.-]+)")
+_BRANCHES = re.compile(r"\b(?:branch_computations|calls)=\{([^}]*)\}")
 _GROUPS = re.compile(r"replica_groups=(?:\{\{([\d,]*)\}|\[(\d+),(\d+)\])")
 
 
@@ -23,15 +23,20 @@ class Collective:
       kind: such as "all-reduce".
       size: bytes that it gives each device.
       devices: how many take part.
-      each_step: whether it is in the loop over steps; else once a call.
+      loops: around it: 0 once a call, 1 once a step, 2 once a part of a step's batch.
       place: where in the step it comes from.
     """
 
     kind: str
     size: int
     devices: int
-    each_step: bool
+    loops: int
     place: str
+
+    @property
+    def each_step(self) -> bool:
+        """Whether it is in the loop over steps."""
+        return self.loops > 0
 
     @property
     def wire_bytes(self) -> int:
@@ -44,7 +49,7 @@ def collectives(compiled: Any, devices: int) -> list[Collective]:
     """All exchanges of a compiled program for so many devices, in the order of its text."""
     found = []
     text = compiled.as_text()
-    looped = _of_loops(text)
+    loops = _loops_around(text)
     computation = ""
     for line in text.splitlines():
         if head := _COMPUTATION.match(line):
@@ -59,24 +64,30 @@ def collectives(compiled: Any, devices: int) -> list[Collective]:
             place = re.search(r'op_name="([^"]*)"', rest)
             name = place[1].rpartition("while/body/")[2] if place else ""
             size = sum(_bytes(*array) for array in arrays)
-            found.append(Collective(kind, size, members, computation in looped, name))
+            found.append(Collective(kind, size, members, loops.get(computation, 0), name))
     return found
 
 
-def _of_loops(text: str) -> set[str]:
-    """The computations that are a loop's body, or called from one."""
-    calls: dict[str, set[str]] = {}
-    within, computation = set[str](), ""
+def _loops_around(text: str) -> dict[str, int]:
+    """Of each computation that is called, how many loops are around it."""
+    calls: dict[str, list[tuple[str, int]]] = {}
+    computation = entry = ""
     for line in text.splitlines():
         if head := _COMPUTATION.match(line):
             computation = head[1]
-            calls[computation] = set()
-        calls.setdefault(computation, set()).update(_CALLED.findall(line))
-        within.update(_BODY.findall(line))
-    further = within
-    while further := {called for name in further for called in calls.get(name, ())} - within:
-        within |= further
-    return within
+            entry = computation if line.startswith("ENTRY") else entry
+        calls.setdefault(computation, []).extend((name, how == "body") for how, name in _CALLED.findall(line))
+        for names in _BRANCHES.findall(line):
+            calls[computation].extend((name.strip(" %"), 0) for name in names.split(","))
+    around = {entry: 0}
+    waiting = [entry]
+    for caller in waiting:
+        for called, loop in calls.get(caller, ()):
+            depth = around[caller] + loop
+            if around.get(called, -1) < depth:
+                around[called] = depth
+                waiting.append(called)
+    return around
 
 
 def _bytes(dtype: str, shape: str) -> int:
