@@ -258,9 +258,9 @@ def measure(config: Config, told: Any) -> tuple[list[Measured], list[Exchange], 
     Raises:
       InputError: for what cannot be run, or is not run in steps with one sum each.
     """
-    measured = Config()
+    default = Config()
     for name in ("mode", "solver", "reduction", "num_processes", "sync_batch_norm"):
-        if (given := getattr(config, name)) != getattr(measured, name):
+        if (given := getattr(config, name)) != getattr(default, name):
             raise InputError(f"--{name}={given}: scaling starts runs of its own, of steps with one sum; leave it out")
     laboratory = Laboratory(config)
     counts = [1 << power for power in range(16) if 1 << power <= min(laboratory.most, config.num_shards)]

@@ -409,7 +409,7 @@ class Trainer:
     def _train_blocks(self, stop: int) -> Iterator[tuple[Block, Any]]:
         """Dispatches blocks up to step `stop` or a pause, or until it is time to save."""
         first = self.step
-        stop = min(stop, *(pause for pause in (*self.pauses, stop) if pause > first))
+        stop = min(step for step in (*self.pauses, stop) if step > first)
         if self.checkpoints and (every := self.checkpoints.every_steps):
             stop = min(stop, first - first % every + every)
         for block in self.train.blocks(first, stop, self._steps_of_call):
