@@ -26,7 +26,8 @@ from dpreg.parallel.state import Model, TrainState, initial_state, normalises_ov
 from dpreg.parallel.step import Carried, Clock, compile_eval_block, compile_train_block, example_of, layout_of
 from dpreg.predictor import Predictor, errors_of, metrics_of
 
-_OPERATIONS_OF_CALL = 1 << 36  # a second or so of a CPU: signals, saves and progress wait for it
+# A second or so: signals, saves and progress wait for a call.
+_OPERATIONS_OF_CALL = {"cpu": 1 << 36, "gpu": 1 << 43, "tpu": 1 << 43}
 _FEW_ROWS = 16  # fewer make poor batch statistics
 
 
@@ -255,7 +256,8 @@ class Trainer:
             )
         self._model, self._predictor = model, None
         parameters = sum(leaf.size for leaf in jax.tree.leaves(state.params))
-        self._steps_of_call = max(1, _OPERATIONS_OF_CALL // (6 * parameters * self.train.global_batch))
+        operations = _OPERATIONS_OF_CALL[self.mesh.devices.flat[0].platform]
+        self._steps_of_call = max(1, operations // (6 * parameters * self.train.global_batch))
         self.state = devices.replicated(state, self.mesh)
         self.step, self.epoch_sums = 0, np.zeros((self.train.sampler.steps_per_epoch, 3))
         self.best = Best(math.inf, 0, jax.device_get(self.variables) if self.patience else {})

@@ -90,7 +90,8 @@ def ordered_sum(sums_of: Callable[[Array], PyTree], slots: int, carried: Array, 
     flat, unravel = ravel_pytree(jax.tree.map(jnp.zeros_like, jax.eval_shape(sums_of, jnp.int32(0))))
 
     def fill(slot: Array, buffer: Array) -> Array:
-        filled: Array = lax.dynamic_update_index_in_dim(buffer, ravel_pytree(sums_of(slot))[0], slot, 0)
+        sums = lax.optimization_barrier(sums_of(slot))
+        filled: Array = lax.dynamic_update_index_in_dim(buffer, ravel_pytree(sums)[0], slot, 0)
         return filled
 
     # Two rows at least: with one, the compiler knows where the loop writes, and fuses otherwise.

@@ -1,0 +1,144 @@
+"""On a GPU, where there is one: all other tests run on simulated CPU devices."""
+
+import gzip
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from cluster import ROOT
+
+pytestmark = pytest.mark.skipif(shutil.which("nvidia-smi") is None, reason="no GPU")
+MLP = ("--model=mlp", "--hidden=128,64", "--optimizer=adam", "--lr=0.001", f"--w={','.join(['1', '-2'] * 16)}")
+
+
+def started(module, *arguments, cache=None):
+    """A command on the GPU, which several may share."""
+    environment = os.environ | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+    environment.pop("NPROC", None)  # of these tests
+    if cache:
+        environment["XDG_CACHE_HOME"] = str(cache)
+    command = [sys.executable, "-m", module, *map(str, arguments)]
+    return subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+def finished(module, *arguments, cache=None):
+    process = started(module, *arguments, cache=cache)
+    said, wrong = process.communicate(timeout=240)
+    assert process.returncode == 0, wrong
+    return said
+
+
+def trained(workdir, *flags, cache=None):
+    finished("dpreg.main", "--config_preset=gpu", f"--workdir={workdir}", *flags, cache=cache)
+    return json.loads((workdir / "summary.json").read_text())
+
+
+def test_the_preset_ends_as_that_of_the_cpu(tmp_path):
+    found = trained(tmp_path / "gpu")
+    finished("dpreg.main", "--config_preset=cpu", f"--workdir={tmp_path}/cpu")
+    wanted = json.loads((tmp_path / "cpu" / "summary.json").read_text())
+    assert found["device_kind"] != wanted["device_kind"] == "cpu"
+    for name, value in wanted["parameters"].items():
+        np.testing.assert_allclose(found["parameters"][name], value, rtol=1e-6)
+    assert found["val_loss"] == pytest.approx(wanted["val_loss"], rel=1e-5)
+
+
+@pytest.mark.parametrize("reduction", ["pmean", "ordered"])
+@pytest.mark.parametrize("model", [(), MLP, (*MLP, "--precision=bfloat16")], ids=["linear", "mlp", "bfloat16"])
+def test_each_process_computes_the_same_bits(tmp_path, reduction, model):
+    """Also one that has to compile anew, and so to choose again among the ways to make a product."""
+    flags = (*model, f"--reduction={reduction}", "--num_train=20003", "--batch_size=256")
+    found = [trained(tmp_path / run, *flags, cache=tmp_path / f"cache-{run}") for run in ("a", "b")]
+    assert found[0]["params_sha256"] == found[1]["params_sha256"]
+
+
+@pytest.mark.parametrize("model", [(), MLP], ids=["linear", "mlp"])
+def test_ordered_bits_do_not_depend_on_how_rows_are_fed(tmp_path, model):
+    flags = (*model, "--reduction=ordered", "--num_train=20003", "--batch_size=256")
+    ways = {
+        "device": (),
+        "host": ("--placement=host",),
+        "blocks": ("--checkpoint_every_steps=25",),
+        "pmap": ("--backend=pmap",),
+    }
+    assert len({trained(tmp_path / way, *flags, *more)["params_sha256"] for way, more in ways.items()}) == 1
+
+
+@pytest.mark.parametrize("reduction", ["pmean", "ordered"])
+def test_a_killed_run_goes_on_to_the_same_bits(tmp_path, reduction):
+    flags = (*MLP, f"--reduction={reduction}", "--num_train=200000", "--max_epochs=10", "--checkpoint_every_steps=2000")
+    whole = trained(tmp_path / "whole", *flags)
+    process = started("dpreg.main", "--config_preset=gpu", f"--workdir={tmp_path}/killed", *flags)
+    checkpoints = tmp_path / "killed" / "checkpoints"
+    try:
+        while len(list(checkpoints.glob("*000"))) < 2:
+            assert process.poll() is None, process.communicate()[1]
+            time.sleep(0.01)
+    finally:
+        process.kill()
+        process.communicate()
+    assert not (tmp_path / "killed" / "summary.json").exists()
+    assert trained(tmp_path / "killed", *flags)["params_sha256"] == whole["params_sha256"]
+
+
+IN_FLOAT64 = """
+import sys
+import numpy as np
+import dpreg
+x, y = np.load(sys.argv[1]), np.load(sys.argv[2])
+for precision in ("float32", "bfloat16"):
+    trainer = dpreg.Trainer(20, platform="gpu", precision=precision, seed=3)
+    trainer.fit(dpreg.LinearRegressionScratch(x.shape[1], lr=0.05, sigma=0.0), dpreg.RegressionData(
+        dpreg.ArraySource(x, y), None, len(x)))
+    np.save(sys.argv[3] + precision, np.asarray(trainer.state.params["w"]))
+"""
+
+
+def test_steps_of_the_whole_table_are_those_in_float64(tmp_path):
+    """Products of float32 are not rounded to TF32; those of bfloat16 features are added up in float32."""
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((4096, 256), np.float32)
+    y = x @ rng.standard_normal((256, 1), np.float32)
+    np.save(tmp_path / "x.npy", x)
+    np.save(tmp_path / "y.npy", y)
+    command = [sys.executable, "-c", IN_FLOAT64, *(str(tmp_path / name) for name in ("x.npy", "y.npy", "w-"))]
+    environment = os.environ | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    bits = x.view(np.uint32)
+    nearest = ((bits + 0x7FFF + (bits >> 16 & 1)) & 0xFFFF0000).view(np.float32)  # bfloat16, ties to even
+    for precision, features, tolerance in (("float32", x, 1e-6), ("bfloat16", nearest, 4e-3)):
+        features, target = features.astype(np.float64), y.astype(np.float64)
+        w, b = np.zeros((256, 1)), 0.0
+        for _ in range(20):
+            error = features @ w + b - target
+            w, b = w - 0.05 * features.T @ error / len(x), b - 0.05 * error.mean()
+        found = np.load(tmp_path / f"w-{precision}.npy")
+        assert np.linalg.norm(found - w) < tolerance * np.linalg.norm(w)
+
+
+def test_the_doctor_and_the_plan_know_the_gpu(tmp_path):
+    said = finished("dpreg.main", "--config_preset=gpu", "--mode=doctor")
+    assert "WRONG" not in said
+    assert "gpu" in said
+    said = finished("dpreg.plan", "--flagfile=configs/gpu.cfg", f"--workdir={tmp_path}")
+    told = json.loads((tmp_path / "plan.json").read_text())
+    assert told["fits"]
+    assert told["state_donated"]
+    assert told["kind"].startswith("NVIDIA")
+    assert told["capacity"] > 1e9
+
+
+def test_a_profile_has_the_kernels_of_the_steps(tmp_path):
+    trained(tmp_path, "--profile=10:20")
+    (trace,) = (tmp_path / "profile").rglob("perfetto_trace.json.gz")
+    events = json.loads(gzip.decompress(trace.read_bytes()))["traceEvents"]
+    assert [event["args"]["step_num"] for event in events if event.get("name") == "train"] == ["10"]
+    assert any("GPU" in event.get("args", {}).get("name", "") for event in events if event.get("ph") == "M")
