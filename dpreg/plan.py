@@ -46,7 +46,7 @@ from dpreg.trainer import Trainer
 
 # No device is looked for, and others may compile at the same time.
 _COMPILER_ALONE = {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
-_PLUGINS = ("jax_cuda13_plugin", "jax_cuda12_plugin")
+CUDA_PLUGINS = ("jax_cuda13_plugin", "jax_cuda12_plugin")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -251,7 +251,7 @@ def _bytes(size: float) -> str:
 def _apart(config: Config, topology: str) -> Plan:
     """`plan` in a process of its own: the compiler for TPUs ends its process where it cannot do something."""
     gpus = isinstance(system_named(topology), Hosts)
-    if not any(map(importlib.util.find_spec, _PLUGINS if gpus else ("libtpu",))):
+    if not any(map(importlib.util.find_spec, CUDA_PLUGINS if gpus else ("libtpu",))):
         what, extra = ("JAX's plugin for CUDA", "plan-gpu") if gpus else ("libtpu, which compiles for TPUs", "plan")
         raise InputError(f"--topology={topology}: needs {what}; run pip install 'dpreg[{extra}]', or -e '.[{extra}]'")
     os.environ.update(_COMPILER_ALONE)

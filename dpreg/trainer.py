@@ -26,8 +26,9 @@ from dpreg.parallel.state import Model, TrainState, initial_state, normalises_ov
 from dpreg.parallel.step import Carried, Clock, compile_eval_block, compile_train_block, example_of, layout_of
 from dpreg.predictor import Predictor, errors_of, metrics_of
 
-# A second or so: signals, saves and progress wait for a call.
-_OPERATIONS_OF_CALL = {"cpu": 1 << 36, "gpu": 1 << 43, "tpu": 1 << 43}
+# A second or so of a CPU, and of the slowest chips: signals, saves and progress wait for a call. A shard that a chip
+# takes alone, under `ordered`, takes it as long as many operations.
+_OPERATIONS_OF_CALL, _OPERATIONS_OF_CALL_OF_CHIP, _LEAST_OPERATIONS_OF_SHARD = 1 << 36, 1 << 41, 1 << 26
 _FEW_ROWS = 16  # fewer make poor batch statistics
 
 
@@ -70,8 +71,9 @@ class Trainer:
       gradient_clip_val: the largest norm of the global gradient; larger ones are scaled to it. 0: no limit.
       mesh: the devices, with the single axis "data", where they are not to be found by `num_devices` and `platform`.
       num_shards: logical shards, L: a property of the run, which its result depends on (by rounding at least).
-      precision: "float32"; "bfloat16" for features and, where a chip has them, the factors of products, with sums in
-        float32; or "float64", of rows that are float64, which switches all of JAX in this process to `jax_enable_x64`.
+      precision: "float32"; "bfloat16" for features and, where a chip is faster so, the factors of products, with sums
+        in float32; or "float64", of rows that are float64, which switches all of JAX in this process to
+        `jax_enable_x64`.
       reduction: "pmean", or "ordered" for the same bits on any number of devices.
       backend: "jit" (shard_map) or "pmap": the same results.
       placement: where rows wait for their step: "device", "host" or "auto".
@@ -256,8 +258,11 @@ class Trainer:
             )
         self._model, self._predictor = model, None
         parameters = sum(leaf.size for leaf in jax.tree.leaves(state.params))
-        operations = _OPERATIONS_OF_CALL[self.mesh.devices.flat[0].platform]
-        self._steps_of_call = max(1, operations // (6 * parameters * self.train.global_batch))
+        operations, most = 6 * parameters * self.train.global_batch, _OPERATIONS_OF_CALL
+        if self.mesh.devices.flat[0].platform != "cpu":
+            one_by_one = self.train.slots if self.reduction == "ordered" else 1
+            operations, most = max(operations, one_by_one * _LEAST_OPERATIONS_OF_SHARD), _OPERATIONS_OF_CALL_OF_CHIP
+        self._steps_of_call = max(1, most // operations)
         self.state = devices.replicated(state, self.mesh)
         self.step, self.epoch_sums = 0, np.zeros((self.train.sampler.steps_per_epoch, 3))
         self.best = Best(math.inf, 0, jax.device_get(self.variables) if self.patience else {})

@@ -6,33 +6,32 @@ import os
 import shutil
 import subprocess
 import sys
-import time
+from importlib.util import find_spec
 
 import numpy as np
 import pytest
-from cluster import ROOT
+from cluster import ROOT, complete, wait_until
 
-pytestmark = pytest.mark.skipif(shutil.which("nvidia-smi") is None, reason="no GPU")
+from dpreg.plan import CUDA_PLUGINS
+
+pytestmark = pytest.mark.skipif(
+    shutil.which("nvidia-smi") is None or not any(map(find_spec, CUDA_PLUGINS)), reason="no GPU, or no JAX for it"
+)
 MLP = ("--model=mlp", "--hidden=128,64", "--optimizer=adam", "--lr=0.001", f"--w={','.join(['1', '-2'] * 16)}")
 
 
-def started(module, *arguments, cache=None):
-    """A command on the GPU, which several may share."""
-    environment = os.environ | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
-    environment.pop("NPROC", None)  # of these tests
-    if cache:
-        environment["XDG_CACHE_HOME"] = str(cache)
-    command = [sys.executable, "-m", module, *map(str, arguments)]
-    return subprocess.Popen(
-        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+def environment(cache=None):
+    """Of a command on the GPU, which several may share."""
+    of_tests = ("NPROC", "JAX_COMPILATION_CACHE_DIR")
+    kept = {name: value for name, value in os.environ.items() if name not in of_tests}
+    return kept | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"} | ({"XDG_CACHE_HOME": str(cache)} if cache else {})
 
 
 def finished(module, *arguments, cache=None):
-    process = started(module, *arguments, cache=cache)
-    said, wrong = process.communicate(timeout=240)
-    assert process.returncode == 0, wrong
-    return said
+    command = [sys.executable, "-m", module, *map(str, arguments)]
+    done = subprocess.run(command, cwd=ROOT, env=environment(cache), capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
 def trained(workdir, *flags, cache=None):
@@ -86,19 +85,28 @@ def test_ordered_bits_do_not_depend_on_how_rows_are_fed(tmp_path, model):
     assert len({trained(tmp_path / way, *flags, *more)["params_sha256"] for way, more in ways.items()}) == 1
 
 
+@pytest.mark.parametrize("model", [(), MLP], ids=["linear", "mlp"])
+def test_ordered_bits_do_not_depend_on_the_number_of_gpus(tmp_path, model):
+    found = trained(tmp_path / "all", *model, "--reduction=ordered", "--num_train=20003", "--batch_size=256")
+    if found["device_count"] == 1:
+        pytest.skip("one GPU")
+    one = trained(
+        tmp_path / "one", *model, "--reduction=ordered", "--num_train=20003", "--batch_size=256", "--num_devices=1"
+    )
+    assert one["params_sha256"] == found["params_sha256"]
+
+
 @pytest.mark.parametrize("reduction", ["pmean", "ordered"])
 def test_a_killed_run_goes_on_to_the_same_bits(tmp_path, reduction):
     flags = (*MLP, f"--reduction={reduction}", "--num_train=200000", "--max_epochs=10", "--checkpoint_every_steps=2000")
     whole = trained(tmp_path / "whole", *flags)
-    process = started("dpreg.main", "--config_preset=gpu", f"--workdir={tmp_path}/killed", *flags)
-    checkpoints = tmp_path / "killed" / "checkpoints"
+    command = [sys.executable, "-m", "dpreg.main", "--config_preset=gpu", f"--workdir={tmp_path}/killed", *flags]
+    process = subprocess.Popen(command, cwd=ROOT, env=environment())
     try:
-        while len(list(checkpoints.glob("*000"))) < 2:
-            assert process.poll() is None, process.communicate()[1]
-            time.sleep(0.01)
+        assert wait_until(lambda: len(complete(tmp_path / "killed")) > 1, process)
     finally:
         process.kill()
-        process.communicate()
+        process.wait()
     assert not (tmp_path / "killed" / "summary.json").exists()
     assert trained(tmp_path / "killed", *flags)["params_sha256"] == whole["params_sha256"]
 
@@ -110,31 +118,31 @@ import dpreg
 x, y = np.load(sys.argv[1]), np.load(sys.argv[2])
 for precision in ("float32", "bfloat16"):
     trainer = dpreg.Trainer(20, platform="gpu", precision=precision, seed=3)
-    trainer.fit(dpreg.LinearRegressionScratch(x.shape[1], lr=0.05, sigma=0.0), dpreg.RegressionData(
-        dpreg.ArraySource(x, y), None, len(x)))
+    model = dpreg.LinearRegressionScratch(x.shape[1], lr=0.05, sigma=0.0, num_targets=y.shape[1])
+    trainer.fit(model, dpreg.RegressionData(dpreg.ArraySource(x, y), None, len(x)))
     np.save(sys.argv[3] + precision, np.asarray(trainer.state.params["w"]))
 """
 
 
-def test_steps_of_the_whole_table_are_those_in_float64(tmp_path):
-    """Products of float32 are not rounded to TF32; those of bfloat16 features are added up in float32."""
+@pytest.mark.parametrize(("num_targets", "rounded"), [(1, 1e-6), (3, 4e-3)])
+def test_steps_of_the_whole_table_are_those_in_float64(tmp_path, num_targets, rounded):
+    """Products of float32 are not rounded to TF32, of bfloat16 features with a vector neither, others in factors."""
     rng = np.random.default_rng(0)
     x = rng.standard_normal((4096, 256), np.float32)
-    y = x @ rng.standard_normal((256, 1), np.float32)
+    y = x @ rng.standard_normal((256, num_targets), np.float32)
     np.save(tmp_path / "x.npy", x)
     np.save(tmp_path / "y.npy", y)
     command = [sys.executable, "-c", IN_FLOAT64, *(str(tmp_path / name) for name in ("x.npy", "y.npy", "w-"))]
-    environment = os.environ | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240)
+    done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
     bits = x.view(np.uint32)
     nearest = ((bits + 0x7FFF + (bits >> 16 & 1)) & 0xFFFF0000).view(np.float32)  # bfloat16, ties to even
-    for precision, features, tolerance in (("float32", x, 1e-6), ("bfloat16", nearest, 4e-3)):
+    for precision, features, tolerance in (("float32", x, 1e-6), ("bfloat16", nearest, rounded)):
         features, target = features.astype(np.float64), y.astype(np.float64)
-        w, b = np.zeros((256, 1)), 0.0
+        w, b = np.zeros((256, num_targets)), np.zeros(num_targets)
         for _ in range(20):
             error = features @ w + b - target
-            w, b = w - 0.05 * features.T @ error / len(x), b - 0.05 * error.mean()
+            w, b = w - 0.05 * features.T @ error / len(x), b - 0.05 * error.mean(axis=0)
         found = np.load(tmp_path / f"w-{precision}.npy")
         assert np.linalg.norm(found - w) < tolerance * np.linalg.norm(w)
 

@@ -28,9 +28,9 @@ PRECISIONS = {  # what features are, on the devices; and targets, weights, and w
 }
 
 # Of a block. To be transferred, larger ones were slower and smaller ones are dominated by the call; rows that lie on
-# the devices are only to be gone through in less than a second, and their numbers to take little memory.
-_BLOCK_BYTES = 16 << 20
-_RESIDENT_BLOCK = {"cpu": (1 << 30, 1 << 22), "gpu": (1 << 40, 1 << 24), "tpu": (1 << 40, 1 << 24)}  # bytes, rows
+# the devices are only to be gone through in less than a second, which on chips are more than there is room for, and
+# their numbers to take little memory.
+_BLOCK_BYTES, _RESIDENT_BLOCK_BYTES_OF_CPU, _RESIDENT_BLOCK_ROWS = 16 << 20, 1 << 30, 1 << 22
 # A signal to stop is heard between blocks. Of several processes it takes some more blocks until all hear it, while
 # their steps are slow enough for a call to weigh little.
 _BLOCK_STEPS, _BLOCK_STEPS_AMONG_PROCESSES = 1 << 12, 1 << 8
@@ -204,8 +204,9 @@ class Dataset:
         """Steps of one block, K: chosen by bytes. 2 at least, since K = 1 would be compiled to other bits."""
         rows = _BLOCK_BYTES // self.row_bytes
         if self.resolved_placement == "device":
-            most_bytes, most_rows = _RESIDENT_BLOCK[self._mesh.devices.flat[0].platform]
-            rows = min(most_bytes // self.row_bytes, most_rows)
+            rows = _RESIDENT_BLOCK_ROWS
+            if self._mesh.devices.flat[0].platform == "cpu":
+                rows = min(_RESIDENT_BLOCK_BYTES_OF_CPU // self.row_bytes, rows)
         steps = self.steps_per_block or rows // self.global_batch
         epoch, most = self.sampler.steps_per_epoch, _BLOCK_STEPS
         if len({device.process_index for device in self._mesh.devices.flat}) > 1:

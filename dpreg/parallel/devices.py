@@ -59,9 +59,8 @@ def start(
         jax.config.update("jax_platforms", "cpu")
     if threads is not None:
         os.environ["NPROC"] = str(threads)  # read by XLA
-    given = os.environ.get("XLA_FLAGS", "")
-    if "xla_backend_extra_options" not in given:
-        os.environ["XLA_FLAGS"] = f"{given} {_ALL_LOOPS}".strip()
+    if not in_xla_flags("xla_backend_extra_options"):
+        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_ALL_LOOPS}".strip()
     if num_devices is not None and num_devices > 0:
         try:
             # Asked for on every platform, as JAX may yet turn out to have no other than the CPU.
@@ -83,6 +82,11 @@ def start(
     except (RuntimeError, AssertionError) as error:
         asked = os.environ.get("JAX_PLATFORMS", "")
         raise InputError(f"JAX_PLATFORMS={asked}: JAX finds no such device; unset it, or use --platform=cpu") from error
+
+
+def in_xla_flags(option: str) -> bool:
+    """Whether the user has said something of an option of XLA's, which then holds."""
+    return option in os.environ.get("XLA_FLAGS", "")
 
 
 def cores() -> int:

@@ -90,6 +90,7 @@ def ordered_sum(sums_of: Callable[[Array], PyTree], slots: int, carried: Array, 
     flat, unravel = ravel_pytree(jax.tree.map(jnp.zeros_like, jax.eval_shape(sums_of, jnp.int32(0))))
 
     def fill(slot: Array, buffer: Array) -> Array:
+        # Or a GPU would finish sums while it lays them side by side: one thread all of a column.
         sums = lax.optimization_barrier(sums_of(slot))
         filled: Array = lax.dynamic_update_index_in_dim(buffer, ravel_pytree(sums)[0], slot, 0)
         return filled

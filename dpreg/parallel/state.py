@@ -17,8 +17,8 @@ from dpreg.errors import InputError
 from dpreg.parallel.reduce import PyTree, sum_over_batch
 
 # Products of float32 as such, also where a chip would round their factors by default; of bfloat16 features the factors
-# are rounded where the chip has such products, which it adds up in float32. On a GPU not those with a vector: they are
-# as fast as memory, and the compiler would first copy the rows.
+# are rounded where the chip has such products, which it adds up in float32. On a GPU not where all products are with
+# vectors: they are as fast as memory, and the compiler would first copy the rows.
 IN_FULL, _OF_BFLOAT16 = "highest", "BF16_BF16_F32"
 
 
@@ -121,7 +121,7 @@ def forward(
     x = batch["x"]
     rounded = x.dtype == jnp.bfloat16 and platform != "cpu"
     if platform == "gpu":
-        rounded &= any(leaf.ndim > 1 and leaf.shape[-1] > 1 for leaf in jax.tree.leaves(variables["params"]))
+        rounded &= any(sum(n > 1 for n in leaf.shape) > 1 for leaf in jax.tree.leaves(variables["params"]))
     products = jax.default_matmul_precision(_OF_BFLOAT16 if rounded else IN_FULL)
     with nn.intercept_methods(hide_padding), products:
         prediction, updated = model.apply(

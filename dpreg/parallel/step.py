@@ -1,7 +1,6 @@
 """The compiled train and evaluation steps: the algorithm, on every device."""
 
 import logging
-import os
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -43,12 +42,11 @@ _MERGING = "cse"
 _WHOLE_LOOPS = "small-while-loop-hoisting"
 _MOST_FACTORS_OF_WHOLE_LOOPS = 9 << 9
 
-# On GPUs a loop is a graph of kernels, or the host would count its turns and the GPU wait for it in each. And the
-# compiler chooses among the ways to make a product by rule: timed, as it would, processes choose differently, and so
-# compute other bits; that took up to 13 s and made steps at most 4% faster. What XLA_FLAGS says of them holds.
+# On GPUs a loop becomes a graph of kernels, or the host would count its turns and the GPU wait for it in each. (With
+# CUDA from 12.3 on, and where no GPUs meet within it.) And the compiler chooses among the ways to make a product by
+# rule: timed, as it would, processes choose differently, and so compute other bits.
 _OF_GPU = {
     "xla_gpu_enable_command_buffer": "FUSION,CUBLAS,CUBLASLT,CUSTOM_CALL,CUDNN,DYNAMIC_SLICE_FUSION,CONDITIONAL,WHILE",
-    "xla_gpu_graph_min_graph_size": "1",
     "xla_gpu_autotune_level": "0",
 }
 
@@ -434,7 +432,7 @@ def _options(reduction: str, platform: str, whole_loops: bool = False) -> dict[s
         left_out.append(_WHOLE_LOOPS)
     options = {"xla_disable_hlo_passes": ",".join(left_out)} if left_out else {}
     if platform == "gpu":
-        options |= {name: value for name, value in _OF_GPU.items() if name not in os.environ.get("XLA_FLAGS", "")}
+        options |= {name: value for name, value in _OF_GPU.items() if not devices.in_xla_flags(name)}
     return options
 
 

@@ -23,7 +23,8 @@ def copy(num_rows: int, num_inputs: int, batch: int) -> float:
     import jax.numpy as jnp
 
     del num_rows, num_inputs, batch
-    values, copied = jnp.ones(1 << 30, jnp.float32), jax.jit(jnp.copy)
+    values = jax.device_put(jnp.ones(1 << 30, jnp.float32), jax.devices("gpu")[0])
+    copied = jax.jit(jnp.copy)
     seconds = []
     for _ in range(20):
         started = time.perf_counter()
@@ -44,7 +45,9 @@ def dpreg(num_rows: int, num_inputs: int, batch: int, reduction: str = "pmean", 
     x = np.asarray(jax.random.normal(jax.random.key(0), (num_rows, num_inputs)))
     y = x @ np.ones((num_inputs, 1), np.float32)
     data = package.RegressionData(package.ArraySource(x, y), None, batch)
-    trainer = package.Trainer(1_000_000, 1, reduction=reduction, precision=precision, placement="device")
+    trainer = package.Trainer(
+        1_000_000, 1, reduction=reduction, precision=precision, placement="device", platform="gpu"
+    )
     trainer.prepare_data(data)
     trainer.prepare_model(package.LinearRegressionScratch(num_inputs, lr=1e-4))
     return steady_rate(lambda number: trainer.fit_epoch(), num_rows)
@@ -88,7 +91,9 @@ PROGRAMS = {
 if __name__ == "__main__":
     for workload, rates in in_turns(__doc__, PROGRAMS, WORKLOADS, {"ddp": "torch"}):
         named = subprocess.run(
-            ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"], capture_output=True, text=True
+            ["nvidia-smi", "--id=0", "--query-gpu=name,driver_version", "--format=csv,noheader"],
+            capture_output=True,
+            text=True,
         )
         copied = statistics.median(rates.pop("copy"))
         print(f"\n{named.stdout.strip()}: rows, inputs, batch {WORKLOADS[workload]}; copy {copied / 1e12:.2f} TB/s")
