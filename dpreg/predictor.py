@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from jax import Array
 from jax.sharding import Mesh
 from numpy.typing import ArrayLike
 
@@ -76,7 +77,7 @@ class Predictor:
         mean = loss_of(model).mean
         self._mean: Callable[..., Any] = lambda prediction, batch: mean(prediction)
         self._errors = errors_of(model, schema)
-        self._compiled = dict[Callable[..., Any], Callable[..., Any]]()
+        self._compiled = dict[Callable[..., Any], tuple[Callable[..., Array], Callable[[np.ndarray], Any]]]()
         row_bytes = self.dtype.itemsize * (num_inputs + num_targets + 1)
         self._steps = max(2, min(_PIECE_STEPS, _PIECE_BYTES // (row_bytes * batch_size)))
 
@@ -143,7 +144,7 @@ class Predictor:
     def _evaluated(self, pieces: Iterable[Rows], of: Callable[..., Any]) -> Iterator[tuple[int, Any]]:
         """(rows, what is wanted of their predictions) of each piece."""
 
-        def calls() -> Iterator[tuple[int, Any]]:
+        def calls() -> Iterator[tuple[int, Array]]:
             for piece in pieces:
                 rows = len(piece["weight"])
                 dataset = self._dataset(piece)
@@ -162,9 +163,9 @@ class Predictor:
                         self._backend,
                     )
                     processes.exchange()  # before the first collective, which waits for nobody long
-                yield rows, self._compiled[of](self.variables, *arguments)
+                yield rows, self._compiled[of][0](self.variables, *arguments)
 
-        return devices.arrived(calls(), self._heartbeat)
+        return ((rows, self._compiled[of][1](found)) for rows, found in devices.arrived(calls(), self._heartbeat))
 
     def _dataset(self, piece: Rows) -> Dataset:
         """The rows, with rows of weight 0 behind them up to the size of a piece."""

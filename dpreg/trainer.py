@@ -453,8 +453,9 @@ class Trainer:
             return
         started = time.perf_counter()
         blocks = self.val.blocks(0, self.val.num_steps, self._steps_of_call)
-        calls = ((b, self._eval_block(self.variables, *self.prepare_batch(b))) for b in blocks)
-        found = [errors for _, errors in devices.arrived(calls, self.heartbeat)]
+        evaluated, unpacked = self._eval_block
+        calls = ((b, evaluated(self.variables, *self.prepare_batch(b))) for b in blocks)
+        found = [unpacked(errors) for _, errors in devices.arrived(calls, self.heartbeat)]
         self.val_loss, self.metrics = metrics_of(self._model, self._schema, found)
         if self.patience and not any(errors.weight.sum() > 0 for errors in found):
             raise InputError(f"--patience={self.patience}: no row held out has a weight to measure by; hold out others")

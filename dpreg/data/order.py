@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
+from jax import Array, lax
 
 from dpreg.errors import InputError
 
@@ -69,7 +69,7 @@ def permute(position: Integers, size: Integers, *key: Integers) -> Integers:
     mixed = word_of(0)
     for part in key:
         mixed = _mix(word_of(part), mixed + np.uint32(1))
-    round_keys = [_mix(word_of(r), mixed) for r in range(_ROUNDS)]
+    round_keys = _mix(np.arange(_ROUNDS, dtype=np.uint32).reshape(-1, *[1] * rank), mixed[None])
 
     last = xp.maximum(size, np.uint32(_SMALLEST_DOMAIN)) - np.uint32(1)
     width = np.uint32(32) - (lax.clz(last) if xp is jnp else _leading_zeros(last))
@@ -77,8 +77,7 @@ def permute(position: Integers, size: Integers, *key: Integers) -> Integers:
     low_mask = (np.uint32(1) << low_width) - np.uint32(1)
     highs = (last >> low_width) + np.uint32(1)
 
-    def network(value: Integers, low_width: Integers, *of_value: Integers) -> Integers:
-        low_mask, highs, *keys = of_value
+    def network(value: Integers, low_width: Integers, low_mask: Integers, highs: Integers, *keys: Integers) -> Integers:
         high, low = value >> low_width, value & low_mask
         for r in range(0, _ROUNDS, 2):
             high = high + _scaled(_mix(low, keys[r]), highs)
@@ -86,16 +85,22 @@ def permute(position: Integers, size: Integers, *key: Integers) -> Integers:
             low = (low ^ _mix(high, keys[r + 1])) & low_mask
         return (high << low_width) | low
 
-    of_all = (low_width, low_mask, highs, *round_keys)
+    of_all = (low_width, low_mask, highs)
     inside = position < size
-    value = xp.where(inside, network(xp.where(inside, position, np.uint32(0)), *of_all), np.uint32(0))
     if xp is jnp:
-        value = lax.while_loop(
-            lambda v: (inside & (v >= size)).any(), lambda v: xp.where(v >= size, network(v, *of_all), v), value
-        )
+
+        def once_more(walk: tuple[Array, Array]) -> tuple[Array, Array]:
+            value, outside = walk
+            value = jnp.where(outside, network(value, *of_all, *round_keys), value)
+            return value, outside & (value >= size)
+
+        # The first time, too, within the loop: the network is compiled once, and the keys are mixed before it.
+        start = jnp.broadcast_to(position, shape or (1,)), jnp.broadcast_to(inside, shape or (1,))
+        value, _ = lax.while_loop(lambda walk: walk[1].any(), once_more, start)
     else:
+        value = xp.where(inside, network(xp.where(inside, position, np.uint32(0)), *of_all, *round_keys), np.uint32(0))
         # Of those outside alone: they are few. Each takes its part of what belongs to its shard and epoch.
-        parts = np.broadcast_arrays(size, *of_all)
+        parts = np.broadcast_arrays(size, *of_all, *round_keys)
         which = np.arange(parts[0].size).reshape(parts[0].shape)
         outside = np.flatnonzero(inside & (value >= size))
         which = np.broadcast_to(which, value.shape).ravel()[outside]
@@ -104,6 +109,14 @@ def permute(position: Integers, size: Integers, *key: Integers) -> Integers:
             moved = value.reshape(-1)[outside] = network(value.reshape(-1)[outside], *of_some)
             outside, which = outside[moved >= limit], which[moved >= limit]
     return xp.where(inside, value, position).astype(np.int32).reshape(shape)
+
+
+def _divided(number: Integers, by: int) -> tuple[Integers, Integers]:
+    """(quotient, remainder) of numbers from 0 on: no signs for the compiler to look after."""
+    if isinstance(number, jax.Array):
+        return lax.div(number, number.dtype.type(by)), lax.rem(number, number.dtype.type(by))
+    quotient, remainder = divmod(number, by)
+    return quotient, remainder
 
 
 def _scaled(word: Integers, size: Integers) -> Integers:
@@ -195,14 +208,14 @@ class Sampler:
           int32 [..., shard_batch // run]: run i is the rows from `i * run` on. Those of `run` rows of the shard are
           permuted, a shorter one is the epoch's last; where the batch is padded, runs are past the shard's end.
         """
-        full = (self.shard_size(shard) // self.run)[..., None]
+        full = _divided(self.shard_size(shard), self.run)[0][..., None]
         runs = self.shard_batch // self.run
-        offset = (step % self.steps_per_epoch * runs)[..., None]
+        epoch, step_of_epoch = _divided(step, self.steps_per_epoch)
+        offset = (step_of_epoch * runs)[..., None]
         within = np.arange(runs, dtype=np.int32).reshape((1,) * (offset.ndim - 1) + (-1,))
         position = offset + within
         if self.shuffle:
-            epoch = (step // self.steps_per_epoch)[..., None]
-            position = permute(position, full, seed, epoch, shard[..., None])
+            position = permute(position, full, seed, epoch[..., None], shard[..., None])
         xp = jnp if isinstance(position, jax.Array) else np
         # A shorter run is the last, if there is one: where there is none, there is one of padding alone.
         return xp.minimum(position, self.shard_runs).astype(np.int32)

@@ -1,6 +1,7 @@
 """The compiled train and evaluation steps: the algorithm, on every device."""
 
 import logging
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -377,7 +378,7 @@ def compile_eval_block(
     of: Callable[[Array, PyTree], PyTree],
     reduction: str,
     backend: str,
-) -> Callable[..., PyTree]:
+) -> tuple[Callable[..., Array], Callable[[np.ndarray], PyTree]]:
     """Compiles the evaluation of `num_steps` consecutive batches into one call.
 
     Traced apart from training: the model is told `train=False`.
@@ -387,10 +388,11 @@ def compile_eval_block(
       of: (predictions [b, t], batch of one shard) -> what is wanted of them.
 
     Returns:
-      `f(variables, data, carried, clock) -> what is wanted`, each leaf [block_steps, shards, ...], zero past
-      `num_steps`.
+      `f(variables, data, carried, clock) -> [block_steps, shards, n]`, all that is wanted in one array, zero past
+      `num_steps`; and what makes of it, on the host, what is wanted: each leaf [block_steps, shards, ...].
     """
     platform = mesh.devices.flat[0].platform
+    one: list[PyTree] = []  # what is wanted of a batch of one shard, without its values
 
     def block(variables: PyTree, data: PyTree, carried: Carried, packed: Array) -> PyTree:
         clock = Clock(*packed)
@@ -400,8 +402,8 @@ def compile_eval_block(
         def wanted(batch: PyTree) -> PyTree:
             return of(forward(model, variables, batch, train=False, platform=platform)[0], batch)
 
-        one = jax.eval_shape(lambda: wanted(read.of_slot(jnp.int32(0), jnp.int32(0))))
-        flat, unravel = ravel_pytree(jax.tree.map(jnp.zeros_like, one))
+        one.append(jax.eval_shape(lambda: wanted(read.of_slot(jnp.int32(0), jnp.int32(0)))))
+        flat = jax.eval_shape(lambda: ravel_pytree(jax.tree.map(jnp.zeros_like, one[0]))[0])
         slots = max(layout.slots, 2)
 
         def step(k: Array, history: Array) -> Array:
@@ -418,11 +420,20 @@ def compile_eval_block(
 
         history = jnp.zeros((layout.block_steps, slots, flat.size), flat.dtype)
         history = lax.fori_loop(0, clock.num_steps, step, history)
-        of_all = lax.all_gather(history[:, : layout.slots], AXIS, axis=1, tiled=True)[:, : layout.num_shards]
-        return jax.vmap(jax.vmap(unravel))(of_all)
+        of_all: Array = lax.all_gather(history[:, : layout.slots], AXIS, axis=1, tiled=True)[:, : layout.num_shards]
+        return of_all
+
+    def unpacked(found: np.ndarray) -> PyTree:
+        leaves, structure = jax.tree.flatten(one[0])
+        parts = np.split(found, np.cumsum([math.prod(leaf.shape) for leaf in leaves])[:-1], axis=-1)
+        shaped = [
+            part.reshape(*found.shape[:2], *leaf.shape).astype(leaf.dtype)
+            for part, leaf in zip(parts, leaves, strict=True)
+        ]
+        return jax.tree.unflatten(structure, shaped)
 
     options = _options(reduction, platform)
-    return _compile(block, layout, mesh, (variables, *arguments), backend, options, None, donate=False)
+    return _compile(block, layout, mesh, (variables, *arguments), backend, options, None, donate=False), unpacked
 
 
 def _options(reduction: str, platform: str, whole_loops: bool = False) -> dict[str, str]:
