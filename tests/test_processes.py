@@ -313,24 +313,6 @@ def test_the_roll_call_minds_neither_strangers_nor_one_that_went_and_came_again(
     assert not any(thread.is_alive() for thread in others)
 
 
-@pytest.mark.parametrize(
-    ("flags", "said"),
-    [
-        (["--coordinator_address=node:1234"], "go together; give all three"),
-        (["--coordinator_address=node:1234", "--num_processes=2", "--process_id=2"], "use 0 to 1"),
-        (["--coordinator_address=node", "--num_processes=2", "--process_id=0"], "give the host and the port"),
-        (["--coordinator_address=a:1", "--num_processes=2", "--process_id=0", "--workdir="], "give --workdir"),
-        (["--coordinator_address=auto", "--workdir=/nowhere"], "JAX finds no cluster to ask here"),
-        (["--step_timeout=-1"], "use 0 or more"),
-        (["--mode=cure"], "use train, evaluate, predict or doctor"),
-    ],
-)
-def test_bad_process_flags_are_one_line(flags, said):
-    done = subprocess.run([sys.executable, *MAIN, *flags], cwd=ROOT, capture_output=True, text=True)
-    assert (done.returncode, len(done.stderr.splitlines())) == (2, 1), done.stderr
-    assert said in done.stderr
-
-
 def test_a_port_that_is_taken_is_noticed():
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))

@@ -76,21 +76,11 @@ def test_a_run_on_one_core_and_on_two(tmp_path):
     assert shown.count("http") == 0
 
 
-@pytest.mark.parametrize(
-    ("flags", "code", "said"),
-    [
-        (("--num_shards=3", "--batch_size=32"), 2, "--batch_size=32: is not a multiple of --num_shards=3"),
-        (("--solver=exact",), 2, "--solver=exact: scaling starts runs of its own"),
-        (("--mode=doctor",), 2, "--mode=doctor: scaling starts runs of its own"),
-        (("--lr=1e9", "--num_val=0"), 3, "a run on 1 device: the loss is not finite at step"),
-    ],
-    ids=lambda value: value[0] if isinstance(value, tuple) else "",
-)
-def test_what_cannot_run_is_one_line(flags, code, said):
-    command = [sys.executable, "-m", "dpreg.scaling", "--platform=cpu", *flags]
+def test_a_run_that_diverges_is_one_line():
+    command = [sys.executable, "-m", "dpreg.scaling", "--platform=cpu", "--lr=1e9", "--num_val=0"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
-    assert done.returncode == code
-    assert said in done.stderr.splitlines()[-1]
+    assert done.returncode == 3
+    assert "a run on 1 device: the loss is not finite at step" in done.stderr.splitlines()[-1]
 
 
 def test_a_stopped_scaling_leaves_no_run_behind():
