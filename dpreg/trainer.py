@@ -26,8 +26,8 @@ from dpreg.parallel.state import Model, TrainState, initial_state, normalises_ov
 from dpreg.parallel.step import Carried, Clock, compile_eval_block, compile_train_block, example_of, layout_of
 from dpreg.predictor import Predictor, errors_of, metrics_of
 
-# A second or so of a CPU, and of the slowest chips: signals, saves and progress wait for a call. A shard that a chip
-# takes alone, under `ordered`, takes it as long as many operations.
+# A second or so of a CPU, and of the slowest chips: signals, saves and progress wait for a call. On a chip a shard that
+# is taken alone takes at least as long as so many operations would.
 _OPERATIONS_OF_CALL, _OPERATIONS_OF_CALL_OF_CHIP, _LEAST_OPERATIONS_OF_SHARD = 1 << 36, 1 << 41, 1 << 26
 _FEW_ROWS = 16  # fewer make poor batch statistics
 
@@ -258,11 +258,9 @@ class Trainer:
             )
         self._model, self._predictor = model, None
         parameters = sum(leaf.size for leaf in jax.tree.leaves(state.params))
-        operations, most = 6 * parameters * self.train.global_batch, _OPERATIONS_OF_CALL
-        if self.mesh.devices.flat[0].platform != "cpu":
-            one_by_one = self.train.slots if self.reduction == "ordered" else 1
-            operations, most = max(operations, one_by_one * _LEAST_OPERATIONS_OF_SHARD), _OPERATIONS_OF_CALL_OF_CHIP
-        self._steps_of_call = max(1, most // operations)
+        alone = self.train.slots if self.reduction == "ordered" else 0
+        operations = 6 * parameters * self.train.global_batch
+        self._steps_of_call = _steps_of_call(self.mesh.devices.flat[0].platform, operations, alone)
         self.state = devices.replicated(state, self.mesh)
         self.step, self.epoch_sums = 0, np.zeros((self.train.sampler.steps_per_epoch, 3))
         self.best = Best(math.inf, 0, jax.device_get(self.variables) if self.patience else {})
@@ -500,6 +498,13 @@ class Trainer:
         )
         for observer in self.observers:
             observer(progress)
+
+
+def _steps_of_call(platform: str, operations: int, alone: int) -> int:
+    """How many steps a call may take, of so many operations each and so many shards that are taken one by one."""
+    if platform == "cpu":
+        return max(1, _OPERATIONS_OF_CALL // operations)
+    return max(1, _OPERATIONS_OF_CALL_OF_CHIP // max(operations, alone * _LEAST_OPERATIONS_OF_SHARD))
 
 
 def _mean(sums: np.ndarray) -> float:

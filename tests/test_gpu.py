@@ -87,12 +87,11 @@ def test_ordered_bits_do_not_depend_on_how_rows_are_fed(tmp_path, model):
 
 @pytest.mark.parametrize("model", [(), MLP], ids=["linear", "mlp"])
 def test_ordered_bits_do_not_depend_on_the_number_of_gpus(tmp_path, model):
-    found = trained(tmp_path / "all", *model, "--reduction=ordered", "--num_train=20003", "--batch_size=256")
+    flags = (*model, "--reduction=ordered", "--num_train=20003", "--batch_size=256")
+    found = trained(tmp_path / "all", *flags)
     if found["device_count"] == 1:
         pytest.skip("one GPU")
-    one = trained(
-        tmp_path / "one", *model, "--reduction=ordered", "--num_train=20003", "--batch_size=256", "--num_devices=1"
-    )
+    one = trained(tmp_path / "one", *flags, "--num_devices=1")
     assert one["params_sha256"] == found["params_sha256"]
 
 
@@ -124,7 +123,7 @@ for precision in ("float32", "bfloat16"):
 """
 
 
-@pytest.mark.parametrize(("num_targets", "rounded"), [(1, 1e-6), (3, 4e-3)])
+@pytest.mark.parametrize(("num_targets", "rounded"), [(1, (0, 1e-6)), (3, (1e-6, 4e-3))])
 def test_steps_of_the_whole_table_are_those_in_float64(tmp_path, num_targets, rounded):
     """Products of float32 are not rounded to TF32, of bfloat16 features with a vector neither, others in factors."""
     rng = np.random.default_rng(0)
@@ -137,14 +136,14 @@ def test_steps_of_the_whole_table_are_those_in_float64(tmp_path, num_targets, ro
     assert done.returncode == 0, done.stderr
     bits = x.view(np.uint32)
     nearest = ((bits + 0x7FFF + (bits >> 16 & 1)) & 0xFFFF0000).view(np.float32)  # bfloat16, ties to even
-    for precision, features, tolerance in (("float32", x, 1e-6), ("bfloat16", nearest, rounded)):
+    for precision, features, (least, most) in (("float32", x, (0, 1e-6)), ("bfloat16", nearest, rounded)):
         features, target = features.astype(np.float64), y.astype(np.float64)
         w, b = np.zeros((256, num_targets)), np.zeros(num_targets)
         for _ in range(20):
             error = features @ w + b - target
             w, b = w - 0.05 * features.T @ error / len(x), b - 0.05 * error.mean(axis=0)
         found = np.load(tmp_path / f"w-{precision}.npy")
-        assert np.linalg.norm(found - w) < tolerance * np.linalg.norm(w)
+        assert least <= np.linalg.norm(found - w) / np.linalg.norm(w) < most
 
 
 def test_the_doctor_and_the_plan_know_the_gpu(tmp_path):

@@ -30,6 +30,7 @@ for number, line in enumerate(json.load(sys.stdin)):
         try:
             door.main()
         except SystemExit as end:  # the rest of an exit takes a second
+            sys.stdout.flush()
             sys.stderr.flush()
             os._exit(end.code)
     codes.append(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
@@ -136,7 +137,8 @@ WRONG = {
             "--target=y",
         ): "{}/empty: there is no readable file in that folder; name one, or a folder",
         ("--dataset={}/mixed", "--target=y"): "different kinds, .csv and .npy; name those of one, by a pattern",
-        ("--dataset=tfds:nowhere",): "nowhere",
+        ("--dataset=tfds:nowhere",): "prepare it with file_format=array_record, and name where with --data_dir",
+        ("--dataset=nowhere", "--target=y"): "there is no such file",
         ("--dataset={}/good.csv",): "--target=COLUMN",
         ("--dataset={}/text.csv", "--target=y"): "text.csv, row 2: column 'b' has 'x', which is no number",
         ("--dataset={}/nan.csv", "--target=y"): "column 'b' has 1, the first in {}/nan.csv, row 2",

@@ -23,6 +23,12 @@ def test_permute_is_a_bijection_and_the_same_in_numpy_and_jax(size):
     assert permute(0, size, 5, 2, 3) == there[0]
 
 
+def test_permute_takes_positions_in_any_memory_order():
+    position = np.arange(20_000, dtype=np.int32).reshape(200, 100)
+    turned = permute(np.asfortranarray(position), np.int32(20_000), 1)
+    np.testing.assert_array_equal(turned, permute(position, np.int32(20_000), 1))
+
+
 def test_permute_depends_on_every_part_of_the_key():
     orders = [permute(np.arange(50), 50, *key) for key in itertools.product(range(3), repeat=3)]
     assert len({order.tobytes() for order in orders}) == 27

@@ -20,6 +20,7 @@ from dpreg.config import Config
 from dpreg.parallel.devices import data_mesh
 from dpreg.parallel.reduce import tree_sum
 from dpreg.parallel.step import _fewest_parts
+from dpreg.trainer import _steps_of_call
 
 
 def test_the_snippet_of_the_book_runs_on_all_devices():
@@ -530,6 +531,14 @@ def test_calls_of_models_that_compute_much_are_short(monkeypatch):
     steps, again = run()
     assert set(range(3, 50, 3)) <= set(steps)
     assert again == result
+
+
+@pytest.mark.parametrize(
+    ("platform", "operations", "alone", "steps"),
+    [("cpu", 1 << 30, 8, 64), ("gpu", 1 << 30, 0, 2048), ("gpu", 1 << 20, 512, 64), ("tpu", 1 << 50, 1, 1)],
+)
+def test_calls_are_as_long_as_a_platform_takes_a_second_for(platform, operations, alone, steps):
+    assert _steps_of_call(platform, operations, alone) == steps
 
 
 @pytest.mark.parametrize("reduction", ["pmean", "ordered"])

@@ -28,8 +28,8 @@ PRECISIONS = {  # what features are, on the devices; and targets, weights, and w
 }
 
 # Of a block. To be transferred, larger ones were slower and smaller ones are dominated by the call; rows that lie on
-# the devices are only to be gone through in less than a second, which on chips are more than there is room for, and
-# their numbers to take little memory.
+# the devices are only to be gone through in less than a second (on chips: all that fit), and their numbers to take
+# little memory.
 _BLOCK_BYTES, _RESIDENT_BLOCK_BYTES_OF_CPU, _RESIDENT_BLOCK_ROWS = 16 << 20, 1 << 30, 1 << 22
 # A signal to stop is heard between blocks. Of several processes it takes some more blocks until all hear it, while
 # their steps are slow enough for a call to weigh little.

@@ -4,7 +4,6 @@ import dataclasses
 import math
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
@@ -58,7 +57,7 @@ def permute(position: Integers, size: Integers, *key: Integers) -> Integers:
     Returns:
       int32 array: a bijection of `range(size)` for each size and key.
     """
-    xp = jnp if any(isinstance(v, jax.Array) for v in (position, size, *key)) else np
+    xp = jnp if any(isinstance(v, Array) for v in (position, size, *key)) else np
     shape = np.broadcast_shapes(*(np.shape(v) for v in (position, size, *key)))
     rank = max(len(shape), 1)  # of arrays, also where scalars are given: NumPy warns when a scalar wraps around
 
@@ -98,22 +97,21 @@ def permute(position: Integers, size: Integers, *key: Integers) -> Integers:
         start = jnp.broadcast_to(position, shape or (1,)), jnp.broadcast_to(inside, shape or (1,))
         value, _ = lax.while_loop(lambda walk: walk[1].any(), once_more, start)
     else:
-        value = xp.where(inside, network(xp.where(inside, position, np.uint32(0)), *of_all, *round_keys), np.uint32(0))
+        value = xp.where(inside, network(position, *of_all, *round_keys), position)
         # Of those outside alone: they are few. Each takes its part of what belongs to its shard and epoch.
         parts = np.broadcast_arrays(size, *of_all, *round_keys)
-        which = np.arange(parts[0].size).reshape(parts[0].shape)
-        outside = np.flatnonzero(inside & (value >= size))
-        which = np.broadcast_to(which, value.shape).ravel()[outside]
+        which = np.broadcast_to(np.arange(parts[0].size).reshape(parts[0].shape), value.shape).ravel()
+        value, outside = value.ravel(), np.flatnonzero(inside & (value >= size))
         while len(outside):
-            limit, *of_some = (part.ravel()[which] for part in parts)
-            moved = value.reshape(-1)[outside] = network(value.reshape(-1)[outside], *of_some)
-            outside, which = outside[moved >= limit], which[moved >= limit]
-    return xp.where(inside, value, position).astype(np.int32).reshape(shape)
+            limit, *of_some = (part.ravel()[which[outside]] for part in parts)
+            moved = value[outside] = network(value[outside], *of_some)
+            outside = outside[moved >= limit]
+    return value.astype(np.int32).reshape(shape)
 
 
 def _divided(number: Integers, by: int) -> tuple[Integers, Integers]:
     """(quotient, remainder) of numbers from 0 on: no signs for the compiler to look after."""
-    if isinstance(number, jax.Array):
+    if isinstance(number, Array):
         return lax.div(number, number.dtype.type(by)), lax.rem(number, number.dtype.type(by))
     quotient, remainder = divmod(number, by)
     return quotient, remainder
@@ -190,7 +188,7 @@ class Sampler:
 
     def shard_size(self, shard: Integers) -> Integers:
         """Rows of a shard: 0 for shards at or past `num_shards`, the empty slots of the last devices."""
-        shard = shard if isinstance(shard, jax.Array) else np.asarray(shard, np.int32)
+        shard = shard if isinstance(shard, Array) else np.asarray(shard, np.int32)
         size = self.num_rows // self.num_shards + (shard < self.num_rows % self.num_shards).astype(np.int32)
         return size * (shard < self.num_shards).astype(np.int32)
 
@@ -216,7 +214,7 @@ class Sampler:
         position = offset + within
         if self.shuffle:
             position = permute(position, full, seed, epoch[..., None], shard[..., None])
-        xp = jnp if isinstance(position, jax.Array) else np
+        xp = jnp if isinstance(position, Array) else np
         # A shorter run is the last, if there is one: where there is none, there is one of padding alone.
         return xp.minimum(position, self.shard_runs).astype(np.int32)
 

@@ -85,7 +85,7 @@ def start(
 
 
 def in_xla_flags(option: str) -> bool:
-    """Whether the user has said something of an option of XLA's, which then holds."""
+    """Whether XLA_FLAGS names an option, which then holds."""
     return option in os.environ.get("XLA_FLAGS", "")
 
 

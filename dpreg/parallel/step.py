@@ -1,7 +1,6 @@
 """The compiled train and evaluation steps: the algorithm, on every device."""
 
 import logging
-import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -394,7 +393,7 @@ def compile_eval_block(
     platform = mesh.devices.flat[0].platform
     one: list[PyTree] = []  # what is wanted of a batch of one shard, without its values
 
-    def block(variables: PyTree, data: PyTree, carried: Carried, packed: Array) -> PyTree:
+    def block(variables: PyTree, data: PyTree, carried: Carried, packed: Array) -> Array:
         clock = Clock(*packed)
         shards = carried.first + jnp.arange(layout.slots, dtype=jnp.int32)
         read = layout.reader(data, shards, clock.first_step, clock.seed)
@@ -403,8 +402,7 @@ def compile_eval_block(
             return of(forward(model, variables, batch, train=False, platform=platform)[0], batch)
 
         one.append(jax.eval_shape(lambda: wanted(read.of_slot(jnp.int32(0), jnp.int32(0)))))
-        flat = jax.eval_shape(lambda: ravel_pytree(jax.tree.map(jnp.zeros_like, one[0]))[0])
-        slots = max(layout.slots, 2)
+        leaves, slots = jax.tree.leaves(one[0]), max(layout.slots, 2)
 
         def step(k: Array, history: Array) -> Array:
             def fill(slot: Array, history: Array) -> Array:
@@ -418,16 +416,17 @@ def compile_eval_block(
                 jax.vmap(lambda batch: ravel_pytree(wanted(batch))[0])(read.of_slots(k))
             )
 
-        history = jnp.zeros((layout.block_steps, slots, flat.size), flat.dtype)
+        dtype = jnp.result_type(*(leaf.dtype for leaf in leaves))
+        history = jnp.zeros((layout.block_steps, slots, sum(leaf.size for leaf in leaves)), dtype)
         history = lax.fori_loop(0, clock.num_steps, step, history)
         of_all: Array = lax.all_gather(history[:, : layout.slots], AXIS, axis=1, tiled=True)[:, : layout.num_shards]
         return of_all
 
     def unpacked(found: np.ndarray) -> PyTree:
         leaves, structure = jax.tree.flatten(one[0])
-        parts = np.split(found, np.cumsum([math.prod(leaf.shape) for leaf in leaves])[:-1], axis=-1)
+        parts = np.split(found, np.cumsum([leaf.size for leaf in leaves])[:-1], axis=-1)
         shaped = [
-            part.reshape(*found.shape[:2], *leaf.shape).astype(leaf.dtype)
+            part.reshape(*found.shape[:2], *leaf.shape).astype(leaf.dtype, copy=False)
             for part, leaf in zip(parts, leaves, strict=True)
         ]
         return jax.tree.unflatten(structure, shaped)

@@ -23,7 +23,7 @@ def copy(num_rows: int, num_inputs: int, batch: int) -> float:
     import jax.numpy as jnp
 
     del num_rows, num_inputs, batch
-    values = jax.device_put(jnp.ones(1 << 30, jnp.float32), jax.devices("gpu")[0])
+    values = jnp.ones(1 << 30, jnp.float32, device=jax.devices("gpu")[0])
     copied = jax.jit(jnp.copy)
     seconds = []
     for _ in range(20):
