@@ -1,7 +1,6 @@
 """The pipeline: both placements give the same batches, whatever the devices."""
 
 import dataclasses
-import itertools
 
 import jax
 import jax.numpy as jnp
@@ -48,7 +47,7 @@ def test_batches_do_not_depend_on_devices_or_placement(rows, run, monkeypatch):
     monkeypatch.setattr(order, "_FEWEST_RUNS", 2 if run > 1 else 128)
     source = Rows(rows, weighted=True).source()
     reference = None
-    for devices, placement in itertools.product((1, 3, 8), ("device", "host")):
+    for devices, placement in ((1, "device"), (1, "host"), (3, "device"), (8, "host")):
         dataset = dpreg.Dataset(source).shuffle(5).batch(16).repeat(2).shard(mesh(devices), num_shards=8)
         assert dataset.sampler.run == run
         result = batches(dataset.place(placement, 2).prefetch(2))

@@ -141,7 +141,7 @@ def test_accumulated_batches_are_the_larger_batch_on_any_devices(reduction, rows
 
 @pytest.mark.parametrize(("backend", "placement"), LAYOUTS)
 def test_ordered_linear_gives_the_same_bits_on_any_number_of_devices(backend, placement):
-    devices = DEVICES if (backend, placement) == ("jit", "device") else (1, 3, 8)
+    devices = DEVICES if (backend, placement) == ("jit", "device") else (1, 3)
     results = {n: linear_run(num_devices=n, backend=backend, placement=placement) for n in devices}
     assert results == dict.fromkeys(devices, linear_run(num_devices=8))
 

@@ -41,7 +41,7 @@ def expected(tmp_path_factory):
     return outcome(workdir)
 
 
-@pytest.mark.parametrize(("count", "flags"), [(4, ()), (2, ("--backend=pmap",)), (2, ("--placement=host",))])
+@pytest.mark.parametrize(("count", "flags"), [(4, ()), (2, ("--backend=pmap", "--placement=host"))])
 def test_processes_give_the_bits_of_one(tmp_path, expected, count, flags):
     code, said = ended(start(count, tmp_path, *flags))
     assert code == 0, said
