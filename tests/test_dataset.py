@@ -1,6 +1,7 @@
 """The pipeline: both placements give the same batches, whatever the devices."""
 
 import dataclasses
+import itertools
 
 import jax
 import jax.numpy as jnp
