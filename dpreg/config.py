@@ -329,7 +329,7 @@ class Config(Columns):
     num_shards: int = _flag(8, "Logical shards; as many devices can share it.", decides=True, least=1)
     precision: str = _flag(
         "float32",
-        "float32; float64, from the table to the result; or bfloat16 for features, and products where a chip has them.",
+        "float32; float64, from the table to the result; or bfloat16 for features, and products where a chip gains.",
         decides=True,
         of=PRECISIONS,
     )
