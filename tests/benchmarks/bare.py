@@ -1,9 +1,10 @@
 """What the compiler's loops reach at the wide workload without dpreg: `python tests/benchmarks/bare.py`.
 
-Rows in their order, in slices that stay in cache; on one core, and on two simulated devices of one process. First the
-two products alone over rows that are in cache, then from memory: the prediction alone, the prediction and the gradient,
-and both with a sum over the devices and an update each step, which is the least that training does. Beside it the rows
-read by one product of NumPy's BLAS on all cores. GB/s, medians of 15 calls, and shares of the latter.
+Rows in their order, in slices that stay in cache; on one core, on two simulated devices of one process, and in two
+processes with a core each, which sum over Gloo. First the two products alone over rows that are in cache, then from
+memory: the prediction alone, the prediction and the gradient, and both with a sum over the devices and an update each
+step, which is the least that training does. Beside it the rows read by one product of NumPy's BLAS on all cores. GB/s
+of all devices, medians of 15 calls, and shares of the latter.
 """
 
 import functools
@@ -11,7 +12,15 @@ import os
 import statistics
 import time
 
+from turns import in_turns, of_two, on_a_core
+
 NUM_INPUTS, ROWS, STEP, SLICE, CALLS = 1024, 20_480, 2048, 32, 15  # rows: of each device
+ADDRESS = "127.0.0.1:29514"
+STEPS = "both, with a sum and an update a step"
+FLAGS = (  # a loop that exchanges nothing is one function
+    "--xla_force_host_platform_device_count={} --xla_cpu_multi_thread_eigen=false "
+    f"--xla_backend_extra_options=xla_cpu_small_while_loop_byte_threshold={2**63 - 1}"
+)
 
 
 def gigabytes(call, size):
@@ -25,20 +34,34 @@ def gigabytes(call, size):
     return size / statistics.median(seconds) / 1e9
 
 
-def main():
-    """Prints the table."""
-    os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=2 --xla_cpu_multi_thread_eigen=false"
-    os.environ["JAX_PLATFORMS"] = "cpu"
+def values(devices):
+    """Rows [n, d] float32, as many as these devices have."""
+    import numpy as np
+
+    return np.random.default_rng(0).standard_normal((devices * ROWS, NUM_INPUTS), np.float32)
+
+
+def limit():
+    """What one product reads, on all cores."""
+    import numpy as np
+
+    x, ones = values(2), np.ones(NUM_INPUTS, np.float32)
+    return gigabytes(lambda: x @ ones, x.nbytes)
+
+
+def reached(devices, rank=None):
+    """{program: GB/s} of all devices: those of this process, or of two where `rank` says which it is."""
+    os.environ |= {"XLA_FLAGS": FLAGS.format(devices), "JAX_PLATFORMS": "cpu"}
     import jax
     import jax.numpy as jnp
     import numpy as np
     from jax import lax
     from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-    values = np.random.default_rng(0).standard_normal((2 * ROWS, NUM_INPUTS), np.float32)
-    ones = np.ones(NUM_INPUTS, np.float32)
-    limit = gigabytes(lambda: values @ ones, values.nbytes)
-    print(f"{'read by one product of BLAS, all cores':48} {limit:6.1f} GB/s")
+    if rank is not None:
+        os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))  # or Gloo's thread takes the core for 3 ms
+        jax.config.update("jax_cpu_collectives_implementation", "gloo")
+        jax.distributed.initialize(ADDRESS, 2, rank)
 
     def slices(x, first, count, turn, start):
         def one(i, carry):
@@ -64,23 +87,43 @@ def main():
 
         return lax.fori_loop(0, steps, step, w)
 
-    for count in (1, 2):
-        mesh = Mesh(jax.devices()[:count], ("data",))
-        x = jax.device_put(values[: count * ROWS], NamedSharding(mesh, PartitionSpec("data")))
-        programs = {
-            "both products, rows in cache": in_cache,
-            "prediction, from memory": functools.partial(epoch, turn=prediction, exchange=False),
-            "both products, from memory": functools.partial(epoch, turn=both, exchange=False),
-            "both, with a sum and an update a step": functools.partial(epoch, turn=both, exchange=True),
-        }
-        for name, program in programs.items():
-            specs = (PartitionSpec("data"), PartitionSpec(), PartitionSpec())
-            mapped = jax.shard_map(program, mesh=mesh, in_specs=specs, out_specs=PartitionSpec(), check_vma=False)
-            compiled = jax.jit(mapped)
-            call = functools.partial(compiled, x, jnp.asarray(ones), jnp.int32(ROWS // STEP))
-            found = gigabytes(lambda call=call: jax.block_until_ready(call()), x.nbytes)
-            print(f"{count} x {name:44} {found:6.1f} GB/s  {found / limit:5.2f}", flush=True)
+    programs = {
+        "both products, rows in cache": in_cache,
+        "prediction, from memory": functools.partial(epoch, turn=prediction, exchange=False),
+        "both products, from memory": functools.partial(epoch, turn=both, exchange=False),
+        STEPS: functools.partial(epoch, turn=both, exchange=True),
+    }
+    mesh = Mesh(np.array(jax.devices()), ("data",))
+    along, replicated = PartitionSpec("data"), PartitionSpec()
+    x = jax.make_array_from_process_local_data(NamedSharding(mesh, along), values(devices))
+    w = jax.make_array_from_process_local_data(NamedSharding(mesh, replicated), np.ones(NUM_INPUTS, np.float32))
+    found = {}
+    for name, program in programs.items():
+        mapped = jax.shard_map(
+            program, mesh=mesh, in_specs=(along, replicated, replicated), out_specs=replicated, check_vma=False
+        )
+        call = functools.partial(jax.jit(mapped), x, w, jnp.int32(ROWS // STEP) if rank is None else ROWS // STEP)
+        found[name] = gigabytes(lambda call=call: jax.block_until_ready(call()), x.nbytes)
+    return found
 
+
+PROGRAMS = {
+    "BLAS, all cores": limit,
+    "a core": on_a_core(functools.partial(reached, 1)),
+    "two devices": functools.partial(reached, 2),
+    "two processes": of_two(functools.partial(reached, 1)),
+}
 
 if __name__ == "__main__":
-    main()
+    for _, rounds in in_turns(__doc__, PROGRAMS, {"wide": ()}, {}):
+        limits = rounds.pop("BLAS, all cores")
+        print(f"read by one product of BLAS, all cores: {statistics.median(limits):.1f} GB/s, and shares of it")
+        for program, found in rounds.items():
+            for name in found[0]:
+                of_all = statistics.median(of[name] for of in found)
+                share = statistics.median(of[name] / most for of, most in zip(found, limits, strict=True))
+                print(f"{program:>14}: {name:40} {of_all:6.1f} GB/s  {share:5.2f}")
+        for program in ("two devices", "two processes"):
+            pairs = zip(rounds[program], rounds["a core"], strict=True)
+            gained = statistics.median(two[STEPS] / (2 * one[STEPS]) for two, one in pairs)
+            print(f"{program}: efficiency {gained:.2f}, {STEPS}", flush=True)

@@ -1,6 +1,7 @@
 """What benchmarks share: programs take turns, each in a process of its own, and are measured in their steady state."""
 
 import argparse
+import contextlib
 import importlib.util
 import json
 import os
@@ -97,13 +98,32 @@ def grain(x, y, batch):
     return batches
 
 
-def in_turns(description, programs, workloads, needs):
+@contextlib.contextmanager
+def awake():
+    """Keeps all cores from halting, by a process on each that yields to any other.
+
+    In a virtual machine an idle core halts, and is back some 100 us after a thread is to be woken on it.
+    """
+    yielding = "import os\nos.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))\nwhile True: os.sched_yield()"
+    processes = [subprocess.Popen([sys.executable, "-c", yielding]) for _ in os.sched_getaffinity(0)]
+    try:
+        for process, core in zip(processes, sorted(os.sched_getaffinity(0)), strict=True):
+            os.sched_setaffinity(process.pid, {core})
+        yield
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+
+
+def in_turns(description, programs, workloads, needs, some=False):
     """Yields (workload, {program: rows/s of each round}); in the process of one program it runs that instead.
 
     Args:
       programs: name -> function of a workload's sizes that gives rows/s.
       workloads: name -> sizes.
       needs: program -> the package it needs; where that is not installed the program is left out.
+      some: whether `--only` may leave out others.
     """
     absent = {program: package for program, package in needs.items() if not importlib.util.find_spec(package)}
     programs = {name: program for name, program in programs.items() if name not in absent}
@@ -111,12 +131,17 @@ def in_turns(description, programs, workloads, needs):
     parser.add_argument("--program", choices=programs)
     parser.add_argument("--workload", choices=workloads)
     parser.add_argument("--rounds", type=int, default=3)
+    if some:
+        parser.add_argument("--only", action="append", choices=programs, help="this program, and others so named")
+    parser.add_argument("--awake", action="store_true", help="keep idle cores from halting, for all programs alike")
     arguments = parser.parse_args()
     if arguments.program:
         print(json.dumps(programs[arguments.program](*workloads[arguments.workload])))
         return
+    programs = {name: programs[name] for name in (some and arguments.only) or programs}
     machine = f"{_processor()}, {os.cpu_count()} cores, Python {platform.python_version()}"
-    print(f"{machine}, {arguments.rounds} rounds, {time.strftime('%Y-%m-%d')}", flush=True)
+    kept = ", cores kept awake" if arguments.awake else ""
+    print(f"{machine}{kept}, {arguments.rounds} rounds, {time.strftime('%Y-%m-%d')}", flush=True)
     for program, package in absent.items():
         print(f"without {program}: {package} is not installed")
     for workload in [arguments.workload] if arguments.workload else workloads:
@@ -124,7 +149,8 @@ def in_turns(description, programs, workloads, needs):
         for _ in range(arguments.rounds):
             for program in programs:
                 command = [sys.executable, sys.argv[0], f"--program={program}", f"--workload={workload}"]
-                done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
+                with awake() if arguments.awake else contextlib.nullcontext():
+                    done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
                 if done.returncode:
                     sys.exit(f"{program}: {done.stderr[-2000:]}")
                 rates[program].append(json.loads(done.stdout.splitlines()[-1]))
