@@ -25,9 +25,7 @@ from dpreg.parallel import step as compiled
 
 DEVICES = (1, 2, 3, 4, 6, 8)  # of 8 shards; of six devices the last two have none
 LAYOUTS = list(itertools.product(("jit", "pmap"), ("device", "host")))
-SOME_LAYOUTS = LAYOUTS[:3]  # pmap is the same body, whatever the placement
 OPTIMIZERS = {
-    "sgd": optax.sgd(0.05),
     "adam": optax.adam(0.01),
     "clip+momentum": optax.chain(optax.clip_by_global_norm(0.3), optax.sgd(0.05, momentum=0.9)),
 }
@@ -147,13 +145,18 @@ def test_ordered_linear_gives_the_same_bits_on_any_number_of_devices(backend, pl
 
 
 @pytest.mark.parametrize(
-    ("backend", "placement", "optimizer"),
-    [*((*layout, "clip+momentum") for layout in SOME_LAYOUTS), (*SOME_LAYOUTS[0], "adam")],
+    ("backend", "placement", "optimizer", "devices"),
+    [
+        ("jit", "device", "adam", (1, 2, 4, 6)),
+        ("jit", "host", "clip+momentum", (1, 3)),
+        ("pmap", "device", "clip+momentum", (3, 8)),  # the same body, whatever the placement
+    ],
 )
-def test_ordered_network_gives_the_same_bits_on_any_number_of_devices(backend, placement, optimizer):
-    devices = (1, 2, 4, 6, 8) if (backend, placement, optimizer) == ("jit", "device", "adam") else (1, 3, 8)
-    results = {n: network_run(optimizer, "ragged", n, backend=backend, placement=placement) for n in devices}
-    assert results == dict.fromkeys(devices, network_run(optimizer, "ragged"))
+def test_ordered_network_gives_the_same_bits_on_any_number_of_devices(backend, placement, optimizer, devices):
+    """Also for the losses of validation."""
+    run = functools.partial(network_run, optimizer, "ragged", num_val=37)
+    results = {n: run(n, backend=backend, placement=placement) for n in devices}
+    assert results == dict.fromkeys(devices, run(8))
 
 
 @pytest.mark.parametrize(
@@ -161,8 +164,8 @@ def test_ordered_network_gives_the_same_bits_on_any_number_of_devices(backend, p
     [("jit", "host", "adam", "less than a batch"), ("pmap", "device", "clip+momentum", "less than the shards")],
 )
 def test_ordered_network_with_few_rows_gives_the_same_bits(backend, placement, optimizer, size):
-    results = {n: network_run(optimizer, size, n, backend=backend, placement=placement) for n in (1, 3)}
-    assert results == dict.fromkeys((1, 3), network_run(optimizer, size))
+    one, three = (network_run(optimizer, size, n, backend=backend, placement=placement) for n in (1, 3))
+    assert one == three
 
 
 @pytest.mark.parametrize(("model", "optimizer"), [("linear", "lbfgs"), ("mlp", "momentum")])
@@ -218,12 +221,7 @@ def test_ordered_holds_on_any_number_of_cores(tmp_path):
 def test_ordered_holds_for_another_activation():
     """Of one shard a device the compiler once knew which: a gelu network showed it."""
     data, model = Rows(150, num_inputs=5).data(40), Net(optax.sgd(0.05), activation=nn.gelu)
-    assert len({digest(trained(model, data, 1, n, reduction="ordered")) for n in (1, 3, 8)}) == 1
-
-
-def test_ordered_validation_gives_the_same_bits_on_any_number_of_devices():
-    results = {n: network_run("sgd", "ragged", n, num_val=37) for n in (1, 6, 8)}
-    assert len(set(results.values())) == 1
+    assert len({digest(trained(model, data, 1, n, reduction="ordered")) for n in (1, 8)}) == 1
 
 
 @pytest.mark.parametrize(
@@ -234,7 +232,7 @@ def test_steps_per_block_do_not_change_the_result(reduction, model):
         data = Rows(203, weighted=True).data(16)
         return digest(trained(model, data, reduction=reduction, steps_per_block=steps, num_devices=2))
 
-    assert {run(steps) for steps in (2, 5)} == {run(None)}
+    assert run(2) == run(None)
 
 
 def sgd_in_float64(x, y, weight, lr, batches, start):
@@ -362,7 +360,7 @@ def network_in_float64(model, source, batch_size, seed, epochs):
 @pytest.mark.parametrize(
     ("optimizer", "ways"),
     [
-        ("adam", ((1, "pmean"), (4, "pmean"), (8, "pmean"), (8, "ordered"))),
+        ("adam", ((1, "pmean"), (4, "pmean"), (8, "ordered"))),
         ("clip+momentum", ((3, "pmean"), (1, "ordered"))),
     ],
 )
