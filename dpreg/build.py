@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 from dpreg.config import MODELS, Config
 from dpreg.data.dataset import PRECISIONS
 from dpreg.data.ingest import Progress, read_table
+from dpreg.data.order import ORDER
 from dpreg.data.sources import RegressionData
 from dpreg.data.synthetic import SyntheticRegressionData
 from dpreg.data.tables import Table, open_table
@@ -118,6 +119,11 @@ def build_model(config: Config, num_inputs: int, num_targets: int, num_steps: in
         raise InputError(
             f"--model={config.model}: {type(error).__name__}: {error}; mend that, or name a class that can be made"
         ) from error
+
+
+def identity_of(config: Config, data: RegressionData) -> dict[str, Any]:
+    """What decides the answer of a run on these rows: it is only continued by one of the same."""
+    return config.identity() | {"data": data.fingerprint(), "order": ORDER}
 
 
 def learning_rates(config: Config, num_steps: int) -> Callable[[int], float] | None:

@@ -134,7 +134,8 @@ class Columns:
     )
     validation_fraction: float = _flag(
         0.1,
-        "Share of a table's rows held out for validation, under 1; of no use with --validation_dataset.",
+        "Share of a table's rows held out for validation, under 1; of no use with --validation_dataset, or a TFDS "
+        "dataset that has a split validation, val or test: that is held out.",
         decides=True,
         least=0,
         under=1,
@@ -186,7 +187,7 @@ class Config(Columns):
 
     mode: str = _flag(
         "train",
-        "train; evaluate or predict: the workdir's model on the rows of --dataset; "
+        "train; evaluate or predict: the workdir's model on the rows of --dataset (of TFDS the split held out); "
         "doctor: whether a run could start here, and what keeps it from it.",
         of=MODES,
     )
@@ -218,7 +219,8 @@ class Config(Columns):
     num_val: int = _flag(1000, "Synthetic rows held out for validation.", least=0)
     model: str = _flag(
         "linear",
-        "linear (from scratch), concise, mlp; or PACKAGE.MODULE:CLASS, a flax module.",
+        "linear (from scratch), concise, mlp; or PACKAGE.MODULE:CLASS, a flax module, whose own loss and "
+        "configure_optimizers, if it has them, go before these flags.",
         decides=True,
         such_as=MODELS,
     )
@@ -431,19 +433,31 @@ class Config(Columns):
             self._refuse("patience", "it is for --solver=sgd; leave one out")
         unscaled = self.dataset != "synthetic" and self.columns().standardize is False
         if self.precision == "bfloat16" and unscaled:
-            self._refuse("precision", "it keeps three digits of features; use --standardize, or --precision=float32")
+            scaled = "--standardize, or " if self.intercept else ""
+            self._refuse("precision", f"it keeps three digits of features; use {scaled}--precision=float32")
         if self.loss not in LOSSES[:4] and self.target_transform != "none":
             self._refuse("target_transform", f"--loss={self.loss} is defined for the target as it is; leave one out")
         if self.l1 and self.optimizer != "sgd":
             self._refuse("l1", "its optimum is reached with --optimizer=sgd alone; use that, or --l2")
-        if self.standardize and self.dataset == "synthetic":
-            self._refuse("standardize", "synthetic rows are of mean 0 and deviation 1 already; leave it out")
+        if self.dataset == "synthetic":
+            self._check_synthetic()
         if not self.w:
             self._refuse("w", "give at least one weight, such as --w=2,-3.4")
         if self.num_train + self.num_val >= 2**31:
             raise InputError(
                 f"--num_train={self.num_train} --num_val={self.num_val}: are too many rows; use fewer than {2**31:,}"
             )
+
+    def _check_synthetic(self) -> None:
+        """Refuses what is for tables."""
+        if self.standardize:
+            self._refuse("standardize", "synthetic rows are of mean 0 and deviation 1 already; leave it out")
+        of_tables = ("target", "features", "exclude", "categorical", "dates", "weight_column", "validation_dataset")
+        for name in of_tables:
+            if getattr(self, name):
+                self._refuse(name, "say of which table, with --dataset")
+        if self.target_transform != "none":
+            self._refuse("target_transform", "it is for tables; say which, with --dataset")
 
     def _check_machine(self) -> None:
         """Refuses devices, processes and folders that cannot be."""
@@ -554,8 +568,8 @@ class Config(Columns):
         return {f.name: getattr(self, f.name) for f in _flag_fields() if not f.metadata["who"]}
 
     def to_flagfile(self) -> str:
-        """A flagfile that repeats the run. It leaves out who runs it, and where the outputs go."""
-        given = {name: value for name, value in self.shared().items() if value not in (None, ())}
+        """A flagfile that repeats the run. It leaves out who runs it, where the outputs go, and what to go on from."""
+        given = {name: value for name, value in self.shared().items() if value not in (None, ()) and name != "resume"}
         return "".join(f"--{name}={_text(value)}\n" for name, value in given.items())
 
 

@@ -2,6 +2,7 @@
 
 import functools
 import json
+import pathlib
 import platform
 import socket
 import statistics
@@ -14,9 +15,10 @@ import numpy as np
 from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from dpreg.build import build_data, build_model, build_trainer
+from dpreg.build import build_data, build_model, build_trainer, identity_of
 from dpreg.config import Config
 from dpreg.errors import InputError
+from dpreg.observers.checkpoint import Checkpoints
 from dpreg.observers.summary import package_versions
 from dpreg.observers.tensorboard import require_tensorboard
 from dpreg.observers.workdir import open_workdir
@@ -176,7 +178,7 @@ def _workdir(config: Config) -> str:
 
 
 def _rows(config: Config) -> str:
-    """The rows, cut into the run's batches, and a model for them."""
+    """The rows, cut into the run's batches, a model for them, and no checkpoint of another run."""
     started = time.perf_counter()
     try:
         data = build_data(config)
@@ -188,6 +190,9 @@ def _rows(config: Config) -> str:
     model = build_model(config, data.num_inputs, data.num_targets, trainer.train.num_steps)
     trainer.check_targets(model)
     trainer.initial_state(model)
+    if config.workdir and config.resume != "never" and (folder := pathlib.Path(config.workdir, "checkpoints")).exists():
+        with Checkpoints(folder, identity_of(config, data)) as checkpoints:
+            checkpoints.refuse_another_run()
     rows = f"{len(data.train):,} rows of {data.num_inputs} features, read in {seconds:.1f} s"
     return f"{rows}; {trainer.train.num_steps:,} steps"
 
@@ -204,7 +209,7 @@ def _clocks(config: Config) -> str:
     return f"within {skew * 1e3:.0f} ms of each other"
 
 
-_NEEDS = {"all-reduce": {"devices"}, "rows": {"devices", "flags"}}  # what has to be right for a check
+_NEEDS = {"all-reduce": {"devices"}, "rows": {"devices", "flags", "workdir"}}  # what has to be right for a check
 _CHECKS: tuple[tuple[str, Callable[[Config], str]], ...] = (
     ("versions", _versions),
     ("flags", _flags),

@@ -15,10 +15,9 @@ import numpy as np
 from absl import flags, logging
 from rich.console import Console
 
-from dpreg.build import build_data, build_model, build_trainer, learning_rates
+from dpreg.build import build_data, build_model, build_trainer, identity_of, learning_rates
 from dpreg.config import Config
 from dpreg.data.dataset import Cast
-from dpreg.data.order import ORDER
 from dpreg.data.sources import RegressionData
 from dpreg.doctor import agree, examine
 from dpreg.door import enter
@@ -249,7 +248,7 @@ def _checkpoints(
     """The run's checkpoints, with the trainer brought to the newest, as --resume says."""
     with Checkpoints(
         workdir / "checkpoints",
-        config.identity() | {"data": data.fingerprint(), "order": ORDER},
+        identity_of(config, data),
         config.checkpoint_every_seconds,
         config.checkpoint_every_steps,
         config.keep,

@@ -4,8 +4,9 @@
 
 The run is trained on 1, 2, 4, ... devices, twice: with the batch it has ("strong"), and with as many times the batch
 and the synthetic rows ("weak"). Simulated CPU devices share cores and would say nothing of speed, so on CPU each device
-is a process on a core of its own. The exchange between devices is timed alone, at
-several sizes, and fitted by latency and bandwidth.
+is a process on a core of its own. There are as many as cores or accelerators, and no more than `--num_shards`;
+`--num_devices` is not asked. The exchange between devices is timed alone, at several sizes, and fitted by latency and
+bandwidth.
 """
 
 import concurrent.futures

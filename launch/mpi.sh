@@ -7,7 +7,8 @@
 # nothing protects it, so keep the hosts in a private network.
 #
 # Exit code 75 means preempted and saved: the run is started again, unless this script was told to stop. After
-# any other failure start the same command again: it goes on from the newest checkpoint.
+# any other failure start the same command again, with the --workdir that it had: it goes on from the newest
+# checkpoint.
 #
 # Run in the project's tests: on one host with Open MPI 4.1. Not run: several hosts, PBS.
 set -u

@@ -45,7 +45,6 @@ def test_an_epoch_uses_each_row_once_on_any_devices(rows):
         (1, "host", "pmap"),
         (3, "device", "pmap"),
         (8, "host", "jit"),
-        (8, "device", "jit"),
     )
     for devices, placement, backend in layouts:
         trainer = dpreg.Trainer(

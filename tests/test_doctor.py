@@ -43,6 +43,14 @@ def test_batches_and_checkpoints_that_cannot_be_are_found(tmp_path):
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 2
     assert "none holds no checkpoint; name another --workdir, or use --resume=auto" in done.stdout
+    trained = [sys.executable, "-m", "dpreg.main", "--platform=cpu", "--num_devices=2", f"--workdir={tmp_path / 'w'}"]
+    subprocess.run([*trained, "--max_epochs=1"], cwd=ROOT, check=True, capture_output=True, timeout=120)
+    for flags, code in ((["--lr=0.5"], 2), (["--lr=0.5", "--resume=never"], 0), ([], 0)):
+        done = subprocess.run(
+            [*trained, "--mode=doctor", *flags], cwd=ROOT, capture_output=True, text=True, timeout=120
+        )
+        assert done.returncode == code, done.stdout
+        assert ("holds another run: lr was 0.03 and is 0.5" in done.stdout) == (code == 2)
 
 
 def patched(code, number, *flags):

@@ -7,6 +7,8 @@ import optax
 import pytest
 
 import dpreg
+from dpreg.config import LOSSES
+from dpreg.models.losses import loss_called
 
 
 def test_linear_model_starts_as_the_book_says():
@@ -28,10 +30,12 @@ def test_squared_loss_is_per_row():
     np.testing.assert_array_equal(loss, [2.0, 1.0])
 
 
+@pytest.mark.parametrize("loss", [name for name in LOSSES if name != "softmax"])  # it has a logit for each class
 @pytest.mark.parametrize("shape", [(4,), (1, 4), (4, 2), (1, 1)])
-def test_a_prediction_never_broadcasts_against_a_target(shape):
-    with pytest.raises(ValueError, match="differ in shape"):
-        dpreg.squared_loss(jnp.zeros((4, 1)), jnp.zeros(shape))
+def test_a_prediction_never_broadcasts_against_a_target(loss, shape):
+    for prediction, target in (((4, 1), shape), (shape, (4, 1))):
+        with pytest.raises(ValueError, match="differ in shape"):
+            loss_called(loss).rows(jnp.ones(prediction), jnp.ones(target))
 
 
 def tree(seed):

@@ -69,7 +69,7 @@ def test_bfloat16_of_one_feature_trains():
 
 def test_a_run_in_float64_leaves_later_ones_alone():
     def run(precision):
-        model = Net(OPTIMIZERS["sgd"])  # with dropout
+        model = Net(OPTIMIZERS["clip+momentum"])  # with dropout
         data = dpreg.RegressionData(of_float64(203), None, 64)
         with jax.numpy_dtype_promotion("standard"):
             return digest(trained(model, data, 1, 2, precision=precision))

@@ -277,11 +277,11 @@ class Twice(Net):
         return super().__call__(x, train)
 
 
-@pytest.mark.parametrize(("reduction", "backend"), [("pmean", "jit"), ("ordered", "jit"), ("pmean", "pmap")])
-def test_no_random_key_is_used_twice(reduction, backend):
+@pytest.mark.parametrize("reduction", ["pmean", "ordered"])
+def test_no_random_key_is_used_twice(reduction):
     def train(model):
         data = dpreg.SyntheticRegressionData(np.ones(3), 1.0, num_train=100, num_val=20, batch_size=16)
-        dpreg.Trainer(1, 2, reduction=reduction, backend=backend).fit(model, data)
+        dpreg.Trainer(1, 2, reduction=reduction).fit(model, data)
 
     jax.clear_caches()  # keys are looked at while functions are traced
     with jax.debug_key_reuse(True):
@@ -414,7 +414,7 @@ def _float32_again():
 @pytest.mark.usefixtures("_float32_again")
 @pytest.mark.parametrize(
     ("devices", "backend", "rows"),
-    [(1, "jit", 37), (2, "pmap", 37), (3, "jit", 37), (4, "pmap", 5), (8, "jit", 37), (8, "jit", 5), (1, "pmap", 5)],
+    [(2, "pmap", 37), (3, "jit", 37), (4, "pmap", 5), (8, "jit", 37), (8, "jit", 5), (1, "pmap", 5)],
 )  # 5 rows: shards without any
 def test_batch_norm_over_the_batch_agrees_with_float64(devices, backend, rows):
     rng = np.random.default_rng(0)
@@ -443,13 +443,12 @@ def test_batch_norm_over_the_batch_cannot_be_ordered():
         dpreg.Trainer(1, reduction="ordered").fit(OverTheBatch(), Rows(80).data(8))
 
 
-@pytest.mark.parametrize("devices", [2, 8])
-def test_an_mlp_normalises_over_the_batch(devices, caplog):
+def test_an_mlp_normalises_over_the_batch(caplog):
     """A step of all rows, of one shard or of eight."""
 
     def trained(num_shards, **flags):
         config = Config(model="mlp", hidden=(5, 4), batch_norm=True, lr=0.1, **flags)
-        trainer = dpreg.Trainer(5, min(devices, num_shards), num_shards=num_shards)
+        trainer = dpreg.Trainer(5, min(2, num_shards), num_shards=num_shards)
         trainer.fit(build_model(config, 3, 1), Rows(80, weighted=True).data(80))
         return jax.device_get(trainer.variables)
 
@@ -541,8 +540,7 @@ def test_calls_are_as_long_as_a_platform_takes_a_second_for(platform, operations
     assert _steps_of_call(platform, operations, alone) == steps
 
 
-@pytest.mark.parametrize("reduction", ["pmean", "ordered"])
-@pytest.mark.parametrize("num_devices", [1, 8])
+@pytest.mark.parametrize(("reduction", "num_devices"), [("pmean", 1), ("pmean", 8), ("ordered", 1)])
 def test_loops_are_one_function_where_they_need_one_core(reduction, num_devices, monkeypatch):
     monkeypatch.setattr("dpreg.parallel.devices.cores", lambda: 4)
     several_cores = reduction == "pmean" and num_devices == 1

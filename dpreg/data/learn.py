@@ -75,7 +75,7 @@ class Learned:
                 continue
             rounding = max(largest[at] * float(np.finfo(dtype).eps) / 2, float(np.finfo(dtype).tiny))
             if rounding > _MOST_LOST * deviation[at]:
-                remedy = "--target_transform=standardize" if is_target else "--standardize"
+                remedy = "--target_transform=standardize" if is_target else "--standardize (with an intercept)"
                 remedy += "" if dtype == np.float64 else ", or --precision=float64"
                 raise InputError(
                     f"column {name!r} varies by {deviation[at]:.3g} around {moments.mean[at]:.6g}, which {dtype} "

@@ -21,6 +21,14 @@ from dpreg.errors import InputError
 RowLoss = Callable[[Array, Array], Array]
 
 
+def _refuse_broadcasts(prediction: Array, target: Array) -> None:
+    if prediction.shape != target.shape:
+        raise ValueError(
+            f"prediction {list(prediction.shape)} and target {list(target.shape)} differ in shape; "
+            "give both as [rows, targets]"
+        )
+
+
 def squared_loss(prediction: Array, target: Array) -> Array:
     """Half the squared error, (prediction - target)^2 / 2, summed over the targets (D2L section 3.1.1.2).
 
@@ -37,33 +45,33 @@ def squared_loss(prediction: Array, target: Array) -> Array:
     >>> squared_loss(jnp.array([[3.0], [1.0]]), jnp.array([[1.0], [1.0]]))
     Array([2., 0.], dtype=float32)
     """
-    if prediction.shape != target.shape:
-        raise ValueError(
-            f"prediction {list(prediction.shape)} and target {list(target.shape)} differ in shape; "
-            "give both as [rows, targets]"
-        )
+    _refuse_broadcasts(prediction, target)
     return jnp.square(prediction - target).reshape(len(target), -1).sum(axis=1) / 2
 
 
 def huber_loss(prediction: Array, target: Array, delta: float = 1.0) -> Array:
     """e^2 / 2 for errors |e| up to delta, delta (|e| - delta / 2) beyond (Huber 1964; optax.huber_loss). -> [n]."""
+    _refuse_broadcasts(prediction, target)
     losses: Array = optax.huber_loss(prediction, target, delta=delta).sum(axis=1)
     return losses
 
 
 def absolute_loss(prediction: Array, target: Array) -> Array:
     """|prediction - target|, least for the median (Laplace). -> [n]."""
+    _refuse_broadcasts(prediction, target)
     return jnp.abs(prediction - target).sum(axis=1)
 
 
 def quantile_loss(prediction: Array, target: Array, quantile: float = 0.5) -> Array:
     """The pinball loss max(q e, (q - 1) e) of e = target - prediction (Koenker and Bassett 1978). -> [n]."""
+    _refuse_broadcasts(prediction, target)
     error = target - prediction
     return jnp.maximum(quantile * error, (quantile - 1) * error).sum(axis=1)
 
 
 def logistic_loss(prediction: Array, target: Array) -> Array:
     """The cross-entropy of targets 0 and 1 with logits, log(1 + e^z) - y z: half deviance, link logit. -> [n]."""
+    _refuse_broadcasts(prediction, target)
     losses: Array = optax.sigmoid_binary_cross_entropy(prediction, target).sum(axis=1)
     return losses
 
@@ -80,6 +88,7 @@ def poisson_loss(prediction: Array, target: Array) -> Array:
 
     As y (e^t - 1 - t) with t = log(m / y), since the difference of large counts would keep no digits.
     """
+    _refuse_broadcasts(prediction, target)
     some = target > 0
     ratio = prediction - jnp.log(jnp.where(some, target, 1))
     return jnp.where(some, target * (jnp.expm1(ratio) - ratio), jnp.exp(prediction)).sum(axis=1)
@@ -87,6 +96,7 @@ def poisson_loss(prediction: Array, target: Array) -> Array:
 
 def gamma_loss(prediction: Array, target: Array) -> Array:
     """Half the deviance of positive targets with log link, y / m - 1 - log(y / m) with m = e^z. -> [n]."""
+    _refuse_broadcasts(prediction, target)
     ratio = jnp.log(target) - prediction
     return (jnp.expm1(ratio) - ratio).sum(axis=1)
 

@@ -6,7 +6,7 @@ import logging
 import pathlib
 import re
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -87,12 +87,7 @@ class Checkpoints:
           InputError: when the checkpoint is of a run with another answer; names what differs.
         """
         wanted = jax.tree.map(ocp.utils.to_shape_dtype_struct, _content(trainer))
-        # A step that process 0 sees is tried by all, and taken or discarded by all.
-        for step in json.loads(processes.exchange(json.dumps(sorted(self._manager.all_steps(), reverse=True)))[0]):
-            meta = self._read(step, "meta", ocp.args.JsonRestore(), lambda meta: meta == _sealed(dict(meta)))
-            if meta is None:
-                continue
-            self._compare("run", meta["identity"], self._identity)
+        for step, meta in self._of_this_run():
             self._compare("model", meta["leaves"], _leaves(wanted))
 
             def is_whole(content: Any, checksum: str = meta["content"]) -> bool:
@@ -111,6 +106,19 @@ class Checkpoints:
             trainer.resume(train_state, np.asarray(content["epoch_sums"]), used if used.any() else None, best)
             return True
         return False
+
+    def refuse_another_run(self) -> None:
+        """As `restore` would, for the newest checkpoint, and restores nothing."""
+        next(self._of_this_run(), None)
+
+    def _of_this_run(self) -> Iterator[tuple[int, dict[str, Any]]]:
+        """The steps of the checkpoints, the newest first, and what each says of itself."""
+        # A step that process 0 sees is tried by all, and taken or discarded by all.
+        for step in json.loads(processes.exchange(json.dumps(sorted(self._manager.all_steps(), reverse=True)))[0]):
+            meta = self._read(step, "meta", ocp.args.JsonRestore(), lambda meta: meta == _sealed(dict(meta)))
+            if meta is not None:
+                self._compare("run", meta["identity"], self._identity)
+                yield step, meta
 
     def _read(self, step: int, item: str, how: Any, is_whole: Callable[[Any], bool]) -> Any:
         """An item of a checkpoint; None, and the checkpoint set aside, where any process finds it damaged."""

@@ -69,7 +69,7 @@ def start(
             if len(jax.local_devices()) < num_devices:
                 raise InputError(
                     f"--num_devices={num_devices}: JAX has already started, with {_there()}; "
-                    "call devices.start before any other use of JAX"
+                    "call dpreg.start before any other use of JAX"
                 ) from error
     if not jax.config.values["jax_compilation_cache_dir"]:
         home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
