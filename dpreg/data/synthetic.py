@@ -15,6 +15,7 @@ from dpreg.errors import InputError
 # Rows are drawn in one compiled shape without ragged ends: the compiler may give the remainder of a vector loop
 # other bits, and a row must not depend on those drawn with it.
 _CHUNK, _LANES = 1024, 16
+_UNDER_WAY = 16  # chunks that are drawn while none is waited for
 _ROWS_KEY = 2  # of the seed's random key: the part for rows, apart from those for parameters and dropout
 
 
@@ -56,9 +57,12 @@ class SyntheticSource:
         padded = np.zeros(-(-count // _CHUNK) * _CHUNK, np.uint32)
         padded[:count] = np.asarray(indices, np.uint32) + np.uint32(self.first)
         drawn = np.empty((len(padded), num_inputs + num_targets), np.float32)
-        for start in range(0, count, _CHUNK):
-            chunk = slice(start, start + _CHUNK)
-            drawn[chunk] = np.asarray(_normals(padded[chunk], np.uint32(self.seed), width))[:, : drawn.shape[1]]
+        chunks = [slice(start, start + _CHUNK) for start in range(0, count, _CHUNK)]
+        for first in range(0, len(chunks), _UNDER_WAY):
+            some = chunks[first : first + _UNDER_WAY]
+            calls = [_normals(padded[chunk], np.uint32(self.seed), width) for chunk in some]
+            for chunk, call in zip(some, calls, strict=True):
+                drawn[chunk] = np.asarray(call)[:, : drawn.shape[1]]
         x, e = np.ascontiguousarray(drawn[:count, :num_inputs]), drawn[:count, num_inputs:]
         y = self.b + self.noise * e.astype(np.float64)
         for column, weights in zip(x.T, self.w, strict=True):  # one by one: a matmul's order may depend on the rows
