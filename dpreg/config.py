@@ -134,8 +134,7 @@ class Columns:
     )
     validation_fraction: float = _flag(
         0.1,
-        "Share of a table's rows held out for validation, under 1; of no use with --validation_dataset, or a TFDS "
-        "dataset that has a split validation, val or test: that is held out.",
+        "Share of a table's rows held out, under 1; not with --validation_dataset or a TFDS split for it.",
         decides=True,
         least=0,
         under=1,
@@ -187,7 +186,7 @@ class Config(Columns):
 
     mode: str = _flag(
         "train",
-        "train; evaluate or predict: the workdir's model on the rows of --dataset (of TFDS the split held out); "
+        "train; evaluate or predict: the workdir's model on the rows of --dataset; "
         "doctor: whether a run could start here, and what keeps it from it.",
         of=MODES,
     )
@@ -219,8 +218,7 @@ class Config(Columns):
     num_val: int = _flag(1000, "Synthetic rows held out for validation.", least=0)
     model: str = _flag(
         "linear",
-        "linear (from scratch), concise, mlp; or PACKAGE.MODULE:CLASS, a flax module, whose own loss and "
-        "configure_optimizers, if it has them, go before these flags.",
+        "linear (from scratch), concise, mlp; or PACKAGE.MODULE:CLASS, a flax module.",
         decides=True,
         such_as=MODELS,
     )
