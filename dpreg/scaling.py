@@ -41,7 +41,7 @@ from dpreg.observers.metrics import to_json
 from dpreg.observers.progress import ProgressDisplay
 from dpreg.observers.workdir import made
 from dpreg.parallel import devices, processes
-from dpreg.parallel.reduce import AXIS
+from dpreg.parallel.reduce import mean_over_devices
 
 KINDS = ("strong", "weak")  # the same batch for all devices, or for each
 _SIZES = (24, 4096, 65_536, 1 << 20, 4 << 20)  # bytes exchanged
@@ -97,7 +97,7 @@ def exchange_seconds(count: int) -> dict[int, float]:
         repeats = min(_MOST_REPEATS, _REPEATED_BYTES // size)
 
         def sums(x: jax.Array, one: jax.Array, times: jax.Array) -> jax.Array:
-            last: jax.Array = lax.fori_loop(0, times, lambda _, total: lax.pmean(total, AXIS) * one, x)
+            last: jax.Array = lax.fori_loop(0, times, lambda _, total: mean_over_devices(total, mesh) * one, x)
             return last
 
         everywhere = PartitionSpec()

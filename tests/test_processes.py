@@ -69,6 +69,39 @@ def test_pmean_is_equal_to_rounding(tmp_path):
         assert ours.get("audit") == theirs.get("audit")
 
 
+MEANS = """
+import sys
+import jax, jax.numpy as jnp
+from jax.sharding import PartitionSpec
+from dpreg.parallel import devices, program
+from dpreg.parallel.reduce import AXIS, mean_over_devices
+
+devices.start("cpu", 2, sys.argv[1].partition("=")[2], 2, int(sys.argv[2]))
+mesh = devices.data_mesh(jax.device_count())
+
+def means(size):
+    mine = jax.lax.axis_index(AXIS).astype(jnp.float32)
+    return mean_over_devices({"a": mine * jnp.ones((size - 1,)), "b": (mine - 7)[None]}, mesh)
+
+for size in map(int, sys.argv[3:]):
+    mapped = jax.shard_map(lambda: means(size), mesh=mesh, in_specs=(), out_specs=PartitionSpec(), check_vma=False)
+    compiled = jax.jit(mapped).lower().compile()
+    found, (one,) = compiled(), program.collectives(compiled, mesh.size)
+    print(one.kind, one.size, set(found["a"].tolist()), found["b"].tolist())
+"""
+
+
+def test_between_processes_few_bytes_are_gathered_and_many_added():
+    few, many = 1 << 14, (1 << 14) + 1
+    address = free_address()
+    of_both = together(*((("-c", MEANS, address, str(i), str(few), str(many)), (), ROOT) for i in range(2)))
+    for code, lines, out, _ in of_both:
+        assert code == 0, lines
+        means = "{1.5} [-5.5]"  # of 0, 1, 2, 3; each exact, whatever the order
+        said = [line for line in out.splitlines() if "Gloo" not in line]
+        assert said == [f"all-gather {4 * 4 * few} {means}", f"all-reduce {4 * many} {means}"]
+
+
 @pytest.mark.faults
 @pytest.mark.parametrize(("victim", "how"), [(0, signal.SIGKILL), (1, signal.SIGSTOP)])
 def test_a_lost_process_costs_nothing_but_time(tmp_path, expected, victim, how):

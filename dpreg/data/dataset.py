@@ -209,7 +209,7 @@ class Dataset:
                 rows = min(_RESIDENT_BLOCK_BYTES_OF_CPU // self.row_bytes, rows)
         steps = self.steps_per_block or rows // self.global_batch
         epoch, most = self.sampler.steps_per_epoch, _BLOCK_STEPS
-        if len({device.process_index for device in self._mesh.devices.flat}) > 1:
+        if self._mesh.is_multi_process:
             most = _BLOCK_STEPS_AMONG_PROCESSES
         blocks = -(-epoch // max(1, min(steps, most)))
         return max(2, -(-epoch // blocks))  # evenly, since all blocks are gathered whole

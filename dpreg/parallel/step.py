@@ -255,17 +255,18 @@ def compile_train_block(
                 sums = mean_over_devices(
                     over_parts(
                         lambda part: value_and_gradient(loss, state.params, read.rows(k, part, parts), any_shard)
-                    )
+                    ),
+                    mesh,
                 )
             elif one_by_one_shard:
-                sums = mean_over_devices(added_up(sums_of, carried.count))
+                sums = mean_over_devices(added_up(sums_of, carried.count), mesh)
             else:
 
                 def parts_together(part: Array) -> tuple[PyTree, Array, _Rest]:
                     rows = read.of_slots(k, part, parts)
                     return value_and_gradient_together(loss, state.params, rows, shards + part * layout.num_shards)
 
-                sums = mean_over_devices(over_parts(parts_together))
+                sums = mean_over_devices(over_parts(parts_together), mesh)
 
             def update(_: Array, before: tuple[TrainState, Array]) -> tuple[TrainState, Array]:
                 with jax.named_scope("update"):
