@@ -72,18 +72,26 @@ def added_up(sums_of: Callable[[Array], PyTree], count: Array) -> PyTree:
     return one_by_one(lambda i, total: jax.tree.map(jnp.add, total, sums_of(i)), count, zeros)
 
 
+def gathered(of_device: Array, axis: int = 0) -> Array:
+    """What all devices have of it, one after the other along an axis."""
+    if lax.axis_size(AXIS) == 1:  # of one, the compiler would still call a meeting
+        return of_device
+    of_all: Array = lax.all_gather(of_device, AXIS, axis=axis, tiled=True)
+    return of_all
+
+
 def mean_over_devices(sums: PyTree, mesh: Mesh) -> PyTree:
     """`lax.pmean` of all leaves in one buffer: one exchange a step, whatever the compiler would combine.
 
     It is an all-reduce; or, for few bytes between processes on CPU, an all-gather of what each device then averages.
     """
-    if lax.axis_size(AXIS) == 1:  # of one, the compiler would still call a meeting
+    if lax.axis_size(AXIS) == 1:
         return sums
     flat, unravel = ravel_pytree(sums)
     by_gloo = mesh.is_multi_process and mesh.devices.flat[0].platform == "cpu"
     with jax.named_scope("exchange"):
         if by_gloo and flat.size * flat.dtype.itemsize <= _GATHERED_BYTES:
-            return unravel(lax.all_gather(flat, AXIS).mean(axis=0))
+            return unravel(gathered(flat[None]).mean(axis=0))
         return unravel(lax.pmean(flat, AXIS))
 
 
@@ -109,8 +117,8 @@ def ordered_sum(sums_of: Callable[[Array], PyTree], slots: int, carried: Array, 
     # Two rows at least: with one, the compiler knows where the loop writes, and fuses otherwise.
     buffer = one_by_one(fill, carried, jnp.zeros((max(slots, 2), flat.size), flat.dtype))
     with jax.named_scope("exchange"):
-        gathered = buffer if lax.axis_size(AXIS) == 1 else lax.all_gather(buffer[:slots], AXIS, tiled=True)
-    return unravel(tree_sum(list(gathered[:num_shards])))
+        of_shards = gathered(buffer[:slots])
+    return unravel(tree_sum(list(of_shards[:num_shards])))
 
 
 def tree_sum(parts: Sequence[Any], add: Callable[[Any, Any], Any] = operator.add) -> Any:

@@ -20,6 +20,7 @@ from dpreg.parallel.reduce import (
     AXIS,
     PyTree,
     added_up,
+    gathered,
     mean_over_devices,
     on_its_own,
     one_by_one,
@@ -420,8 +421,7 @@ def compile_eval_block(
         dtype = jnp.result_type(*(leaf.dtype for leaf in leaves))
         history = jnp.zeros((layout.block_steps, slots, sum(leaf.size for leaf in leaves)), dtype)
         history = lax.fori_loop(0, clock.num_steps, step, history)
-        of_all: Array = lax.all_gather(history[:, : layout.slots], AXIS, axis=1, tiled=True)[:, : layout.num_shards]
-        return of_all
+        return gathered(history[:, : layout.slots], axis=1)[:, : layout.num_shards]
 
     def unpacked(found: np.ndarray) -> PyTree:
         leaves, structure = jax.tree.flatten(one[0])
