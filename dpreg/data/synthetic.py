@@ -1,7 +1,9 @@
 """Synthetic regression data whose true parameters are known."""
 
+import collections
 import dataclasses
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -56,18 +58,23 @@ class SyntheticSource:
         width = -(-(num_inputs + num_targets) // _LANES) * _LANES
         padded = np.zeros(-(-count // _CHUNK) * _CHUNK, np.uint32)
         padded[:count] = np.asarray(indices, np.uint32) + np.uint32(self.first)
-        drawn = np.empty((len(padded), num_inputs + num_targets), np.float32)
-        chunks = [slice(start, start + _CHUNK) for start in range(0, count, _CHUNK)]
-        for first in range(0, len(chunks), _UNDER_WAY):
-            some = chunks[first : first + _UNDER_WAY]
-            calls = [_normals(padded[chunk], np.uint32(self.seed), width) for chunk in some]
-            for chunk, call in zip(some, calls, strict=True):
-                drawn[chunk] = np.asarray(call)[:, : drawn.shape[1]]
-        x, e = np.ascontiguousarray(drawn[:count, :num_inputs]), drawn[:count, num_inputs:]
+        x, y = np.empty((len(padded), num_inputs), self.dtype), np.empty((len(padded), num_targets), self.dtype)
+        chunks = (slice(start, start + _CHUNK) for start in range(0, count, _CHUNK))
+        calls = ((chunk, _normals(padded[chunk], np.uint32(self.seed), width)) for chunk in chunks)
+        under_way = collections.deque(itertools.islice(calls, _UNDER_WAY))
+        while under_way:
+            chunk, call = under_way.popleft()
+            under_way.extend(itertools.islice(calls, 1))
+            x[chunk], e, _ = np.split(np.asarray(call), (num_inputs, num_inputs + num_targets), axis=1)
+            y[chunk] = self._targets(x[chunk], e)
+        return {"x": x[:count], "y": y[:count], "weight": np.ones(count, self.dtype)}
+
+    def _targets(self, x: np.ndarray, e: np.ndarray) -> np.ndarray:
+        """Computed in float64, inputs one by one: the order of a matmul may depend on the rows."""
         y = self.b + self.noise * e.astype(np.float64)
-        for column, weights in zip(x.T, self.w, strict=True):  # one by one: a matmul's order may depend on the rows
+        for column, weights in zip(x.T, self.w, strict=True):
             y += column[:, None] * weights.astype(np.float64)
-        return {"x": x.astype(self.dtype, copy=False), "y": y.astype(self.dtype), "weight": np.ones(count, self.dtype)}
+        return y
 
     def fingerprint(self) -> str:
         """Of what the rows are made from."""
