@@ -1,7 +1,7 @@
 """What the compiler's loops reach at the wide workload without dpreg: `python tests/benchmarks/bare.py`.
 
 Rows in their order, in slices that stay in cache; on one core, on two simulated devices of one process, and in two
-processes with a core each, which sum over Gloo. First the two products alone over rows that are in cache, then from
+processes with a core each, which gather over Gloo and add. First the two products alone over rows that are in cache, then from
 memory: the prediction alone, the prediction and the gradient, and both with a sum over the devices and an update each
 step, which is the least that training does. Beside it the rows read by one product of NumPy's BLAS on all cores. GB/s
 of all devices, medians of 15 calls, and shares of the latter.
@@ -83,7 +83,9 @@ def reached(devices, rank=None):
     def epoch(x, w, steps, turn, exchange):
         def step(k, w):
             carry = slices(x, k * STEP, STEP // SLICE, functools.partial(turn, w=w), 0 * w)
-            return w - 1e-9 * (lax.pmean(carry, "data") if exchange else carry)
+            if exchange:
+                carry = lax.pmean(carry, "data") if rank is None else lax.all_gather(carry, "data").mean(axis=0)
+            return w - 1e-9 * carry
 
         return lax.fori_loop(0, steps, step, w)
 
