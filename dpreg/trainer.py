@@ -320,7 +320,7 @@ class Trainer:
 
     @property
     def exchange_bytes(self) -> int:
-        """Bytes that a step gives each device: gradients, batch statistics and their rows, loss and weight.
+        """Bytes of what a step sums over devices: gradients, batch statistics and their rows, loss and weight.
 
         Ordered, those of each shard. What a BatchNorm over the batch exchanges in its layer is not among them.
         """

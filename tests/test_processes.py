@@ -92,7 +92,7 @@ for size in map(int, sys.argv[3:]):
 
 
 def test_between_processes_few_bytes_are_gathered_and_many_added():
-    few, many = 1 << 14, (1 << 14) + 1
+    few, many = 1 << 13, (1 << 13) + 1  # of 4 devices: 128 KB together
     address = free_address()
     of_both = together(*((("-c", MEANS, address, str(i), str(few), str(many)), (), ROOT) for i in range(2)))
     for code, lines, out, _ in of_both:

@@ -18,6 +18,7 @@ import dpreg
 from dpreg.build import build_model
 from dpreg.config import Config
 from dpreg.parallel.devices import data_mesh
+from dpreg.parallel.program import collectives
 from dpreg.parallel.reduce import tree_sum
 from dpreg.parallel.step import _fewest_parts
 from dpreg.trainer import _steps_of_call
@@ -505,6 +506,14 @@ def test_the_compiled_ordered_step_gathers_once(kind):
     text = program(kind, "ordered")
     assert text.count(" all-gather(") + text.count(" all-gather-start(") == 1
     assert "all-reduce" not in text
+
+
+@pytest.mark.parametrize("reduction", ["pmean", "ordered"])
+def test_one_device_meets_nobody(reduction):
+    trainer = dpreg.Trainer(1, 1, reduction=reduction)
+    trainer.prepare_data(Rows(100).data(16, num_val=20))
+    trainer.prepare_model(dpreg.LinearRegressionScratch(3, 0.1))
+    assert collectives(trainer._train_block, 1) == collectives(trainer._eval_block[0], 1) == []
 
 
 @pytest.mark.parametrize(

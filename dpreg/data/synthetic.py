@@ -17,7 +17,7 @@ from dpreg.errors import InputError
 # Rows are drawn in one compiled shape without ragged ends: the compiler may give the remainder of a vector loop
 # other bits, and a row must not depend on those drawn with it.
 _CHUNK, _LANES = 1024, 16
-_UNDER_WAY = 16  # chunks that are drawn while none is waited for
+_UNDER_WAY = 16  # chunks that are drawn while one is waited for
 _ROWS_KEY = 2  # of the seed's random key: the part for rows, apart from those for parameters and dropout
 
 
@@ -65,15 +65,16 @@ class SyntheticSource:
         while under_way:
             chunk, call = under_way.popleft()
             under_way.extend(itertools.islice(calls, 1))
-            x[chunk], e, _ = np.split(np.asarray(call), (num_inputs, num_inputs + num_targets), axis=1)
-            y[chunk] = self._targets(x[chunk], e)
+            drawn = np.asarray(call)
+            inputs, e = drawn[:, :num_inputs], drawn[:, num_inputs : num_inputs + num_targets]
+            x[chunk], y[chunk] = inputs, self._targets(inputs, e)
         return {"x": x[:count], "y": y[:count], "weight": np.ones(count, self.dtype)}
 
     def _targets(self, x: np.ndarray, e: np.ndarray) -> np.ndarray:
         """Computed in float64, inputs one by one: the order of a matmul may depend on the rows."""
         y = self.b + self.noise * e.astype(np.float64)
-        for column, weights in zip(x.T, self.w, strict=True):
-            y += column[:, None] * weights.astype(np.float64)
+        for column, weights in zip(x.T, self.w.astype(np.float64), strict=True):
+            y += column[:, None] * weights
         return y
 
     def fingerprint(self) -> str:

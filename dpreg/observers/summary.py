@@ -20,7 +20,7 @@ def summarize(trainer: Trainer, data: RegressionData) -> dict[str, Any]:
 
     `best_step` is there where early stopping chose the parameters: those after it.
     `target_transform` is there where the model predicts the logarithm of the target, as do its parameters then.
-    `exchange_bytes` is what each step gives each device, where there are several.
+    `exchange_bytes` are those of what a step sums over devices, where there are several.
     `train_loss` is the mean over the last epoch; `rows_per_second` counts training alone: no ingest, no
     compilation, no evaluation, and no step before a resume. It is 0 where no step was left to do.
     """

@@ -20,7 +20,7 @@ from dpreg.parallel.reduce import (
     AXIS,
     PyTree,
     added_up,
-    gathered,
+    from_all_devices,
     mean_over_devices,
     on_its_own,
     one_by_one,
@@ -421,7 +421,7 @@ def compile_eval_block(
         dtype = jnp.result_type(*(leaf.dtype for leaf in leaves))
         history = jnp.zeros((layout.block_steps, slots, sum(leaf.size for leaf in leaves)), dtype)
         history = lax.fori_loop(0, clock.num_steps, step, history)
-        return gathered(history[:, : layout.slots], axis=1)[:, : layout.num_shards]
+        return from_all_devices(history[:, : layout.slots], axis=1)[:, : layout.num_shards]
 
     def unpacked(found: np.ndarray) -> PyTree:
         leaves, structure = jax.tree.flatten(one[0])

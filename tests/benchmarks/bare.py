@@ -1,10 +1,10 @@
 """What the compiler's loops reach at the wide workload without dpreg: `python tests/benchmarks/bare.py`.
 
 Rows in their order, in slices that stay in cache; on one core, on two simulated devices of one process, and in two
-processes with a core each, which gather over Gloo and add. First the two products alone over rows that are in cache, then from
-memory: the prediction alone, the prediction and the gradient, and both with a sum over the devices and an update each
-step, which is the least that training does. Beside it the rows read by one product of NumPy's BLAS on all cores. GB/s
-of all devices, medians of 15 calls, and shares of the latter.
+processes with a core each, which gather over Gloo and add. First the two products alone over rows that are in cache,
+then from memory: the prediction alone, the prediction and the gradient, and both with a sum over the devices and an
+update each step, which is the least that training does. Beside it the rows read by one product of NumPy's BLAS on all
+cores. GB/s of all devices, medians of 15 calls, and shares of the latter.
 """
 
 import functools
