@@ -205,5 +205,5 @@ if __name__ == "__main__":
             rate = statistics.median(found)
             print(f"{program:>20} {rate:>16,.0f} rows/s  {rate * least / 1e9:>7.2f} GB/s  {rate / limit:>6.3f} of it")
         for ours, others in ((ours, others) for ours, others in OURS.items() if ours in rates):
-            beside = (f"{median_ratio(rates[ours], rates[other]):.2f}x {other}" for other in others if other in rates)
-            print(f"{ours}: {', '.join(beside)}", flush=True)
+            beside = [f"{median_ratio(rates[ours], rates[other]):.2f}x {other}" for other in others if other in rates]
+            print(f"{ours}: {', '.join(beside) or 'beside none'}", flush=True)
