@@ -78,10 +78,10 @@ class Exchange:
         return cls(count, float(latency), float(1 / a_byte) if a_byte > 0 else float("inf"), float(error), seconds)
 
     def of(self, size: float, count: float) -> float:
-        """Seconds of a sum of so many bytes over so many devices, whether added on the way or gathered.
+        """Seconds of a sum of so many bytes over so many devices.
 
         It is assumed that the latency grows with the logarithm of `count`, as in a tree, and that of n devices each
-        moves a share 1 - 1 / n of the bytes, as in a ring.
+        moves a share 1 - 1 / n of the bytes, as in a ring. (Small sums between CPUs are gathered, and move more.)
         """
         if count <= 1:
             return 0.0

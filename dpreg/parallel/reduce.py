@@ -14,8 +14,8 @@ from jax.sharding import Mesh
 AXIS = "data"  # the mesh axis that shards lie along
 SLOTS = "slots"  # the axis of those on one device, where they go through the model together
 
-# Up to so many bytes of all devices together, gathering takes half as long as Gloo's all-reduce: one way round the ring
-# instead of two. (2 and 4 processes on one machine; of more bytes, all-reduce sends less.)
+# Up to so many bytes of all devices together, gathering takes less time than Gloo's all-reduce, half for few: it goes
+# round the ring once, not twice. (2 and 4 processes on one machine; of more bytes, all-reduce sends less.)
 _GATHERED_BYTES = 1 << 17
 
 PyTree = Any
