@@ -285,8 +285,7 @@ class Estimator(BaseEstimator):
             # From the mean: the steps of an optimizer are too short to get there from 1.
             typical = np.maximum(weight @ y / weight.sum(), np.finfo(np.float32).tiny)
             trainer.accept(np.zeros((x.shape[1], fitted.targets)), np.log(typical), np.nan)
-        while not trainer.done:
-            trainer.fit_epoch()
+        trainer.fit_epochs()
         optimizer = trainer.state.opt_state
         fitted.variables, fitted.optimizer = jax.tree.map(np.asarray, (trainer.variables, optimizer))
         self.n_iter_ = config.max_epochs

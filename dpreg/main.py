@@ -139,8 +139,7 @@ def _trained(
     """Trains, or solves exactly, and saves; gives the best that could be reached, where that is known."""
     if config.solver == "sgd":
         try:
-            while not trainer.done:
-                trainer.fit_epoch()
+            trainer.fit_epochs()
         except Diverged:
             checkpoints.save(trainer)
             raise

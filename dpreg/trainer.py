@@ -191,8 +191,7 @@ class Trainer:
         """
         self.prepare_data(data)
         self.prepare_model(model)
-        while not self.done:
-            self.fit_epoch()
+        self.fit_epochs()
         self.take_best()
 
     @property
@@ -265,6 +264,7 @@ class Trainer:
         self.step, self.epoch_sums = 0, np.zeros((self.train.sampler.steps_per_epoch, 3))
         self.best = Best(math.inf, 0, jax.device_get(self.variables) if self.patience else {})
         self._train_block, self._eval_block = self.compile_train(model, self.state), None
+        self._everywhere = devices.everywhere(self.mesh)
         if self.val:
             self._eval_block = compile_eval_block(
                 model,
@@ -356,47 +356,42 @@ class Trainer:
         self.validate()
         self._tell(self.step, train_loss=train_loss, val_loss=self.val_loss, metrics=self.metrics)
 
-    def fit_epoch(self) -> None:
-        """Trains to the end of the epoch that the next step belongs to, then validates.
+    def fit_epochs(self, number: int | None = None) -> None:
+        """Trains to the end of so many epochs, or of all that are left and worth it, and validates after each.
+
+        Between epochs that nothing is validated after, the devices do not wait: `state` may then be some calls ahead of
+        what observers are told.
 
         Raises:
           Diverged: when the loss is no longer finite.
           Preempted: when the run was asked to stop; its state is saved.
-          AuditFailed: when the epoch did not use every row once.
+          AuditFailed: when an epoch did not use every row once.
         """
-        steps = self.train.sampler.steps_per_epoch
-        start = self.step - self.step % steps
-        if self.step == start:
-            self.epoch_sums = np.zeros((steps, 3))
-            self.audit.begin()
-        while self.step < start + steps:
-            self._train_on(start)
-            if self.step < start + steps:
-                self._rest()
-        self.train_loss = _mean(self.epoch_sums)
-        used = self.audit.check(self.step, self.train.tags) if self.audit.on else None
-        self._validate_finitely()
-        if self.patience and self.val_loss is not None and self.val_loss < self.best.val_loss:
-            self.best = Best(self.val_loss, self.step, jax.device_get(self.variables))
-        unlogged = (steps - 1) // self._log_every * self._log_every
-        self._tell(
-            self.step,
-            train_loss=_mean(self.epoch_sums[unlogged:]),
-            gradient_norm=float(self.epoch_sums[-1, 2]),
-            val_loss=self.val_loss,
-            metrics=self.metrics,
-            audit=used,
-        )
-        self._rest()
+        steps, stop = self.train.sampler.steps_per_epoch, self.train.num_steps
+        if number is not None:
+            stop = min(stop, (self.step // steps + number) * steps)
+        while self.step < stop and not self.done:
+            self._train_to(self._next_rest(stop))
+            self._rest()
 
-    def _train_on(self, start: int) -> None:
-        """Trains the epoch that began at step `start`, to its end, a pause, or until it is time to save."""
+    def _next_rest(self, stop: int) -> int:
+        """The step up to `stop` at which none may be in flight, unless it is time to save before."""
+        every = (self.val and self.train.sampler.steps_per_epoch, self.checkpoints and self.checkpoints.every_steps)
+        due = (self.step - self.step % steps + steps for steps in every if steps)
+        return min([stop, *(step for step in self.pauses if step > self.step), *due])
+
+    def _train_to(self, stop: int) -> None:
+        """Trains up to a step, or until it is time to save, and tells of it."""
         steps, every, first = self.train.sampler.steps_per_epoch, self._log_every, self.step
-        began = time.perf_counter()
-        for block, (sums, used) in devices.arrived(self._train_blocks(start + steps), self.heartbeat):
+        began, spent = time.perf_counter(), 0.0
+        for block, (sums, used) in devices.arrived(self._train_blocks(stop), self.heartbeat):
+            before = self.step % steps
+            start = self.step - before
+            if before == 0:
+                self.epoch_sums = np.zeros((steps, 3))
+                self.audit.begin()
             finite = np.isfinite(sums[: block.num_steps, 0])
             good = block.num_steps if finite.all() else int(finite.argmin())
-            before = self.step - start
             done = before + good
             self.epoch_sums[before:done] = sums[:good]
             self.audit.add(np.reshape(used, (-1, 2)))
@@ -408,21 +403,39 @@ class Trainer:
             self._tell(self.step)
             if good < block.num_steps:
                 raise Diverged(self.step + 1)
-        self.seconds["train"] += time.perf_counter() - began
+            spent = time.perf_counter() - began
+            if done == steps:
+                self._end_epoch()
+        self.seconds["train"] += spent
         self.steps_trained += self.step - first
 
     def _train_blocks(self, stop: int) -> Iterator[tuple[Block, Any]]:
-        """Dispatches blocks up to step `stop` or a pause, or until it is time to save."""
+        """Dispatches blocks up to a step, or until it is time to save."""
         first = self.step
-        stop = min(step for step in (*self.pauses, stop) if step > first)
-        if self.checkpoints and (every := self.checkpoints.every_steps):
-            stop = min(stop, first - first % every + every)
         for block in self.train.blocks(first, stop, self._steps_of_call):
             if block.first_step > first and self.checkpoints and self.checkpoints.due():
                 return
             with jax.profiler.StepTraceAnnotation("train", step_num=block.first_step):
                 self.state, sums, used = self._train_block(self.state, *self.prepare_batch(block))
-            yield block._replace(data=None), (sums, [part.data for part in used.addressable_shards])
+            yield block._replace(data=None), (sums, self._everywhere(used))
+
+    def _end_epoch(self) -> None:
+        """Checks the epoch that the last step ended, validates, and tells of it."""
+        self.train_loss = _mean(self.epoch_sums)
+        used = self.audit.check(self.step, self.train.tags) if self.audit.on else None
+        self._validate_finitely()
+        if self.patience and self.val_loss is not None and self.val_loss < self.best.val_loss:
+            self.best = Best(self.val_loss, self.step, jax.device_get(self.variables))
+        steps = len(self.epoch_sums)
+        unlogged = (steps - 1) // self._log_every * self._log_every
+        self._tell(
+            self.step,
+            train_loss=_mean(self.epoch_sums[unlogged:]),
+            gradient_norm=float(self.epoch_sums[-1, 2]),
+            val_loss=self.val_loss,
+            metrics=self.metrics,
+            audit=used,
+        )
 
     def _rest(self) -> None:
         """With no step in flight: saves where that is due, and leaves where that was asked for."""

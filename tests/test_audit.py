@@ -84,4 +84,4 @@ def test_steps_that_were_not_taken_are_not_counted():
     trainer = dpreg.Trainer(1)
     with pytest.raises(dpreg.Diverged):
         trainer.fit(Net(sgd(1.0)), data)
-    assert trainer.audit.used()[0] == 16 * trainer.step
+    assert trainer.audit.used[0] == 16 * trainer.step

@@ -27,9 +27,9 @@ IDENTITY = {"lr": 0.05}
 ROOT = pathlib.Path(__file__).parent.parent
 
 
-def prepared(**arguments):
+def prepared(num_val=20, **arguments):
     trainer = dpreg.Trainer(3, reduction="ordered", log_every_steps=3, steps_per_block=2, **arguments)
-    trainer.prepare_data(Rows(153, weighted=True).data(16, num_val=20))
+    trainer.prepare_data(Rows(153, weighted=True).data(16, num_val))
     trainer.prepare_model(Net(optax.sgd(0.05, momentum=0.9)))
     return trainer
 
@@ -48,8 +48,7 @@ def train(folder, stop_at=None, identity=IDENTITY, **arguments):
             signal_comes = lambda p: announcements.ask("stop") if stop_at and p.step >= stop_at else None  # noqa: E731
             trainer.observers, trainer.checkpoints = (metrics, signal_comes), checkpoints
             with contextlib.suppress(Preempted):
-                while not trainer.done:
-                    trainer.fit_epoch()
+                trainer.fit_epochs()
                 checkpoints.save(trainer)
     return trainer, began_at
 
@@ -80,6 +79,24 @@ def test_a_stopped_run_goes_on_to_the_same_bits_on_other_devices(tmp_path, whole
     trainer, began_at = train(tmp_path, num_devices=8, backend="pmap", placement="host")
     assert began_at == stops[-1]
     assert outcome(tmp_path, trainer) == whole
+
+
+def test_a_run_that_is_stopped_with_two_epochs_in_flight_goes_on_to_the_same_bits(tmp_path):
+    trainer, _ = train(tmp_path / "whole", num_val=0)
+    whole = outcome(tmp_path / "whole", trainer)
+    trainer, announcements = prepared(num_val=0), Announcements()
+    folder = tmp_path / "w"
+    with (
+        Checkpoints(folder / "checkpoints", IDENTITY, announcements=announcements) as trainer.checkpoints,
+        MetricsWriter(folder / "metrics.jsonl") as metrics,
+    ):
+        trainer.observers = (metrics, lambda progress: announcements.ask("stop") if progress.step == 6 else None)
+        with pytest.raises(Preempted):
+            trainer.fit_epochs()
+    assert trainer.step == 14  # told of 6 steps, with 8 more under way, 4 of them of the next epoch
+    trainer, began_at = train(folder, num_val=0, num_devices=3)
+    assert began_at == 14
+    assert outcome(folder, trainer) == whole
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # Orbax drops tasks when one fails

@@ -1,5 +1,6 @@
 """The loop: D2L's interface, separate traces, exact validation, and stopping where the loss does."""
 
+import dataclasses
 import functools
 import math
 from typing import NamedTuple
@@ -324,6 +325,33 @@ def test_log_points_tile_the_epoch(reduction):
     assert np.dot(last, [3, 3, 3, 1]) / 10 == pytest.approx(trainer.train_loss, rel=1e-6)
 
 
+@pytest.mark.parametrize("placement", ["device", "host"])
+@pytest.mark.parametrize(("num_val", "dispatched"), [(0, 6), (20, 2)])  # of 2 calls an epoch; 4 are in flight
+def test_devices_wait_between_epochs_for_validation_alone(num_val, dispatched, placement):
+    def trained(epochs_at_once):
+        trainer, calls = dpreg.Trainer(12, 3, placement=placement, steps_per_block=4), []
+        trainer.prepare_data(Rows(101).data(16, num_val=num_val))
+        trainer.prepare_model(Net(optax.sgd(0.05)))
+        block, told = trainer._train_block, []
+        trainer._train_block = lambda *arguments: calls.append(1) or block(*arguments)
+        trainer.observers = [
+            lambda progress: told.append((len(calls), dataclasses.replace(progress, rows_per_second=0)))
+        ]
+        while not trainer.done:
+            trainer.fit_epochs(epochs_at_once)
+        first = next(calls for calls, progress in told if progress.epoch_ended)
+        curve = [
+            (p.step, p.epoch, p.train_loss, p.gradient_norm, p.val_loss, p.metrics, np.array(p.audit).tolist())
+            for _, p in told
+        ]
+        return first, curve, jax.device_get((trainer.state.step, trainer.state.params, trainer.state.opt_state))
+
+    one_by_one, together = trained(1), trained(None)
+    assert (one_by_one[0], together[0]) == (2, dispatched)
+    assert one_by_one[1] == together[1]
+    jax.tree.map(np.testing.assert_array_equal, one_by_one[2], together[2])
+
+
 def test_sorted_and_periodic_tables_train_as_well_as_mixed_ones(tmp_path):
     """Ghost batch statistics of contiguous shards need shards that are random samples: ingest makes them so."""
     rng = np.random.default_rng(0)
@@ -426,8 +454,7 @@ def test_batch_norm_over_the_batch_agrees_with_float64(devices, backend, rows):
     trainer.prepare_data(dpreg.RegressionData(source, None, 40))
     trainer.prepare_model(OverTheBatch())
     start = jax.device_get(trainer.variables)
-    while not trainer.done:
-        trainer.fit_epoch()
+    trainer.fit_epochs()
     params, stats = batch_norm_by_hand(
         start["params"], start["batch_stats"]["BatchNorm_0"], x, y, weight, lr=0.1, steps=3
     )
@@ -575,7 +602,7 @@ def test_steps_are_traced_once_and_fetched_once_a_block(monkeypatch):
     get = jax.device_get
     monkeypatch.setattr(jax, "device_get", lambda value: fetched.append(1) or get(value))
     for epoch in range(1, 5):
-        trainer.fit_epoch()
+        trainer.fit_epochs(1)
         assert len(fetched) == epoch * (3 + 1)  # 7 steps are 3 blocks; 2 of validation are one
     assert len(traced) == before
 
@@ -590,7 +617,7 @@ def test_a_block_costs_one_transfer_a_column_and_one_for_its_clock(placement, co
     monkeypatch.setattr(jax, "make_array_from_callback", lambda *a: put.append(1) or place(*a))
     monkeypatch.setattr(trainer, "prepare_batch", lambda block: clocks.append(block.data) or prepare(block))
     for epoch in range(1, 4):
-        trainer.fit_epoch()
+        trainer.fit_epochs(1)
         assert (len(put), len(clocks)) == (epoch * 3 * columns, epoch * 3)  # 7 steps are 3 blocks
 
 

@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import functools
-import itertools
 import math
 import os
 import pathlib
@@ -281,17 +280,24 @@ class Dataset:
         )
 
     def blocks(self, start: int, stop: int, most: int | None = None) -> Iterator[Block]:
-        """The blocks of steps [start, stop); of rows that lie on the devices with so many steps at most."""
+        """The blocks of steps [start, stop), each of one epoch.
+
+        Args:
+          start: and `stop`, of all epochs together.
+          most: steps in a block of rows that lie on the devices.
+        """
+        made = self._blocks(start, stop, most)
+        if self.data is None and self.ahead and self._mesh.devices.flat[0].platform != "cpu":
+            return ahead(made, self.ahead)
+        return made
+
+    def _blocks(self, start: int, stop: int, most: int | None) -> Iterator[Block]:
         steps = min(self.block_steps, most) if most and self.data is not None else self.block_steps
-        firsts = range(start, stop, steps)
-        if self.data is not None:
-            made: Iterator[Batch] = itertools.repeat(self.data, len(firsts))
-        elif self.ahead and self._mesh.devices.flat[0].platform != "cpu":
-            made = ahead(map(self._gathered, firsts), self.ahead)
-        else:
-            made = map(self._gathered, firsts)
-        for first, data in zip(firsts, made, strict=True):
-            yield Block(first, min(steps, stop - first), data)
+        epoch = self.sampler.steps_per_epoch
+        while start < stop:
+            end = min(start + steps, stop, start - start % epoch + epoch)
+            yield Block(start, end - start, self._gathered(start) if self.data is None else self.data)
+            start = end
 
     def reader(self, data: Batch, shards: Array, first_step: Array, seed: Array) -> Read:
         """How a compiled step reads a block: traced, on one device.

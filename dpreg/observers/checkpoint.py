@@ -162,7 +162,7 @@ class Checkpoints:
 
 
 def _content(trainer: Trainer) -> dict[str, Any]:
-    state, used = trainer.state, trainer.audit.used()
+    state, used = trainer.state, trainer.audit.used
     best = {
         "val_loss": np.array([trainer.best.val_loss]).view(np.uint32),  # JAX would make float32 of it
         "step": np.int32(trainer.best.step),

@@ -1,7 +1,6 @@
 """Proof that an epoch used every row exactly once, on whatever devices of whatever processes."""
 
 import numpy as np
-from jax.experimental import multihost_utils
 
 from dpreg.errors import AuditFailed
 
@@ -13,7 +12,12 @@ class Audit:
 
     Args:
       on: whether to; else nothing is counted, and all is well.
+
+    Attributes:
+      used: by this epoch so far; None where nobody knows.
     """
+
+    used: np.ndarray | None
 
     def __init__(self, on: bool):
         self.on = on
@@ -21,20 +25,12 @@ class Audit:
 
     def begin(self, used: np.ndarray | None = _NOTHING) -> None:
         """Starts an epoch, of which so much is used already; None where nobody knows: it is not audited then."""
-        self._before = used if self.on else None
-        self._lately = np.zeros(2, np.uint32)  # by this process alone
+        self.used = used if self.on else None
 
     def add(self, used: np.ndarray) -> None:
-        """Takes in what the devices of this process used: [devices, 2] uint32."""
-        self._lately += used.sum(axis=0, dtype=np.uint32)
-
-    def used(self) -> np.ndarray | None:
-        """What this epoch used so far, or None. All processes have to ask alike."""
-        if self._before is None:
-            return None
-        everywhere = multihost_utils.process_allgather(self._lately).reshape(-1, 2)
-        self.begin(self._before + everywhere.sum(axis=0, dtype=np.uint32))
-        return self._before
+        """Takes in what the devices of all processes used: [devices, 2] uint32."""
+        if self.used is not None:
+            self.used = self.used + used.sum(axis=0, dtype=np.uint32)
 
     def check(self, step: int, due: np.ndarray) -> np.ndarray | None:
         """What the epoch that ends at a step used, once it is known to be what was due.
@@ -42,11 +38,10 @@ class Audit:
         Raises:
           AuditFailed: when it is not.
         """
-        used = self.used()
-        if used is not None and (used != due).any():
-            what, right = (f"{rows:,} rows with tags {tags:08x}" for rows, tags in (used, due))
+        if self.used is not None and (self.used != due).any():
+            what, right = (f"{rows:,} rows with tags {tags:08x}" for rows, tags in (self.used, due))
             raise AuditFailed(
                 f"the epoch that ends at step {step:,} did not use every row once: {what} where it has {right}; "
                 "report this fault, of dpreg or of the machine, with flags.cfg"
             )
-        return used
+        return self.used

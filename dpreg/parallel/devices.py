@@ -17,8 +17,9 @@ from dpreg.errors import InputError
 from dpreg.parallel import processes
 from dpreg.parallel.reduce import AXIS
 
-# Calls dispatched and not yet finished. Simulated CPU devices deadlock when a program runs far ahead of them.
-_MAX_IN_FLIGHT = 8
+# Calls dispatched and not yet finished, besides one: enough for a device not to wait for what the host does between
+# calls, and few to be finished when it is time to stop. Simulated CPU devices deadlock when a program runs far ahead.
+_MAX_IN_FLIGHT = 4
 # XLA's own limit, in bytes, to what a loop may read that becomes one function is 1 kB: step.py says which loops do.
 _ALL_LOOPS = f"--xla_backend_extra_options=xla_cpu_small_while_loop_byte_threshold={2**63 - 1}"
 
@@ -178,6 +179,13 @@ def replicated(tree: Any, mesh: Mesh) -> Any:
         return jax.make_array_from_callback(value.shape, sharding, lambda index: value[index])
 
     return jax.tree.map(put, tree)
+
+
+def everywhere(mesh: Mesh) -> Callable[[Array], Array]:
+    """What gives all processes an array that lies along the devices, as a call in order with others."""
+    if not mesh.is_multi_process:
+        return lambda array: array
+    return jax.jit(lambda array: array, out_shardings=NamedSharding(mesh, PartitionSpec()))
 
 
 def arrived(calls: Iterable[tuple[Item, Any]], heartbeat: Callable[[], None]) -> Iterator[tuple[Item, Any]]:

@@ -80,7 +80,7 @@ def training(num_rows, num_inputs, batch, placement):
 
     trainer = trainer_of(num_rows, num_inputs, batch, placement)
     trainer.prepare_model(dpreg.LinearRegressionScratch(num_inputs, lr=1e-4))
-    return steady_rate(lambda number: trainer.fit_epoch(), num_rows)
+    return steady_rate(lambda number: trainer.fit_epochs(20), 20 * num_rows)
 
 
 LOADERS = {"DataLoader": "torch", "DataLoader, 2 workers": "torch", "tf.data": "tensorflow", "Grain": "grain"}

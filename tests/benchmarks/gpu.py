@@ -1,6 +1,6 @@
 """Rows per second of dpreg on a GPU beside what its memory allows: `python tests/benchmarks/gpu.py`.
 
-Rows wait on the device, `Trainer.fit_epoch` trains on them. Each program runs in a process of its own, the programs in
+Rows wait on the device, `Trainer.fit_epochs` trains on them. Each program runs in a process of its own, the programs in
 turn, in steady state. "copy" copies 4 GB from device memory to device memory, in bytes read and written; shares of it
 are of the bytes of each row, counted once. "ddp" is PyTorch's DistributedDataParallel over NCCL, batches gathered by
 index on the device (left out without PyTorch); "jax" is the loop of Flax's examples, a call for each batch.
@@ -34,7 +34,7 @@ def copy(num_rows: int, num_inputs: int, batch: int) -> float:
 
 
 def dpreg(num_rows: int, num_inputs: int, batch: int, reduction: str = "pmean", precision: str = "float32") -> float:
-    """Epochs of `Trainer.fit_epoch`, rows on the device."""
+    """Epochs of `Trainer.fit_epochs`, rows on the device."""
     import jax
     import numpy as np
 
@@ -50,7 +50,7 @@ def dpreg(num_rows: int, num_inputs: int, batch: int, reduction: str = "pmean", 
     )
     trainer.prepare_data(data)
     trainer.prepare_model(package.LinearRegressionScratch(num_inputs, lr=1e-4))
-    return steady_rate(lambda number: trainer.fit_epoch(), num_rows)
+    return steady_rate(lambda number: trainer.fit_epochs(20), 20 * num_rows)
 
 
 def ddp(num_rows: int, num_inputs: int, batch: int) -> float:

@@ -145,7 +145,7 @@ def limits() -> tuple[float, float]:
 def dpreg(
     num_rows: int, num_inputs: int, batch: int, reduction: str = "pmean", devices: int = 1, rank: int | None = None
 ) -> float:
-    """The same work through `Trainer.fit_epoch`, rows on the devices."""
+    """The same work through `Trainer.fit_epochs`, rows on the devices."""
     import dpreg as package
     from dpreg.parallel.devices import start
 
@@ -155,7 +155,7 @@ def dpreg(
     trainer = package.Trainer(1_000_000, devices, reduction=reduction, placement="device", platform="cpu")
     trainer.prepare_data(data)
     trainer.prepare_model(package.LinearRegressionScratch(num_inputs, lr=1e-4))
-    return steady_rate(lambda number: trainer.fit_epoch(), num_rows, epochs=None if rank is None else 40)
+    return steady_rate(lambda number: trainer.fit_epochs(20), 20 * num_rows, None if rank is None else 4)
 
 
 PROGRAMS = {

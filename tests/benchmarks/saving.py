@@ -33,7 +33,7 @@ def main():
         if saves:
             checkpoints.save(trainer)
         while time.perf_counter() - began < parsed.seconds:
-            trainer.fit_epoch()
+            trainer.fit_epochs(20)
         return (trainer.step - first) / (time.perf_counter() - began)
 
     with tempfile.TemporaryDirectory() as folder, Checkpoints(pathlib.Path(folder), {}, 0.0) as checkpoints:
