@@ -16,7 +16,7 @@ class Progress:
       train_loss: mean loss per weight over the steps since the last log point; None between log points.
       gradient_norm: of the mean loss in the last of these steps, before it is clipped; None between log points.
       val_loss, metrics: the mean loss and the metrics on the validation rows; only at the end of an epoch.
-      rows_per_second: training speed since the last validation, checkpoint or pause.
+      rows_per_second: training speed since training went on: from a validation, a checkpoint or a pause.
       audit: [2] uint32, how many rows this epoch used and the sum of their tags; only at the end of an audited one.
 
     >>> Progress(step=32, num_steps=96, epoch=1.0, max_epochs=3, val_loss=0.5, metrics={"r2": 0.9}).epoch_ended

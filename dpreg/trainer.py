@@ -1,10 +1,11 @@
 """The loop: takes blocks through the compiled step and tells the observers."""
 
+import contextlib
 import dataclasses
 import logging
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping
 from typing import Any, Protocol
 
 import jax
@@ -17,7 +18,7 @@ from dpreg.data.dataset import PRECISIONS, Block, Dataset
 from dpreg.data.order import Sampler
 from dpreg.data.schema import Schema
 from dpreg.data.sources import RegressionData, Source, first_outside
-from dpreg.errors import Diverged, InputError, Preempted
+from dpreg.errors import AuditFailed, Diverged, InputError, Preempted
 from dpreg.models.losses import loss_of
 from dpreg.observer import Observer, Progress
 from dpreg.parallel import devices, processes
@@ -226,7 +227,7 @@ class Trainer:
             logging.warning("--precision=float64: the rows are float32, and have its digits; give them as float64")
         Sampler(len(data.train), self.num_shards, data.batch_size)  # raises: shards divide each batch, not their sum
         batch_size = data.batch_size * self.accumulate_steps
-        train = Dataset(data.train).shuffle(self.seed).batch(batch_size).repeat(self.max_epochs)
+        train = Dataset(data.train).shuffle(self.seed).batch(batch_size).repeat(self.max_epochs, apart=bool(data.val))
         self.train = self._placed(train.tag(self.audit.on))
         if self.patience and not data.val:
             raise InputError(f"--patience={self.patience}: there are no rows held out to measure by; hold some out")
@@ -264,7 +265,10 @@ class Trainer:
         self.step, self.epoch_sums = 0, np.zeros((self.train.sampler.steps_per_epoch, 3))
         self.best = Best(math.inf, 0, jax.device_get(self.variables) if self.patience else {})
         self._train_block, self._eval_block = self.compile_train(model, self.state), None
-        self._everywhere = devices.everywhere(self.mesh)
+        self._gathered: Callable[[Any], Any] = lambda used: np.zeros(used.shape, used.dtype)
+        if self.audit.on:
+            shape = self.mesh.size, self.train.block_steps, 2
+            self._gathered = devices.compile_gather(self.mesh, shape, np.uint32)
         if self.val:
             self._eval_block = compile_eval_block(
                 model,
@@ -359,20 +363,36 @@ class Trainer:
     def fit_epochs(self, number: int | None = None) -> None:
         """Trains to the end of so many epochs, or of all that are left and worth it, and validates after each.
 
-        Between epochs that nothing is validated after, the devices do not wait: `state` may then be some calls ahead of
-        what observers are told.
+        Between epochs that nothing is validated after, the devices do not wait: `state` is then ahead of what observers
+        are told. An observer that raises leaves it there, and this trainer has to `fit` anew.
+
+        Args:
+          number: that under way is one.
 
         Raises:
           Diverged: when the loss is no longer finite.
           Preempted: when the run was asked to stop; its state is saved.
           AuditFailed: when an epoch did not use every row once.
         """
+        self.require_rest()
         steps, stop = self.train.sampler.steps_per_epoch, self.train.num_steps
         if number is not None:
             stop = min(stop, (self.step // steps + number) * steps)
         while self.step < stop and not self.done:
-            self._train_to(self._next_rest(stop))
+            try:
+                self._train_to(self._next_rest(stop))
+            except (Diverged, AuditFailed):  # in all processes: none is to leave while calls that need it are in flight
+                jax.block_until_ready(self.state)
+                raise
             self._rest()
+
+    def require_rest(self) -> None:
+        """Raises InputError where an observer left steps that were taken and not told."""
+        if (ahead := int(self.state.step)) != self.step:
+            raise InputError(
+                f"the state is after step {ahead:,}, and the run is told up to step {self.step:,}: steps were in flight"
+                "; let fit_epochs return, or fit anew"
+            )
 
     def _next_rest(self, stop: int) -> int:
         """The step up to `stop` at which none may be in flight, unless it is time to save before."""
@@ -382,34 +402,43 @@ class Trainer:
 
     def _train_to(self, stop: int) -> None:
         """Trains up to a step, or until it is time to save, and tells of it."""
-        steps, every, first = self.train.sampler.steps_per_epoch, self._log_every, self.step
-        began, spent = time.perf_counter(), 0.0
-        for block, (sums, used) in devices.arrived(self._train_blocks(stop), self.heartbeat):
-            before = self.step % steps
-            start = self.step - before
-            if before == 0:
-                self.epoch_sums = np.zeros((steps, 3))
-                self.audit.begin()
-            finite = np.isfinite(sums[: block.num_steps, 0])
-            good = block.num_steps if finite.all() else int(finite.argmin())
-            done = before + good
-            self.epoch_sums[before:done] = sums[:good]
-            self.audit.add(np.reshape(used, (-1, 2)))
-            self.step = start + done
-            self._speed = (self.step - first) * len(self.train.source) / steps / (time.perf_counter() - began)
-            for point in range(before // every * every + every, min(done + 1, steps), every):
-                norm = float(self.epoch_sums[point - 1, 2])
-                self._tell(start + point, train_loss=_mean(self.epoch_sums[point - every : point]), gradient_norm=norm)
-            self._tell(self.step)
-            if good < block.num_steps:
-                raise Diverged(self.step + 1)
-            spent = time.perf_counter() - began
-            if done == steps:
-                self._end_epoch()
-        self.seconds["train"] += spent
+        steps, first = self.train.sampler.steps_per_epoch, self.step
+        began, evaluated = time.perf_counter(), self.seconds["eval"]
+        with contextlib.closing(self._train_blocks(stop)) as calls:
+            for block, (sums, used) in devices.arrived(calls, self.heartbeat):
+                finite = np.isfinite(sums[: block.num_steps, 0])
+                good = block.num_steps if finite.all() else int(finite.argmin())
+                speed = (block.first_step + good - first) / (time.perf_counter() - began)
+                self._speed = speed * len(self.train.source) / steps
+                taken = 0
+                while taken < good:
+                    end = min(taken + steps - self.step % steps, good)
+                    self._take(sums[taken:end], used[:, taken:end])
+                    taken = end
+                if good < block.num_steps:
+                    raise Diverged(self.step + 1)
+        self.seconds["train"] += time.perf_counter() - began - (self.seconds["eval"] - evaluated)
         self.steps_trained += self.step - first
 
-    def _train_blocks(self, stop: int) -> Iterator[tuple[Block, Any]]:
+    def _take(self, sums: np.ndarray, used: np.ndarray) -> None:
+        """Takes the [n, 3] sums of the next steps of an epoch, and [devices, n, 2] what they used; tells of them."""
+        steps, every = self.train.sampler.steps_per_epoch, self._log_every
+        before = self.step % steps
+        start, done = self.step - before, before + len(sums)
+        if before == 0:
+            self.epoch_sums = np.zeros((steps, 3))
+            self.audit.begin()
+        self.epoch_sums[before:done] = sums
+        self.audit.add(used)
+        self.step = start + done
+        for point in range(before // every * every + every, min(done + 1, steps), every):
+            norm = float(self.epoch_sums[point - 1, 2])
+            self._tell(start + point, train_loss=_mean(self.epoch_sums[point - every : point]), gradient_norm=norm)
+        self._tell(self.step)
+        if done == steps:
+            self._end_epoch()
+
+    def _train_blocks(self, stop: int) -> Generator[tuple[Block, Any]]:
         """Dispatches blocks up to a step, or until it is time to save."""
         first = self.step
         for block in self.train.blocks(first, stop, self._steps_of_call):
@@ -417,7 +446,7 @@ class Trainer:
                 return
             with jax.profiler.StepTraceAnnotation("train", step_num=block.first_step):
                 self.state, sums, used = self._train_block(self.state, *self.prepare_batch(block))
-            yield block._replace(data=None), (sums, self._everywhere(used))
+            yield block._replace(data=None), (sums, self._gathered(used))
 
     def _end_epoch(self) -> None:
         """Checks the epoch that the last step ended, validates, and tells of it."""

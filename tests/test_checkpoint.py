@@ -99,6 +99,20 @@ def test_a_run_that_is_stopped_with_two_epochs_in_flight_goes_on_to_the_same_bit
     assert outcome(folder, trainer) == whole
 
 
+def test_an_observer_that_raises_or_saves_while_steps_are_in_flight_harms_nothing(tmp_path):
+    def enough(progress):
+        raise StopIteration
+
+    trainer = prepared(num_val=0, observers=[enough])
+    with pytest.raises(StopIteration):
+        trainer.fit_epochs()
+    with pytest.raises(dpreg.InputError, match="the state is after step 10, and the run is told up to step 2: steps"):
+        trainer.fit_epochs()
+    with Checkpoints(tmp_path, IDENTITY) as checkpoints, pytest.raises(dpreg.InputError, match="after step 10, and"):
+        checkpoints.save(trainer)
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # Orbax drops tasks when one fails
 def test_a_flipped_byte_in_any_file_is_noticed_and_the_checkpoint_before_is_used(tmp_path, caplog):
     saved = {stop: leaves_of(train(tmp_path / "w", stop)[0]) for stop in (4, 7)}

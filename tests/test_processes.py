@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 import shutil
 import signal
 import socket
@@ -98,7 +99,7 @@ def test_between_processes_few_bytes_are_gathered_and_many_added():
     for code, lines, out, _ in of_both:
         assert code == 0, lines
         means = "{1.5} [-5.5]"  # of 0, 1, 2, 3; each exact, whatever the order
-        said = [line for line in out.splitlines() if "Gloo" not in line]
+        said = re.findall(r"all-.* \{.*", out)  # Gloo says something, too, and not always in whole lines
         assert said == [f"all-gather {4 * 4 * few} {means}", f"all-reduce {4 * many} {means}"]
 
 
@@ -144,13 +145,13 @@ def test_without_a_launcher_the_others_end_with_76_within_15_seconds(tmp_path, v
         end(running)
 
 
-# 10 blocks an epoch, which are not all under way at once: of 256 steps each
+# Blocks of 256 steps, which are not all under way at once; epochs of 2,560 that follow each other without a wait.
 LONG = (
     "--platform=cpu",
     "--reduction=ordered",
     "--batch_size=160",
     "--num_train=409600",
-    "--num_val=800",
+    "--num_val=0",
     "--lr=0.001",
 )
 

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import functools
+import itertools
 import math
 import os
 import pathlib
@@ -108,7 +109,7 @@ class Dataset:
 
     Attributes:
       source: the rows.
-      seed, global_batch, epochs: as `shuffle`, `batch` and `repeat` were told.
+      seed, global_batch: as `shuffle` and `batch` were told; epochs, apart: as `repeat` was.
       mesh, num_shards: as `shard` was; placement, steps_per_block: as `place` was.
       ahead, tagged, precision: as `prefetch`, `tag` and `cast` were.
 
@@ -124,6 +125,7 @@ class Dataset:
     seed: int | None = None
     global_batch: int = 1
     epochs: int = 1
+    apart: bool = True
     mesh: Mesh | None = None
     num_shards: int = 1
     placement: str = "auto"
@@ -140,9 +142,9 @@ class Dataset:
         """Rows of one step, over all devices and processes."""
         return dataclasses.replace(self, global_batch=global_batch)
 
-    def repeat(self, epochs: int) -> "Dataset":
-        """How often every row is used."""
-        return dataclasses.replace(self, epochs=epochs)
+    def repeat(self, epochs: int, apart: bool = True) -> "Dataset":
+        """How often every row is used, and whether epochs are asked for one by one: else a block may be of several."""
+        return dataclasses.replace(self, epochs=epochs, apart=apart)
 
     def shard(self, mesh: Mesh, num_shards: int) -> "Dataset":
         """Cuts the rows into logical shards and gives each device of the mesh a contiguous range of them."""
@@ -207,11 +209,11 @@ class Dataset:
             if self._mesh.devices.flat[0].platform == "cpu":
                 rows = min(_RESIDENT_BLOCK_BYTES_OF_CPU // self.row_bytes, rows)
         steps = self.steps_per_block or rows // self.global_batch
-        epoch, most = self.sampler.steps_per_epoch, _BLOCK_STEPS
+        together, most = self.sampler.steps_per_epoch if self.apart else self.num_steps, _BLOCK_STEPS
         if self._mesh.is_multi_process:
             most = _BLOCK_STEPS_AMONG_PROCESSES
-        blocks = -(-epoch // max(1, min(steps, most)))
-        return max(2, -(-epoch // blocks))  # evenly, since all blocks are gathered whole
+        blocks = -(-together // max(1, min(steps, most)))
+        return max(2, -(-together // blocks))  # evenly, since all blocks are gathered whole
 
     @property
     def resolved_placement(self) -> str:
@@ -280,24 +282,17 @@ class Dataset:
         )
 
     def blocks(self, start: int, stop: int, most: int | None = None) -> Iterator[Block]:
-        """The blocks of steps [start, stop), each of one epoch.
-
-        Args:
-          start: and `stop`, of all epochs together.
-          most: steps in a block of rows that lie on the devices.
-        """
-        made = self._blocks(start, stop, most)
-        if self.data is None and self.ahead and self._mesh.devices.flat[0].platform != "cpu":
-            return ahead(made, self.ahead)
-        return made
-
-    def _blocks(self, start: int, stop: int, most: int | None) -> Iterator[Block]:
+        """The blocks of steps [start, stop); of rows that lie on the devices with so many steps at most."""
         steps = min(self.block_steps, most) if most and self.data is not None else self.block_steps
-        epoch = self.sampler.steps_per_epoch
-        while start < stop:
-            end = min(start + steps, stop, start - start % epoch + epoch)
-            yield Block(start, end - start, self._gathered(start) if self.data is None else self.data)
-            start = end
+        firsts = range(start, stop, steps)
+        if self.data is not None:
+            made: Iterator[Batch] = itertools.repeat(self.data, len(firsts))
+        elif self.ahead and self._mesh.devices.flat[0].platform != "cpu":
+            made = ahead(map(self._gathered, firsts), self.ahead)
+        else:
+            made = map(self._gathered, firsts)
+        for first, data in zip(firsts, made, strict=True):
+            yield Block(first, min(steps, stop - first), data)
 
     def reader(self, data: Batch, shards: Array, first_step: Array, seed: Array) -> Read:
         """How a compiled step reads a block: traced, on one device.

@@ -67,7 +67,12 @@ class Checkpoints:
         return self._due
 
     def save(self, trainer: Trainer) -> None:
-        """Starts to write the trainer's state, which has to be at rest: no step in flight."""
+        """Starts to write the trainer's state.
+
+        Raises:
+          InputError: where it is ahead of what the trainer knows, as it may be while an observer is told.
+        """
+        trainer.require_rest()
         content = _content(trainer)
         meta = _sealed({"identity": self._identity, "leaves": _leaves(content), "content": _checksum(content)})
         if trainer.step not in self._manager.all_steps():

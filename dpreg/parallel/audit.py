@@ -28,9 +28,9 @@ class Audit:
         self.used = used if self.on else None
 
     def add(self, used: np.ndarray) -> None:
-        """Takes in what the devices of all processes used: [devices, 2] uint32."""
+        """Takes in what steps of the epoch used, on whatever devices: [..., 2] uint32."""
         if self.used is not None:
-            self.used = self.used + used.sum(axis=0, dtype=np.uint32)
+            self.used = self.used + used.reshape(-1, 2).sum(axis=0, dtype=np.uint32)
 
     def check(self, step: int, due: np.ndarray) -> np.ndarray | None:
         """What the epoch that ends at a step used, once it is known to be what was due.

@@ -12,14 +12,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
+from numpy.typing import DTypeLike
 
 from dpreg.errors import InputError
 from dpreg.parallel import processes
 from dpreg.parallel.reduce import AXIS
 
-# Calls dispatched and not yet finished, besides one: enough for a device not to wait for what the host does between
-# calls, and few to be finished when it is time to stop. Simulated CPU devices deadlock when a program runs far ahead.
-_MAX_IN_FLIGHT = 4
 # XLA's own limit, in bytes, to what a loop may read that becomes one function is 1 kB: step.py says which loops do.
 _ALL_LOOPS = f"--xla_backend_extra_options=xla_cpu_small_while_loop_byte_threshold={2**63 - 1}"
 
@@ -181,11 +179,13 @@ def replicated(tree: Any, mesh: Mesh) -> Any:
     return jax.tree.map(put, tree)
 
 
-def everywhere(mesh: Mesh) -> Callable[[Array], Array]:
-    """What gives all processes an array that lies along the devices, as a call in order with others."""
+def compile_gather(mesh: Mesh, shape: tuple[int, ...], dtype: DTypeLike) -> Callable[[Array], Array]:
+    """Compiles what gives all processes an array that lies along the devices: a call in order with others."""
     if not mesh.is_multi_process:
         return lambda array: array
-    return jax.jit(lambda array: array, out_shardings=NamedSharding(mesh, PartitionSpec()))
+    along = jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, PartitionSpec(AXIS)))
+    gather = jax.jit(lambda array: array, out_shardings=NamedSharding(mesh, PartitionSpec()))
+    return gather.lower(along).compile()
 
 
 def arrived(calls: Iterable[tuple[Item, Any]], heartbeat: Callable[[], None]) -> Iterator[tuple[Item, Any]]:
@@ -199,7 +199,7 @@ def arrived(calls: Iterable[tuple[Item, Any]], heartbeat: Callable[[], None]) ->
     for call in itertools.chain(calls, (None,)):
         if call is not None:
             under_way.append(call)
-        while len(under_way) > (_MAX_IN_FLIGHT if call is not None else 0):
+        while len(under_way) > (processes.CALLS_IN_FLIGHT if call is not None else 0):
             item, result = under_way.popleft()
             result = jax.device_get(result)
             heartbeat()

@@ -26,6 +26,9 @@ from dpreg.parallel.roll_call import (
 
 Result = TypeVar("Result")
 
+# Calls dispatched and not yet finished, besides one: enough for a device not to wait for what the host does between
+# calls, and few to be finished when it is time to stop. Simulated CPU devices deadlock when a program runs far ahead.
+CALLS_IN_FLIGHT = 4
 MEET_SECONDS = 1800  # for all to have read their rows and compiled
 # More than 1 where a launcher has started several processes; JAX finds out the rest by itself.
 _CLUSTER_SIZES = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE")
@@ -223,8 +226,8 @@ def agreed(function: Callable[[], Result]) -> Result:
 class Announcements:
     """What any process asks for and all processes hear at the same call of `heard`: process 0 says when."""
 
-    # Processes are held together by their collectives to within the calls in flight (8) and the one to come.
-    _LEAD = 12
+    # Processes are held together by their collectives to within the calls in flight and the one to come.
+    _LEAD = CALLS_IN_FLIGHT + 4
 
     def __init__(self) -> None:
         self._calls, self._number = 0, 0

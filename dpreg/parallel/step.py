@@ -189,9 +189,9 @@ def compile_train_block(
     Returns:
       `f(state, data, carried, clock) -> (state, sums, used)`; the state given is consumed. `sums` is [block_steps, 3]:
       each step's weighted loss sum and weight sum (under pmean, both divided by the number of devices), and the norm
-      of the gradient of their quotient. `used` lies along the devices, each with two uint32: how many tagged rows it
-      used, and the sum of their tags. A step whose loss or new parameters are not finite leaves the state as it was,
-      as do all after it, uses no rows and gives NaN for the loss.
+      of the gradient of their quotient. `used` is [devices, block_steps, 2] uint32 and lies along them: how many tagged
+      rows each step used there, and the sum of their tags. A step whose loss or new parameters are not finite
+      leaves the state as it was, as do all after it, uses no rows and gives NaN for the loss.
     """
     platform = mesh.devices.flat[0].platform
     together = normalises_over_batch(model, state, arguments[0]["x"].shape[-1])
@@ -282,11 +282,11 @@ def compile_train_block(
         steps = jnp.arange(layout.block_steps, dtype=jnp.int32)
         nothing = jnp.zeros((layout.block_steps, 3), data["weight"].dtype)
         state, history = lax.fori_loop(0, clock.num_steps, step, (state, nothing))
-        used = jnp.zeros((1, 2), jnp.uint32)
+        used = jnp.zeros((layout.block_steps, 2), jnp.uint32)
         if "tag" in data:
             tags = jax.vmap(lambda k: read.rows(k)["tag"])(steps)
             tags = jnp.where((clock.first_step + steps < state.step)[:, None], tags, 0)
-            used = jnp.stack([(tags > 0).sum(dtype=tags.dtype), tags.sum(dtype=tags.dtype)])[None]
+            used = jnp.stack([(tags > 0).sum(axis=1, dtype=tags.dtype), tags.sum(axis=1, dtype=tags.dtype)], 1)
         return state, history, used
 
     options = _options(reduction, platform, whole_loops)
@@ -460,7 +460,7 @@ def _compile(
     """Compiles `block(state, data, carried, clock)` for the mesh ahead of its first call, on either backend.
 
     Args:
-      outputs: for each output None where all devices have the same, or 0 where devices lie along its first axis.
+      outputs: for each output None where all devices have the same, or 0 to lay theirs along a first axis.
     """
     axis, donated = layout.device_axis, (0,) if donate else ()
     if backend == "pmap":
@@ -476,7 +476,12 @@ def _compile(
 
         def local(state: PyTree, data: PyTree, carried: Carried, clock: Array) -> Any:
             data = jax.tree.map(lambda leaf: leaf.squeeze(axis), data)
-            return block(state, data, jax.tree.map(lambda leaf: leaf.squeeze(0), carried), clock)
+            found = block(state, data, jax.tree.map(lambda leaf: leaf.squeeze(0), carried), clock)
+            return (
+                found
+                if outputs is None
+                else tuple(part if axis is None else part[None] for part, axis in zip(found, outputs, strict=True))
+            )
 
         along, replicated = PartitionSpec(*[None] * axis, AXIS), PartitionSpec()
         mapped = jax.shard_map(
