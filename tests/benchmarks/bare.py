@@ -14,7 +14,7 @@ import time
 
 from turns import in_turns, of_two, on_a_core
 
-NUM_INPUTS, ROWS, STEP, SLICE, CALLS = 1024, 20_480, 2048, 32, 15  # rows: of each device
+NUM_INPUTS, ROWS, STEP, SLICE, EPOCHS, CALLS = 1024, 20_480, 2048, 32, 6, 15  # rows: of each device; epochs: of a call
 ADDRESS = "127.0.0.1:29514"
 STEPS = "both, with a sum and an update a step"
 FLAGS = (  # a loop that exchanges nothing is one function
@@ -78,11 +78,11 @@ def reached(devices, rank=None):
     def in_cache(x, w, steps):
         del steps
         rows = x[:SLICE]
-        return lax.fori_loop(0, ROWS // SLICE, lambda _, carry: both(rows, carry, w + 0 * carry), 0 * w)
+        return lax.fori_loop(0, EPOCHS * ROWS // SLICE, lambda _, carry: both(rows, carry, w + 0 * carry), 0 * w)
 
     def epoch(x, w, steps, turn, exchange):
         def step(k, w):
-            carry = slices(x, k * STEP, STEP // SLICE, functools.partial(turn, w=w), 0 * w)
+            carry = slices(x, k % (ROWS // STEP) * STEP, STEP // SLICE, functools.partial(turn, w=w), 0 * w)
             if exchange:
                 carry = lax.pmean(carry, "data") if rank is None else lax.all_gather(carry, "data").mean(axis=0)
             return w - 1e-9 * carry
@@ -104,8 +104,9 @@ def reached(devices, rank=None):
         mapped = jax.shard_map(
             program, mesh=mesh, in_specs=(along, replicated, replicated), out_specs=replicated, check_vma=False
         )
-        call = functools.partial(jax.jit(mapped), x, w, jnp.int32(ROWS // STEP) if rank is None else ROWS // STEP)
-        found[name] = gigabytes(lambda call=call: jax.block_until_ready(call()), x.nbytes)
+        steps = EPOCHS * ROWS // STEP
+        call = functools.partial(jax.jit(mapped), x, w, jnp.int32(steps) if rank is None else steps)
+        found[name] = gigabytes(lambda call=call: jax.block_until_ready(call()), EPOCHS * x.nbytes)
     return found
 
 
