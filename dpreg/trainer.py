@@ -27,8 +27,8 @@ from dpreg.parallel.state import Model, TrainState, initial_state, normalises_ov
 from dpreg.parallel.step import Carried, Clock, compile_eval_block, compile_train_block, example_of, layout_of
 from dpreg.predictor import Predictor, errors_of, metrics_of
 
-# A second or so of a CPU, and of the slowest chips: signals, saves and progress wait for a call. On a chip a shard that
-# is taken alone takes at least as long as so many operations would.
+# A second or so of a CPU, and of the slowest chips: signals, saves and progress wait for the calls in flight. On a chip
+# a shard that is taken alone takes at least as long as so many operations would.
 _OPERATIONS_OF_CALL, _OPERATIONS_OF_CALL_OF_CHIP, _LEAST_OPERATIONS_OF_SHARD = 1 << 36, 1 << 41, 1 << 26
 _FEW_ROWS = 16  # fewer make poor batch statistics
 
@@ -92,7 +92,7 @@ class Trainer:
     Attributes:
       dtype: of targets, weights and sums, and of parameters that models have as float32: float32, or float64.
       state: the TrainState, replicated over the devices.
-      step, steps_trained: steps done; those of them that this trainer did, not one that it goes on from.
+      step, steps_trained: steps done and told of; those of them that this trainer did, not one that it goes on from.
       audit: the rows used in this epoch.
       best: with `patience`, the best epoch so far.
       epoch_sums: [steps of an epoch, 3] weighted loss sum, weight sum and norm of the gradient of each step of this
@@ -217,6 +217,8 @@ class Trainer:
         self.lay_out(data)
         self._carried = Carried(*self.train.carried)
         jax.block_until_ready([dataset.data for dataset in (self.train, self.val) if dataset])
+        if self.audit.on:
+            _ = self.train.tags  # of all rows: once, before the first step
         self.seconds["ingest"] += time.perf_counter() - started
 
     def lay_out(self, data: RegressionData) -> None:
@@ -227,7 +229,7 @@ class Trainer:
             logging.warning("--precision=float64: the rows are float32, and have its digits; give them as float64")
         Sampler(len(data.train), self.num_shards, data.batch_size)  # raises: shards divide each batch, not their sum
         batch_size = data.batch_size * self.accumulate_steps
-        train = Dataset(data.train).shuffle(self.seed).batch(batch_size).repeat(self.max_epochs, apart=bool(data.val))
+        train = Dataset(data.train).shuffle(self.seed).batch(batch_size).repeat(self.max_epochs, across=not data.val)
         self.train = self._placed(train.tag(self.audit.on))
         if self.patience and not data.val:
             raise InputError(f"--patience={self.patience}: there are no rows held out to measure by; hold some out")
@@ -262,13 +264,13 @@ class Trainer:
         operations = 6 * parameters * self.train.global_batch
         self._steps_of_call = _steps_of_call(self.mesh.devices.flat[0].platform, operations, alone)
         self.state = devices.replicated(state, self.mesh)
-        self.step, self.epoch_sums = 0, np.zeros((self.train.sampler.steps_per_epoch, 3))
+        self.step, self.epoch_sums, self._telling = 0, np.zeros((self.train.sampler.steps_per_epoch, 3)), False
         self.best = Best(math.inf, 0, jax.device_get(self.variables) if self.patience else {})
         self._train_block, self._eval_block = self.compile_train(model, self.state), None
-        self._gathered: Callable[[Any], Any] = lambda used: np.zeros(used.shape, used.dtype)
+        self._to_all: Callable[[Any], Any] = lambda used: np.zeros(used.shape, used.dtype)
         if self.audit.on:
             shape = self.mesh.size, self.train.block_steps, 2
-            self._gathered = devices.compile_gather(self.mesh, shape, np.uint32)
+            self._to_all = devices.compile_gather(self.mesh, shape, np.uint32)
         if self.val:
             self._eval_block = compile_eval_block(
                 model,
@@ -363,8 +365,9 @@ class Trainer:
     def fit_epochs(self, number: int | None = None) -> None:
         """Trains to the end of so many epochs, or of all that are left and worth it, and validates after each.
 
-        Between epochs that nothing is validated after, the devices do not wait: `state` is then ahead of what observers
-        are told. An observer that raises leaves it there, and this trainer has to `fit` anew.
+        While it trains, `state` is ahead of what observers are told, by the calls in flight. Where nothing is validated
+        it is so at an epoch's end, too: the devices do not wait. An observer that raises leaves it there, and then this
+        trainer has to `fit` anew.
 
         Args:
           number: that under way is one.
@@ -382,16 +385,16 @@ class Trainer:
             try:
                 self._train_to(self._next_rest(stop))
             except (Diverged, AuditFailed):  # in all processes: none is to leave while calls that need it are in flight
-                jax.block_until_ready(self.state)
+                jax.block_until_ready(self._dispatched)
                 raise
             self._rest()
 
     def require_rest(self) -> None:
-        """Raises InputError where an observer left steps that were taken and not told."""
-        if (ahead := int(self.state.step)) != self.step:
+        """Raises InputError while observers are told, or where one raised, and the state holds more than was told."""
+        if self._telling or int(self.state.step) != self.step:
             raise InputError(
-                f"the state is after step {ahead:,}, and the run is told up to step {self.step:,}: steps were in flight"
-                "; let fit_epochs return, or fit anew"
+                f"the state is after step {int(self.state.step):,}, and observers are not told of all of it: steps are "
+                "in flight, or one has raised; let fit_epochs return, or fit anew"
             )
 
     def _next_rest(self, stop: int) -> int:
@@ -422,6 +425,7 @@ class Trainer:
 
     def _take(self, sums: np.ndarray, used: np.ndarray) -> None:
         """Takes the [n, 3] sums of the next steps of an epoch, and [devices, n, 2] what they used; tells of them."""
+        self._telling = True
         steps, every = self.train.sampler.steps_per_epoch, self._log_every
         before = self.step % steps
         start, done = self.step - before, before + len(sums)
@@ -437,6 +441,7 @@ class Trainer:
         self._tell(self.step)
         if done == steps:
             self._end_epoch()
+        self._telling = False
 
     def _train_blocks(self, stop: int) -> Generator[tuple[Block, Any]]:
         """Dispatches blocks up to a step, or until it is time to save."""
@@ -446,7 +451,8 @@ class Trainer:
                 return
             with jax.profiler.StepTraceAnnotation("train", step_num=block.first_step):
                 self.state, sums, used = self._train_block(self.state, *self.prepare_batch(block))
-            yield block._replace(data=None), (sums, self._gathered(used))
+            self._dispatched = sums, self._to_all(used)
+            yield block._replace(data=None), self._dispatched
 
     def _end_epoch(self) -> None:
         """Checks the epoch that the last step ended, validates, and tells of it."""
@@ -455,7 +461,7 @@ class Trainer:
         self._validate_finitely()
         if self.patience and self.val_loss is not None and self.val_loss < self.best.val_loss:
             self.best = Best(self.val_loss, self.step, jax.device_get(self.variables))
-        steps = len(self.epoch_sums)
+        steps, self._telling = len(self.epoch_sums), False  # of what follows nothing depends on observers
         unlogged = (steps - 1) // self._log_every * self._log_every
         self._tell(
             self.step,

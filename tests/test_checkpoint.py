@@ -1,6 +1,7 @@
 """A run that is stopped anywhere goes on to the same bits and the same curve, on any devices."""
 
 import contextlib
+import functools
 import gc
 import json
 import os
@@ -90,27 +91,48 @@ def test_a_run_that_is_stopped_with_two_epochs_in_flight_goes_on_to_the_same_bit
         Checkpoints(folder / "checkpoints", IDENTITY, announcements=announcements) as trainer.checkpoints,
         MetricsWriter(folder / "metrics.jsonl") as metrics,
     ):
-        trainer.observers = (metrics, lambda progress: announcements.ask("stop") if progress.step == 6 else None)
+        trainer.observers = (metrics, lambda progress: announcements.ask("stop") if progress.step == 8 else None)
         with pytest.raises(Preempted):
             trainer.fit_epochs()
-    assert trainer.step == 14  # told of 6 steps, with 8 more under way, 4 of them of the next epoch
+    assert trainer.step == 12  # told of 8 steps, with 4 more under way, 2 of them of the next epoch
     trainer, began_at = train(folder, num_val=0, num_devices=3)
-    assert began_at == 14
+    assert began_at == 12
     assert outcome(folder, trainer) == whole
 
 
-def test_an_observer_that_raises_or_saves_while_steps_are_in_flight_harms_nothing(tmp_path):
+@pytest.mark.parametrize(("num_val", "step", "after"), [(0, 2, 6), (0, 10, 14), (20, 9, 10)])
+def test_a_trainer_whose_observer_raised_before_all_was_told_does_not_go_on(tmp_path, num_val, step, after):
     def enough(progress):
-        raise StopIteration
+        if progress.step == step:
+            raise StopIteration
 
-    trainer = prepared(num_val=0, observers=[enough])
+    trainer = prepared(num_val, observers=[enough])
     with pytest.raises(StopIteration):
         trainer.fit_epochs()
-    with pytest.raises(dpreg.InputError, match="the state is after step 10, and the run is told up to step 2: steps"):
-        trainer.fit_epochs()
-    with Checkpoints(tmp_path, IDENTITY) as checkpoints, pytest.raises(dpreg.InputError, match="after step 10, and"):
-        checkpoints.save(trainer)
-    assert not list(tmp_path.iterdir())
+    for goes_on in (trainer.fit_epochs, functools.partial(Checkpoints.save, None, trainer)):
+        with pytest.raises(dpreg.InputError, match=f"the state is after step {after}, and observers are not told"):
+            goes_on()
+
+
+@pytest.mark.parametrize("num_val", [0, 20])
+def test_an_observer_may_save_and_raise_at_the_end_of_an_epoch_that_is_validated(tmp_path, num_val):
+    def save_and_raise(progress):
+        if progress.epoch_ended and progress.step == 20:
+            checkpoints.save(trainer)
+            raise StopIteration
+
+    trainer = prepared(num_val, observers=[save_and_raise])
+    with Checkpoints(tmp_path, IDENTITY) as checkpoints:
+        with pytest.raises(StopIteration if num_val else dpreg.InputError):
+            trainer.fit_epochs()
+        assert checkpoints.restore(trainer) == bool(num_val)
+        if num_val:
+            assert trainer.step == 20
+            trainer.observers = ()
+            trainer.fit_epochs()
+            whole = prepared(num_val)
+            whole.fit_epochs()
+            assert leaves_of(trainer) == leaves_of(whole)
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # Orbax drops tasks when one fails

@@ -52,11 +52,17 @@ def test_processes_give_the_bits_of_one(tmp_path, expected, count, flags):
     assert (summary["process_count"], summary["device_count"]) == (count, 8)
 
 
-def test_longer_blocks_in_one_process_than_in_two_change_no_bit(tmp_path):
-    one_epoch = ("--num_train=19200", "--max_epochs=1")  # 600 steps: a block of one process, three of two
-    code, said = ended(start(2, tmp_path / "two", *one_epoch))
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ("--num_train=19200", "--max_epochs=1"),  # 600 steps: a block of one process, three of two
+        ("--num_train=3200", "--max_epochs=7", "--num_val=0"),  # 5 epochs of 100 steps in a block, and 2
+    ],
+)
+def test_longer_blocks_in_one_process_than_in_two_change_no_bit(tmp_path, flags):
+    code, said = ended(start(2, tmp_path / "two", *flags))
     assert code == 0, said
-    alone(tmp_path / "one", *one_epoch)
+    alone(tmp_path / "one", *flags)
     assert outcome(tmp_path / "two") == outcome(tmp_path / "one")
 
 

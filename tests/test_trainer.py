@@ -311,6 +311,40 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_state(r
     np.testing.assert_allclose(trainer.state.params["w"], [[w]], rtol=1e-5)
 
 
+@pytest.mark.parametrize("steps_per_block", [2, 9, None])
+def test_a_run_that_diverges_in_a_later_epoch_of_a_block_is_told_up_to_there(steps_per_block):
+    source, told = dpreg.ArraySource(np.ones((40, 1)), np.zeros(40)), []
+    observers = [lambda progress: told.append(progress) if progress.train_loss is not None else None]
+    trainer = dpreg.Trainer(20, 2, log_every_steps=2, steps_per_block=steps_per_block, observers=observers)
+    with pytest.raises(dpreg.Diverged) as caught:  # each step takes w + b, and so the gradient, times 1 - 2 * 9
+        trainer.fit(dpreg.LinearRegressionScratch(1, lr=9.0), dpreg.RegressionData(source, None, 8))
+    assert trainer.train.block_steps == {2: 2, 9: 5, None: 100}[steps_per_block]
+    step = trainer.step
+    assert step % 5
+    assert step > 10
+    assert caught.value.step - 1 == int(trainer.state.step) == step
+    epochs = [point for epoch in range(step // 5) for point in (5 * epoch + 2, 5 * epoch + 4, 5 * epoch + 5)]
+    assert [p.step for p in told] == [*epochs, *range(step // 5 * 5 + 2, step + 1, 2)]
+    assert [p.audit[0] for p in told if p.epoch_ended] == [40] * (step // 5)
+    assert trainer.audit.used[0] == 8 * (step % 5)
+    norms = [p.gradient_norm for p in told if p.step % 5 == 4]
+    np.testing.assert_allclose(np.divide(norms[1:], norms[:-1]), 17.0**5, rtol=1e-4)
+
+
+def test_a_call_counts_the_rows_of_the_steps_that_it_took():
+    source = Rows(40, seed=3).source()
+    source.y[17] = np.float32(1e38)
+    trainer = dpreg.Trainer(4, 2)
+    trainer.prepare_data(dpreg.RegressionData(source, None, 8))
+    trainer.prepare_model(dpreg.LinearRegressionScratch(3, 0.1))
+    state, sums, used = trainer._train_block(trainer.state, *trainer.prepare_batch(next(iter(trainer.train))))
+    took = int(state.step)
+    assert 0 < took < 5
+    rows = np.asarray(used)[..., 0].sum(axis=0)
+    assert rows.tolist() == [8] * took + [0] * (20 - took)
+    assert np.isnan(np.asarray(sums)[took:, 0]).all()
+
+
 @pytest.mark.parametrize("reduction", ["pmean", "ordered"])
 def test_log_points_tile_the_epoch(reduction):
     records = []
@@ -327,7 +361,7 @@ def test_log_points_tile_the_epoch(reduction):
 @pytest.mark.parametrize("placement", ["device", "host"])
 @pytest.mark.parametrize(
     ("num_val", "steps_per_block", "dispatched"),
-    [(0, 4, 6), (0, 17, 5), (20, 4, 2)],  # 4 calls are in flight while one is taken; the epoch's end is in this one
+    [(0, 4, 4), (0, 17, 3), (20, 4, 2)],  # 2 calls are in flight while one is taken, the first two epochs or a part
 )
 def test_devices_wait_between_epochs_for_validation_alone(num_val, steps_per_block, dispatched, placement):
     def trained(epochs_at_once):

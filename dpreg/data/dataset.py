@@ -34,6 +34,8 @@ _BLOCK_BYTES, _RESIDENT_BLOCK_BYTES_OF_CPU, _RESIDENT_BLOCK_ROWS = 16 << 20, 1 <
 # A signal to stop is heard between blocks. Of several processes it takes some more blocks until all hear it, while
 # their steps are slow enough for a call to weigh little.
 _BLOCK_STEPS, _BLOCK_STEPS_AMONG_PROCESSES = 1 << 12, 1 << 8
+# Of several epochs: so many that the call weighs little, few enough for one that takes a part of them.
+_BLOCK_STEPS_ACROSS_EPOCHS = 1 << 9
 _TAG_ROWS = 1 << 18  # at a time: they stay in cache
 # Of a device's memory: rows up to this size are kept there. CPU devices have the host's own, where rows lie already.
 RESIDENT_FRACTION, _RESIDENT_FRACTION_OF_HOST = 1 / 4, 1 / 32
@@ -109,7 +111,7 @@ class Dataset:
 
     Attributes:
       source: the rows.
-      seed, global_batch: as `shuffle` and `batch` were told; epochs, apart: as `repeat` was.
+      seed, global_batch: as `shuffle` and `batch` were told; epochs, across: as `repeat` was.
       mesh, num_shards: as `shard` was; placement, steps_per_block: as `place` was.
       ahead, tagged, precision: as `prefetch`, `tag` and `cast` were.
 
@@ -125,7 +127,7 @@ class Dataset:
     seed: int | None = None
     global_batch: int = 1
     epochs: int = 1
-    apart: bool = True
+    across: bool = False
     mesh: Mesh | None = None
     num_shards: int = 1
     placement: str = "auto"
@@ -142,9 +144,9 @@ class Dataset:
         """Rows of one step, over all devices and processes."""
         return dataclasses.replace(self, global_batch=global_batch)
 
-    def repeat(self, epochs: int, apart: bool = True) -> "Dataset":
-        """How often every row is used, and whether epochs are asked for one by one: else a block may be of several."""
-        return dataclasses.replace(self, epochs=epochs, apart=apart)
+    def repeat(self, epochs: int, across: bool = False) -> "Dataset":
+        """How often every row is used, and whether blocks may be as long as several short epochs."""
+        return dataclasses.replace(self, epochs=epochs, across=across)
 
     def shard(self, mesh: Mesh, num_shards: int) -> "Dataset":
         """Cuts the rows into logical shards and gives each device of the mesh a contiguous range of them."""
@@ -209,11 +211,13 @@ class Dataset:
             if self._mesh.devices.flat[0].platform == "cpu":
                 rows = min(_RESIDENT_BLOCK_BYTES_OF_CPU // self.row_bytes, rows)
         steps = self.steps_per_block or rows // self.global_batch
-        together, most = self.sampler.steps_per_epoch if self.apart else self.num_steps, _BLOCK_STEPS
+        epoch, most = self.sampler.steps_per_epoch, _BLOCK_STEPS
         if self._mesh.is_multi_process:
             most = _BLOCK_STEPS_AMONG_PROCESSES
-        blocks = -(-together // max(1, min(steps, most)))
-        return max(2, -(-together // blocks))  # evenly, since all blocks are gathered whole
+        most = max(1, min(steps, most))
+        if self.across and (epochs := min(most, _BLOCK_STEPS_ACROSS_EPOCHS) // epoch) > 1:
+            return max(2, min(epochs, self.epochs) * epoch)
+        return max(2, -(-epoch // -(-epoch // most)))  # evenly, since all blocks are gathered whole
 
     @property
     def resolved_placement(self) -> str:

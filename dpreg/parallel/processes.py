@@ -28,7 +28,7 @@ Result = TypeVar("Result")
 
 # Calls dispatched and not yet finished, besides one: enough for a device not to wait for what the host does between
 # calls, and few to be finished when it is time to stop. Simulated CPU devices deadlock when a program runs far ahead.
-CALLS_IN_FLIGHT = 4
+CALLS_IN_FLIGHT = 2
 MEET_SECONDS = 1800  # for all to have read their rows and compiled
 # More than 1 where a launcher has started several processes; JAX finds out the rest by itself.
 _CLUSTER_SIZES = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE")
