@@ -386,6 +386,7 @@ class Trainer:
                 self._train_to(self._next_rest(stop))
             except (Diverged, AuditFailed):  # in all processes: none is to leave while calls that need it are in flight
                 jax.block_until_ready(self._dispatched)
+                self._telling = False
                 raise
             self._rest()
 
