@@ -4,7 +4,8 @@ Rows in their order, in slices that stay in cache; on one core, on two simulated
 processes with a core each, which gather over Gloo and add. First the two products alone over rows that are in cache,
 then from memory: the prediction alone, the prediction and the gradient, and both with a sum over the devices and an
 update each step, which is the least that training does. Beside it the rows read by one product of NumPy's BLAS on all
-cores. GB/s of all devices, medians of 15 calls, and shares of the latter.
+cores, and by PyTorch's DDP that gathers by hand, where that is installed. GB/s of all devices, medians of 15 calls, and
+shares of what BLAS reads.
 """
 
 import functools
@@ -12,7 +13,8 @@ import os
 import statistics
 import time
 
-from turns import in_turns, of_two, on_a_core
+from peers import ddp
+from turns import in_turns, median_ratio, of_two, on_a_core
 
 NUM_INPUTS, ROWS, STEP, SLICE, EPOCHS, CALLS = 1024, 20_480, 2048, 32, 6, 15  # rows: of each device; epochs: of a call
 ADDRESS = "127.0.0.1:29514"
@@ -110,16 +112,22 @@ def reached(devices, rank=None):
     return found
 
 
+def of_torch():
+    """What training reads in PyTorch, of rows gathered by hand."""
+    return 4 * (NUM_INPUTS + 2) * ddp(2 * ROWS, NUM_INPUTS, 2 * STEP, by_hand=True) / 1e9
+
+
 PROGRAMS = {
     "BLAS, all cores": limit,
+    "DDP, by hand": of_torch,
     "a core": on_a_core(functools.partial(reached, 1)),
     "two devices": functools.partial(reached, 2),
     "two processes": of_two(functools.partial(reached, 1)),
 }
 
 if __name__ == "__main__":
-    for _, rounds in in_turns(__doc__, PROGRAMS, {"wide": ()}, {}):
-        limits = rounds.pop("BLAS, all cores")
+    for _, rounds in in_turns(__doc__, PROGRAMS, {"wide": ()}, {"DDP, by hand": "torch"}):
+        limits, of_ddp = rounds.pop("BLAS, all cores"), rounds.pop("DDP, by hand", None)
         print(f"read by one product of BLAS, all cores: {statistics.median(limits):.1f} GB/s, and shares of it")
         for program, found in rounds.items():
             for name in found[0]:
@@ -129,4 +137,5 @@ if __name__ == "__main__":
         for program in ("two devices", "two processes"):
             pairs = zip(rounds[program], rounds["a core"], strict=True)
             gained = statistics.median(two[STEPS] / (2 * one[STEPS]) for two, one in pairs)
-            print(f"{program}: efficiency {gained:.2f}, {STEPS}", flush=True)
+            beside = f", {median_ratio([of[STEPS] for of in rounds[program]], of_ddp):.2f}x DDP" if of_ddp else ""
+            print(f"{program}: efficiency {gained:.2f}{beside}, {STEPS}", flush=True)
