@@ -264,7 +264,7 @@ class Trainer:
         operations = 6 * parameters * self.train.global_batch
         self._steps_of_call = _steps_of_call(self.mesh.devices.flat[0].platform, operations, alone)
         self.state = devices.replicated(state, self.mesh)
-        self.step, self.epoch_sums, self._telling = 0, np.zeros((self.train.sampler.steps_per_epoch, 3)), False
+        self.step, self.epoch_sums = 0, np.zeros((self.train.sampler.steps_per_epoch, 3))
         self.best = Best(math.inf, 0, jax.device_get(self.variables) if self.patience else {})
         self._train_block, self._eval_block = self.compile_train(model, self.state), None
         self._to_all: Callable[[Any], Any] = lambda used: np.zeros(used.shape, used.dtype)
@@ -386,13 +386,12 @@ class Trainer:
                 self._train_to(self._next_rest(stop))
             except (Diverged, AuditFailed):  # in all processes: none is to leave while calls that need it are in flight
                 jax.block_until_ready(self._dispatched)
-                self._telling = False
                 raise
             self._rest()
 
     def require_rest(self) -> None:
         """Raises InputError while observers are told, or where one raised, and the state holds more than was told."""
-        if self._telling or int(self.state.step) != self.step:
+        if int(self.state.step) != self.step:
             raise InputError(
                 f"the state is after step {int(self.state.step):,}, and observers are not told of all of it: steps are "
                 "in flight, or one has raised; let fit_epochs return, or fit anew"
@@ -426,7 +425,6 @@ class Trainer:
 
     def _take(self, sums: np.ndarray, used: np.ndarray) -> None:
         """Takes the [n, 3] sums of the next steps of an epoch, and [devices, n, 2] what they used; tells of them."""
-        self._telling = True
         steps, every = self.train.sampler.steps_per_epoch, self._log_every
         before = self.step % steps
         start, done = self.step - before, before + len(sums)
@@ -435,14 +433,13 @@ class Trainer:
             self.audit.begin()
         self.epoch_sums[before:done] = sums
         self.audit.add(used)
-        self.step = start + done
         for point in range(before // every * every + every, min(done + 1, steps), every):
             norm = float(self.epoch_sums[point - 1, 2])
             self._tell(start + point, train_loss=_mean(self.epoch_sums[point - every : point]), gradient_norm=norm)
-        self._tell(self.step)
+        self._tell(start + done)
+        self.step = start + done  # not before: an observer that raises leaves a step that is not the state's
         if done == steps:
             self._end_epoch()
-        self._telling = False
 
     def _train_blocks(self, stop: int) -> Generator[tuple[Block, Any]]:
         """Dispatches blocks up to a step, or until it is time to save."""
@@ -462,7 +459,7 @@ class Trainer:
         self._validate_finitely()
         if self.patience and self.val_loss is not None and self.val_loss < self.best.val_loss:
             self.best = Best(self.val_loss, self.step, jax.device_get(self.variables))
-        steps, self._telling = len(self.epoch_sums), False  # of what follows nothing depends on observers
+        steps = len(self.epoch_sums)
         unlogged = (steps - 1) // self._log_every * self._log_every
         self._tell(
             self.step,
