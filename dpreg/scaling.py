@@ -81,7 +81,7 @@ class Exchange:
         """Seconds of a sum of so many bytes over so many devices.
 
         It is assumed that the latency grows with the logarithm of `count`, as in a tree, and that of n devices each
-        moves a share 1 - 1 / n of the bytes, as in a ring. (Small sums between CPUs are gathered, and move more.)
+        moves a share 1 - 1 / n of the bytes, as in a ring. (Small sums between CPUs are sent to all, and move more.)
         """
         if count <= 1:
             return 0.0

@@ -98,15 +98,15 @@ for size in map(int, sys.argv[3:]):
 """
 
 
-def test_between_processes_few_bytes_are_gathered_and_many_added():
-    few, many = 1 << 13, (1 << 13) + 1  # of 4 devices: 128 KB together
+def test_between_processes_each_averages_few_bytes_and_many_are_added():
+    few, many = 1 << 14, (1 << 14) + 1  # of 4 devices: 256 KB together
     address = free_address()
     of_both = together(*((("-c", MEANS, address, str(i), str(few), str(many)), (), ROOT) for i in range(2)))
     for code, lines, out, _ in of_both:
         assert code == 0, lines
         means = "{1.5} [-5.5]"  # of 0, 1, 2, 3; each exact, whatever the order
         said = re.findall(r"all-.* \{.*", out)  # Gloo says something, too, and not always in whole lines
-        assert said == [f"all-gather {4 * 4 * few} {means}", f"all-reduce {4 * many} {means}"]
+        assert said == [f"all-to-all {4 * 4 * few} {means}", f"all-reduce {4 * many} {means}"]
 
 
 @pytest.mark.faults

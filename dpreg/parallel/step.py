@@ -250,7 +250,7 @@ def compile_train_block(
                 return of_shard
 
             if reduction == "ordered":
-                sums = ordered_sum(sums_of, layout.slots, carried.count, layout.num_shards)
+                sums = ordered_sum(sums_of, layout.slots, carried.count, layout.num_shards, mesh)
             elif apart:
                 any_shard = jnp.int32(0)
                 sums = mean_over_devices(
@@ -421,7 +421,7 @@ def compile_eval_block(
         dtype = jnp.result_type(*(leaf.dtype for leaf in leaves))
         history = jnp.zeros((layout.block_steps, slots, sum(leaf.size for leaf in leaves)), dtype)
         history = lax.fori_loop(0, clock.num_steps, step, history)
-        return from_all_devices(history[:, : layout.slots], axis=1)[:, : layout.num_shards]
+        return from_all_devices(history[:, : layout.slots], mesh, axis=1)[:, : layout.num_shards]
 
     def unpacked(found: np.ndarray) -> PyTree:
         leaves, structure = jax.tree.flatten(one[0])

@@ -1,11 +1,11 @@
 """What the compiler's loops reach at the wide workload without dpreg: `python tests/benchmarks/bare.py`.
 
 Rows in their order, in slices that stay in cache; on one core, on two simulated devices of one process, and in two
-processes with a core each, which gather over Gloo and add. First the two products alone over rows that are in cache,
-then from memory: the prediction alone, the prediction and the gradient, and both with a sum over the devices and an
-update each step, which is the least that training does. Beside it the rows read by one product of NumPy's BLAS on all
-cores, and by PyTorch's DDP that gathers by hand, where that is installed. GB/s of all devices, medians of 15 calls, and
-shares of what BLAS reads.
+processes with a core each, which send each other their sums over Gloo. First the two products alone over rows that are
+in cache, then from memory: the prediction alone, the prediction and the gradient, and both with a sum over the devices
+and an update each step, which is the least that training does. Beside it the rows read by one product of NumPy's BLAS
+on all cores, and by PyTorch's DDP that gathers by hand, where that is installed. GB/s of all devices, medians of 15
+calls, and shares of what BLAS reads.
 """
 
 import functools
@@ -82,11 +82,14 @@ def reached(devices, rank=None):
         rows = x[:SLICE]
         return lax.fori_loop(0, EPOCHS * ROWS // SLICE, lambda _, carry: both(rows, carry, w + 0 * carry), 0 * w)
 
+    def of_both(sums):
+        return lax.all_to_all(jnp.stack([sums, sums]), "data", 0, 0)
+
     def epoch(x, w, steps, turn, exchange):
         def step(k, w):
             carry = slices(x, k % (ROWS // STEP) * STEP, STEP // SLICE, functools.partial(turn, w=w), 0 * w)
             if exchange:
-                carry = lax.pmean(carry, "data") if rank is None else lax.all_gather(carry, "data").mean(axis=0)
+                carry = lax.pmean(carry, "data") if rank is None else of_both(carry).mean(axis=0)
             return w - 1e-9 * carry
 
         return lax.fori_loop(0, steps, step, w)

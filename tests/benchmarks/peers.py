@@ -4,7 +4,8 @@ The peers are the extra `peers`; those that are not installed are left out. Each
 or in two that average their gradients ("x2", a core each, over Gloo), the programs in turn, in steady state. Each
 peer's program is the idiomatic one of its own documentation; "ddp, by hand" gathers batches by index instead of by
 DataLoader. "x @ w" is one product of all rows with a vector, by the BLAS of NumPy on all cores, which reads each row
-once. "pmean, 2 devices" is one process that simulates two devices; "a core" is a process that has but one.
+once. "pmean, 2 devices" is one process that simulates two devices; "a core" is a process that has but one; "half, a
+core" is such a process with half of the rows and of the batch: two ("x2") have twice its rate at best.
 
 Prints medians of the rounds, and ratios: medians of those in the same round, since absolute figures drift with the
 machine. The limit is what the memory allows, or the cores: each value of a row has to be read once and takes four
@@ -158,6 +159,11 @@ def dpreg(
     return steady_rate(lambda number: trainer.fit_epochs(20), 20 * num_rows, None if rank is None else 4)
 
 
+def half(num_rows: int, num_inputs: int, batch: int) -> float:
+    """What each of two processes has to do, alone."""
+    return dpreg(num_rows // 2, num_inputs, batch // 2)
+
+
 PROGRAMS = {
     "ddp": ddp,
     "ddp, by hand": functools.partial(ddp, by_hand=True),
@@ -175,6 +181,7 @@ PROGRAMS = {
     "ddp, by hand, a core": on_a_core(functools.partial(ddp, by_hand=True)),
     "x @ w, a core": on_a_core(floor),
     "pmean, a core": on_a_core(dpreg),
+    "half, a core": on_a_core(half),
 }
 NEEDS = {program: "torch" for program in PROGRAMS if program.startswith("ddp")} | {
     "sklearn": "sklearn",
@@ -186,7 +193,7 @@ OURS = {  # and whom they are compared with
     "pmean": ALONE,
     "ordered": (*ALONE, "pmean"),
     "pmean, 2 devices": (*ALONE, "pmean"),
-    "pmean x2": ("ddp x2", "ddp x2, by hand", "pmean"),
+    "pmean x2": ("ddp x2", "ddp x2, by hand", "pmean", "half, a core"),
     "pmean, a core": ("ddp, by hand, a core", "x @ w, a core"),
 }
 
