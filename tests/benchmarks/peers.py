@@ -61,6 +61,7 @@ def ddp(num_rows: int, num_inputs: int, batch: int, by_hand: bool = False, rank:
             optimizer.step()
 
     rate = steady_rate(epoch, num_rows, epochs=None if world == 1 else 3)
+    torch.distributed.barrier()  # or the end of one can be the crash of the other
     torch.distributed.destroy_process_group()
     return rate
 
