@@ -63,7 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if told_to_stop.is_set():
             run.signal(signal.SIGTERM)
         code = run.wait()
-        if code in FINAL:
+        if code in FINAL or told_to_stop.is_set():
             break
     return code
 
