@@ -136,7 +136,7 @@ def in_turns(description, programs, workloads, needs, some=False):
     parser.add_argument("--awake", action="store_true", help="keep idle cores from halting, for all programs alike")
     arguments = parser.parse_args()
     if arguments.program:
-        print(json.dumps(programs[arguments.program](*workloads[arguments.workload])))
+        print(json.dumps(programs[arguments.program](*workloads[arguments.workload])), flush=True)
         return
     programs = {name: programs[name] for name in (some and arguments.only) or programs}
     machine = f"{_processor()}, {os.cpu_count()} cores, Python {platform.python_version()}"
