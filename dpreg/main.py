@@ -156,7 +156,7 @@ def _trained(
     def alive() -> None:
         trainer.heartbeat()
         if announcements.asked("stop") and jax.process_count() == 1:
-            raise Preempted
+            raise Preempted(trainer.step or None)
 
     solver = Solver(Cast(data.train, config.precision), trainer.mesh, config.num_shards, alive)
     if config.solver == "irls":

@@ -166,10 +166,11 @@ def plan(config: Config, topology: str | None = None) -> Plan:
             return dataset.place("device" if dataset.resident_bytes <= most else "host")
 
         trainer.train, trainer.val = placed(trainer.train), trainer.val and placed(trainer.val)
-    train, val = trainer.train, trainer.val
-    model = build_model(config, data.num_inputs, data.num_targets, train.num_steps)
+    model = build_model(config, data.num_inputs, data.num_targets, trainer.train.num_steps)
     row = data.train[np.zeros(1, np.int32)]
     state = _abstract(trainer, model, row["x"])
+    trainer.bound_calls(state)
+    train, val = trainer.train, trainer.val
     started = time.perf_counter()
     compiled = trainer.compile_train(model, state)
     seconds = time.perf_counter() - started
@@ -192,7 +193,7 @@ def plan(config: Config, topology: str | None = None) -> Plan:
         placement=train.resolved_placement,
         precision=config.precision,
         reduction=config.reduction,
-        steps_per_call=train.block_steps,
+        steps_per_call=min(train.block_steps, trainer.steps_of_call),
         collectives=exchanged,
         memory=held,
         validation_bytes=val.resident_bytes if val and val.resolved_placement == "device" else 0,

@@ -14,6 +14,7 @@ from dpreg.errors import InputError
 from dpreg.models import softmax
 from dpreg.models.glm import Family
 from dpreg.models.least_squares import Fit, Triangle
+from dpreg.parallel import processes
 from dpreg.parallel.reduce import tree_sum
 
 _BLOCK_VALUES = 1 << 21  # reduced at once
@@ -172,6 +173,7 @@ class Solver:
                 part = of({name: column[counted] for name, column in block.items()})
                 found[place] = part if first == start else add(found[place], part)
                 self._heartbeat()
+        processes.exchange(heartbeat=self._heartbeat)  # before a collective, which waits for nobody long
         # As words: JAX would make float32 of them.
         words = multihost_utils.process_allgather(found.view(np.uint32), tiled=True)
         every = list(np.ascontiguousarray(words).view(np.float64).reshape(-1, size))

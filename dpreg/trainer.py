@@ -9,6 +9,7 @@ from collections.abc import Callable, Generator, Iterable, Mapping
 from typing import Any, Protocol
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from numpy.typing import ArrayLike
@@ -93,6 +94,7 @@ class Trainer:
       dtype: of targets, weights and sums, and of parameters that models have as float32: float32, or float64.
       state: the TrainState, replicated over the devices.
       step, steps_trained: steps done and told of; those of them that this trainer did, not one that it goes on from.
+      steps_of_call: how many steps one compiled call takes at most: about a second of them.
       audit: the rows used in this epoch.
       best: with `patience`, the best epoch so far.
       epoch_sums: [steps of an epoch, 3] weighted loss sum, weight sum and norm of the gradient of each step of this
@@ -259,10 +261,7 @@ class Trainer:
                 _FEW_ROWS,
             )
         self._model, self._predictor = model, None
-        parameters = sum(leaf.size for leaf in jax.tree.leaves(state.params))
-        alone = self.train.slots if self.reduction == "ordered" else 0
-        operations = 6 * parameters * self.train.global_batch
-        self._steps_of_call = _steps_of_call(self.mesh.devices.flat[0].platform, operations, alone)
+        self.bound_calls(state)
         self.state = devices.replicated(state, self.mesh)
         self.step, self.epoch_sums = 0, np.zeros((self.train.sampler.steps_per_epoch, 3))
         self.best = Best(math.inf, 0, jax.device_get(self.variables) if self.patience else {})
@@ -285,6 +284,20 @@ class Trainer:
         # Compiled unevenly fast, but met before the first collective, which waits for nobody long.
         processes.exchange()
         self.seconds["compile"] += time.perf_counter() - started
+
+    def bound_calls(self, state: TrainState) -> None:
+        """Decides how many steps a call takes at most, of a model with such a state: also of rows from the host."""
+        parameters = sum(leaf.size for leaf in jax.tree.leaves(state.params))
+        alone = self.train.slots if self.reduction == "ordered" else 0
+        operations = 6 * parameters * self.train.global_batch
+        self.steps_of_call = most = _steps_of_call(self.mesh.devices.flat[0].platform, operations, alone)
+
+        def bounded(dataset: Dataset) -> Dataset:
+            if dataset.resolved_placement == "device" or dataset.block_steps <= most:
+                return dataset
+            return dataset.place(dataset.placement, most)
+
+        self.train, self.val = bounded(self.train), self.val and bounded(self.val)
 
     def check_targets(self, model: Model) -> None:
         """Raises InputError for a target that the model's loss is not defined for."""
@@ -444,7 +457,7 @@ class Trainer:
     def _train_blocks(self, stop: int) -> Generator[tuple[Block, Any]]:
         """Dispatches blocks up to a step, or until it is time to save."""
         first = self.step
-        for block in self.train.blocks(first, stop, self._steps_of_call):
+        for block in self.train.blocks(first, stop, self.steps_of_call):
             if block.first_step > first and self.checkpoints and self.checkpoints.due():
                 return
             with jax.profiler.StepTraceAnnotation("train", step_num=block.first_step):
@@ -496,7 +509,7 @@ class Trainer:
             self.val_loss, self.metrics = None, {}
             return
         started = time.perf_counter()
-        blocks = self.val.blocks(0, self.val.num_steps, self._steps_of_call)
+        blocks = self.val.blocks(0, self.val.num_steps, self.steps_of_call)
         evaluated, unpacked = self._eval_block
         calls = ((b, evaluated(self.variables, *self.prepare_batch(b))) for b in blocks)
         found = [unpacked(errors) for _, errors in devices.arrived(calls, self.heartbeat)]
@@ -534,7 +547,7 @@ class Trainer:
                 backend=self.backend,
                 heartbeat=self.heartbeat,
             )
-        self._predictor.variables = self.variables
+        self._predictor.variables = jax.tree.map(jnp.copy, self.variables)  # the next step consumes the state's own
         return self._predictor
 
     def _tell(self, step: int, **values: Any) -> None:

@@ -1,6 +1,7 @@
 """Several processes: the same bits as one, and a run that outlives any of them."""
 
 import json
+import os
 import random
 import re
 import shutil
@@ -11,6 +12,7 @@ import sys
 import threading
 import time
 
+import jax
 import pytest
 from cluster import (
     ROOT,
@@ -29,7 +31,7 @@ from cluster import (
 )
 
 from dpreg.errors import InputError, ProcessLost
-from dpreg.parallel import processes, roll_call
+from dpreg.parallel import devices, processes, roll_call
 from dpreg.parallel.deadline import Deadline
 
 MAIN = ("-m", "dpreg.main")
@@ -107,6 +109,60 @@ def test_between_processes_each_averages_few_bytes_and_many_are_added():
         means = "{1.5} [-5.5]"  # of 0, 1, 2, 3; each exact, whatever the order
         said = re.findall(r"all-.* \{.*", out)  # Gloo says something, too, and not always in whole lines
         assert said == [f"all-to-all {4 * 4 * few} {means}", f"all-reduce {4 * many} {means}"]
+
+
+CORES = """
+import os, sys
+os.sched_setaffinity(0, map(int, sys.argv[3:]))
+from dpreg.parallel import devices
+
+devices.start("cpu", 1, sys.argv[1].partition("=")[2], 2, int(sys.argv[2]))
+print("several", devices.have_several_cores(devices.data_mesh(2)))
+"""
+
+
+@pytest.mark.skipif(devices.cores() < 2, reason="one core")
+@pytest.mark.parametrize(("second", "several"), [([0, 1], True), ([0], False)])
+def test_processes_agree_whether_a_device_has_several_cores(second, several):
+    """Or they would compile other programs, of other bits."""
+    cores, address = sorted(os.sched_getaffinity(0)), free_address()
+    of_each = [[str(cores[core]) for core in of] for of in ([0, 1], second)]
+    for code, lines, out, _ in together(
+        *((("-c", CORES, address, str(i), *of), (), ROOT) for i, of in enumerate(of_each))
+    ):
+        assert code == 0, lines
+        assert f"several {several}" in out
+
+
+def test_why_jax_does_not_start_is_told(monkeypatch):
+    def none():
+        raise RuntimeError("no address\nfor this host")
+
+    monkeypatch.setattr(jax, "local_devices", none)
+    with pytest.raises(InputError, match=r"^JAX does not start: no address for this host$"):
+        devices.start("cpu")
+
+
+def test_whoever_waits_for_another_process_is_alive(monkeypatch):
+    """A meeting calls its heartbeat with each second; what comes at last is told."""
+    late = [jax.errors.JaxRuntimeError("DEADLINE_EXCEEDED: key not found")] * 2
+
+    class Service:
+        def key_value_set(self, key, value):
+            self.mine = value
+
+        def blocking_key_value_get(self, key, milliseconds):
+            if key.endswith("/0"):
+                return self.mine
+            if late:
+                raise late.pop()
+            return ":theirs"
+
+    service, beats = Service(), []
+    monkeypatch.setattr(processes, "_service", lambda: service)
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    assert processes.exchange("mine", heartbeat=lambda: beats.append(1)) == ["mine", "theirs"]
+    assert len(beats) == 2
 
 
 @pytest.mark.faults
@@ -201,13 +257,13 @@ def test_a_run_stopped_in_two_processes_goes_on_in_any_number(tmp_path, expected
     workers(launcher)[0].send_signal(signal.SIGTERM)
     code, said = ended(launcher)
     assert code == 75, said
-    for count, devices in ((1, 8), (1, 2), (4, 1)):
-        workdir = tmp_path / f"{count}x{devices}"
+    for count, each in ((1, 8), (1, 2), (4, 1)):
+        workdir = tmp_path / f"{count}x{each}"
         shutil.copytree(tmp_path / "w", workdir)
         if count == 1:
-            said = alone(workdir, devices=devices).stderr
+            said = alone(workdir, devices=each).stderr
         else:
-            code, said = ended(start(count, workdir, devices=devices))
+            code, said = ended(start(count, workdir, devices=each))
             assert code == 0, said
         assert "going on from step" in said
         assert outcome(workdir) == expected

@@ -146,6 +146,18 @@ def test_predictions_are_compared_with_what_was_observed():
     np.testing.assert_array_equal(observed, val.y[rows])
 
 
+def test_a_predictor_predicts_what_it_did_after_further_steps():
+    trainer = dpreg.Trainer(2, 3)
+    trainer.prepare_data(Rows(40).data(8))
+    trainer.prepare_model(dpreg.LinearRegressionScratch(3, lr=0.1))
+    trainer.fit_epochs(1)
+    predictor, x = trainer.predictor(), np.eye(3)
+    before = predictor.predict(x)
+    trainer.fit_epochs(1)
+    np.testing.assert_array_equal(predictor.predict(x), before)
+    assert (trainer.predict(x) != before).any()
+
+
 class Relative(dpreg.Module):
     """A loss and a model that rows of zeros would make NaN: padding has to be real rows."""
 
@@ -588,11 +600,12 @@ def test_batches_are_cut_into_equal_parts_or_not_at_all(rows, most, parts):
     assert _fewest_parts(rows, most) == parts
 
 
-def test_calls_of_models_that_compute_much_are_short(monkeypatch):
+@pytest.mark.parametrize("placement", ["device", "host"])
+def test_calls_of_models_that_compute_much_are_short(placement, monkeypatch):
     """As many steps a call as `_OPERATIONS_OF_CALL` has room for, to the same result."""
 
     def run():
-        trainer = dpreg.Trainer(1, 1, placement="device", reduction="ordered")
+        trainer = dpreg.Trainer(1, 1, placement=placement, reduction="ordered")
         steps = []
         trainer.observers = (lambda progress: steps.append(progress.step),)
         trainer.fit(Deep(), Rows(800).data(16, num_val=100))

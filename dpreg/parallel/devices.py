@@ -79,8 +79,12 @@ def start(
     try:
         jax.local_devices()
     except (RuntimeError, AssertionError) as error:
-        asked = os.environ.get("JAX_PLATFORMS", "")
-        raise InputError(f"JAX_PLATFORMS={asked}: JAX finds no such device; unset it, or use --platform=cpu") from error
+        asked = os.environ.get("JAX_PLATFORMS") if platform is None else None
+        raise InputError(
+            f"JAX_PLATFORMS={asked}: JAX finds no such device; unset it, or use --platform=cpu"
+            if asked
+            else f"JAX does not start: {' '.join(str(error).split())[:300]}"
+        ) from error
 
 
 def in_xla_flags(option: str) -> bool:
@@ -91,6 +95,12 @@ def in_xla_flags(option: str) -> bool:
 def cores() -> int:
     """Cores that this process may run on."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def have_several_cores(mesh: Mesh) -> bool:
+    """Whether each device has cores of its own, more than one, in all processes: they meet to agree."""
+    of_all = processes.exchange("several" if cores() > len(mesh.local_devices) else "one")
+    return "one" not in of_all
 
 
 def threads() -> int:

@@ -117,8 +117,8 @@ def _in_cluster() -> bool:
 
 def _end_as_aborted(_: int) -> None:
     tell(
-        f"process {distributed.global_state.process_id} ends: JAX's runtime lost another process, as it says above; "
-        "start all again to go on from the newest checkpoint"
+        f"process {distributed.global_state.process_id} ends: its runtime lost another process, or failed, as it says "
+        "above; start all again to go on from the newest checkpoint"
     )
     os._exit(ProcessLost.exit_code)
 
@@ -163,7 +163,12 @@ def _service() -> Any:
     return distributed.global_state.client
 
 
-def exchange(text: str = "", error: str | None = None, patience: float = MEET_SECONDS) -> list[str]:
+def exchange(
+    text: str = "",
+    error: str | None = None,
+    patience: float = MEET_SECONDS,
+    heartbeat: Callable[[], None] = lambda: None,
+) -> list[str]:
     """Tells all processes a text and returns those of all, in the order of their ids; a meeting of all, too.
 
     Over the coordination service, not the devices: it works before the first collective, and waits as long as
@@ -171,7 +176,7 @@ def exchange(text: str = "", error: str | None = None, patience: float = MEET_SE
 
     Args:
       error: says instead that this process cannot go on; then it ends for all, at whichever meeting they are.
-      patience: seconds to wait for the others.
+      patience: seconds to wait for the others; heartbeat: called each second of them.
 
     Raises:
       AgreedError: with the error of the first process that told one.
@@ -182,7 +187,7 @@ def exchange(text: str = "", error: str | None = None, patience: float = MEET_SE
     if jax.process_count() > 1:
         meeting, wait = f"dpreg/exchange/{next(_exchanges)}", Wait(patience)
         _service().key_value_set(f"{meeting}/{jax.process_index()}", mine)
-        told = [_awaited(f"{meeting}/{process}", process, wait) for process in range(jax.process_count())]
+        told = [_awaited(f"{meeting}/{process}", process, wait, heartbeat) for process in range(jax.process_count())]
     for process, answer in enumerate(told):
         if answer.startswith(_ERROR):
             where = f"process {process}: " if jax.process_count() > 1 else ""
@@ -190,7 +195,7 @@ def exchange(text: str = "", error: str | None = None, patience: float = MEET_SE
     return [answer.removeprefix(":") for answer in told]
 
 
-def _awaited(key: str, process: int, wait: Wait) -> str:
+def _awaited(key: str, process: int, wait: Wait, heartbeat: Callable[[], None]) -> str:
     """What the process puts under a key."""
     while wait.goes_on(f"process {jax.process_index()} waits for process {process}"):
         try:
@@ -199,6 +204,7 @@ def _awaited(key: str, process: int, wait: Wait) -> str:
         except jax.errors.JaxRuntimeError as error:
             if "DEADLINE_EXCEEDED" not in str(error):
                 raise
+            heartbeat()
     raise ProcessLost(f"process {process} does not come to meet the others; see what it says")
 
 

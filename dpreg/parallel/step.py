@@ -312,7 +312,7 @@ class _Way(NamedTuple):
 def _way(
     model: Model, state: TrainState, layout: Layout, mesh: Mesh, accumulate: int, reduction: str, together: bool
 ) -> _Way:
-    """The fastest way known for a platform; under `ordered` the same for any number of devices.
+    """The fastest way known for a platform, the same in all processes; under `ordered` for any number of devices.
 
     Args:
       together: whether all shards of a device have to go through the model together.
@@ -320,7 +320,7 @@ def _way(
     apart = _in_any_parts(model, state)
     if mesh.devices.flat[0].platform != "cpu":
         return _Way(accumulate, apart)
-    several_cores = reduction == "pmean" and devices.cores() > len(mesh.local_devices)
+    several_cores = reduction == "pmean" and devices.have_several_cores(mesh)
     rows = layout.shard_batch // accumulate * (layout.slots if reduction == "pmean" else 1)
     if not apart:
         large = _PART_BYTES_OF_CORES if several_cores else _LARGE_SHARD_BYTES

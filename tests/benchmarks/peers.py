@@ -183,6 +183,7 @@ PROGRAMS = {
     "ddp, by hand, a core": on_a_core(functools.partial(ddp, by_hand=True)),
     "x @ w, a core": on_a_core(floor),
     "pmean, a core": on_a_core(dpreg),
+    "ordered, a core": on_a_core(functools.partial(dpreg, reduction="ordered")),
     "half, a core": on_a_core(half),
 }
 NEEDS = {program: "torch" for program in PROGRAMS if program.startswith("ddp")} | {
@@ -197,6 +198,7 @@ OURS = {  # and whom they are compared with
     "pmean, 2 devices": (*ALONE, "pmean"),
     "pmean x2": ("ddp x2", "ddp x2, by hand", "pmean", "half, a core"),
     "pmean, a core": ("ddp, by hand, a core", "x @ w, a core"),
+    "ordered, a core": ("pmean, a core",),
 }
 
 if __name__ == "__main__":
