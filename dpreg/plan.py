@@ -193,7 +193,7 @@ def plan(config: Config, topology: str | None = None) -> Plan:
         placement=train.resolved_placement,
         precision=config.precision,
         reduction=config.reduction,
-        steps_per_call=min(train.block_steps, trainer.steps_of_call),
+        steps_per_call=train.steps_at_once(trainer.steps_of_call),
         collectives=exchanged,
         memory=held,
         validation_bytes=val.resident_bytes if val and val.resolved_placement == "device" else 0,

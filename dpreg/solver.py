@@ -32,7 +32,7 @@ class Solver:
 
     Args:
       source: the rows; mesh: the devices; num_shards: the logical shards, L.
-      heartbeat: called whenever some rows are done.
+      heartbeat: called whenever some rows are done, and while other processes are waited for.
 
     Attributes:
       passes: over the rows, so far.

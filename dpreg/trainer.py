@@ -1,6 +1,7 @@
 """The loop: takes blocks through the compiled step and tells the observers."""
 
 import contextlib
+import copy
 import dataclasses
 import logging
 import math
@@ -94,7 +95,7 @@ class Trainer:
       dtype: of targets, weights and sums, and of parameters that models have as float32: float32, or float64.
       state: the TrainState, replicated over the devices.
       step, steps_trained: steps done and told of; those of them that this trainer did, not one that it goes on from.
-      steps_of_call: how many steps one compiled call takes at most: about a second of them.
+      steps_of_call: how many steps one compiled call takes at most, about a second of them; from the host 2 at least.
       audit: the rows used in this epoch.
       best: with `patience`, the best epoch so far.
       epoch_sums: [steps of an epoch, 3] weighted loss sum, weight sum and norm of the gradient of each step of this
@@ -219,8 +220,7 @@ class Trainer:
         self.lay_out(data)
         self._carried = Carried(*self.train.carried)
         jax.block_until_ready([dataset.data for dataset in (self.train, self.val) if dataset])
-        if self.audit.on:
-            _ = self.train.tags  # of all rows: once, before the first step
+        self._tags = self.train.tags if self.audit.on else None  # of all rows: once, before the first step
         self.seconds["ingest"] += time.perf_counter() - started
 
     def lay_out(self, data: RegressionData) -> None:
@@ -468,7 +468,7 @@ class Trainer:
     def _end_epoch(self) -> None:
         """Checks the epoch that the last step ended, validates, and tells of it."""
         self.train_loss = _mean(self.epoch_sums)
-        used = self.audit.check(self.step, self.train.tags) if self.audit.on else None
+        used = None if self._tags is None else self.audit.check(self.step, self._tags)
         self._validate_finitely()
         if self.patience and self.val_loss is not None and self.val_loss < self.best.val_loss:
             self.best = Best(self.val_loss, self.step, jax.device_get(self.variables))
@@ -528,7 +528,7 @@ class Trainer:
         return predictor.evaluate(predictor.pieces(source))
 
     def predictor(self) -> Predictor:
-        """The trained model on the trainer's devices; compiled once."""
+        """The trained model, as it is now, on the trainer's devices; compiled once."""
         if not hasattr(self, "state"):
             raise InputError("there is nothing to predict with yet; call fit first")
         if self._predictor is None:
@@ -547,8 +547,9 @@ class Trainer:
                 backend=self.backend,
                 heartbeat=self.heartbeat,
             )
-        self._predictor.variables = jax.tree.map(jnp.copy, self.variables)  # the next step consumes the state's own
-        return self._predictor
+        predictor = copy.copy(self._predictor)
+        predictor.variables = jax.tree.map(jnp.copy, self.variables)  # the next step consumes the state's own
+        return predictor
 
     def _tell(self, step: int, **values: Any) -> None:
         steps = self.train.sampler.steps_per_epoch

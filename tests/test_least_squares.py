@@ -18,6 +18,7 @@ from dpreg.config import Columns
 from dpreg.models.glm import FAMILIES
 from dpreg.models.least_squares import Triangle
 from dpreg.models.losses import loss_called
+from dpreg.parallel import processes
 from dpreg.solver import Solver
 
 DIAMONDS = pathlib.Path(__file__).parent.parent.parent / "shared" / "data" / "diamonds.parquet"
@@ -80,6 +81,21 @@ def test_longley_by_way_of_the_flags(tmp_path):
     assert digits([errors["b"], *errors["w"].values()], given["standard_deviation"]) > 8
     assert found["optimality"]["gap"] == pytest.approx(0, abs=1e-12)
     assert "-3.48226e+06" in done.stdout
+
+
+def test_processes_meet_before_what_they_found_does(monkeypatch):
+    """One may have its rows done long before the others, and is not to be taken for dead."""
+    met = []
+    monkeypatch.setattr(processes, "exchange", lambda heartbeat: met.append(heartbeat))
+
+    def alive():
+        pass
+
+    source, mesh = dpreg.ArraySource(np.eye(3), np.ones(3)), Mesh(np.array(jax.devices()[:1]), ("data",))
+    solver = Solver(source, mesh, 8, alive)
+    solver.least_squares()
+    assert met == [alive] * solver.passes
+    assert met
 
 
 @pytest.mark.parametrize("cuts", [(), (5,), range(1, 16)])

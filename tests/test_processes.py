@@ -242,7 +242,9 @@ def test_sigterm_to_one_process_saves_in_all_within_an_epoch_and_exits_75(tmp_pa
 
 @pytest.mark.faults
 def test_a_launcher_that_is_told_to_stop_starts_nothing_again(tmp_path):
-    launcher = start(2, tmp_path, "--checkpoint_every_seconds=0.3", devices=1, restarts=3, work=LONG)
+    launcher = start(
+        2, tmp_path, "--checkpoint_every_seconds=0.3", "--max_epochs=10000", devices=1, restarts=3, work=LONG
+    )
     wait_until(lambda: complete(tmp_path), launcher)
     launcher.terminate()
     code, said = ended(launcher)

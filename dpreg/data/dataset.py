@@ -285,9 +285,13 @@ class Dataset:
             count.shape, 0, lambda d: count[d : d + 1]
         )
 
+    def steps_at_once(self, most: int | None = None) -> int:
+        """Steps of a block; of rows that lie on the devices so many at most."""
+        return min(self.block_steps, most) if most and self.resolved_placement == "device" else self.block_steps
+
     def blocks(self, start: int, stop: int, most: int | None = None) -> Iterator[Block]:
-        """The blocks of steps [start, stop); of rows that lie on the devices with so many steps at most."""
-        steps = min(self.block_steps, most) if most and self.data is not None else self.block_steps
+        """The blocks of steps [start, stop), each of `steps_at_once`."""
+        steps = self.steps_at_once(most)
         firsts = range(start, stop, steps)
         if self.data is not None:
             made: Iterator[Batch] = itertools.repeat(self.data, len(firsts))

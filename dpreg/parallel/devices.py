@@ -79,11 +79,11 @@ def start(
     try:
         jax.local_devices()
     except (RuntimeError, AssertionError) as error:
-        asked = os.environ.get("JAX_PLATFORMS") if platform is None else None
+        asked, reason = os.environ.get("JAX_PLATFORMS", "cpu"), " ".join(str(error).split()) or type(error).__name__
         raise InputError(
-            f"JAX_PLATFORMS={asked}: JAX finds no such device; unset it, or use --platform=cpu"
-            if asked
-            else f"JAX does not start: {' '.join(str(error).split())[:300]}"
+            f"JAX does not start: {reason[:300]}"
+            if "cpu" in (platform, asked)
+            else f"JAX_PLATFORMS={asked}: JAX finds no such device; unset it, or use --platform=cpu"
         ) from error
 
 
