@@ -61,7 +61,8 @@ def test_ordered_holds_for_rows_generated_in_pieces_of_any_size():
 
 
 @pytest.mark.parametrize(
-    ("inputs", "rows", "batch"), [(2, 3001, 32), (8, 5003, 1024), (32, 9001, 1024), (200, 3001, 256)]
+    ("inputs", "rows", "batch"),
+    [(2, 3001, 32), (8, 5003, 1024), (32, 9001, 1024), (200, 3001, 256), (64, 20_003, 16_384), (3, 250_007, 200_000)],
 )
 def test_ordered_holds_for_batches_of_any_size(inputs, rows, batch):
     """However the compiler is asked for loops, and rows are copied: see step.py and dataset.py."""
@@ -218,6 +219,24 @@ def test_ordered_holds_on_any_number_of_cores(tmp_path):
     assert len({(of["params_sha256"], of["val_loss"], of["train_loss"]) for of in told}) == 1
 
 
+def test_ordered_linear_holds_on_any_number_of_threads():
+    """Large shards are shared by them; a product with a vector is none of what they add up in another way."""
+    program = (
+        "import sys, hashlib, numpy, dpreg\n"
+        "dpreg.start('cpu', int(sys.argv[1]), threads=int(sys.argv[2]))\n"
+        "x = numpy.random.default_rng(0).standard_normal((20_003, 65), numpy.float32)\n"
+        "data = dpreg.RegressionData(dpreg.ArraySource(x[:, 1:], x[:, :1]), None, 16_384)\n"
+        "trainer = dpreg.Trainer(2, reduction='ordered', platform='cpu')\n"
+        "trainer.fit(dpreg.LinearRegressionScratch(64, lr=0.03), data)\n"
+        "print(hashlib.sha256(numpy.asarray(trainer.state.params['w']).tobytes()).hexdigest(), trainer.train_loss)\n"
+    )
+    found = set()
+    for how in ((1, 1), (1, 2), (1, 8), (8, 8)):  # devices, threads
+        command = [sys.executable, "-c", program, *map(str, how)]
+        found.add(subprocess.run(command, check=True, capture_output=True, timeout=240).stdout)
+    assert len(found) == 1
+
+
 def test_ordered_holds_for_another_activation():
     """Of one shard a device the compiler once knew which: a gelu network showed it."""
     data, model = Rows(150, num_inputs=5).data(40), Net(optax.sgd(0.05), activation=nn.gelu)
@@ -285,6 +304,7 @@ def test_agrees_with_sgd_in_float64(reduction, backend, placement, weighted):
 def test_agrees_with_float64_in_runs_of_rows_and_parts_of_batches(reduction, batch, accumulate, run, monkeypatch):
     monkeypatch.setattr(order, "_FEWEST_RUNS", 8)
     monkeypatch.setattr(compiled, "_PART_BYTES", 300)
+    monkeypatch.setattr(compiled, "_PART_BYTES_OF_CORES", 300)
     source, model = Rows(1003, weighted=True).source(), dpreg.LinearRegressionScratch(3, 0.1)
     start = model.init(jax.random.key(0), source.x[:1])["params"]
     sampler = Sampler(1003, 8, batch * accumulate)

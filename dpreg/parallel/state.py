@@ -121,7 +121,7 @@ def forward(
     x = batch["x"]
     rounded = x.dtype == jnp.bfloat16 and platform != "cpu"
     if platform == "gpu":
-        rounded &= any(sum(n > 1 for n in leaf.shape) > 1 for leaf in jax.tree.leaves(variables["params"]))
+        rounded &= not all_are_vectors(variables["params"])
     products = jax.default_matmul_precision(_OF_BFLOAT16 if rounded else IN_FULL)
     with nn.intercept_methods(hide_padding), products:
         prediction, updated = model.apply(
@@ -132,6 +132,11 @@ def forward(
             rngs=None if key is None else {"dropout": key},
         )
     return prediction, updated.get("batch_stats", {})
+
+
+def all_are_vectors(params: PyTree) -> bool:
+    """Whether no parameter is a matrix, so that the model's products are with vectors."""
+    return all(sum(n > 1 for n in leaf.shape) <= 1 for leaf in jax.tree.leaves(params))
 
 
 def train_argument(model: Model, train: bool) -> dict[str, bool]:

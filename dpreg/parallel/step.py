@@ -28,7 +28,7 @@ from dpreg.parallel.reduce import (
     value_and_gradient,
     value_and_gradient_together,
 )
-from dpreg.parallel.state import IN_FULL, Model, TrainState, forward, normalises_over_batch
+from dpreg.parallel.state import IN_FULL, Model, TrainState, all_are_vectors, forward, normalises_over_batch
 
 TRAINING_KEY = 1  # of the run's random key: the part for dropout, apart from that for the first parameters
 
@@ -37,9 +37,9 @@ TRAINING_KEY = 1  # of the run's random key: the part for dropout, apart from th
 # that one rewrites x / s as x * (1 / s) where s has a single user. Without merging, both are simplified alike.
 _MERGING = "cse"
 
-# On CPU a loop is one function, or each operation in it is dispatched, for 60 ns. The former is up to twice as fast,
-# but keeps to one core: where a device has several, it is for steps that take few rows through few parameters. The bits
-# of the two differ: which of them it is must not depend on the number of devices.
+# On CPU a loop is one function, or each operation in it is dispatched, for 60 ns, and shared by the cores of a device.
+# The former is up to twice as fast where they are small. The bits of the two differ: under `ordered`, which it is must
+# not depend on the number of devices, or of their cores.
 _WHOLE_LOOPS = "small-while-loop-hoisting"
 _MOST_FACTORS_OF_WHOLE_LOOPS = 9 << 9
 
@@ -52,7 +52,7 @@ _OF_GPU = {
 }
 
 # On CPU the rows of a step are taken in parts that stay in cache, so that the gradient finds there what the prediction
-# has read: in the cache of a core; or, where a device has several, in the common one, since the compiler shares out
+# has read: in the cache of a core; or, where cores share operations, in the common one, since the compiler shares out
 # large parts alone. Where rows are not to be parted, the shards of a device are taken one by one if they are large.
 _PART_BYTES, _PART_BYTES_OF_CORES, _LARGE_SHARD_BYTES = 5 << 16, 5 << 20, 5 << 18
 
@@ -320,17 +320,22 @@ def _way(
     apart = _in_any_parts(model, state)
     if mesh.devices.flat[0].platform != "cpu":
         return _Way(accumulate, apart)
-    several_cores = reduction == "pmean" and devices.have_several_cores(mesh)
-    rows = layout.shard_batch // accumulate * (layout.slots if reduction == "pmean" else 1)
+    rows = layout.shard_batch // accumulate
+    if reduction == "ordered":
+        # Shared by cores, an operation has the bits that it has on one, but for products of matrices.
+        by_cores = all_are_vectors(state.params) and rows * layout.row_bytes > _PART_BYTES
+    else:
+        rows *= layout.slots
+        by_cores = devices.have_several_cores(mesh)
     if not apart:
-        large = _PART_BYTES_OF_CORES if several_cores else _LARGE_SHARD_BYTES
+        large = _PART_BYTES_OF_CORES if by_cores else _LARGE_SHARD_BYTES
         return _Way(accumulate, apart, one_by_one_shard=not together and rows * layout.row_bytes > large)
     width = max(layout.row_bytes // 4, sum(leaf.size for leaf in jax.tree.leaves(state.params)))
-    part_bytes = _PART_BYTES_OF_CORES if several_cores else _PART_BYTES
+    part_bytes = _PART_BYTES_OF_CORES if by_cores else _PART_BYTES
     return _Way(
         accumulate * _fewest_parts(rows, part_bytes // layout.row_bytes),
         apart,
-        whole_loops=not several_cores or rows * width <= _MOST_FACTORS_OF_WHOLE_LOOPS,
+        whole_loops=not by_cores or rows * width <= _MOST_FACTORS_OF_WHOLE_LOOPS,
     )
 
 
