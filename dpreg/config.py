@@ -162,7 +162,7 @@ class Columns:
         for number in value if isinstance(value, tuple) else (value,):
             if not isinstance(number, (int, float)):
                 continue
-            if not math.isfinite(number):
+            if isinstance(number, float) and not math.isfinite(number):
                 self._refuse(name, "use a finite number")
             if least is not None and number < least:
                 self._refuse(name, f"use {least} or more")
@@ -281,7 +281,9 @@ class Config(Columns):
         decides=True,
         of=SCHEDULES,
     )
-    warmup_steps: int = _flag(0, "Steps in which the learning rate rises from 0; 0 for none.", decides=True, least=0)
+    warmup_steps: int = _flag(
+        0, "Steps in which the learning rate rises from 0; 0 for none.", decides=True, least=0, under=2**31
+    )
     l1: float = _flag(
         0.0,
         "Weight of a penalty on the loss, the sum of |w|, not of biases; with --optimizer=sgd.",

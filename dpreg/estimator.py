@@ -189,8 +189,6 @@ class Estimator(BaseEstimator):
                 "mend it, or use another loss"
             )
         used = weight > 0
-        if not used.any():
-            raise InputError("sample_weight: it is zero in every row; give one row at least a weight")
         x, y, weight = x[used], y[used], weight[used]
         exact, squared = self._is_exact(fitted), config.loss == "squared"
         if further and exact and not squared:
@@ -271,7 +269,8 @@ class Estimator(BaseEstimator):
             steady = config.lr_schedule in ("linear", "cosine")
             config = dataclasses.replace(config, max_epochs=1, lr_schedule="constant" if steady else config.lr_schedule)
         mean, scale = (part[x.shape[1] :] for part in fitted.schema.units)
-        rows = ArraySource(fitted.scaled(x), (y - mean) / scale, weight)
+        # A mean does not change with all weights, which need not be numbers of float32.
+        rows = ArraySource(fitted.scaled(x), (y - mean) / scale, weight / weight.max())
         trainer = build_trainer(config)
         # In a fixed order: contiguous shards of sorted rows would be no samples.
         trainer.prepare_data(RegressionData(Shuffled(rows), None, config.batch_size, fitted.schema))
@@ -363,9 +362,11 @@ def weights_of(sample_weight: ArrayLike | None, x: np.ndarray) -> np.ndarray:
     """The weights of rows, [n] float64; 1 where there are none.
 
     Raises:
-      InputError: for a negative one.
+      InputError: for a negative one, and where all are 0.
     """
     weight: np.ndarray = _check_sample_weight(sample_weight, x, dtype=np.float64)
     if (weight < 0).any():
         raise InputError(f"sample_weight: it is negative in row {(weight < 0).argmax() + 1:,}; use 0 or more")
+    if not weight.any():
+        raise InputError("sample_weight: it is zero in every row; give one row at least a weight")
     return weight

@@ -289,7 +289,8 @@ def _main(argv: list[str]) -> None:
         if topology:
             found = _apart(config, topology)
         else:
-            devices.start(config.platform, config.num_devices)
+            ordered = config.reduction == "ordered"
+            devices.start(config.platform, config.num_devices, threads=config.num_shards if ordered else None)
             found = plan(config)
     print(found.describe())
     if config.workdir:

@@ -127,9 +127,9 @@ class Predictor:
         """(mean loss, metrics) over the rows of all pieces, as `metrics_of`.
 
         Raises:
-          InputError: when no row has a weight.
+          InputError: when no row has a weight, and for a target that the loss is not defined for.
         """
-        found = [errors for _, errors in self._evaluated(pieces, self._errors)]
+        found = [errors for _, errors in self._evaluated(self._allowed(pieces), self._errors)]
         if not any(errors.weight.sum() > 0 for errors in found):
             raise InputError(
                 "there are no rows with a weight, and without missing values, to evaluate; name a table that has some"
@@ -140,6 +140,16 @@ class Predictor:
         """The rows of a source, in pieces."""
         for first in range(0, len(source), self.piece_rows):
             yield source[np.arange(first, min(first + self.piece_rows, len(source)))]
+
+    def _allowed(self, pieces: Iterable[Rows]) -> Iterator[Rows]:
+        """The pieces, whose targets have been looked at."""
+        loss, before = loss_of(self._model), 0
+        for piece in pieces:
+            wrong = ~loss.allowed(piece["y"]).all(axis=1) & (piece["weight"] > 0)
+            for at in np.flatnonzero(wrong)[:1]:
+                raise loss.refusal(before + int(at) + 1, piece["y"][at])
+            before += len(wrong)
+            yield piece
 
     def _evaluated(self, pieces: Iterable[Rows], of: Callable[..., Any]) -> Iterator[tuple[int, Any]]:
         """(rows, what is wanted of their predictions) of each piece."""

@@ -198,7 +198,7 @@ class DataParallelClassifier(ClassifierMixin, Estimator):
         return x, column_or_1d(labels, warn=True), weights_of(sample_weight, x)
 
     def _fit(self, x: np.ndarray, labels: np.ndarray, weight: np.ndarray, classes: np.ndarray, further: bool) -> Self:
-        if len(classes) < 2 and (weight > 0).any():
+        if len(classes) < 2:
             raise InputError(f"y: there is one class, {classes.tolist()[0]!r}; give rows of two classes or more")
         at = np.searchsorted(classes, labels)
         unknown = classes[np.minimum(at, len(classes) - 1)] != labels

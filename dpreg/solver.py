@@ -41,6 +41,7 @@ class Solver:
     def __init__(self, source: Source, mesh: Mesh, num_shards: int, heartbeat: Callable[[], None] = lambda: None):
         one = source[np.zeros(1, np.int32)]
         self._inputs, self._targets = one["x"].shape[1], one["y"].shape[1]
+        self._epsilon = float(np.spacing(np.ones((), one["x"].dtype)))
         self._source, self._heartbeat, self.passes = source, heartbeat, 0
         self._sampler = Sampler(len(source), num_shards, num_shards, shuffle=False)
         shards = np.arange(mesh.size * -(-num_shards // mesh.size)).reshape(mesh.size, -1)
@@ -149,7 +150,7 @@ class Solver:
         return self._unpacked(np.array(packed)), loss / weight if weight > 0 else np.nan, weight
 
     def _unpacked(self, packed: np.ndarray) -> Triangle:
-        return Triangle.unpacked(packed, self._inputs, self._targets)
+        return Triangle.unpacked(packed, self._inputs, self._targets, self._epsilon)
 
     def _put_together(self, one: np.ndarray, other: np.ndarray) -> np.ndarray:
         return (self._unpacked(one) + self._unpacked(other)).packed()

@@ -33,6 +33,7 @@ from dpreg.predictor import Predictor, errors_of, metrics_of
 # a shard that is taken alone takes at least as long as so many operations would.
 _OPERATIONS_OF_CALL, _OPERATIONS_OF_CALL_OF_CHIP, _LEAST_OPERATIONS_OF_SHARD = 1 << 36, 1 << 41, 1 << 26
 _FEW_ROWS = 16  # fewer make poor batch statistics
+_MOST_STEPS = 2**31 - 1  # an int32 on the devices
 
 
 @dataclasses.dataclass(frozen=True)
@@ -233,6 +234,11 @@ class Trainer:
         batch_size = data.batch_size * self.accumulate_steps
         train = Dataset(data.train).shuffle(self.seed).batch(batch_size).repeat(self.max_epochs, across=not data.val)
         self.train = self._placed(train.tag(self.audit.on))
+        if self.train.num_steps > _MOST_STEPS:
+            raise InputError(
+                f"--max_epochs={self.max_epochs}: that is {self.train.num_steps:,} steps, and they are counted up to "
+                f"{_MOST_STEPS:,}; use --max_epochs={_MOST_STEPS // self.train.sampler.steps_per_epoch} or less"
+            )
         if self.patience and not data.val:
             raise InputError(f"--patience={self.patience}: there are no rows held out to measure by; hold some out")
         self.val = self._placed(Dataset(data.val).batch(data.batch_size)) if data.val else None
@@ -304,11 +310,7 @@ class Trainer:
         loss = loss_of(model)
         for dataset in (self.train, self.val):
             if dataset is not None and loss.domain and (wrong := first_outside(dataset.source, loss.allowed)):
-                is_now = ", ".join(f"{value:g}" for value in wrong[1])
-                raise InputError(
-                    f"--loss={loss.name}: the target in row {wrong[0]:,} is {is_now} and has to be {loss.domain}; "
-                    "mend it, or use another --loss"
-                )
+                raise loss.refusal(*wrong)
 
     def initial_state(self, model: Model) -> TrainState:
         """The state before the first step, a function of model and seed."""
@@ -540,7 +542,7 @@ class Trainer:
                 rows["y"].shape[1],
                 mesh=self.mesh,
                 num_shards=self.num_shards,
-                batch_size=self.train.global_batch,
+                batch_size=self.train.global_batch // self.accumulate_steps,
                 schema=self._schema,
                 precision=self.precision,
                 reduction=self.reduction,

@@ -21,6 +21,7 @@ from dpreg.build import build_model
 from dpreg.config import Config
 from dpreg.data import order
 from dpreg.data.order import Sampler
+from dpreg.parallel import devices
 from dpreg.parallel import step as compiled
 
 DEVICES = (1, 2, 3, 4, 6, 8)  # of 8 shards; of six devices the last two have none
@@ -235,6 +236,15 @@ def test_ordered_linear_holds_on_any_number_of_threads():
         command = [sys.executable, "-c", program, *map(str, how)]
         found.add(subprocess.run(command, check=True, capture_output=True, timeout=240).stdout)
     assert len(found) == 1
+
+
+def test_what_threads_add_up_in_another_way_is_said(caplog, monkeypatch):
+    """Of several targets, unless loops are whole."""
+    data = dpreg.RegressionData(dpreg.ArraySource(np.zeros((40, 3)), np.zeros((40, 2))), None, 8)
+    for whole in (True, False):
+        monkeypatch.setattr(devices, "makes_whole_loops", lambda whole=whole: whole)
+        trained(dpreg.LinearRegressionScratch(3, 0.1, num_targets=2), data, 1, 2, reduction="ordered", num_shards=4)
+        assert ("products are shared by 8 threads" in caplog.text) != whole
 
 
 def test_ordered_holds_for_another_activation():

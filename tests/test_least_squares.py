@@ -236,6 +236,18 @@ def test_collinear_and_constant_columns_are_named_and_change_nothing():
     np.testing.assert_allclose(whole[:3] @ few.w[:, 0] + few.b[0], y[:3], rtol=1e-9)
 
 
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_a_combination_is_found_whatever_its_rows_were_rounded_to(dtype):
+    rng = np.random.default_rng(2)
+    x = rng.normal([1, 5], size=(300, 2))
+    x = np.column_stack([x, x.sum(axis=1), x[:, 0] + 1e-4 * rng.normal(size=300)])
+    x = (x - x.mean(axis=0)) / x.std(axis=0)
+    source = dpreg.ArraySource(x, rng.normal(size=(300, 1)), dtype=dtype)
+    fit = Solver(source, Mesh(np.array(jax.devices()[:1]), ("data",)), 8).least_squares()
+    assert len(fit.kept) == 3  # the last is no combination, if nearly
+    assert 3 in fit.kept
+
+
 def test_a_penalty_is_ridge_and_a_loss_is_that_of_the_rows():
     source = Rows(300, weighted=True).source()
     x, y, weight = source.x.astype(np.float64), source.y.astype(np.float64), source.weight.astype(np.float64)

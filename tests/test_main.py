@@ -88,12 +88,15 @@ def test_the_default_run_and_its_outputs(tmp_path):
 
 
 def test_the_flags_it_wrote_repeat_the_run(tmp_path):
-    first = ("--platform=cpu", "--num_devices=3", "--reduction=ordered", "--w=1,2,3", "--num_train=77", "--b=-1")
+    first = ("--platform=cpu", "--num_devices=3", "--reduction=ordered", "--w=1,2,3", "--num_train=77", "--l2=0.5")
     finished(*first, "--resume=never", f"--workdir={tmp_path / 'a'}")
     finished(f"--flagfile={tmp_path / 'a' / 'flags.cfg'}", f"--workdir={tmp_path / 'b'}")
     assert summary_of(tmp_path / "a")["params_sha256"] == summary_of(tmp_path / "b")["params_sha256"]
     assert (tmp_path / "a" / "flags.cfg").read_text() == (tmp_path / "b" / "flags.cfg").read_text()
     assert "resume" not in (tmp_path / "a" / "flags.cfg").read_text()
+    report = (tmp_path / "a" / "report.html").read_text()
+    assert "The best possible is" in report
+    assert "Optimality gap" not in report  # of the loss with its penalty, which the curves are without
 
 
 def test_ordered_runs_agree_to_the_bit_between_processes(tmp_path):

@@ -205,6 +205,20 @@ def test_nothing_to_evaluate_is_no_perfect_loss(trained, tmp_path):
             predict(config_of(trained, tmp_path / f"{name}.parquet", "evaluate"))
 
 
+def test_targets_that_a_loss_does_not_take_are_not_evaluated():
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(90, 2)), rng.integers(0, 2, size=(90, 1)).astype(float)
+    trainer = dpreg.Trainer(1, 2)
+    model = dpreg.LinearRegressionScratch(2, 0.1, objective=loss_called("logistic"))
+    trainer.fit(model, dpreg.RegressionData(dpreg.ArraySource(x, y), None, 16))
+    y[70] = 2
+    weight = np.ones(90)
+    with pytest.raises(dpreg.InputError, match="--loss=logistic: the target in row 71 is 2 and has to be 0 or 1"):
+        trainer.evaluate(dpreg.ArraySource(x, y, weight))
+    weight[70] = 0
+    assert np.isfinite(trainer.evaluate(dpreg.ArraySource(x, y, weight))[0])
+
+
 @pytest.mark.parametrize("trained", ["none"], indirect=True)
 def test_processes_with_other_models_or_nowhere_to_write_end_with_a_line(trained, tmp_path):
     write(table_of(30_000, seed=4), tmp_path / "new.parquet")

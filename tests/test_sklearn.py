@@ -335,3 +335,32 @@ def test_scikit_learn_is_optional():
         "    print(error)\n"
     )
     assert run_python(code) == "dpreg.sklearn: needs scikit-learn 1.6 or newer; pip install 'dpreg[sklearn]'\n"
+
+
+@pytest.mark.parametrize(
+    "more",
+    [np.full((ROWS, 1), 0.1), np.c_[X[:, 1] / 3 + 0.1, X[:, 1] / 7], X[:, :1] + X[:, 3:]],
+    ids=["constant", "linear", "sum"],
+)
+def test_columns_that_say_nothing_new_have_no_say_in_the_exact_solution(more):
+    """About their means nothing is left of them but rounding."""
+    y = Z + np.random.default_rng(1).normal(size=ROWS)
+    wanted = linear_model.LinearRegression().fit(X, y).predict(X)
+    fitted = DataParallelRegressor(l2=0).fit(np.c_[X, more], y)
+    np.testing.assert_allclose(fitted.predict(np.c_[X, more]), wanted, rtol=1e-8)
+    assert np.abs(fitted.coef_).max() < 100
+
+
+@pytest.mark.parametrize("weight", [1e-50, 1e39])
+def test_all_weights_times_a_number_change_nothing(weight):
+    arguments = {"loss": "huber", "max_epochs": 2}
+    coefs = [
+        DataParallelRegressor(**arguments).fit(X, Z, sample_weight=np.full(ROWS, of)).coef_ for of in (weight, 1.0)
+    ]
+    np.testing.assert_allclose(*coefs, rtol=1e-12)
+
+
+def test_no_weight_at_all_is_said_before_there_are_no_classes(monkeypatch):
+    monkeypatch.setattr("dpreg.estimator._check_sample_weight", lambda weight, *_, **__: weight)  # as of old versions
+    with pytest.raises(ValueError, match="zero in every row"):
+        DataParallelClassifier().fit(X, Z > 0, np.zeros(ROWS))

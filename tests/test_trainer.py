@@ -158,6 +158,15 @@ def test_a_predictor_predicts_what_it_did_after_further_steps():
     np.testing.assert_array_equal(predictor.predict(x), before)
 
 
+def test_a_predictor_takes_as_many_rows_at_once_as_training():
+    pieces = []
+    for accumulate in (1, 16):
+        trainer = dpreg.Trainer(1, 2, accumulate_steps=accumulate)
+        trainer.fit(dpreg.LinearRegressionScratch(3, 0.1), Rows(400).data(8))
+        pieces.append(trainer.predictor().piece_rows)
+    assert pieces[0] == pieces[1]
+
+
 class Relative(dpreg.Module):
     """A loss and a model that rows of zeros would make NaN: padding has to be real rows."""
 

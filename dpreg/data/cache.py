@@ -66,7 +66,8 @@ def new_folder(folder: pathlib.Path) -> Iterator[pathlib.Path]:
     new = pathlib.Path(tempfile.mkdtemp(prefix=f"{folder.name}.new-", dir=folder.parent))
     try:
         with (new / "lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+            with contextlib.suppress(OSError):  # of some network file systems, which lock nothing
+                fcntl.flock(lock, fcntl.LOCK_EX)
             yield new
             (new / "lock").unlink()
             if folder.exists() and not (folder / _MANIFEST).exists():

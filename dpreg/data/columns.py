@@ -258,7 +258,7 @@ def _is_text(kind: pa.DataType) -> bool:
 
 
 def _not_numeric(part: Part, name: str, column: pa.Array) -> str:
-    if pa.types.is_temporal(column.type):
+    if pa.types.is_temporal(column.type) and not pa.types.is_time(column.type):
         return f"{part.where(0)}: column {name!r} is not numeric but {column.type}; use --dates={name}, or --exclude"
     hint = "choose columns with --features or --exclude"
     if not _is_text(column.type):

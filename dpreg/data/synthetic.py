@@ -117,7 +117,11 @@ class SyntheticRegressionData(RegressionData):
     ):
         if num_train < 1 or num_val < 0 or not 0 <= seed < 2**32:
             raise InputError(f"num_train={num_train}, num_val={num_val}, seed={seed}: use at least 1, 0 and 0")
-        self.w, self.b = np.asarray(w, dtype), np.asarray(b, dtype)
+        with np.errstate(over="ignore"):
+            self.w, self.b, deviation = (np.asarray(value, dtype) for value in (w, b, noise))
+        for name, value in (("w", self.w), ("b", self.b), ("noise", deviation)):
+            if not np.isfinite(value).all():
+                raise InputError(f"{name} holds numbers that {np.dtype(dtype)} cannot; use smaller ones")
         weights = self.w.reshape(len(self.w), -1)
         bias = np.broadcast_to(self.b.ravel(), (weights.shape[1],))
         source = functools.partial(SyntheticSource, weights, bias, float(noise), seed=seed, dtype=dtype)

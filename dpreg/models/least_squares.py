@@ -25,12 +25,16 @@ class Triangle:
       r: [1 + d + t, 1 + d + t] upper triangle, float64.
       num_inputs: d.
       rows: those with a weight; weight: the sum of all weights.
+      epsilon: of the values of x, the share of one that rounding it may have changed.
+      lengths: [d] of the columns of x, before they were about another mean; None: as they are.
     """
 
     r: np.ndarray
     num_inputs: int
     rows: int
     weight: float
+    epsilon: float = _EPSILON
+    lengths: np.ndarray | None = None
 
     @classmethod
     def of(cls, x: np.ndarray, y: np.ndarray, weight: np.ndarray) -> "Triangle":
@@ -45,21 +49,27 @@ class Triangle:
         return np.array([*self.r.ravel(), self.rows, self.weight])
 
     @classmethod
-    def unpacked(cls, packed: np.ndarray, num_inputs: int, num_targets: int) -> "Triangle":
+    def unpacked(cls, packed: np.ndarray, num_inputs: int, num_targets: int, epsilon: float = _EPSILON) -> "Triangle":
         """The triangle that was packed."""
         size = 1 + num_inputs + num_targets
-        return cls(packed[:-2].reshape(size, size), num_inputs, int(packed[-2]), float(packed[-1]))
+        return cls(packed[:-2].reshape(size, size), num_inputs, int(packed[-2]), float(packed[-1]), epsilon)
 
     def __add__(self, other: "Triangle") -> "Triangle":
         """That of the rows of both."""
         r = _upper(np.concatenate([self.r, other.r]))
-        return Triangle(r, self.num_inputs, self.rows + other.rows, self.weight + other.weight)
+        epsilon = max(self.epsilon, other.epsilon)
+        return Triangle(r, self.num_inputs, self.rows + other.rows, self.weight + other.weight, epsilon)
 
     def in_units(self, mean: np.ndarray, scale: np.ndarray) -> "Triangle":
         """That of the columns of x and y times `scale` plus `mean`, both [d + t]."""
         units = np.diag(np.concatenate([[1.0], scale]))
         units[0, 1:] = mean
-        return dataclasses.replace(self, r=self.r @ units)
+        return dataclasses.replace(self, r=self.r @ units, lengths=self._lengths * np.abs(scale[: self.num_inputs]))
+
+    @property
+    def _lengths(self) -> np.ndarray:
+        columns = self.r[:, 1 : 1 + self.num_inputs]
+        return np.sqrt(np.square(columns).sum(axis=0)) if self.lengths is None else self.lengths
 
     def squares(self, w: np.ndarray, b: np.ndarray) -> np.ndarray:
         """[t]: the sums of weight (x w + b - y)^2, of w [d, t] and b [t]."""
@@ -85,10 +95,9 @@ class Triangle:
         # Below the first row everything is about the mean: the intercept is out of the way.
         rest = self.r[1:] if intercept else self.r
         x, y = rest[:, 1 : 1 + d], rest[:, 1 + d :]
-        lengths = np.sqrt(np.square(self.r[:, 1 : 1 + d]).sum(axis=0))
         spread = np.sqrt(np.square(x).sum(axis=0))
-        # What rounding a column's values leaves of it, where it has nothing of its own.
-        rounding = _EPSILON * max(len(self.r), 10) * lengths
+        # What rounding, of a column's values and in the decomposition, leaves of it where it has nothing of its own.
+        rounding = max(4 * self.epsilon, max(10, len(self.r)) * _EPSILON) * self._lengths
         kept = np.flatnonzero(spread > rounding)
         while True:
             scaled = x[:, kept] / spread[kept]

@@ -7,7 +7,7 @@ mean is the deviance that R and scikit-learn report.
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
@@ -145,6 +145,14 @@ class Loss:
         if self.num_classes and num_targets > 1:
             raise InputError(f"--loss={self.name}: it has one target of labels, and there are {num_targets}; name one")
         return self.num_classes or num_targets
+
+    def refusal(self, row: int, target: Iterable[float]) -> InputError:
+        """What to say of a target that is not allowed, in a row as the user numbers them from 1."""
+        is_now = ", ".join(f"{value:g}" for value in target)
+        return InputError(
+            f"--loss={self.name}: the target in row {row:,} is {is_now} and has to be {self.domain}; "
+            "mend it, or use another --loss"
+        )
 
 
 SQUARED = Loss("squared", squared_loss)

@@ -11,6 +11,8 @@ from jax import Array
 from dpreg.errors import InputError
 from dpreg.models.losses import loss_of, row_losses
 
+_ROUNDINGS_OF_MEAN = 8  # by which the mean of equal targets may be off, in units of their last digit
+
 
 class Errors(NamedTuple):
     """What evaluation keeps of the rows of a shard's batch, weighted: enough for all metrics, exactly.
@@ -95,10 +97,12 @@ def metrics(
     squared = every.squared_error.sum(axis=0)
     center = every.weight @ every.mean / weight
     spread = every.spread.sum(axis=0) + every.weight @ np.square(every.mean - center)
+    # What rounding may make of equal targets.
+    rounding = weight * np.square(_ROUNDINGS_OF_MEAN * np.finfo(np.asarray(blocks[0].mean).dtype).eps * center)
     found = {
         "rmse": math.sqrt((squared * np.square(scale)).mean() / weight),
         "mae": float((every.absolute_error.sum(axis=0) * scale).mean() / weight),
-        "r2": float((1 - squared / spread).mean()) if (spread > 0).all() else math.nan,
+        "r2": float((1 - squared / spread).mean()) if (spread > rounding).all() else math.nan,
         "accuracy": float(every.right.sum(axis=0).mean() / weight),
         "pinball": float((every.pinball.sum(axis=0) * scale).mean() / weight),
         "deviance": 2 * loss,

@@ -83,7 +83,7 @@ def write_report(
     where = "held out" if summary["val_loss"] is not None else "of training: none were held out"
     body = f"""<h1>{html.escape(config.dataset)}</h1>
 <p>{summary["step"]:,} steps on {html.escape(on)}, reduction {summary["reduction"]}</p>
-{_losses(summary, records)}
+{_losses(summary, records, config)}
 <div class="columns">{_courses(records)}</div>
 {"".join(_fit(name, *pair, where, config) for name, pair in list(compared.items())[:_MOST_TARGETS])}
 <div class="columns">
@@ -97,15 +97,18 @@ def write_report(
     write_whole(path, page(config.dataset, body, _STYLE))
 
 
-def _losses(summary: Mapping[str, Any], records: Records) -> str:
-    """The curves; with the least loss there is, where that is known, also how far they are above it."""
+def _losses(summary: Mapping[str, Any], records: Records, config: Config) -> str:
+    """The curves; with the least loss there is, where that is known, also how far they are above it.
+
+    Not with a penalty, which the curves are without.
+    """
     losses = {title: _curve(records, name) for name, title in _CURVES.items() if name.endswith("loss")}
     body = f"<h2>Loss</h2>{chart(losses, 'epoch', 'loss curves')}"
     optimum = summary.get("optimality", {})
     best, gap = optimum.get("best"), optimum.get("gap")
     if best is None or gap is None:
         return body
-    above = [(x, y - best) for x, y in losses[_CURVES["train_loss"]] if y > best]
+    above = [] if config.l2 else [(x, y - best) for x, y in losses[_CURVES["train_loss"]] if y > best]
     told = f"The best possible is {best:.6g}; the trained parameters are {gap:.3%} above it."
     if len(above) < 2:
         return f"{body}<p>{told}</p>"

@@ -67,20 +67,19 @@ class Slice:
         """Bytes of a chip."""
         return self.chip.memory
 
-    @property
-    def _wraps(self) -> bool:
-        """Whether the ends of axes are linked: of cubes of 4 chips a side and more, and of whole pods of two axes."""
-        return all(size % 4 == 0 for size in self.shape) if self.chip.axes == 3 else min(self.shape) == 16
+    def _wraps(self, size: int) -> bool:
+        """Whether the ends of an axis are linked: all in cubes of 4 chips a side and more, those of 16 in a plane."""
+        return all(size % 4 == 0 for size in self.shape) if self.chip.axes == 3 else size == 16
 
     @property
     def hops(self) -> int:
         """From chip to chip along the longest way that a sum takes: through each axis, or halfway round it."""
-        return sum(size // 2 if self._wraps else size - 1 for size in self.shape)
+        return sum(size // 2 if self._wraps(size) else size - 1 for size in self.shape)
 
     @property
     def links(self) -> float:
         """Bytes/s of a chip to its neighbours, one way, over the links that it has here: at an end of each axis one."""
-        used = sum(0 if size == 1 else 2 if self._wraps else 1 for size in self.shape)
+        used = sum(0 if size == 1 else 2 if self._wraps(size) else 1 for size in self.shape)
         return self.chip.links * used / (2 * self.chip.axes)
 
     def seconds(self, kind: str, size: int) -> float:

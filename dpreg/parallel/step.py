@@ -202,7 +202,8 @@ def compile_train_block(
         )
     parts, apart, one_by_one_shard, whole_loops = _way(model, state, layout, mesh, accumulate, reduction, together)
 
-    if reduction == "ordered" and platform == "cpu" and not apart and devices.threads() != layout.num_shards:
+    alone = apart and (all_are_vectors(state.params) or (whole_loops and devices.makes_whole_loops()))
+    if reduction == "ordered" and platform == "cpu" and not alone and devices.threads() != layout.num_shards:
         logging.warning(
             "ordered: products are shared by %d threads of XLA, and other numbers of them have other bits; call "
             "dpreg.start(threads=%d), as many as shards, before any use of JAX",
