@@ -96,6 +96,17 @@ def predict(config: Config) -> None:
             )
 
 
+def shards_of(config: Config) -> int:
+    """The logical shards of the model that is to predict; where there is none, which `predict` will say, of the config.
+
+    Known before JAX starts: with as many threads a model predicts what it did in training, to the last bit.
+    """
+    try:
+        return config.of_model(load_model(pathlib.Path(config.workdir or "") / "model").flags).num_shards
+    except InputError:
+        return config.num_shards
+
+
 def _compare(own: dict[str, Any]) -> None:
     """Raises InputError where another process has another model or table."""
     for process, text in enumerate(processes.exchange(json.dumps(own))):

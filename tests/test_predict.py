@@ -22,7 +22,7 @@ import dpreg
 from dpreg.config import LOSSES, Config
 from dpreg.data import standalone
 from dpreg.models.losses import loss_called
-from dpreg.predict import predict
+from dpreg.predict import predict, shards_of
 
 KINDS = np.array(["red", "green", "blue", "never seen"])
 
@@ -203,6 +203,15 @@ def test_nothing_to_evaluate_is_no_perfect_loss(trained, tmp_path):
     for name in ("gone", "weightless"):
         with pytest.raises(dpreg.InputError, match="no rows with a weight"):
             predict(config_of(trained, tmp_path / f"{name}.parquet", "evaluate"))
+
+
+@pytest.mark.parametrize("trained", ["none"], indirect=True)
+def test_a_model_predicts_with_as_many_threads_as_it_was_trained_with(trained, tmp_path):
+    shutil.copytree(trained / "w", tmp_path / "w")
+    path = tmp_path / "w" / "model" / "model.json"
+    path.write_text(path.read_text().replace('"num_shards": 8', '"num_shards": 16'))
+    asked = Config(mode="evaluate", dataset="new.csv", workdir=str(tmp_path / "w"))
+    assert (shards_of(asked), shards_of(dataclasses.replace(asked, workdir="nowhere"))) == (16, 8)
 
 
 def test_targets_that_a_loss_does_not_take_are_not_evaluated():
