@@ -1,5 +1,6 @@
 """`python -m dpreg.main --flagfile=configs/cpu.cfg` trains on all devices, or predicts: the main door."""
 
+import atexit
 import contextlib
 import functools
 import os
@@ -233,6 +234,7 @@ def _stop_signals() -> processes.Announcements:
     announcements = processes.Announcements()
     for number in (signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, lambda *_: announcements.ask("stop"))
+        atexit.register(signal.signal, number, signal.SIG_IGN)  # the interpreter takes other handlers away as it ends
     return announcements
 
 

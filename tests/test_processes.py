@@ -221,7 +221,7 @@ LONG = (
 @pytest.mark.faults
 def test_sigterm_to_one_process_saves_in_all_within_an_epoch_and_exits_75(tmp_path):
     epochs = "--max_epochs=30"
-    often = ("--checkpoint_every_seconds=0.3", "--keep=1000")
+    often = ("--checkpoint_every_seconds=0.1", "--keep=1000")
     launcher = start(2, tmp_path / "w", epochs, *often, devices=1, work=LONG)
     wait_until(lambda: complete(tmp_path / "w"), launcher)
     workers(launcher)[1].send_signal(signal.SIGTERM)
