@@ -269,8 +269,9 @@ class Estimator(BaseEstimator):
             steady = config.lr_schedule in ("linear", "cosine")
             config = dataclasses.replace(config, max_epochs=1, lr_schedule="constant" if steady else config.lr_schedule)
         mean, scale = (part[x.shape[1] :] for part in fitted.schema.units)
-        # A mean does not change with all weights, which need not be numbers of float32.
-        rows = ArraySource(fitted.scaled(x), (y - mean) / scale, weight / weight.max())
+        # The weights between 0 and 2, as float32 may not hold them; what is learned does not depend on their unit.
+        weight = weight / np.exp2(np.floor(np.log2(weight.max())))
+        rows = ArraySource(fitted.scaled(x), (y - mean) / scale, weight)
         trainer = build_trainer(config)
         # In a fixed order: contiguous shards of sorted rows would be no samples.
         trainer.prepare_data(RegressionData(Shuffled(rows), None, config.batch_size, fitted.schema))

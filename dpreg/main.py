@@ -43,7 +43,7 @@ from dpreg.observers.tensorboard import TensorBoardWriter, require_tensorboard
 from dpreg.observers.workdir import open_workdir, write_whole
 from dpreg.parallel import devices, processes
 from dpreg.parallel.deadline import Deadline
-from dpreg.predict import predict, shards_of
+from dpreg.predict import predict, threads_of
 from dpreg.solver import Solver
 from dpreg.trainer import Trainer
 
@@ -273,15 +273,14 @@ def _main(argv: list[str]) -> None:
     if not flags.FLAGS["verbosity"].present:
         logging.set_verbosity(logging.WARNING)
     config = Config.from_flags(flags.FLAGS)
-    # A model that predicts was trained in one order or not: so it is given the same threads in any case.
-    threads = config.num_shards if config.reduction == "ordered" or config.mode == "doctor" else None
+    threads = config.num_shards if config.reduction == "ordered" else None
     devices.start(
         config.platform,
         config.num_devices,
         config.coordinator_address,
         config.num_processes,
         config.process_id,
-        shards_of(config) if config.mode in ("evaluate", "predict") else threads,
+        threads_of(config) if config.mode in ("evaluate", "predict") else threads,
     )
     door = {"train": run, "doctor": examine}.get(config.mode, predict)
     if jax.process_count() == 1:

@@ -96,15 +96,16 @@ def predict(config: Config) -> None:
             )
 
 
-def shards_of(config: Config) -> int:
-    """The logical shards of the model that is to predict; where there is none, which `predict` will say, of the config.
+def threads_of(config: Config) -> int | None:
+    """As `dpreg.start` takes them: with which the model that is to predict has the bits that it had in training.
 
-    Known before JAX starts: with as many threads a model predicts what it did in training, to the last bit.
+    Where there is no model, `predict` will say so.
     """
     try:
-        return config.of_model(load_model(pathlib.Path(config.workdir or "") / "model").flags).num_shards
+        config = config.of_model(load_model(pathlib.Path(config.workdir or "") / "model").flags)
     except InputError:
-        return config.num_shards
+        return None
+    return config.num_shards if config.reduction == "ordered" else None
 
 
 def _compare(own: dict[str, Any]) -> None:

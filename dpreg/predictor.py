@@ -145,10 +145,11 @@ class Predictor:
         """The pieces, whose targets have been looked at."""
         loss, before = loss_of(self._model), 0
         for piece in pieces:
-            wrong = ~loss.allowed(piece["y"]).all(axis=1) & (piece["weight"] > 0)
-            for at in np.flatnonzero(wrong)[:1]:
-                raise loss.refusal(before + int(at) + 1, piece["y"][at])
-            before += len(wrong)
+            if loss.domain:
+                wrong = ~loss.allowed(piece["y"]).all(axis=1) & (piece["weight"] > 0)
+                for at in np.flatnonzero(wrong)[:1]:
+                    raise loss.refusal(before + int(at) + 1, piece["y"][at], "give the row no weight")
+            before += len(piece["weight"])
             yield piece
 
     def _evaluated(self, pieces: Iterable[Rows], of: Callable[..., Any]) -> Iterator[tuple[int, Any]]:

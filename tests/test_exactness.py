@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +22,6 @@ from dpreg.build import build_model
 from dpreg.config import Config
 from dpreg.data import order
 from dpreg.data.order import Sampler
-from dpreg.parallel import devices
 from dpreg.parallel import step as compiled
 
 DEVICES = (1, 2, 3, 4, 6, 8)  # of 8 shards; of six devices the last two have none
@@ -238,13 +238,28 @@ def test_ordered_linear_holds_on_any_number_of_threads():
     assert len(found) == 1
 
 
-def test_what_threads_add_up_in_another_way_is_said(caplog, monkeypatch):
-    """Of several targets, unless loops are whole."""
-    data = dpreg.RegressionData(dpreg.ArraySource(np.zeros((40, 3)), np.zeros((40, 2))), None, 8)
-    for whole in (True, False):
-        monkeypatch.setattr(devices, "makes_whole_loops", lambda whole=whole: whole)
-        trained(dpreg.LinearRegressionScratch(3, 0.1, num_targets=2), data, 1, 2, reduction="ordered", num_shards=4)
-        assert ("products are shared by 8 threads" in caplog.text) != whole
+@pytest.mark.parametrize("targets", [1, 2])
+def test_what_threads_add_up_in_another_way_is_said(caplog, targets):
+    data = dpreg.RegressionData(dpreg.ArraySource(np.zeros((40, 3)), np.zeros((40, targets))), None, 8)
+    model = dpreg.LinearRegressionScratch(3, 0.1, num_targets=targets)
+    trained(model, data, 1, 2, reduction="ordered", num_shards=4)
+    assert ("products are shared by 8 threads" in caplog.text) == (targets > 1)
+
+
+class Features(dpreg.LinearRegressionScratch):
+    """A product of matrices, if not with parameters."""
+
+    rows_apart: ClassVar[bool] = True
+
+    def __call__(self, x):
+        return super().__call__(jnp.tanh(x @ jnp.eye(self.num_inputs)))
+
+
+def test_a_product_of_matrices_without_parameters_is_none_of_vectors(caplog):
+    data, how = Rows(40).data(8), {"reduction": "ordered", "num_shards": 4}
+    for model, said in ((dpreg.LinearRegressionScratch(3, 0.1), False), (Features(3, 0.1), True)):
+        trained(model, data, 1, 2, **how)
+        assert ("products are shared by 8 threads" in caplog.text) == said
 
 
 def test_ordered_holds_for_another_activation():

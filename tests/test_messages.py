@@ -123,7 +123,7 @@ WRONG = {
         (f"--seed=1{'0' * 400}",): "use a value under 2,147,483,648",
         ("--max_epochs=100000000",): "that is 3,200,000,000 steps, and they are counted up to 2,147,483,647; use",
         ("--warmup_steps=3000000000",): "--warmup_steps=3000000000: use a value under 2,147,483,648",
-        ("--b=1e39",): "b holds numbers that float32 cannot; use smaller ones",
+        ("--b=1e39",): "b holds numbers that are not finite as float32; use smaller ones",
         ("--seed=3000000000",): "--seed=3000000000: use a value under 2,147,483,648",
         ("--num_train=3000000000",): "are too many rows; use fewer than 2,147,483,648",
         ("--w=a,b",): "--w=a,b: give numbers separated by commas",

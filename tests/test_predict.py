@@ -22,7 +22,7 @@ import dpreg
 from dpreg.config import LOSSES, Config
 from dpreg.data import standalone
 from dpreg.models.losses import loss_called
-from dpreg.predict import predict, shards_of
+from dpreg.predict import predict, threads_of
 
 KINDS = np.array(["red", "green", "blue", "never seen"])
 
@@ -208,10 +208,14 @@ def test_nothing_to_evaluate_is_no_perfect_loss(trained, tmp_path):
 @pytest.mark.parametrize("trained", ["none"], indirect=True)
 def test_a_model_predicts_with_as_many_threads_as_it_was_trained_with(trained, tmp_path):
     shutil.copytree(trained / "w", tmp_path / "w")
-    path = tmp_path / "w" / "model" / "model.json"
-    path.write_text(path.read_text().replace('"num_shards": 8', '"num_shards": 16'))
-    asked = Config(mode="evaluate", dataset="new.csv", workdir=str(tmp_path / "w"))
-    assert (shards_of(asked), shards_of(dataclasses.replace(asked, workdir="nowhere"))) == (16, 8)
+    path, asked = tmp_path / "w" / "model" / "model.json", Config(mode="evaluate", dataset="new.csv", workdir="nowhere")
+    assert threads_of(asked) is None
+    asked = dataclasses.replace(asked, workdir=str(tmp_path / "w"))
+    for reduction, threads in (("pmean", None), ("ordered", 16)):
+        flags = json.loads(path.read_text())
+        flags["flags"] |= {"num_shards": 16, "reduction": reduction}
+        path.write_text(json.dumps(flags))
+        assert threads_of(asked) == threads
 
 
 def test_targets_that_a_loss_does_not_take_are_not_evaluated():

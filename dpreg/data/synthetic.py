@@ -121,7 +121,7 @@ class SyntheticRegressionData(RegressionData):
             self.w, self.b, deviation = (np.asarray(value, dtype) for value in (w, b, noise))
         for name, value in (("w", self.w), ("b", self.b), ("noise", deviation)):
             if not np.isfinite(value).all():
-                raise InputError(f"{name} holds numbers that {np.dtype(dtype)} cannot; use smaller ones")
+                raise InputError(f"{name} holds numbers that are not finite as {np.dtype(dtype)}; use smaller ones")
         weights = self.w.reshape(len(self.w), -1)
         bias = np.broadcast_to(self.b.ravel(), (weights.shape[1],))
         source = functools.partial(SyntheticSource, weights, bias, float(noise), seed=seed, dtype=dtype)

@@ -97,7 +97,7 @@ class Triangle:
         x, y = rest[:, 1 : 1 + d], rest[:, 1 + d :]
         spread = np.sqrt(np.square(x).sum(axis=0))
         # What rounding, of a column's values and in the decomposition, leaves of it where it has nothing of its own.
-        rounding = max(4 * self.epsilon, max(10, len(self.r)) * _EPSILON) * self._lengths
+        rounding = max(2 * self.epsilon, max(10, len(self.r)) * _EPSILON) * self._lengths
         kept = np.flatnonzero(spread > rounding)
         while True:
             scaled = x[:, kept] / spread[kept]

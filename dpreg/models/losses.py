@@ -146,12 +146,12 @@ class Loss:
             raise InputError(f"--loss={self.name}: it has one target of labels, and there are {num_targets}; name one")
         return self.num_classes or num_targets
 
-    def refusal(self, row: int, target: Iterable[float]) -> InputError:
+    def refusal(self, row: int, target: Iterable[float], remedy: str = "use another --loss") -> InputError:
         """What to say of a target that is not allowed, in a row as the user numbers them from 1."""
         is_now = ", ".join(f"{value:g}" for value in target)
         return InputError(
             f"--loss={self.name}: the target in row {row:,} is {is_now} and has to be {self.domain}; "
-            "mend it, or use another --loss"
+            f"mend it, or {remedy}"
         )
 
 

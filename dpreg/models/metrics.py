@@ -11,7 +11,7 @@ from jax import Array
 from dpreg.errors import InputError
 from dpreg.models.losses import loss_of, row_losses
 
-_ROUNDINGS_OF_MEAN = 8  # by which the mean of equal targets may be off, in units of their last digit
+_ROUNDINGS_OF_MEAN = 4  # by which the mean of equal targets may be off, in units of their last digit
 
 
 class Errors(NamedTuple):

@@ -135,7 +135,7 @@ def forward(
 
 
 def all_are_vectors(params: PyTree) -> bool:
-    """Whether no parameter is a matrix, so that the model's products are with vectors."""
+    """Whether no parameter is a matrix."""
     return all(sum(n > 1 for n in leaf.shape) <= 1 for leaf in jax.tree.leaves(params))
 
 

@@ -14,7 +14,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from dpreg.data.dataset import Dataset, Read
 from dpreg.errors import InputError
+from dpreg.models.linear import LinearRegressionScratch
 from dpreg.models.losses import row_losses
+from dpreg.models.mlp import LinearRegression
 from dpreg.parallel import devices
 from dpreg.parallel.reduce import (
     AXIS,
@@ -202,8 +204,8 @@ def compile_train_block(
         )
     parts, apart, one_by_one_shard, whole_loops = _way(model, state, layout, mesh, accumulate, reduction, together)
 
-    alone = apart and (all_are_vectors(state.params) or (whole_loops and devices.makes_whole_loops()))
-    if reduction == "ordered" and platform == "cpu" and not alone and devices.threads() != layout.num_shards:
+    shared = not _multiplies_vectors_alone(model, state)  # also in evaluation, where loops are never whole
+    if reduction == "ordered" and platform == "cpu" and shared and devices.threads() != layout.num_shards:
         logging.warning(
             "ordered: products are shared by %d threads of XLA, and other numbers of them have other bits; call "
             "dpreg.start(threads=%d), as many as shards, before any use of JAX",
@@ -324,7 +326,7 @@ def _way(
     rows = layout.shard_batch // accumulate
     if reduction == "ordered":
         # Shared by cores, an operation has the bits that it has on one, but for products of matrices.
-        by_cores = all_are_vectors(state.params) and rows * layout.row_bytes > _PART_BYTES
+        by_cores = _multiplies_vectors_alone(model, state) and rows * layout.row_bytes > _PART_BYTES
     else:
         rows *= layout.slots
         by_cores = devices.have_several_cores(mesh)
@@ -346,6 +348,12 @@ def _in_any_parts(model: Model, state: TrainState) -> bool:
     rows_apart = says is not None and vars(says)["rows_apart"] and type(model).__call__ is says.__call__
     gradient_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state.params))
     return rows_apart and gradient_bytes * 4 <= _PART_BYTES
+
+
+def _multiplies_vectors_alone(model: Model, state: TrainState) -> bool:
+    """Whether all products of a model are known to be of its rows, or their errors, with vectors."""
+    linear = type(model).__call__ in (LinearRegressionScratch.__call__, LinearRegression.__call__)
+    return linear and all_are_vectors(state.params)
 
 
 def _fewest_parts(rows: int, most: int) -> int:
