@@ -563,6 +563,11 @@ class Config(Columns):
                 self._refuse(name, f"the model was trained with {_text(trained[name])}; leave it out")
         return dataclasses.replace(self, **trained | {"validation_dataset": None})
 
+    @property
+    def threads(self) -> int | None:
+        """That XLA is to compute with on CPU, as `dpreg.start` takes them: "ordered" needs as many as shards."""
+        return self.num_shards if self.reduction == "ordered" else None
+
     def shared(self) -> dict[str, Any]:
         """What all processes of a run have to agree on."""
         return {f.name: getattr(self, f.name) for f in _flag_fields() if not f.metadata["who"]}

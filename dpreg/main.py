@@ -273,14 +273,13 @@ def _main(argv: list[str]) -> None:
     if not flags.FLAGS["verbosity"].present:
         logging.set_verbosity(logging.WARNING)
     config = Config.from_flags(flags.FLAGS)
-    threads = config.num_shards if config.reduction == "ordered" else None
     devices.start(
         config.platform,
         config.num_devices,
         config.coordinator_address,
         config.num_processes,
         config.process_id,
-        threads_of(config) if config.mode in ("evaluate", "predict") else threads,
+        threads_of(config) if config.mode in ("evaluate", "predict") else config.threads,
     )
     door = {"train": run, "doctor": examine}.get(config.mode, predict)
     if jax.process_count() == 1:

@@ -289,8 +289,7 @@ def _main(argv: list[str]) -> None:
         if topology:
             found = _apart(config, topology)
         else:
-            ordered = config.reduction == "ordered"
-            devices.start(config.platform, config.num_devices, threads=config.num_shards if ordered else None)
+            devices.start(config.platform, config.num_devices, threads=config.threads)
             found = plan(config)
     print(found.describe())
     if config.workdir:

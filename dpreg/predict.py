@@ -97,15 +97,11 @@ def predict(config: Config) -> None:
 
 
 def threads_of(config: Config) -> int | None:
-    """As `dpreg.start` takes them: with which the model that is to predict has the bits that it had in training.
-
-    Where there is no model, `predict` will say so.
-    """
+    """Those that the model to predict with was trained with; where there is no model, `predict` will say so."""
     try:
-        config = config.of_model(load_model(pathlib.Path(config.workdir or "") / "model").flags)
+        return config.of_model(load_model(pathlib.Path(config.workdir or "") / "model").flags).threads
     except InputError:
         return None
-    return config.num_shards if config.reduction == "ordered" else None
 
 
 def _compare(own: dict[str, Any]) -> None:

@@ -88,8 +88,8 @@ def test_the_default_run_and_its_outputs(tmp_path):
 
 
 def test_the_flags_it_wrote_repeat_the_run(tmp_path):
-    first = ("--platform=cpu", "--num_devices=3", "--reduction=ordered", "--w=1,2,3", "--num_train=77", "--l2=0.5")
-    finished(*first, "--resume=never", f"--workdir={tmp_path / 'a'}")
+    first = ("--platform=cpu", "--num_devices=3", "--reduction=ordered", "--w=1,2,3", "--num_train=77", "--b=-1")
+    finished(*first, "--l2=0.5", "--resume=never", f"--workdir={tmp_path / 'a'}")
     finished(f"--flagfile={tmp_path / 'a' / 'flags.cfg'}", f"--workdir={tmp_path / 'b'}")
     assert summary_of(tmp_path / "a")["params_sha256"] == summary_of(tmp_path / "b")["params_sha256"]
     assert (tmp_path / "a" / "flags.cfg").read_text() == (tmp_path / "b" / "flags.cfg").read_text()
