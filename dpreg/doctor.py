@@ -26,6 +26,7 @@ from dpreg.parallel import devices, processes
 from dpreg.parallel.deadline import Deadline
 from dpreg.parallel.reduce import AXIS
 from dpreg.parallel.roll_call import is_loopback, split_address
+from dpreg.terminal import show
 
 _MAX_SKEW_SECONDS = 5.0
 _REDUCED_BYTES = 1 << 20
@@ -48,7 +49,7 @@ def examine(config: Config) -> None:
             found, well = str(error), False
             wrong.append(name)
         if jax.process_index() == 0:
-            print(f"{'ok' if well else 'WRONG':<6}{name:<12}{found}", flush=True)
+            show(f"{'ok' if well else 'WRONG':<6}{name:<12}{found}")
     if wrong:
         raise InputError(f"--mode=doctor: something is wrong with {', '.join(wrong)}; mend that first")
 

@@ -17,6 +17,7 @@ from absl import app, flags
 from dpreg.completion import SHELLS, Flag, script
 from dpreg.config import A_FILE, COMMON, Config, define_flags
 from dpreg.errors import AuditFailed, Diverged, InputError, Preempted, ProcessLost
+from dpreg.terminal import printable
 
 _PRESET, _SHELL = "config_preset", "shell_completion"
 
@@ -27,6 +28,7 @@ def enter(main: Callable[[list[str]], None], of_runs: bool = False, installed: b
     Args:
       installed: whether it is the command `dpreg`, for which shells may complete flags.
     """
+    sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # as stderr: not all locales have all
     own = [flag.name for flag in flags.FLAGS.get_key_flags_for_module(sys.argv[0])]
     about = sys.modules[main.__module__].__doc__
     main = functools.partial(_in_a_line, main)
@@ -58,7 +60,7 @@ def _in_a_line(main: Callable[[list[str]], None], argv: list[str]) -> None:
 
 def _leave(error: Exception, code: int) -> NoReturn:
     """Ends with one line on stderr."""
-    print("dpreg:", " ".join(str(error).split()), file=sys.stderr, flush=True)
+    print("dpreg:", printable(str(error).strip()), file=sys.stderr, flush=True)
     sys.exit(code)
 
 

@@ -3,9 +3,11 @@
 import contextlib
 from collections.abc import Iterator
 
+from dpreg.terminal import printable
+
 
 class InputError(ValueError):
-    """The caller asked for something that cannot be done. The message is one line: what, where, what to do.
+    """The caller asked for something that cannot be done. The message is one printable line: what, where, what to do.
 
     Attributes:
       exit_code: of a process that ends by it.
@@ -17,6 +19,9 @@ class InputError(ValueError):
     """
 
     exit_code = 2
+
+    def __init__(self, message: str = ""):
+        super().__init__(printable(message))
 
 
 @contextlib.contextmanager

@@ -27,7 +27,7 @@ from dpreg.models.glm import FAMILIES
 from dpreg.models.least_squares import Fit
 from dpreg.observers.checkpoint import Checkpoints
 from dpreg.observers.export import save_model
-from dpreg.observers.metrics import MetricsWriter, note_start, read_records, to_json
+from dpreg.observers.metrics import MetricsWriter, is_start, note_start, read_records, to_json
 from dpreg.observers.profile import Profiler
 from dpreg.observers.progress import ProgressDisplay
 from dpreg.observers.report import COMPARED_ROWS, write_report
@@ -45,6 +45,7 @@ from dpreg.parallel import devices, processes
 from dpreg.parallel.deadline import Deadline
 from dpreg.predict import predict, threads_of
 from dpreg.solver import Solver
+from dpreg.terminal import printable, show
 from dpreg.trainer import Trainer
 
 _MOST_INPUTS_OF_OPTIMUM = 2048  # the pass takes their square for each row, and their third power at its end
@@ -112,21 +113,21 @@ def _run_in(workdir: pathlib.Path, config: Config, announcements: processes.Anno
         if config.solver != "sgd":
             told, of = in_units_of(data, fit), target_names(data, as_fitted=True)
             for t, name in enumerate(of):
-                print(*([f"\n{name}:"] if len(of) > 1 or name.startswith("log(") else []), sep="\n")
-                print(told.describe(feature_names(data), t))
+                show("", *([f"{name}:"] if len(of) > 1 or name.startswith("log(") else []))
+                show(*told.describe([*map(printable, feature_names(data))], t).split("\n"))
     write_whole(workdir / "summary.json", to_json(summary, indent=2) + "\n")
     write_report(
         workdir / "report.html",
         config,
         summary,
-        records=read_records(workdir / "metrics.jsonl"),
-        starts=read_records(workdir / "starts.jsonl"),
+        records=read_records(workdir / "metrics.jsonl").whole,
+        starts=read_records(workdir / "starts.jsonl", is_start).whole,
         devices=describe_devices(trainer),
         compared=compared,
     )
     for name, error in summary.get("parameter_error", {}).items():
         print(f"error in estimating {name}: {np.array(error)}")
-    print(f"outputs in {workdir}: summary.json, metrics.jsonl, report.html, flags.cfg, model, checkpoints")
+    show(f"outputs in {workdir}: summary.json, metrics.jsonl, report.html, flags.cfg, model, checkpoints")
 
 
 def _trained(

@@ -42,6 +42,7 @@ from dpreg.parallel.program import Collective, Memory, collectives, memory
 from dpreg.parallel.reduce import AXIS
 from dpreg.parallel.state import Model, TrainState, initial_state
 from dpreg.parallel.step import operations_of_step
+from dpreg.terminal import show
 from dpreg.trainer import Trainer
 
 # No device is looked for, and others may compile at the same time.
@@ -291,7 +292,7 @@ def _main(argv: list[str]) -> None:
         else:
             devices.start(config.platform, config.num_devices, threads=config.threads)
             found = plan(config)
-    print(found.describe())
+    show(*found.describe().split("\n"))
     if config.workdir:
         exchanged = [
             dataclasses.asdict(one) | {"each_step": one.each_step, "wire_bytes": one.wire_bytes}
@@ -299,7 +300,7 @@ def _main(argv: list[str]) -> None:
         ]
         told = dataclasses.asdict(found) | {"collectives": exchanged, "fits": found.fits}
         (folder / "plan.json").write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
-        print(f"also in {folder / 'plan.json'}")
+        show(f"also in {folder / 'plan.json'}")
     if found.fits is False:
         sys.exit(InputError.exit_code)
 

@@ -32,6 +32,7 @@ from dpreg.observers.progress import ProgressDisplay
 from dpreg.parallel import devices, processes
 from dpreg.parallel.deadline import Deadline
 from dpreg.predictor import Predictor
+from dpreg.terminal import show
 
 
 def predict(config: Config) -> None:
@@ -89,7 +90,7 @@ def predict(config: Config) -> None:
             if first:
                 missing = read.rows - read.used
                 without = f"; {missing:,} have none, since values are missing" if missing else ""
-                print(f"predictions of {read.rows:,} rows in {path}{without}")
+                show(f"predictions of {read.rows:,} rows in {path}{without}")
         for name, rows in read.others.items():
             progress.say(
                 f"column {name!r}: {rows:,} of {read.rows:,} rows have a category that the model does not tell apart"

@@ -3,19 +3,19 @@
 With --output=FILE.html also on a page, with their curves one over the other; with FILE.svg, the curves alone.
 """
 
-import json
 import pathlib
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from absl import flags
+from absl import flags, logging
 from rich.console import Console
 from rich.table import Table
 
 from dpreg.door import enter
 from dpreg.errors import InputError
-from dpreg.observers.metrics import read_records
+from dpreg.observers.metrics import Record, from_json, is_number, read_records
 from dpreg.observers.report import shown, write_comparison
+from dpreg.terminal import printable, show
 
 _REACHED, _COST = ("epoch", "train_loss", "val_loss"), ("rows_per_second", "device_count", "process_count")
 _DIGITS = 12  # of a digest: enough to tell runs apart
@@ -25,29 +25,58 @@ class Run(NamedTuple):
     """A finished run, as its workdir tells it."""
 
     summary: Mapping[str, Any]
-    records: list[dict[str, Any]]
+    records: list[Record]
     flags: Mapping[str, str]
 
 
 def read_run(workdir: pathlib.Path) -> Run:
-    """What a run has left in its workdir.
+    """What a run has left in its workdir. Damaged lines of its metrics.jsonl are left out, and a warning says so.
 
     Raises:
       InputError: when there is no finished run.
     """
-    file = workdir / "summary.json"
     try:
-        summary = json.loads(file.read_text(encoding="utf-8"))
-        if missing := {*_REACHED, *_COST, "metrics", "params_sha256"} - {*summary}:
-            raise ValueError(f"it has no {min(missing)!r}")
-        lines = (workdir / "flags.cfg").read_text(encoding="utf-8").splitlines()
-        given = dict(line[2:].split("=", 1) for line in lines if line.startswith("--"))
-        records = read_records(file := workdir / "metrics.jsonl")
+        summary = _read_summary(workdir / "summary.json")
+        flags = _read_flags(workdir / "flags.cfg")
     except (FileNotFoundError, NotADirectoryError) as error:
         raise InputError(f"{workdir}: holds no finished run; name the --workdir of one") from error
+    records, damaged = read_records(workdir / "metrics.jsonl")
+    if damaged:
+        lines = "1 damaged line is" if damaged == 1 else f"{damaged:,} damaged lines are"
+        logging.warning("%s: %s left out", printable(str(workdir / "metrics.jsonl")), lines)
+    return Run(summary, records, flags)
+
+
+def _read_summary(file: pathlib.Path) -> dict[str, Any]:
+    try:
+        summary = from_json(_text_of(file))
+        if not isinstance(summary, dict):
+            raise ValueError("it is no object")
+        if missing := {*_REACHED, *_COST, "metrics", "params_sha256"} - {*summary}:
+            raise ValueError(f"it has no {min(missing)!r}")
+        if not isinstance(summary["metrics"], dict) or not isinstance(summary["params_sha256"], str):
+            raise ValueError("its metrics or its digest are of another type")
+        for name, value in {**{name: summary[name] for name in (*_REACHED, *_COST)}, **summary["metrics"]}.items():
+            if value is not None and not is_number(value):
+                raise ValueError(f"{name!r} is not a number")
     except ValueError as error:
         raise InputError(f"{file}: is none of dpreg ({error}); name the --workdir of a finished run") from error
-    return Run(summary, records, given)
+    return summary
+
+
+def _read_flags(file: pathlib.Path) -> dict[str, str]:
+    try:
+        lines = _text_of(file).splitlines()
+    except ValueError as error:
+        raise InputError(f"{file}: is no text ({error}); name the --workdir of a finished run") from error
+    pairs = (line[2:].partition("=") for line in lines if line.startswith("--"))
+    return {name: value for name, _, value in pairs}
+
+
+def _text_of(file: pathlib.Path) -> str:
+    if file.exists() and not file.is_file():  # to read a pipe would wait for its writer
+        raise ValueError("it is not a file")
+    return file.read_text(encoding="utf-8")
 
 
 def compare(runs: Mapping[str, Run]) -> dict[str, list[Any]]:
@@ -74,15 +103,15 @@ def _main(argv: list[str]) -> None:
     if output and not all(run.records for run in runs.values()):
         raise InputError(f"--output={output}: a run has no curve, for its metrics.jsonl is empty; leave it out")
     rows = compare(runs)
-    table = Table("", *runs, box=None)
+    table = Table("", *map(printable, runs), box=None)
     for name, values in rows.items():
-        table.add_row(name, *map(shown, values))
+        table.add_row(printable(name), *(printable(shown(value)) for value in values))
     Console(markup=False, highlight=False).print(table)
     if len(runs) > 1:
         print("parameters: the same bits" if len(set(rows["params_sha256"])) == 1 else "parameters: other bits")
     if output:
         write_comparison(pathlib.Path(output), {name: run.records for name, run in runs.items()}, rows)
-        print(f"also in {output}")
+        show(f"also in {output}")
 
 
 def main() -> None:

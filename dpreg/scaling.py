@@ -42,6 +42,7 @@ from dpreg.observers.progress import ProgressDisplay
 from dpreg.observers.workdir import made
 from dpreg.parallel import devices, processes
 from dpreg.parallel.reduce import mean_over_devices
+from dpreg.terminal import show
 
 KINDS = ("strong", "weak")  # the same batch for all devices, or for each
 _SIZES = (24, 4096, 65_536, 1 << 20, 4 << 20)  # bytes exchanged
@@ -342,7 +343,7 @@ def _main(argv: list[str]) -> None:
         folder = stack.enter_context(made(pathlib.Path(config.workdir or ".")))
         progress = stack.enter_context(ProgressDisplay(Console(stderr=True)))
         runs, exchanges, further, on_cores = measure(config, progress.doing)
-    print(describe(runs, exchanges, further, on_cores))
+    show(*describe(runs, exchanges, further, on_cores).split("\n"))
     if config.workdir:
         found = {
             "runs": [dataclasses.asdict(run) for run in runs],
@@ -359,7 +360,7 @@ def _main(argv: list[str]) -> None:
             share = {"expected efficiency, same batch": sorted(further["efficiency"].items())}
             body += f"<h2>On more devices</h2>{chart(share, 'devices', 'efficiency', doubling=True)}"
         (folder / "scaling.html").write_text(page("scaling", body), encoding="utf-8")
-        print(f"also in {folder}: scaling.json, scaling.html")
+        show(f"also in {folder}: scaling.json, scaling.html")
 
 
 def main() -> None:

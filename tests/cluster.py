@@ -49,7 +49,9 @@ def alone(workdir, *flags, devices=8, work=WORK):
 
 def outcome(workdir):
     """All of a run that may not depend on who ran it."""
-    curve = [{k: v for k, v in r.items() if k != "rows_per_second"} for r in read_records(workdir / "metrics.jsonl")]
+    curve = [
+        {k: v for k, v in r.items() if k != "rows_per_second"} for r in read_records(workdir / "metrics.jsonl").whole
+    ]
     summary = json.loads((workdir / "summary.json").read_text())
     return summary["params_sha256"], curve, summary["train_loss"], summary["val_loss"]
 
@@ -86,7 +88,7 @@ def free_address():
 
 def stepping(workdir):
     """Whether steps have been told of."""
-    return bool(read_records(workdir / "metrics.jsonl"))
+    return bool(read_records(workdir / "metrics.jsonl").whole)
 
 
 def together(*starts, timeout=100):

@@ -21,7 +21,7 @@ from models import Net, Rows
 import dpreg
 from dpreg.errors import Preempted
 from dpreg.observers.checkpoint import Checkpoints
-from dpreg.observers.metrics import MetricsWriter, read_records
+from dpreg.observers.metrics import MetricsWriter, is_start, note_start, read_records
 from dpreg.parallel.processes import Announcements
 
 IDENTITY = {"lr": 0.05}
@@ -61,7 +61,9 @@ def leaves_of(trainer):
 
 
 def outcome(folder, trainer):
-    curve = [{k: v for k, v in r.items() if k != "rows_per_second"} for r in read_records(folder / "metrics.jsonl")]
+    curve = [
+        {k: v for k, v in r.items() if k != "rows_per_second"} for r in read_records(folder / "metrics.jsonl").whole
+    ]
     return leaves_of(trainer), curve, trainer.train_loss, trainer.val_loss
 
 
@@ -200,6 +202,53 @@ def test_the_curve_outlives_a_process_that_dies_at_once_after_a_resume(tmp_path)
     writer.__exit__()
 
 
+LINES = [f'{{"step": {step}, "epoch": {step / 10}, "train_loss": 0.5}}'.encode() for step in (1, 2, 3)]
+DAMAGES = {
+    "NULs after a power cut": b"\n".join([*LINES, b"\0" * 4096]),
+    "a cut line": b"\n".join([*LINES, LINES[0][:9]]) + b"\n",
+    "a cut line at the end": b"\n".join([*LINES, LINES[0][:9]]),
+    "an empty object": b"{}\n" + b"\n".join(LINES) + b"\n",
+    "another kind of value": b"\n".join([LINES[0], b"[7]", *LINES[1:], b"7"]) + b"\n",
+    "other types": b'{"step": "1", "epoch": 0.1, "train_loss": 0.5}\n' + b"\n".join(LINES) + b"\n",
+    "no UTF-8": b"\n".join([*LINES, b'{"step": 4, "\xff": 0}']) + b"\n",
+    "no number of float64": b"\n".join([*LINES, b'{"step": 4, "epoch": 1e999, "train_loss": NaN}']) + b"\n",
+    "lists in lists": b"[" * 10**5 + b"\n" + b"\n".join(LINES) + b"\n",
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_curve_is_set_aside_and_the_run_goes_on_with_its_whole_lines(damage, tmp_path, caplog):
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(DAMAGES[damage])
+    MetricsWriter(path, 2).__exit__()
+    assert path.read_bytes() == b"\n".join(LINES[:2]) + b"\n"
+    (aside,) = tmp_path.glob("metrics.jsonl.damaged-*")
+    assert aside.read_bytes() == DAMAGES[damage]
+    (line,) = caplog.messages
+    assert f"damaged, and 3 are whole; the run goes on with those, and the file is set aside as {aside.name}" in line
+    MetricsWriter(path, 2).__exit__()
+    assert len(caplog.messages) == 1
+
+
+def test_what_is_no_file_in_the_place_of_a_curve_is_set_aside(tmp_path, caplog):
+    (tmp_path / "metrics.jsonl").mkdir()
+    os.mkfifo(tmp_path / "starts.jsonl")
+    MetricsWriter(tmp_path / "metrics.jsonl").__exit__()
+    note_start(tmp_path / "starts.jsonl", 7, 8, 1)
+    (start,) = read_records(tmp_path / "starts.jsonl", is_start).whole
+    assert (start["step"], (tmp_path / "metrics.jsonl").read_text(), len(caplog.messages)) == (7, "", 2)
+
+
+def test_a_run_whose_curve_is_lost_goes_on_to_the_same_bits(tmp_path, whole):
+    train(tmp_path, 7)
+    curve = (tmp_path / "metrics.jsonl").read_bytes()
+    (tmp_path / "metrics.jsonl").write_bytes(curve[:-20] + bytes(20))
+    trainer, began_at = train(tmp_path)
+    bits, lines, *losses = outcome(tmp_path, trainer)
+    assert (began_at, bits, *losses) == (7, whole[0], *whole[2:])
+    assert lines == [line for line in whole[1] if line["step"] != 6]  # the last before the signal
+
+
 def test_a_file_system_in_trouble_is_no_damaged_checkpoint(tmp_path, monkeypatch):
     train(tmp_path, 4)
     with Checkpoints(tmp_path / "checkpoints", IDENTITY) as checkpoints:
@@ -218,7 +267,9 @@ def test_a_file_system_in_trouble_is_no_damaged_checkpoint(tmp_path, monkeypatch
 def test_an_epoch_that_was_not_audited_from_its_start_is_not_audited(tmp_path):
     train(tmp_path, 4, audit=False)
     train(tmp_path)
-    audits = [record.get("audit") for record in read_records(tmp_path / "metrics.jsonl") if record["step"] % 10 == 0]
+    audits = [
+        record.get("audit") for record in read_records(tmp_path / "metrics.jsonl").whole if record["step"] % 10 == 0
+    ]
     assert audits[0] is None
     assert audits[1] == audits[2]
     assert audits[1]["rows"] == 153
@@ -267,7 +318,7 @@ def test_a_killed_process_loses_nothing_but_time(tmp_path, how):
     assert run(tmp_path / "whole", epochs, "--num_devices=1").returncode == 0
     summaries = [json.loads((tmp_path / name / "summary.json").read_text()) for name in ("w", "whole")]
     assert summaries[0]["params_sha256"] == summaries[1]["params_sha256"]
-    curves = [read_records(tmp_path / name / "metrics.jsonl") for name in ("w", "whole")]
+    curves = [read_records(tmp_path / name / "metrics.jsonl").whole for name in ("w", "whole")]
     assert len(curves[0]) == len(curves[1])
     for resumed, expected in zip(*curves, strict=True):
         assert resumed | {"rows_per_second": 0} == expected | {"rows_per_second": 0}

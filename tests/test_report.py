@@ -11,7 +11,7 @@ import pytest
 from cluster import ROOT
 
 from dpreg.observers import chart
-from dpreg.observers.metrics import note_start, read_records
+from dpreg.observers.metrics import is_start, note_start, read_records
 
 NAMES = ("one", "two", "other")
 
@@ -59,7 +59,10 @@ def test_a_start_that_a_crash_cut_off_takes_no_other_with_it(tmp_path):
     with history.open("a") as file:
         file.write('{"time": "2026-')
     note_start(history, 32, 4, 2)
-    assert [(start["step"], start["device_count"]) for start in read_records(history)] == [(0, 8), (32, 4)]
+    assert [(start["step"], start["device_count"]) for start in read_records(history, is_start).whole] == [
+        (0, 8),
+        (32, 4),
+    ]
 
 
 def test_what_is_no_run_is_one_line(runs, tmp_path):

@@ -6,10 +6,13 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
+from dpreg.terminal import printable
+
 _LEFT, _BOTTOM, _MARGIN = 84, 48, 16
 _WIDE, _SMALL = (720, 320), (440, 280)
 _FEW_POINTS = 40  # as many get dots
 _COLOURS = 6
+_LARGEST = 1e300  # drawn: differences and powers of ten around larger values are not finite
 
 Points = Sequence[tuple[float, float]]
 
@@ -36,12 +39,17 @@ svg text { fill: var(--faint); } svg .key { font-weight: 600; } .grid { stroke: 
 """
 
 
+def escape(text: str) -> str:
+    """The text for HTML and SVG, `printable`: XML has no control characters, and UTF-8 no unpaired surrogates."""
+    return html.escape(printable(text))
+
+
 def page(title: str, body: str, style: str = "") -> str:
     """A whole page; the title is escaped, the body is HTML."""
     return (
         f'<!doctype html>\n<html lang="en">\n<meta charset="utf-8">\n'
         f'<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>dpreg: {html.escape(title)}</title>\n<style>{STYLE}{style}</style>\n{body}\n</html>\n"
+        f"<title>dpreg: {escape(title)}</title>\n<style>{STYLE}{style}</style>\n{body}\n</html>\n"
     )
 
 
@@ -109,11 +117,11 @@ class _Frame:
             x = self.right(value)
             self.parts.append(f'<text x="{x:.1f}" y="{self.height - 26}" text-anchor="middle">{_short(value)}</text>')
         middle = (_LEFT + self.width) / 2
-        self.parts.append(f'<text x="{middle}" y="{self.height - 4}" text-anchor="middle">{html.escape(below)}</text>')
+        self.parts.append(f'<text x="{middle}" y="{self.height - 4}" text-anchor="middle">{escape(below)}</text>')
         if beside:
             at = f'x="12" y="{self.height / 2 - _MARGIN}"'
             turned = f'transform="rotate(-90 12 {self.height / 2 - _MARGIN})"'
-            self.parts.append(f'<text {at} {turned} text-anchor="middle">{html.escape(beside)}</text>')
+            self.parts.append(f'<text {at} {turned} text-anchor="middle">{escape(beside)}</text>')
 
     def right(self, value: float) -> float:
         return _LEFT + (self.width - _LEFT - _MARGIN) * self._across.share(value)
@@ -148,7 +156,7 @@ def picture(series: Mapping[str, Points], across: str, label: str) -> str:
     """A `chart` of lines that may lie on each other, as an SVG file of its own."""
     _, drawing = chart(series, across, label, covering=True).split("<svg", 1)
     names = "".join(
-        f'<tspan style="fill: var(--line{number % _COLOURS})" dx="12">{html.escape(name)}</tspan>'
+        f'<tspan style="fill: var(--line{number % _COLOURS})" dx="12">{escape(name)}</tspan>'
         for number, name in enumerate(series)
     )
     key = f'<text class="key" x="{_WIDE[0] - _MARGIN}" y="{2 * _MARGIN}" text-anchor="end">{names}</text></svg>'
@@ -168,14 +176,17 @@ def chart(
     """Lines over an axis; the other axis is logarithmic where values are above 0 and some ten times as large as others.
 
     Args:
-      series: points (x, y) by the name of their line; those that are not finite are left out.
+      series: points (x, y) by the name of their line; those that are not finite, or 1e300 and more, are left out.
       across: the name of the x axis; label: what the chart shows, for those who cannot see it.
       doubling: whether x doubles from point to point: the axis is logarithmic then, and begins at the least.
       covering: whether lines may lie on each other: each is broader than the next, and seen beside it.
       small: whether it is one of several beside each other.
       even: whether the other axis is not logarithmic in any case.
     """
-    finite = {name: [point for point in points if math.isfinite(point[1])] for name, points in series.items()}
+    finite = {
+        name: [(x, _drawable(y)) for x, y in points if abs(y) < _LARGEST and abs(x) < _LARGEST]
+        for name, points in series.items()
+    }
     values = [y for points in finite.values() for _, y in points]
     if not values:
         return "<p>Nothing to show.</p>"
@@ -192,7 +203,7 @@ def chart(
         if len(points) <= _FEW_POINTS and not covering:
             frame.dots(points, number % _COLOURS)
     legend = "".join(
-        f'<span><i style="background: var(--line{number % _COLOURS})"></i>{html.escape(name)}</span>'
+        f'<span><i style="background: var(--line{number % _COLOURS})"></i>{escape(name)}</span>'
         for number, (name, points) in enumerate(finite.items())
         if points
     )
@@ -201,16 +212,21 @@ def chart(
     return legend + frame.svg(f"{label}, ending at {ends}")
 
 
+def _drawable(value: float) -> float:
+    """0 for what is so small that a power of ten near it is not a float."""
+    return value if abs(value) > 1 / _LARGEST else 0.0
+
+
 def scatter(points: Points, across: str, up: str, label: str, ideal: str, joined: bool = False) -> str:
     """Dots, and a dashed line where they would ideally lie.
 
     Args:
-      points: (x, y); those that are not finite are left out.
+      points: (x, y); those that are not finite, or 1e300 and more, are left out.
       across: the name of the x axis; up: of the y axis; label: what is shown, for those who cannot see it.
       ideal: "zero" for y = 0, "equal" for y = x.
       joined: whether the dots are few, and a line joins them.
     """
-    points = [point for point in points if math.isfinite(point[0]) and math.isfinite(point[1])]
+    points = [(_drawable(x), _drawable(y)) for x, y in points if abs(x) < _LARGEST and abs(y) < _LARGEST]
     if not points:
         return "<p>Nothing to show.</p>"
     least, most = min(x for x, _ in points), max(x for x, _ in points)

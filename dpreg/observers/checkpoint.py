@@ -16,6 +16,7 @@ import orbax.checkpoint as ocp
 from dpreg.errors import InputError
 from dpreg.parallel import processes
 from dpreg.parallel.devices import replicated
+from dpreg.terminal import printable
 from dpreg.trainer import Best, Trainer
 
 
@@ -144,7 +145,7 @@ class Checkpoints:
             return content
         # Out of the way, else a later save of the same step would be skipped.
         aside = f"damaged-{step}-{time.time_ns()}"
-        logging.warning("checkpoint %d is damaged, and set aside as %s: %s", step, aside, damages[0])
+        logging.warning("checkpoint %d is damaged, and set aside as %s: %s", step, aside, printable(damages[0]))
         if jax.process_index() == 0:
             (self._folder / str(step)).rename(self._folder / aside)
         processes.exchange()

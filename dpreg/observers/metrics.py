@@ -1,14 +1,21 @@
-"""The loss curve on disk: metrics.jsonl, one object a log point."""
+"""The history of a run on disk, as lines of JSON: metrics.jsonl, one a log point, and starts.jsonl, one a start."""
 
 import datetime
 import json
+import logging
 import math
 import pathlib
+import sys
+import time
 from collections.abc import Callable, Mapping
-from typing import Any, TextIO
+from typing import Any, NamedTuple, TextIO
 
+from dpreg.errors import InputError
 from dpreg.observer import Progress
 from dpreg.observers.workdir import write_whole
+from dpreg.terminal import printable
+
+Record = dict[str, Any]
 
 
 def to_json(value: Any, indent: int | None = None) -> str:
@@ -24,10 +31,31 @@ def to_json(value: Any, indent: int | None = None) -> str:
     return json.dumps(finite(value), indent=indent, allow_nan=False)
 
 
+def from_json(text: str | bytes) -> Any:
+    """The value that `to_json` wrote.
+
+    Raises:
+      ValueError: for what it cannot have written, such as NaN, or lists in lists a thousand deep.
+    """
+
+    def refuse(constant: str) -> None:
+        raise ValueError(f"{constant} is not JSON")
+
+    try:
+        return json.loads(text, parse_constant=refuse)
+    except RecursionError as error:
+        raise ValueError("it is nested too deep") from error
+
+
+def is_number(value: Any) -> bool:
+    """Whether a value of JSON is a finite number that float64 holds."""
+    return type(value) in (int, float) and abs(value) <= sys.float_info.max
+
+
 Schedule = Callable[[int], float]  # the learning rate of each global step, from 0
 
 
-def record_of(progress: Progress, schedule: Schedule | None = None) -> dict[str, Any] | None:
+def record_of(progress: Progress, schedule: Schedule | None = None) -> Record | None:
     """What is kept of a log point; None for what is none.
 
     step, epoch, train_loss, gradient_norm, rows_per_second, learning_rate where there is a schedule; at the end of an
@@ -35,7 +63,7 @@ def record_of(progress: Progress, schedule: Schedule | None = None) -> dict[str,
     """
     if progress.train_loss is None:
         return None
-    record: dict[str, Any] = {
+    record: Record = {
         "step": progress.step,
         "epoch": progress.epoch,
         "train_loss": progress.train_loss,
@@ -55,16 +83,16 @@ def record_of(progress: Progress, schedule: Schedule | None = None) -> dict[str,
 class MetricsWriter:
     """Appends a line for each log point, see `record_of`.
 
-    Each line is on disk before the next step is told, so an interrupted run keeps its curve.
+    Each line is on disk before the next step is reported, so an interrupted run keeps its curve.
 
     Args:
-      path: the file.
+      path: the file. Damaged lines of it are set aside, see `recover_records`.
       step: the step that the run goes on from: lines up to it are kept, later ones are written again.
       schedule: the learning rates, where they are known.
     """
 
     def __init__(self, path: pathlib.Path, step: int = 0, schedule: Schedule | None = None):
-        _rewrite(path, [record for record in read_records(path) if record["step"] <= step])
+        _rewrite(path, [record for record in recover_records(path, is_log_point) if record["step"] <= step])
         self._file: TextIO = path.open("a", encoding="utf-8")
         self._schedule = schedule
 
@@ -81,19 +109,101 @@ class MetricsWriter:
         self._file.close()
 
 
-def read_records(path: pathlib.Path) -> list[dict[str, Any]]:
-    """The lines of a file of JSON lines; none where there is no file. One cut off by a crash is left out."""
-    lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []
-    return [json.loads(line) for line in lines]
-
-
 def note_start(path: pathlib.Path, step: int, device_count: int, process_count: int) -> None:
     """Adds to the history of a run when it was started, from which step and on what."""
     now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     start = {"time": now, "step": step, "device_count": device_count, "process_count": process_count}
-    _rewrite(path, [*read_records(path), start])
+    _rewrite(path, [*recover_records(path, is_start), start])
 
 
-def _rewrite(path: pathlib.Path, records: list[dict[str, Any]]) -> None:
+def is_log_point(record: Any) -> bool:
+    """Whether it is a record as `record_of` makes them: numbers by their names, or null, and an audit."""
+    if not isinstance(record, dict) or not {"step", "epoch", "train_loss"} <= {*record}:
+        return False
+    numbers = dict(record)
+    audit = numbers.pop("audit", {"rows": 0, "tags": ""})
+    return (
+        _is_count(record["step"])
+        and is_number(record["epoch"])
+        and all(value is None or is_number(value) for value in numbers.values())
+        and isinstance(audit, dict)
+        and _is_count(audit.get("rows"))
+        and isinstance(audit.get("tags"), str)
+    )
+
+
+def is_start(record: Any) -> bool:
+    """Whether it is a record as `note_start` makes them."""
+    counts = ("step", "device_count", "process_count")
+    return (
+        isinstance(record, dict)
+        and isinstance(record.get("time"), str)
+        and all(_is_count(record.get(name)) for name in counts)
+    )
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and 0 <= value < 2**63
+
+
+class Records(NamedTuple):
+    """What a file of JSON lines holds.
+
+    Attributes:
+      whole: the records, in order.
+      damaged: how many other lines there are: cut off, overwritten, or of something else.
+    """
+
+    whole: list[Record]
+    damaged: int
+
+
+def read_records(path: pathlib.Path, is_whole: Callable[[Any], bool] = is_log_point) -> Records:
+    """The records of a file of JSON lines; none where there is no file.
+
+    Args:
+      path: the file.
+      is_whole: whether a value is such a record: `is_log_point` or `is_start`.
+
+    Raises:
+      InputError: where the path is a folder, or something else that is no file.
+      OSError: where the file cannot be read.
+    """
+    if not path.exists():
+        return Records([], 0)
+    if not path.is_file():  # to read a pipe would wait for its writer
+        raise InputError(f"{path}: is not a file; move it away")
+    *lines, cut = path.read_bytes().split(b"\n")
+    whole, damaged = list[Record](), int(bool(cut))
+    for line in lines:
+        try:
+            record = from_json(line)
+        except ValueError:  # also of bytes that are no UTF-8
+            record = None
+        if is_whole(record):
+            whole.append(record)
+        else:
+            damaged += 1
+    return Records(whole, damaged)
+
+
+def recover_records(path: pathlib.Path, is_whole: Callable[[Any], bool]) -> list[Record]:
+    """The whole records of a file, to go on with. A damaged file is set aside first, and a line says so."""
+    try:
+        whole, damaged = read_records(path, is_whole)
+    except InputError:
+        whole, damaged = [], 1
+    if damaged:
+        aside = path.with_name(f"{path.name}.damaged-{time.time_ns()}")
+        path.rename(aside)
+        lines = "1 line is" if damaged == 1 else f"{damaged:,} lines are"
+        logging.warning(
+            "%s: %s damaged, and %d are whole; the run goes on with those, and the file is set aside as %s",
+            *(printable(str(path)), lines, len(whole), printable(aside.name)),
+        )
+    return whole
+
+
+def _rewrite(path: pathlib.Path, records: list[Record]) -> None:
     """Writes the lines anew: one that a crash cut off would swallow the next."""
     write_whole(path, "".join(json.dumps(record) + "\n" for record in records))

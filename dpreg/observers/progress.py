@@ -8,6 +8,7 @@ from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 
 from dpreg.observer import Progress
+from dpreg.terminal import printable
 
 _LINE_SECONDS = 10.0
 
@@ -39,14 +40,14 @@ class ProgressDisplay:
 
     def doing(self, what: str) -> None:
         """What goes on before the first step, in the bar's place. Without a terminal: a line each 10 seconds."""
-        self._bar.update(self._task, loss=what)
+        self._bar.update(self._task, loss=printable(what))
         if not self._console.is_terminal and time.monotonic() - self._printed > _LINE_SECONDS:
             self._printed = time.monotonic()
             self.say(what)
 
     def say(self, line: str) -> None:
         """A line of its own, above the bar."""
-        self._console.print(line, highlight=False, markup=False, soft_wrap=True)
+        self._console.print(printable(line), highlight=False, markup=False, soft_wrap=True)
 
     def __call__(self, progress: Progress) -> None:
         """Shows where the run is. Without a terminal: a line each 10 seconds, and at the end of an epoch."""

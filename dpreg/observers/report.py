@@ -1,6 +1,5 @@
 """report.html: a run, or several beside each other, on one page that needs nothing but itself."""
 
-import html
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -9,7 +8,7 @@ import numpy as np
 import scipy.special
 
 from dpreg.config import Config
-from dpreg.observers.chart import chart, page, picture, scatter
+from dpreg.observers.chart import chart, escape, page, picture, scatter
 from dpreg.observers.workdir import write_whole
 
 COMPARED_ROWS = 1000  # of which residuals are drawn
@@ -81,8 +80,8 @@ def write_report(
     }
     flags = dict(line[2:].split("=", 1) for line in config.to_flagfile().splitlines())
     where = "held out" if summary["val_loss"] is not None else "of training: none were held out"
-    body = f"""<h1>{html.escape(config.dataset)}</h1>
-<p>{summary["step"]:,} steps on {html.escape(on)}, reduction {summary["reduction"]}</p>
+    body = f"""<h1>{escape(config.dataset)}</h1>
+<p>{summary["step"]:,} steps on {escape(on)}, reduction {summary["reduction"]}</p>
 {_losses(summary, records, config)}
 <div class="columns">{_courses(records)}</div>
 {"".join(_fit(name, *pair, where, config) for name, pair in list(compared.items())[:_MOST_TARGETS])}
@@ -152,7 +151,7 @@ def _fit(name: str, predicted: np.ndarray, observed: np.ndarray, where: str, con
         drawing = scatter(means, "predicted", "observed", "calibration", "equal", joined=True)
         parts.append(f"<h3>Calibration</h3><p>{told}</p>{drawing}")
     sections = "".join(f"<section>{part}</section>" for part in parts)
-    return f'<h2>Fit of {html.escape(name)}</h2><div class="columns">{sections}</div>'
+    return f'<h2>Fit of {escape(name)}</h2><div class="columns">{sections}</div>'
 
 
 def _parameters(parameters: Mapping[str, Any]) -> str:
@@ -195,9 +194,9 @@ def write_comparison(path: pathlib.Path, records: Mapping[str, Records], rows: M
         curves = {run: _curve(of_run, name) for run, of_run in records.items()}
         if any(curves.values()):
             body += f"<h2>{title.capitalize()}</h2>{chart(curves, 'epoch', title, covering=name.endswith('loss'))}"
-    heads = "".join(f"<td>{html.escape(run)}" for run in records)
+    heads = "".join(f"<td>{escape(run)}" for run in records)
     cells = (
-        f"<tr><th>{html.escape(name)}{''.join(f'<td>{html.escape(shown(value))}' for value in values)}"
+        f"<tr><th>{escape(name)}{''.join(f'<td>{escape(shown(value))}' for value in values)}"
         for name, values in rows.items()
     )
     body += f'<h2>Results</h2><div class="beside"><table><tr><th>{heads}{"".join(cells)}</table></div>'
@@ -212,13 +211,13 @@ def _rows(records: Records) -> str:
     """A table with a row for each record."""
     if not records:
         return "<p>None.</p>"
-    heads = "".join(f"<th>{html.escape(name.replace('_', ' '))}" for name in records[0])
-    cells = ("".join(f"<td>{html.escape(shown(value))}" for value in record.values()) for record in records)
+    heads = "".join(f"<th>{escape(name.replace('_', ' '))}" for name in records[0])
+    cells = ("".join(f"<td>{escape(shown(value))}" for value in record.values()) for record in records)
     return f'<div class="beside"><table><tr>{heads}{"".join(f"<tr>{row}" for row in cells)}</table></div>'
 
 
 def _table(values: Mapping[str, Any]) -> str:
-    rows = (f"<tr><th>{html.escape(name)}<td>{html.escape(shown(value))}</tr>" for name, value in values.items())
+    rows = (f"<tr><th>{escape(name)}<td>{escape(shown(value))}</tr>" for name, value in values.items())
     return f"<table>{''.join(rows)}</table>"
 
 

@@ -13,6 +13,7 @@ import time
 from typing import Any, NoReturn
 
 from dpreg.errors import InputError, ProcessLost
+from dpreg.terminal import printable
 
 HEARTBEAT_SECONDS = 10  # a process silent for as long is lost, and all others end
 JOIN_SECONDS = 120  # for processes to find each other
@@ -47,7 +48,7 @@ class Wait:
 
 def tell(line: str) -> None:
     """A line on stderr, also from where Python's own stream may be in use."""
-    os.write(2, f"dpreg: {line}\n".encode())
+    os.write(2, f"dpreg: {printable(line)}\n".encode())
 
 
 def call_roll(host: str, port: int, num_processes: int) -> None:

@@ -1,0 +1,27 @@
+"""What is printed: names from files, flags and other processes must not move the cursor or fake another line."""
+
+import re
+
+_LONGEST_LINE = 1000  # characters
+
+
+def printable(text: str) -> str:
+    r"""The text as one line of at most 1,000 characters, with what a terminal would not show as itself escaped.
+
+    Control characters, escape sequences, marks of text direction and unpaired surrogates are written as Python
+    writes them. A line break is a blank; of a longer text the middle is left out.
+
+    >>> printable("column '\x1b[2J\u202e'")
+    "column '\\x1b[2J\\u202e'"
+    """
+    line = re.sub(r" *\r?\n *", " ", text)
+    if len(line) > _LONGEST_LINE:
+        line = f"{line[: _LONGEST_LINE * 2 // 3]} ... {line[-_LONGEST_LINE // 4 :]}"
+    if line.isprintable():
+        return line
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line)
+
+
+def show(*lines: str) -> None:
+    """Prints lines on stdout, each `printable`."""
+    print(*map(printable, lines), sep="\n", flush=True)
