@@ -91,13 +91,17 @@ def stepping(workdir):
     return bool(read_records(workdir / "metrics.jsonl").whole)
 
 
-def together(*starts, timeout=100):
-    """Processes started by hand, each by its (command after python, flags, folder): exit code, stderr and seconds."""
+def together(*starts, timeout=100, prefix=()):
+    """Processes started by hand, each by its (command after python, flags, folder).
+
+    Returns:
+      Of each its exit code, lines of stderr, stdout and seconds.
+    """
     running, began = [], time.monotonic()
     for command, flags, folder in starts:
         running.append(
             subprocess.Popen(
-                [sys.executable, *command, *flags],
+                [*prefix, sys.executable, *command, *flags],
                 cwd=folder,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,

@@ -1,5 +1,6 @@
 """Several processes: the same bits as one, and a run that outlives any of them."""
 
+import contextlib
 import json
 import os
 import random
@@ -13,6 +14,7 @@ import threading
 import time
 
 import jax
+import psutil
 import pytest
 from cluster import (
     ROOT,
@@ -114,24 +116,47 @@ def test_between_processes_each_averages_few_bytes_and_many_are_added():
 CORES = """
 import os, sys
 os.sched_setaffinity(0, map(int, sys.argv[3:]))
-from dpreg.parallel import devices
+import numpy as np, psutil
+from jax.experimental import multihost_utils
+from dpreg.parallel import devices, processes
 
 devices.start("cpu", 1, sys.argv[1].partition("=")[2], 2, int(sys.argv[2]))
 print("several", devices.have_several_cores(devices.data_mesh(2)))
+multihost_utils.process_allgather(np.ones(2, np.float32))
+sockets = [s for s in psutil.Process().net_connections() if s.status == psutil.CONN_LISTEN]
+print("listens at", {s.laddr.ip.removeprefix("::ffff:") for s in sockets})
+processes.exchange()
 """
+
+
+@pytest.fixture
+def with_real_address(tmp_path):
+    """What to start a command with so that the host name resolves to an address that other hosts reach."""
+    hosts = tmp_path / "hosts"
+    own = [a.address for of in psutil.net_if_addrs().values() for a in of if a.family == socket.AF_INET]
+    real = [address for address in own if not roll_call.is_loopback(address)]
+    prefix = ["unshare", "--mount", "sh", "-c", 'mount --bind "$0" /etc/hosts && exec "$@"', str(hosts)]
+    if real and shutil.which("unshare"):
+        hosts.write_text(f"127.0.0.1 localhost\n{real[0]} {socket.gethostname()}\n")
+        if subprocess.run([*prefix, "true"], capture_output=True).returncode == 0:
+            return prefix
+    return []  # not root, or no network: the host name may resolve to a loopback address
 
 
 @pytest.mark.skipif(devices.cores() < 2, reason="one core")
 @pytest.mark.parametrize(("second", "several"), [([0, 1], True), ([0], False)])
-def test_processes_agree_whether_a_device_has_several_cores(second, several):
-    """Or they would compile other programs, of other bits."""
+def test_processes_agree_whether_a_device_has_several_cores_and_listen_on_the_loopback_alone(
+    second, several, with_real_address
+):
+    """Or they would compile other programs, of other bits; or be reached by others."""
     cores, address = sorted(os.sched_getaffinity(0)), free_address()
     of_each = [[str(cores[core]) for core in of] for of in ([0, 1], second)]
     for code, lines, out, _ in together(
-        *((("-c", CORES, address, str(i), *of), (), ROOT) for i, of in enumerate(of_each))
+        *((("-c", CORES, address, str(i), *of), (), ROOT) for i, of in enumerate(of_each)), prefix=with_real_address
     ):
         assert code == 0, lines
         assert f"several {several}" in out
+        assert "listens at {'127.0.0.1'}" in out
 
 
 def test_why_jax_does_not_start_is_told(monkeypatch):
@@ -327,8 +352,13 @@ def test_the_deadline_grows_with_the_slowest_wait_and_can_be_off():
             time.sleep(0.1)
             brisk.progress()
     assert not ends
-    for some in ((None, 2, 0), ("127.0.0.1:1", 2, None)):
-        with pytest.raises(InputError, match="give all three"):
+    for some, said in (
+        ((None, 2, 0), "give all three"),
+        (("127.0.0.1:1", 2, None), "give all three"),
+        (("127.0.0.1:1", 2, 2), "use 0 to 1"),
+        (("127.0.0.1", 2, 0), "give the host and the port"),
+    ):
+        with pytest.raises(InputError, match=said):
             processes.join(*some)
     with Deadline(0.0) as never:
         assert not never._thread.is_alive()
@@ -392,26 +422,93 @@ def test_the_roll_call_tells_all_what_is_wrong(monkeypatch, capfd):
         roll_call.answer_roll("127.0.0.1", port, 2, 1)
 
 
-def test_a_process_0_that_stops_during_the_roll_call_is_noticed(monkeypatch):
-    monkeypatch.setattr(roll_call, "HEARTBEAT_SECONDS", 1)
-    silent = socket.create_server(("127.0.0.1", 0))  # takes connections, and that is all
-    with silent, pytest.raises(ProcessLost, match="says nothing for 1 s: it is stuck"):
-        roll_call.answer_roll("127.0.0.1", silent.getsockname()[1], 2, 1)
+def test_a_process_0_that_stops_during_the_roll_call_is_noticed(monkeypatch, capfd):
+    monkeypatch.setattr(roll_call, "HEARTBEAT_SECONDS", 0.5)
+    monkeypatch.setattr(roll_call, "JOIN_SECONDS", 2)
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+        with pytest.raises(ProcessLost, match=r"found no process 0 .*it says nothing for 0\.5 s"):
+            roll_call.answer_roll("127.0.0.1", port, 2, 1)
+    with (
+        answering(b'{"missing": [2]}\n') as port,
+        pytest.raises(ProcessLost, match=r"says nothing for 0.5 s: it is stuck"),
+    ):
+        roll_call.answer_roll("127.0.0.1", port, 3, 1)
 
 
-def test_the_roll_call_minds_neither_strangers_nor_one_that_went_and_came_again():
+@contextlib.contextmanager
+def answering(said):
+    """The port of a server that sends each connection the same, and then nothing."""
+    held = []
+
+    def serve():
+        with contextlib.suppress(OSError):
+            while True:
+                held.append(listener.accept()[0])
+                held[-1].sendall(said)
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        thread = threading.Thread(target=serve, daemon=True)
+        thread.start()
+        yield listener.getsockname()[1]
+        listener.shutdown(socket.SHUT_RDWR)
+    thread.join()
+    for connection in held:
+        connection.close()
+
+
+STRANGERS = (
+    b"GET / HTTP/1.1\r\n\r\n",
+    b"[" * 100_000 + b"\n",
+    b"[" * 60 + b"\n",
+    b'{"process_id": 1e999, "num_processes": 3}\n',
+    b'{"process_id": 1, "num_processes": NaN}\n',
+    b'{"process_id": true, "num_processes": 3}\n',
+    b'{"process_id": -1, "num_processes": 3}\n',
+    b'{"process_id": 0, "num_processes": 3}\n',
+    b'{"process_id": 3, "num_processes": 3}\n',
+    b'{"process_id": 1}\n',
+    b'{"process_id": 1, "num_processes": 3, "more": {}}\n',
+    b'{"process_id": 1, "num_processes": 3}\n' * 2,
+    b'"process_id"\n',
+    b"7\n",
+    b"\n",
+    b"\xff\xfe\x00\n",
+    b"x" * 1_000_000,
+    b"",
+)
+
+
+def test_no_stranger_at_the_port_costs_a_run_more_than_a_line(monkeypatch, capfd):
+    """Bytes of all kinds, twelve connections that say nothing, one that drips: all at once, before the processes."""
     port, results = int(free_address().rpartition(":")[2]), []
+    monkeypatch.setattr(roll_call, "_MOST_UNKNOWN", 20)
     zero = threading.Thread(target=lambda: results.append(roll_call.call_roll("127.0.0.1", port, 3)))
     zero.start()
-    for said in (b"GET / HTTP/1.1\r\n\r\n", b"[]\n", b"", b'{"process_id": 1, "num_processes": 3}\n'):
+
+    def connect():
         while True:
             try:
-                with socket.create_connection(("127.0.0.1", port), timeout=1) as connection:
-                    connection.sendall(said)
-                break
+                return socket.create_connection(("127.0.0.1", port), timeout=1)
             except ConnectionRefusedError:  # process 0 does not listen yet
                 time.sleep(0.01)
+
+    silent, over = [connect() for _ in range(12)], threading.Event()
+
+    def drip(connection):
+        with contextlib.suppress(OSError), connection:
+            while not over.wait(0.05):
+                connection.sendall(b" ")
+
+    dripping = threading.Thread(target=drip, args=(connect(),))
+    dripping.start()
+    for said in STRANGERS:
+        with contextlib.suppress(OSError), connect() as connection:  # it may be closed before all is sent
+            connection.sendall(said)
+    with connect() as connection:  # one of ours, which dies, and is started again below
+        connection.sendall(b'{"process_id": 1, "num_processes": 3}\n')
     assert zero.is_alive()
+    began = time.monotonic()
     others = [threading.Thread(target=roll_call.answer_roll, args=("127.0.0.1", port, 3, i)) for i in (1, 2)]
     for thread in others:
         thread.start()
@@ -419,6 +516,51 @@ def test_the_roll_call_minds_neither_strangers_nor_one_that_went_and_came_again(
         thread.join(10)
     assert results == [None]
     assert not any(thread.is_alive() for thread in others)
+    assert time.monotonic() - began < 3
+    over.set()
+    dripping.join()
+    for connection in silent:
+        connection.close()
+    (line,) = capfd.readouterr().err.splitlines()
+    assert "process 0 ignores a connection from 127.0.0.1, which is no process of this run" in line
+
+
+def test_process_0_closes_a_connection_that_says_nothing_in_time(monkeypatch, capfd):
+    monkeypatch.setattr(roll_call, "_HELLO_SECONDS", 0.3)
+    monkeypatch.setattr(roll_call, "JOIN_SECONDS", 2)
+    port, errors = int(free_address().rpartition(":")[2]), []
+
+    def call():
+        try:
+            roll_call.call_roll("127.0.0.1", port, 2)
+        except ProcessLost as error:
+            errors.append(str(error))
+
+    zero = threading.Thread(target=call)
+    zero.start()
+    time.sleep(0.2)
+    with socket.create_connection(("127.0.0.1", port), timeout=2) as connection:
+        assert connection.recv(1) == b""
+    zero.join(10)
+    assert "process 1 did not come" in errors[0]
+    assert "it sends no whole message within 0.3 s" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        b"HTTP/1.1 400\r\n\r\n",
+        b"[" * 100_000,
+        b'{"missing": 1e999}\n',
+        b'{"missing": [1e999]}\n',
+        b"{}\n",
+        b"y" * 100_000,
+    ],
+)
+def test_a_process_that_finds_a_stranger_for_process_0_tries_again_and_then_says_so(monkeypatch, said):
+    monkeypatch.setattr(roll_call, "JOIN_SECONDS", 0.5)
+    with answering(said) as port, pytest.raises(ProcessLost, match="what answers there is no process 0 that waits"):
+        roll_call.answer_roll("127.0.0.1", port, 2, 1)
 
 
 def test_a_port_that_is_taken_is_noticed():

@@ -10,7 +10,8 @@ from collections.abc import Callable
 from typing import Any, NoReturn, TypeVar
 
 import jax
-from jax._src import clusters, distributed  # neither has a public name: who is who, and the key-value store
+from jax._src import clusters, distributed, xla_bridge  # without a public name: who is who, key-value store, Gloo
+from jaxlib import _jax
 
 from dpreg.errors import InputError, ProcessLost
 from dpreg.parallel.roll_call import (
@@ -54,6 +55,8 @@ def join(address: str | None, num_processes: int | None, process_id: int | None)
         return
     if address is None or num_processes is None or process_id is None:
         raise InputError("coordinator_address, num_processes and process_id go together; give all three")
+    if not 0 <= process_id < num_processes:
+        raise InputError(f"process_id={process_id}: with num_processes={num_processes} use 0 to {num_processes - 1}")
     _take_turns()
     host, port = split_address(address)
     if process_id == 0:
@@ -61,6 +64,8 @@ def join(address: str | None, num_processes: int | None, process_id: int | None)
     else:
         answer_roll(host, port, num_processes, process_id)
     _end_as_lost_when_aborted()
+    if is_loopback(host):
+        _keep_collectives_on(host)
     # SIGTERM is ours: Orbax asks JAX's own preemption service with numbers of its own, and it then misses the moment.
     jax.config.update("jax_enable_preemption_service", False)
     jax.distributed.initialize(
@@ -75,6 +80,19 @@ def join(address: str | None, num_processes: int | None, process_id: int | None)
         heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
         shutdown_timeout_seconds=HEARTBEAT_SECONDS,
     )
+
+
+def _keep_collectives_on(host: str) -> None:
+    """Lets the collectives of a run on this machine listen on its loopback, not where its host name resolves to."""
+    os.environ.setdefault("NCCL_SOCKET_IFNAME", "lo")  # of GPUs
+    if jax.config.values["jax_cpu_collectives_implementation"] != "gloo":
+        return
+
+    def make_client() -> Any:
+        client = distributed.global_state.client
+        return xla_bridge.make_cpu_client(_jax.make_gloo_tcp_collectives(client, hostname=host))
+
+    xla_bridge.register_backend_factory("cpu", make_client, fail_quietly=False)
 
 
 def _take_turns() -> None:

@@ -1,16 +1,18 @@
 """The roll call: the processes of a run find each other, before JAX's runtime starts.
 
 Process 0 calls it at the address where it will serve. The runtime would abort a process that waits in vain for
-another, and one whose id another has, too. Each other process sends a line of JSON, gets empty lines while it
-waits, and one of JSON at the end.
+another, and one whose id another has, too. Each other process sends a line of JSON, and gets lines of JSON: which
+processes are missing, again and again, and at the end that all are there, or what is wrong. Whatever else reaches the
+port on either side is bounded in bytes and in time, and costs a line on stderr.
 """
 
 import contextlib
 import json
 import os
+import selectors
 import socket
 import time
-from typing import Any, NoReturn
+from typing import Any
 
 from dpreg.errors import InputError, ProcessLost
 from dpreg.terminal import printable
@@ -18,10 +20,22 @@ from dpreg.terminal import printable
 HEARTBEAT_SECONDS = 10  # a process silent for as long is lost, and all others end
 JOIN_SECONDS = 120  # for processes to find each other
 
+# A process of a run sends one short line as soon as it is connected.
+_HELLO_BYTES, _HELLO_SECONDS, _MOST_UNKNOWN, _MOST_PROCESSES = 128, 5.0, 128, 1 << 24
+_ANSWER_BYTES, _MOST_NAMED, _MOST_ERROR = 4096, 8, 1000
+_STATUS_SECONDS = 1.0  # between the messages of process 0 to those that wait
+_MISSING, _ALL_ARE_THERE = "missing", "all_are_there"
+
 
 def split_address(address: str) -> tuple[str, int]:
-    """HOST:PORT -> (host, port), an IPv6 host without its brackets."""
+    """HOST:PORT -> (host, port), an IPv6 host without its brackets.
+
+    Raises:
+      InputError: when it is something else.
+    """
     host, _, port = address.rpartition(":")
+    if not host or not port.isdecimal() or not 0 < int(port) < 65536:
+        raise InputError(f"coordinator_address={address}: give the host and the port of process 0, such as node1:29500")
     return host.strip("[]"), int(port)
 
 
@@ -51,79 +65,276 @@ def tell(line: str) -> None:
     os.write(2, f"dpreg: {printable(line)}\n".encode())
 
 
+class _Caller:
+    """A connection to process 0: a stranger's, until it has sent the one message that a process of a run sends."""
+
+    def __init__(self, connection: socket.socket, address: str):
+        self.connection, self.address, self._since, self._received = connection, address, time.monotonic(), b""
+        self.process: int | None = None
+        self.num_processes = 0
+        connection.setblocking(False)
+
+    def read(self) -> None:
+        """Takes in what has arrived, without waiting.
+
+        Raises:
+          _StrangerError: when the connection is closed, or what it sends is no message of a process of a run.
+        """
+        try:
+            received = self.connection.recv(_HELLO_BYTES + 1)
+        except BlockingIOError:
+            return
+        except OSError as error:
+            raise _StrangerError(error.strerror or "the connection failed") from error
+        if not received:
+            raise _StrangerError("it closed the connection")
+        self._received += received
+        if self.process is not None or len(self._received) > _HELLO_BYTES:
+            raise _StrangerError("it sends more than a process of a run does")
+        if self._received.endswith(b"\n"):
+            self.process, self.num_processes = _parse_hello(self._received)
+
+    def is_late(self) -> bool:
+        """Whether a process of a run would have sent its message by now."""
+        return self.process is None and time.monotonic() - self._since > _HELLO_SECONDS
+
+
+class _StrangerError(Exception):
+    """A connection is not one of a process of this run; the text says why."""
+
+
+class _Registry:
+    """The connections to process 0 while it waits for the others: all are read as they come, by one thread.
+
+    Whoever reaches the port may connect: a connection that sends something else than a process does, or nothing, is
+    closed, and none of them delays the others.
+    """
+
+    def __init__(self, listener: socket.socket, num_processes: int):
+        self.present: dict[int, _Caller] = {}
+        self._listener, self._num_processes = listener, num_processes
+        self._unknown: list[_Caller] = []
+        self._reported = False
+        self._selector = selectors.DefaultSelector()
+        self._selector.register(listener, selectors.EVENT_READ)
+
+    def close(self) -> None:
+        """Closes all connections."""
+        for caller in (*self._unknown, *self.present.values()):
+            caller.connection.close()
+        self._selector.close()
+
+    def missing(self) -> list[int]:
+        """The processes that are not there yet."""
+        return [process for process in range(1, self._num_processes) if process not in self.present]
+
+    def serve(self, seconds: float) -> None:
+        """Takes in what comes within so many seconds.
+
+        Raises:
+          InputError: when a process was started with another number of processes, or another one's id.
+        """
+        for key, _ in self._selector.select(seconds):
+            if key.fileobj is self._listener:
+                self._accept()
+                continue
+            if not self._knows(key.data):
+                continue  # closed a moment ago
+            if self._read(key.data):
+                self._enter(key.data)
+        for caller in [caller for caller in self._unknown if caller.is_late()]:
+            self._drop(caller, f"it sends no whole message within {_HELLO_SECONDS:g} s")
+
+    def _accept(self) -> None:
+        try:
+            connection, address = self._listener.accept()
+        except OSError:
+            return  # it was closed meanwhile, or there are too many open files
+        if len(self._unknown) >= _MOST_UNKNOWN:
+            self._drop(self._unknown[0], "too many others wait")
+        caller = _Caller(connection, str(address[0]))
+        self._unknown.append(caller)
+        self._selector.register(connection, selectors.EVENT_READ, caller)
+
+    def _knows(self, caller: _Caller) -> bool:
+        return caller in self._unknown or caller in self.present.values()
+
+    def _read(self, caller: _Caller) -> bool:
+        """Takes in what a connection has sent; whether that is the message of a process."""
+        known = caller.process
+        try:
+            caller.read()
+        except _StrangerError as error:
+            self._drop(caller, str(error), known)
+            return False
+        return known is None and caller.process is not None
+
+    def _enter(self, caller: _Caller) -> None:
+        process, num_processes = caller.process, caller.num_processes
+        if num_processes != self._num_processes:
+            raise InputError(
+                f"--num_processes is {self._num_processes} in process 0 and {num_processes} in process {process}; "
+                "start all processes with the same flags"
+            )
+        assert process is not None
+        if process in self.present:
+            self._read(self.present[process])  # which notices where that one has ended
+        if process in self.present:
+            raise InputError(f"--process_id={process}: two processes have it; give each its own")
+        self._unknown.remove(caller)
+        self.present[process] = caller
+
+    def _drop(self, caller: _Caller, why: str, process: int | None = None) -> None:
+        """Closes a connection; the first stranger is reported."""
+        self._selector.unregister(caller.connection)
+        caller.connection.close()
+        if process is not None:
+            del self.present[process]  # it has ended, and may be started again
+            return
+        self._unknown.remove(caller)
+        if not self._reported:
+            self._reported = True
+            tell(f"process 0 ignores a connection from {caller.address}, which is no process of this run: {why}")
+
+    def send(self, message: dict[str, Any]) -> None:
+        """Sends a message to all processes that are connected."""
+        line = json.dumps(message).encode() + b"\n"
+        for caller in (*self._unknown, *self.present.values()):
+            if caller.process is not None:
+                with contextlib.suppress(OSError):  # a process that is gone will be missed by the runtime
+                    caller.connection.send(line)
+
+
 def call_roll(host: str, port: int, num_processes: int) -> None:
-    """Process 0 waits until all others are there, and tells them to go on, or what is wrong."""
-    present: dict[int, socket.socket] = {}
-    with contextlib.ExitStack() as connections:
-        listener = connections.enter_context(_listen(host, port))
+    """Process 0 waits until all others are connected, and lets them go on, or sends what is wrong.
 
-        def end(error: InputError | ProcessLost) -> NoReturn:
-            for connection in present.values():
-                _send(connection, {type(error).__name__: str(error)})
-            raise error
-
-        wait = Wait(JOIN_SECONDS)
-        while missing := [i for i in range(1, num_processes) if i not in present or _is_closed(present[i])]:
-            who = f"process {', '.join(map(str, missing))}"
-            if not wait.goes_on(f"process 0 waits at {host}:{port} for {who}"):
-                end(
-                    ProcessLost(
+    Raises:
+      InputError: when a process was started otherwise than this one, or another listens at the port.
+      ProcessLost: when a process does not come in time.
+    """
+    with _listen(host, port) as listener, contextlib.closing(_Registry(listener, num_processes)) as registry:
+        wait, status_due = Wait(JOIN_SECONDS), 0.0
+        try:
+            while missing := registry.missing():
+                who = _name_processes(missing)
+                if not wait.goes_on(f"process 0 waits at {host}:{port} for {who}"):
+                    raise ProcessLost(
                         f"{who} did not come to process 0 at {host}:{port} in {JOIN_SECONDS} s; check that it runs, "
                         "and that a firewall does not keep it from that address"
                     )
-                )
-            for connection in present.values():
-                _send(connection)
-            try:
-                connection = connections.enter_context(listener.accept()[0])
-                hello = _receive(connection, timeout=1)
-                process, processes = int(hello["process_id"]), int(hello["num_processes"])
-            except (OSError, ValueError, KeyError, TypeError):
-                continue  # nobody yet, or not one of ours
-            before, present[process] = present.get(process), connection
-            if processes != num_processes:
-                end(
-                    InputError(
-                        f"--num_processes is {num_processes} in process 0 and {processes} in process {process}; "
-                        "start all processes with the same flags"
-                    )
-                )
-            if before is not None and not _is_closed(before):
-                present[-1] = before  # to be told as well
-                end(InputError(f"--process_id={process}: two processes have it; give each its own"))
+                if time.monotonic() >= status_due:
+                    registry.send({_MISSING: missing[:_MOST_NAMED]})
+                    status_due = time.monotonic() + _STATUS_SECONDS
+                registry.serve(_STATUS_SECONDS / 10)
+        except (InputError, ProcessLost) as error:
+            registry.send({type(error).__name__: str(error)[:_MOST_ERROR]})
+            raise
         listener.close()  # JAX's service takes its place
-        for connection in present.values():
-            _send(connection, {})
+        registry.send({_ALL_ARE_THERE: True})
 
 
 def answer_roll(host: str, port: int, num_processes: int, process_id: int) -> None:
-    """Another process tells process 0 that it is there, and waits until all are."""
-    wait, reason, connected = Wait(JOIN_SECONDS), "no answer", False
+    """Another process connects to process 0, and waits until all are connected.
+
+    Raises:
+      InputError: as process 0 sends it.
+      ProcessLost: when there is no process 0, it falls silent, or another process does not come.
+    """
+    hello = json.dumps({"process_id": process_id, "num_processes": num_processes}).encode() + b"\n"
+    wait, reason = Wait(JOIN_SECONDS), "no answer"
     while wait.goes_on(f"process {process_id} waits for process 0 at {host}:{port}: {reason}"):
         try:
             with socket.create_connection((host, port), timeout=2) as connection:
-                connected = True
-                _send(connection, {"process_id": process_id, "num_processes": num_processes})
-                answer = _receive(connection, timeout=HEARTBEAT_SECONDS)
-        except (OSError, ValueError) as error:
-            if connected and isinstance(error, TimeoutError):
-                raise ProcessLost(
-                    f"process 0 at {host}:{port} says nothing for {HEARTBEAT_SECONDS} s: it is stuck; start all again"
-                ) from error
-            connected = False
-            reason = getattr(error, "strerror", None) or "what answers there is no process 0 that waits"
-            time.sleep(0.1)
-            continue
-        for kind in (InputError, ProcessLost):
-            if kind.__name__ in answer:
-                raise kind(answer[kind.__name__])
-        return
+                connection.sendall(hello)
+                _await_all(connection, f"process {process_id}", f"process 0 at {host}:{port}")
+                return
+        except _StrangerError as error:
+            reason = f"what answers there is no process 0 that waits ({error})"
+        except OSError as error:
+            reason = error.strerror or "no answer"
+        time.sleep(0.1)
     raise ProcessLost(
         f"process {process_id} found no process 0 at {host}:{port} in {JOIN_SECONDS} s ({reason}); check that it "
         "runs, that this is an address of its host"
         + (" (this one is of each machine alone)" if is_loopback(host) else "")
         + ", and that no firewall keeps the port"
     )
+
+
+def _await_all(connection: socket.socket, own: str, zero: str) -> None:
+    """Reads what process 0 sends until all are there.
+
+    Raises:
+      InputError: as process 0 sends it.
+      ProcessLost: likewise; and when it falls silent.
+      _StrangerError: when what answers is no process 0.
+    """
+    wait, missing, received, spoke = Wait(2 * JOIN_SECONDS), "the others", b"", False
+    last = time.monotonic()
+    while wait.goes_on(f"{own} is connected to {zero}, which waits for {missing}"):
+        silent = time.monotonic() - last  # since a whole message: single bytes do not count
+        if silent > HEARTBEAT_SECONDS and spoke:
+            raise ProcessLost(f"{zero} says nothing for {HEARTBEAT_SECONDS} s: it is stuck; start all again")
+        if silent > HEARTBEAT_SECONDS:
+            raise _StrangerError(f"it says nothing for {HEARTBEAT_SECONDS} s")
+        connection.settimeout(max(0.01, min(1.0, HEARTBEAT_SECONDS - silent)))
+        try:
+            part = connection.recv(_ANSWER_BYTES)
+        except TimeoutError:
+            continue
+        *lines, received = (received + part).split(b"\n")
+        if not part or len(received) > _ANSWER_BYTES:
+            raise _StrangerError("it closed the connection" if not part else "it sends too long a line")
+        for line in lines:
+            message = _parse(line)
+            last, spoke = time.monotonic(), True
+            if _ALL_ARE_THERE in message:
+                return
+            for kind in (InputError, ProcessLost):
+                if kind.__name__ in message:
+                    raise kind(_printable(message[kind.__name__]))
+            waited_for = message.get(_MISSING)
+            if not isinstance(waited_for, list) or not all(type(process) is int for process in waited_for):
+                raise _StrangerError("it sends no message of dpreg")
+            missing = _name_processes(waited_for)
+    raise ProcessLost(f"{zero} waits for {missing} for {2 * JOIN_SECONDS} s; start all again")
+
+
+def _parse(line: bytes) -> dict[str, Any]:
+    """The message in a line, which is bounded in length, and with it its depth and its numbers.
+
+    Raises:
+      _StrangerError: when it is none.
+    """
+    try:
+        message = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise _StrangerError("it sends no message of dpreg") from error
+    if not isinstance(message, dict) or len(message) > 2:
+        raise _StrangerError("it sends no message of dpreg")
+    return message
+
+
+def _parse_hello(line: bytes) -> tuple[int, int]:
+    """(process id, number of processes) as a process other than 0 sends them."""
+    message = _parse(line)
+    process, num_processes = message.get("process_id"), message.get("num_processes")
+    if type(process) is not int or type(num_processes) is not int:  # not isinstance: a bool is none
+        raise _StrangerError("it sends no message of dpreg")
+    if not 0 < process < num_processes <= _MOST_PROCESSES:
+        raise _StrangerError(f"it sends a process id that does not exist, of {num_processes} processes")
+    return process, num_processes
+
+
+def _name_processes(processes: list[int]) -> str:
+    """Such as "process 1, 2"; the first few of many."""
+    more = ", ..." if len(processes) > _MOST_NAMED else ""
+    return f"process {', '.join(map(str, processes[:_MOST_NAMED]))}{more}"
+
+
+def _printable(text: object) -> str:
+    """A text that another process sent, without what would control a terminal."""
+    return "".join(letter if letter.isprintable() else " " for letter in str(text))[:_MOST_ERROR]
 
 
 def _listen(host: str, port: int) -> socket.socket:
@@ -139,32 +350,5 @@ def _listen(host: str, port: int) -> socket.socket:
             f"--coordinator_address={host}:{port}: process 0 cannot serve there ({error.strerror}); use a port that "
             "no other run has, and a --process_id of its own for each process"
         ) from error
-    listener.settimeout(0.1)
+    listener.setblocking(False)
     return listener
-
-
-def _send(connection: socket.socket, message: dict[str, Any] | None = None) -> None:
-    with contextlib.suppress(OSError):  # who has gone will be missed by the runtime
-        connection.sendall((json.dumps(message).encode() if message is not None else b"") + b"\n")
-
-
-def _receive(connection: socket.socket, timeout: float) -> dict[str, Any]:
-    """The next message that is not empty. The time is for each line."""
-    connection.settimeout(timeout)
-    with connection.makefile("rb") as lines:
-        while (line := lines.readline(4096)) == b"\n":
-            pass
-    message = json.loads(line)
-    if not line.endswith(b"\n") or not isinstance(message, dict):
-        raise ValueError("not a message of ours")
-    return message
-
-
-def _is_closed(connection: socket.socket) -> bool:
-    connection.setblocking(False)
-    try:
-        return connection.recv(1, socket.MSG_PEEK) == b""
-    except BlockingIOError:
-        return False
-    except OSError:
-        return True
