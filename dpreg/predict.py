@@ -3,6 +3,7 @@
 import collections
 import contextlib
 import dataclasses
+import functools
 import json
 import math
 import os
@@ -26,11 +27,12 @@ from dpreg.data.sources import Rows
 from dpreg.data.tables import Table
 from dpreg.doctor import agree
 from dpreg.errors import InputError, told_of
-from dpreg.observers.export import load_model
+from dpreg.observers.export import Exported, load_model
 from dpreg.observers.predictions import PredictionWriter
 from dpreg.observers.progress import ProgressDisplay
 from dpreg.parallel import devices, processes
 from dpreg.parallel.deadline import Deadline
+from dpreg.parallel.state import Model, train_argument
 from dpreg.predictor import Predictor
 from dpreg.terminal import show
 
@@ -60,8 +62,10 @@ def predict(config: Config) -> None:
         table, columns = open_dataset(config), columns_of(schema, config.columns(), evaluating)
         table.require(columns.taken)
         _compare({"model": exported.digest, "table": [size for _, size, *_ in table.signature]})
+        model = build_model(config, exported.num_inputs, exported.num_targets)
+        _require_fit(model, exported, config.workdir)
         predictor = Predictor(
-            build_model(config, exported.num_inputs, exported.num_targets),
+            model,
             exported.variables,
             exported.num_inputs,
             exported.num_targets,
@@ -103,6 +107,24 @@ def threads_of(config: Config) -> int | None:
         return config.of_model(load_model(pathlib.Path(config.workdir or "") / "model").flags).threads
     except InputError:
         return None
+
+
+def _require_fit(model: Model, exported: Exported, workdir: str | None) -> None:
+    """Raises InputError where the parameters are not those that the model's code asks for."""
+
+    def shapes(variables: Any) -> dict[str, tuple[int, ...]]:
+        leaves = jax.tree_util.tree_leaves_with_path(dict(variables))
+        return {jax.tree_util.keystr(path): leaf.shape for path, leaf in leaves}
+
+    row = jax.ShapeDtypeStruct((1, exported.num_inputs), np.float32)
+    init = functools.partial(model.init, **train_argument(model, False))
+    asked, there = shapes(jax.eval_shape(init, jax.random.key(0), row)), shapes(exported.variables)
+    for name in sorted({*asked, *there}):
+        if asked.get(name) != there.get(name):
+            raise InputError(
+                f"{workdir}/model: the model cannot be used (parameter {name} has shape {there.get(name)}, and its "
+                f"code asks for {asked.get(name)}); run the training command again"
+            )
 
 
 def _compare(own: dict[str, Any]) -> None:

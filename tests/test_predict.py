@@ -1,7 +1,9 @@
 """A trained model on new rows: every row once, in order, in original units, whatever devices predict it."""
 
 import dataclasses
+import hashlib
 import json
+import math
 import shutil
 import subprocess
 import sys
@@ -190,10 +192,109 @@ def test_a_damaged_model_is_refused(trained, tmp_path):
     (tmp_path / "w" / "model" / "parameters.npz").write_bytes(content)
     with pytest.raises(dpreg.InputError, match="the model cannot be used"):
         predict(config_of(tmp_path, "new.csv"))
-    rest = json.loads((tmp_path / "w" / "model" / "model.json").read_text())
-    (tmp_path / "w" / "model" / "model.json").write_text(json.dumps(rest | {"format": 99}))
+    (tmp_path / "w" / "model" / "model.json").write_text(json.dumps({"format": 99}))
     with pytest.raises(dpreg.InputError, match="another version of dpreg wrote it"):
         predict(config_of(tmp_path, "new.csv"))
+
+
+def reseal(folder, change, arrays=None):
+    """Writes a model with another description or other arrays, and with checksums that fit."""
+    model, before = standalone.read_model(folder)
+    np.savez(folder / "parameters.npz", **(before if arrays is None else arrays(before)))
+    model["parameters.npz"] = hashlib.sha256((folder / "parameters.npz").read_bytes()).hexdigest()
+    change(model)
+    (folder / "model.json").write_text(json.dumps(standalone.sealed(model)))
+
+
+def tampered(folder):
+    """A name for each way to tamper with a model, the folder tampered with."""
+    (text, content), files = (path.read_bytes() for path in files_of(folder)), files_of(folder)
+    model = json.loads(text)
+    first = model["schema"]["inputs"][1]
+    for name, new in (
+        ("another mean", text.replace(json.dumps(first["mean"]).encode(), b"7.0", 1)),
+        ("another flag", text.replace(b'"missing": "drop"', b'"missing": "mean"')),
+        ("a cut file", text[:-9]),
+        ("NULs", text[:-99] + bytes(99)),
+        ("no object", b"[]"),
+        ("lists in lists", b"[" * 10**5),
+        ("no UTF-8", b"\xff" + text),
+        ("nothing", b""),
+        ("another member", text.replace(b'"format"', b'"also": 1, "format"')),
+    ):
+        files[0].write_bytes(new)
+        yield name
+    files[0].write_bytes(text)
+    changes = {
+        "no schema": lambda m: m.pop("schema"),
+        "a schema of text": lambda m: m.update(schema="s"),
+        "no flags": lambda m: m.pop("flags"),
+        "an unknown flag": lambda m: m["flags"].update(luck=1),
+        "a flag less": lambda m: m["flags"].pop("loss"),
+        "a flag of another type": lambda m: m["flags"].update(batch_size="32"),
+        "a flag of another value": lambda m: m["flags"].update(loss="none"),
+        "a mean of text": lambda m: m["schema"]["inputs"][1].update(mean="0"),
+        "an infinite mean": lambda m: m["schema"]["inputs"][1].update(mean=math.inf),
+        "a mean of many digits": lambda m: m["schema"]["inputs"][1].update(mean=10**400),
+        "a scale of 0": lambda m: m["schema"]["inputs"][1].update(scale=0.0),
+        "a column less": lambda m: m["schema"]["inputs"].pop(),
+        "no columns": lambda m: m["schema"].update(inputs=[]),
+        "a category twice": lambda m: m["schema"]["inputs"][0].update(values=["red"] * 3),
+        "a category less": lambda m: m["schema"]["inputs"][0]["values"].pop(),
+        "counts below 0": lambda m: m["schema"]["inputs"][0].update(counts=[-1, 2, 3]),
+        "more inputs": lambda m: m.update(num_inputs=m["num_inputs"] + 1),
+        "a target less": lambda m: m["schema"]["targets"].pop(),
+        "logarithms of text": lambda m: m["schema"].update(log_targets="no"),
+    }
+    for name, change in changes.items():
+        reseal(folder, change)
+        yield name
+        files[0].write_bytes(text)
+        files[1].write_bytes(content)
+    others = {
+        "a weight less": lambda arrays: {name: array[:-1] for name, array in arrays.items()},
+        "no weights": lambda arrays: {},
+        "an array more": lambda arrays: arrays | {"params/also": np.ones((2, 2))},
+        "a weight that is no number": lambda arrays: {name: array * np.nan for name, array in arrays.items()},
+        "a pickle": lambda arrays: {"params/w": np.array([{}])},
+        "texts": lambda arrays: {name: array.astype(str) for name, array in arrays.items()},
+    }
+    for name, other in others.items():
+        reseal(folder, lambda model: None, other)
+        yield name
+        files[0].write_bytes(text)
+        files[1].write_bytes(content)
+    files[1].write_bytes(content[: len(content) // 2])
+    yield "cut arrays"
+    files[1].unlink()
+    yield "no arrays"
+
+
+def files_of(folder):
+    return [folder / name for name in ("model.json", "parameters.npz")]
+
+
+@pytest.mark.parametrize("trained", ["none"], indirect=True)
+def test_a_model_that_was_tampered_with_is_refused_in_one_line_by_dpreg_and_by_its_script(trained, tmp_path, capsys):
+    shutil.copytree(trained / "w", tmp_path / "w")
+    write(table_of(20), tmp_path / "new.csv")
+    folder = tmp_path / "w" / "model"
+    given = {name: column.tolist() for name, column in table_of(5).items()}
+    assert np.isfinite(standalone.predict(given, folder)).all()
+    for name in tampered(folder):
+        with pytest.raises(dpreg.InputError, match=r"w/model.*; run the training command again") as caught:
+            predict(config_of(tmp_path, tmp_path / "new.csv"))
+        assert str(caught.value).isprintable(), name
+        if "flag" in name and name not in ("no flags", "another flag"):  # of which the script knows two
+            continue
+        with pytest.raises(ValueError, match="run the training command again"):
+            standalone.predict(given, folder)
+    shutil.rmtree(folder)
+    shutil.copytree(trained / "w" / "model", folder)
+    (folder / "model.json").write_text((folder / "model.json").read_text().replace('"days": false', '"days": true', 1))
+    done = subprocess.run([sys.executable, folder / "predict.py", "new.csv"], capture_output=True, text=True)
+    assert (done.returncode, len(done.stderr.splitlines()), done.stdout) == (2, 1, "")
+    assert "model.json is not what was written" in done.stderr
 
 
 def test_nothing_to_evaluate_is_no_perfect_loss(trained, tmp_path):
@@ -208,13 +309,14 @@ def test_nothing_to_evaluate_is_no_perfect_loss(trained, tmp_path):
 @pytest.mark.parametrize("trained", ["none"], indirect=True)
 def test_a_model_predicts_with_as_many_threads_as_it_was_trained_with(trained, tmp_path):
     shutil.copytree(trained / "w", tmp_path / "w")
-    path, asked = tmp_path / "w" / "model" / "model.json", Config(mode="evaluate", dataset="new.csv", workdir="nowhere")
+    asked = Config(mode="evaluate", dataset="new.csv", workdir="nowhere")
     assert threads_of(asked) is None
     asked = dataclasses.replace(asked, workdir=str(tmp_path / "w"))
     for reduction, threads in (("pmean", None), ("ordered", 16)):
-        flags = json.loads(path.read_text())
-        flags["flags"] |= {"num_shards": 16, "reduction": reduction}
-        path.write_text(json.dumps(flags))
+        reseal(
+            tmp_path / "w" / "model",
+            lambda model, reduction=reduction: model["flags"].update(num_shards=16, reduction=reduction),
+        )
         assert threads_of(asked) == threads
 
 
@@ -237,8 +339,7 @@ def test_processes_with_other_models_or_nowhere_to_write_end_with_a_line(trained
     write(table_of(30_000, seed=4), tmp_path / "new.parquet")
     other = tmp_path / "other"
     shutil.copytree(trained / "w", other)
-    text = (other / "model" / "model.json").read_text()
-    (other / "model" / "model.json").write_text(text.replace('"scale": ', '"scale": 2'))
+    reseal(other / "model", lambda model: model["schema"]["inputs"][1].update(scale=2.0))
 
     def both(*workdirs, output):
         common = ("--mode=predict", "--platform=cpu", "--num_devices=1", free_address(), "--num_processes=2")

@@ -10,8 +10,10 @@ import xml.etree.ElementTree
 import pytest
 from cluster import ROOT
 
+from dpreg.errors import InputError
 from dpreg.observers import chart
 from dpreg.observers.metrics import is_start, note_start, read_records
+from dpreg.report import read_run
 
 NAMES = ("one", "two", "other")
 
@@ -78,6 +80,61 @@ def test_what_is_no_run_is_one_line(runs, tmp_path):
         done = door("report", *names)
         assert (done.returncode, len(done.stderr.splitlines())) == (2, 1), done.stderr
         assert said in done.stderr
+
+
+def test_names_from_files_do_not_reach_the_terminal_or_the_page_as_escapes(runs, tmp_path):
+    hostile = tmp_path / "\x1b[2J\u202e<b>"
+    shutil.copytree(runs / "one", hostile)
+    summary = json.loads((hostile / "summary.json").read_text())
+    summary["metrics"]["\x1b]0;title\x07\ud800"] = 1e308
+    (hostile / "summary.json").write_text(json.dumps(summary))
+    with (hostile / "flags.cfg").open("a") as file:
+        file.write("--noaudit\n--seed=\x1b[31m7\n")
+    with (hostile / "metrics.jsonl").open("a") as file:
+        file.write("{}\n" + json.dumps({"step": 97, "epoch": 4, "train_loss": 1e308, "val_loss": -1e308}) + "\n")
+    done = door("report", str(runs / "one"), str(hostile), f"--output={tmp_path / 'page.html'}")
+    assert done.returncode == 0, done.stderr
+    assert "metrics.jsonl: 1 damaged line is left out" in done.stderr
+    assert all(line.isprintable() for line in (done.stdout + done.stderr).splitlines())
+    page = (tmp_path / "page.html").read_text()
+    assert page.replace("\n", "").isprintable()
+    assert "<b>" not in page
+
+
+@pytest.mark.parametrize(
+    ("summary", "said"),
+    [
+        (b"[]", "it is no object"),
+        (b"[" * 10**5, "nested too deep"),
+        (b"\xff", "can't decode"),
+        ({"metrics": []}, "its metrics or its digest are of another type"),
+        ({"params_sha256": 7}, "its metrics or its digest are of another type"),
+        ({"train_loss": "\x1b[2J"}, "'train_loss' is not a number"),
+        ({"metrics": {"rmse": [1]}}, "'rmse' is not a number"),
+        ({"rows_per_second": 10**400}, "'rows_per_second' is not a number"),
+    ],
+)
+def test_a_summary_of_another_kind_is_refused(runs, tmp_path, summary, said):
+    shutil.copytree(runs / "one", tmp_path / "w")
+    file = tmp_path / "w" / "summary.json"
+    file.write_bytes(
+        summary if isinstance(summary, bytes) else json.dumps(json.loads(file.read_text()) | summary).encode()
+    )
+    with pytest.raises(InputError, match=said) as caught:
+        read_run(tmp_path / "w")
+    assert str(caught.value).isprintable()
+
+
+@pytest.mark.parametrize("values", [[1e299, -1e299], [5e-324, 1e299], [1e308], [5e-324]])
+def test_a_chart_of_any_floats_can_be_drawn(values):
+    points = list(enumerate(values))
+    for drawing in (
+        chart.picture({"run": points}, "epoch", "loss"),
+        chart.chart({"run": points}, "epoch", "loss", even=True),
+        chart.scatter([(value, value) for value in values], "predicted", "residual", "residuals", "zero"),
+    ):
+        assert "inf" not in drawing
+        assert "nan" not in drawing
 
 
 @pytest.mark.parametrize("values", [[0.0], [1.0, 1.0], [4.6e18], [-1e300], [1e18, 1e18 + 4096], [-3.0, 1e-9, 7e5]])

@@ -8,15 +8,22 @@ or from Python, for columns by their names: `predict({"carat": [0.3], "cut": ["I
 """
 
 import csv
+import hashlib
+import io
 import json
 import math
 import pathlib
 import re
 import sys
+import zipfile
+import zlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+
+FORMAT = 3  # of model.json
+DESCRIPTION, PARAMETERS = "model.json", "parameters.npz"
 
 # What CSV files write for a missing value, as Arrow has it, and how Python shows one that is no text.
 _IN_FILES = ("#N/A", "#N/A N/A", "#NA", "-1.#IND", "-1.#QNAN", "-NaN", "-nan", "1.#IND", "1.#QNAN", "N/A", "NA", "NULL")
@@ -48,16 +55,99 @@ def predict(columns: Mapping[str, Sequence[Any]], folder: pathlib.Path | None = 
       folder: of the model; that of this file by default.
 
     Raises:
-      KeyError: for a feature that is not there; ValueError: for what is no finite number, or no date.
+      KeyError: for a feature that is not there; ValueError: for what is no finite number, or no date, and for a model
+        that is not as it was written.
     """
-    folder = folder or pathlib.Path(__file__).parent
-    model = json.loads((folder / "model.json").read_text(encoding="utf-8"))
-    with np.load(folder / "parameters.npz") as arrays:
-        by_size = {array.ndim: array.astype(np.float64) for array in arrays.values()}
-    schema, w = model["schema"], by_size[2]
+    model, arrays = read_model(folder or pathlib.Path(__file__).parent)
+    w, b = _weights(model, arrays)
+    return _predict(model, w, b, columns)
+
+
+def sealed(content: Mapping[str, Any]) -> dict[str, Any]:
+    """Values of JSON with the checksum of all of them: content is whole if it equals `sealed(content)`."""
+    rest = {name: value for name, value in content.items() if name != "checksum"}
+    return rest | {"checksum": hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()}
+
+
+def read_model(folder: pathlib.Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """The description of the model in a folder, and its arrays by their names.
+
+    Raises:
+      ValueError: when there is none, or it is not as it was written; names the folder, and what is wrong.
+    """
+    try:
+        for name in (DESCRIPTION, PARAMETERS):
+            if not (folder / name).is_file():
+                raise ValueError(f"there is no file {name}")
+        model = json.loads((folder / DESCRIPTION).read_bytes())
+        content = (folder / PARAMETERS).read_bytes()
+        if model["format"] != FORMAT:
+            raise ValueError("another version of dpreg wrote it")
+        if model != sealed(model):
+            raise ValueError(f"{DESCRIPTION} is not what was written")
+        if model[PARAMETERS] != hashlib.sha256(content).hexdigest():
+            raise ValueError(f"{PARAMETERS} is not what was written")
+        if not all(isinstance(model["flags"][name], str) for name in ("loss", "missing")):
+            raise ValueError("its flags are not of a kind that dpreg writes")
+        if model["schema"] is not None:
+            _check_schema(model)
+        with np.load(io.BytesIO(content), allow_pickle=False) as opened:
+            arrays = dict(opened)
+        for name, array in arrays.items():
+            if array.dtype.kind not in "fiuV" or (array.dtype.kind == "f" and not np.isfinite(array).all()):
+                raise ValueError(f"parameter {name} is not finite")
+    except (OSError, ValueError, RecursionError, MemoryError, zipfile.BadZipFile, zlib.error, EOFError) as error:
+        raise ValueError(f"{folder}: the model cannot be used ({error}); run the training command again") from error
+    except (KeyError, TypeError, AttributeError, OverflowError, NotImplementedError, SyntaxError) as error:
+        raise ValueError(
+            f"{folder}: the model cannot be used (it is not of a kind that dpreg writes: {error!r}); "
+            "run the training command again"
+        ) from error
+    return model, arrays
+
+
+def _check_schema(model: Mapping[str, Any]) -> None:
+    """Raises ValueError, TypeError or KeyError where the columns are not as `dpreg.data.schema` writes them."""
+    schema = model["schema"]
+    features = 0
+    for column in (*schema["inputs"], *schema["targets"]):
+        if column.get("kind", "number") == "number":
+            numbers = [column["mean"], column["scale"], *([] if column["fill"] is None else [column["fill"]])]
+            well = column["scale"] > 0 and isinstance(column["days"], bool)
+            features += 1
+        else:
+            numbers, values = [*column["counts"], column["others"]], column["values"]
+            well = all(isinstance(value, str) for value in values) and len({*values}) == len(values)
+            well = well and len(column["counts"]) == len(values) and min(numbers) >= 0 and sum(numbers) > 0
+            features += len(values) + 1
+        well = well and all(type(number) in (int, float) and math.isfinite(number) for number in numbers)
+        if not (well and isinstance(column["name"], str)):
+            raise ValueError(f"column {column['name']!r} is not of a kind that dpreg writes")
+    num_targets = len(schema["targets"])
+    if (model["num_inputs"], model["num_targets"]) != (features - num_targets, num_targets):
+        raise ValueError("its columns are not as many as it was trained on")
+    if not isinstance(schema["log_targets"], bool) or not schema["inputs"] or not schema["targets"]:
+        raise ValueError("its columns are not of a kind that dpreg writes")
+
+
+def _weights(model: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """Weights [d, t] and bias [t] of a linear model, float64."""
+    by_size = {array.ndim: array.astype(np.float64) for array in arrays.values() if array.dtype.kind == "f"}
+    w = by_size.get(2, np.zeros((0, 0)))
+    b = by_size.get(1, np.zeros(w.shape[1]))
+    outputs = w.shape[1] if model["flags"]["loss"] == "softmax" else model["num_targets"]
+    if len(arrays) != len(by_size) or w.shape != (model["num_inputs"], outputs) or b.shape != (outputs,):
+        raise ValueError(f"{PARAMETERS} does not fit {DESCRIPTION}; run the training command again")
+    return w, b
+
+
+def _predict(
+    model: Mapping[str, Any], w: np.ndarray, b: np.ndarray, columns: Mapping[str, Sequence[Any]]
+) -> np.ndarray:
+    schema = model["schema"]
     filled = model["flags"]["missing"] == "mean"
     x = np.concatenate([_seen(column, columns[column["name"]], filled) for column in schema["inputs"]], axis=1)
-    z = x @ w + by_size.get(1, 0.0)
+    z = x @ w + b
     mean, scale = ([target[name] for target in schema["targets"]] for name in ("mean", "scale"))
     with np.errstate(over="ignore"):  # it is infinite then
         found = _of_link(z, model["flags"]["loss"]) * scale + mean
@@ -109,6 +199,8 @@ def _number(value: Any, days: bool) -> float:
 
 
 def _main(file: str) -> None:
+    model, arrays = read_model(pathlib.Path(__file__).parent)
+    w, b = _weights(model, arrays)
     csv.field_size_limit(2**31 - 1)
     with open(file, newline="", encoding="utf-8-sig") as lines:
         head, *rows = [row for row in csv.reader(lines) if row] or [[]]
@@ -121,8 +213,7 @@ def _main(file: str) -> None:
             raise ValueError(f"row {number} has {len(row)} values, and there are {len(head)} columns")
     if not rows:
         raise ValueError("there are no rows")
-    found = predict({name: [row[at] for row in rows] for at, name in enumerate(head)})
-    model = json.loads((pathlib.Path(__file__).parent / "model.json").read_text(encoding="utf-8"))
+    found = _predict(model, w, b, {name: [row[at] for row in rows] for at, name in enumerate(head)})
     writer = csv.writer(sys.stdout, lineterminator="\n")
     writer.writerow(["row", *(f"predicted_{target['name']}" for target in model["schema"]["targets"])])
     writer.writerows([i, *("" if np.isnan(v) else repr(float(v)) for v in row)] for i, row in enumerate(found, 1))
@@ -135,6 +226,7 @@ if __name__ == "__main__":
     try:
         _main(sys.argv[1])
     except (OSError, KeyError, ValueError, csv.Error) as error:
-        what = f"there is no column {error}" if isinstance(error, KeyError) else error
-        print(f"predict.py: {what}", file=sys.stderr)
+        what = f"there is no column {error}" if isinstance(error, KeyError) else str(error)
+        line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in what)  # no escape sequence from a file
+        print(f"predict.py: {line}", file=sys.stderr)
         sys.exit(2)

@@ -12,6 +12,7 @@ _LEFT, _BOTTOM, _MARGIN = 84, 48, 16
 _WIDE, _SMALL = (720, 320), (440, 280)
 _FEW_POINTS = 40  # as many get dots
 _COLOURS = 6
+_EMPTY = "Nothing to show."
 _LARGEST = 1e300  # drawn: differences and powers of ten around larger values are not finite
 
 Points = Sequence[tuple[float, float]]
@@ -154,7 +155,9 @@ class _Frame:
 
 def picture(series: Mapping[str, Points], across: str, label: str) -> str:
     """A `chart` of lines that may lie on each other, as an SVG file of its own."""
-    _, drawing = chart(series, across, label, covering=True).split("<svg", 1)
+    drawing = chart(series, across, label, covering=True).partition("<svg")[2]
+    if not drawing:
+        return f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 240 32"><text y="24">{_EMPTY}</text></svg>\n'
     names = "".join(
         f'<tspan style="fill: var(--line{number % _COLOURS})" dx="12">{escape(name)}</tspan>'
         for number, name in enumerate(series)
@@ -189,7 +192,7 @@ def chart(
     }
     values = [y for points in finite.values() for _, y in points]
     if not values:
-        return "<p>Nothing to show.</p>"
+        return f"<p>{_EMPTY}</p>"
     steps = [x for points in finite.values() for x, _ in points]
     last = max(steps) or 1.0  # an exact solution takes no epoch
     frame = _Frame(
@@ -228,7 +231,7 @@ def scatter(points: Points, across: str, up: str, label: str, ideal: str, joined
     """
     points = [(_drawable(x), _drawable(y)) for x, y in points if abs(x) < _LARGEST and abs(y) < _LARGEST]
     if not points:
-        return "<p>Nothing to show.</p>"
+        return f"<p>{_EMPTY}</p>"
     least, most = min(x for x, _ in points), max(x for x, _ in points)
     frame = _Frame(
         _even([least, most]), _even([y for _, y in points], also=0.0 if ideal == "zero" else None), _SMALL, (across, up)

@@ -13,6 +13,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
+from dpreg.data.standalone import sealed
 from dpreg.errors import InputError
 from dpreg.parallel import processes
 from dpreg.parallel.devices import replicated
@@ -75,7 +76,7 @@ class Checkpoints:
         """
         trainer.require_rest()
         content = _content(trainer)
-        meta = _sealed({"identity": self._identity, "leaves": _leaves(content), "content": _checksum(content)})
+        meta = sealed({"identity": self._identity, "leaves": _leaves(content), "content": _checksum(content)})
         if trainer.step not in self._manager.all_steps():
             self._manager.save(
                 trainer.step,
@@ -121,7 +122,7 @@ class Checkpoints:
         """The steps of the checkpoints, the newest first, and what each says of itself."""
         # A step that process 0 sees is tried by all, and taken or discarded by all.
         for step in json.loads(processes.exchange(json.dumps(sorted(self._manager.all_steps(), reverse=True)))[0]):
-            meta = self._read(step, "meta", ocp.args.JsonRestore(), lambda meta: meta == _sealed(dict(meta)))
+            meta = self._read(step, "meta", ocp.args.JsonRestore(), lambda meta: meta == sealed(meta))
             if meta is not None:
                 self._compare("run", meta["identity"], self._identity)
                 yield step, meta
@@ -198,12 +199,6 @@ def _leaves(content: Any) -> dict[str, str]:
         jax.tree_util.keystr(path): f"{leaf.dtype}{list(leaf.shape)}"
         for path, leaf in jax.tree_util.tree_leaves_with_path(content)
     }
-
-
-def _sealed(meta: dict[str, Any]) -> dict[str, Any]:
-    """With the checksum of everything else in it."""
-    meta.pop("checksum", None)
-    return meta | {"checksum": hashlib.sha256(json.dumps(meta, sort_keys=True).encode()).hexdigest()}
 
 
 def _checksum(content: Any) -> str:

@@ -7,7 +7,7 @@ import os
 import pathlib
 import shutil
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, get_args, get_origin, get_type_hints
 
 import jax
 import numpy as np
@@ -19,8 +19,7 @@ from dpreg.data.schema import Schema
 from dpreg.data.sources import RegressionData
 from dpreg.errors import InputError
 
-_FORMAT = 2
-_ARRAYS, _REST, _ALONE = "parameters.npz", "model.json", "predict.py"
+_ARRAYS, _REST, _ALONE = standalone.PARAMETERS, standalone.DESCRIPTION, "predict.py"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,7 +31,7 @@ class Exported:
       variables: {"params", "batch_stats"} as NumPy arrays.
       num_inputs, num_targets: features and targets of a row.
       schema: of the table that it was trained on; None where that was no table.
-      digest: of all that.
+      digest: of all that; another one is another model.
     """
 
     flags: Mapping[str, Any]
@@ -44,7 +43,7 @@ class Exported:
 
 
 def save_model(folder: pathlib.Path, config: Config, variables: Mapping[str, Any], data: RegressionData) -> None:
-    """Writes `parameters.npz` (by their paths, such as params/w) and `model.json`; neither is pickled.
+    """Writes `parameters.npz` (by their paths, such as params/w) and `model.json`, with checksums.
 
     Beside a linear model of a table lies `predict.py`, which needs NumPy alone.
     """
@@ -55,15 +54,17 @@ def save_model(folder: pathlib.Path, config: Config, variables: Mapping[str, Any
     new = {name: folder / f".new-{name}" for name in (_ARRAYS, _REST)}
     arrays: dict[str, Any] = jax.tree.map(np.asarray, traverse_util.flatten_dict(dict(variables), sep="/"))
     np.savez(new[_ARRAYS], **arrays)
-    rest = {
-        "format": _FORMAT,
+    description = {
+        "format": standalone.FORMAT,
         "flags": config.identity(),
         "num_inputs": data.num_inputs,
         "num_targets": data.num_targets,
         "schema": data.schema and data.schema.to_json(),
         _ARRAYS: hashlib.sha256(new[_ARRAYS].read_bytes()).hexdigest(),
     }
-    new[_REST].write_text(json.dumps(rest, indent=2) + "\n", encoding="utf-8")
+    # Through JSON, where a tuple is a list: the checksum is of what will be read.
+    text = json.dumps(standalone.sealed(json.loads(json.dumps(description))), indent=2)
+    new[_REST].write_text(text + "\n", encoding="utf-8")
     for name, path in new.items():
         os.replace(path, folder / name)
 
@@ -72,26 +73,41 @@ def load_model(folder: pathlib.Path) -> Exported:
     """The model that `save_model` wrote.
 
     Raises:
-      InputError: when there is none, or it is damaged.
+      InputError: when there is none, or it is not as it was written.
     """
     if not (folder / _REST).exists():
         raise InputError(f"{folder}: there is no model; train with that --workdir first, to the end")
     try:
-        text = (folder / _REST).read_text(encoding="utf-8")
-        rest = json.loads(text)
-        if rest["format"] != _FORMAT:
-            raise ValueError("another version of dpreg wrote it")
-        if hashlib.sha256((folder / _ARRAYS).read_bytes()).hexdigest() != rest[_ARRAYS]:
-            raise ValueError(f"{_ARRAYS} is not what was written")
-        with np.load(folder / _ARRAYS, allow_pickle=False) as arrays:
-            variables = traverse_util.unflatten_dict(dict(arrays), sep="/")
-        return Exported(
-            rest["flags"],
-            {"params": {}, "batch_stats": {}} | jax.tree.map(np.asarray, variables),
-            rest["num_inputs"],
-            rest["num_targets"],
-            rest["schema"] and Schema.from_json(rest["schema"]),
-            hashlib.sha256(text.encode()).hexdigest(),
-        )
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        model, arrays = standalone.read_model(folder)
+    except ValueError as error:
+        raise InputError(str(error)) from error
+    try:
+        _check_flags(model["flags"])
+        if not all(type(model[name]) is int and model[name] > 0 for name in ("num_inputs", "num_targets")):
+            raise ValueError("its columns are not as many as any model has")
+        variables = {"params": {}, "batch_stats": {}} | traverse_util.unflatten_dict(arrays, sep="/")
+        schema = model["schema"] and Schema.from_json(model["schema"])
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{folder}: the model cannot be used ({error}); run the training command again") from error
+    return Exported(model["flags"], variables, model["num_inputs"], model["num_targets"], schema, model["checksum"])
+
+
+def _check_flags(flags: Mapping[str, Any]) -> None:
+    """Raises ValueError where they are not those that decide the answer of a run of this version."""
+    types = get_type_hints(Config)
+    if unknown := {*Config().identity()} ^ ({*flags} - {"max_epochs"}):
+        raise ValueError(f"another version of dpreg wrote it: --{min(unknown)}")
+    for name, value in flags.items():
+        if not _is_of(types[name], value):
+            raise ValueError(f"--{name} is {value!r}")
+    trained: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in flags.items()}
+    Config(**trained)
+
+
+def _is_of(kind: Any, value: Any) -> bool:
+    """Whether a value of JSON is of the type of a flag."""
+    if get_origin(kind) is tuple:
+        return isinstance(value, list) and all(_is_of(get_args(kind)[0], part) for part in value)
+    if kind is float:
+        return type(value) in (int, float)
+    return type(value) is kind or any(_is_of(part, value) for part in get_args(kind))
