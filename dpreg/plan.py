@@ -38,10 +38,10 @@ from dpreg.errors import InputError
 from dpreg.observers.workdir import made
 from dpreg.parallel import devices
 from dpreg.parallel.chips import Hosts, Slice, system_named
+from dpreg.parallel.compile import operations_of_step
 from dpreg.parallel.program import Collective, Memory, collectives, memory
 from dpreg.parallel.reduce import AXIS
 from dpreg.parallel.state import Model, TrainState, initial_state
-from dpreg.parallel.step import operations_of_step
 from dpreg.terminal import show
 from dpreg.trainer import Trainer
 

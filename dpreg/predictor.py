@@ -16,8 +16,9 @@ from dpreg.errors import InputError
 from dpreg.models.losses import loss_of
 from dpreg.models.metrics import Errors, errors, metrics
 from dpreg.parallel import devices, processes
+from dpreg.parallel.compile import compile_eval_block
+from dpreg.parallel.layout import Carried, Clock, layout_of
 from dpreg.parallel.state import Model
-from dpreg.parallel.step import Carried, Clock, compile_eval_block, layout_of
 
 _PIECE_BYTES = 16 << 20  # of rows, on their way at once
 _PIECE_STEPS = 1 << 8

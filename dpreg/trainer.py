@@ -25,8 +25,9 @@ from dpreg.models.losses import loss_of
 from dpreg.observer import Observer, Progress
 from dpreg.parallel import devices, processes
 from dpreg.parallel.audit import Audit
+from dpreg.parallel.compile import compile_eval_block, compile_train_block
+from dpreg.parallel.layout import Carried, Clock, example_of, layout_of
 from dpreg.parallel.state import Model, TrainState, initial_state, normalises_over_batch
-from dpreg.parallel.step import Carried, Clock, compile_eval_block, compile_train_block, example_of, layout_of
 from dpreg.predictor import Predictor, errors_of, metrics_of
 
 # A second or so of a CPU, and of the slowest chips: signals, saves and progress wait for the calls in flight. On a chip

@@ -22,7 +22,7 @@ from dpreg.build import build_model
 from dpreg.config import Config
 from dpreg.data import order
 from dpreg.data.order import Sampler
-from dpreg.parallel import step as compiled
+from dpreg.parallel import tuning
 
 DEVICES = (1, 2, 3, 4, 6, 8)  # of 8 shards; of six devices the last two have none
 LAYOUTS = list(itertools.product(("jit", "pmap"), ("device", "host")))
@@ -328,8 +328,8 @@ def test_agrees_with_sgd_in_float64(reduction, backend, placement, weighted):
 @pytest.mark.parametrize(("batch", "accumulate", "run"), [(256, 1, 8), (256, 3, 8), (24, 4, 4)])
 def test_agrees_with_float64_in_runs_of_rows_and_parts_of_batches(reduction, batch, accumulate, run, monkeypatch):
     monkeypatch.setattr(order, "_FEWEST_RUNS", 8)
-    monkeypatch.setattr(compiled, "_PART_BYTES", 300)
-    monkeypatch.setattr(compiled, "_PART_BYTES_OF_CORES", 300)
+    monkeypatch.setattr(tuning, "_CHUNK_BYTES_ONE_CORE", 300)
+    monkeypatch.setattr(tuning, "_CHUNK_BYTES_SHARED", 300)
     source, model = Rows(1003, weighted=True).source(), dpreg.LinearRegressionScratch(3, 0.1)
     start = model.init(jax.random.key(0), source.x[:1])["params"]
     sampler = Sampler(1003, 8, batch * accumulate)

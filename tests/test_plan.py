@@ -12,7 +12,7 @@ from cluster import ROOT
 
 import dpreg
 from dpreg.config import Config
-from dpreg.parallel import chips, program, step
+from dpreg.parallel import chips, program, tuning
 from dpreg.plan import plan
 
 LINEAR = Config(num_train=5000, batch_size=64, platform="cpu", num_devices=8)
@@ -59,13 +59,13 @@ def test_a_perceptron_exchanges_its_gradient_at_once():
 def test_what_the_compiler_for_gpus_is_told_is_known_to_it_and_xla_flags_come_first(monkeypatch):
     """Its options are known to that of the CPU, too."""
     monkeypatch.setenv("XLA_FLAGS", "")
-    told = step._options("ordered", "gpu")
+    told = tuning.compiler_options("ordered", "gpu")
     assert {"xla_gpu_autotune_level", "xla_gpu_enable_command_buffer"} < {*told}
     assert jax.jit(lambda x: x + 1).lower(1.0).compile(compiler_options=told)(1.0) == 2
     with pytest.raises(jax.errors.JaxRuntimeError):
         jax.jit(lambda x: x + 1).lower(1.0).compile(compiler_options=told | {"xla_gpu_no_such_option": "1"})
     monkeypatch.setenv("XLA_FLAGS", "--xla_gpu_autotune_level=4")
-    assert "xla_gpu_autotune_level" not in step._options("ordered", "gpu")
+    assert "xla_gpu_autotune_level" not in tuning.compiler_options("ordered", "gpu")
 
 
 def test_what_is_exchanged_in_each_part_of_a_step_counts_as_often():

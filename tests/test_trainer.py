@@ -20,7 +20,7 @@ from dpreg.config import Config
 from dpreg.parallel.devices import data_mesh
 from dpreg.parallel.program import collectives
 from dpreg.parallel.reduce import tree_sum
-from dpreg.parallel.step import _fewest_parts
+from dpreg.parallel.tuning import fewest_parts
 from dpreg.trainer import _steps_of_call
 
 
@@ -606,7 +606,7 @@ def test_one_device_meets_nobody(reduction):
     ("rows", "most", "parts"), [(1, 8, 1), (8, 8, 1), (9, 8, 3), (5003, 100, 1), (40, 9, 5), (12, 0, 12), (521, 400, 1)]
 )
 def test_batches_are_cut_into_equal_parts_or_not_at_all(rows, most, parts):
-    assert _fewest_parts(rows, most) == parts
+    assert fewest_parts(rows, most) == parts
 
 
 @pytest.mark.parametrize("placement", ["device", "host"])

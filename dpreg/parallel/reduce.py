@@ -23,16 +23,14 @@ PyTree = Any
 ShardLoss = Callable[[PyTree, PyTree, Array], tuple[Array, PyTree]]
 
 
-def value_and_gradient(loss: ShardLoss, params: PyTree, batch: PyTree, shard: Array) -> tuple[PyTree, Array, PyTree]:
+def gradient_of_shard(loss: ShardLoss, params: PyTree, batch: PyTree, shard: Array) -> tuple[PyTree, Array, PyTree]:
     """The sums of one shard: (gradient, loss, the rest)."""
     with jax.named_scope("gradient"):
         (value, rest), gradient = jax.value_and_grad(loss, has_aux=True)(params, batch, shard)
     return gradient, value, rest
 
 
-def value_and_gradient_together(
-    loss: ShardLoss, params: PyTree, batches: PyTree, shards: Array
-) -> tuple[PyTree, Array, PyTree]:
+def gradient_of_shards(loss: ShardLoss, params: PyTree, batches: PyTree, shards: Array) -> tuple[PyTree, Array, PyTree]:
     """The sums over shards stacked in the first axis: one gradient of the summed losses, not a sum of gradients."""
 
     def summed(params: PyTree) -> tuple[Array, PyTree]:
@@ -45,13 +43,13 @@ def value_and_gradient_together(
 
 
 def sum_over_batch(of_shard: Array) -> Array:
-    """The sum over all shards of a batch, within the loss of one of them as `value_and_gradient_together` takes it."""
+    """The sum over all shards of a batch, within the loss of one of them as `gradient_of_shards` takes it."""
     # Of one device, the compiler would still call a meeting.
     total: Array = lax.psum(of_shard, SLOTS if lax.axis_size(AXIS) == 1 else (SLOTS, AXIS))
     return total
 
 
-def one_by_one(turn: Callable[[Array, PyTree], PyTree], count: Array, start: PyTree) -> PyTree:
+def opaque_loop(turn: Callable[[Array, PyTree], PyTree], count: Array, start: PyTree) -> PyTree:
     """Applies `turn(i, value)` for i in [0, count) in a loop whose trip count the compiler cannot know.
 
     So it can neither unroll the loop nor fuse its body with what surrounds it, and what the body computes
@@ -60,16 +58,16 @@ def one_by_one(turn: Callable[[Array, PyTree], PyTree], count: Array, start: PyT
     return lax.fori_loop(0, count, turn, start)
 
 
-def on_its_own(made: Callable[[], PyTree], one: Array) -> PyTree:
+def isolated(made: Callable[[], PyTree], one: Array) -> PyTree:
     """What `made` gives, in a loop of `one` turn: how it is computed changes nothing of what is then done with it."""
     zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(made))
-    return one_by_one(lambda _, __: made(), one, zeros)
+    return opaque_loop(lambda _, __: made(), one, zeros)
 
 
-def added_up(sums_of: Callable[[Array], PyTree], count: Array) -> PyTree:
-    """The sum of `sums_of(i)` for i in [0, count), one after the other, in a loop as of `one_by_one`."""
+def accumulate(sums_of: Callable[[Array], PyTree], count: Array) -> PyTree:
+    """The sum of `sums_of(i)` for i in [0, count), one after the other, in a loop as of `opaque_loop`."""
     zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(lambda: sums_of(jnp.int32(0))))
-    return one_by_one(lambda i, total: jax.tree.map(jnp.add, total, sums_of(i)), count, zeros)
+    return opaque_loop(lambda i, total: jax.tree.map(jnp.add, total, sums_of(i)), count, zeros)
 
 
 def _sent_to_all(of_device: Array, mesh: Mesh) -> bool:
@@ -127,7 +125,7 @@ def ordered_sum(sums_of: Callable[[Array], PyTree], slots: int, carried: Array, 
         return filled
 
     # Two rows at least: with one, the compiler knows where the loop writes, and fuses otherwise.
-    buffer = one_by_one(fill, carried, jnp.zeros((max(slots, 2), flat.size), flat.dtype))
+    buffer = opaque_loop(fill, carried, jnp.zeros((max(slots, 2), flat.size), flat.dtype))
     with jax.named_scope("exchange"):
         of_shards = from_all_devices(buffer[:slots], mesh)
     return unravel(tree_sum(list(of_shards[:num_shards])))
