@@ -28,6 +28,7 @@ from dpreg.parallel import devices
 from dpreg.parallel.state import Model, train_argument
 from dpreg.predictor import Predictor
 from dpreg.solver import Solver
+from dpreg.tracing import key_of
 from dpreg.trainer import Trainer
 
 _MOST_EXACT = 1024  # parameters up to which "auto" is exact: its time grows with their square, or third power
@@ -334,7 +335,7 @@ class Estimator(BaseEstimator):
 
 def _require_outputs(model: Any, x: np.ndarray, outputs: int) -> None:
     def prediction(row: jax.Array) -> jax.Array:
-        predicted: jax.Array = model.init_with_output(jax.random.key(0), row, **train_argument(model, False))[0]
+        predicted: jax.Array = model.init_with_output(key_of(0), row, **train_argument(model, False))[0]
         return predicted
 
     shape = jax.eval_shape(prediction, jnp.asarray(x[:1])).shape

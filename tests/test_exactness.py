@@ -1,5 +1,6 @@
 """The promise: the answer does not depend on how many devices computed it."""
 
+import contextlib
 import functools
 import hashlib
 import itertools
@@ -137,6 +138,75 @@ def test_accumulated_batches_are_the_larger_batch_on_any_devices(reduction, rows
         np.testing.assert_allclose(own_losses, losses, rtol=1e-5)
     if reduction == "ordered":
         assert len({params.tobytes() for params, _ in found}) == 1
+
+
+def per_leaf_norms():
+    """Scales each leaf to the norm of its gradient, as LARS and LAMB do, and adds the spread of the gradients."""
+
+    def update(updates, state, params):
+        del params
+        norms = jax.tree.map(lambda leaf: leaf / (1 + jnp.linalg.norm(leaf)) + leaf.var() / (1 + leaf.size), updates)
+        return jax.tree.map(lambda leaf: -0.1 * leaf, norms), state
+
+    return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
+
+
+def largest_only():
+    """Keeps the half of the gradient with the largest values: a sort."""
+
+    def update(updates, state, params):
+        del params
+        kept = jax.tree.map(lambda leaf: jnp.where(jnp.abs(leaf) >= jnp.median(jnp.abs(leaf)), leaf, 0), updates)
+        return jax.tree.map(lambda leaf: -0.1 * leaf, kept), state
+
+    return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
+
+
+class WeightNormed(dpreg.Module):
+    """Computes with a function of the parameters alone: the same in every shard of a step."""
+
+    optimizer: optax.GradientTransformation
+
+    @nn.compact
+    def __call__(self, x):
+        w = self.param("w", nn.initializers.normal(1.0), (x.shape[-1], 1))
+        scale = self.param("scale", nn.initializers.ones, (1,))
+        return x @ (w * (scale / jnp.linalg.norm(w))[None])
+
+
+@pytest.mark.parametrize("inputs", [17, 33, 127])
+@pytest.mark.parametrize("optimizer", ["clip", "per-leaf norms", "sort", "weight norm"])
+def test_ordered_holds_for_whatever_an_update_computes_of_the_gradient(optimizer, inputs):
+    """Of it alone: the compiler would move that out of a loop that only the state changes in."""
+    model = {
+        "clip": dpreg.LinearRegressionScratch(inputs, 0.1),
+        "per-leaf norms": dpreg.LinearRegressionScratch(inputs, 0.1, optimizer=per_leaf_norms()),
+        "sort": dpreg.LinearRegressionScratch(inputs, 0.1, optimizer=largest_only()),
+        "weight norm": WeightNormed(optimizer=optax.chain(optax.clip_by_global_norm(0.5), optax.sgd(0.1))),
+    }[optimizer]
+
+    def run(num_devices):
+        data, clip = Rows(503, inputs).data(64), 0.5 * (optimizer == "clip")
+        return digest(trained(model, data, 2, num_devices, gradient_clip_val=clip, reduction="ordered"))
+
+    assert len({run(n) for n in (1, 2, 8)}) == 1
+
+
+def test_the_random_numbers_of_a_run_do_not_depend_on_the_settings_of_the_process():
+    def run(num_devices):
+        data = dpreg.SyntheticRegressionData([1.0, 2.0, 3.0], 4.2, num_train=203, num_val=21, batch_size=64)
+        return digest(trained(Net(OPTIMIZERS["adam"]), data, 1, num_devices, reduction="ordered"))
+
+    expected = run(1)
+    for settings in (
+        [jax.default_prng_impl("rbg")],
+        [jax.threefry_partitionable(False)],
+        [jax.default_matmul_precision("bfloat16"), jax.enable_x64(True)],
+    ):
+        with contextlib.ExitStack() as stack:
+            for setting in settings:
+                stack.enter_context(setting)
+            assert (run(1), run(3)) == (expected, expected)
 
 
 @pytest.mark.parametrize(("backend", "placement"), LAYOUTS)

@@ -13,6 +13,7 @@ from numpy.typing import ArrayLike, DTypeLike
 
 from dpreg.data.sources import RegressionData, Rows
 from dpreg.errors import InputError
+from dpreg.tracing import key_of, pinned_settings
 
 # Rows are drawn in one compiled shape without ragged ends: the compiler may give the remainder of a vector loop
 # other bits, and a row must not depend on those drawn with it.
@@ -24,7 +25,7 @@ _ROWS_KEY = 2  # of the seed's random key: the part for rows, apart from those f
 @functools.partial(jax.jit, static_argnames="width")
 def _normals(indices: Array, seed: Array, width: int) -> Array:
     """Standard normal numbers, [rows, width] float32: a function of seed and index."""
-    key = jax.random.fold_in(jax.random.key(seed), _ROWS_KEY)
+    key = jax.random.fold_in(key_of(seed), _ROWS_KEY)
     return jax.vmap(lambda index: jax.random.normal(jax.random.fold_in(key, index), (width,), jnp.float32))(indices)
 
 
@@ -54,6 +55,10 @@ class SyntheticSource:
         return self.num_rows
 
     def __getitem__(self, indices: np.ndarray) -> Rows:
+        with pinned_settings():
+            return self._drawn(indices)
+
+    def _drawn(self, indices: np.ndarray) -> Rows:
         count, (num_inputs, num_targets) = len(indices), self.w.shape
         width = -(-(num_inputs + num_targets) // _LANES) * _LANES
         padded = np.zeros(-(-count // _CHUNK) * _CHUNK, np.uint32)

@@ -15,9 +15,10 @@ from dpreg.errors import InputError
 from dpreg.parallel import devices
 from dpreg.parallel.layout import Carried, Clock, Layout
 from dpreg.parallel.reduce import AXIS, PyTree, from_all_devices, gradient_of_shards, isolated, opaque_loop
-from dpreg.parallel.state import IN_FULL, Model, TrainState, forward, normalises_over_batch
+from dpreg.parallel.state import Model, TrainState, forward, normalises_over_batch
 from dpreg.parallel.step import Program, Statistics, shard_loss, train_block, updated
 from dpreg.parallel.tuning import compiler_options, multiplies_vectors_only, schedule_for
+from dpreg.tracing import key_of, pinned_settings
 
 
 def _has_float64(tree: PyTree) -> bool:
@@ -42,8 +43,8 @@ def operations_of_step(model: Model, state: TrainState, batches: PyTree) -> floa
     mapped = jax.shard_map(step, mesh=mesh, in_specs=everywhere, out_specs=everywhere, check_vma=False)
     state, batches = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), (state, batches))
     shards = jax.ShapeDtypeStruct(batches["weight"].shape[:1], jnp.int32)
-    with jax.enable_x64(_has_float64(state)):
-        lowered = jax.jit(mapped).lower(state, batches, shards, jax.random.key(0))
+    with pinned_settings(_has_float64(state)):
+        lowered = jax.jit(mapped).lower(state, batches, shards, key_of(0))
     counted: Any = lowered.cost_analysis()
     return float(counted["flops"])
 
@@ -128,23 +129,23 @@ def compile_eval_block(
         shards = carried.first + jnp.arange(layout.slots, dtype=jnp.int32)
         read = layout.reader(data, shards, clock.first_step, clock.seed)
 
-        def wanted(batch: PyTree) -> PyTree:
+        def wanted(variables: PyTree, batch: PyTree) -> PyTree:
             return of(forward(model, variables, batch, train=False, platform=platform)[0], batch)
 
-        one.append(jax.eval_shape(lambda: wanted(read.of_slot(jnp.int32(0), jnp.int32(0)))))
+        def raveled(variables: PyTree, batch: PyTree) -> Array:
+            return ravel_pytree(wanted(variables, batch))[0]
+
+        one.append(jax.eval_shape(lambda: wanted(variables, read.of_slot(jnp.int32(0), jnp.int32(0)))))
         leaves, slots = jax.tree.leaves(one[0]), max(layout.slots, 2)
 
         def step(k: Array, history: Array) -> Array:
             def fill(slot: Array, history: Array) -> Array:
-                batch = isolated(lambda: read.of_slot(k, slot), clock.one)
-                return history.at[k, slot].set(ravel_pytree(wanted(batch))[0])
+                return history.at[k, slot].set(isolated(raveled, clock.one, variables, read.of_slot(k, slot)))
 
             if reduction == "ordered":
                 filled: Array = opaque_loop(fill, carried.count, history)
                 return filled
-            return history.at[k, : layout.slots].set(
-                jax.vmap(lambda batch: ravel_pytree(wanted(batch))[0])(read.of_slots(k))
-            )
+            return history.at[k, : layout.slots].set(jax.vmap(raveled, (None, 0))(variables, read.of_slots(k)))
 
         dtype = jnp.result_type(*(leaf.dtype for leaf in leaves))
         history = jnp.zeros((layout.block_steps, slots, sum(leaf.size for leaf in leaves)), dtype)
@@ -213,8 +214,7 @@ def _compile(
             check_vma=False,
         )
         function = jax.jit(mapped, donate_argnums=donated)
-    # As if no other run of this process had another precision.
-    with jax.default_matmul_precision(IN_FULL), jax.enable_x64(_has_float64(arguments[0])):
+    with pinned_settings(_has_float64(arguments[0])):
         lowered = function.lower(*arguments)
     compiled: Callable[..., Any] = lowered.compile(compiler_options=options)
     return compiled

@@ -52,22 +52,49 @@ def sum_over_batch(of_shard: Array) -> Array:
 def opaque_loop(turn: Callable[[Array, PyTree], PyTree], count: Array, start: PyTree) -> PyTree:
     """Applies `turn(i, value)` for i in [0, count) in a loop whose trip count the compiler cannot know.
 
-    So it can neither unroll the loop nor fuse its body with what surrounds it, and what the body computes
-    does not depend on the surroundings, which differ with the number of devices.
+    So it can neither unroll the loop nor fuse its body with the surrounding operations, which differ with the number of
+    devices. It may still move out of the loop what is the same in every turn: see `isolated`.
     """
     return lax.fori_loop(0, count, turn, start)
 
 
-def isolated(made: Callable[[], PyTree], one: Array) -> PyTree:
-    """What `made` gives, in a loop of `one` turn: how it is computed changes nothing of what is then done with it."""
-    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(made))
-    return opaque_loop(lambda _, __: made(), one, zeros)
+def isolated(function: Callable[..., PyTree], one: Array, *inputs: PyTree) -> PyTree:
+    """`function(*inputs)`, compiled to the same operations whatever surrounds it.
+
+    A loop of `one` turn, a number that the compiler does not know, carries the inputs and leaves zeros in their place.
+    What `function` computes from them thus changes from turn to turn: none of it is loop-invariant code, which the
+    compiler would move out of the loop and fuse with the surroundings.
+
+    Args:
+      function: must read no traced value but its arguments.
+      one: int32 scalar, 1 at run time.
+    """
+
+    def turn(_: Array, carry: tuple[PyTree, PyTree]) -> tuple[PyTree, PyTree]:
+        return _zeros_like(inputs), function(*carry[0])
+
+    outputs: PyTree
+    _, outputs = opaque_loop(turn, one, (inputs, _zeros_like(jax.eval_shape(function, *inputs))))
+    return outputs
 
 
 def accumulate(sums_of: Callable[[Array], PyTree], count: Array) -> PyTree:
-    """The sum of `sums_of(i)` for i in [0, count), one after the other, in a loop as of `opaque_loop`."""
-    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(lambda: sums_of(jnp.int32(0))))
+    """The sum of `sums_of(i)` for i in [0, count), one after the other, in an `opaque_loop`."""
+    zeros = _zeros_like(jax.eval_shape(sums_of, jnp.int32(0)))
     return opaque_loop(lambda i, total: jax.tree.map(jnp.add, total, sums_of(i)), count, zeros)
+
+
+def _zeros_like(tree: PyTree) -> PyTree:
+    """Zeros of the same shapes and dtypes; for typed random keys, keys of zero words."""
+
+    def zeros(leaf: Any) -> Array:
+        if not jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            return jnp.zeros(leaf.shape, leaf.dtype)
+        words = jax.eval_shape(jax.random.key_data, leaf)
+        key: Array = jax.random.wrap_key_data(jnp.zeros(words.shape, words.dtype), impl=jax.random.key_impl(leaf))
+        return key
+
+    return jax.tree.map(zeros, tree)
 
 
 def _sent_to_all(of_device: Array, mesh: Mesh) -> bool:

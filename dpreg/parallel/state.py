@@ -15,11 +15,11 @@ from numpy.typing import ArrayLike
 
 from dpreg.errors import InputError
 from dpreg.parallel.reduce import PyTree, sum_over_batch
+from dpreg.tracing import FULL_PRECISION, key_of, pinned_settings
 
-# Products of float32 as such, also where a chip would round their factors by default; of bfloat16 features the factors
-# are rounded where the chip has such products, which it adds up in float32. On a GPU not where all products are with
-# vectors: they are as fast as memory, and the compiler would first copy the rows.
-IN_FULL, _OF_BFLOAT16 = "highest", "BF16_BF16_F32"
+# The factors of products of bfloat16 features, on chips with such products, which they add up in float32. On a GPU not
+# where all products are with vectors: they are as fast as memory, and the compiler would first copy the rows.
+_BFLOAT16_PRODUCTS = "BF16_BF16_F32"
 
 
 class TrainState(train_state.TrainState):
@@ -69,12 +69,9 @@ def initial_state(
     Raises:
       InputError: when the model has no params, or variables besides them and batch_stats.
     """
-    optimizer = model.configure_optimizers()
-    if gradient_clip_val:
-        optimizer = optax.chain(optax.clip_by_global_norm(gradient_clip_val), optimizer)
-    with jax.enable_x64(False):
+    with pinned_settings():
         init = jax.jit(lambda key, row: model.init(key, row, **train_argument(model, False)))
-        variables = dict(init(jax.random.key(seed), jnp.asarray(row, jnp.float32)))
+        variables = dict(init(key_of(seed), jnp.asarray(row, jnp.float32)))
     if dtype == np.float64:
         variables = jax.tree.map(lambda v: v.astype(dtype) if v.dtype == jnp.float32 else v, variables)
     params, batch_stats = variables.pop("params", None), variables.pop("batch_stats", {})
@@ -85,9 +82,13 @@ def initial_state(
             f"the model has variables {sorted(variables)}, and only params and batch_stats can be trained; "
             "keep no others"
         )
-    state: TrainState = TrainState.create(
-        apply_fn=model.apply, params=params, tx=optimizer, batch_stats=batch_stats
-    ).replace(step=jnp.int32(0))
+    with pinned_settings(dtype == np.float64):
+        optimizer = model.configure_optimizers()
+        if gradient_clip_val:
+            optimizer = optax.chain(optax.clip_by_global_norm(gradient_clip_val), optimizer)
+        state: TrainState = TrainState.create(
+            apply_fn=model.apply, params=params, tx=optimizer, batch_stats=batch_stats
+        ).replace(step=jnp.int32(0))
     return state
 
 
@@ -122,7 +123,7 @@ def forward(
     rounded = x.dtype == jnp.bfloat16 and platform != "cpu"
     if platform == "gpu":
         rounded &= not all_are_vectors(variables["params"])
-    products = jax.default_matmul_precision(_OF_BFLOAT16 if rounded else IN_FULL)
+    products = jax.default_matmul_precision(_BFLOAT16_PRODUCTS if rounded else FULL_PRECISION)
     with nn.intercept_methods(hide_padding), products:
         prediction, updated = model.apply(
             variables,
@@ -164,8 +165,8 @@ def normalises_over_batch(model: Model, state: TrainState, num_inputs: int) -> b
         return model.apply(variables, x, **train_argument(model, True), mutable=["batch_stats"], rngs={"dropout": key})
 
     x = jax.ShapeDtypeStruct((1, num_inputs), jax.tree.leaves(state.params)[0].dtype)
-    with nn.intercept_methods(note):
-        jax.eval_shape(applied, {"params": state.params, "batch_stats": state.batch_stats}, x, jax.random.key(0))
+    with nn.intercept_methods(note), pinned_settings(x.dtype == jnp.float64):
+        jax.eval_shape(applied, {"params": state.params, "batch_stats": state.batch_stats}, x, key_of(0))
     return any(name is not None for name in names)
 
 

@@ -20,11 +20,11 @@ from dpreg.parallel.reduce import (
     gradient_of_shards,
     isolated,
     mean_over_devices,
-    opaque_loop,
     ordered_sum,
 )
 from dpreg.parallel.state import Model, TrainState, forward
 from dpreg.parallel.tuning import Schedule, Traversal
+from dpreg.tracing import key_of
 
 TRAINING_KEY = 1  # of the run's random key: the part for dropout, apart from that for the first parameters
 
@@ -35,6 +35,14 @@ class Statistics(NamedTuple):
     weight: Array  # of the rows
     rows: Array | None  # those with a weight, counted; None for models without batch statistics
     batch_stats: PyTree  # times rows
+
+
+class Variables(NamedTuple):
+    """What the loss of a shard reads besides its rows."""
+
+    params: PyTree
+    batch_stats: PyTree
+    key: Array  # of this step
 
 
 Sums = tuple[PyTree, Array, Statistics]  # over rows: gradient, weighted loss, the rest
@@ -52,7 +60,8 @@ class Program(NamedTuple):
     @property
     def platform(self) -> str:
         """Of the devices."""
-        return self.mesh.devices.flat[0].platform
+        name: str = self.mesh.devices.flat[0].platform
+        return name
 
 
 class Call(NamedTuple):
@@ -67,7 +76,8 @@ class Call(NamedTuple):
     @property
     def one(self) -> Array:
         """1, which the compiler does not know."""
-        return self.clock.one
+        one: Array = self.clock.one
+        return one
 
 
 def train_block(
@@ -77,7 +87,7 @@ def train_block(
     clock, layout = Clock(*packed), program.layout
     shards = carried.first + jnp.arange(layout.slots, dtype=jnp.int32)
     read = layout.reader(data, shards, clock.first_step, clock.seed)
-    call = Call(clock, carried, shards, read, jax.random.fold_in(jax.random.key(clock.seed), TRAINING_KEY))
+    call = Call(clock, carried, shards, read, jax.random.fold_in(key_of(clock.seed), TRAINING_KEY))
 
     def step(k: Array, carry: tuple[TrainState, Array]) -> tuple[TrainState, Array]:
         state, record = train_step(program, call, carry[0], k)
@@ -95,74 +105,78 @@ def train_step(program: Program, call: Call, state: TrainState, k: Array) -> tup
     Returns:
       the state, and [3]: the weighted loss sum (NaN where the step was not taken), the weight, the gradient's norm.
     """
-    step_key = jax.random.fold_in(call.key, call.clock.first_step + k)
-
-    def loss(params: PyTree, batch: PyTree, shard: Array) -> tuple[Array, Statistics]:
-        """The weighted loss sum of a shard's batch, and what else is summed."""
-        key = jax.random.fold_in(step_key, shard)
-        return shard_loss(program.model, params, state.batch_stats, batch, key, program.platform)
-
+    step = call.clock.first_step + k
+    variables = Variables(state.params, state.batch_stats, jax.random.fold_in(call.key, step))
     if program.reduction == "ordered":
         sums = ordered_sum(
-            lambda slot: sums_of_slot(program, call, loss, state.params, k, slot),
+            lambda slot: sums_of_slot(program, call, variables, k, slot),
             program.layout.slots,
             call.carried.count,
             program.layout.num_shards,
             program.mesh,
         )
+        new, norm = isolated(updated, call.one, state, sums, step)
     else:
-        sums = mean_over_devices(sums_of_device(program, call, loss, state.params, k), program.mesh)
-
-    def update(_: Array, before: tuple[TrainState, Array]) -> tuple[TrainState, Array]:
-        with jax.named_scope("update"):
-            return updated(before[0], sums, call.clock.first_step + k)
-
-    before = state, jnp.zeros((), sums[2].weight.dtype)
-    new, norm = opaque_loop(update, call.one, before) if program.reduction == "ordered" else update(k, before)
-    loss_sum = jnp.where(new.step > call.clock.first_step + k, sums[1], jnp.nan)
+        sums = mean_over_devices(sums_of_device(program, call, variables, k), program.mesh)
+        new, norm = updated(state, sums, step)
+    loss_sum = jnp.where(new.step > step, sums[1], jnp.nan)
     return new, jnp.stack([loss_sum, sums[2].weight, norm])
 
 
-def sums_of_device(program: Program, call: Call, loss: ShardLoss, params: PyTree, k: Array) -> Sums:
+def sums_of_device(program: Program, call: Call, variables: Variables, k: Array) -> Sums:
     """The sums over all rows of this device, as the schedule goes through them."""
-    chunks, layout = program.schedule.num_chunks, program.layout
-    if program.schedule.traversal is Traversal.ROWS:
-        any_shard = jnp.int32(0)
-        return in_chunks(
-            chunks, call, lambda c: gradient_of_shard(loss, params, call.read.rows(k, c, chunks), any_shard)
-        )
-    if program.schedule.traversal is Traversal.SHARD_BY_SHARD:
-        return accumulate(lambda slot: sums_of_slot(program, call, loss, params, k, slot), call.carried.count)
-    return in_chunks(
-        chunks,
-        call,
-        lambda c: gradient_of_shards(
-            loss, params, call.read.of_slots(k, c, chunks), call.shards + c * layout.num_shards
-        ),
-    )
+    (traversal, chunks, _), loss = program.schedule, bind_shard_loss(program, variables)
+
+    def of_chunk(c: Array) -> Sums:
+        if traversal is Traversal.ROWS:
+            any_shard = jnp.int32(0)
+            return gradient_of_shard(loss, variables.params, call.read.rows(k, c, chunks), any_shard)
+        numbers = call.shards + c * program.layout.num_shards
+        return gradient_of_shards(loss, variables.params, call.read.of_slots(k, c, chunks), numbers)
+
+    if traversal is Traversal.SHARD_BY_SHARD:
+        sums: Sums = accumulate(lambda slot: sums_of_slot(program, call, variables, k, slot), call.carried.count)
+        return sums
+    return in_chunks(chunks, call, of_chunk)
 
 
-def sums_of_slot(program: Program, call: Call, loss: ShardLoss, params: PyTree, k: Array, slot: Array) -> Sums:
+def sums_of_slot(program: Program, call: Call, variables: Variables, k: Array, slot: Array) -> Sums:
     """The sums over the rows of one shard; ordered: whatever the surroundings, by the same instructions."""
     chunks, layout = program.schedule.num_chunks, program.layout
     shard = call.carried.first + slot  # not shards[slot]: of one slot the compiler would know the shard
 
     def of_chunk(c: Array) -> Sums:
-        batch = call.read.of_slot(k, slot, c, chunks)
-        if program.reduction == "ordered":
-            # Not the features of row-wise models: their only use is in products, and a copy takes a fifth of a step.
-            kept = {"x": batch["x"]} if program.schedule.traversal is Traversal.ROWS else {}
-            names = [name for name in batch if name not in kept]
-            rest = isolated(lambda: {n: call.read.of_slot(k, slot, c, chunks)[n] for n in names}, call.one)
-            batch = kept | rest
-        return gradient_of_shard(loss, params, batch, shard + c * layout.num_shards)
+        batch, number = call.read.of_slot(k, slot, c, chunks), shard + c * layout.num_shards
+        if program.reduction != "ordered":
+            return gradient_of_shard(bind_shard_loss(program, variables), variables.params, batch, number)
+        # Not the features of row-wise models: their only use is in products, and a copy takes a fifth of a step.
+        kept = {"x": batch.pop("x")} if program.schedule.traversal is Traversal.ROWS else {}
+
+        def gradient(variables: Variables, batch: PyTree, number: Array) -> Sums:
+            return gradient_of_shard(bind_shard_loss(program, variables), variables.params, kept | batch, number)
+
+        sums: Sums = isolated(gradient, call.one, variables, batch, number)
+        return sums
 
     return in_chunks(chunks, call, of_chunk)
 
 
 def in_chunks(chunks: int, call: Call, of_chunk: Callable[[Array], Sums]) -> Sums:
     """The sums over so many chunks, one after the other."""
-    return of_chunk(jnp.int32(0)) if chunks == 1 else accumulate(of_chunk, call.one * chunks)
+    if chunks == 1:
+        return of_chunk(jnp.int32(0))
+    sums: Sums = accumulate(of_chunk, call.one * chunks)
+    return sums
+
+
+def bind_shard_loss(program: Program, variables: Variables) -> ShardLoss:
+    """`shard_loss` as a function of the parameters, the batch of one shard and its number."""
+
+    def loss(params: PyTree, batch: PyTree, shard: Array) -> tuple[Array, Statistics]:
+        key = jax.random.fold_in(variables.key, shard)
+        return shard_loss(program.model, params, variables.batch_stats, batch, key, program.platform)
+
+    return loss
 
 
 def shard_loss(

@@ -12,8 +12,8 @@ from dpreg.parallel import devices
 from dpreg.parallel.layout import Layout
 from dpreg.parallel.state import Model, TrainState, all_are_vectors
 
-# CPU: rows of a step are taken in chunks that stay in cache, so that the backward pass finds there what the forward pass
-# has read: the cache of one core, or the last-level cache where cores share an operation (XLA shares large ones alone).
+# CPU: rows of a step are taken in chunks that stay in cache, where the backward pass finds what the forward pass read:
+# the cache of one core, or the last-level cache where cores share an operation (XLA shares large ones alone).
 _CHUNK_BYTES_ONE_CORE, _CHUNK_BYTES_SHARED, _LARGE_SHARD_BYTES = 5 << 16, 5 << 20, 5 << 18
 
 # CPU: a loop compiled as one function is up to twice as fast where its operations are small; otherwise each operation
