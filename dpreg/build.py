@@ -22,7 +22,7 @@ from dpreg.models.losses import loss_called
 from dpreg.models.mlp import MLP, LinearRegression
 from dpreg.models.module import Module
 from dpreg.models.optimizers import optimizer_called, schedule_called
-from dpreg.parallel import processes
+from dpreg.parallel import presence, processes
 from dpreg.parallel.state import Model
 from dpreg.trainer import Trainer
 
@@ -50,6 +50,7 @@ def build_data(config: Config, progress: Progress = lambda what, rows: None) -> 
             dtype_of(config),
         )
 
+    @presence.at_work(f"reading {config.dataset}")
     def read() -> RegressionData:
         return read_table(
             config.dataset,

@@ -41,7 +41,7 @@ from dpreg.observers.summary import (
 )
 from dpreg.observers.tensorboard import TensorBoardWriter, require_tensorboard
 from dpreg.observers.workdir import open_workdir, write_whole
-from dpreg.parallel import devices, processes
+from dpreg.parallel import devices, presence, processes
 from dpreg.parallel.deadline import Deadline
 from dpreg.predict import predict, threads_of
 from dpreg.solver import Solver
@@ -293,7 +293,8 @@ def _among_others(work: Callable[[], None]) -> None:
     """In one of several processes: they end alike, all together, and none waits for one that is lost."""
     try:
         try:
-            processes.agreed(work)
+            with presence.at_work("at work"):
+                processes.agreed(work)
         except (Diverged, AuditFailed, Preempted):  # as in all others
             processes.exchange()
             raise

@@ -15,7 +15,7 @@ from dpreg.data.sources import ArraySource, Rows, Source
 from dpreg.errors import InputError
 from dpreg.models.losses import loss_of
 from dpreg.models.metrics import Errors, errors, metrics
-from dpreg.parallel import devices, processes
+from dpreg.parallel import devices, presence, processes
 from dpreg.parallel.compile import compile_eval_block
 from dpreg.parallel.layout import Carried, Clock, layout_of
 from dpreg.parallel.state import Model
@@ -164,16 +164,17 @@ class Predictor:
                 clock = Clock(0, self._steps, 0).packed()
                 arguments = block.data, Carried(*dataset.carried), clock
                 if of not in self._compiled:
-                    self._compiled[of] = compile_eval_block(
-                        self._model,
-                        self.variables,
-                        layout_of(dataset),
-                        self._mesh,
-                        arguments,
-                        of,
-                        self._reduction,
-                        self._backend,
-                    )
+                    with presence.at_work("compiling"):
+                        self._compiled[of] = compile_eval_block(
+                            self._model,
+                            self.variables,
+                            layout_of(dataset),
+                            self._mesh,
+                            arguments,
+                            of,
+                            self._reduction,
+                            self._backend,
+                        )
                     processes.exchange()  # before the first collective, which waits for nobody long
                 yield rows, self._compiled[of][0](self.variables, *arguments)
 

@@ -23,7 +23,7 @@ from dpreg.data.sources import RegressionData, Source, first_outside
 from dpreg.errors import AuditFailed, Diverged, InputError, Preempted
 from dpreg.models.losses import loss_of
 from dpreg.observer import Observer, Progress
-from dpreg.parallel import devices, processes
+from dpreg.parallel import devices, presence, processes
 from dpreg.parallel.audit import Audit
 from dpreg.parallel.compile import compile_eval_block, compile_train_block
 from dpreg.parallel.layout import Carried, Clock, example_of, layout_of
@@ -216,6 +216,7 @@ class Trainer:
         self.validate()
         return True
 
+    @presence.at_work("laying out rows")
     def prepare_data(self, data: RegressionData) -> None:
         """Brings the rows to where the steps read them."""
         started = time.perf_counter()
@@ -253,6 +254,7 @@ class Trainer:
                 return sharded.place("host", self.steps_per_block)
         return placed
 
+    @presence.at_work("compiling")
     def prepare_model(self, model: Model) -> None:
         """Initialises the state and compiles the steps, ahead of the first."""
         started = time.perf_counter()

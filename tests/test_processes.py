@@ -33,7 +33,7 @@ from cluster import (
 )
 
 from dpreg.errors import InputError, ProcessLost
-from dpreg.parallel import devices, processes, roll_call
+from dpreg.parallel import devices, presence, processes, roll_call
 from dpreg.parallel.deadline import Deadline
 
 MAIN = ("-m", "dpreg.main")
@@ -168,9 +168,9 @@ def test_why_jax_does_not_start_is_told(monkeypatch):
         devices.start("cpu")
 
 
-def test_whoever_waits_for_another_process_is_alive(monkeypatch):
-    """A meeting calls its heartbeat with each second; what comes at last is told."""
-    late = [jax.errors.JaxRuntimeError("DEADLINE_EXCEEDED: key not found")] * 2
+def test_a_process_waits_for_another_while_that_one_shows_signs_of_life(monkeypatch, capfd):
+    """A meeting calls its heartbeat with each second; what comes at last is returned."""
+    late, signs = [], []
 
     class Service:
         def key_value_set(self, key, value):
@@ -180,14 +180,66 @@ def test_whoever_waits_for_another_process_is_alive(monkeypatch):
             if key.endswith("/0"):
                 return self.mine
             if late:
+                time.sleep(0.1)
                 raise late.pop()
             return ":theirs"
 
+        def key_value_try_get(self, key):
+            if signs:
+                return signs.pop(0)
+            raise jax.errors.JaxRuntimeError("NOT_FOUND")
+
     service, beats = Service(), []
     monkeypatch.setattr(processes, "_service", lambda: service)
+    monkeypatch.setattr(presence, "_client", lambda: service)
+    monkeypatch.setattr(presence, "SILENT_SECONDS", 0.35)
+    monkeypatch.setattr(roll_call, "_REPORT_SECONDS", 0.25)
     monkeypatch.setattr(jax, "process_count", lambda: 2)
+    late += [jax.errors.JaxRuntimeError("DEADLINE_EXCEEDED: key not found")] * 6
+    signs += [f"0 {beat} compiling" for beat in range(6)]
     assert processes.exchange("mine", heartbeat=lambda: beats.append(1)) == ["mine", "theirs"]
-    assert len(beats) == 2
+    assert len(beats) == 6
+    assert "process 0 waits for process 1, which is compiling" in capfd.readouterr().err
+    late += [jax.errors.JaxRuntimeError("DEADLINE_EXCEEDED: key not found")] * 6
+    signs += ["0 9 compiling"] * 6
+    with pytest.raises(ProcessLost, match=r"in vain for process 1, without a sign of life for 0 s of 0\.35 s; see"):
+        processes.exchange("mine")
+
+
+LOST = """
+import sys, time
+import numpy as np
+import dpreg
+from dpreg.parallel import deadline, presence
+
+presence.SILENT_SECONDS, deadline._REPORT_SECONDS = 6.0, 2.0
+dpreg.start("cpu", 1, sys.argv[1].partition("=")[2], 2, int(sys.argv[2]))
+if sys.argv[3] == "before":
+    time.sleep(1000)
+x = np.arange(64.0)
+observers = [lambda progress: time.sleep(1000)] if sys.argv[3] == "while training" else []
+rows = dpreg.ArraySource(x, x)
+trainer = dpreg.Trainer(9, num_shards=2, observers=observers)
+trainer.fit(dpreg.LinearRegressionScratch(1, 1e-4), dpreg.RegressionData(rows, rows))
+"""
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("where", ["before", "while training"])
+def test_a_program_whose_other_process_does_not_come_ends_with_76_and_names_it(where):
+    """A program of the user's own, in Python: it has no other deadline."""
+    address = free_address()
+    of_both = together(*((("-c", LOST, address, str(i), where if i else "nowhere"), (), ROOT) for i in range(2)))
+    (code, lines, _, seconds), (other, *_) = of_both
+    said = "\n".join(lines)
+    assert (code, other) == (76, 76), said
+    assert seconds < 60
+    assert "process 1, without a sign of life for" in said
+    if where == "before":
+        assert "ProcessLost: process 0 waited in vain for process 1" in said
+    else:
+        assert "process 0 has no new result for" in said
+        assert "in arrived" in said  # of its stacks
 
 
 @pytest.mark.faults

@@ -2,7 +2,6 @@
 
 import collections
 import functools
-import itertools
 import os
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar
@@ -15,7 +14,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceShardin
 from numpy.typing import DTypeLike
 
 from dpreg.errors import InputError
-from dpreg.parallel import processes
+from dpreg.parallel import deadline, presence, processes
 from dpreg.parallel.reduce import AXIS
 
 # XLA's own limit, in bytes, to what a loop may read that becomes one function is 1 kB: step.py says which loops do.
@@ -206,12 +205,20 @@ def arrived(calls: Iterable[tuple[Item, Any]], heartbeat: Callable[[], None]) ->
       heartbeat: called for each that has arrived.
     """
     under_way: collections.deque[tuple[Item, Any]] = collections.deque()
-    for call in itertools.chain(calls, (None,)):
-        if call is not None:
-            under_way.append(call)
-        while len(under_way) > (processes.CALLS_IN_FLIGHT if call is not None else 0):
+    remaining, more = iter(calls), True
+    while more or under_way:
+        if more:
+            presence.begin_call()
+            with deadline.watched():
+                call = next(remaining, None)
+            more = call is not None
+            if call is not None:
+                under_way.append(call)
+        while len(under_way) > (processes.CALLS_IN_FLIGHT if more else 0):
             item, result = under_way.popleft()
-            result = jax.device_get(result)
+            with deadline.watched() as progress:
+                result = jax.device_get(result)
+                progress()
             heartbeat()
             yield item, result
 

@@ -14,6 +14,7 @@ from jax._src import clusters, distributed, xla_bridge  # without a public name:
 from jaxlib import _jax
 
 from dpreg.errors import InputError, ProcessLost
+from dpreg.parallel import presence
 from dpreg.parallel.roll_call import (
     HEARTBEAT_SECONDS,
     JOIN_SECONDS,
@@ -189,12 +190,12 @@ def exchange(
 ) -> list[str]:
     """Tells all processes a text and returns those of all, in the order of their ids; a meeting of all, too.
 
-    Over the coordination service, not the devices: it works before the first collective, and waits as long as
-    a process may take to read its rows. All processes have to call it equally often.
+    Over the coordination service, not the devices: it works before the first collective. All processes have to call it
+    equally often. A process is waited for while it is `presence.at_work`, and for 120 s without a sign of life from it.
 
     Args:
       error: says instead that this process cannot go on; then it ends for all, at whichever meeting they are.
-      patience: seconds to wait for the others; heartbeat: called each second of them.
+      patience: seconds to wait for the others at most; heartbeat: called each second of them.
 
     Raises:
       AgreedError: with the error of the first process that told one.
@@ -215,7 +216,8 @@ def exchange(
 
 def _awaited(key: str, process: int, wait: Wait, heartbeat: Callable[[], None]) -> str:
     """What the process puts under a key."""
-    while wait.goes_on(f"process {jax.process_index()} waits for process {process}"):
+    signs = presence.Signs()
+    while wait.goes_on(f"process {jax.process_index()} waits for {signs.describe(process)}"):
         try:
             told: str = _service().blocking_key_value_get(key, 1000)
             return told
@@ -223,7 +225,13 @@ def _awaited(key: str, process: int, wait: Wait, heartbeat: Callable[[], None]) 
             if "DEADLINE_EXCEEDED" not in str(error):
                 raise
             heartbeat()
-    raise ProcessLost(f"process {process} does not come to meet the others; see what it says")
+            signs.look(process)
+        if signs.silence(process) >= presence.SILENT_SECONDS:
+            break
+    raise ProcessLost(
+        f"process {jax.process_index()} waited in vain for {signs.describe(process)}; see what that one says, and "
+        "start all again"
+    )
 
 
 class AgreedError(InputError):

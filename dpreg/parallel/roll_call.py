@@ -23,6 +23,7 @@ JOIN_SECONDS = 120  # for processes to find each other
 # A process of a run sends one short line as soon as it is connected.
 _HELLO_BYTES, _HELLO_SECONDS, _MOST_UNKNOWN, _MOST_PROCESSES = 128, 5.0, 128, 1 << 24
 _ANSWER_BYTES, _MOST_NAMED, _MOST_ERROR = 4096, 8, 1000
+_REPORT_SECONDS = 10.0  # between the lines of a process that waits
 _STATUS_SECONDS = 1.0  # between the messages of process 0 to those that wait
 _MISSING, _ALL_ARE_THERE = "missing", "all_are_there"
 
@@ -54,9 +55,9 @@ class Wait:
     def goes_on(self, what: str) -> bool:
         """False when it has been long enough."""
         now = time.monotonic()
-        if now - self._told > 10:
+        if now - self._told > _REPORT_SECONDS:
             self._told = now
-            tell(f"{what} ({now - self._began:.0f} s of {self._seconds})")
+            tell(f"{what} (for {now - self._began:.0f} s)")
         return now - self._began < self._seconds
 
 
