@@ -574,7 +574,8 @@ class Config(Columns):
 
     def to_flagfile(self) -> str:
         """A flagfile that repeats the run. It leaves out who runs it, where the outputs go, and what to go on from."""
-        given = {name: value for name, value in self.shared().items() if value not in (None, ()) and name != "resume"}
+        defaults, shared = {field.name: field.default for field in _flag_fields()}, self.shared()
+        given = {n: v for n, v in shared.items() if v is not None and n != "resume" and (v != () or defaults[n] != ())}
         return "".join(f"--{name}={_text(value)}\n" for name, value in given.items())
 
 

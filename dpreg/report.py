@@ -93,6 +93,14 @@ def compare(runs: Mapping[str, Run]) -> dict[str, list[Any]]:
     return rows
 
 
+def table_of(runs: Mapping[str, Run], rows: Mapping[str, list[Any]]) -> Table:
+    """What is compared, for a terminal."""
+    table = Table("", *map(printable, runs), box=None)
+    for name, values in rows.items():
+        table.add_row(printable(name), *(printable(shown(value)) for value in values))
+    return table
+
+
 def _main(argv: list[str]) -> None:
     if len(argv) < 2:
         raise InputError("there is no run to show; name the workdirs of some: python -m dpreg.report W1 W2")
@@ -103,10 +111,7 @@ def _main(argv: list[str]) -> None:
     if output and not all(run.records for run in runs.values()):
         raise InputError(f"--output={output}: a run has no curve, for its metrics.jsonl is empty; leave it out")
     rows = compare(runs)
-    table = Table("", *map(printable, runs), box=None)
-    for name, values in rows.items():
-        table.add_row(printable(name), *(printable(shown(value)) for value in values))
-    Console(markup=False, highlight=False).print(table)
+    Console(markup=False, highlight=False).print(table_of(runs, rows))
     if len(runs) > 1:
         print("parameters: the same bits" if len(set(rows["params_sha256"])) == 1 else "parameters: other bits")
     if output:

@@ -198,8 +198,23 @@ def _number(value: Any, days: bool) -> float:
     return number
 
 
-def _main(file: str) -> None:
-    model, arrays = read_model(pathlib.Path(__file__).parent)
+def main(arguments: Sequence[str], folder: pathlib.Path | None = None) -> int:
+    """Prints the predictions for a CSV file: 0; 2 and one line on stderr for what is wrong."""
+    if len(arguments) != 1:
+        print("usage: python predict.py FILE.csv > predictions.csv", file=sys.stderr)
+        return 2
+    try:
+        _predict_file(arguments[0], folder or pathlib.Path(__file__).parent)
+    except (OSError, KeyError, ValueError, csv.Error) as error:
+        what = f"there is no column {error}" if isinstance(error, KeyError) else str(error)
+        line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in what[:700])  # no escape sequence from a file
+        print(f"predict.py: {line}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _predict_file(file: str, folder: pathlib.Path) -> None:
+    model, arrays = read_model(folder)
     w, b = _weights(model, arrays)
     csv.field_size_limit(2**31 - 1)
     with open(file, newline="", encoding="utf-8-sig") as lines:
@@ -220,13 +235,4 @@ def _main(file: str) -> None:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 2:
-        print("usage: python predict.py FILE.csv > predictions.csv", file=sys.stderr)
-        sys.exit(2)
-    try:
-        _main(sys.argv[1])
-    except (OSError, KeyError, ValueError, csv.Error) as error:
-        what = f"there is no column {error}" if isinstance(error, KeyError) else str(error)
-        line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in what)  # no escape sequence from a file
-        print(f"predict.py: {line}", file=sys.stderr)
-        sys.exit(2)
+    sys.exit(main(sys.argv[1:]))

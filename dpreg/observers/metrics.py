@@ -137,8 +137,9 @@ def is_start(record: Any) -> bool:
     counts = ("step", "device_count", "process_count")
     return (
         isinstance(record, dict)
-        and isinstance(record.get("time"), str)
-        and all(_is_count(record.get(name)) for name in counts)
+        and {*record} == {"time", *counts}
+        and isinstance(record["time"], str)
+        and all(_is_count(record[name]) for name in counts)
     )
 
 

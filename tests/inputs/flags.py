@@ -1,0 +1,118 @@
+"""Command lines and flagfiles: what is accepted is what was written, and repeats itself; else one line, exit code 2."""
+
+import contextlib
+import csv
+import dataclasses
+import io
+
+from absl import flags
+
+from dpreg import door
+from dpreg.config import Config, define_flags
+from dpreg.errors import InputError
+
+from .mutate import TOKENS, damage_bytes
+from .refusal import check_line
+
+FIELDS = [field for field in dataclasses.fields(Config) if field.metadata]
+GOOD = {bool: ("true", "false", "1", "no"), int: ("8", "1", "16"), float: ("0.5", "1e-3", "2"), str: ("1", "a,b")}
+TEXTS = ("", "0", "1", "-1", "8", "0.1", "1e999", "nan", "true", "no", "a", "a,b", '"a,b",c', '"', "x:y", "a:1", "1:2")
+TEXTS += (
+    "synthetic",
+    "mlp",
+    "exact",
+    "float64",
+    "ordered",
+    "huber",
+    "softmax",
+    "log",
+    "w",
+    "é",
+    "\x1b[2J",
+    "a\nb",
+    "\u2028",
+)
+
+
+def run(rng, folder):
+    define()
+    given = {field.name: draw_text(field, rng) for field in rng.choice(FIELDS, rng.integers(1, 4), replace=False)}
+    arguments = [f"--{name}={text}" for name, text in given.items()]
+    in_file = rng.random() < 0.3
+    if in_file:
+        content = "\n".join(arguments).encode(errors="surrogateescape")
+        (folder / "f.cfg").write_bytes(damage_bytes(content, rng) if rng.random() < 0.6 else content)
+        arguments = [f"--flagfile={folder / 'f.cfg'}"]
+    elif rng.random() < 0.1:
+        arguments.append(
+            ("--", "-", "x", "--x", "--nolr", "--flagfile", "--config_preset=cpu", "--=1")[rng.integers(8)]
+        )
+    config = parse(arguments)
+    if config is None:
+        return "refused"
+    if not in_file:
+        check_values(config, given)
+    again = parse([f"--flagfile={write(folder / 'again.cfg', config.to_flagfile())}"])
+    assert again is not None, f"its own flagfile is refused: {config.to_flagfile()!r}"
+    assert again.shared() | {"resume": 0} == config.shared() | {"resume": 0}, "its own flagfile is another run"
+    return "correct"
+
+
+def draw_text(field, rng):
+    """A text for a flag: more often than not one that the flag takes."""
+    choices, default, how = field.metadata["of"], field.default, rng.random()
+    if how < 0.6:
+        good = choices or next((GOOD[kind] for kind in (bool, int, float) if type(default) is kind), GOOD[str])
+        return str(rng.choice(good))
+    if how < 0.9:
+        return TEXTS[rng.integers(len(TEXTS))]
+    return TOKENS[rng.integers(len(TOKENS))].decode(errors="surrogateescape")[:6000]
+
+
+def define():
+    if "lr" not in flags.FLAGS:
+        define_flags()
+        flags.DEFINE_string("config_preset", None, "as door.enter defines it")
+    if not flags.FLAGS.is_parsed():
+        flags.FLAGS(["fuzz"])
+
+
+def parse(arguments):
+    """The config; None where it is refused in one line."""
+    for name in flags.FLAGS:
+        flags.FLAGS[name].unparse()
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said), contextlib.redirect_stdout(said):
+            door._parse(str, False, ["dpreg", *arguments])
+            return Config.from_flags(flags.FLAGS)
+    except SystemExit as end:
+        code = end.code
+    except InputError as error:
+        check_line(str(error), "--")
+        return None
+    assert code in (0, 2), f"exit code {code}: {said.getvalue()}"
+    if code == 2:
+        *lines, last = said.getvalue().removeprefix("dpreg: ").split("\n")
+        assert (len(lines), last) == (1, ""), f"not one line: {said.getvalue()!r}"
+        check_line(lines[0])
+    return None
+
+
+def check_values(config, given):
+    """Each flag has the value that its text spells, by the rules of Python and of CSV."""
+    for name, text in given.items():
+        value = getattr(config, name)
+        if isinstance(value, tuple):
+            words = next(csv.reader([text], strict=True), []) if text else []
+            wanted = tuple((float if name == "w" else int if name == "hidden" else str)(word.strip()) for word in words)
+        elif isinstance(value, bool):
+            wanted = text.lower() in ("true", "t", "1", "yes", "y")
+        else:
+            wanted = value if value is None else int(text, 0) if "x" in text.lower() else type(value)(text)
+        assert value == wanted, f"--{name}={text!r} is taken for {value!r}"
+
+
+def write(path, text):
+    path.write_text(text, encoding="utf-8")
+    return path

@@ -1,0 +1,138 @@
+"""The rendezvous port: strangers cost the run nothing, on either side."""
+
+import contextlib
+import json
+import os
+import socket
+import threading
+import time
+
+from dpreg.errors import InputError
+from dpreg.parallel.roll_call import answer_roll, call_roll
+
+from .mutate import TOKENS, damage_bytes
+from .refusal import check_line
+
+HELLO = b'{"process_id": 1, "num_processes": 3}\n'
+ANSWERS = (b'{"missing": [1]}\n', b'{"all_are_there": true}\n', b'{"InputError": "\\u001b[2J"}\n', b"\n", b"{}\n")
+
+
+def run(rng, folder):
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    return (meet_strangers if rng.random() < 0.7 else find_a_stranger)(rng, port)
+
+
+def meet_strangers(rng, port):
+    """Process 0 among strangers: the other two come, and all go on."""
+    payloads = [payload(rng) for _ in range(rng.integers(1, 8))]
+    claims = any(is_hello(text) for text, _ in payloads)
+    outcome = {}
+    with quiet():
+        processes = [thread(outcome, 0, call_roll, "127.0.0.1", port, 3)]
+        strangers = [thread(None, None, disturb, port, *each) for each in payloads]
+        time.sleep(0.05 * rng.random())
+        processes += [thread(outcome, i, answer_roll, "127.0.0.1", port, 3, i) for i in (1, 2)]
+        for running in (*processes, *strangers):
+            running.join(10)
+    assert len(outcome) == 3, f"process { ({0, 1, 2} - {*outcome}) } waits; strangers sent {payloads!r:.300}"
+    errors = [error for error in outcome.values() if error is not None]
+    for error in errors:
+        assert isinstance(error, InputError), error
+        check_line(str(error))
+    assert not errors or claims, f"{errors[0]}: strangers sent {payloads!r:.300}"
+    return "refused" if errors else "correct"
+
+
+def find_a_stranger(rng, port):
+    """Something else answers at the port first; then process 0 is there."""
+    answer = damage_bytes(ANSWERS[rng.integers(len(ANSWERS))], rng) if rng.random() < 0.8 else payload(rng)[0]
+    outcome = {}
+    with quiet(), socket.create_server(("127.0.0.1", port)) as stranger:
+        other = thread(outcome, 1, answer_roll, "127.0.0.1", port, 2, 1)
+        stranger.settimeout(5)
+        connection = stranger.accept()[0]
+        with contextlib.suppress(OSError):
+            connection.sendall(answer)
+        connection.close()
+        stranger.close()
+        if not_over(other, 0.2):
+            thread(outcome, 0, call_roll, "127.0.0.1", port, 2).join(10)
+        other.join(10)
+    assert 1 in outcome, f"process 1 waits after {answer!r:.300}"
+    error = outcome[1]
+    assert error is None or isinstance(error, InputError), error
+    if error is not None:
+        check_line(str(error))
+        assert b"InputError" in answer, f"{error} after {answer!r:.300}"
+    return "refused" if error else "correct"
+
+
+def payload(rng):
+    """(bytes, how they come)."""
+    how = ("at once", "in drips", "kept open", "reset")[rng.integers(4)]
+    text = (
+        HELLO,
+        damage_bytes(HELLO, rng),
+        TOKENS[rng.integers(len(TOKENS))] + b"\n",
+        rng.bytes(int(rng.integers(0, 200))),
+        b"GET / HTTP/1.1\r\nHost: x\r\n\r\n",
+    )[rng.integers(1, 5)]
+    return text, how
+
+
+def is_hello(text):
+    """Whether a process of a run may have sent it: it then disagrees with the others, and that is said."""
+    try:
+        message = json.loads(text)
+        return isinstance(message["process_id"], int) and isinstance(message["num_processes"], int)
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return False
+
+
+def disturb(port, text, how):
+    """Connects, and sends."""
+    with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=2) as connection:
+        if how == "in drips":
+            for at in range(min(len(text), 40)):
+                connection.sendall(text[at : at + 1])
+                time.sleep(0.01)
+        else:
+            connection.sendall(text)
+        if how == "kept open":
+            time.sleep(0.5)
+        if how == "reset":
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
+
+
+def thread(outcome, name, work, *arguments):
+    def go():
+        error = None
+        try:
+            work(*arguments)
+        except Exception as raised:
+            error = raised
+        if outcome is not None:
+            outcome[name] = error
+
+    running = threading.Thread(target=go, daemon=True)
+    running.start()
+    return running
+
+
+def not_over(running, seconds):
+    running.join(seconds)
+    return running.is_alive()
+
+
+@contextlib.contextmanager
+def quiet():
+    """Without what is written to stderr itself."""
+    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
