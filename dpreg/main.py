@@ -19,6 +19,7 @@ from rich.console import Console
 from dpreg.build import build_data, build_model, build_trainer, identity_of, learning_rates
 from dpreg.config import Config
 from dpreg.data.dataset import Cast
+from dpreg.data.schema import Number
 from dpreg.data.sources import RegressionData
 from dpreg.doctor import agree, examine
 from dpreg.door import enter
@@ -30,7 +31,7 @@ from dpreg.observers.export import save_model
 from dpreg.observers.metrics import MetricsWriter, is_start, note_start, read_records, to_json
 from dpreg.observers.profile import Profiler
 from dpreg.observers.progress import ProgressDisplay
-from dpreg.observers.report import COMPARED_ROWS, write_report
+from dpreg.observers.report import COMPARED_ROWS, Compared, write_report
 from dpreg.observers.summary import (
     describe_devices,
     describe_optimum,
@@ -83,6 +84,9 @@ def _run_in(workdir: pathlib.Path, config: Config, announcements: processes.Anno
             f"{len(data.train):,} rows in {config.num_shards} shards on {devices.describe(trainer.mesh.devices.flat)}: "
             f"placement {placement}{f' ({why})' if why else ''}, reduction {config.reduction}, backend {config.backend}"
         )
+        for column in data.schema.inputs if data.schema else ():
+            if isinstance(column, Number) and column.constant:
+                progress.say(f"column {column.name!r} has one value in the rows to fit, and is not used")
         if trainer.step:
             progress.say(f"going on from step {trainer.step:,}")
         if first:
@@ -172,14 +176,14 @@ def _trained(
     return fit
 
 
-def _compared(config: Config, trainer: Trainer, data: RegressionData) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+def _compared(config: Config, trainer: Trainer, data: RegressionData) -> dict[str, Compared]:
     """By target, what the trained model predicts for some rows held out, and what was observed; none of labels."""
     if config.loss == "softmax":
         return {}
-    predicted, observed = trainer.predictor().compared(data.val or data.train, COMPARED_ROWS)
+    predicted, observed, weight = trainer.predictor().compared(data.val or data.train, COMPARED_ROWS)
     if predicted.shape != observed.shape:  # a loss of the user's own may take other predictions than targets
         return {}
-    return {name: (predicted[:, t], observed[:, t]) for t, name in enumerate(target_names(data))}
+    return {name: Compared(predicted[:, t], observed[:, t], weight) for t, name in enumerate(target_names(data))}
 
 
 def _above(gap: float | None) -> str:

@@ -102,8 +102,10 @@ class Predictor:
         rows = ArraySource(x, np.zeros((len(x), self.num_targets)), dtype=self.dtype)
         return np.concatenate(list(self.predictions(self.pieces(rows))))
 
-    def compared(self, source: Source, most: int) -> tuple[np.ndarray, np.ndarray]:
-        """(predicted, observed) for rows evenly spaced over a source: each [n, t] float64, in original units.
+    def compared(self, source: Source, most: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """(predicted, observed, weight) of rows evenly spaced over a source: [n, t], [n, t] and [n] float64.
+
+        In original units.
 
         Args:
           most: rows; those without weight are left out.
@@ -111,7 +113,8 @@ class Predictor:
         rows = source[np.arange(0, len(source), -(-len(source) // most))]
         there = rows["weight"] > 0
         predicted, observed = self.predict(rows["x"])[there], rows["y"][there].astype(np.float64)
-        return predicted, observed if self.schema is None else self.schema.prediction(observed)
+        observed = observed if self.schema is None else self.schema.prediction(observed)
+        return predicted, observed, rows["weight"][there].astype(np.float64)
 
     def predictions(self, pieces: Iterable[Rows]) -> Iterator[np.ndarray]:
         """What the model predicts for each piece, in the order of its rows: [n, t] float64, in original units.

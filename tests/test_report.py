@@ -7,12 +7,14 @@ import subprocess
 import sys
 import xml.etree.ElementTree
 
+import numpy as np
 import pytest
 from cluster import ROOT
 
 from dpreg.errors import InputError
 from dpreg.observers import chart
 from dpreg.observers.metrics import is_start, note_start, read_records
+from dpreg.observers.report import Compared, _parameters, calibration
 from dpreg.report import read_run
 
 NAMES = ("one", "two", "other")
@@ -142,3 +144,26 @@ def test_an_axis_holds_its_values_and_has_ticks_apart(values):
     axis = chart._even(values)
     assert all(0 <= axis.share(value) <= 1 for value in values)
     assert len({f"{tick:.12g}" for tick in axis.ticks}) == len(axis.ticks) >= 2
+
+
+def test_an_intercept_is_no_feature_of_its_name():
+    for names, intercept in ((("b", "w"), "(intercept)"), (("(intercept)", "(intercept)_"), "(intercept)__")):
+        shown = _parameters({"w": dict(zip(names, (1.5, 2.5), strict=True)), "b": 3.5})
+        assert re.findall("<th>(.*?)<td>(.*?)</tr>", shown) == [
+            (names[0], "1.5"),
+            (names[1], "2.5"),
+            (intercept, "3.5"),
+        ]
+
+
+def test_the_calibration_counts_a_row_of_weight_2_as_two():
+    rng = np.random.default_rng(0)
+    predicted, observed, weight = rng.normal(size=200), rng.normal(size=200), rng.integers(1, 4, 200).astype(float)
+    found = np.array(calibration(Compared(predicted, observed, weight)))
+    assert found.shape == (10, 2)
+    order = np.argsort(predicted)
+    middle = (np.cumsum(weight[order]) - weight[order] / 2) / weight.sum()
+    for group in range(10):
+        rows = order[(middle >= group / 10) & (middle < (group + 1) / 10)]
+        expected = [np.repeat(column[rows], weight[rows].astype(int)).mean() for column in (predicted, observed)]
+        np.testing.assert_allclose(found[group], expected, rtol=1e-12)

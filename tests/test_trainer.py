@@ -137,13 +137,14 @@ def test_predictions_are_compared_with_what_was_observed():
     val = Rows(101, weighted=True, seed=4).source()
     trainer = dpreg.Trainer(1, 3)
     trainer.fit(dpreg.LinearRegressionScratch(3, lr=0.1), dpreg.RegressionData(Rows(40).source(), val, 8))
-    predicted, observed = trainer.predictor().compared(val, most=40)
+    predicted, observed, weight = trainer.predictor().compared(val, most=40)
     rows = np.arange(0, 101, 3)
     rows = rows[val.weight[rows] > 0]
     assert 0 < len(rows) < 34
     w, b = (np.float64(trainer.state.params[name]) for name in "wb")
     np.testing.assert_allclose(predicted, val.x[rows] @ w + b, rtol=1e-5)
     np.testing.assert_array_equal(observed, val.y[rows])
+    np.testing.assert_array_equal(weight, val.weight[rows])
 
 
 def test_a_predictor_predicts_what_it_did_after_further_steps():

@@ -6,7 +6,7 @@ Demmel et al. 2012). Nothing is squared on the way, so no digits are lost as in 
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import scipy.linalg
@@ -15,6 +15,14 @@ import scipy.special  # scipy.stats takes half a second to import
 from dpreg.errors import InputError
 
 _EPSILON = float(np.finfo(np.float64).eps)
+
+
+def intercept_name(features: Iterable[str]) -> str:
+    """What the intercept is called beside features of these names: "(intercept)", with "_" behind it where needed."""
+    names, name = {*features}, "(intercept)"
+    while name in names:
+        name += "_"
+    return name
 
 
 @dataclasses.dataclass(frozen=True)
@@ -260,7 +268,7 @@ class Fit:
           level: of the interval.
         """
         (w, b), (p_of_w, p_of_b) = self.standard_errors, self.p_values
-        rows = [("(intercept)", self.b[target], b[target], p_of_b[target], True)] if self.intercept else []
+        rows = [(intercept_name(names), self.b[target], b[target], p_of_b[target], True)] if self.intercept else []
         rows += [
             (name, self.w[j, target], w[j, target], p_of_w[j, target], j in self.kept) for j, name in enumerate(names)
         ]

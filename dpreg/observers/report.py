@@ -1,13 +1,14 @@
 """report.html: a run, or several beside each other, on one page that needs nothing but itself."""
 
 import pathlib
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import scipy.special
 
 from dpreg.config import Config
+from dpreg.models.least_squares import intercept_name
 from dpreg.observers.chart import chart, escape, page, picture, scatter
 from dpreg.observers.workdir import write_whole
 
@@ -31,6 +32,14 @@ th { font-weight: 400; color: var(--faint); width: 38%; }
 Records = Sequence[Mapping[str, Any]]
 
 
+class Compared(NamedTuple):
+    """What is predicted and observed of one target for some rows, and their weights: each [n] float64."""
+
+    predicted: np.ndarray
+    observed: np.ndarray
+    weight: np.ndarray
+
+
 def write_report(
     path: pathlib.Path,
     config: Config,
@@ -38,7 +47,7 @@ def write_report(
     records: Records,
     starts: Records,
     devices: Records,
-    compared: Mapping[str, tuple[np.ndarray, np.ndarray]],
+    compared: Mapping[str, Compared],
 ) -> None:
     """Writes the page: curves, fit, results, what was run on what, and how it went.
 
@@ -46,7 +55,7 @@ def write_report(
       records: the log points, as in metrics.jsonl.
       starts: when the run was started, as in starts.jsonl.
       devices: what each carried, as of `describe_devices`.
-      compared: by the name of a target (predicted, observed) for some rows, each [n]; none where they are labels.
+      compared: by the name of a target; none where they are labels.
     """
     on = f"{summary['device_count']} x {summary['device_kind']}"
     results = {
@@ -84,7 +93,7 @@ def write_report(
 <p>{summary["step"]:,} steps on {escape(on)}, reduction {summary["reduction"]}</p>
 {_losses(summary, records, config)}
 <div class="columns">{_courses(records)}</div>
-{"".join(_fit(name, *pair, where, config) for name, pair in list(compared.items())[:_MOST_TARGETS])}
+{"".join(_fit(name, rows, where, config) for name, rows in list(compared.items())[:_MOST_TARGETS])}
 <div class="columns">
 <section><h2>Result</h2>{_table(results)}{_parameters(summary.get("parameters", {}))}</section>
 <section><h2>Run</h2>{_table(cost)}</section>
@@ -127,26 +136,30 @@ def _courses(records: Records) -> str:
     return "".join(drawn)
 
 
-def _fit(name: str, predicted: np.ndarray, observed: np.ndarray, where: str, config: Config) -> str:
-    """Residuals and calibration of one target."""
+def _fit(name: str, compared: Compared, where: str, config: Config) -> str:
+    """Residuals and calibration of one target, in which a row of weight 2 counts as two."""
+    predicted, observed, weight = compared
     residual = observed - predicted
     count = len(residual)
     of = f"{count:,} rows {where}"
     drawing = scatter(list(zip(predicted, residual, strict=True)), "predicted", "residual", "residuals", "zero")
     parts = [f"<h3>Residuals</h3><p>Observed less predicted, {of}.</p>{drawing}"]
-    if config.loss in _OF_A_VALUE and count > 1 and residual.std() > 0:
-        normal = scipy.special.ndtri((np.arange(count) + 0.5) / count) * residual.std() + residual.mean()
-        drawing = scatter(list(zip(normal, np.sort(residual), strict=True)), "normal", "residual", "quantiles", "equal")
+    if config.loss in _OF_A_VALUE and count > 1 and np.ptp(residual) > 0:
+        mean = np.average(residual, weights=weight)
+        deviation = np.sqrt(np.average(np.square(residual - mean), weights=weight))
+        order = np.argsort(residual, kind="stable")
+        normal = scipy.special.ndtri(_shares(weight[order])) * deviation + mean
+        drawing = scatter(list(zip(normal, residual[order], strict=True)), "normal", "residual", "quantiles", "equal")
         told = "Their quantiles over those of a normal distribution: on the line where they are normal."
         parts.append(f"<h3>Shape of the residuals</h3><p>{told}</p>{drawing}")
     if config.loss == "quantile":
-        share = float((residual <= 0).mean()) if count else float("nan")
+        share = float(np.average(residual <= 0, weights=weight)) if count else float("nan")
         parts.append(
-            f"<h3>Calibration</h3><p>{share:.3f} of rows lie at or below the predicted {config.quantile:g}.</p>"
+            f"<h3>Calibration</h3><p>{share:.3f} of rows, by weight, "
+            f"lie at or below the predicted {config.quantile:g}.</p>"
         )
     elif count >= 2 * _GROUPS:
-        order = np.array_split(np.argsort(predicted, kind="stable"), _GROUPS)
-        means = [(float(predicted[group].mean()), float(observed[group].mean())) for group in order]
+        means = calibration(compared)
         told = f"Means of {_GROUPS} groups of rows, by prediction: on the line where what is predicted comes true."
         drawing = scatter(means, "predicted", "observed", "calibration", "equal", joined=True)
         parts.append(f"<h3>Calibration</h3><p>{told}</p>{drawing}")
@@ -154,13 +167,30 @@ def _fit(name: str, predicted: np.ndarray, observed: np.ndarray, where: str, con
     return f'<h2>Fit of {escape(name)}</h2><div class="columns">{sections}</div>'
 
 
+def calibration(compared: Compared) -> list[tuple[float, float]]:
+    """(mean predicted, mean observed) of up to 10 groups of rows of equal weight, from the least prediction on."""
+    order = np.argsort(compared.predicted, kind="stable")
+    predicted, observed, weight = (column[order] for column in compared)
+    groups = np.minimum(_shares(weight) * _GROUPS, _GROUPS - 1).astype(int)
+    total = np.bincount(groups, weight)
+    means = (np.bincount(groups, weight * column)[total > 0] / total[total > 0] for column in (predicted, observed))
+    return list(zip(*(mean.tolist() for mean in means), strict=True))
+
+
+def _shares(weight: np.ndarray) -> np.ndarray:
+    """The share of all weight [n] that is before the middle of each row."""
+    shares: np.ndarray = (np.cumsum(weight) - weight / 2) / weight.sum()
+    return shares
+
+
 def _parameters(parameters: Mapping[str, Any]) -> str:
-    """Those of a linear model, by the names of its features where they have some."""
+    """Those of a linear model, by the names of its features where they have some, and the intercept."""
     if not parameters:
         return ""
     w = parameters["w"]
     named = w if isinstance(w, Mapping) else {f"w[{at}]": value for at, value in enumerate(w)}
-    return f'<h2>Parameters</h2><div class="beside named">{_table({**named, "b": parameters["b"]})}</div>'
+    rows = [*named.items(), (intercept_name(named), parameters["b"])]
+    return f'<h2>Parameters</h2><div class="beside named">{_table(rows)}</div>'
 
 
 def _audit(records: Records) -> str:
@@ -216,8 +246,9 @@ def _rows(records: Records) -> str:
     return f'<div class="beside"><table><tr>{heads}{"".join(f"<tr>{row}" for row in cells)}</table></div>'
 
 
-def _table(values: Mapping[str, Any]) -> str:
-    rows = (f"<tr><th>{escape(name)}<td>{escape(shown(value))}</tr>" for name, value in values.items())
+def _table(values: Mapping[str, Any] | Iterable[tuple[str, Any]]) -> str:
+    pairs = values.items() if isinstance(values, Mapping) else values
+    rows = (f"<tr><th>{escape(name)}<td>{escape(shown(value))}</tr>" for name, value in pairs)
     return f"<table>{''.join(rows)}</table>"
 
 
