@@ -125,6 +125,7 @@ class Columns:
         "Default: tables only, with an intercept.",
         decides=True,
     )
+    intercept: bool = _flag(True, "Whether a linear model has a bias.", decides=True)
     target_transform: str = _flag(
         "none",
         "What is done to the target before the fit: none; log, to its logarithm; or standardize, to mean 0 and "
@@ -152,6 +153,11 @@ class Columns:
     def taken(self) -> tuple[str, ...]:
         """The columns that are read: features, targets, weight."""
         return (*self.features, *self.target, *((self.weight_column,) if self.weight_column else ()))
+
+    @property
+    def standardizes(self) -> bool:
+        """Whether numeric features are scaled; what is centred has an intercept."""
+        return self.intercept and self.standardize is not False
 
     def _check_value(self, name: str, allowed: Mapping[str, Any]) -> None:
         """Refuses a value that the field does not have, whatever the others are."""
@@ -222,7 +228,6 @@ class Config(Columns):
         decides=True,
         such_as=MODELS,
     )
-    intercept: bool = _flag(True, "Whether a linear model has a bias.", decides=True)
     hidden: tuple[int, ...] = _flag(
         (64, 64), "Units of each hidden layer of an mlp, separated by commas.", decides=True, least=1
     )
@@ -302,8 +307,12 @@ class Config(Columns):
         decides=True,
         above=0,
     )
-    sigma: float = _flag(
-        0.01, "Standard deviation of the initial weights, of --model=linear and concise.", decides=True, least=0
+    sigma: float | None = _flag(
+        None,
+        "Standard deviation of the initial weights, of --model=linear and concise. Default: 0.01 for synthetic rows; 0 "
+        "for tables, so that no prediction depends on an initial weight that the rows say nothing about.",
+        decides=True,
+        least=0,
     )
     batch_size: int = _flag(
         32, "Rows of a global batch, over all devices: a multiple of num_shards.", decides=True, least=1
@@ -431,8 +440,7 @@ class Config(Columns):
             )
         if self.patience and self.solver != "sgd":
             self._refuse("patience", "it is for --solver=sgd; leave one out")
-        unscaled = self.dataset != "synthetic" and self.columns().standardize is False
-        if self.precision == "bfloat16" and unscaled:
+        if self.precision == "bfloat16" and self.dataset != "synthetic" and not self.standardizes:
             scaled = "--standardize, or " if self.intercept else ""
             self._refuse("precision", f"it keeps three digits of features; use {scaled}--precision=float32")
         if self.loss not in LOSSES[:4] and self.target_transform != "none":
@@ -524,8 +532,7 @@ class Config(Columns):
 
     def columns(self) -> Columns:
         """What to take from a table."""
-        columns = Columns(**{field.name: getattr(self, field.name) for field in dataclasses.fields(Columns)})
-        return columns if self.intercept else dataclasses.replace(columns, standardize=False)
+        return Columns(**{field.name: getattr(self, field.name) for field in dataclasses.fields(Columns)})
 
     def profiled_steps(self) -> tuple[int, int] | None:
         """START and STOP of `profile`, where they are such."""

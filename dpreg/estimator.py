@@ -80,7 +80,7 @@ class _Fitted:
     def scaled(self, x: np.ndarray) -> np.ndarray:
         """Rows [n, d] as the model sees them."""
         mean, scale = (part[: x.shape[1]] for part in self.schema.units)
-        scaled: np.ndarray = (x - mean) / scale
+        scaled: np.ndarray = np.where(self.schema.constant, 0.0, (x - mean) / scale)
         return scaled
 
     def model(self, config: Config, num_steps: int = 1) -> Model:
@@ -265,7 +265,7 @@ class Estimator(BaseEstimator):
     ) -> None:
         """By the optimizer: `max_epochs`, or further one epoch."""
         config = fitted.config
-        fitted.schema = before.schema if before else self._schema(fitted, *_moments(np.c_[x, y], weight))
+        fitted.schema = _varying(before.schema, x) if before else self._schema(fitted, *_moments(np.c_[x, y], weight))
         if further:
             steady = config.lr_schedule in ("linear", "cosine")
             config = dataclasses.replace(config, max_epochs=1, lr_schedule="constant" if steady else config.lr_schedule)
@@ -306,15 +306,19 @@ class Estimator(BaseEstimator):
         if same:
             trainer.state = trainer.state.replace(opt_state=devices.replicated(before.optimizer, trainer.mesh))
 
-    def _schema(self, fitted: _Fitted, mean: np.ndarray, scale: np.ndarray) -> Schema:
-        d = self.n_features_in_
+    def _schema(self, fitted: _Fitted, mean: np.ndarray, deviation: np.ndarray) -> Schema:
+        d, constant = self.n_features_in_, deviation == 0
         names = getattr(self, "feature_names_in_", [f"x{j}" for j in range(d)])
-        units = [*zip(mean.tolist(), scale.tolist(), strict=True)]
-        x = units[:d] if self.standardize else [(0.0, 1.0)] * d
-        y = units[d:] if self.standardize and fitted.config.loss in _LOCATED else [(0.0, 1.0)] * fitted.targets
+        scaled = np.full(len(mean), self.standardize)
+        scaled[d:] &= fitted.config.loss in _LOCATED
+        mean = np.where(scaled | (constant & (np.arange(len(mean)) < d)), mean, 0.0)
+        units = list(zip(mean.tolist(), np.where(scaled & ~constant, deviation, 1.0).tolist(), strict=True))
         return Schema(
-            tuple(Number(str(name), *unit) for name, unit in zip(names, x, strict=True)),
-            tuple(Number(f"y{k}", *unit) for k, unit in enumerate(y)),
+            tuple(
+                Number(str(name), *unit, constant=bool(of_one_value))
+                for name, unit, of_one_value in zip(names, units[:d], constant[:d], strict=True)
+            ),
+            tuple(Number(f"y{k}", *unit) for k, unit in enumerate(units[d:])),
         )
 
     def _keep_linear(self, fitted: _Fitted, w: np.ndarray, b: np.ndarray) -> None:
@@ -344,20 +348,25 @@ def _require_outputs(model: Any, x: np.ndarray, outputs: int) -> None:
 
 
 def _moments(columns: np.ndarray, weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and deviation of columns [n, m] float64; 1 for the deviation of constants."""
-    mean = weight @ columns / weight.sum()
-    deviation = np.sqrt(weight @ np.square(columns - mean) / weight.sum())
-    return mean, _scale(deviation, mean)
+    """Mean and deviation of columns [n, m] float64; 0 for the deviation of constants."""
+    first = columns[0]  # a column far from 0 keeps its digits around it
+    mean = first + weight @ (columns - first) / weight.sum()
+    return mean, np.sqrt(weight @ np.square(columns - mean) / weight.sum()) * (columns != first).any(axis=0)
 
 
 def _moments_of(triangle: Triangle) -> tuple[np.ndarray, np.ndarray]:
-    """The same, of the rows of a triangle, whose first row is that of the means."""
+    """The same, to rounding, of the rows of a triangle, whose first row is that of the means."""
     mean = triangle.r[0, 1:] / triangle.r[0, 0]
-    return mean, _scale(np.sqrt(np.square(triangle.r[1:, 1:]).sum(axis=0) / triangle.weight), mean)
+    deviation = np.sqrt(np.square(triangle.r[1:, 1:]).sum(axis=0) / triangle.weight)
+    return mean, np.where(deviation > 10 * _EPSILON * np.abs(mean), deviation, 0.0)
 
 
-def _scale(deviation: np.ndarray, mean: np.ndarray) -> np.ndarray:
-    return np.where(deviation > 10 * _EPSILON * np.abs(mean), deviation, 1.0)
+def _varying(schema: Schema, x: np.ndarray) -> Schema:
+    """The schema of earlier rows for these [n, d], too: a column that has another value here is not constant."""
+    one_value = (x == schema.units[0][: x.shape[1]]).all(axis=0)
+    columns = zip(schema.inputs, one_value, strict=True)
+    inputs = (dataclasses.replace(c, constant=c.constant and bool(o)) for c, o in columns if isinstance(c, Number))
+    return dataclasses.replace(schema, inputs=tuple(inputs))
 
 
 def weights_of(sample_weight: ArrayLike | None, x: np.ndarray) -> np.ndarray:

@@ -22,7 +22,7 @@ from rich.console import Console
 from dpreg.build import build_model, open_dataset
 from dpreg.config import Columns, Config
 from dpreg.data.columns import RawReader
-from dpreg.data.schema import Category, Number, Schema
+from dpreg.data.schema import ROW, Category, Number, Schema
 from dpreg.data.sources import Rows
 from dpreg.data.tables import Table
 from dpreg.doctor import agree
@@ -212,7 +212,7 @@ class _Reading:
                 sys.exit(143)  # by way of what closes files and takes away what is not complete
             there = self._reader.there(raw)
             self._reader.refuse_missing(self._table.name)
-            raw[~there, :-1] = 0  # their weight, too
+            raw[~there, :ROW] = 0  # their weight, too
             self.rows, self.used = self.rows + len(raw), self.used + int(there.sum())
             self.there.append(there)
             for at, column in enumerate(self._schema.inputs):
@@ -224,4 +224,5 @@ class _Reading:
             speed = self.rows / (time.perf_counter() - started)
             self._progress.doing(f"{self._table.name}: {self.rows:,} rows, {speed:,.0f} rows/s")
         if not self.rows:
-            raise InputError(f"{self._table.name}: there are no rows; name a table that has some")
+            which = " with a weight" if self._reader.without_weight else ""
+            raise InputError(f"{self._table.name}: there are no rows{which}; name a table that has some")

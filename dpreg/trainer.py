@@ -18,10 +18,12 @@ from numpy.typing import ArrayLike
 from dpreg.config import BACKENDS, PLACEMENTS, REDUCTIONS
 from dpreg.data.dataset import PRECISIONS, Block, Dataset
 from dpreg.data.order import Sampler
-from dpreg.data.schema import Schema
+from dpreg.data.schema import Number, Schema
 from dpreg.data.sources import RegressionData, Source, first_outside
 from dpreg.errors import AuditFailed, Diverged, InputError, Preempted
+from dpreg.models.linear import LinearRegressionScratch
 from dpreg.models.losses import loss_of
+from dpreg.models.mlp import LinearRegression
 from dpreg.observer import Observer, Progress
 from dpreg.parallel import devices, presence, processes
 from dpreg.parallel.audit import Audit
@@ -316,9 +318,24 @@ class Trainer:
                 raise loss.refusal(*wrong)
 
     def initial_state(self, model: Model) -> TrainState:
-        """The state before the first step, a function of model and seed."""
-        row = self.train.source[np.zeros(1, np.int32)]["x"]
-        return initial_state(model, row, self.seed, self.dtype, self.gradient_clip_val)
+        """The state before the first step, a function of model and seed.
+
+        On a table, dpreg's linear models start at 0 where they name no `sigma`: in a direction that the rows say
+        nothing about, such as the difference of two equal columns, no step would change the initial draw.
+
+        Raises:
+          InputError: when a constant column of a table is not used, and the model has no intercept in its place.
+        """
+        row, from_zero = self.train.source[np.zeros(1, np.int32)]["x"], False
+        if self._schema is not None and isinstance(model, (LinearRegressionScratch, LinearRegression)):
+            from_zero = model.sigma is None
+            for column in () if model.intercept else self._schema.inputs:
+                if isinstance(column, Number) and column.constant and column.mean != 0:
+                    raise InputError(
+                        f"column {column.name!r} has one value, {column.mean:g}, which an intercept stands for, and "
+                        "the model has none; read the table with Columns(intercept=False), or leave the column out"
+                    )
+        return initial_state(model, row, self.seed, self.dtype, self.gradient_clip_val, from_zero)
 
     def _example(self, dataset: Dataset) -> tuple[Any, ...]:
         """What to compile by: pmap takes shapes for those of this process alone."""

@@ -19,6 +19,11 @@ from dpreg.data import ingest, shuffle
 from dpreg.data.learn import Moments
 from dpreg.data.schema import Category, Number, Schema
 from dpreg.data.synthetic_regression import SyntheticRegression
+from dpreg.models.glm import FAMILIES
+from dpreg.models.linear import linear_parameters
+from dpreg.models.mlp import LinearRegression
+from dpreg.parallel.devices import data_mesh
+from dpreg.solver import Solver
 
 
 def all_rows(source):
@@ -136,7 +141,7 @@ def test_moments_are_those_of_float64_on_ill_scaled_columns(cuts):
     moments = Moments.none(4)
     for part in np.split(values, list(cuts)):
         if len(part):
-            moments.add(part)
+            moments.add(part, np.ones(len(part)))
     exact = values.astype(np.longdouble)
     count = (~np.isnan(values)).sum(0)
     mean = np.nansum(exact, 0) / count
@@ -202,14 +207,129 @@ def test_a_missing_feature_has_the_mean_and_a_missing_category_is_other(read, tm
 
 
 def test_weights_exclusions_and_a_table_held_out(read, columns, tmp_path):
-    weighted = pa.table({**columns, "w": np.arange(1000) % 3})
+    weighted = pa.table({**columns, "w": np.arange(1000) % 3 + 1})
     pyarrow.parquet.write_table(weighted, tmp_path / "w.parquet")
     pyarrow.parquet.write_table(weighted.slice(0, 10), tmp_path / "v.parquet")
     data = read("w.parquet", target="y", weight_column="w", exclude=("kind", "flag"), validation_dataset="v.parquet")
     assert data.schema.features == ("a", "k")
     assert (len(data.train), sorted(data.val.row)) == (1000, list(range(10)))
-    np.testing.assert_array_equal(all_rows(data.train)["weight"], data.train.row % 3)
-    np.testing.assert_allclose(all_rows(data.val)["x"][:, 1], (data.val.row - 499.5) / np.arange(1000).std(), rtol=1e-6)
+    weight = np.arange(1000) % 3 + 1
+    np.testing.assert_array_equal(all_rows(data.train)["weight"], weight[data.train.row])
+    mean = np.average(np.arange(1000), weights=weight)
+    scale = np.sqrt(np.average((np.arange(1000) - mean) ** 2, weights=weight))
+    np.testing.assert_allclose(all_rows(data.val)["x"][:, 1], (data.val.row - mean) / scale, rtol=1e-6)
+
+
+@pytest.mark.parametrize("suffix", ["csv", "parquet"])
+@pytest.mark.parametrize("asked", [{"target_transform": "log"}, {"missing": "mean", "max_categories": 2}])
+def test_a_row_of_weight_0_is_as_if_it_were_not_there(read, tmp_path, suffix, asked):
+    rng = np.random.default_rng(0)
+    rows = pa.table(
+        {
+            "a": rng.normal(5, 2, 300),
+            "c": rng.choice(["u", "v", "w"], 300),
+            "w": rng.integers(1, 5, 300) / 2,
+            "y": rng.gamma(2.0, 1.0, 300),
+        }
+    )
+    nothing = pa.table(
+        {"a": [1e200, None, -1e20], "c": ["u", "z", None], "w": [0.0, -0.0, 0.0], "y": [-1.0, 1e12, None]}
+    )
+    parts, kept = [], []
+    for at in range(0, 300, 20):
+        parts += [nothing, rows.slice(at, 20)]
+        kept += [*range(at // 20 * 23 + 3, at // 20 * 23 + 23)]
+    write = pyarrow.csv.write_csv if suffix == "csv" else pyarrow.parquet.write_table
+    write(rows, tmp_path / f"without.{suffix}")
+    write(pa.concat_tables(parts), tmp_path / f"with.{suffix}")
+    wanted = {"target": "y", "categorical": "c", "weight_column": "w", "validation_fraction": 0.2, **asked}
+    one, other = (read(f"{name}.{suffix}", **wanted) for name in ("without", "with"))
+    assert other.schema == one.schema
+    assert other.fingerprint() == one.fingerprint()
+    for part in ("train", "val"):
+        np.testing.assert_array_equal(getattr(other, part).row, np.array(kept)[getattr(one, part).row])
+    held_out = read(f"without.{suffix}", **wanted, validation_dataset=f"with.{suffix}").val
+    np.testing.assert_array_equal(np.sort(held_out.row), kept)
+
+
+def test_integer_weights_are_repeated_rows_in_moments_and_categories(read, tmp_path):
+    rng = np.random.default_rng(1)
+    columns = {"a": rng.normal(1e6, 1, 200), "c": rng.choice([*"uvwx"], 200), "y": rng.normal(size=200)}
+    columns["a"][::7] = np.nan
+    columns["c"][::11] = ""
+    weight = rng.integers(1, 4, 200)
+    pyarrow.parquet.write_table(pa.table(columns | {"w": weight}), tmp_path / "w.parquet")
+    repeated = {name: np.repeat(values, weight) for name, values in columns.items()}
+    pyarrow.parquet.write_table(pa.table(repeated), tmp_path / "r.parquet")
+    wanted = {"target": "y", "categorical": "c", "missing": "mean", "max_categories": 2, "validation_fraction": 0.0}
+    weighted = read("w.parquet", weight_column="w", target_transform="standardize", **wanted).schema
+    expected = read("r.parquet", target_transform="standardize", **wanted).schema
+    assert weighted.inputs[1] == expected.inputs[1]
+    assert weighted.inputs[0].fill == weighted.inputs[0].mean
+    for found, like in zip(
+        (weighted.inputs[0], *weighted.targets), (expected.inputs[0], *expected.targets), strict=True
+    ):
+        assert (found.mean, found.scale) == pytest.approx((like.mean, like.scale), rel=1e-12)
+
+
+@pytest.mark.parametrize("asked", [{}, {"standardize": False}, {"missing": "mean"}])
+def test_a_model_sees_0_of_a_column_with_one_value_whatever_is_predicted(read, tmp_path, asked):
+    day = np.full(50, np.datetime64("2026-01-01", "D"))
+    store = pa.array([17.0] * 49 + [None if "missing" in asked else 17.0])
+    table = pa.table({"store": store, "day": day, "a": np.arange(50.0), "y": np.arange(50.0)})
+    pyarrow.parquet.write_table(table, tmp_path / "t.parquet")
+    data = read("t.parquet", target="y", dates="day", validation_fraction=0.0, **asked)
+    np.testing.assert_array_equal(all_rows(data.train)["x"][:, :2], 0)
+    other = np.array([[900.0, -3.0, 1.0, 0.0, 1.0, 0.0, 0.0]])
+    np.testing.assert_array_equal(data.schema.rows(other)["x"][:, :2], 0)
+    w, _ = data.schema.parameters(np.ones((3, 1)), np.ones(1))
+    np.testing.assert_array_equal(w[:2], 0)
+    # Without an intercept a column of ones is one.
+    kept = read("t.parquet", target="y", dates="day", validation_fraction=0.0, intercept=False, missing="drop")
+    np.testing.assert_array_equal(all_rows(kept.train)["x"][:, 0], 17)
+
+
+def test_integer_weights_are_repeated_rows_under_a_penalty(tmp_path):
+    rng = np.random.default_rng(2)
+    columns = {"a": rng.normal(3, 2, 60), "c": rng.choice([*"uvw"], 60), "y": rng.poisson(2.0, 60).astype(float)}
+    weight = rng.integers(1, 5, 60)
+    pyarrow.parquet.write_table(pa.table(columns | {"w": weight}), tmp_path / "w.parquet")
+    pyarrow.parquet.write_table(
+        pa.table({name: np.repeat(values, weight) for name, values in columns.items()}), tmp_path / "r.parquet"
+    )
+    found = []
+    for name, weighed in (("w", "w"), ("r", None)):
+        wanted = Columns(("y",), categorical=("c",), weight_column=weighed, validation_fraction=0.0)
+        data = dpreg.read_table(
+            str(tmp_path / f"{name}.parquet"), wanted, cache_dir=str(tmp_path / "c"), dtype=np.float64
+        )
+        solver = Solver(data.train, data_mesh(8), 8)
+        fits = solver.least_squares(0.3), solver.newton(FAMILIES["poisson"], 0.3)[0]
+        found.append([np.append(*data.schema.parameters(fit.w, fit.b)) for fit in fits])
+    np.testing.assert_allclose(*found, rtol=1e-9)
+
+
+@pytest.mark.parametrize("kind", [dpreg.LinearRegressionScratch, LinearRegression])
+def test_what_rows_say_nothing_about_has_no_initial_weight(read, tmp_path, kind):
+    a = np.random.default_rng(0).normal(size=80)
+    table = pa.table({"store": np.full(80, 17), "a": a, "again": a, "y": 5 * a + 3})
+    pyarrow.parquet.write_table(table, tmp_path / "t.parquet")
+    data = read("t.parquet", target="y", validation_fraction=0.0, batch_size=80)
+
+    def parameters(**fields):
+        trainer = dpreg.Trainer(40, 1)
+        inputs = {"num_inputs": 3} if kind is dpreg.LinearRegressionScratch else {}
+        trainer.fit(kind(lr=0.3, **inputs, **fields), data)
+        return data.schema.parameters(*linear_parameters(trainer.state.params))
+
+    w, b = parameters()
+    np.testing.assert_allclose(np.append(w, b), [0, 2.5, 2.5, 3], atol=1e-5)
+    w, b = parameters(sigma=1.0)  # as asked for; but a constant column has no weight
+    assert w[0] == 0
+    assert abs(w[1] - w[2]) > 0.01
+    np.testing.assert_allclose([w[1] + w[2], b], [[5], [3]], atol=1e-5)
+    with pytest.raises(dpreg.InputError, match=r"'store' has one value, 17, .*Columns\(intercept=False\)"):
+        parameters(intercept=False)
 
 
 def test_the_second_time_nothing_is_read_and_a_changed_file_is_noticed(read, columns, tmp_path, monkeypatch):
@@ -511,7 +631,7 @@ def test_parameters_in_original_units_predict_the_same():
     one_hot = np.eye(3)[raw[:, 1].astype(int)]
     original = np.column_stack([raw[:, 0], one_hot, raw[:, 2]])
     scaled = np.column_stack([(raw[:, 0] - 5) / 2, one_hot, raw[:, 2] / 0.01])
-    np.testing.assert_allclose(schema.rows(np.pad(raw, ((0, 0), (0, 2))))["x"], scaled, rtol=1e-6)
+    np.testing.assert_allclose(schema.rows(np.pad(raw, ((0, 0), (0, 3))))["x"], scaled, rtol=1e-6)
     original_w, original_b = schema.parameters(w, b)
     np.testing.assert_allclose(original @ original_w + original_b, (scaled @ w + b) * [3, 1] + [7, 0], rtol=1e-9)
     assert Schema.from_json(schema.to_json()) == schema

@@ -10,7 +10,7 @@ import pyarrow.compute as pc
 from numpy.typing import DTypeLike
 
 from dpreg.config import Columns
-from dpreg.data.schema import Category, Schema
+from dpreg.data.schema import NUMBER, ROW, WEIGHT, Category, Schema
 from dpreg.data.standalone import spelled
 from dpreg.data.tables import Part, Table, first_wrong
 from dpreg.errors import InputError
@@ -73,6 +73,7 @@ class RawReader:
 
     Attributes:
       narrow: for each column of what `read` yields whether float32 holds all values that it had so far.
+      without_weight: how many rows had the weight 0.
     """
 
     def __init__(self, columns: Columns, schema: Schema | None = None, dtype: DTypeLike = np.float32):
@@ -81,42 +82,55 @@ class RawReader:
         known = {c.name: c.values for c in schema.inputs if isinstance(c, Category)} if schema else {}
         self.codes = {n: {v: code for code, v in enumerate(known.get(n, ()))} for n in columns.categorical}
         self._predicts = schema is not None
-        self.narrow = (
-            *[True] * (len(columns.features) + len(columns.target) + 1),
-            False,
-        )  # the numbers of rows are many
+        # float32 does not hold the numbers of rows.
+        self.narrow = (*[True] * (len(columns.features) + len(columns.target) + 1), False, False)
+        self.without_weight = 0
         self._missing: dict[str, tuple[int, str]] = {}  # column -> how many values, and where the first is
 
     def read(self, table: Table, rows: int | None = None) -> Iterator[np.ndarray]:
         """The rows of a table in batches of that many, so that sums over them do not depend on how its parts are cut.
 
+        A row of weight 0 is left out before anything is learned or checked of it, and gets no number: all else is as
+        if the table did not have it.
+
         Yields:
-          [n, inputs + targets + 2] float64: numbers, codes of categories, NaN where missing; then the row's weight,
-          and its number in the table, from 0.
+          [n, inputs + targets + 3] float64: numbers, codes of categories, NaN where missing; then, as the constants
+          `WEIGHT`, `ROW` and `NUMBER` of `dpreg.data.schema` have it, the row's weight, which row of the table it is,
+          and its number among those with a weight, both from 0.
 
         Raises:
           InputError: for what is no number, not finite as `dtype`, or not in the range of weights or logarithms.
         """
-        first, waiting = 0, list[np.ndarray]()
+        seen, first, waiting = 0, 0, list[np.ndarray]()
         # Dates that begin with blanks have no type of their own.
         blank = [name for name in self.columns.dates if pa.types.is_null(table.columns[name])]
         for part in itertools.chain(table.read(self.names, [*self.columns.categorical, *blank]), (None,)):
             if part is not None:
-                waiting.append(self._raw(part))
+                waiting.append(self._raw(part, seen))
+                seen += part.batch.num_rows
             if not waiting:
                 continue
             size = rows or max(1, _BATCH_BYTES // (8 * waiting[0].shape[1]))
             while (have := sum(map(len, waiting))) >= size or (part is None and have):
                 raw = np.concatenate(waiting) if len(waiting) > 1 else waiting[0]
                 batch, waiting = raw[:size], [raw[size:]]
-                batch[:, -1] = np.arange(first, first + len(batch))  # float64 holds every number below 2**53
+                batch[:, NUMBER] = np.arange(first, first + len(batch))  # float64 holds every number below 2**53
                 first += len(batch)
                 yield batch
 
-    def _raw(self, part: Part) -> np.ndarray:
-        """The rows of a part, not numbered yet."""
+    def _raw(self, part: Part, seen: int) -> np.ndarray:
+        """The rows of a part that have a weight, not numbered yet; `seen` rows of the table are before it."""
         columns = self.columns
-        raw = np.ones((part.batch.num_rows, len(columns.features) + len(columns.target) + 2))
+        rows = np.arange(part.batch.num_rows)
+        if columns.weight_column:
+            # Of the dtype of the model, in which a small weight may be 0.
+            weight = _numbers(part, columns.weight_column, part.batch.column(columns.weight_column), self.dtype)
+            rows = np.flatnonzero(weight.astype(self.dtype) != 0)
+            if len(rows) < len(weight):
+                self.without_weight += len(weight) - len(rows)
+                part = part.take(rows)
+        raw = np.ones((len(rows), len(columns.features) + len(columns.target) + 3))
+        raw[:, ROW] = seen + rows
         for at, name in enumerate(self.names):
             column = part.batch.column(name)
             if pa.types.is_dictionary(column.type):
@@ -127,13 +141,13 @@ class RawReader:
                 raw[:, at] = _days(part, name, column)
             else:
                 raw[:, at] = _numbers(part, name, column, self.dtype)
-        self.narrow = (*(n and self._is_narrow(part, at) for at, n in enumerate(self.narrow[:-1])), False)
+        self.narrow = (*(n and self._is_narrow(part, at) for at, n in enumerate(self.narrow[:ROW])), False, False)
         gone = np.isnan(raw)
         for at in map(int, np.flatnonzero(gone.any(axis=0))):
             name = self.names[at]
             count, where = self._missing.get(name, (0, part.where(int(gone[:, at].argmax()))))
             self._missing[name] = count + int(gone[:, at].sum()), where
-        if columns.weight_column and (bad := raw[:, -2] < 0).any():
+        if columns.weight_column and (bad := raw[:, WEIGHT] < 0).any():
             raise InputError(
                 f"{part.where(int(bad.argmax()))}: column {columns.weight_column!r}: the weight is negative; "
                 "use 0 or more"

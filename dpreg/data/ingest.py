@@ -22,14 +22,14 @@ from dpreg.data.cache import MappedSource, new_folder, opened, write_manifest
 from dpreg.data.columns import RawReader, resolve
 from dpreg.data.learn import Learned
 from dpreg.data.order import keyed_hash
-from dpreg.data.schema import Schema
+from dpreg.data.schema import NUMBER, ROW, Schema
 from dpreg.data.shuffle import Shuffle
 from dpreg.data.sources import RegressionData
 from dpreg.data.tables import Table, open_table
 from dpreg.data.tfds import open_tfds
 from dpreg.errors import InputError, told_of
 
-_FORMAT = 4  # of the cache; another one is another key
+_FORMAT = 5  # of the cache; another one is another key
 _ENCODED_BYTES = 16 << 20  # written at once
 _AHEAD = 2  # batches that are made while others are taken in
 _HELD_OUT = 1  # key of the hash of row numbers
@@ -149,50 +149,49 @@ def _write(
     progress: Progress,
 ) -> None:
     reader = RawReader(columns, dtype=dtype)
-    learned, read, held_out_weight = Learned(reader), 0, 0.0
+    learned, read = Learned(reader), 0
     with Shuffle(folder / "train") as train, Shuffle(folder / "val") as val:
         for rows in ahead(reader.read(table), _AHEAD):
             held_out = np.zeros(len(rows), bool)
             if validation is None:
-                held_out = keyed_hash(rows[:, -1], _HELD_OUT) < np.uint32(columns.validation_fraction * 0xFFFFFFFF)
+                held_out = keyed_hash(rows[:, NUMBER], _HELD_OUT) < np.uint32(columns.validation_fraction * 0xFFFFFFFF)
             there = reader.there(rows)
             fitted = rows[there & ~held_out]
             learned.add(fitted)
             train.add(fitted, reader.narrow)
             val.add(rows[there & held_out], reader.narrow)
-            held_out_weight += rows[there & held_out, -2].astype(dtype).sum(dtype=np.float64)
             progress("reading", read := read + len(rows))
+        without_weight = reader.without_weight
         if validation is not None:
             for rows in reader.read(validation):
-                kept = rows[reader.there(rows)]
-                val.add(kept, reader.narrow)
-                held_out_weight += kept[:, -2].astype(dtype).sum(dtype=np.float64)
+                val.add(rows[reader.there(rows)], reader.narrow)
                 progress("reading", read := read + len(rows))
         reader.refuse_missing(table.name)
         if not train.rows:
             besides = " besides those held out" if val.rows else ""
+            if without_weight:
+                raise InputError(
+                    f"{table.name}: all weights in column {columns.weight_column!r} are 0{besides}; give one row at "
+                    "least a weight"
+                )
             raise InputError(f"{table.name}: there are no rows to fit{besides}; give some")
         if validation is not None and not val.rows:
+            if reader.without_weight > without_weight:
+                raise InputError(
+                    f"{validation.name}: no row held out has a weight in column {columns.weight_column!r}; hold out "
+                    "others, or none with --validation_fraction=0"
+                )
             raise InputError(f"{validation.name}: there are no rows to hold out; give some")
         if read > _MOST_ROWS:
             raise InputError(f"{table.name}: {read:,} rows are more than {_MOST_ROWS:,}; give fewer")
-        if not learned.weight > 0:
-            raise InputError(
-                f"{table.name}: all weights in column {columns.weight_column!r} are 0; give one row at least a weight"
-            )
         least = float(np.finfo(dtype).tiny / np.finfo(dtype).eps ** 2)
         if learned.largest_weight < least:
             raise InputError(
                 f"{table.name}: the weights in column {columns.weight_column!r} are {learned.largest_weight:.3g} at "
                 f"most, and products with them vanish as {dtype}; multiply all by the same number"
             )
-        if val.rows and not held_out_weight > 0:
-            raise InputError(
-                f"{(validation or table).name}: no row held out has a weight in column {columns.weight_column!r}; "
-                "hold out others, or none with --validation_fraction=0"
-            )
         with told_of(table.name):
-            schema, codes = learned.schema(train.rows)
+            schema, codes = learned.schema()
         written = {}
         for name, shuffled, of in (("train", train, table), ("val", val, validation or table)):
             with told_of(of.name):
@@ -219,7 +218,7 @@ def _encode(
             for at, place in enumerate(codes):
                 if place is not None:  # the last stands for a missing value
                     raw[:, at] = place[np.where(np.isnan(raw[:, at]), len(place) - 1, raw[:, at]).astype(np.intp)]
-            yield schema.rows(raw, dtype) | {"row": raw[:, -1].astype(np.int64)}
+            yield schema.rows(raw, dtype) | {"row": raw[:, ROW].astype(np.int64)}
 
     digests = {name: hashlib.blake2b(digest_size=32) for name in ("x", "y", "weight")}
     with contextlib.ExitStack() as stack:

@@ -10,6 +10,7 @@ from numpy.typing import DTypeLike
 from dpreg.errors import InputError
 
 OTHER = "other"
+WEIGHT, ROW, NUMBER = -3, -2, -1  # the last columns of rows as `dpreg.data.columns.RawReader` reads them
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,6 +22,8 @@ class Number:
       mean, scale: 0 and 1 where it is not standardised.
       fill: what stands for a missing value; None where rows without a value are refused or dropped.
       days: whether the table has dates there, and the model days.
+      constant: whether it has one value in all training rows, `mean`. They say nothing of what another value would
+        change, so the model sees 0 for any value, and the column's weight is 0.
     """
 
     name: str
@@ -28,6 +31,7 @@ class Number:
     scale: float = 1.0
     fill: float | None = None
     days: bool = False
+    constant: bool = False
 
     @property
     def features(self) -> tuple[str, ...]:
@@ -42,15 +46,15 @@ class Category:
     Attributes:
       name: of the column.
       values: the categories, the most frequent first; all others, and missing ones, are "other".
-      counts: how many training rows have each.
-      others: how many have another. Where none has, nothing is known of "other", and the model sees the shares of the
-        known ones instead: what it predicts is their mean.
+      counts: the weight of the training rows that have each; without weights their number.
+      others: that of those which have another. Where none has, nothing is known of "other", and the model sees the
+        shares of the known ones instead: what it predicts is their mean.
     """
 
     name: str
     values: tuple[str, ...]
-    counts: tuple[int, ...]
-    others: int = 0
+    counts: tuple[float, ...]
+    others: float = 0
 
     @property
     def features(self) -> tuple[str, ...]:
@@ -84,13 +88,13 @@ class Schema:
         """What the model sees of rows of a table: {"x": [n, d], "y": [n, t], "weight": [n]} of a dtype.
 
         Args:
-          raw: [n, inputs + targets + 2] float64 as `dpreg.data.columns.RawReader` gives them; without the targets
+          raw: [n, inputs + targets + 3] float64 as `dpreg.data.columns.RawReader` gives them; without the targets
             y is 0. A code is the position in a category's `values`; any other stands for "other".
 
         Raises:
           InputError: when a value is not finite once it is scaled.
         """
-        inputs, targets = raw[:, : len(self.inputs)], raw[:, len(self.inputs) : -2]
+        inputs, targets = raw[:, : len(self.inputs)], raw[:, len(self.inputs) : WEIGHT]
         x, y = np.zeros((len(raw), len(self.features)), dtype), np.zeros((len(raw), len(self.targets)), dtype)
         with np.errstate(over="ignore"):
             at = 0
@@ -110,9 +114,9 @@ class Schema:
             if not np.isfinite(scaled).all():
                 row, at = np.argwhere(~np.isfinite(scaled))[0]
                 raise InputError(
-                    f"row {int(raw[row, -1]) + 1:,}: {names[at]!r} is not finite once it is scaled; mend that value"
+                    f"row {int(raw[row, ROW]) + 1:,}: {names[at]!r} is not finite once it is scaled; mend that value"
                 )
-        return {"x": x, "y": y, "weight": raw[:, -2].astype(dtype)}
+        return {"x": x, "y": y, "weight": raw[:, WEIGHT].astype(dtype)}
 
     def prediction(self, y: np.ndarray) -> np.ndarray:
         """Predictions [n, t] of a model -> in the units of the table, float64."""
@@ -123,11 +127,11 @@ class Schema:
     def parameters(self, w: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Weights [d, t] and bias [t] of a linear model on scaled columns -> in original units, float64.
 
-        Where the targets are logarithms, they predict those.
+        Where the targets are logarithms, they predict those. Constant columns have the weight 0.
         """
         d = len(self.features)
         mean, scale = self.units
-        w = np.asarray(w, np.float64) / scale[:d, None] * scale[d:]
+        w = np.where(self.constant[:, None], 0.0, np.asarray(w, np.float64) / scale[:d, None] * scale[d:])
         return w, np.asarray(b, np.float64) * scale[d:] + mean[d:] - mean[:d] @ w
 
     @property
@@ -136,6 +140,11 @@ class Schema:
         columns = [column for column in self.inputs for _ in column.features] + list(self.targets)
         numbers = [column if isinstance(column, Number) else Number(column.name) for column in columns]
         return np.array([n.mean for n in numbers]), np.array([n.scale for n in numbers])
+
+    @property
+    def constant(self) -> np.ndarray:
+        """Which features are of constant columns, [d] bool."""
+        return np.array([isinstance(c, Number) and c.constant for c in self.inputs for _ in c.features], bool)
 
     def to_json(self) -> dict[str, Any]:
         """Plain values."""
@@ -154,7 +163,7 @@ class Schema:
 
         def column(given: Mapping[str, Any]) -> Number | Category:
             if given["kind"] == "number":
-                return Number(given["name"], given["mean"], given["scale"], given["fill"], given["days"])
+                return Number(**{field.name: given[field.name] for field in dataclasses.fields(Number)})
             return Category(given["name"], tuple(given["values"]), tuple(given["counts"]), given["others"])
 
         targets = tuple(Number(**target) for target in values["targets"])
@@ -164,4 +173,6 @@ class Schema:
 def _scaled(column: Number, values: np.ndarray) -> np.ndarray:
     if column.fill is not None:
         values = np.where(np.isnan(values), column.fill, values)
+    if column.constant:
+        return np.where(np.isnan(values), values, 0.0)
     return (values - column.mean) / column.scale

@@ -110,15 +110,21 @@ class ArraySource:
 def first_outside(source: Source, allowed: Callable[[np.ndarray], np.ndarray]) -> tuple[int, tuple[float, ...]] | None:
     """The first row, as the user numbers them from 1, with a target that is not allowed, and its targets.
 
+    Rows of weight 0 count for nothing here, too.
+
     Args:
       allowed: targets [n, t] -> [n, t], which of them are.
     """
     found: tuple[int, tuple[float, ...]] | None = None
     for start in range(0, len(source), _CHECKED_ROWS):
         indices = np.arange(start, min(start + _CHECKED_ROWS, len(source)))
-        of_source: Any = getattr(source, "y", None)  # where there is one, x is not to be read
-        y = of_source[indices] if np.ndim(of_source) == 2 else source[indices]["y"]
-        for at in np.flatnonzero(~allowed(y).all(axis=1)):
+        columns: Any = [getattr(source, name, None) for name in ("y", "weight")]  # so that x is not read
+        if [np.ndim(column) for column in columns] == [2, 1]:
+            y, weight = (column[indices] for column in columns)
+        else:
+            rows = source[indices]
+            y, weight = rows["y"], rows["weight"]
+        for at in np.flatnonzero(~allowed(y).all(axis=1) & (weight > 0)):
             number = _number_of(indices[at], source)
             found = min(found or (number, tuple(y[at])), (number, tuple(y[at])))
     return found

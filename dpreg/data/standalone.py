@@ -173,7 +173,8 @@ def _seen(column: Mapping[str, Any], values: Sequence[Any], filled: bool) -> np.
         fill = np.nan if column["fill"] is None else column["fill"]
         numbers = [fill if gone else _number(v, column["days"]) for v, gone in zip(values, missing, strict=True)]
         seen: np.ndarray = (np.array(numbers, np.float64).reshape(-1, 1) - column["mean"]) / column["scale"]
-        return seen
+        # Of a column that had one value in all training rows the model knows nothing: it sees 0 for any value.
+        return np.where(np.isnan(seen), seen, 0.0) if column["constant"] else seen
     place = {name: at for at, name in enumerate(column["values"])}
     texts = [repr(float(value) + 0.0) if isinstance(value, (float, np.floating)) else str(value) for value in values]
     at = np.array([place.get(spelled(text), len(place)) for text in texts], int)

@@ -32,15 +32,21 @@ class Part:
       file: the file.
       first: the number of its first row in that file, from 0.
       batch: the columns asked for.
+      rows: [n] which rows these are, counted from `first`; None where they are consecutive.
     """
 
     file: str
     first: int
     batch: pa.RecordBatch
+    rows: np.ndarray | None = None
+
+    def take(self, rows: np.ndarray) -> "Part":
+        """Some rows of a part with consecutive ones, by their positions [n]."""
+        return dataclasses.replace(self, batch=self.batch.take(pa.array(rows)), rows=rows)
 
     def where(self, row: int) -> str:
         """The place of a row of the batch, counted from 1."""
-        return f"{self.file}, row {self.first + row + 1:,}"
+        return f"{self.file}, row {self.first + int(row if self.rows is None else self.rows[row]) + 1:,}"
 
 
 @dataclasses.dataclass(frozen=True)

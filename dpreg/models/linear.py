@@ -22,15 +22,21 @@ def linear_parameters(params: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray
     return None
 
 
+def initial_weights(sigma: float | None) -> nn.initializers.Initializer:
+    """N(0, sigma^2), of sigma 0.01 by default (D2L section 3.4.1)."""
+    return nn.initializers.normal(0.01 if sigma is None else sigma)
+
+
 class LinearRegressionScratch(Module):
     """Linear regression with explicit parameters, x w + b (D2L section 3.4.1).
 
-    `w` [num_inputs, num_targets] starts as N(0, sigma^2), `b` [num_targets] as zero.
+    `w` [num_inputs, num_targets] starts as N(0, sigma^2), or on a table as zero; `b` [num_targets] starts as zero.
 
     Attributes:
       num_inputs: features per row, d.
       lr: learning rate of minibatch SGD.
-      sigma: standard deviation of the initial weights.
+      sigma: standard deviation of the initial weights; by default 0.01, and 0 for rows of a table: see
+        `dpreg.Trainer.initial_state`.
       num_targets: targets per row, t; D2L has one.
       intercept: whether there is a `b`; else the predictions are x w.
 
@@ -42,7 +48,7 @@ class LinearRegressionScratch(Module):
 
     num_inputs: int
     lr: float
-    sigma: float = 0.01
+    sigma: float | None = None
     num_targets: int = 1
     intercept: bool = True
     rows_apart: ClassVar[bool] = True
@@ -50,7 +56,7 @@ class LinearRegressionScratch(Module):
     def setup(self) -> None:
         """Creates the parameters."""
         size = self.num_inputs, self.num_targets
-        self.w = self.param("w", nn.initializers.normal(self.sigma), size, jnp.float32)
+        self.w = self.param("w", initial_weights(self.sigma), size, jnp.float32)
         if self.intercept:
             self.b = self.param("b", nn.initializers.zeros, (self.num_targets,), jnp.float32)
 

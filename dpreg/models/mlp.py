@@ -6,6 +6,7 @@ from typing import ClassVar
 from flax import linen as nn
 from jax import Array
 
+from dpreg.models.linear import initial_weights
 from dpreg.models.module import Module
 
 
@@ -15,20 +16,20 @@ class LinearRegression(Module):
     Attributes:
       num_outputs: columns of the prediction.
       lr: learning rate of minibatch SGD.
-      sigma: standard deviation of the initial weights.
+      sigma: standard deviation of the initial weights, as of `dpreg.LinearRegressionScratch`.
       intercept: whether there is a bias.
     """
 
     num_outputs: int = 1
     lr: float = 0.03
-    sigma: float = 0.01
+    sigma: float | None = None
     intercept: bool = True
     rows_apart: ClassVar[bool] = True
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
         """The predictions: [n, d] -> [n, num_outputs]."""
-        start = nn.initializers.normal(self.sigma)
+        start = initial_weights(self.sigma)
         return nn.Dense(self.num_outputs, self.intercept, kernel_init=start)(x)
 
 

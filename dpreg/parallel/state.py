@@ -58,13 +58,19 @@ class Model(Protocol):
 
 
 def initial_state(
-    model: Model, row: ArrayLike, seed: int, dtype: np.dtype, gradient_clip_val: float = 0.0
+    model: Model,
+    row: ArrayLike,
+    seed: int,
+    dtype: np.dtype,
+    gradient_clip_val: float = 0.0,
+    from_zero: bool = False,
 ) -> TrainState:
     """The state before the first step, drawn as float32 and kept as `dtype`.
 
     Args:
       row: [1, d], any.
       gradient_clip_val: the largest norm of the global gradient; 0 for no limit.
+      from_zero: whether all parameters start at 0, not as the model draws them.
 
     Raises:
       InputError: when the model has no params, or variables besides them and batch_stats.
@@ -82,6 +88,8 @@ def initial_state(
             f"the model has variables {sorted(variables)}, and only params and batch_stats can be trained; "
             "keep no others"
         )
+    if from_zero:
+        params = jax.tree.map(jnp.zeros_like, params)
     with pinned_settings(dtype == np.float64):
         optimizer = model.configure_optimizers()
         if gradient_clip_val:
