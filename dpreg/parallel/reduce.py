@@ -70,6 +70,8 @@ def isolated(function: Callable[..., PyTree], one: Array, *inputs: PyTree) -> Py
       one: int32 scalar, 1 at run time.
     """
 
+    function = jax.jit(function, inline=True)  # traced once, for its shapes and in the loop
+
     def turn(_: Array, carry: tuple[PyTree, PyTree]) -> tuple[PyTree, PyTree]:
         return _zeros_like(inputs), function(*carry[0])
 
@@ -80,6 +82,7 @@ def isolated(function: Callable[..., PyTree], one: Array, *inputs: PyTree) -> Py
 
 def accumulate(sums_of: Callable[[Array], PyTree], count: Array) -> PyTree:
     """The sum of `sums_of(i)` for i in [0, count), one after the other, in an `opaque_loop`."""
+    sums_of = jax.jit(sums_of, inline=True)
     zeros = _zeros_like(jax.eval_shape(sums_of, jnp.int32(0)))
     return opaque_loop(lambda i, total: jax.tree.map(jnp.add, total, sums_of(i)), count, zeros)
 
@@ -143,6 +146,7 @@ def ordered_sum(sums_of: Callable[[Array], PyTree], slots: int, carried: Array, 
       slots: slots of a device (static); num_shards: logical shards of the run (static).
       carried: how many slots of this device hold a shard: int32, known only at run time.
     """
+    sums_of = jax.jit(sums_of, inline=True)
     flat, unravel = ravel_pytree(jax.tree.map(jnp.zeros_like, jax.eval_shape(sums_of, jnp.int32(0))))
 
     def fill(slot: Array, buffer: Array) -> Array:
