@@ -69,7 +69,6 @@ def isolated(function: Callable[..., PyTree], one: Array, *inputs: PyTree) -> Py
       function: must read no traced value but its arguments.
       one: int32 scalar, 1 at run time.
     """
-
     function = jax.jit(function, inline=True)  # traced once, for its shapes and in the loop
 
     def turn(_: Array, carry: tuple[PyTree, PyTree]) -> tuple[PyTree, PyTree]:
