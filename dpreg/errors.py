@@ -69,16 +69,16 @@ class Preempted(Exception):  # noqa: N818
     """The run was asked to stop, and its state is saved, or no step taken yet: start it again to go on.
 
     Attributes:
+      exit_code: 75 after SIGTERM, 130 after Ctrl-C (SIGINT).
       step: the one that is saved; None before the first.
+      interrupted: whether it was by Ctrl-C.
     """
 
-    exit_code = 75
-
-    def __init__(self, step: int | None = None, unnamed: str | None = None):
+    def __init__(self, step: int | None = None, unnamed: str | None = None, interrupted: bool = False):
         where = "before the first step" if step is None else f"at step {step:,}, which is saved"
         command = "the same command" if unnamed is None else f"the same command with --workdir={unnamed}"
-        super().__init__(f"stopped {where}: {command} goes on from there")
-        self.step = step
+        super().__init__(f"{'interrupted' if interrupted else 'stopped'} {where}: {command} goes on from there")
+        self.step, self.interrupted, self.exit_code = step, interrupted, 130 if interrupted else 75
 
 
 class ProcessLost(RuntimeError):  # noqa: N818

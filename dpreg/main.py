@@ -7,6 +7,7 @@ import os
 import pathlib
 import signal
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -49,6 +50,7 @@ from dpreg.solver import Solver
 from dpreg.terminal import printable, show
 from dpreg.trainer import Trainer
 
+_INTERRUPTED = 130  # exit code
 _MOST_INPUTS_OF_OPTIMUM = 2048  # the pass takes their square for each row, and their third power at its end
 
 
@@ -161,8 +163,7 @@ def _trained(
 
     def alive() -> None:
         trainer.heartbeat()
-        if announcements.asked("stop") and jax.process_count() == 1:
-            raise Preempted(trainer.step or None)
+        _stop_where_asked(announcements, trainer.step or None)
 
     solver = Solver(Cast(data.train, config.precision), trainer.mesh, config.num_shards, alive)
     if config.solver == "irls":
@@ -202,8 +203,7 @@ def _prepared(
     started = time.perf_counter()
 
     def told(what: str, rows: int) -> None:
-        if announcements.asked("stop") and jax.process_count() == 1:
-            raise Preempted  # several hear of it together, at their first step
+        _stop_where_asked(announcements)
         speed = rows / (time.perf_counter() - started)
         progress.doing(f"{what} {config.dataset}: {rows:,} rows, {speed:,.0f} rows/s")
 
@@ -228,19 +228,40 @@ def _to_go_on_in(unnamed: pathlib.Path | None) -> Iterator[None]:
     try:
         yield
     except Preempted as stopped:
-        raise Preempted(stopped.step, None if unnamed is None else str(unnamed)) from stopped
+        raise Preempted(stopped.step, None if unnamed is None else str(unnamed), stopped.interrupted) from stopped
 
 
 def _stop_signals() -> processes.Announcements:
-    """SIGTERM asks all processes to save and stop, as does SIGUSR1, which mpirun passes on.
+    """SIGTERM asks all processes to save and stop, as does SIGUSR1, which mpirun passes on, and Ctrl-C (SIGINT).
 
-    To the end of the process: a second one, or one that comes while the run ends, does no harm.
+    To the end of the process: one that comes while the run ends does no harm, nor does a second one, but of Ctrl-C:
+    that ends this process at once, with exit code 130.
     """
-    announcements = processes.Announcements()
-    for number in (signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, lambda *_: announcements.ask("stop"))
+    announcements, interrupted = processes.Announcements(), threading.Event()
+
+    def interrupt(*_: object) -> None:
+        if interrupted.is_set():
+            os.write(sys.stderr.fileno(), b"dpreg: interrupted again: what was saved before is there\n")
+            os._exit(_INTERRUPTED)
+        interrupted.set()
+        announcements.ask("interrupt")
+
+    handlers: dict[int, Callable[..., None]] = dict.fromkeys(
+        (signal.SIGTERM, signal.SIGUSR1), lambda *_: announcements.ask("stop")
+    )
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # as of a command that a shell runs in the background
+        handlers[signal.SIGINT] = interrupt
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
         atexit.register(signal.signal, number, signal.SIG_IGN)  # the interpreter takes other handlers away as it ends
     return announcements
+
+
+def _stop_where_asked(announcements: processes.Announcements, step: int | None = None) -> None:
+    """Raises Preempted where the only process was asked to stop. Several learn of it together, at their first step."""
+    interrupted = announcements.asked("interrupt")
+    if jax.process_count() == 1 and (interrupted or announcements.asked("stop")):
+        raise Preempted(step, interrupted=interrupted)
 
 
 @contextlib.contextmanager

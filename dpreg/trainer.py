@@ -5,6 +5,7 @@ import copy
 import dataclasses
 import logging
 import math
+import threading
 import time
 from collections.abc import Callable, Generator, Iterable, Mapping
 from typing import Any, Protocol
@@ -21,6 +22,7 @@ from dpreg.data.order import Sampler
 from dpreg.data.schema import Number, Schema
 from dpreg.data.sources import RegressionData, Source, first_outside
 from dpreg.errors import AuditFailed, Diverged, InputError, Preempted
+from dpreg.interrupts import deferred
 from dpreg.models.linear import LinearRegressionScratch
 from dpreg.models.losses import loss_of
 from dpreg.models.mlp import LinearRegression
@@ -58,7 +60,7 @@ class Saver(Protocol):
     """What the trainer asks of that which saves it, see `dpreg.observers.checkpoint`."""
 
     every_steps: int  # save when the step is a multiple of it; 0 for no such rule
-    preempted: bool  # whether the run is to stop once it is saved
+    preempted: str  # "stop" or "interrupt" where the run is to end once it is saved, else ""
 
     def due(self) -> bool:
         """Whether to save as soon as the steps in flight are done."""
@@ -97,7 +99,9 @@ class Trainer:
 
     Attributes:
       dtype: of targets, weights and sums, and of parameters that models have as float32: float32, or float64.
-      state: the TrainState, replicated over the devices.
+      state: a copy of the TrainState, replicated over the devices: it stays as it is while training goes on. A state
+        that is assigned is copied as well: its step, parameters, optimizer state and batch statistics are taken, while
+        the model and the optimizer stay the trainer's.
       step, steps_trained: steps done and told of; those of them that this trainer did, not one that it goes on from.
       steps_of_call: how many steps one compiled call takes at most, about a second of them; from the host 2 at least.
       audit: the rows used in this epoch.
@@ -122,7 +126,7 @@ class Trainer:
            [4.2]])
     """
 
-    state: TrainState
+    _state: TrainState  # donated to each call, so what is given out or taken in is a copy
 
     def __init__(
         self,
@@ -182,6 +186,8 @@ class Trainer:
         self.pauses: tuple[int, ...] = ()
         self.best = Best(math.inf, 0, {})
         self._predictor: Predictor | None = None
+        self._donating = threading.Lock()
+        self._training, self._whole = False, True  # in `fit_epochs`; whether all of the state was reported
         self.heartbeat: Callable[[], None] = lambda: None
         self.audit, self.accumulate_steps, self.patience = Audit(audit), accumulate_steps, patience
 
@@ -196,6 +202,7 @@ class Trainer:
           InputError: when the data cannot be cut into the run's shards and batches, or a target is none that the loss
             is defined for.
           Diverged: when the loss is no longer finite; `state` is then the last good one.
+          KeyboardInterrupt: as `fit_epochs`, which then goes on with this fit.
         """
         self.prepare_data(data)
         self.prepare_model(model)
@@ -214,13 +221,14 @@ class Trainer:
         if not (self.patience and 0 < self.best.step < self.step):
             return False
         best = devices.replicated(self.best.variables, self.mesh)
-        self.state = self.state.replace(params=best["params"], batch_stats=best["batch_stats"])
+        self._state = self._state.replace(params=best["params"], batch_stats=best["batch_stats"])
         self.validate()
         return True
 
     @presence.at_work("laying out rows")
     def prepare_data(self, data: RegressionData) -> None:
-        """Brings the rows to where the steps read them."""
+        """Brings the rows to where the steps read them. A state that was trained on other rows is given up."""
+        self.__dict__.pop("_state", None)
         started = time.perf_counter()
         self.lay_out(data)
         self._carried = Carried(*self.train.carried)
@@ -273,10 +281,10 @@ class Trainer:
             )
         self._model, self._predictor = model, None
         self.bound_calls(state)
-        self.state = devices.replicated(state, self.mesh)
-        self.step, self.epoch_sums = 0, np.zeros((self.train.sampler.steps_per_epoch, 3))
-        self.best = Best(math.inf, 0, jax.device_get(self.variables) if self.patience else {})
-        self._train_block, self._eval_block = self.compile_train(model, self.state), None
+        self._shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), state)
+        placed = devices.replicated(state, self.mesh)
+        variables = {"params": placed.params, "batch_stats": placed.batch_stats}
+        self._train_block, self._eval_block = self.compile_train(model, placed), None
         self._to_all: Callable[[Any], Any] = lambda used: np.zeros(used.shape, used.dtype)
         if self.audit.on:
             shape = self.mesh.size, self.train.block_steps, 2
@@ -284,7 +292,7 @@ class Trainer:
         if self.val:
             self._eval_block = compile_eval_block(
                 model,
-                self.variables,
+                variables,
                 layout_of(self.val),
                 self.mesh,
                 self._example(self.val),
@@ -294,6 +302,8 @@ class Trainer:
             )
         # Compiled unevenly fast, but met before the first collective, which waits for nobody long.
         processes.exchange()
+        self._state = placed
+        self._go_to(0)
         self.seconds["compile"] += time.perf_counter() - started
 
     def bound_calls(self, state: TrainState) -> None:
@@ -355,9 +365,75 @@ class Trainer:
         )
 
     @property
+    def state(self) -> TrainState:
+        """A copy of the state, see `Trainer`.
+
+        Raises:
+          InputError: where nothing is trained yet, or a second Ctrl-C ended a call of the steps.
+        """
+        with self._donating:
+            copy: TrainState = devices.replicated(self._trained(), self.mesh)
+        return copy
+
+    @state.setter
+    def state(self, state: TrainState) -> None:
+        """Takes a copy of another state's values, and goes on from its step."""
+        placed, steps = self._placed_state(state), self.train.sampler.steps_per_epoch
+        step = int(placed.step)
+        if self._training:
+            self.require_rest()
+        moves = step != self.step or not (self._whole or self._training)
+        if moves and (step % steps or self._training):
+            raise InputError(
+                f"trainer.state: it is after step {step:,}, and the trainer goes on from step {self.step:,} or the end "
+                f"of an epoch of {steps:,} steps; give state.replace(step=0) to begin with its parameters"
+            )
+        self._state = placed
+        if moves:
+            self._go_to(step)
+
+    def _go_to(self, step: int) -> None:
+        """Goes to the end of an epoch, whose state has been taken."""
+        self.step, self._whole = step, True
+        self.epoch_sums = np.zeros((self.train.sampler.steps_per_epoch, 3))
+        self.audit.begin()
+        self.best = Best(math.inf, step, jax.device_get(self.variables) if self.patience else {})
+
+    def _placed_state(self, state: TrainState) -> TrainState:
+        """A copy of a state's values on the trainer's devices, for the trainer's model and optimizer."""
+        if not hasattr(self, "_shapes"):
+            raise InputError("trainer.state: there is no model yet; call prepare_data and prepare_model first")
+        shapes = self._shapes
+        wanted = {name: getattr(shapes, name) for name in ("step", "params", "opt_state", "batch_stats")}
+        given = {name: getattr(state, name) for name in wanted} | {"step": jnp.asarray(state.step, jnp.int32)}
+        kinds = [
+            (
+                jax.tree.structure(tree),
+                [(np.shape(leaf), getattr(leaf, "dtype", None)) for leaf in jax.tree.leaves(tree)],
+            )
+            for tree in (wanted, given)
+        ]
+        if kinds[0] != kinds[1]:
+            raise InputError("trainer.state: its arrays are not those of this model and optimizer; give such a state")
+        placed: TrainState = shapes.replace(**devices.replicated(given, self.mesh))
+        return placed
+
+    def _trained(self) -> TrainState:
+        if not hasattr(self, "_state"):
+            raise InputError("there is no trained state; call fit first")
+        return self._state
+
+    @property
     def variables(self) -> dict[str, Any]:
-        """What the model predicts with: "params" and "batch_stats"."""
-        return {"params": self.state.params, "batch_stats": self.state.batch_stats}
+        """A copy of what the model predicts with: "params" and "batch_stats"."""
+        with self._donating:
+            copy: dict[str, Any] = devices.replicated(self._variables, self.mesh)
+        return copy
+
+    @property
+    def _variables(self) -> dict[str, Any]:
+        state = self._trained()
+        return {"params": state.params, "batch_stats": state.batch_stats}
 
     @property
     def exchange_bytes(self) -> int:
@@ -365,8 +441,8 @@ class Trainer:
 
         Ordered, those of each shard. What a BatchNorm over the batch exchanges in its layer is not among them.
         """
-        leaves = jax.tree.leaves((self.state.params, self.state.batch_stats))
-        sums = sum(leaf.size for leaf in leaves) + (3 if self.state.batch_stats else 2)
+        leaves = jax.tree.leaves((self._shapes.params, self._shapes.batch_stats))
+        sums = sum(leaf.size for leaf in leaves) + (3 if self._shapes.batch_stats else 2)
         return int(sums) * self.dtype.itemsize * (self.num_shards if self.reduction == "ordered" else 1)
 
     def prepare_batch(self, block: Block) -> tuple[Any, Carried, np.ndarray]:
@@ -381,8 +457,9 @@ class Trainer:
         Raises:
           Diverged: when it is of the end of an epoch, and the loss on validation rows is not finite.
         """
-        self.best = best or self.best
-        self.state, self.step, self.epoch_sums = state, int(state.step), epoch_sums.astype(np.float64)
+        self._state = self._placed_state(state)
+        self._go_to(int(self._state.step))
+        self.best, self.epoch_sums = best or self.best, epoch_sums.astype(np.float64)
         self.audit.begin(rows_used)
         if self.step and self.step % self.train.sampler.steps_per_epoch == 0:
             self.train_loss = _mean(self.epoch_sums)
@@ -390,9 +467,9 @@ class Trainer:
 
     def accept(self, w: np.ndarray, b: np.ndarray, train_loss: float) -> None:
         """Takes the parameters [d, t] and [t] of a linear model as they are, validates and tells of it."""
-        leaves, structure = jax.tree.flatten(self.state.params)
+        leaves, structure = jax.tree.flatten(self._trained().params)
         given = [np.asarray(w if leaf.ndim > 1 else b, leaf.dtype) for leaf in leaves]
-        self.state = self.state.replace(params=devices.replicated(jax.tree.unflatten(structure, given), self.mesh))
+        self._state = self._state.replace(params=devices.replicated(jax.tree.unflatten(structure, given), self.mesh))
         self.train_loss = train_loss
         self.validate()
         self._tell(self.step, train_loss=train_loss, val_loss=self.val_loss, metrics=self.metrics)
@@ -402,7 +479,11 @@ class Trainer:
 
         While it trains, `state` is ahead of what observers are told, by the calls in flight. Where nothing is validated
         it is so at an epoch's end, too: the devices do not wait. An observer that raises leaves it there, and then this
-        trainer has to `fit` anew.
+        trainer has to `fit` anew, or take another `state`.
+
+        Ctrl-C lets the calls in flight end, about a second, and a validation: then KeyboardInterrupt is raised in all
+        processes, the state is that of the last step that was reported, and `fit_epochs` goes on from it. A second
+        Ctrl-C raises at once, and leaves the trainer as an observer that raises does.
 
         Args:
           number: that under way is one.
@@ -411,25 +492,35 @@ class Trainer:
           Diverged: when the loss is no longer finite.
           Preempted: when the run was asked to stop; its state is saved.
           AuditFailed: when an epoch did not use every row once.
+          KeyboardInterrupt: after Ctrl-C.
         """
         self.require_rest()
+        if not self._whole:
+            raise InputError("fit_epochs is running, or was ended between steps and reports; fit anew")
         steps, stop = self.train.sampler.steps_per_epoch, self.train.num_steps
         if number is not None:
             stop = min(stop, (self.step // steps + number) * steps)
-        while self.step < stop and not self.done:
-            try:
-                self._train_to(self._next_rest(stop))
-            except (Diverged, AuditFailed):  # in all processes: none is to leave while calls that need it are in flight
-                jax.block_until_ready(self._dispatched)
-                raise
-            self._rest()
+        with deferred() as self._interrupts:
+            while self.step < stop and not self.done:
+                self._training, self._whole = True, False
+                try:
+                    self._train_to(self._next_rest(stop))
+                    self._whole = True
+                except (Diverged, AuditFailed):  # in all processes: none may leave while calls need it
+                    jax.block_until_ready(self._dispatched)
+                    self._whole = True
+                    raise
+                finally:
+                    self._training = False
+                self._rest()
 
     def require_rest(self) -> None:
         """Raises InputError while observers are told, or where one raised, and the state holds more than was told."""
-        if int(self.state.step) != self.step:
+        step = int(self._trained().step)
+        if step != self.step:
             raise InputError(
-                f"the state is after step {int(self.state.step):,}, and observers are not told of all of it: steps are "
-                "in flight, or one has raised; let fit_epochs return, or fit anew"
+                f"the state is after step {step:,}, and observers are not told of all of it: steps are in flight, or "
+                "were ended by Ctrl-C or an observer that raised; let fit_epochs return, or fit anew"
             )
 
     def _next_rest(self, stop: int) -> int:
@@ -477,13 +568,17 @@ class Trainer:
             self._end_epoch()
 
     def _train_blocks(self, stop: int) -> Generator[tuple[Block, Any]]:
-        """Dispatches blocks up to a step, or until it is time to save."""
+        """Dispatches blocks up to a step, or until it is time to save or to stop."""
         first = self.step
         for block in self.train.blocks(first, stop, self.steps_of_call):
-            if block.first_step > first and self.checkpoints and self.checkpoints.due():
-                return
-            with jax.profiler.StepTraceAnnotation("train", step_num=block.first_step):
-                self.state, sums, used = self._train_block(self.state, *self.prepare_batch(block))
+            if block.first_step > first:
+                interrupted, due = self._interrupts.poll(), self.checkpoints is not None and self.checkpoints.due()
+                if interrupted or due:
+                    return
+            arguments = self.prepare_batch(block)
+            with self._donating, jax.profiler.StepTraceAnnotation("train", step_num=block.first_step):
+                state = self.__dict__.pop("_state")  # gone, not deleted, where the call is interrupted
+                self._state, sums, used = self._train_block(state, *arguments)
             self._dispatched = sums, self._to_all(used)
             yield block._replace(data=None), self._dispatched
 
@@ -507,14 +602,15 @@ class Trainer:
 
     def _rest(self) -> None:
         """With no step in flight: saves where that is due, and leaves where that was asked for."""
-        if self.checkpoints is None:
-            return
-        every = self.checkpoints.every_steps
-        if self.checkpoints.due() or (every and self.step % every == 0):
-            self.checkpoints.save(self)
-            self.heartbeat()
-        if self.checkpoints.preempted:
-            raise Preempted(self.step)
+        if self.checkpoints is not None:
+            every = self.checkpoints.every_steps
+            if self.checkpoints.due() or (every and self.step % every == 0):
+                self.checkpoints.save(self)
+                self.heartbeat()
+            if self.checkpoints.preempted:
+                raise Preempted(self.step, interrupted=self.checkpoints.preempted == "interrupt")
+        if self._interrupts.pending:
+            raise KeyboardInterrupt
 
     @property
     def _log_every(self) -> int:
@@ -533,7 +629,7 @@ class Trainer:
         started = time.perf_counter()
         blocks = self.val.blocks(0, self.val.num_steps, self.steps_of_call)
         evaluated, unpacked = self._eval_block
-        calls = ((b, evaluated(self.variables, *self.prepare_batch(b))) for b in blocks)
+        calls = ((b, evaluated(self._variables, *self.prepare_batch(b))) for b in blocks)
         found = [unpacked(errors) for _, errors in devices.arrived(calls, self.heartbeat)]
         self.val_loss, self.metrics = metrics_of(self._model, self._schema, found)
         if self.patience and not any(errors.weight.sum() > 0 for errors in found):
@@ -551,13 +647,12 @@ class Trainer:
 
     def predictor(self) -> Predictor:
         """The trained model, as it is now, on the trainer's devices; compiled once."""
-        if not hasattr(self, "state"):
-            raise InputError("there is nothing to predict with yet; call fit first")
+        variables = self.variables
         if self._predictor is None:
             rows = self.train.source[np.zeros(1, np.int32)]
             self._predictor = Predictor(
                 self._model,
-                self.variables,
+                variables,
                 rows["x"].shape[1],
                 rows["y"].shape[1],
                 mesh=self.mesh,
@@ -570,7 +665,7 @@ class Trainer:
                 heartbeat=self.heartbeat,
             )
         predictor = copy.copy(self._predictor)
-        predictor.variables = jax.tree.map(jnp.copy, self.variables)  # the next step consumes the state's own
+        predictor.variables = variables
         return predictor
 
     def _tell(self, step: int, **values: Any) -> None:

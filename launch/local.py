@@ -4,7 +4,8 @@
 
 What follows `--` goes to each `python -m dpreg.main`; this only says who each of them is. When one dies the
 others are ended at once; with --max_restarts all are then started again, on a new port, and go on from the
-newest checkpoint. The exit code is the run's: 0 to 3 as of one process, 75 preempted, 76 for a process lost.
+newest checkpoint. The exit code is the run's: 0 to 3 as of one process, 75 preempted, 76 for a process lost, 130 for
+Ctrl-C: the run saves, and the same command goes on. A second Ctrl-C ends all at once.
 
 On CPU each process simulates --num_devices of its own; of GPUs each gets one, by its number.
 """
@@ -22,8 +23,8 @@ from collections.abc import Sequence
 from types import FrameType
 from typing import NoReturn
 
-FINAL = (0, 1, 2, 3)  # done, a fault, wrong input, diverged: starting again would change nothing
-PREEMPTED, LOST = 75, 76
+PREEMPTED, LOST, INTERRUPTED = 75, 76, 130
+FINAL = (0, 1, 2, 3, INTERRUPTED)  # done, a fault, wrong input, diverged: starting again would change nothing
 GRACE_SECONDS = 15.0  # for the others to end by themselves once one has
 
 
@@ -40,13 +41,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"--max_restarts={parsed.max_restarts}: use 0 or more")
 
     told_to_stop = threading.Event()
+    interrupts = 0
     run: Run | None = None
 
     def pass_on(number: int, frame: FrameType | None) -> None:
+        nonlocal interrupts
         del frame
         told_to_stop.set()
+        interrupts += number == signal.SIGINT
         if run is not None:
-            run.signal(number)
+            # Not SIGINT: a terminal has sent that to the processes as well, and a second one ends them at once.
+            run.signal(signal.SIGKILL if interrupts > 1 else signal.SIGTERM)
 
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, pass_on)
@@ -61,11 +66,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         again = ["--resume=auto"] if attempt else []  # whatever the first attempt was told
         run = Run(parsed.processes, [*parsed.flags, *again])
         if told_to_stop.is_set():
-            run.signal(signal.SIGTERM)
+            run.signal(signal.SIGKILL if interrupts > 1 else signal.SIGTERM)
         code = run.wait()
         if code in FINAL or told_to_stop.is_set():
             break
-    return code
+    return INTERRUPTED if interrupts and code in (PREEMPTED, LOST) else code
 
 
 class _Parser(argparse.ArgumentParser):

@@ -297,7 +297,7 @@ def wait_for(condition, process):
         time.sleep(0.05)
 
 
-@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
 def test_a_killed_process_loses_nothing_but_time(tmp_path, how):
     epochs = "--max_epochs=200"
     process = subprocess.Popen(
@@ -310,8 +310,10 @@ def test_a_killed_process_loses_nothing_but_time(tmp_path, how):
     wait_for(lambda: folder.exists() and any(path.name.isdigit() for path in folder.iterdir()), process)
     os.kill(process.pid, how)
     said = process.communicate(timeout=120)[1]
-    assert process.returncode == (75 if how == signal.SIGTERM else -how), said
-    if how == signal.SIGTERM:
+    assert process.returncode == {signal.SIGTERM: 75, signal.SIGINT: 130}.get(how, -how), said
+    if how != signal.SIGKILL:
+        verb = "interrupted" if how == signal.SIGINT else "stopped"
+        assert f"{verb} at step " in said.splitlines()[-1]
         assert "the same command goes on from there" in said.splitlines()[-1]
     done = run(tmp_path / "w", epochs, "--num_devices=1")
     assert "going on from step" in done.stderr

@@ -318,14 +318,17 @@ def test_sigterm_to_one_process_saves_in_all_within_an_epoch_and_exits_75(tmp_pa
 
 
 @pytest.mark.faults
-def test_a_launcher_that_is_told_to_stop_starts_nothing_again(tmp_path):
+@pytest.mark.parametrize(("how", "exit_code"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
+def test_a_launcher_that_is_told_to_stop_starts_nothing_again(tmp_path, how, exit_code):
     launcher = start(
         2, tmp_path, "--checkpoint_every_seconds=0.3", "--max_epochs=10000", devices=1, restarts=3, work=LONG
     )
     wait_until(lambda: complete(tmp_path), launcher)
-    launcher.terminate()
+    for process in (*workers(launcher), launcher) if how == signal.SIGINT else (launcher,):  # as a terminal sends it
+        process.send_signal(how)
     code, said = ended(launcher)
-    assert code == 75, said
+    assert code == exit_code, said
+    assert said.count("which is saved") == 2
     assert "starting again" not in said
 
 

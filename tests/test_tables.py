@@ -669,7 +669,7 @@ def test_imports_go_downward():
         ("completion",),
         ("data", "models", "door"),
         ("parallel",),
-        ("predictor", "solver"),
+        ("interrupts", "predictor", "solver"),
         ("trainer",),
         ("observers", "build"),
         ("doctor", "estimator", "plan", "report", "scaling"),

@@ -2,6 +2,10 @@
 
 import functools
 import math
+import os
+import signal
+import threading
+import time
 from typing import NamedTuple
 
 import jax
@@ -758,3 +762,129 @@ def test_patience_ends_a_run_with_the_best_epoch(num_devices):
     assert not np.array_equal(stopped.state.params["w"], whole.state.params["w"])
     with pytest.raises(dpreg.InputError, match="no rows held out"):
         dpreg.Trainer(3, patience=1).fit(whole._model, dpreg.RegressionData(overfitted().train, None, 8))
+
+
+class Plain(Net):
+    """A small model with an optimizer that keeps a state."""
+
+    @nn.compact
+    def __call__(self, x, train=False):
+        return nn.Dense(1)(x)
+
+
+@pytest.mark.parametrize("backend", ["jit", "pmap"])
+def test_what_a_user_keeps_of_the_state_stays_alive_while_training_goes_on(backend):
+    """The steps consume the state, and to read an array that was consumed ends the process."""
+    kept = []
+    trainer = dpreg.Trainer(3, 3, backend=backend)
+    trainer.observers = [lambda progress: kept.append((trainer.state.params, trainer.variables))]
+    trainer.prepare_data(Rows(64).data(16, num_val=8))
+    trainer.prepare_model(Plain(optax.sgd(0.05, 0.9)))
+    start = trainer.state
+    copies = jax.device_get(start)
+    trainer.fit_epochs(1)
+    first, of_first = trainer.state, jax.device_get(trainer.state)
+    trainer.fit_epochs()
+    of_end = jax.device_get(trainer.state)
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(start), copies)
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(first), of_first)
+    assert np.isfinite([np.sum(leaf) for leaf in jax.tree.leaves(kept)]).all()
+    assert not np.array_equal(*(state.params["Dense_0"]["bias"] for state in (of_first, of_end)))
+    # What is assigned is not consumed, either: the same state is trained from twice, to the same bits.
+    for _ in range(2):
+        trainer.state = first
+        assert trainer.step == 4
+        trainer.fit_epochs()
+        jax.tree.map(np.testing.assert_array_equal, jax.device_get(trainer.state), of_end)
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(first), of_first)
+
+
+def test_a_state_moves_between_trainers_and_one_that_does_not_fit_is_refused():
+    trainers = [dpreg.Trainer(2, num_devices) for num_devices in (2, 1)]
+    for trainer in trainers:
+        trainer.prepare_data(Rows(64).data(16))
+        trainer.prepare_model(dpreg.LinearRegressionScratch(3, 0.1))
+    one, other = trainers
+    one.fit_epochs(1)
+    other.state = one.state
+    one.fit_epochs()
+    other.fit_epochs()
+    np.testing.assert_allclose(other.state.params["w"], one.state.params["w"], rtol=1e-6)
+    w = np.ones((3, 1), np.float32)
+    other.state = other.state.replace(step=0, params={"w": w, "b": np.zeros(1, np.float32)})
+    w[:] = 7
+    np.testing.assert_array_equal(other.variables["params"]["w"], np.ones((3, 1)))
+    assert other.step == 0
+    with pytest.raises(dpreg.InputError, match="are not those of this model"):
+        other.state = other.state.replace(params={"w": np.ones((4, 1), np.float32), "b": np.zeros(1, np.float32)})
+    with pytest.raises(dpreg.InputError, match=r"after step 3, .* step 0 or the end of an epoch of 4 steps"):
+        other.state = other.state.replace(step=3)
+    with pytest.raises(dpreg.InputError, match="call fit first"):
+        _ = dpreg.Trainer(1).state
+
+
+def _interrupt_after(seconds, times=1):
+    def send():
+        time.sleep(seconds)
+        for _ in range(times):
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.001)
+
+    thread = threading.Thread(target=send)
+    thread.start()
+    return thread
+
+
+@pytest.mark.parametrize("num_val", [0, 8])
+def test_ctrl_c_loses_nothing_wherever_it_comes_and_training_goes_on_to_the_same_bits(num_val):
+    told = []
+    trainer = dpreg.Trainer(40, 2, steps_per_block=3, observers=[told.append], patience=30 if num_val else 0)
+    trainer.prepare_data(Rows(101).data(16, num_val=num_val))
+    trainer.prepare_model(Plain(optax.sgd(0.01, 0.9)))
+    start = trainer.state
+    began = time.perf_counter()
+    trainer.fit_epochs()
+    seconds, whole, end = time.perf_counter() - began, [*told], jax.device_get(trainer.state)
+    interrupts, rng = 0, np.random.default_rng(num_val)
+    for _ in range(4):
+        told.clear()
+        trainer.state = start
+        while not trainer.done:
+            thread = _interrupt_after(rng.uniform(0, seconds / 2))
+            try:
+                trainer.fit_epochs()
+                thread.join()
+                time.sleep(0.01)
+            except KeyboardInterrupt:
+                interrupts += 1
+                thread.join()
+                if not trainer.done:
+                    assert int(trainer.state.step) == trainer.step == (told[-1].step if told else 0)
+            assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        jax.tree.map(np.testing.assert_array_equal, jax.device_get(trainer.state), end)
+        for of in ("step", "train_loss", "gradient_norm", "val_loss"):
+            assert [getattr(p, of) for p in told if p.train_loss] == [getattr(p, of) for p in whole if p.train_loss]
+    assert interrupts >= 4
+
+
+def test_a_second_ctrl_c_ends_training_at_once_and_a_state_that_was_kept_goes_on():
+    trainer = dpreg.Trainer(20, 2, steps_per_block=2)
+    trainer.prepare_data(Rows(101).data(16))
+    trainer.prepare_model(dpreg.LinearRegressionScratch(3, 0.1))
+    start = trainer.state
+    trainer.fit_epochs()
+    end = trainer.state
+
+    def interrupt(progress):
+        if progress.step == 30:
+            for _ in range(2):
+                signal.raise_signal(signal.SIGINT)
+
+    trainer.state, trainer.observers = start, [interrupt]
+    with pytest.raises(KeyboardInterrupt):
+        trainer.fit_epochs()
+    with pytest.raises(dpreg.InputError, match="fit anew"):
+        trainer.fit_epochs()
+    trainer.state, trainer.observers = start, []
+    trainer.fit_epochs()
+    jax.tree.map(np.testing.assert_array_equal, trainer.state.params, end.params)

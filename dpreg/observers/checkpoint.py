@@ -32,7 +32,7 @@ class Checkpoints:
       identity: what decides the run's answer; a run is only continued by one of the same identity.
       every_seconds, every_steps: how often to save besides the end; 0 for never.
       keep: how many to keep, the newest.
-      announcements: where "stop" may be asked for; "save" is, when it is time.
+      announcements: where "stop" or "interrupt" may be asked for; "save" is, when it is time.
     """
 
     def __init__(
@@ -44,7 +44,7 @@ class Checkpoints:
         keep: int = 3,
         announcements: processes.Announcements | None = None,
     ):
-        self.every_steps, self.preempted = every_steps, False
+        self.every_steps, self.preempted = every_steps, ""
         self._identity: dict[str, Any] = json.loads(json.dumps(identity))
         self._every_seconds, self._saved_at = every_seconds, time.monotonic()
         self._announcements, self._due = announcements or processes.Announcements(), False
@@ -65,7 +65,9 @@ class Checkpoints:
             self._announcements.ask("save")
         what = self._announcements.heard()
         # What was heard holds until it is acted upon.
-        self._due, self.preempted = self._due or bool(what), self.preempted or what == "stop"
+        self._due = self._due or bool(what)
+        if what in ("stop", "interrupt"):
+            self.preempted = self.preempted or what
         return self._due
 
     def save(self, trainer: Trainer) -> None:

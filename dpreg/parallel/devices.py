@@ -178,11 +178,17 @@ def data_mesh(num_shards: int, platform: str | None = None, num_devices: int | N
 
 
 def replicated(tree: Any, mesh: Mesh) -> Any:
-    """The same values on every device of every process; each process has to give the same."""
+    """A copy of the values on every device of every process; each process has to give the same.
+
+    It shares memory with nothing that is given, so either of the two can be donated or changed.
+    """
     sharding = NamedSharding(mesh, PartitionSpec())
 
     def put(leaf: Any) -> jax.Array:
-        value = np.asarray(leaf)
+        if isinstance(leaf, jax.Array) and leaf.is_fully_replicated and leaf.sharding.device_set == sharding.device_set:
+            shards = [jax.device_put(shard.data, shard.device, may_alias=False) for shard in leaf.addressable_shards]
+            return jax.make_array_from_single_device_arrays(leaf.shape, sharding, shards)
+        value = np.array(leaf)
         return jax.make_array_from_callback(value.shape, sharding, lambda index: value[index])
 
     return jax.tree.map(put, tree)

@@ -174,7 +174,7 @@ def end_as_lost(error: BaseException) -> NoReturn:
 
 
 _ERROR = "!"
-_exchanges = itertools.count()
+_exchanges, _announcements = itertools.count(), itertools.count()
 
 
 def _service() -> Any:
@@ -256,13 +256,16 @@ def agreed(function: Callable[[], Result]) -> Result:
 
 
 class Announcements:
-    """What any process asks for and all processes hear at the same call of `heard`: process 0 says when."""
+    """What any process asks for and all processes hear at the same call of `heard`: process 0 says when.
+
+    All processes have to create equally many of them, in the same order.
+    """
 
     # Processes are held together by their collectives to within the calls in flight and the one to come.
     _LEAD = CALLS_IN_FLIGHT + 4
 
     def __init__(self) -> None:
-        self._calls, self._number = 0, 0
+        self._key, self._calls, self._number = f"dpreg/announcements/{next(_announcements)}", 0, 0
         self._wanted: list[str] = []
         self._announced: tuple[int, str] | None = None  # at which call, and what
 
@@ -282,7 +285,7 @@ class Announcements:
             return self._wanted.pop(0) if self._wanted else ""
         if jax.process_index():
             while self._wanted:
-                _service().key_value_set(f"dpreg/wanted/{self._wanted.pop(0)}", "", allow_overwrite=True)
+                _service().key_value_set(f"{self._key}/wanted/{self._wanted.pop(0)}", "", allow_overwrite=True)
         elif self._announced is None:
             self._announce()
         if self._announced is None:
@@ -295,16 +298,16 @@ class Announcements:
 
     def _announce(self) -> None:
         """Process 0 says what any wants, and when."""
-        for key, _ in _service().key_value_dir_get("dpreg/wanted/"):
+        for key, _ in _service().key_value_dir_get(f"{self._key}/wanted/"):
             _service().key_value_delete(key)
             self.ask(key.rpartition("/")[2])
         if self._wanted:
             text = f"{self._calls + self._LEAD} {self._wanted.pop(0)}"
-            _service().key_value_set(f"dpreg/announced/{self._number}", text)
+            _service().key_value_set(f"{self._key}/announced/{self._number}", text)
 
     def _listen(self) -> tuple[int, str] | None:
         try:
-            at, what = _service().key_value_try_get(f"dpreg/announced/{self._number}").split()
+            at, what = _service().key_value_try_get(f"{self._key}/announced/{self._number}").split()
         except jax.errors.JaxRuntimeError as error:
             if "NOT_FOUND" in str(error):
                 return None
