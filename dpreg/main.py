@@ -19,6 +19,7 @@ from rich.console import Console
 
 from dpreg.build import build_data, build_model, build_trainer, identity_of, learning_rates
 from dpreg.config import Config
+from dpreg.data.cache import DamagedCacheError
 from dpreg.data.dataset import Cast
 from dpreg.data.schema import Number
 from dpreg.data.sources import RegressionData
@@ -316,6 +317,7 @@ def _main(argv: list[str]) -> None:
 
 def _among_others(work: Callable[[], None]) -> None:
     """In one of several processes: they end alike, all together, and none waits for one that is lost."""
+    work = functools.partial(_lost_where_damaged, work)
     try:
         try:
             with presence.at_work("at work"):
@@ -332,6 +334,14 @@ def _among_others(work: Callable[[], None]) -> None:
         of_a_file = isinstance(error, OSError) and error.filename is not None
         if not (of_a_file or isinstance(error, (ProcessLost, KeyboardInterrupt))):
             traceback.print_exc()
+        processes.end_as_lost(error)
+
+
+def _lost_where_damaged(work: Callable[[], None]) -> None:
+    """Ends this process as lost where its cached table is damaged: the others may be within a step, and do not meet."""
+    try:
+        work()
+    except DamagedCacheError as error:
         processes.end_as_lost(error)
 
 

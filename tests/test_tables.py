@@ -6,6 +6,7 @@ import pathlib
 import sys
 import threading
 
+import jax
 import numpy as np
 import pyarrow as pa
 import pyarrow.csv
@@ -14,8 +15,8 @@ import pytest
 
 import dpreg
 from dpreg.config import Columns
+from dpreg.data import cache, ingest, shuffle
 from dpreg.data import columns as data_columns
-from dpreg.data import ingest, shuffle
 from dpreg.data.learn import Moments
 from dpreg.data.schema import Category, Number, Schema
 from dpreg.data.synthetic_regression import SyntheticRegression
@@ -366,7 +367,11 @@ def test_an_interrupted_ingest_leaves_nothing_and_two_at_once_do_no_harm(read, c
     assert len(set(results)) == 1
     (folder,) = (tmp_path / "cache").iterdir()
     assert sorted(os.listdir(folder)) == sorted(
-        ["manifest.json", *(f"{part}.{name}" for part in ("train", "val") for name in ("row", "weight", "x", "y"))]
+        [
+            "manifest.json",
+            "checksums",
+            *(f"{part}.{name}" for part in ("train", "val") for name in ("row", "weight", "x", "y")),
+        ]
     )
 
 
@@ -524,6 +529,47 @@ def test_a_cache_without_its_manifest_is_made_anew(read, columns, tmp_path):
     assert read("t.parquet", target="y", exclude="kind").fingerprint() == first
 
 
+def _damaged(content, how):
+    middle = len(content) // 2
+    if how == "cut":
+        return content[:middle]
+    return content[:middle] + (b"\0" if how == "zero" else bytes([content[middle] ^ 64])) + content[middle + 1 :]
+
+
+@pytest.mark.parametrize("how", ["flip", "cut"])
+def test_a_damaged_cache_is_read_anew_and_never_believed(read, tmp_path, how, caplog, monkeypatch):
+    """Of small tables when they are opened, of others as soon as a damaged block is read."""
+    rng = np.random.default_rng(0)
+    pa.parquet.write_table(pa.table({name: rng.normal(size=5000) for name in "abcdyw"}), tmp_path / "many.parquet")
+    monkeypatch.setattr(cache, "_BLOCK_BYTES", 1 << 12)
+
+    def content():
+        data = read("many.parquet", target="y", exclude="w", validation_fraction=0.2)
+        return {part: all_rows(getattr(data, part)) | {"row": getattr(data, part).row} for part in ("train", "val")}
+
+    whole = content()
+    (folder,) = (tmp_path / "cache").iterdir()
+    for file in sorted(folder.iterdir()):
+        written = file.read_bytes()
+        file.write_bytes(_damaged(written, how))
+        caplog.clear()
+        jax.tree.map(np.testing.assert_array_equal, content(), whole)
+        (line,) = (record.getMessage() for record in caplog.records)
+        assert "is damaged" in line
+        assert "the table is read anew" in line
+        assert file.read_bytes() == written
+    monkeypatch.setattr(cache, "_READ_AT_ONCE_BYTES", 0)
+    for name in ("train.x", "train.y", "val.weight", "train.row") if how == "flip" else ():
+        file = folder / name
+        file.write_bytes(_damaged(file.read_bytes(), how))
+        data = read("many.parquet", target="y", exclude="w", validation_fraction=0.2)
+        part = getattr(data, name.partition(".")[0])
+        with pytest.raises(dpreg.InputError, match=f"{name} has other bytes .* start again to read the table anew"):
+            _ = part[np.arange(len(part))], part.row
+        assert not folder.exists()
+        jax.tree.map(np.testing.assert_array_equal, content(), whole)
+
+
 def test_dates_are_days_where_asked_for(read, tmp_path):
     days = np.array(["1970-01-01", "2026-11-23", "1969-12-31", "2000-02-29"], "datetime64[D]")
     columns = {
@@ -663,7 +709,7 @@ def test_tfds_features_are_chosen_by_name(read, tmp_path):
 def test_imports_go_downward():
     """The rooms of the house, lower ones first: a module imports from rooms below its own, or from its own."""
     rooms = [
-        ("terminal", "tracing"),
+        ("files", "terminal", "tracing"),
         ("errors", "observer"),
         ("config",),
         ("completion",),

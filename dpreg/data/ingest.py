@@ -10,6 +10,7 @@ import dataclasses
 import errno
 import hashlib
 import json
+import logging
 import pathlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
@@ -18,7 +19,16 @@ from numpy.typing import DTypeLike
 
 from dpreg.config import Columns
 from dpreg.data.ahead import ahead
-from dpreg.data.cache import MappedSource, new_folder, opened, write_manifest
+from dpreg.data.cache import (
+    ColumnWriter,
+    DamagedCacheError,
+    MappedSource,
+    Part,
+    block_rows,
+    new_folder,
+    opened,
+    write_manifest,
+)
 from dpreg.data.columns import RawReader, resolve
 from dpreg.data.learn import Learned
 from dpreg.data.order import keyed_hash
@@ -119,7 +129,11 @@ def ingest(
     files = [table.signature, validation.signature if validation else None]
     what = [_FORMAT, str(dtype), *files, dataclasses.asdict(columns)]
     folder = cache / hashlib.sha256(json.dumps(what).encode()).hexdigest()[:32]
-    rows = opened(folder)
+    try:
+        rows = opened(folder)
+    except DamagedCacheError as error:
+        logging.warning("%s: the cached table is damaged (%s): the table is read anew", folder, error.damage)
+        rows = None
     if rows is None:
         try:
             with new_folder(folder) as new:
@@ -192,14 +206,13 @@ def _write(
             )
         with told_of(table.name):
             schema, codes = learned.schema()
+        row_bytes = dtype.itemsize * (len(schema.features) + len(schema.targets) + 1) + np.dtype(np.int64).itemsize
+        at_once = block_rows(row_bytes)
         written = {}
         for name, shuffled, of in (("train", train, table), ("val", val, validation or table)):
             with told_of(of.name):
-                written[name] = (
-                    shuffled.rows,
-                    _encode(shuffled.in_order(), folder / name, schema, dtype, codes, progress),
-                )
-    write_manifest(folder, table.name, schema, dtype, written)
+                written[name] = _encode(shuffled.in_order(), folder / name, schema, dtype, codes, at_once, progress)
+    write_manifest(folder, table.name, schema, dtype, at_once, written)
 
 
 def _encode(
@@ -208,9 +221,10 @@ def _encode(
     schema: Schema,
     dtype: np.dtype,
     codes: Sequence[np.ndarray | None],
+    rows_of_block: int,
     progress: Progress,
-) -> str:
-    """Writes what the model sees of the rows, in their final order; gives its fingerprint."""
+) -> Part:
+    """Writes what the model sees of the rows, in their final order."""
     at_once = max(1, _ENCODED_BYTES // (dtype.itemsize * len(schema.features)))
 
     def encoded() -> Iterator[dict[str, np.ndarray]]:
@@ -222,12 +236,16 @@ def _encode(
 
     digests = {name: hashlib.blake2b(digest_size=32) for name in ("x", "y", "weight")}
     with contextlib.ExitStack() as stack:
-        files = {name: stack.enter_context(open(f"{prefix}.{name}", "wb")) for name in (*digests, "row")}
+        files = {
+            name: stack.enter_context(ColumnWriter(prefix.with_name(f"{prefix.name}.{name}"), rows_of_block))
+            for name in (*digests, "row")
+        }
         done = 0
         for rows in ahead(encoded(), _AHEAD):
             progress("writing", done := done + len(rows["row"]))
             for name, values in rows.items():
-                files[name].write(values.data)
+                files[name].write(values)
                 if name in digests:
                     digests[name].update(values.data)
-    return " ".join(digest.hexdigest() for digest in digests.values())
+    fingerprint = " ".join(digest.hexdigest() for digest in digests.values())
+    return Part(done, fingerprint, {name: file.checksums for name, file in files.items()})

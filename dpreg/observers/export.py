@@ -3,7 +3,6 @@
 import dataclasses
 import hashlib
 import json
-import os
 import pathlib
 import shutil
 from collections.abc import Mapping
@@ -18,6 +17,7 @@ from dpreg.data import standalone
 from dpreg.data.schema import Schema
 from dpreg.data.sources import RegressionData
 from dpreg.errors import InputError
+from dpreg.files import publish
 
 _ARRAYS, _REST, _ALONE = standalone.PARAMETERS, standalone.DESCRIPTION, "predict.py"
 
@@ -66,7 +66,7 @@ def save_model(folder: pathlib.Path, config: Config, variables: Mapping[str, Any
     text = json.dumps(standalone.sealed(json.loads(json.dumps(description))), indent=2)
     new[_REST].write_text(text + "\n", encoding="utf-8")
     for name, path in new.items():
-        os.replace(path, folder / name)
+        publish(path, folder / name)
 
 
 def load_model(folder: pathlib.Path) -> Exported:

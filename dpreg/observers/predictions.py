@@ -12,6 +12,7 @@ import pyarrow.csv
 import pyarrow.parquet
 
 from dpreg.errors import InputError
+from dpreg.files import publish
 
 _WRITERS = {".csv": pyarrow.csv.CSVWriter, ".parquet": pyarrow.parquet.ParquetWriter}
 
@@ -62,7 +63,7 @@ class PredictionWriter:
         try:
             self._writer.close()
             if error is None:
-                os.replace(self._new, self._path)
+                publish(self._new, self._path)
         except OSError as failed:
             if error is None:
                 raise self._wrong(failed) from failed

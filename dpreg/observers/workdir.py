@@ -12,6 +12,7 @@ from collections.abc import Iterator
 import jax
 
 from dpreg.errors import InputError
+from dpreg.files import publish
 from dpreg.parallel import processes
 
 
@@ -107,7 +108,7 @@ def write_whole(path: pathlib.Path, text: str) -> None:
     new = path.with_name(f".new-{path.name}")
     try:
         new.write_text(text, encoding="utf-8")
-        new.replace(path)
+        publish(new, path)
     except OSError as error:
         error.filename = str(path)
         raise
