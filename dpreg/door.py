@@ -66,7 +66,7 @@ def _leave(error: Exception, code: int) -> NoReturn:
 
 def _leave_for(error: OSError) -> NoReturn:
     """Ends with one line on a file that could not be read or written; another fault is raised again."""
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         _leave(InputError(f"a file could not be written: {error.strerror}; make room, and start again"), 2)
     if error.filename is None:
         raise error

@@ -28,7 +28,7 @@ from dpreg.door import enter
 from dpreg.errors import AuditFailed, Diverged, InputError, Preempted, ProcessLost
 from dpreg.models.glm import FAMILIES
 from dpreg.models.least_squares import Fit
-from dpreg.observers.checkpoint import Checkpoints
+from dpreg.observers.checkpoint import Checkpoints, UnwrittenError
 from dpreg.observers.export import save_model
 from dpreg.observers.metrics import MetricsWriter, is_start, note_start, read_records, to_json
 from dpreg.observers.profile import Profiler
@@ -317,7 +317,7 @@ def _main(argv: list[str]) -> None:
 
 def _among_others(work: Callable[[], None]) -> None:
     """In one of several processes: they end alike, all together, and none waits for one that is lost."""
-    work = functools.partial(_lost_where_damaged, work)
+    work = functools.partial(_lost_by_files, work)
     try:
         try:
             with presence.at_work("at work"):
@@ -337,12 +337,14 @@ def _among_others(work: Callable[[], None]) -> None:
         processes.end_as_lost(error)
 
 
-def _lost_where_damaged(work: Callable[[], None]) -> None:
-    """Ends this process as lost where its cached table is damaged: the others may be within a step, and do not meet."""
+def _lost_by_files(work: Callable[[], None]) -> None:
+    """Ends this process as lost where its files fail: the others may be within a step, and do not meet for an error."""
     try:
         work()
     except DamagedCacheError as error:
-        processes.end_as_lost(error)
+        processes.end_as_lost(error)  # a restart reads the table anew
+    except UnwrittenError as error:
+        processes.end_as_lost(error, error.exit_code)  # a restart would fail, too
 
 
 def main() -> None:

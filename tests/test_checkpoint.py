@@ -6,6 +6,7 @@ import gc
 import json
 import os
 import pathlib
+import resource
 import shutil
 import signal
 import subprocess
@@ -350,3 +351,40 @@ def test_the_best_epoch_is_remembered(tmp_path, stop_at):
     assert 0 < whole[2] <= 30
     assert train_with_patience(tmp_path / "parts", stop_at)[0] == stop_at
     assert train_with_patience(tmp_path / "parts", num_devices=3) == whole
+
+
+def _save_more_than_fits(folder, trainer, again):
+    allowed = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 15, allowed[1]))
+    try:
+        with Checkpoints(folder, {}) as checkpoints:
+            checkpoints.save(trainer)
+            if again:
+                trainer.fit_epochs(1)
+                checkpoints.save(trainer)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, allowed)
+
+
+@pytest.mark.parametrize("again", [True, False])
+def test_a_file_system_that_refuses_a_checkpoint_is_one_line_and_the_last_whole_one_is_kept(tmp_path, again, capfd):
+    """Orbax writes in the background: the next save raises, or the end."""
+    trainer = dpreg.Trainer(4, 1)
+    trainer.prepare_data(dpreg.RegressionData(dpreg.ArraySource(np.ones((16, 1 << 14)), np.ones(16)), batch_size=8))
+    trainer.prepare_model(dpreg.LinearRegressionScratch(1 << 14, 1e-6))  # random parameters of 64 kB
+    trainer.fit_epochs(1)
+    with Checkpoints(tmp_path, {}) as checkpoints:
+        checkpoints.save(trainer)
+    trainer.fit_epochs(1)
+    with pytest.raises(dpreg.InputError, match=r"of step 4 cannot be written \(File too large\)") as caught:
+        _save_more_than_fits(tmp_path, trainer, again)
+    assert "the newest whole one is of step 2:" in str(caught.value)
+    gc.collect()
+    assert capfd.readouterr().err == ""
+    assert os.listdir(tmp_path) == ["2"]
+    with Checkpoints(tmp_path, {}) as checkpoints:
+        assert checkpoints.restore(trainer)
+        assert trainer.step == 2
+        trainer.fit_epochs()
+        checkpoints.save(trainer)
+    assert sorted(os.listdir(tmp_path)) == ["2", "8"]

@@ -1,10 +1,12 @@
 """The run on disk: saved by time while it trains, restored to go on, whole or not at all."""
 
+import contextlib
 import hashlib
 import json
 import logging
 import pathlib
 import re
+import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -15,10 +17,15 @@ import orbax.checkpoint as ocp
 
 from dpreg.data.standalone import sealed
 from dpreg.errors import InputError
+from dpreg.observers.orbax_errors import quiet, reason_of
 from dpreg.parallel import processes
 from dpreg.parallel.devices import replicated
 from dpreg.terminal import printable
 from dpreg.trainer import Best, Trainer
+
+
+class UnwrittenError(InputError):
+    """A checkpoint could not be written, perhaps in this process alone."""
 
 
 class Checkpoints:
@@ -49,14 +56,44 @@ class Checkpoints:
         self._every_seconds, self._saved_at = every_seconds, time.monotonic()
         self._announcements, self._due = announcements or processes.Announcements(), False
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=True)
-        self._folder = folder.absolute()
-        self._manager = ocp.CheckpointManager(self._folder, options=options)
+        self._folder, self._saving = folder.absolute(), 0
+        self._quiet = contextlib.ExitStack()
+        with self._writing():
+            self._manager = ocp.CheckpointManager(self._folder, options=options)
 
     def __enter__(self) -> "Checkpoints":
+        self._quiet.enter_context(quiet())
         return self
 
-    def __exit__(self, *error: object) -> None:
-        self._manager.close()  # waits for what is being written
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
+        try:
+            with self._writing():
+                self._manager.close()  # waits for what is being written
+        except UnwrittenError:
+            if kind is None:  # else the error that came first is the one to report
+                raise
+        else:
+            if kind is None:
+                self._quiet.close()
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        """Says in an UnwrittenError why Orbax could not write, now or in the background since the last save."""
+        try:
+            yield
+        except (OSError, ValueError) as error:
+            reason = reason_of(error)
+            if reason is None:
+                raise
+            if jax.process_index() == 0:
+                for unfinished in self._folder.glob("*.orbax-checkpoint-tmp"):
+                    shutil.rmtree(unfinished, ignore_errors=True)
+            whole = max((int(path.name) for path in self._folder.glob("*") if path.name.isdigit()), default=None)
+            raise UnwrittenError(
+                f"{self._folder}: the checkpoint of step {self._saving:,} cannot be written ({reason}); "
+                + ("none is whole" if whole is None else f"the newest whole one is of step {whole:,}")
+                + ": make room or change the folder, and start again"
+            ) from error
 
     def due(self) -> bool:
         """Whether it is time to save: the same in all processes, which have to ask equally often."""
@@ -75,16 +112,20 @@ class Checkpoints:
 
         Raises:
           InputError: where it is ahead of what the trainer knows, as it may be while an observer is told.
+          UnwrittenError: where this checkpoint, or the one before, cannot be written.
         """
         trainer.require_rest()
         content = _content(trainer)
         meta = sealed({"identity": self._identity, "leaves": _leaves(content), "content": _checksum(content)})
-        if trainer.step not in self._manager.all_steps():
-            self._manager.save(
-                trainer.step,
-                args=ocp.args.Composite(state=ocp.args.StandardSave(content), meta=ocp.args.JsonSave(meta)),
-                force=True,
-            )
+        with self._writing():
+            self._manager.wait_until_finished()
+            self._saving = trainer.step
+            if trainer.step not in self._manager.all_steps():
+                self._manager.save(
+                    trainer.step,
+                    args=ocp.args.Composite(state=ocp.args.StandardSave(content), meta=ocp.args.JsonSave(meta)),
+                    force=True,
+                )
         self._saved_at, self._due = time.monotonic(), False
 
     def restore(self, trainer: Trainer) -> bool:

@@ -157,8 +157,8 @@ def _end_as_lost_when_aborted() -> None:
     libc.signal(int(signal.SIGABRT), _aborted)
 
 
-def end_as_lost(error: BaseException) -> NoReturn:
-    """Ends this process at once, with exit code 76 and the reason why the run is lost: a normal exit would wait.
+def end_as_lost(error: BaseException, exit_code: int = ProcessLost.exit_code) -> NoReturn:
+    """Ends this process at once, with the reason why the run is lost: a normal exit would wait.
 
     The reason is that of the process which ended first, where it could still tell it.
     """
@@ -170,7 +170,7 @@ def end_as_lost(error: BaseException) -> NoReturn:
         reason = service.key_value_try_get("dpreg/lost")
     tell(f"the run lost a process ({reason}); start all again to go on from the newest checkpoint")
     sys.stdout.flush()
-    os._exit(ProcessLost.exit_code)
+    os._exit(exit_code)
 
 
 _ERROR = "!"
