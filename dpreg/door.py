@@ -2,7 +2,6 @@
 
 import contextlib
 import difflib
-import errno
 import functools
 import importlib.metadata
 import pathlib
@@ -16,7 +15,7 @@ from absl import app, flags
 
 from dpreg.completion import SHELLS, Flag, script
 from dpreg.config import A_FILE, COMMON, Config, define_flags
-from dpreg.errors import AuditFailed, Diverged, InputError, Preempted, ProcessLost
+from dpreg.errors import NO_ROOM, AuditFailed, Diverged, InputError, Preempted, ProcessLost
 from dpreg.terminal import printable
 
 _PRESET, _SHELL = "config_preset", "shell_completion"
@@ -66,7 +65,7 @@ def _leave(error: Exception, code: int) -> NoReturn:
 
 def _leave_for(error: OSError) -> NoReturn:
     """Ends with one line on a file that could not be read or written; another fault is raised again."""
-    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+    if error.errno in NO_ROOM:
         _leave(InputError(f"a file could not be written: {error.strerror}; make room, and start again"), 2)
     if error.filename is None:
         raise error

@@ -1,9 +1,12 @@
 """What can go wrong through no fault of the code, each with the exit code that tells it."""
 
 import contextlib
+import errno
 from collections.abc import Iterator
 
 from dpreg.terminal import printable
+
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # of an OSError: a disk, a quota or a limit is full
 
 
 class InputError(ValueError):

@@ -25,7 +25,7 @@ from dpreg.data.schema import Number
 from dpreg.data.sources import RegressionData
 from dpreg.doctor import agree, examine
 from dpreg.door import enter
-from dpreg.errors import AuditFailed, Diverged, InputError, Preempted, ProcessLost
+from dpreg.errors import NO_ROOM, AuditFailed, Diverged, InputError, Preempted, ProcessLost
 from dpreg.models.glm import FAMILIES
 from dpreg.models.least_squares import Fit
 from dpreg.observers.checkpoint import Checkpoints, UnwrittenError
@@ -344,7 +344,12 @@ def _lost_by_files(work: Callable[[], None]) -> None:
     except DamagedCacheError as error:
         processes.end_as_lost(error)  # a restart reads the table anew
     except UnwrittenError as error:
-        processes.end_as_lost(error, error.exit_code)  # a restart would fail, too
+        processes.end_as_lost(error, InputError.exit_code)  # a restart would fail, too
+    except OSError as error:
+        if error.errno not in NO_ROOM:
+            raise
+        reason = InputError(f"a file could not be written: {error.strerror}; make room")
+        processes.end_as_lost(reason, InputError.exit_code)
 
 
 def main() -> None:

@@ -19,6 +19,7 @@ from numpy.typing import DTypeLike
 
 from dpreg.data.schema import Schema
 from dpreg.data.sources import Rows, gathered
+from dpreg.data.standalone import sealed
 from dpreg.errors import InputError
 from dpreg.files import publish
 
@@ -250,13 +251,7 @@ def write_manifest(
         "checksums": hashlib.sha256(text).hexdigest(),
         "schema": schema.to_json(),
     }
-    (folder / _MANIFEST).write_text(json.dumps(_sealed(manifest), indent=2) + "\n", encoding="utf-8")
-
-
-def _sealed(manifest: Mapping[str, Any]) -> dict[str, Any]:
-    """With the digest of everything else in it."""
-    rest = {name: value for name, value in manifest.items() if name != "digest"}
-    return rest | {"digest": hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()}
+    (folder / _MANIFEST).write_text(json.dumps(sealed(manifest), indent=2) + "\n", encoding="utf-8")
 
 
 def opened(folder: pathlib.Path) -> tuple[MappedSource, MappedSource | None, Schema] | None:
@@ -274,7 +269,7 @@ def opened(folder: pathlib.Path) -> tuple[MappedSource, MappedSource | None, Sch
     try:
         manifest: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
         checksums = (folder / _CHECKSUMS).read_bytes()
-        if manifest != _sealed(manifest) or manifest["checksums"] != hashlib.sha256(checksums).hexdigest():
+        if manifest != sealed(manifest) or manifest["checksums"] != hashlib.sha256(checksums).hexdigest():
             raise ValueError(f"{_MANIFEST} or {_CHECKSUMS} has other bytes than were written")
         schema = Schema.from_json(manifest["schema"])
         found = _mapped(folder, manifest, schema, np.frombuffer(checksums, np.uint32))
