@@ -39,7 +39,7 @@ from dpreg.data.tables import Table, open_table
 from dpreg.data.tfds import open_tfds
 from dpreg.errors import InputError, told_of
 
-_FORMAT = 5  # of the cache; another one is another key
+_FORMAT = 6  # of the cache; another one is another key
 _ENCODED_BYTES = 16 << 20  # written at once
 _AHEAD = 2  # batches that are made while others are taken in
 _HELD_OUT = 1  # key of the hash of row numbers
