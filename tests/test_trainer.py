@@ -1,6 +1,7 @@
 """The loop: D2L's interface, separate traces, exact validation, and stopping where the loss does."""
 
 import functools
+import hashlib
 import math
 import os
 import signal
@@ -16,16 +17,20 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 from flax import linen as nn
+from jax._src import compilation_cache as jax_cache
 from models import Foreign, Net, Rows
 
 import dpreg
 from dpreg.build import build_model
 from dpreg.config import Config
+from dpreg.parallel import compilation_cache
 from dpreg.parallel.devices import data_mesh
 from dpreg.parallel.program import collectives
 from dpreg.parallel.reduce import tree_sum
 from dpreg.parallel.tuning import fewest_parts
 from dpreg.trainer import _steps_of_call
+
+CACHE_OPTIONS = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
 
 
 def test_the_snippet_of_the_book_runs_on_all_devices():
@@ -888,3 +893,33 @@ def test_a_second_ctrl_c_ends_training_at_once_and_a_state_that_was_kept_goes_on
     trainer.state, trainer.observers = start, []
     trainer.fit_epochs()
     jax.tree.map(np.testing.assert_array_equal, trainer.state.params, end.params)
+
+
+def test_damaged_entries_of_the_compilation_cache_are_compiled_again_and_written_whole(tmp_path, monkeypatch):
+    """Without a warning, which would be an error here; JAX would warn at each start, and keep them."""
+    monkeypatch.setattr(jax_cache, "get_file_cache", jax_cache.get_file_cache)
+    before = {name: jax.config.values[name] for name in CACHE_OPTIONS}
+    x = jnp.arange(3.0)
+
+    def compiled():
+        return float(jax.jit(lambda x: jnp.vdot(x, x) + 0.125)(x))
+
+    try:
+        jax_cache.reset_cache()
+        compilation_cache.use(str(tmp_path))
+        value = compiled()
+        whole = {file.name: file.read_bytes() for file in tmp_path.glob("*-cache")}
+        assert whole
+        for damage in (lambda content: content[: len(content) // 2], lambda content: content[:-40] + b"\0" * 40):
+            for name, content in whole.items():
+                (tmp_path / name).write_bytes(damage(content))
+            jax.clear_caches()
+            jax_cache.reset_cache()
+            assert compiled() == value
+            for name in whole:
+                content = (tmp_path / name).read_bytes()
+                assert content[-16:] == hashlib.blake2b(content[:-16], digest_size=16).digest()
+    finally:
+        for name, was in before.items():
+            jax.config.update(name, was)
+        jax_cache.reset_cache()

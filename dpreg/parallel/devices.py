@@ -14,7 +14,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceShardin
 from numpy.typing import DTypeLike
 
 from dpreg.errors import InputError
-from dpreg.parallel import deadline, presence, processes
+from dpreg.parallel import compilation_cache, deadline, presence, processes
 from dpreg.parallel.reduce import AXIS
 
 # XLA's own limit, in bytes, to what a loop may read that becomes one function is 1 kB: step.py says which loops do.
@@ -72,8 +72,7 @@ def start(
     if not jax.config.values["jax_compilation_cache_dir"]:
         home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
         if not home.startswith("~"):  # where there is no home, there is no cache
-            jax.config.update("jax_compilation_cache_dir", os.path.join(home, "dpreg", "xla"))
-            jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+            compilation_cache.use(os.path.join(home, "dpreg", "xla"))
     processes.join(coordinator_address, num_processes, process_id)
     try:
         jax.local_devices()
