@@ -13,8 +13,9 @@ from dpreg.data.dataset import PRECISIONS, Dataset
 from dpreg.data.schema import Schema
 from dpreg.data.sources import ArraySource, Rows, Source
 from dpreg.errors import InputError
-from dpreg.models.losses import loss_of
+from dpreg.models.losses import SQUARED, loss_of
 from dpreg.models.metrics import Errors, errors, metrics
+from dpreg.models.module import Module
 from dpreg.parallel import devices, presence, processes
 from dpreg.parallel.compile import compile_eval_block
 from dpreg.parallel.layout import Carried, Clock, layout_of
@@ -32,7 +33,9 @@ def errors_of(model: Model, schema: Schema | None) -> Callable[[Any, Any], Error
 def metrics_of(model: Model, schema: Schema | None, found: Sequence[Errors]) -> tuple[float, dict[str, float]]:
     """(mean loss, metrics that fit the loss, in original units) of what `errors_of` has found."""
     scale = 1.0 if schema is None else np.array([target.scale for target in schema.targets])
-    return metrics(found, scale, loss_of(model).metrics)
+    own_loss = not isinstance(model, Module) or type(model).loss is not Module.loss
+    of_squares = not own_loss and loss_of(model) == SQUARED and not (schema is not None and schema.log_targets)
+    return metrics(found, scale, loss_of(model).metrics, of_squares)
 
 
 class Predictor:

@@ -632,6 +632,12 @@ class Trainer:
         calls = ((b, evaluated(self._variables, *self.prepare_batch(b))) for b in blocks)
         found = [unpacked(errors) for _, errors in devices.arrived(calls, self.heartbeat)]
         self.val_loss, self.metrics = metrics_of(self._model, self._schema, found)
+        if self.train_loss == 0 and 0 < self.val_loss < float(np.finfo(np.float32).tiny):
+            logging.warning(
+                "the training loss and the norm of the gradient are 0 as %s, for the targets are tiny; use "
+                "--target_transform=standardize, or another unit",
+                self.dtype,
+            )
         if self.patience and not any(errors.weight.sum() > 0 for errors in found):
             raise InputError(f"--patience={self.patience}: no row held out has a weight to measure by; hold out others")
         self.seconds["eval"] += time.perf_counter() - started

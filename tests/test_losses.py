@@ -20,6 +20,7 @@ import dpreg
 from dpreg.build import build_model
 from dpreg.config import LOSSES, Config
 from dpreg.models.losses import loss_called
+from dpreg.models.metrics import errors, metrics
 from dpreg.models.optimizers import optimizer_called, schedule_called
 
 ROWS = 2000
@@ -258,3 +259,35 @@ def test_pinball_is_in_the_units_of_the_table(transform, tmp_path):
     error = y[data.val.row] - trainer.predict(held_out["x"])
     pinball = np.where(error > 0, 0.3 * error, -0.7 * error).mean(axis=1)
     assert trainer.metrics["pinball"] == pytest.approx(np.average(pinball, weights=weight[data.val.row]), rel=1e-4)
+
+
+@pytest.mark.parametrize("unit", [1e-36, 1e-20, 1.0, 1e19, 1e36])
+def test_metrics_are_those_of_float64_whatever_the_unit_of_the_targets(unit):
+    rng = np.random.default_rng(0)
+    target = rng.normal([0.3, 5.0], [2.0, 0.1], (64, 2)) * [unit, 1.0]
+    prediction = target + rng.normal(0, 0.5, (64, 2)) * [unit, 0.1]
+    weight = rng.integers(0, 3, 64).astype(np.float64)
+    target[0], weight[0] = 3e38, 0  # which counts for nothing
+    target, prediction, weight = (values.astype(np.float32) for values in (target, prediction, weight))
+    model = dpreg.LinearRegressionScratch(1, 0.1, num_targets=2)
+
+    def evaluated(prediction, target, weight):
+        return errors(model, False, prediction, {"y": target, "weight": weight})
+
+    parts = np.arange(20), np.arange(20, 64), np.zeros(1, int)
+    batches = [jax.jit(evaluated)(prediction[rows], target[rows], weight[rows]) for rows in parts]
+    blocks = [jax.tree.map(lambda leaf: np.asarray(leaf)[None, None], batch) for batch in batches]
+    scale = np.array([3.0, 0.5])
+    loss, found = metrics(blocks, scale, ("rmse", "mae", "r2", "pinball"), of_squares=True)
+    y, error = target.astype(np.longdouble), prediction.astype(np.longdouble) - target
+    share = weight.astype(np.longdouble) / weight.sum()
+    spread = share @ np.square(y - share @ y)
+    expected = {
+        "rmse": np.sqrt((share @ np.square(error * scale)).mean()),
+        "mae": (share @ np.abs(error * scale)).mean(),
+        "r2": (1 - share @ np.square(error) / spread).mean(),
+        "pinball": (share @ np.abs(error * scale)).mean() / 2,
+    }
+    assert found == pytest.approx({name: float(value) for name, value in expected.items()}, rel=2e-5)
+    if unit < 1e19:
+        assert loss == pytest.approx(float(share @ np.square(error).sum(axis=1) / 2), rel=1e-5)

@@ -113,7 +113,7 @@ def _check_schema(model: Mapping[str, Any]) -> None:
     for column in (*schema["inputs"], *schema["targets"]):
         if column.get("kind", "number") == "number":
             numbers = [column["mean"], column["scale"], *([] if column["fill"] is None else [column["fill"]])]
-            well = column["scale"] > 0 and isinstance(column["days"], bool)
+            well = column["scale"] > 0 and all(isinstance(column[name], bool) for name in ("days", "constant"))
             features += 1
         else:
             numbers, values = [*column["counts"], column["others"]], column["values"]

@@ -19,6 +19,11 @@ class Errors(NamedTuple):
 
     Targets have an axis of their own: [t]. `mean` and `spread` are those of the targets: their weighted mean
     and the weighted sum of squares around it. `right` is the weight of what was predicted to the nearest integer.
+
+    Squares of tiny values would be 0 and those of huge ones infinite: sums are of values times a power of two, 2**-e,
+    that brings the largest of the batch near 1, which changes none of their digits. The exponents e [t] are
+    `error_exponent` for `absolute_error`, `squared_error` (in units of 4**e) and `pinball`; `mean_exponent` for `mean`;
+    and `spread_exponent` for `spread` (in units of 4**e).
     """
 
     weight: Any
@@ -26,9 +31,12 @@ class Errors(NamedTuple):
     absolute_error: Any
     squared_error: Any
     pinball: Any
+    error_exponent: Any
     right: Any
     mean: Any
+    mean_exponent: Any
     spread: Any
+    spread_exponent: Any
 
 
 def errors(model: Any, log_targets: bool, prediction: Array, batch: dict[str, Array]) -> Errors:
@@ -54,23 +62,49 @@ def errors(model: Any, log_targets: bool, prediction: Array, batch: dict[str, Ar
         )
     if log_targets:
         mean_of, target = jnp.exp(mean_of), jnp.exp(target)
-    error = jnp.where(weight[:, None] > 0, mean_of - target, 0)
+    counts = weight[:, None] > 0
+    error, target = jnp.where(counts, mean_of - target, 0), jnp.where(counts, target, 0)
     total = weight.sum()
-    mean = weight @ target / jnp.where(total > 0, total, 1)
+    scaled_error, error_exponent = _scaled(error)
+    scaled_target, mean_exponent = _scaled(target)
+    mean = weight @ scaled_target / jnp.where(total > 0, total, 1)
+    apart, spread_exponent = _scaled(jnp.where(counts, scaled_target - mean[None], 0))
     return Errors(
         total,
         jnp.vdot(losses, weight),
-        weight @ jnp.abs(error),
-        weight @ jnp.square(error),
-        weight @ (jnp.abs(error) / 2 - (loss_of(model).quantile - 0.5) * error),
+        weight @ jnp.abs(scaled_error),
+        weight @ jnp.square(scaled_error),
+        weight @ (jnp.abs(scaled_error) / 2 - (loss_of(model).quantile - 0.5) * scaled_error),
+        error_exponent,
         weight @ (jnp.abs(error) < 0.5).astype(weight.dtype),
         mean,
-        weight @ jnp.square(target - mean[None]),
+        mean_exponent,
+        weight @ jnp.square(apart),
+        spread_exponent + mean_exponent,
     )
 
 
+def _scaled(values: Array) -> tuple[Array, Array]:
+    """(values [b, t] times 2**-e, e [t] of their dtype): the largest becomes 1/2 or more, and less than 1."""
+    limits = np.finfo(np.dtype(values.dtype))
+    largest = jnp.abs(values).max(axis=0)
+    # Zeros, and what is not finite, take the exponent of what is as small, or as large, as can be.
+    exponent = jnp.frexp(jnp.clip(largest, limits.tiny, limits.max))[1].astype(values.dtype)
+    return _times_power(values, -exponent[None]), exponent
+
+
+def _times_power(values: Array, exponent: Array) -> Array:
+    """Values times 2**exponent, in two steps: the power may be none that the dtype has."""
+    one, whole = jnp.ones((), values.dtype), exponent.astype(jnp.int32)
+    half = whole // 2
+    return values * jnp.ldexp(one, half) * jnp.ldexp(one, whole - half)
+
+
 def metrics(
-    blocks: Sequence[Errors], scale: np.ndarray | float = 1.0, named: Sequence[str] = ("rmse", "mae", "r2")
+    blocks: Sequence[Errors],
+    scale: np.ndarray | float = 1.0,
+    named: Sequence[str] = ("rmse", "mae", "r2"),
+    of_squares: bool = False,
 ) -> tuple[float, dict[str, float]]:
     """(mean loss, metrics) from the errors of all batches, added in float64 in one fixed order.
 
@@ -83,6 +117,8 @@ def metrics(
       blocks: each [steps, shards, ...].
       scale: [t], of the targets in their own units; the loss is not scaled.
       named: the metrics wanted.
+      of_squares: whether the loss of a row is half its squared error, so that those say what a loss too small for the
+        dtype is.
     """
     every = Errors(
         *(
@@ -93,18 +129,37 @@ def metrics(
     weight = every.weight.sum()
     if weight == 0:
         return 0.0, {}
-    loss = float(every.loss.sum() / weight)
-    squared = every.squared_error.sum(axis=0)
-    center = every.weight @ every.mean / weight
-    spread = every.spread.sum(axis=0) + every.weight @ np.square(every.mean - center)
-    # What rounding may make of equal targets.
-    rounding = weight * np.square(_ROUNDINGS_OF_MEAN * np.finfo(np.asarray(blocks[0].mean).dtype).eps * center)
-    found = {
-        "rmse": math.sqrt((squared * np.square(scale)).mean() / weight),
-        "mae": float((every.absolute_error.sum(axis=0) * scale).mean() / weight),
-        "r2": float((1 - squared / spread).mean()) if (spread > rounding).all() else math.nan,
-        "accuracy": float(every.right.sum(axis=0).mean() / weight),
-        "pinball": float((every.pinball.sum(axis=0) * scale).mean() / weight),
-        "deviance": 2 * loss,
-    }
+    limits = np.finfo(np.asarray(blocks[0].mean).dtype)
+    with np.errstate(over="ignore", invalid="ignore", divide="ignore"):  # what is not finite is left out below
+        # In units of the largest power of two of all batches, of each target: [t].
+        (of_errors,), unit = _powers(every.weight, every.error_exponent)
+        (of_means, of_spreads), unit_of_targets = _powers(every.weight, every.mean_exponent, every.spread_exponent)
+        absolute, pinball = ((sums * of_errors).sum(axis=0) for sums in (every.absolute_error, every.pinball))
+        squared = (every.squared_error * np.square(of_errors)).sum(axis=0)
+        center = every.weight @ (every.mean * of_means) / weight
+        spread = (every.spread * np.square(of_spreads)).sum(axis=0)
+        spread += every.weight @ np.square(every.mean * of_means - center)
+        # What rounding may make of equal targets.
+        rounding = weight * np.square(_ROUNDINGS_OF_MEAN * limits.eps * center)
+        in_units = unit * scale
+        largest = float(np.exp2(np.frexp(in_units.max())[1]))
+        loss = float(every.loss.sum() / weight)
+        if of_squares and loss < limits.tiny / limits.eps:  # digits of it are lost, or all
+            loss = float((squared * unit / 2 * unit).sum() / weight)
+        found = {
+            "rmse": float(np.sqrt((squared * np.square(in_units / largest)).mean() / weight) * largest),
+            "mae": float((absolute * in_units).mean() / weight),
+            "r2": float((1 - squared / spread * np.square(unit / unit_of_targets)).mean()),
+            "accuracy": float(every.right.sum(axis=0).mean() / weight),
+            "pinball": float((pinball * in_units).mean() / weight),
+            "deviance": 2 * loss,
+        }
+    if not (spread > rounding).all():
+        found["r2"] = math.nan
     return loss, {name: found[name] for name in named if math.isfinite(found[name])}
+
+
+def _powers(weight: np.ndarray, *exponents: np.ndarray) -> tuple[list[np.ndarray], np.ndarray]:
+    """2**(e - m) for each of several exponents e [n, t], and 2**m [t], where m is the largest of rows with a weight."""
+    largest = np.max([np.where(weight[:, None] > 0, e, -np.inf).max(axis=0) for e in exponents], axis=0)
+    return [np.ldexp(1.0, (e - largest).astype(int)) for e in exponents], np.ldexp(1.0, largest.astype(int))
