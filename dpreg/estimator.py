@@ -308,14 +308,16 @@ class Estimator(BaseEstimator):
 
     def _schema(self, fitted: _Fitted, mean: np.ndarray, deviation: np.ndarray) -> Schema:
         d, constant = self.n_features_in_, deviation == 0
-        names = getattr(self, "feature_names_in_", [f"x{j}" for j in range(d)])
+        names = [*map(str, getattr(self, "feature_names_in_", ()))]
+        if len(set(names)) < d:
+            names = [f"x{j}" for j in range(d)]
         scaled = np.full(len(mean), self.standardize)
         scaled[d:] &= fitted.config.loss in _LOCATED
         mean = np.where(scaled | (constant & (np.arange(len(mean)) < d)), mean, 0.0)
         units = list(zip(mean.tolist(), np.where(scaled & ~constant, deviation, 1.0).tolist(), strict=True))
         return Schema(
             tuple(
-                Number(str(name), *unit, constant=bool(of_one_value))
+                Number(name, *unit, constant=bool(of_one_value))
                 for name, unit, of_one_value in zip(names, units[:d], constant[:d], strict=True)
             ),
             tuple(Number(f"y{k}", *unit) for k, unit in enumerate(units[d:])),
@@ -334,7 +336,7 @@ class Estimator(BaseEstimator):
         if fitted.is_linear:
             margins: np.ndarray = rows @ np.atleast_2d(self.coef_).T + np.atleast_1d(self.intercept_)
             return margins
-        return fitted.predictor.predict(fitted.scaled(rows))
+        return fitted.predictor.predict(rows)
 
 
 def _require_outputs(model: Any, x: np.ndarray, outputs: int) -> None:

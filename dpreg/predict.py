@@ -1,8 +1,6 @@
 """`--mode=evaluate` and `--mode=predict`: a trained model on the rows of a table, in a stream and in their order."""
 
-import collections
 import contextlib
-import dataclasses
 import functools
 import json
 import math
@@ -16,13 +14,11 @@ from collections.abc import Iterator
 from typing import Any
 
 import jax
-import numpy as np
 from rich.console import Console
 
 from dpreg.build import build_model, open_dataset
-from dpreg.config import Columns, Config
-from dpreg.data.columns import RawReader
-from dpreg.data.schema import ROW, Category, Number, Schema
+from dpreg.config import Config
+from dpreg.data.raw import RawRows, columns_of
 from dpreg.data.sources import Rows
 from dpreg.data.tables import Table
 from dpreg.doctor import agree
@@ -78,19 +74,19 @@ def predict(config: Config) -> None:
             backend=config.backend,
             heartbeat=deadline.progress,
         )
-        reader = RawReader(columns, schema, predictor.dtype)
-        read = _Reading(table, reader, schema, predictor.piece_rows, progress, asked)
+        read = RawRows(table, columns, schema, predictor.dtype)
+        pieces = _pieces(read, table.name, predictor.piece_rows, progress, asked)
         deadline.begin()
         if evaluating:
             with told_of(table.name):
-                loss, metrics = predictor.evaluate(read.pieces())
+                loss, metrics = predictor.evaluate(pieces)
             if first:
                 told = {"loss": loss if math.isfinite(loss) else None, **metrics}
                 print(json.dumps({"dataset": table.name, "rows": read.used, **told}))
         else:
             path = pathlib.Path(config.output or "")
             _refuse_input(path, config.dataset, table)
-            _write(PredictionWriter(path if first else None, [t.name for t in schema.targets]), predictor, read)
+            _write(PredictionWriter(path if first else None, [t.name for t in schema.targets]), predictor, pieces, read)
             if first:
                 missing = read.rows - read.used
                 without = f"; {missing:,} have none, since values are missing" if missing else ""
@@ -147,11 +143,11 @@ def _refuse_input(output: pathlib.Path, dataset: str, table: Table) -> None:
         raise InputError(f"--output={output}: that is a file of --dataset={dataset}, or would be; name another file")
 
 
-def _write(writer: PredictionWriter, predictor: Predictor, read: "_Reading") -> None:
+def _write(writer: PredictionWriter, predictor: Predictor, pieces: Iterator[Rows], read: RawRows) -> None:
     """Writes all predictions. What keeps one process from writing is told when no other waits for its devices."""
     failed: InputError | None = None
     with writer:
-        for prediction in predictor.predictions(read.pieces()):
+        for prediction in predictor.predictions(pieces):
             there = read.there.popleft()
             try:
                 if failed is None:
@@ -164,65 +160,14 @@ def _write(writer: PredictionWriter, predictor: Predictor, read: "_Reading") -> 
             raise failed
 
 
-def columns_of(schema: Schema, columns: Columns, targets: bool) -> Columns:
-    """What to take from a table that a model with this schema is to predict.
-
-    Args:
-      columns: what it was trained on.
-      targets: whether the targets, and the weights, are needed, too.
-
-    Raises:
-      InputError: when missing values should become the mean, and the model knows none.
-    """
-    if columns.missing == "mean" and any(isinstance(c, Number) and c.fill is None for c in schema.inputs):
-        raise InputError("--missing=mean: the model was trained without it; use --missing=drop, or train it so")
-    return dataclasses.replace(
-        columns,
-        features=tuple(column.name for column in schema.inputs),
-        exclude=(),
-        categorical=tuple(column.name for column in schema.inputs if isinstance(column, Category)),
-        dates=tuple(column.name for column in schema.inputs if isinstance(column, Number) and column.days),
-        target=tuple(target.name for target in schema.targets) if targets else (),
-        weight_column=columns.weight_column if targets else None,
-    )
-
-
-class _Reading:
-    """The rows of a table as the model sees them, and which of them it can predict."""
-
-    def __init__(
-        self,
-        table: Table,
-        reader: RawReader,
-        schema: Schema,
-        piece_rows: int,
-        progress: ProgressDisplay,
-        asked_to_stop: threading.Event,
-    ):
-        self.rows = self.used = 0
-        self.there: collections.deque[np.ndarray] = collections.deque()  # of pieces not yet asked about
-        self.others: collections.Counter[str] = collections.Counter()  # rows by column, of unknown categories
-        self._table, self._reader, self._schema = table, reader, schema
-        self._piece_rows, self._progress, self._asked_to_stop = piece_rows, progress, asked_to_stop
-
-    def pieces(self) -> Iterator[Rows]:
-        started = time.perf_counter()
-        for raw in self._reader.read(self._table, self._piece_rows):
-            if self._asked_to_stop.is_set():
-                sys.exit(143)  # by way of what closes files and takes away what is not complete
-            there = self._reader.there(raw)
-            self._reader.refuse_missing(self._table.name)
-            raw[~there, :ROW] = 0  # their weight, too
-            self.rows, self.used = self.rows + len(raw), self.used + int(there.sum())
-            self.there.append(there)
-            for at, column in enumerate(self._schema.inputs):
-                if isinstance(column, Category) and (unknown := int((raw[there, at] < 0).sum())):
-                    self.others[column.name] += unknown
-            with told_of(self._table.name):
-                rows = self._schema.rows(raw, self._reader.dtype)
-            yield rows
-            speed = self.rows / (time.perf_counter() - started)
-            self._progress.doing(f"{self._table.name}: {self.rows:,} rows, {speed:,.0f} rows/s")
-        if not self.rows:
-            which = " with a weight" if self._reader.without_weight else ""
-            raise InputError(f"{self._table.name}: there are no rows{which}; name a table that has some")
+def _pieces(
+    read: RawRows, name: str, most: int, progress: ProgressDisplay, asked_to_stop: threading.Event
+) -> Iterator[Rows]:
+    """The rows of the table as the model sees them; says how many were read, and stops where that is asked for."""
+    started = time.perf_counter()
+    for rows in read.pieces(most):
+        if asked_to_stop.is_set():
+            sys.exit(143)  # by way of what closes files and takes away what is not complete
+        yield rows
+        speed = read.rows / (time.perf_counter() - started)
+        progress.doing(f"{name}: {read.rows:,} rows, {speed:,.0f} rows/s")

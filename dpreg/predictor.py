@@ -1,5 +1,6 @@
 """A trained model on all devices: what it predicts for rows in their order, and how well."""
 
+import dataclasses
 import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -7,9 +8,10 @@ from typing import Any
 import numpy as np
 from jax import Array
 from jax.sharding import Mesh
-from numpy.typing import ArrayLike
 
+from dpreg.config import Columns
 from dpreg.data.dataset import PRECISIONS, Dataset
+from dpreg.data.raw import RawRows, columns_of, encoded_schema, open_columns, open_source
 from dpreg.data.schema import Schema
 from dpreg.data.sources import ArraySource, Rows, Source
 from dpreg.errors import InputError
@@ -50,7 +52,7 @@ class Predictor:
       num_inputs, num_targets: columns of the rows.
       mesh: the devices; num_shards: the logical shards, L.
       batch_size: rows of a global batch.
-      schema: of the table that the model was trained on, if any.
+      schema: of the table that the model was trained on, if any; columns: what was taken from it.
       precision, reduction, backend: as of `Trainer`.
       heartbeat: called whenever results have come from the devices.
     """
@@ -66,12 +68,13 @@ class Predictor:
         num_shards: int = 8,
         batch_size: int = 32,
         schema: Schema | None = None,
+        columns: Columns | None = None,
         precision: str = "float32",
         reduction: str = "pmean",
         backend: str = "jit",
         heartbeat: Callable[[], None] = lambda: None,
     ):
-        self.schema, self.num_inputs, self.num_targets = schema, num_inputs, num_targets
+        self.schema, self.columns, self.num_inputs, self.num_targets = schema, columns, num_inputs, num_targets
         self.dtype = np.dtype(PRECISIONS[precision][1])
         devices.enable(self.dtype)
         self._model, self.variables = model, devices.replicated(variables, mesh)
@@ -90,20 +93,42 @@ class Predictor:
         """Rows of a piece: all but the last have as many."""
         return self._steps * self._batch_size
 
-    def predict(self, x: ArrayLike) -> np.ndarray:
+    def predict(self, x: Any) -> np.ndarray:
         """What the model predicts for rows: [n, t] float64, in original units.
 
         Args:
-          x: [n, d], as the model sees them: those of a table scaled, and with columns for its categories.
+          x: [n, d], as the model was trained on it. Of a model that was trained on a table: the table's columns as
+            they are there, by their names (a mapping, a pandas DataFrame, an Arrow table), or [n, columns] in their
+            order; a row with a missing value is predicted as NaN, unless the model was trained with missing="mean".
 
         Raises:
-          InputError: for rows of another shape.
+          InputError: for rows of another shape, columns that are not there, and values that are no finite numbers.
         """
-        x = np.asarray(x, self.dtype)
-        if x.ndim != 2 or x.shape[1] != self.num_inputs or not len(x):
-            raise InputError(f"x has shape {list(x.shape)}; give one row or more of {self.num_inputs:,} columns")
+        if self.schema is None:
+            return self._predict_encoded(self._array(x))
+        columns = columns_of(self.schema, self.columns, targets=False)
+        if columns.missing == "error":
+            columns = dataclasses.replace(columns, missing="drop")
+        rows = RawRows(open_columns(x, columns), columns, self.schema, self.dtype)
+        predicted = np.concatenate(list(self.predictions(rows.pieces(self.piece_rows))))
+        predicted[~np.concatenate(rows.there)] = np.nan
+        return predicted
+
+    def _predict_encoded(self, x: np.ndarray) -> np.ndarray:
         rows = ArraySource(x, np.zeros((len(x), self.num_targets)), dtype=self.dtype)
-        return np.concatenate(list(self.predictions(self.pieces(rows))))
+        return np.concatenate(list(self.predictions(self.pieces(rows, encoded=True))))
+
+    def _array(self, x: Any) -> np.ndarray:
+        """The rows [n, d] of a model that was trained on no table."""
+        if isinstance(x, Mapping):
+            raise InputError(f"x is a {type(x).__name__}, and the model was trained on no table; give an array of rows")
+        try:
+            array = np.asarray(x, self.dtype)
+        except (TypeError, ValueError) as error:
+            raise InputError(f"x is no array of numbers: {error}; give rows of {self.num_inputs:,} numbers") from error
+        if array.ndim != 2 or array.shape[1] != self.num_inputs or not len(array):
+            raise InputError(f"x has shape {list(array.shape)}; give one row or more of {self.num_inputs:,} columns")
+        return array
 
     def compared(self, source: Source, most: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """(predicted, observed, weight) of rows evenly spaced over a source: [n, t], [n, t] and [n] float64.
@@ -111,11 +136,12 @@ class Predictor:
         In original units.
 
         Args:
+          source: rows as the model sees them.
           most: rows; those without weight are left out.
         """
         rows = source[np.arange(0, len(source), -(-len(source) // most))]
         there = rows["weight"] > 0
-        predicted, observed = self.predict(rows["x"])[there], rows["y"][there].astype(np.float64)
+        predicted, observed = self._predict_encoded(rows["x"])[there], rows["y"][there].astype(np.float64)
         observed = observed if self.schema is None else self.schema.prediction(observed)
         return predicted, observed, rows["weight"][there].astype(np.float64)
 
@@ -143,10 +169,36 @@ class Predictor:
             )
         return metrics_of(self._model, self.schema, found)
 
-    def pieces(self, source: Source) -> Iterator[Rows]:
-        """The rows of a source, in pieces."""
-        for first in range(0, len(source), self.piece_rows):
-            yield source[np.arange(first, min(first + self.piece_rows, len(source)))]
+    def pieces(self, rows: Any, encoded: bool = False) -> Iterator[Rows]:
+        """Rows with their targets, as the model sees them, in pieces.
+
+        Args:
+          rows: a source. Of a model that was trained on a table also the table's columns, as `predict` takes them but
+            with the targets; and a source of x and y in the columns' order and units. Rows that were read with the
+            same schema, such as `data.val`, are recognised.
+          encoded: whether a source is known to hold what the model sees.
+
+        Raises:
+          InputError: for what is neither; for columns that are not there; and for rows of another table's encoding.
+        """
+        is_source = hasattr(rows, "fingerprint") and hasattr(rows, "__getitem__")
+        if self.schema is None and not is_source:
+            raise InputError(f"{type(rows).__name__} is no source of rows; give one, such as dpreg.ArraySource(x, y)")
+        if self.schema is None or encoded or (is_source and encoded_schema(rows) == self.schema):
+            for first in range(0, len(rows), self.piece_rows):
+                yield rows[np.arange(first, min(first + self.piece_rows, len(rows)))]
+            return
+        columns = columns_of(self.schema, self.columns, targets=True)
+        if not is_source:
+            table = open_columns(rows, columns, "the rows")
+        elif encoded_schema(rows) is None:
+            table, columns = open_source(rows, columns)
+        else:
+            raise InputError(
+                "the rows were scaled and coded by the columns of another table; give the table's columns, in a "
+                "mapping or a data frame"
+            )
+        yield from RawRows(table, columns, self.schema, self.dtype).pieces(self.piece_rows)
 
     def _allowed(self, pieces: Iterable[Rows]) -> Iterator[Rows]:
         """The pieces, whose targets have been looked at."""

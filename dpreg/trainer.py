@@ -14,13 +14,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from numpy.typing import ArrayLike
 
-from dpreg.config import BACKENDS, PLACEMENTS, REDUCTIONS
+from dpreg.config import BACKENDS, PLACEMENTS, REDUCTIONS, Columns
 from dpreg.data.dataset import PRECISIONS, Block, Dataset
 from dpreg.data.order import Sampler
 from dpreg.data.schema import Number, Schema
-from dpreg.data.sources import RegressionData, Source, first_outside
+from dpreg.data.sources import RegressionData, first_outside
 from dpreg.errors import AuditFailed, Diverged, InputError, Preempted
 from dpreg.interrupts import deferred
 from dpreg.models.linear import LinearRegressionScratch
@@ -239,6 +238,7 @@ class Trainer:
     def lay_out(self, data: RegressionData) -> None:
         """Decides where rows are to be, and moves none."""
         self._schema: Schema | None = getattr(data, "schema", None)
+        self._columns: Columns | None = getattr(data, "columns", None)
         self.seconds, self.steps_trained = dict.fromkeys(self.seconds, 0.0), 0
         if self.dtype == np.float64 and data.train[np.zeros(1, np.int32)]["x"].dtype != np.float64:
             logging.warning("--precision=float64: the rows are float32, and have its digits; give them as float64")
@@ -642,14 +642,22 @@ class Trainer:
             raise InputError(f"--patience={self.patience}: no row held out has a weight to measure by; hold out others")
         self.seconds["eval"] += time.perf_counter() - started
 
-    def predict(self, x: ArrayLike) -> np.ndarray:
-        """What the trained model predicts for rows x [n, d]: [n, t] float64, see `Predictor.predict`."""
+    def predict(self, x: Any) -> np.ndarray:
+        """What the trained model predicts for rows: [n, t] float64, in original units.
+
+        Args:
+          x: [n, d]; after training on a table its columns as they are there, see `Predictor.predict`.
+        """
         return self.predictor().predict(x)
 
-    def evaluate(self, source: Source) -> tuple[float, dict[str, float]]:
-        """(mean loss, metrics in original units) of the trained model over rows."""
+    def evaluate(self, rows: Any) -> tuple[float, dict[str, float]]:
+        """(mean loss, metrics in original units) of the trained model over rows.
+
+        Args:
+          rows: a `Source`; after training on a table also its columns, with the targets, see `Predictor.pieces`.
+        """
         predictor = self.predictor()
-        return predictor.evaluate(predictor.pieces(source))
+        return predictor.evaluate(predictor.pieces(rows))
 
     def predictor(self) -> Predictor:
         """The trained model, as it is now, on the trainer's devices; compiled once."""
@@ -665,6 +673,7 @@ class Trainer:
                 num_shards=self.num_shards,
                 batch_size=self.train.global_batch // self.accumulate_steps,
                 schema=self._schema,
+                columns=self._columns,
                 precision=self.precision,
                 reduction=self.reduction,
                 backend=self.backend,

@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import json
 import math
+import re
 import shutil
 import subprocess
 import sys
@@ -457,3 +458,102 @@ def test_the_script_keeps_all_digits_of_categories():
     column = {"kind": "category", "name": "c", "values": ["1234567", "2.5"], "counts": [3, 2], "others": 1}
     seen = standalone._seen(column, [1234567.0, np.float64(1234567), 1234567, 2.5, "2.50", None], True)
     np.testing.assert_array_equal(seen.argmax(axis=1), [0, 0, 0, 1, 2, 2])
+
+
+@pytest.fixture(scope="module")
+def of_table(tmp_path_factory):
+    """A trainer of a table, and its predictions of raw columns in float64."""
+    folder = tmp_path_factory.mktemp("of_table")
+    columns = table_of(400) | {"day": np.arange(400).astype("datetime64[D]")}
+    columns["y"] = np.exp(columns["y"] / 10)
+    write(columns, folder / "t.parquet")
+    asked = {"features": ("kind", "a", "b", "day"), "categorical": ("kind",), "dates": ("day",), "weight_column": "w"}
+    data = dpreg.read_table(
+        str(folder / "t.parquet"),
+        dpreg.Columns(target=("y",), target_transform="log", missing="drop", **asked),
+        cache_dir=str(folder),
+    )
+    trainer = dpreg.Trainer(3, 2)
+    trainer.fit(dpreg.LinearRegressionScratch(len(data.schema.features), lr=0.1), data)
+    w, b = data.schema.parameters(*(np.float64(trainer.state.params[name]) for name in "wb"))
+    named = dict(zip(data.schema.features, w[:, 0], strict=True))
+    kinds = data.schema.inputs[0]
+    mean = np.average([named[f"kind={value}"] for value in kinds.values], weights=kinds.counts)
+
+    def expected(columns):
+        kind = np.array([named.get(f"kind={kind}", mean) for kind in columns["kind"]])
+        days = columns["day"].astype(np.int64)
+        linear = kind + named["a"] * columns["a"] + named["b"] * columns["b"] + named["day"] * days + b
+        return np.exp(linear)
+
+    return trainer, data, columns, expected
+
+
+def frame_of(columns):
+    pandas = pytest.importorskip("pandas")
+    return pandas.DataFrame(columns).set_index(np.arange(len(columns["a"])) + 5)
+
+
+@pytest.mark.parametrize("given", [dict, frame_of, pa.table, lambda columns: pa.table(columns).to_batches()[0]])
+def test_a_trainer_of_a_table_takes_its_columns_as_they_are_there(of_table, given):
+    trainer, _, columns, expected = of_table
+    columns = {name: values[:40].copy() for name, values in columns.items()}
+    columns["kind"][:3] = "never seen"
+    columns["b"][7] = np.nan
+    wanted = expected(columns)
+    found = trainer.predict(given(columns))
+    assert np.flatnonzero(np.isnan(found)).tolist() == [7]
+    np.testing.assert_allclose(found[:, 0], wanted, rtol=1e-5)
+    loss, metrics = trainer.evaluate(given(columns))
+    there = ~np.isnan(wanted)
+    error, weight = (wanted - columns["y"])[there], columns["w"][there]
+    assert metrics["rmse"] == pytest.approx(np.sqrt(weight @ error**2 / weight.sum()), rel=1e-4)
+    logs = np.log(wanted / columns["y"])[there]
+    assert loss == pytest.approx(weight @ logs**2 / weight.sum() / 2, rel=1e-3)
+
+
+def test_rows_that_a_trainer_has_read_are_not_encoded_again(of_table):
+    trainer, data, *_ = of_table
+    found = trainer.evaluate(data.val)
+    assert found == (pytest.approx(trainer.val_loss, rel=1e-6), pytest.approx(trainer.metrics, rel=1e-6))
+    assert trainer.evaluate(dpreg.Shuffled(data.val))[0] == pytest.approx(trainer.val_loss, rel=1e-6)
+
+
+def test_an_array_has_the_columns_of_the_table_in_their_order(tmp_path):
+    x, y = np.arange(50.0, 250.0), 3 * np.arange(50.0, 250.0) + 7
+    write({"y": y, "x": x, "store": np.arange(200) % 3}, tmp_path / "t.parquet")
+    columns = dpreg.Columns(target=("y",), missing="mean", categorical=("store",), target_transform="standardize")
+    data = dpreg.read_table(str(tmp_path / "t.parquet"), columns, cache_dir=str(tmp_path))
+    trainer = dpreg.Trainer(200)
+    trainer.fit(dpreg.LinearRegressionScratch(len(data.schema.features), lr=0.3), data)
+    np.testing.assert_allclose(trainer.predict([[150.0, 2], [1000, 0]]), [[457], [3007]], rtol=1e-4)
+    mean = x[data.train.row].mean()
+    np.testing.assert_allclose(trainer.predict([[np.nan, 1]]), [[3 * mean + 7]], rtol=1e-4)
+    rows = np.stack([x, np.arange(200) % 3], axis=1)
+    assert trainer.evaluate(dpreg.ArraySource(rows, y))[1]["rmse"] < 0.1
+    other = dpreg.read_table(
+        str(tmp_path / "t.parquet"), dataclasses.replace(columns, max_categories=2), cache_dir=str(tmp_path)
+    )
+    for wrong, said in (
+        ([[1.0]], "x: shape [1, 1]; the columns of the table, as they are there, are: 'x', 'store'; give"),
+        ({"x": [1.0]}, "x: column 'store' is not there; use one of 'x'"),
+        ({"x": [1.0, 2.0], "store": [1]}, "x: the columns are not equally long: 'x' has 2, 'store' has 1"),
+        ({"x": ["a"], "store": [1]}, "x, row 1: column 'x' has 'a', which is no number"),
+        ({"x": 1.0, "store": 1}, "x: column 'x' is no sequence of values of one type"),
+        ([[np.inf, 1]], "x, row 1: column 'x' has a value that is not finite"),
+    ):
+        with pytest.raises(dpreg.InputError, match=re.escape(said)):
+            trainer.predict(wrong)
+    for wrong, said in (
+        (other.val, "scaled and coded by the columns of another table"),
+        ({"x": [1.0], "store": [1]}, "column 'y' is not there"),
+        (dpreg.ArraySource([[1.0]], [1.0]), "the rows have 1 columns in x; the columns of the table"),
+        (rows, "the rows: shape"),
+    ):
+        with pytest.raises(dpreg.InputError, match=said):
+            trainer.evaluate(wrong)
+    without = dpreg.Trainer(1)
+    without.fit(dpreg.LinearRegressionScratch(3, 0.1), Rows(20).data(8))
+    for call in (without.predict, without.evaluate):
+        with pytest.raises(dpreg.InputError, match=r"no (table|source)"):
+            call({"x": [1.0]})

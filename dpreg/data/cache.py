@@ -146,10 +146,12 @@ class MappedSource:
       columns: "x", "y" and "weight", what the model sees, as `dpreg.data.sources.Source` gives it; and "row", the
         number of each row in the table, from 0.
       digest: its fingerprint.
+      schema: by which the columns of the table were encoded.
     """
 
     columns: Mapping[str, Column]
     digest: str
+    schema: Schema
 
     def __len__(self) -> int:
         return len(self.columns["weight"])
@@ -299,5 +301,5 @@ def _mapped(
             columns[name] = Column(file, kind, (rows, *width), of_blocks, block_rows)
             start += blocks
         if rows:
-            found[part] = MappedSource(columns, manifest["digests"][part])
+            found[part] = MappedSource(columns, manifest["digests"][part], schema)
     return found

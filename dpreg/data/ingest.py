@@ -97,7 +97,7 @@ def read_table(
         validation = open_table(validation_dataset, "validation_dataset")
     cache = pathlib.Path(cache_dir or "~/.cache/dpreg/tables").expanduser()
     train, val, schema = ingest(table, columns, cache, validation, dtype, progress)
-    return RegressionData(train, val, batch_size, schema)
+    return RegressionData(train, val, batch_size, schema, columns)
 
 
 def ingest(

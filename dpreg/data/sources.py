@@ -8,6 +8,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike
 
+from dpreg.config import Columns
 from dpreg.data.order import permute
 from dpreg.data.schema import Schema
 from dpreg.errors import InputError
@@ -170,9 +171,10 @@ class RegressionData:
       val: rows held out, or None.
       batch_size: rows of one global batch.
       schema: what the columns of a table are to the model; None where the rows are no table's.
+      columns: what was taken from the table: its weights and missing values are treated so in evaluation, too.
 
     Attributes:
-      train, val, batch_size, schema: as given.
+      train, val, batch_size, schema, columns: as given.
       num_inputs, num_targets: columns of x and of y.
 
     >>> data = RegressionData(ArraySource([[0, 1], [2, 3]], [4, 5]), batch_size=2)
@@ -186,10 +188,11 @@ class RegressionData:
         val: Source | None = None,
         batch_size: int = 32,
         schema: Schema | None = None,
+        columns: Columns | None = None,
     ):
         if len(train) < 1:
             raise InputError("there are no training rows; give at least one")
-        self.train, self.val, self.batch_size, self.schema = train, val, batch_size, schema
+        self.train, self.val, self.batch_size, self.schema, self.columns = train, val, batch_size, schema, columns
         first = train[np.zeros(1, np.int32)]
         self.num_inputs, self.num_targets = first["x"].shape[1], first["y"].shape[1]
 
