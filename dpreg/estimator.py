@@ -25,7 +25,8 @@ from dpreg.models.linear import linear_parameters
 from dpreg.models.losses import Loss
 from dpreg.models.module import Module
 from dpreg.parallel import devices
-from dpreg.parallel.state import Model, train_argument
+from dpreg.parallel.checks import mode_arguments
+from dpreg.parallel.state import Model
 from dpreg.predictor import Predictor
 from dpreg.solver import Solver
 from dpreg.tracing import key_of
@@ -341,7 +342,7 @@ class Estimator(BaseEstimator):
 
 def _require_outputs(model: Any, x: np.ndarray, outputs: int) -> None:
     def prediction(row: jax.Array) -> jax.Array:
-        predicted: jax.Array = model.init_with_output(key_of(0), row, **train_argument(model, False))[0]
+        predicted: jax.Array = model.init_with_output(key_of(0), row, **mode_arguments(model, False))[0]
         return predicted
 
     shape = jax.eval_shape(prediction, jnp.asarray(x[:1])).shape

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import jax
+import numpy as np
 from rich.console import Console
 
 from dpreg.build import build_model, open_dataset
@@ -27,8 +28,9 @@ from dpreg.observers.export import Exported, load_model
 from dpreg.observers.predictions import PredictionWriter
 from dpreg.observers.progress import ProgressDisplay
 from dpreg.parallel import devices, processes
+from dpreg.parallel.checks import mode_arguments
 from dpreg.parallel.deadline import Deadline
-from dpreg.parallel.state import Model, train_argument
+from dpreg.parallel.state import Model
 from dpreg.predictor import Predictor
 from dpreg.terminal import show
 
@@ -113,7 +115,7 @@ def _require_fit(model: Model, exported: Exported, workdir: str | None) -> None:
         return {jax.tree_util.keystr(path): leaf.shape for path, leaf in leaves}
 
     row = jax.ShapeDtypeStruct((1, exported.num_inputs), np.float32)
-    init = functools.partial(model.init, **train_argument(model, False))
+    init = functools.partial(model.init, **mode_arguments(model, False))
     asked, there = shapes(jax.eval_shape(init, jax.random.key(0), row)), shapes(exported.variables)
     for name in sorted({*asked, *there}):
         if asked.get(name) != there.get(name):

@@ -19,6 +19,7 @@ from dpreg.models.losses import SQUARED, loss_of
 from dpreg.models.metrics import Errors, errors, metrics
 from dpreg.models.module import Module
 from dpreg.parallel import devices, presence, processes
+from dpreg.parallel.checks import traced
 from dpreg.parallel.compile import compile_eval_block
 from dpreg.parallel.layout import Carried, Clock, layout_of
 from dpreg.parallel.state import Model
@@ -222,7 +223,7 @@ class Predictor:
                 clock = Clock(0, self._steps, 0).packed()
                 arguments = block.data, Carried(*dataset.carried), clock
                 if of not in self._compiled:
-                    with presence.at_work("compiling"):
+                    with presence.at_work("compiling"), traced(self._model):
                         self._compiled[of] = compile_eval_block(
                             self._model,
                             self.variables,

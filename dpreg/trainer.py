@@ -28,9 +28,10 @@ from dpreg.models.mlp import LinearRegression
 from dpreg.observer import Observer, Progress
 from dpreg.parallel import devices, presence, processes
 from dpreg.parallel.audit import Audit
+from dpreg.parallel.checks import normalises_over_batch, require_model, traced
 from dpreg.parallel.compile import compile_eval_block, compile_train_block
 from dpreg.parallel.layout import Carried, Clock, example_of, layout_of
-from dpreg.parallel.state import Model, TrainState, initial_state, normalises_over_batch
+from dpreg.parallel.state import Model, TrainState, initial_state
 from dpreg.predictor import Predictor, errors_of, metrics_of
 
 # A second or so of a CPU, and of the slowest chips: signals, saves and progress wait for the calls in flight. On a chip
@@ -268,6 +269,7 @@ class Trainer:
     def prepare_model(self, model: Model) -> None:
         """Initialises the state and compiles the steps, ahead of the first."""
         started = time.perf_counter()
+        require_model(model)
         self.check_targets(model)
         state = self.initial_state(model)
         rows_together = self.train.sampler.shard_batch // self.accumulate_steps
@@ -284,22 +286,24 @@ class Trainer:
         self._shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), state)
         placed = devices.replicated(state, self.mesh)
         variables = {"params": placed.params, "batch_stats": placed.batch_stats}
-        self._train_block, self._eval_block = self.compile_train(model, placed), None
+        with traced(model):
+            self._train_block, self._eval_block = self.compile_train(model, placed), None
         self._to_all: Callable[[Any], Any] = lambda used: np.zeros(used.shape, used.dtype)
         if self.audit.on:
             shape = self.mesh.size, self.train.block_steps, 2
             self._to_all = devices.compile_gather(self.mesh, shape, np.uint32)
         if self.val:
-            self._eval_block = compile_eval_block(
-                model,
-                variables,
-                layout_of(self.val),
-                self.mesh,
-                self._example(self.val),
-                errors_of(model, self._schema),
-                self.reduction,
-                self.backend,
-            )
+            with traced(model):
+                self._eval_block = compile_eval_block(
+                    model,
+                    variables,
+                    layout_of(self.val),
+                    self.mesh,
+                    self._example(self.val),
+                    errors_of(model, self._schema),
+                    self.reduction,
+                    self.backend,
+                )
         # Compiled unevenly fast, but met before the first collective, which waits for nobody long.
         processes.exchange()
         self._state = placed

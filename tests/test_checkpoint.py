@@ -29,10 +29,17 @@ IDENTITY = {"lr": 0.05}
 ROOT = pathlib.Path(__file__).parent.parent
 
 
+def prepare(trainer, width=16):
+    """With a random key in the optimizer's state, which is saved and restored as well."""
+    noisy = optax.chain(optax.add_noise(1e-4, 0.5, key=0), optax.sgd(0.05, momentum=0.9))
+    with jax.numpy_dtype_promotion("standard"):  # which optax needs there
+        trainer.prepare_model(Net(noisy, width=width))
+
+
 def prepared(num_val=20, **arguments):
     trainer = dpreg.Trainer(3, reduction="ordered", log_every_steps=3, steps_per_block=2, **arguments)
     trainer.prepare_data(Rows(153, weighted=True).data(16, num_val))
-    trainer.prepare_model(Net(optax.sgd(0.05, momentum=0.9)))
+    prepare(trainer)
     return trainer
 
 
@@ -185,7 +192,7 @@ def test_a_flipped_byte_in_what_the_run_is_is_damage_not_another_run(tmp_path, c
 def test_another_model_under_the_same_flags_is_refused_and_nothing_is_lost(tmp_path):
     train(tmp_path, 4)
     trainer = prepared()
-    trainer.prepare_model(Net(optax.sgd(0.05, momentum=0.9), width=8))
+    prepare(trainer, width=8)
     with (
         Checkpoints(tmp_path / "checkpoints", IDENTITY) as checkpoints,
         pytest.raises(dpreg.InputError, match=r"another model: .*'kernel'.* was float32\[16, 1\] and is float32\[8"),

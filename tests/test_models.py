@@ -1,14 +1,21 @@
 """The model, its loss and its optimizer, each against an independent computation."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import optax.contrib
 import pytest
+from flax import linen as nn
+from flax import nnx
+from models import Rows
 
 import dpreg
 from dpreg.config import LOSSES
 from dpreg.models.losses import loss_called
+from dpreg.parallel.state import forward, initial_state
 
 
 def test_linear_model_starts_as_the_book_says():
@@ -69,3 +76,190 @@ def test_sgd_is_a_value_that_does_not_retrace_and_chains():
         params, state = step(params, tree(seed), state)
     assert len(traced) == 1
     assert state == optimizer.init(tree(0))  # neither clipping nor SGD remembers anything
+
+
+class Noisy(dpreg.Module):
+    """A model whose layers differ in training; its subclasses say so by an argument of another name."""
+
+    lr: float = 0.1
+
+    def setup(self):
+        self.dense, self.norm, self.drop = nn.Dense(1), nn.BatchNorm(use_fast_variance=False), nn.Dropout(0.5)
+
+    def predict(self, x, trains):
+        return self.dense(self.drop(self.norm(x, use_running_average=not trains), deterministic=not trains))
+
+
+class Train(Noisy):
+    def __call__(self, x, train):
+        return self.predict(x, train)
+
+
+class Training(Noisy):
+    def __call__(self, x, training=False):
+        return self.predict(x, training)
+
+
+class IsTraining(Noisy):
+    def __call__(self, x, *, is_training=False):
+        return self.predict(x, is_training)
+
+
+class Deterministic(Noisy):
+    def __call__(self, x, deterministic=True):
+        return self.predict(x, not deterministic)
+
+
+class Both(Noisy):
+    def __call__(self, x, use_running_average: bool, train: bool):
+        assert use_running_average != train
+        return self.predict(x, train)
+
+
+class Inherited(Deterministic):
+    def __call__(self, x, **mode):
+        return super().__call__(x, **mode)
+
+
+@pytest.mark.parametrize("kind", [Training, IsTraining, Deterministic, Both, Inherited])
+def test_a_model_learns_of_its_mode_by_any_name_that_flax_users_give_it(kind):
+    x = np.random.default_rng(0).normal(size=(8, 3)).astype(np.float32)
+    batch, key = {"x": jnp.asarray(x), "weight": jnp.ones(8)}, jax.random.key(1)
+    state = initial_state(kind(), x, 0, np.dtype("float32"))
+    variables = {"params": state.params, "batch_stats": state.batch_stats}
+    for train in (True, False):
+        found, wanted = (forward(model, variables, batch, train, key if train else None) for model in (kind(), Train()))
+        jax.tree.map(np.testing.assert_array_equal, found, wanted)
+    w, b = (np.asarray(variables["params"]["dense"][name]) for name in ("kernel", "bias"))
+    np.testing.assert_allclose(found[0], x / np.sqrt(1 + 1e-5) @ w + b, rtol=1e-5)  # in evaluation
+    assert not np.allclose(forward(kind(), variables, batch, True, key)[0], found[0])
+
+
+def of(layers, **arguments):
+    """A model of some layers in front of a Dense, each made by a function of the module, x and the mode."""
+
+    class Made(dpreg.Module):
+        lr: float = 0.1
+        parameter_dtype: jnp.dtype = jnp.float32
+
+        @nn.compact
+        def __call__(self, x, train=False):
+            return nn.Dense(1, param_dtype=self.parameter_dtype)(layers(self, x, train))
+
+    return Made(**arguments)
+
+
+class Misnamed(dpreg.Module):
+    lr: float = 0.1
+
+    @nn.compact
+    def __call__(self, x, is_train=False):
+        return nn.Dense(1)(nn.Dropout(0.5, deterministic=not is_train)(x))
+
+
+class Plain(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(1)(x)
+
+
+def attention(module, x, train):
+    return nn.MultiHeadDotProductAttention(1, dropout_rate=0.5, deterministic=True)(x[:, None], x[:, None])[:, 0]
+
+
+def noise(module, x, train):
+    return x + jax.random.normal(module.make_rng("noise"), x.shape) if train else x
+
+
+def noise_where_there_is_some(module, x, train):
+    return x + jax.random.normal(module.make_rng("noise"), x.shape) if module.has_rng("noise") else x
+
+
+@pytest.mark.parametrize(
+    ("model", "said"),
+    [
+        (Misnamed(), "Misnamed.__call__ has an argument 'is_train', which dpreg does not pass; use train, training"),
+        (of(lambda _, x, train: nn.Dropout(0.5, deterministic=True)(x)), "the Dropout 'Dropout_0' is never on"),
+        (of(lambda _, x, train: nn.Dropout(0.5, deterministic=False)(x)), "draws random numbers in evaluation, too"),
+        (of(lambda _, x, train: nn.BatchNorm(False)(x)), "the BatchNorm 'BatchNorm_0' is on in evaluation, too"),
+        (of(attention), "the MultiHeadDotProductAttention 'MultiHeadDotProductAttention_0' is never on"),
+        (of(noise), "from the stream 'noise', and is given 'dropout' alone"),
+        (of(noise_where_there_is_some), "from the stream 'noise', and is given 'dropout' alone"),
+        (of(lambda _, x, train: nn.Dropout(0.5)(x)), 'cannot be traced: ValueError: Parameter "deterministic" must be'),
+        (of(lambda _, x, train: x @ jnp.ones((2, 2))), "Made cannot be traced: TypeError: dot_general"),
+        (of(lambda _, x, train: x, parameter_dtype=jnp.bfloat16), "['params']['Dense_0']['bias'] as bfloat16; keep"),
+        (Plain(), "Plain has no loss and no configure_optimizers; derive it from dpreg.Module"),
+        (Plain, "Plain is a class; give an instance"),
+        (nnx.Linear(3, 1, rngs=nnx.Rngs(0)), "Linear is a module of flax.nnx; give one of flax.linen"),
+        (object(), "object is no flax module"),
+    ],
+)
+def test_a_model_that_dpreg_cannot_train_is_one_line(model, said):
+    with (
+        jax.numpy_dtype_promotion("standard"),
+        pytest.raises(dpreg.InputError, match=re.escape(said)) as caught,
+    ):
+        dpreg.Trainer(1).fit(model, Rows(16).data(8))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_batch_norm_may_be_frozen_on_purpose():
+    model = of(lambda _, x, train: nn.Dropout(0.5, deterministic=not train)(nn.BatchNorm(True)(x)))
+    initial_state(model, np.ones((1, 3)), 0, np.dtype("float32"))
+
+
+def linear(optimizer):
+    return dpreg.LinearRegressionScratch(3, 0.1, optimizer=optimizer)
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "said"),
+    [
+        (optax.lbfgs(), "evaluates the loss at other parameters"),
+        (optax.MultiSteps(optax.sgd(0.1), 4), "use accumulate_steps"),
+        (optax.chain(optax.apply_every(4), optax.sgd(0.1)), "use accumulate_steps"),
+        (optax.lookahead(optax.sgd(0.1), 5, 0.5), "it steps two sets of parameters"),
+        (optax.contrib.schedule_free_sgd(), "it predicts with other parameters than it steps"),
+        (optax.contrib.differentially_private_aggregate(1.0, 1.0, key=0), "it needs the gradient of each row"),
+        (([optax.sgd(0.1)], []), "LinearRegressionScratch.configure_optimizers gives tuple; give one optax"),
+        (
+            optax.stateless(lambda updates, params: jax.tree.map(lambda leaf: leaf.astype(jnp.float16).sum(), updates)),
+            "the optimizer of LinearRegressionScratch",
+        ),
+    ],
+)
+def test_an_optimizer_that_would_not_do_what_it_says_is_one_line(optimizer, said):
+    with pytest.raises(dpreg.InputError, match=re.escape(said)):
+        initial_state(linear(optimizer), np.ones((1, 3)), 0, np.dtype("float32"))
+
+
+def test_an_optimizer_may_look_at_the_mean_loss():
+    """`reduce_on_plateau` against gradient descent in float64, with a rate that is too high at first."""
+    source = Rows(24, weighted=True).source()
+    x, y, c = np.c_[source.x, np.ones(24)].astype(np.float64), source.y.astype(np.float64), np.float64(source.weight)
+    start = linear(None).init(jax.random.key(0), source.x[:1])["params"]
+    theta = np.float64(np.concatenate([start["w"], start["b"][:, None]]))
+    least, since, scale, rate = np.inf, 0, 1.0, 2.0
+    for _ in range(12):
+        error = x @ theta - y
+        loss = c @ np.square(error[:, 0]) / 2 / c.sum()
+        since, least = (0, loss) if loss < (1 - 1e-4) * least else (since + 1, least)
+        if since == 2:
+            scale, since = scale / 4, 0
+        theta -= rate * scale * x.T @ (error * c[:, None]) / c.sum()
+    assert 1e-3 < scale < 1
+    optimizer = optax.chain(optax.sgd(rate), optax.contrib.reduce_on_plateau(factor=0.25, patience=2))
+    trainer = dpreg.Trainer(12, 2)
+    with jax.numpy_dtype_promotion("standard"):  # which optax needs there
+        trainer.fit(linear(optimizer), dpreg.RegressionData(source, None, 24))
+    np.testing.assert_allclose(trainer.state.params["w"], theta[:3], rtol=1e-3)
+
+
+def test_a_float32_run_begins_alike_after_a_float64_run():
+    def leaves():
+        state = initial_state(linear(optax.lbfgs(0.1, linesearch=None)), np.ones((1, 3)), 0, np.dtype("float32"))
+        return [(leaf.dtype, np.asarray(leaf).tobytes()) for leaf in jax.tree.leaves(state)]
+
+    before = leaves()
+    with jax.enable_x64(True):  # what a float64 run leaves behind
+        assert leaves() == before

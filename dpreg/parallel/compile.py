@@ -13,9 +13,10 @@ from jax.sharding import Mesh, PartitionSpec
 
 from dpreg.errors import InputError
 from dpreg.parallel import devices
+from dpreg.parallel.checks import normalises_over_batch
 from dpreg.parallel.layout import Carried, Clock, Layout
 from dpreg.parallel.reduce import AXIS, PyTree, from_all_devices, gradient_of_shards, isolated, opaque_loop
-from dpreg.parallel.state import Model, TrainState, forward, normalises_over_batch
+from dpreg.parallel.state import Model, TrainState, forward
 from dpreg.parallel.step import Program, Statistics, shard_loss, train_block, updated
 from dpreg.parallel.tuning import compiler_options, multiplies_vectors_only, schedule_for
 from dpreg.tracing import key_of, pinned_settings

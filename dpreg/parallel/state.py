@@ -1,6 +1,5 @@
 """A run's state, and the model's way from the rows of a shard to predictions."""
 
-import inspect
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
@@ -14,6 +13,15 @@ from jax import Array, lax
 from numpy.typing import ArrayLike
 
 from dpreg.errors import InputError
+from dpreg.parallel.checks import (
+    is_batch_norm,
+    mode_arguments,
+    require_model,
+    require_modes,
+    traced,
+    uses_running_average,
+)
+from dpreg.parallel.optimizer import make_optimizer
 from dpreg.parallel.reduce import PyTree, sum_over_batch
 from dpreg.tracing import FULL_PRECISION, key_of, pinned_settings
 
@@ -37,6 +45,19 @@ class TrainState(train_state.TrainState):
     """
 
     batch_stats: PyTree
+
+    def apply_gradients(self, *, grads: PyTree, value: Array | None = None, **changes: Any) -> "TrainState":
+        """The state after a step of the optimizer.
+
+        Args:
+          grads: the gradient of the mean loss.
+          value: the mean loss, for the optimizers that look at it, such as `optax.contrib.reduce_on_plateau`.
+          changes: of other attributes.
+        """
+        optimizer, of_loss = optax.with_extra_args_support(self.tx), {} if value is None else {"value": value}
+        updates, opt_state = optimizer.update(grads, self.opt_state, self.params, **of_loss)
+        params = optax.apply_updates(self.params, updates)
+        return self.replace(step=self.step + 1, params=params, opt_state=opt_state, **changes)
 
 
 class Model(Protocol):
@@ -73,13 +94,12 @@ def initial_state(
       from_zero: whether all parameters start at 0, not as the model draws them.
 
     Raises:
-      InputError: when the model has no params, or variables besides them and batch_stats.
+      InputError: when the model or its optimizer cannot be trained; see `dpreg.parallel.checks`.
     """
-    with pinned_settings():
-        init = jax.jit(lambda key, row: model.init(key, row, **train_argument(model, False)))
+    require_model(model)
+    with pinned_settings(), traced(model):
+        init = jax.jit(lambda key, row: model.init(key, row, **mode_arguments(model, False)))
         variables = dict(init(key_of(seed), jnp.asarray(row, jnp.float32)))
-    if dtype == np.float64:
-        variables = jax.tree.map(lambda v: v.astype(dtype) if v.dtype == jnp.float32 else v, variables)
     params, batch_stats = variables.pop("params", None), variables.pop("batch_stats", {})
     if not params:
         raise InputError("the model has no parameters; give one that has some to train")
@@ -88,12 +108,18 @@ def initial_state(
             f"the model has variables {sorted(variables)}, and only params and batch_stats can be trained; "
             "keep no others"
         )
+    for path, leaf in jax.tree_util.tree_leaves_with_path({"params": params, "batch_stats": batch_stats}):
+        if leaf.dtype != jnp.float32:
+            raise InputError(
+                f"the model keeps {jax.tree_util.keystr(path)} as {leaf.dtype}; keep float32, without param_dtype, and "
+                "compute in another type by precision, or by the dtype of a layer"
+            )
     if from_zero:
         params = jax.tree.map(jnp.zeros_like, params)
-    with pinned_settings(dtype == np.float64):
-        optimizer = model.configure_optimizers()
-        if gradient_clip_val:
-            optimizer = optax.chain(optax.clip_by_global_norm(gradient_clip_val), optimizer)
+    with pinned_settings(dtype == np.float64), traced(model):
+        params, batch_stats = jax.tree.map(lambda leaf: leaf.astype(dtype), (params, batch_stats))
+        require_modes(model, {"params": params, "batch_stats": batch_stats}, np.shape(row)[1])
+        optimizer = make_optimizer(model, params, gradient_clip_val)
         state: TrainState = TrainState.create(
             apply_fn=model.apply, params=params, tx=optimizer, batch_stats=batch_stats
         ).replace(step=jnp.int32(0))
@@ -110,19 +136,20 @@ def forward(
 ) -> tuple[Array, PyTree]:
     """Predictions [n, t] for the rows of one shard, and the batch statistics after them.
 
-    `train` reaches models whose `__call__` takes it. Rows of weight 0 are hidden from every `nn.BatchNorm`;
-    where all rows are, none is hidden: flax would give NaN, and such statistics are weighted with 0 anyway.
-    In training, one with an `axis_name` normalises over all rows of the batch: see `normalises_over_batch`.
+    `train` reaches models whose `__call__` takes it, by any name of `checks.MODES`. Rows of weight 0 are hidden from
+    every `nn.BatchNorm`; where all rows are, none is hidden: flax would give NaN, and such statistics are weighted with
+    0 anyway. In training, one with an `axis_name` normalises over all rows of the batch: see
+    `checks.normalises_over_batch`.
     """
-    mode = train_argument(model, train)
+    mode = mode_arguments(model, train)
     real = batch["weight"] > 0
     mask = real | ~real.any()
 
     def hide_padding(next_call: Callable[..., Any], args: Any, kwargs: Any, context: Any) -> Any:
-        if _is_batch_norm(context):
+        if is_batch_norm(context):
             module, x = context.module, args[0] if args else kwargs["x"]
             rows = (-1, *[1] * (x.ndim - 1))
-            if module.axis_name is not None and not _uses_running_average(module, args, kwargs):
+            if module.axis_name is not None and not uses_running_average(module, args, kwargs):
                 return _normalised_over_batch(module, x, real.reshape(rows))
             kwargs = {"mask": mask.reshape(rows), **kwargs}
         return next_call(*args, **kwargs)
@@ -146,45 +173,6 @@ def forward(
 def all_are_vectors(params: PyTree) -> bool:
     """Whether no parameter is a matrix."""
     return all(sum(n > 1 for n in leaf.shape) <= 1 for leaf in jax.tree.leaves(params))
-
-
-def train_argument(model: Model, train: bool) -> dict[str, bool]:
-    """How to tell the model whether it trains: nothing, where its `__call__` does not ask."""
-    return {"train": train} if "train" in inspect.signature(type(model).__call__).parameters else {}
-
-
-def normalises_over_batch(model: Model, state: TrainState, num_inputs: int) -> bool:
-    """Whether a `nn.BatchNorm` of the model is told, by any `axis_name`, to normalise over all rows of a batch.
-
-    Others normalise over those of a shard.
-    """
-    if not state.batch_stats:
-        return False
-    names = []
-
-    def note(next_call: Callable[..., Any], args: Any, kwargs: Any, context: Any) -> Any:
-        if not _is_batch_norm(context):
-            return next_call(*args, **kwargs)
-        if not _uses_running_average(context.module, args, kwargs):
-            names.append(context.module.axis_name)
-        return args[0] if args else kwargs["x"]
-
-    def applied(variables: PyTree, x: Array, key: Array) -> Any:
-        return model.apply(variables, x, **train_argument(model, True), mutable=["batch_stats"], rngs={"dropout": key})
-
-    x = jax.ShapeDtypeStruct((1, num_inputs), jax.tree.leaves(state.params)[0].dtype)
-    with nn.intercept_methods(note), pinned_settings(x.dtype == jnp.float64):
-        jax.eval_shape(applied, {"params": state.params, "batch_stats": state.batch_stats}, x, key_of(0))
-    return any(name is not None for name in names)
-
-
-def _is_batch_norm(context: Any) -> bool:
-    return isinstance(context.module, nn.BatchNorm) and context.method_name == "__call__"
-
-
-def _uses_running_average(module: nn.BatchNorm, args: Any, kwargs: Any) -> bool:
-    given = args[1] if len(args) > 1 else kwargs.get("use_running_average")
-    return bool(nn.merge_param("use_running_average", module.use_running_average, given))
 
 
 def _normalised_over_batch(module: nn.BatchNorm, x: Array, real: Array) -> Array:

@@ -202,7 +202,7 @@ def updated(state: TrainState, sums: Sums, step: Array) -> tuple[TrainState, Arr
             lambda new, old: jnp.where(any_row, new * per_row, old), rest.batch_stats, batch_stats
         )
     gradient = jax.tree.map(lambda leaf: leaf * per_weight, gradient)
-    new = state.apply_gradients(grads=gradient, batch_stats=batch_stats)
+    new = state.apply_gradients(grads=gradient, value=value * per_weight, batch_stats=batch_stats)
     finite = jnp.isfinite(value) & jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(new.params)]).all()
     good = finite & (state.step == step)
     kept: TrainState = jax.tree.map(lambda new, old: jnp.where(good, new, old), new, state)
