@@ -97,7 +97,7 @@ def traced(model: Any) -> Iterator[None]:
 
 def reason_of(error: BaseException) -> str:
     """What an error says, in one line and without the addresses of pages."""
-    return re.sub(r" *\(?https?://\S*", "", " ".join(str(error).split()))[:300].rstrip(" .")
+    return re.sub(r"(?: See)? *\(?https?://\S*", "", " ".join(str(error).split()))[:300].rstrip(" .")
 
 
 class _Layer(NamedTuple):
