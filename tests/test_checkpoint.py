@@ -238,6 +238,12 @@ def test_a_damaged_curve_is_set_aside_and_the_run_goes_on_with_its_whole_lines(d
     assert len(caplog.messages) == 1
 
 
+def test_a_file_in_the_place_of_checkpoints_is_refused(tmp_path):
+    (tmp_path / "checkpoints").touch()
+    with pytest.raises(dpreg.InputError, match="checkpoints: is not a folder; move it away, or name another --workdir"):
+        Checkpoints(tmp_path / "checkpoints", IDENTITY)
+
+
 def test_what_is_no_file_in_the_place_of_a_curve_is_set_aside(tmp_path, caplog):
     (tmp_path / "metrics.jsonl").mkdir()
     os.mkfifo(tmp_path / "starts.jsonl")

@@ -57,6 +57,8 @@ class Checkpoints:
         self._announcements, self._due = announcements or processes.Announcements(), False
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=True)
         self._folder, self._saving = folder.absolute(), 0
+        if self._folder.exists() and not self._folder.is_dir():  # Orbax would wait for its own threads for ever
+            raise InputError(f"{folder}: is not a folder; move it away, or name another --workdir")
         self._quiet = contextlib.ExitStack()
         with self._writing():
             self._manager = ocp.CheckpointManager(self._folder, options=options)
