@@ -2,10 +2,10 @@
 
     python tests/benchmarks/fuzz.py [--inputs=10000] [--seed=0] [--minutes=0] [--only=tables] [--first=0]
 
-Tables in files, command lines and flagfiles, model folders, the files of a run, and the rendezvous port; the modules
-are in tests/inputs. An input is a function of the seed and its number alone. "Correct" is by an independent reader:
-pandas, NumPy, json, csv. What ends otherwise, takes more than 10 s or 6 GiB is printed, with the command that repeats
-it, and the exit code is 1.
+Tables, other files, command lines and flagfiles, model folders, the files of a run, and the rendezvous port; the
+modules are in tests/inputs. An input is a function of the seed and its number alone. "Correct" is by an independent
+reader: pandas, NumPy, json, csv. What ends otherwise, takes more than 10 s or 6 GiB is printed, with the command that
+repeats it, and the exit code is 1. At the end a few whole commands are started on damaged inputs, of a minute at most.
 """
 
 import argparse
@@ -27,7 +27,7 @@ TESTS = pathlib.Path(__file__).parent.parent
 sys.path.insert(0, str(TESTS))
 
 # The share of each kind.
-KINDS = {"tables": 40, "flags": 20, "models": 20, "histories": 15, "port": 5}
+KINDS = {"tables": 36, "files": 4, "flags": 20, "models": 20, "histories": 15, "port": 5}
 LIMIT_SECONDS = 10.0
 MOST_BYTES = 6 << 30
 
@@ -106,6 +106,7 @@ def main():
     parser.add_argument("--minutes", type=float, default=0, help="end after as many; 0 for no end")
     parser.add_argument("--first", type=int, default=0, help="the number of the first input")
     parser.add_argument("--only", choices=[*KINDS])
+    parser.add_argument("--commands", type=int, default=10, help="how many commands are started at the end")
     parser.add_argument("--work", help=argparse.SUPPRESS)
     parsed = parser.parse_args()
     if parsed.work:
@@ -123,6 +124,12 @@ def main():
             print(f"  python tests/benchmarks/fuzz.py --seed={parsed.seed} --first={number} --inputs=1", flush=True)
         if parsed.minutes and time.monotonic() - began > 60 * parsed.minutes:
             break
+    for number in range(0 if parsed.only else parsed.commands):
+        try:
+            counts["commands", run(parsed.seed, number, "commands")[1]] += 1
+        except Exception as error:
+            failed += 1
+            print(f"WRONG command {number} of --seed={parsed.seed}: {type(error).__name__}: {error}"[:2000], flush=True)
     for (kind, ended), count in sorted(counts.items()):
         print(f"{kind:<10} {ended:<20} {count:>6,}")
     print(f"{counts.total():,} inputs in {time.monotonic() - began:.0f} s, {failed} wrong; slowest: {slowest}")

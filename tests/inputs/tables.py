@@ -1,6 +1,7 @@
 """Tables in files: read as pandas or NumPy read them, or refused in one line that says where."""
 
 import csv
+import dataclasses
 import gzip
 import io
 import math
@@ -112,8 +113,14 @@ def draw_columns(rng, names, kinds):
 
 def run(rng, folder):
     names, kinds, values = draw_table(rng)
+    weighted = rng.random() < 0.2 and len(values[0]) > 4
+    if weighted:
+        names, kinds = [*names[:-1], "wt", names[-1]], [*kinds[:-1], "int", kinds[-1]]
+        values = [*values[:-1], rng.integers(0, 4, len(values[0])).tolist(), values[-1]]
     suffix = SUFFIXES[rng.integers(len(SUFFIXES))]
     columns = draw_columns(rng, names, kinds)
+    if weighted:
+        columns = dataclasses.replace(columns, weight_column="wt")
     file = folder / f"t{suffix}"
     if suffix in (".npy", ".npz"):
         content = write_arrays(suffix, names, kinds, values)
@@ -254,41 +261,56 @@ def is_plain(names, kinds, values):
         and all(name.isascii() and name.isalnum() for name in names)
         and all(kind in ("float", "int") for kind in kinds)
         and len(values[0]) > 9
+        and "wt" not in names
         and all(v is not None and 0.01 < v < 1e9 for column in values for v in column)
         and all(len(set(column)) > 1 for column in values)
     )
 
 
 def compare(data, frame, names, columns):
-    """The rows read are those of the frame, once."""
+    """The rows read are those of the frame that have a weight, once."""
     sources = [source for source in (data.train, data.val) if source]
     number = np.concatenate([source.row for source in sources])
-    x, y = (np.concatenate([source[np.arange(len(source))][name] for source in sources]) for name in "xy")
+    x, y, weight = (
+        np.concatenate([source[np.arange(len(source))][name] for source in sources]) for name in ("x", "y", "weight")
+    )
     raw = {name: frame[i].tolist() for i, name in enumerate(names)}
     categorical = columns.categorical
     values = {n: np.array([as_number(v) for v in c], float) for n, c in raw.items() if n not in categorical}
     gone = {n: np.array([is_missing(v) for v in c]) for n, c in raw.items()}
+    weights = values[columns.weight_column] if columns.weight_column else np.ones(len(frame))
     there = ~np.any(list(gone.values()), axis=0) if columns.missing == "drop" else np.ones(len(frame), bool)
-    assert sorted(number) == list(np.flatnonzero(there)), "other rows"
+    assert sorted(number) == list(np.flatnonzero(there & (weights != 0))), "other rows"
+    np.testing.assert_array_equal(weight, weights[number].astype(np.float32))
     found = {feature: x[:, i] for i, feature in enumerate(data.schema.features)}
-    target, fitted = values[columns.target[0]], data.train.row
+    target, fitted = values[columns.target[0]], (data.train.row, weights[data.train.row])
     if columns.target_transform == "log":
-        target = np.log(target)
-    close(y[:, 0], (standardized(target, fitted) if columns.target_transform == "standardize" else target)[number])
-    for name in (name for name in names if name != columns.target[0]):
+        target = np.log(np.where(weights, target, 1.0))
+    close(y[:, 0], (standardized(target, *fitted) if columns.target_transform == "standardize" else target)[number])
+    for name in (name for name in names if name not in (columns.target[0], columns.weight_column)):
         if name in categorical:
             words = [None if is_gone else spelled(word) for word, is_gone in zip(raw[name], gone[name], strict=True)]
-            compare_category(name, words, found, number, fitted)
+            compare_category(name, words, found, number, *fitted)
         else:
-            column = values[name]
-            column = np.where(np.isnan(column), np.nanmean(column[fitted]), column)
-            close(found[name], (standardized(column, fitted) if columns.standardize else column)[number])
+            close(found[name], seen_by_model(values[name], columns, *fitted)[number])
 
 
-def compare_category(name, words, found, number, fitted):
+def seen_by_model(column, columns, fitted, weights):
+    """A numeric column, with means for missing values, scaled; 0 where it is constant."""
+    there = ~np.isnan(column[fitted])
+    mean = np.average(column[fitted][there], weights=weights[there]) if there.any() else math.nan
+    column = np.where(np.isnan(column), mean, column)
+    if len({*column[fitted].tolist()}) == 1:
+        return np.zeros(len(column))
+    return standardized(column, fitted, weights) if columns.standardize else column
+
+
+def compare_category(name, words, found, number, fitted, weights):
     """Each row has a 1 for its category; for one that was not in training, what stands for it."""
     kinds = [c for c in found if c.startswith(f"{name}=")]
-    seen = [words[row] for row in fitted]
+    seen = dict.fromkeys((words[row] for row in fitted), 0.0)
+    for row, weight in zip(fitted, weights, strict=True):
+        seen[words[row]] += weight
     for position, row in enumerate(number):
         values = {kind: found[kind][position] for kind in kinds}
         ones = [kind for kind, value in values.items() if value]
@@ -297,7 +319,7 @@ def compare_category(name, words, found, number, fitted):
         elif None in seen:  # in training, too, there were some without
             assert ones == kinds[-1:], (ones, words[row])
         else:
-            shares = {f"{name}={word}": np.float32(seen.count(word) / len(seen)) for word in seen}
+            shares = {f"{name}={word}": np.float32(count / sum(seen.values())) for word, count in seen.items()}
             assert values == shares | {kinds[-1]: 0}, (values, shares)
 
 
@@ -322,10 +344,12 @@ def is_missing(value):
     return value is None or value == "" or (isinstance(value, (float, np.floating)) and math.isnan(value))
 
 
-def standardized(values, fitted):
-    values = values.astype(np.longdouble)
-    deviation = values[fitted].std() if len(set(values[fitted].tolist())) > 1 else 1
-    return (values - values[fitted].mean()) / (deviation if deviation > 1e-150 else 1)
+def standardized(values, fitted, weights):
+    values, weights = values.astype(np.longdouble), weights.astype(np.longdouble)
+    mean = np.average(values[fitted], weights=weights)
+    several = len(set(values[fitted].tolist())) > 1
+    deviation = np.sqrt(np.average(np.square(values[fitted] - mean), weights=weights)) if several else 1
+    return (values - mean) / (deviation if deviation > 1e-150 else 1)
 
 
 def close(found, wanted):
