@@ -327,3 +327,9 @@ def test_a_profile_is_a_trace_of_these_steps(tmp_path):
         2,
         "dpreg: --profile=7: give two steps, the earlier first, such as --profile=100:200\n",
     )
+
+
+def test_a_flagfile_holds_an_empty_list_in_place_of_a_default():
+    text = Config(hidden=()).to_flagfile()
+    assert "--hidden=\n" in text
+    assert "--features" not in text  # empty by default

@@ -4,8 +4,6 @@ import io
 import os
 import zipfile
 
-import numpy as np
-
 import dpreg
 
 from .mutate import TOKENS
@@ -98,7 +96,7 @@ def make_promise(rng, folder):
         return str(folder / "t.npy")
     stream = io.BytesIO()
     with zipfile.ZipFile(stream, "w") as members:
-        members.writestr(f"{TOKENS[rng.integers(len(TOKENS))].decode(errors='replace')[:50]}y.npy", content)
+        members.writestr(f"v{TOKENS[rng.integers(len(TOKENS))].decode(errors='replace')[:50]}y.npy", content)
         members.writestr("a.npy", content)
     written = bytearray(stream.getvalue())
     if rng.random() < 0.5:
@@ -112,15 +110,6 @@ def make_wide(rng, folder):
     names = [f"c{i}" for i in range(columns)] if rng.random() < 0.7 else ["c"] * columns
     (folder / "t.csv").write_text(",".join(names) + "\n" + (",".join("1" * columns) + "\n") * rows)
     return str(folder / "t.csv")
-
-
-def make_sparse(rng, folder):
-    """A file of a terabyte, which holds nothing."""
-    path = folder / f"t{SUFFIXES[rng.integers(5)]}"
-    with open(path, "wb") as file:
-        file.write(rng.choice([ROWS.encode(), b"PAR1", b"PK\x03\x04", b"\x1f\x8b\x08", np.lib.format.magic(1, 0)]))
-        file.truncate(1 << 40)
-    return str(path)
 
 
 MAKERS = (make_pipe, make_device, make_folder, make_odd_name, make_odd_name, make_promise, make_promise, make_wide)
