@@ -49,6 +49,7 @@ class _Fitted:
       schema: the units, by which the model sees the rows.
       triangle: of all rows so far, where least squares are solved exactly.
       variables, optimizer: of the trained model, where steps were taken.
+      around: of a linear model the means [d] of features, what it predicts there [p], and w [d, p] and b [p].
     """
 
     config: Config
@@ -59,6 +60,7 @@ class _Fitted:
     triangle: Triangle | None = None
     variables: Any = None
     optimizer: Any = None
+    around: tuple[np.ndarray, ...] = ()
 
     @property
     def is_linear(self) -> bool:
@@ -227,9 +229,11 @@ class Estimator(BaseEstimator):
         if before and before.triangle:
             triangle = before.triangle + triangle
         fitted.triangle, fitted.schema = triangle, self._schema(fitted, *_moments_of(triangle))
-        mean, scale = fitted.schema.units
+        # About the means in any case: a penalty on w is the same there, and large ones cost no digits.
+        mean, (_, scale) = triangle.means, fitted.schema.units
         self.n_iter_ = 1
-        self._keep_linear(fitted, *triangle.in_units(-mean / scale, 1 / scale).solve(fitted.config.l2).shortest())
+        fit = triangle.standardized(mean, scale).solve(fitted.config.l2)
+        self._keep_linear(fitted, *fit.shortest(), mean)
 
     def _solve_by_newton(self, fitted: _Fitted, x: np.ndarray, y: np.ndarray, weight: np.ndarray) -> None:
         """Exactly, of these rows."""
@@ -238,7 +242,7 @@ class Estimator(BaseEstimator):
         fitted.schema = self._schema(fitted, *_moments_of(triangle))
         mean, scale = fitted.schema.units
         # Without a penalty there is nothing to find but in the directions in which rows differ.
-        along = np.eye(x.shape[1]) if l2 else triangle.in_units(-mean / scale, 1 / scale).solve().directions
+        along = np.eye(x.shape[1]) if l2 else triangle.standardized(mean, scale).solve().directions
         rows, self.n_iter_ = fitted.scaled(x) @ along, 0
         found: list[tuple[np.ndarray, np.ndarray]] = []
         for target in y.T:
@@ -324,9 +328,17 @@ class Estimator(BaseEstimator):
             tuple(Number(f"y{k}", *unit) for k, unit in enumerate(units[d:])),
         )
 
-    def _keep_linear(self, fitted: _Fitted, w: np.ndarray, b: np.ndarray) -> None:
-        """Gives w [d, p] and b [p] in the units of the rows."""
-        w, b = fitted.schema.parameters(w, b)
+    def _keep_linear(self, fitted: _Fitted, w: np.ndarray, b: np.ndarray, mean: np.ndarray | None = None) -> None:
+        """Gives w [d, p] and b [p] in the units of the rows.
+
+        Args:
+          mean: [d + t] what the model has seen columns less of; by default that of `fitted.schema`.
+        """
+        d, (of_schema, scale) = len(w), fitted.schema.units
+        mean = of_schema if mean is None else mean
+        w, at_mean = fitted.schema.parameters(w, b)[0], b * scale[d:] + mean[d:]
+        b = at_mean - mean[:d] @ w
+        fitted.around = mean[:d], at_mean, w, b
         self.coef_: np.ndarray = w[:, 0] if fitted.one_column else np.ascontiguousarray(w.T)
         self.intercept_: float | np.ndarray = float(b[0]) if fitted.one_column else b
 
@@ -335,7 +347,11 @@ class Estimator(BaseEstimator):
         check_is_fitted(self)
         fitted, rows = self._fitted, validate_data(self, x, reset=False, dtype=np.float64, order="C")
         if fitted.is_linear:
-            margins: np.ndarray = rows @ np.atleast_2d(self.coef_).T + np.atleast_1d(self.intercept_)
+            w, b = np.atleast_2d(self.coef_).T, np.atleast_1d(self.intercept_)
+            mean, at_mean, *kept = fitted.around
+            # Around the mean, where an intercept far from 0 costs no digits; unless the user has changed them.
+            as_fitted = all(map(np.array_equal, kept, (w, b)))
+            margins: np.ndarray = (rows - mean) @ w + at_mean if as_fitted else rows @ w + b
             return margins
         return fitted.predictor.predict(rows)
 
@@ -359,7 +375,7 @@ def _moments(columns: np.ndarray, weight: np.ndarray) -> tuple[np.ndarray, np.nd
 
 def _moments_of(triangle: Triangle) -> tuple[np.ndarray, np.ndarray]:
     """The same, to rounding, of the rows of a triangle, whose first row is that of the means."""
-    mean = triangle.r[0, 1:] / triangle.r[0, 0]
+    mean = triangle.means
     deviation = np.sqrt(np.square(triangle.r[1:, 1:]).sum(axis=0) / triangle.weight)
     return mean, np.where(deviation > 10 * _EPSILON * np.abs(mean), deviation, 0.0)
 

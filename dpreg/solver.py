@@ -49,7 +49,8 @@ class Solver:
 
     def triangle(self) -> Triangle:
         """What all rows come to: one pass."""
-        size = (1 + self._inputs + self._targets) ** 2 + 2
+        columns = self._inputs + self._targets
+        size = (1 + columns) ** 2 + columns + 2
 
         def of(rows: Rows) -> np.ndarray:
             return Triangle.of(rows["x"], rows["y"], rows["weight"]).packed()
@@ -66,12 +67,12 @@ class Solver:
         fit = self.triangle().solve(l2, intercept)
         if not refine:
             return fit
-        w, b = fit.w.astype(np.longdouble), fit.b.astype(np.longdouble)
+        w, b, means = (values.astype(np.longdouble) for values in (fit.w, fit.b, fit.means))
 
         def gradient(rows: Rows) -> np.ndarray:
             x, y, weight = (rows[name].astype(np.longdouble) for name in ("x", "y", "weight"))
             left = (y - x @ w - b) * weight[:, None]
-            return np.concatenate([left.sum(axis=0)[None], x.T @ left]).astype(np.float64).ravel()
+            return np.concatenate([left.sum(axis=0)[None], (x - means).T @ left]).astype(np.float64).ravel()
 
         size = 1 + self._inputs, self._targets
         of_b, *of_w = self._reduced(size[0] * size[1], gradient).reshape(size)
@@ -90,7 +91,8 @@ class Solver:
         triangle, _, weight = self._around(family, None)
         if not weight > 0:
             raise InputError("there is no row with a weight to fit; give one row at least a weight")
-        spread = np.sqrt(np.square(triangle.r[int(intercept) :, 1 : 1 + self._inputs]).sum(axis=0) / triangle.weight)
+        x = triangle.below(intercept)[:, 1 : 1 + self._inputs]
+        spread = np.sqrt(np.square(x).sum(axis=0) / triangle.weight)
         trial = triangle.solve(l2 * weight / triangle.weight, intercept)
         accepted, least = dataclasses.replace(trial, w=np.zeros_like(trial.w), b=np.zeros_like(trial.b)), np.inf
         for _ in range(_MOST_PASSES):

@@ -15,6 +15,7 @@ import scipy.special  # scipy.stats takes half a second to import
 from dpreg.errors import InputError
 
 _EPSILON = float(np.finfo(np.float64).eps)
+_FAR = 8.0  # times the mean distance of a column's values from their mean: as far from 0 is that mean
 
 
 def intercept_name(features: Iterable[str]) -> str:
@@ -30,7 +31,9 @@ class Triangle:
     """What rows [n, d] with targets [n, t] come to.
 
     Attributes:
-      r: [1 + d + t, 1 + d + t] upper triangle, float64.
+      r: [1 + d + t, 1 + d + t] upper triangle, float64, of columns less `origin`.
+      origin: [d + t] near the means of columns of x and y that are far from 0 for how little they vary, else 0: such
+        columns keep their digits.
       num_inputs: d.
       rows: those with a weight; weight: the sum of all weights.
       epsilon: of the values of x, the share of one that rounding it may have changed.
@@ -38,6 +41,7 @@ class Triangle:
     """
 
     r: np.ndarray
+    origin: np.ndarray
     num_inputs: int
     rows: int
     weight: float
@@ -47,42 +51,80 @@ class Triangle:
     @classmethod
     def of(cls, x: np.ndarray, y: np.ndarray, weight: np.ndarray) -> "Triangle":
         """The triangle of rows [n, d], [n, t], [n]."""
-        root = np.sqrt(weight.astype(np.float64))[:, None]
-        whole = np.concatenate([root, root * x.astype(np.float64), root * y], axis=1)
+        weight, columns = weight.astype(np.float64), np.concatenate([x, y], axis=1).astype(np.float64, copy=False)
+        total = float(weight.sum())
+        mean = np.einsum("i,ij->j", weight, columns) / (total or 1.0)
+        distance = np.einsum("i,ij->j", weight, np.abs(columns - mean)) / (total or 1.0)
+        # So far out that almost every value is within a factor 2 of the mean, where a difference has no rounding.
+        origin = np.where(np.abs(mean) > _FAR * distance, mean, 0.0)
+        root = np.sqrt(weight)[:, None]
+        whole = np.concatenate([root, root * (columns - origin)], axis=1)
         whole = np.concatenate([whole, np.zeros((max(0, whole.shape[1] - len(whole)), whole.shape[1]))])
-        return cls(_upper(whole), x.shape[1], int((weight > 0).sum()), float(weight.sum(dtype=np.float64)))
+        return cls(_upper(whole), origin, x.shape[1], int((weight > 0).sum()), total)
 
     def packed(self) -> np.ndarray:
         """All of it as one vector of float64."""
-        return np.array([*self.r.ravel(), self.rows, self.weight])
+        return np.array([*self.r.ravel(), *self.origin, self.rows, self.weight])
 
     @classmethod
     def unpacked(cls, packed: np.ndarray, num_inputs: int, num_targets: int, epsilon: float = _EPSILON) -> "Triangle":
         """The triangle that was packed."""
         size = 1 + num_inputs + num_targets
-        return cls(packed[:-2].reshape(size, size), num_inputs, int(packed[-2]), float(packed[-1]), epsilon)
+        r, origin = packed[: size**2].reshape(size, size), packed[size**2 : -2]
+        return cls(r, origin, num_inputs, int(packed[-2]), float(packed[-1]), epsilon)
 
     def __add__(self, other: "Triangle") -> "Triangle":
         """That of the rows of both."""
-        r = _upper(np.concatenate([self.r, other.r]))
+        if not (self.weight and other.weight):
+            return self if self.weight else other
+        origin = np.where(other.origin != 0, self.origin, 0.0)  # far from 0 in both
+        r = _upper(np.concatenate([self.about(origin), other.about(origin)]))
         epsilon = max(self.epsilon, other.epsilon)
-        return Triangle(r, self.num_inputs, self.rows + other.rows, self.weight + other.weight, epsilon)
+        return Triangle(r, origin, self.num_inputs, self.rows + other.rows, self.weight + other.weight, epsilon)
+
+    def about(self, origin: np.ndarray | float) -> np.ndarray:
+        """The triangle `r` of columns less another origin [d + t]."""
+        r = self.r.copy()
+        r[0, 1:] += r[0, 0] * (self.origin - origin)
+        return r
+
+    def below(self, intercept: bool) -> np.ndarray:
+        """What is left of the rows where an intercept is out of the way, about the means; without one, about 0."""
+        return self.r[1:] if intercept else self.about(0.0)
+
+    @property
+    def means(self) -> np.ndarray:
+        """[d + t], of the columns of x and y."""
+        means: np.ndarray = self.r[0, 1:] / self.r[0, 0] + self.origin
+        return means
+
+    def intercept(self, w: np.ndarray) -> np.ndarray:
+        """[t]: the best b for w [d, t]."""
+        d, own = self.num_inputs, self.r[0, 1:] / self.r[0, 0]
+        best: np.ndarray = (own[d:] - own[:d] @ w) + (self.origin[d:] - self.origin[:d] @ w)
+        return best
 
     def in_units(self, mean: np.ndarray, scale: np.ndarray) -> "Triangle":
         """That of the columns of x and y times `scale` plus `mean`, both [d + t]."""
-        units = np.diag(np.concatenate([[1.0], scale]))
-        units[0, 1:] = mean
-        return dataclasses.replace(self, r=self.r @ units, lengths=self._lengths * np.abs(scale[: self.num_inputs]))
+        return self._scaled(scale, self.origin * scale + mean)
+
+    def standardized(self, mean: np.ndarray, scale: np.ndarray) -> "Triangle":
+        """That of the columns of x and y less `mean`, over `scale`, both [d + t]."""
+        return self._scaled(1 / scale, (self.origin - mean) / scale)
+
+    def _scaled(self, factor: np.ndarray, origin: np.ndarray) -> "Triangle":
+        r = self.r * np.concatenate([[1.0], factor])
+        return dataclasses.replace(self, r=r, origin=origin, lengths=self._lengths * np.abs(factor[: self.num_inputs]))
 
     @property
     def _lengths(self) -> np.ndarray:
-        columns = self.r[:, 1 : 1 + self.num_inputs]
+        columns = self.about(0.0)[:, 1 : 1 + self.num_inputs]
         return np.sqrt(np.square(columns).sum(axis=0)) if self.lengths is None else self.lengths
 
     def squares(self, w: np.ndarray, b: np.ndarray) -> np.ndarray:
         """[t]: the sums of weight (x w + b - y)^2, of w [d, t] and b [t]."""
-        at = np.concatenate([np.atleast_2d(b), w, -np.eye(w.shape[1])])
-        squares: np.ndarray = np.square(self.r @ at).sum(axis=0)
+        about_means = self.r[1:, 1:] @ np.concatenate([w, -np.eye(w.shape[1])])
+        squares: np.ndarray = np.square(about_means).sum(axis=0) + np.square(self.r[0, 0] * (b - self.intercept(w)))
         return squares
 
     def loss(self, w: np.ndarray, b: np.ndarray) -> float:
@@ -100,12 +142,12 @@ class Triangle:
         if not self.weight > 0:
             raise InputError("there is no row with a weight to fit; give one row at least a weight")
         d = self.num_inputs
-        # Below the first row everything is about the mean: the intercept is out of the way.
-        rest = self.r[1:] if intercept else self.r
+        rest = self.below(intercept)
         x, y = rest[:, 1 : 1 + d], rest[:, 1 + d :]
         spread = np.sqrt(np.square(x).sum(axis=0))
         # What rounding, of a column's values and in the decomposition, leaves of it where it has nothing of its own.
-        rounding = max(2 * self.epsilon, max(10, len(self.r)) * _EPSILON) * self._lengths
+        decomposed = np.sqrt(np.square(self.r if intercept else rest)[:, 1 : 1 + d].sum(axis=0))
+        rounding = np.maximum(2 * self.epsilon * self._lengths, max(10, len(self.r)) * _EPSILON * decomposed)
         kept = np.flatnonzero(spread > rounding)
         while True:
             scaled = x[:, kept] / spread[kept]
@@ -121,7 +163,7 @@ class Triangle:
         targets = np.concatenate([y, np.zeros((len(scaled) - len(y), y.shape[1]))])
         w = np.zeros((d, y.shape[1]))
         w[kept] = scipy.linalg.solve_triangular(r, q.T @ targets) / spread[kept, None]
-        b = (self.r[:1, 1 + d :] - self.r[:1, 1 : 1 + d] @ w)[0] / self.r[0, 0] if intercept else np.zeros(y.shape[1])
+        b = self.intercept(w) if intercept else np.zeros(y.shape[1])
         inverse = scipy.linalg.solve_triangular(r, np.eye(len(kept))) / spread[kept, None]
         return Fit(self, w, b, tuple(sorted(int(column) for column in kept)), l2, intercept, _Inverse(kept, inverse))
 
@@ -165,15 +207,14 @@ class Fit:
         """A step of Newton's method from here, which takes back most of what rounding did.
 
         Args:
-          of_w: [d, t] the sum over rows of weight x (y - x w - b), in more digits than the fit has.
+          of_w: [d, t] the sum over rows of weight (x - `means`) (y - x w - b), in more digits than the fit has.
           of_b: [t] that of weight (y - x w - b).
         """
-        means = self.triangle.r[0, 1 : 1 + len(self.w)] / self.triangle.r[0, 0] * self.intercept
-        gradient = of_w - np.outer(means, of_b) - self.l2 * self.triangle.weight * self.w
+        gradient = of_w - self.l2 * self.triangle.weight * self.w
         kept, root = self.inverse.kept, self.inverse.root
         step = np.zeros_like(self.w)
         step[kept] = root @ (root.T @ gradient[kept])
-        more = of_b / self.triangle.weight * self.intercept - means @ step
+        more = of_b / self.triangle.weight * self.intercept - self.means @ step
         return dataclasses.replace(self, w=self.w + step, b=self.b + more)
 
     def in_units(self, mean: np.ndarray, scale: np.ndarray) -> "Fit":
@@ -181,8 +222,17 @@ class Fit:
         d = len(self.w)
         w = self.w / scale[:d, None] * scale[d:]
         inverse = _Inverse(self.inverse.kept, self.inverse.root / scale[self.inverse.kept, None])
-        b = self.b * scale[d:] + mean[d:] - mean[:d] @ w
-        return dataclasses.replace(self, triangle=self.triangle.in_units(mean, scale), w=w, b=b, inverse=inverse)
+        triangle = self.triangle.in_units(mean, scale)
+        if self.intercept:  # not by way of b, which may be large
+            b = triangle.intercept(w) + (self.b - self.triangle.intercept(self.w)) * scale[d:]
+        else:
+            b = self.b * scale[d:] + mean[d:] - mean[:d] @ w
+        return dataclasses.replace(self, triangle=triangle, w=w, b=b, inverse=inverse)
+
+    @property
+    def means(self) -> np.ndarray:
+        """[d] of the columns of x; without an intercept 0."""
+        return self.triangle.means[: len(self.w)] * self.intercept
 
     @property
     def loss(self) -> float:
@@ -192,7 +242,7 @@ class Fit:
     @property
     def directions(self) -> np.ndarray:
         """[d, number kept] orthonormal: the directions in which the rows of x differ."""
-        rows = self.triangle.r[int(self.intercept) :, 1 : 1 + self.triangle.num_inputs]
+        rows = self.triangle.below(self.intercept)[:, 1 : 1 + self.triangle.num_inputs]
         return np.linalg.svd(rows)[2][: len(self.kept)].T
 
     def shortest(self) -> tuple[np.ndarray, np.ndarray]:
@@ -200,8 +250,8 @@ class Fit:
         if len(self.kept) == self.triangle.num_inputs or self.l2:
             return self.w, self.b
         along = self.directions
-        w, r = along @ (along.T @ self.w), self.triangle.r
-        return w, self.b + r[0, 1 : 1 + len(w)] @ (self.w - w) / r[0, 0] * self.intercept
+        w = along @ (along.T @ self.w)
+        return w, self.b + self.means @ (self.w - w)
 
     @property
     def degrees_of_freedom(self) -> int:
@@ -218,7 +268,7 @@ class Fit:
     @property
     def r2(self) -> np.ndarray:
         """[t]: the share of the targets' spread that is explained (around 0 without intercept); NaN for none."""
-        spread = np.square(self.triangle.r[self.intercept :, 1 + self.triangle.num_inputs :]).sum(axis=0)
+        spread = np.square(self.triangle.below(self.intercept)[:, 1 + self.triangle.num_inputs :]).sum(axis=0)
         explained: np.ndarray = 1 - self.triangle.squares(self.w, self.b) / np.where(spread > 0, spread, np.nan)
         return explained
 
@@ -236,8 +286,7 @@ class Fit:
         if not self.intercept:
             return w, np.full(self.b.shape, np.nan)
         # b is the mean of y less the means of x times w.
-        means = self.triangle.r[0, 1 + kept] / self.triangle.r[0, 0]
-        of_b = np.sqrt(1 / self.triangle.r[0, 0] ** 2 + np.square(means @ root).sum())
+        of_b = np.sqrt(1 / self.triangle.r[0, 0] ** 2 + np.square(self.means[kept] @ root).sum())
         return w, of_b * deviation
 
     @property
@@ -257,7 +306,7 @@ class Fit:
     @property
     def condition_number(self) -> float:
         """Of the used columns, about their means (or 0) and scaled to one length; 1 is best, 1e16 is hopeless."""
-        x = self.triangle.r[self.intercept :, 1 : 1 + self.triangle.num_inputs][:, list(self.kept)]
+        x = self.triangle.below(self.intercept)[:, 1 : 1 + self.triangle.num_inputs][:, list(self.kept)]
         return float(np.linalg.cond(x / np.sqrt(np.square(x).sum(axis=0)))) if self.kept else 1.0
 
     def describe(self, names: Sequence[str], target: int = 0, level: float = 0.95) -> str:
