@@ -31,6 +31,7 @@ from dpreg.models.least_squares import Fit
 from dpreg.observers.checkpoint import Checkpoints, UnwrittenError
 from dpreg.observers.export import save_model
 from dpreg.observers.metrics import MetricsWriter, is_start, note_start, read_records, to_json
+from dpreg.observers.orbax_errors import end_where_threads_wait
 from dpreg.observers.profile import Profiler
 from dpreg.observers.progress import ProgressDisplay
 from dpreg.observers.report import COMPARED_ROWS, Compared, write_report
@@ -354,7 +355,12 @@ def _lost_by_files(work: Callable[[], None]) -> None:
 
 def main() -> None:
     """The entry point."""
-    enter(_main, installed=True)
+    try:
+        enter(_main, installed=True)
+    except SystemExit as end:
+        if isinstance(end.code, int) and end.code:
+            end_where_threads_wait(end.code)
+        raise
 
 
 if __name__ == "__main__":
