@@ -3,7 +3,8 @@
 Data, which `Trainer.fit` takes:
 
 - `SyntheticRegressionData`: rows whose true parameters are known.
-- `RegressionData`: rows to fit and rows held out, of any `Source`.
+- `RegressionData`: rows to fit and rows held out, of any `Source`; `RegressionData.from_parts` where each of several
+  processes holds its own.
 - `ArraySource`, `Shuffled`: a source over arrays; one over another, in a mixed order.
 - `read_table`, `Columns`: rows of a table, and what to take from it.
 - `Dataset`, `Block`: the pipeline to the devices, and the steps that it hands over at once.

@@ -11,9 +11,10 @@ from jax.sharding import Mesh
 
 from dpreg.config import Columns
 from dpreg.data.dataset import PRECISIONS, Dataset
+from dpreg.data.parts import rows_everywhere
 from dpreg.data.raw import RawRows, columns_of, encoded_schema, open_columns, open_source
 from dpreg.data.schema import Schema
-from dpreg.data.sources import ArraySource, Rows, Source
+from dpreg.data.sources import ArraySource, Rows, Source, describe_rows
 from dpreg.errors import InputError
 from dpreg.models.losses import SQUARED, loss_of
 from dpreg.models.metrics import Errors, errors, metrics
@@ -26,6 +27,10 @@ from dpreg.parallel.state import Model
 
 _PIECE_BYTES = 16 << 20  # of rows, on their way at once
 _PIECE_STEPS = 1 << 8
+ROWS_IN_PARTS = (
+    "give the same to all processes; rows of which each process has its own part go through "
+    "dpreg.RegressionData.from_parts(train=own_rows)"
+)
 
 
 def errors_of(model: Model, schema: Schema | None) -> Callable[[Any, Any], Errors]:
@@ -94,6 +99,7 @@ class Predictor:
         """Rows of a piece: all but the last have as many."""
         return self._steps * self._batch_size
 
+    @processes.together()
     def predict(self, x: Any) -> np.ndarray:
         """What the model predicts for rows: [n, t] float64, in original units.
 
@@ -105,6 +111,9 @@ class Predictor:
         Raises:
           InputError: for rows of another shape, columns that are not there, and values that are no finite numbers.
         """
+        processes.require_alike("predict", ROWS_IN_PARTS, lambda: {"rows": describe_rows(x)})
+        if hasattr(x, "fingerprint"):
+            return self._predict_source(x)
         if self.schema is None:
             return self._predict_encoded(self._array(x))
         columns = columns_of(self.schema, self.columns, targets=False)
@@ -131,6 +140,15 @@ class Predictor:
             raise InputError(f"x has shape {list(array.shape)}; give one row or more of {self.num_inputs:,} columns")
         return array
 
+    def _predict_source(self, source: Source) -> np.ndarray:
+        """The predictions of the rows of a source; of rows in parts, those of this process's part."""
+        own: range = getattr(source, "own", range(len(source)))
+        first, found = 0, []
+        for predicted in self.predictions(self.pieces(source)):
+            found.append(predicted[max(own.start - first, 0) : max(own.stop - first, 0)])
+            first += len(predicted)
+        return np.concatenate(found)
+
     def compared(self, source: Source, most: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """(predicted, observed, weight) of rows evenly spaced over a source: [n, t], [n, t] and [n] float64.
 
@@ -140,7 +158,7 @@ class Predictor:
           source: rows as the model sees them.
           most: rows; those without weight are left out.
         """
-        rows = source[np.arange(0, len(source), -(-len(source) // most))]
+        rows = rows_everywhere(source, np.arange(0, len(source), -(-len(source) // most)))
         there = rows["weight"] > 0
         predicted, observed = self._predict_encoded(rows["x"])[there], rows["y"][there].astype(np.float64)
         observed = observed if self.schema is None else self.schema.prediction(observed)
@@ -187,7 +205,7 @@ class Predictor:
             raise InputError(f"{type(rows).__name__} is no source of rows; give one, such as dpreg.ArraySource(x, y)")
         if self.schema is None or encoded or (is_source and encoded_schema(rows) == self.schema):
             for first in range(0, len(rows), self.piece_rows):
-                yield rows[np.arange(first, min(first + self.piece_rows, len(rows)))]
+                yield rows_everywhere(rows, np.arange(first, min(first + self.piece_rows, len(rows))))
             return
         columns = columns_of(self.schema, self.columns, targets=True)
         if not is_source:

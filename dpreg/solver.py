@@ -9,6 +9,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from dpreg.data.order import Sampler
+from dpreg.data.parts import hold_shards
 from dpreg.data.sources import Rows, Source
 from dpreg.errors import InputError
 from dpreg.models import softmax
@@ -42,7 +43,7 @@ class Solver:
         one = source[np.zeros(1, np.int32)]
         self._inputs, self._targets = one["x"].shape[1], one["y"].shape[1]
         self._epsilon = float(np.spacing(np.ones((), one["x"].dtype)))
-        self._source, self._heartbeat, self.passes = source, heartbeat, 0
+        self._source, self._heartbeat, self.passes = hold_shards(source, mesh, num_shards), heartbeat, 0
         self._sampler = Sampler(len(source), num_shards, num_shards, shuffle=False)
         shards = np.arange(mesh.size * -(-num_shards // mesh.size)).reshape(mesh.size, -1)
         self._own = shards[[device.process_index == jax.process_index() for device in mesh.devices.flat]]

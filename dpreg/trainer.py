@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import dataclasses
+import functools
 import logging
 import math
 import threading
@@ -19,26 +20,30 @@ from dpreg.config import BACKENDS, PLACEMENTS, REDUCTIONS, Columns
 from dpreg.data.dataset import PRECISIONS, Block, Dataset
 from dpreg.data.order import Sampler
 from dpreg.data.schema import Number, Schema
-from dpreg.data.sources import RegressionData, first_outside
+from dpreg.data.sources import RegressionData, describe_rows, first_outside
 from dpreg.errors import AuditFailed, Diverged, InputError, Preempted
 from dpreg.interrupts import deferred
 from dpreg.models.linear import LinearRegressionScratch
 from dpreg.models.losses import loss_of
 from dpreg.models.mlp import LinearRegression
 from dpreg.observer import Observer, Progress
-from dpreg.parallel import devices, presence, processes
+from dpreg.parallel import devices, processes
 from dpreg.parallel.audit import Audit
 from dpreg.parallel.checks import normalises_over_batch, require_model, traced
 from dpreg.parallel.compile import compile_eval_block, compile_train_block
 from dpreg.parallel.layout import Carried, Clock, example_of, layout_of
 from dpreg.parallel.state import Model, TrainState, initial_state
-from dpreg.predictor import Predictor, errors_of, metrics_of
+from dpreg.predictor import ROWS_IN_PARTS, Predictor, errors_of, metrics_of
 
 # A second or so of a CPU, and of the slowest chips: signals, saves and progress wait for the calls in flight. On a chip
 # a shard that is taken alone takes at least as long as so many operations would.
 _OPERATIONS_OF_CALL, _OPERATIONS_OF_CALL_OF_CHIP, _LEAST_OPERATIONS_OF_SHARD = 1 << 36, 1 << 41, 1 << 26
 _FEW_ROWS = 16  # fewer make poor batch statistics
 _MOST_STEPS = 2**31 - 1  # an int32 on the devices
+_SETTINGS = (
+    *("max_epochs", "num_shards", "precision", "reduction", "backend", "placement", "seed", "steps_per_block"),
+    *("gradient_clip_val", "accumulate_steps", "patience", "log_every_steps"),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -225,7 +230,7 @@ class Trainer:
         self.validate()
         return True
 
-    @presence.at_work("laying out rows")
+    @processes.together("laying out rows")
     def prepare_data(self, data: RegressionData) -> None:
         """Brings the rows to where the steps read them. A state that was trained on other rows is given up."""
         self.__dict__.pop("_state", None)
@@ -237,7 +242,8 @@ class Trainer:
         self.seconds["ingest"] += time.perf_counter() - started
 
     def lay_out(self, data: RegressionData) -> None:
-        """Decides where rows are to be, and moves none."""
+        """Decides where rows are to be, and moves none but those in parts, see `RegressionData.from_parts`."""
+        processes.require_alike("fit", ROWS_IN_PARTS, functools.partial(self._describe_run, data))
         self._schema: Schema | None = getattr(data, "schema", None)
         self._columns: Columns | None = getattr(data, "columns", None)
         self.seconds, self.steps_trained = dict.fromkeys(self.seconds, 0.0), 0
@@ -256,6 +262,16 @@ class Trainer:
             raise InputError(f"--patience={self.patience}: there are no rows held out to measure by; hold some out")
         self.val = self._placed(Dataset(data.val).batch(data.batch_size)) if data.val else None
 
+    def _describe_run(self, data: RegressionData) -> dict[str, tuple[str, str]]:
+        """What all processes have to give alike to train together, besides the model."""
+        settings = {name: str(getattr(self, name)) for name in _SETTINGS} | {"audit": str(self.audit.on)}
+        settings |= {"batch_size": str(data.batch_size), "devices": devices.describe(self.mesh.devices.flat)}
+        return {
+            "training rows": describe_rows(data.train),
+            "validation rows": describe_rows(data.val) if data.val else ("none", ""),
+            **{name: (value, "") for name, value in settings.items()},
+        }
+
     def _placed(self, dataset: Dataset) -> Dataset:
         sharded = dataset.cast(self.precision).shard(self.mesh, self.num_shards).prefetch(2)
         placed = sharded.place(self.placement, self.steps_per_block)
@@ -265,7 +281,7 @@ class Trainer:
                 return sharded.place("host", self.steps_per_block)
         return placed
 
-    @presence.at_work("compiling")
+    @processes.together("compiling")
     def prepare_model(self, model: Model) -> None:
         """Initialises the state and compiles the steps, ahead of the first."""
         started = time.perf_counter()
@@ -304,8 +320,6 @@ class Trainer:
                     self.reduction,
                     self.backend,
                 )
-        # Compiled unevenly fast, but met before the first collective, which waits for nobody long.
-        processes.exchange()
         self._state = placed
         self._go_to(0)
         self.seconds["compile"] += time.perf_counter() - started
@@ -501,6 +515,8 @@ class Trainer:
         self.require_rest()
         if not self._whole:
             raise InputError("fit_epochs is running, or was ended between steps and reports; fit anew")
+        alike = {"number of epochs": (str(number), ""), "step": (f"{self.step:,}", "")}
+        processes.require_alike("fit_epochs", "give the same in all processes", lambda: alike)
         steps, stop = self.train.sampler.steps_per_epoch, self.train.num_steps
         if number is not None:
             stop = min(stop, (self.step // steps + number) * steps)
@@ -654,12 +670,14 @@ class Trainer:
         """
         return self.predictor().predict(x)
 
+    @processes.together()
     def evaluate(self, rows: Any) -> tuple[float, dict[str, float]]:
         """(mean loss, metrics in original units) of the trained model over rows.
 
         Args:
           rows: a `Source`; after training on a table also its columns, with the targets, see `Predictor.pieces`.
         """
+        processes.require_alike("evaluate", ROWS_IN_PARTS, lambda: {"rows": describe_rows(rows)})
         predictor = self.predictor()
         return predictor.evaluate(predictor.pieces(rows))
 

@@ -18,6 +18,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from dpreg.data.ahead import ahead
 from dpreg.data.order import Sampler, row_tag
+from dpreg.data.parts import hold_shards
 from dpreg.data.sources import Rows, Source
 from dpreg.errors import InputError
 
@@ -150,7 +151,8 @@ class Dataset:
 
     def shard(self, mesh: Mesh, num_shards: int) -> "Dataset":
         """Cuts the rows into logical shards and gives each device of the mesh a contiguous range of them."""
-        return dataclasses.replace(self, mesh=mesh, num_shards=num_shards)
+        source = hold_shards(self.source, mesh, num_shards)
+        return dataclasses.replace(self, source=source, mesh=mesh, num_shards=num_shards)
 
     def place(self, placement: str, steps_per_block: int | None = None) -> "Dataset":
         """Where the rows wait: on the "device", on the "host", or ("auto") on the device where they fit."""

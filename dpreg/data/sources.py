@@ -2,7 +2,7 @@
 
 import dataclasses
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 import numpy as np
@@ -10,8 +10,10 @@ from numpy.typing import ArrayLike, DTypeLike
 
 from dpreg.config import Columns
 from dpreg.data.order import permute
+from dpreg.data.parts import PartedRows, put_together
 from dpreg.data.schema import Schema
 from dpreg.errors import InputError
+from dpreg.parallel.processes import together
 
 Rows = dict[str, np.ndarray]
 
@@ -108,6 +110,24 @@ class ArraySource:
         return digest.hexdigest()
 
 
+def describe_rows(rows: Any) -> tuple[str, str]:
+    """(how many rows there are, a digest of them), to compare what processes have: a source, an array or columns."""
+    if hasattr(rows, "fingerprint"):
+        return f"{len(rows):,} rows", rows.fingerprint()
+    names = getattr(rows, "column_names", None)  # of an Arrow table
+    if names is None:
+        names = rows.keys() if isinstance(rows, Mapping) else getattr(rows, "columns", None)  # of a data frame
+    columns = [rows] if names is None else [np.asarray([str(name) for name in names]), *(rows[name] for name in names)]
+    digest, shape = hashlib.sha256(), [0]
+    for array in map(np.asarray, columns):
+        shape = [*array.shape]
+        if not shape:
+            raise InputError(f"{type(rows).__name__} has no fingerprint(); among several processes a source needs one")
+        digest.update(f"{array.shape} {array.dtype}".encode())
+        digest.update(repr(array.tolist()).encode() if array.dtype.hasobject else np.ascontiguousarray(array).data)
+    return (f"shape {shape}" if names is None else f"{shape[0]:,} rows"), digest.hexdigest()
+
+
 def first_outside(source: Source, allowed: Callable[[np.ndarray], np.ndarray]) -> tuple[int, tuple[float, ...]] | None:
     """The first row, as the user numbers them from 1, with a target that is not allowed, and its targets.
 
@@ -117,8 +137,9 @@ def first_outside(source: Source, allowed: Callable[[np.ndarray], np.ndarray]) -
       allowed: targets [n, t] -> [n, t], which of them are.
     """
     found: tuple[int, tuple[float, ...]] | None = None
-    for start in range(0, len(source), _CHECKED_ROWS):
-        indices = np.arange(start, min(start + _CHECKED_ROWS, len(source)))
+    own: range = getattr(source, "own", range(len(source)))  # of rows in parts
+    for start in range(own.start, own.stop, _CHECKED_ROWS):
+        indices = np.arange(start, min(start + _CHECKED_ROWS, own.stop))
         columns: Any = [getattr(source, name, None) for name in ("y", "weight")]  # so that x is not read
         if [np.ndim(column) for column in columns] == [2, 1]:
             y, weight = (column[indices] for column in columns)
@@ -151,6 +172,10 @@ class Shuffled:
     """
 
     source: Source
+
+    def __post_init__(self) -> None:
+        if isinstance(self.source, PartedRows):
+            raise InputError("rows in parts cannot be shuffled over processes; give from_parts a Shuffled of each part")
 
     def __len__(self) -> int:
         return len(self.source)
@@ -195,6 +220,36 @@ class RegressionData:
         self.train, self.val, self.batch_size, self.schema, self.columns = train, val, batch_size, schema, columns
         first = train[np.zeros(1, np.int32)]
         self.num_inputs, self.num_targets = first["x"].shape[1], first["y"].shape[1]
+
+    @staticmethod
+    @together("putting rows together")
+    def from_parts(train: Source | None, val: Source | None = None, batch_size: int = 32) -> "RegressionData":
+        """Rows of which each of several processes holds its own part; in a single process, the rows as they are.
+
+        The whole is the parts in the order of the processes' ids: training on it gives what one process with all of
+        the rows gives. All processes have to call this, as they have to call `Trainer.fit` with its result. Rows that
+        the devices of another process need are sent there once; so parts of about equal size are best.
+
+        Args:
+          train: the rows to fit that this process holds, an `ArraySource` or any other source; None for no rows.
+          val: the rows held out that this process holds; None for no rows.
+          batch_size: rows of one global batch, over all processes.
+
+        Returns:
+          The data of all processes. Its `train` and `val` may also be given to `Trainer.evaluate`; and to
+          `Trainer.predict`, which then gives each process the predictions of its own rows.
+
+        Raises:
+          InputError: in all processes, when parts have different columns or dtypes, or no process has rows to fit.
+
+        >>> data = RegressionData.from_parts(ArraySource([[0, 1], [2, 3]], [4, 5]), batch_size=2)
+        >>> len(data.train)
+        2
+        """
+        whole, held_out = put_together(train, "training"), put_together(val, "validation")
+        if whole is None:
+            raise InputError("there are no training rows; give at least one")
+        return RegressionData(whole, held_out, batch_size)
 
     def fingerprint(self) -> str:
         """Of the rows, training and validation."""

@@ -1,6 +1,8 @@
 """Compiles steps ahead of their first call, for either backend."""
 
+import hashlib
 import logging
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -12,7 +14,7 @@ from jax.flatten_util import ravel_pytree
 from jax.sharding import Mesh, PartitionSpec
 
 from dpreg.errors import InputError
-from dpreg.parallel import devices
+from dpreg.parallel import devices, processes
 from dpreg.parallel.checks import normalises_over_batch
 from dpreg.parallel.layout import Carried, Clock, Layout
 from dpreg.parallel.reduce import AXIS, PyTree, from_all_devices, gradient_of_shards, isolated, opaque_loop
@@ -20,6 +22,14 @@ from dpreg.parallel.state import Model, TrainState, forward
 from dpreg.parallel.step import Program, Statistics, shard_loss, train_block, updated
 from dpreg.parallel.tuning import compiler_options, multiplies_vectors_only, schedule_for
 from dpreg.tracing import key_of, pinned_settings
+
+_ALIKE = "give all processes the same model, with the same settings of its loss and its optimizer"
+
+
+def _describe_program(text: str) -> tuple[str, str]:
+    """(a short, a long) digest of a program before it is optimized; addresses of functions are left out of it."""
+    digest = hashlib.sha256(re.sub("[0-9]{12,}", "", text).encode()).hexdigest()
+    return digest[:8], digest
 
 
 def _has_float64(tree: PyTree) -> bool:
@@ -217,5 +227,6 @@ def _compile(
         function = jax.jit(mapped, donate_argnums=donated)
     with pinned_settings(_has_float64(arguments[0])):
         lowered = function.lower(*arguments)
+    processes.require_alike("compiling", _ALIKE, lambda: {"programs": _describe_program(lowered.as_text())})
     compiled: Callable[..., Any] = lowered.compile(compiler_options=options)
     return compiled

@@ -2,19 +2,23 @@
 
 import contextlib
 import ctypes
+import functools
 import itertools
+import json
 import os
 import signal
 import sys
-from collections.abc import Callable
-from typing import Any, NoReturn, TypeVar
+from collections.abc import Callable, Mapping
+from typing import Any, NoReturn, ParamSpec, TypeVar
 
 import jax
+import numpy as np
 from jax._src import clusters, distributed, xla_bridge  # without a public name: who is who, key-value store, Gloo
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxlib import _jax
 
 from dpreg.errors import InputError, ProcessLost
-from dpreg.parallel import presence
+from dpreg.parallel import deadline, presence
 from dpreg.parallel.roll_call import (
     HEARTBEAT_SECONDS,
     JOIN_SECONDS,
@@ -27,6 +31,7 @@ from dpreg.parallel.roll_call import (
 )
 
 Result = TypeVar("Result")
+Arguments = ParamSpec("Arguments")
 
 # Calls dispatched and not yet finished, besides one: enough for a device not to wait for what the host does between
 # calls, and few to be finished when it is time to stop. Simulated CPU devices deadlock when a program runs far ahead.
@@ -253,6 +258,95 @@ def agreed(function: Callable[[], Result]) -> Result:
     except InputError as error:
         exchange(error=str(error))
         raise
+
+
+def together(doing: str = "") -> Callable[[Callable[Arguments, Result]], Callable[Arguments, Result]]:
+    """Makes a function one that all processes call: an InputError of one becomes that of all.
+
+    Args:
+      doing: what it does before its first collective, for the messages of processes that wait for this one meanwhile.
+    """
+
+    def decorate(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
+        @functools.wraps(function)
+        def of_all(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
+            if not presence.is_one_of_several():
+                return function(*args, **kwargs)
+            with presence.at_work(doing) if doing else contextlib.nullcontext():
+                return agreed(functools.partial(function, *args, **kwargs))
+
+        return of_all
+
+    return decorate
+
+
+def exchange_for(call: str, value: Any) -> list[Any]:
+    """`exchange` of values that JSON holds, for a call that all processes have to be in.
+
+    Raises:
+      AgreedError: in all processes, when another one is in another call.
+    """
+    found = []
+    for text in exchange(json.dumps([call, value])):
+        message = json.loads(text) if text.startswith("[") else []
+        found.append(message if len(message) == 2 else ["another function", None])
+    for process, (other, _) in enumerate(found):
+        if other != found[0][0]:
+            raise AgreedError(
+                f"process 0 calls {found[0][0]} and process {process} calls {other}; let all processes call the same"
+            )
+    return [value for _, value in found]
+
+
+def require_alike(call: str, advice: str, given: Callable[[], Mapping[str, tuple[str, str]]]) -> None:
+    """Compares what all processes give to a call, before its first collective.
+
+    Args:
+      call: its name.
+      advice: what to do where something differs.
+      given: what is compared, by name: as a message shows it, and a digest of its value. Not called in one process.
+
+    Raises:
+      AgreedError: in all processes, when something differs between two of them.
+    """
+    if not presence.is_one_of_several():
+        return
+    with presence.at_work("reading what it was given"):
+        own = given()
+    first, *others = exchange_for(call, own)
+    for process, other in enumerate(others, 1):
+        for name in {**first, **other}:
+            if other.get(name) != first.get(name):
+                here, there = (found.get(name, ["none"])[0] for found in (first, other))
+                raise AgreedError(
+                    f"{call}: processes 0 and {process} have different {name}: {here} and {there}; {advice}"
+                )
+
+
+@functools.cache
+def _compile_sum(size: int) -> tuple[Any, NamedSharding]:
+    """The compiled sum over processes of [size] uint32, and how its argument [processes, size] lies on devices."""
+    of_each = {device.process_index: device for device in reversed(jax.devices())}
+    mesh = Mesh(np.array([of_each[process] for process in range(jax.process_count())]), ("process",))
+    along, everywhere = (NamedSharding(mesh, PartitionSpec(*axis)) for axis in (("process",), ()))
+    words = jax.ShapeDtypeStruct((mesh.size, size), np.uint32, sharding=along)
+    summed = jax.jit(lambda of_all: of_all.sum(axis=0, dtype=np.uint32), out_shardings=everywhere)
+    with presence.at_work("compiling"):
+        compiled = summed.lower(words).compile()
+    exchange()  # before the first collective, which waits for nobody long
+    return compiled, along
+
+
+def sum_words(words: np.ndarray) -> np.ndarray:
+    """The sum over all processes of [n] uint32, in all of them: a collective, of one device of each process."""
+    size = 1 << max(10, (len(words) - 1).bit_length())  # few sizes, as each is compiled
+    compiled, along = _compile_sum(size)
+    padded = np.zeros((1, size), np.uint32)
+    padded[0, : len(words)] = words
+    presence.begin_call()
+    with deadline.watched():
+        of_all = jax.make_array_from_callback((jax.process_count(), size), along, lambda _: padded)
+        return np.asarray(compiled(of_all))[: len(words)]
 
 
 class Announcements:

@@ -1,0 +1,97 @@
+"""What each of two processes of `test_parts.py` does: trains on its own part of the rows, and gives what is refused."""
+
+import hashlib
+import json
+import sys
+
+import numpy as np
+
+import dpreg
+from dpreg.data.dataset import Cast
+from dpreg.models.losses import loss_called
+from dpreg.solver import Solver
+
+ROWS, HELD_OUT, CUTS = 203, 50, (61, 50)  # of process 0; the others are of process 1, which has none held out
+
+
+def arrays(number, seed):
+    rng = np.random.default_rng(seed)
+    x = rng.normal(size=(number, 3)).astype(np.float32)
+    x[::7] *= -0.0
+    return x, (x @ [1.0, -2.0, 0.5] + rng.normal(size=number)).astype(np.float32), rng.uniform(0, 2, number)
+
+
+def source(number, seed, cut=slice(None)):
+    x, y, weight = (array[cut] for array in arrays(number, seed))
+    return dpreg.ArraySource(x, y, weight) if len(x) else None
+
+
+def sha_of(*values):
+    return hashlib.sha256(b"".join(np.ascontiguousarray(value).tobytes() for value in values)).hexdigest()
+
+
+def results(data, placement):
+    """All that comes of training on the rows, to the last bit."""
+    trainer = dpreg.Trainer(3, num_shards=4, reduction="ordered", placement=placement, seed=3)
+    trainer.fit(dpreg.LinearRegressionScratch(3, 0.05), data)
+    params = trainer.state.params
+    exact = Solver(Cast(data.train, "float32"), trainer.mesh, 4).least_squares()
+    predicted, observed, *_ = trainer.predictor().compared(data.train, 9)
+    return trainer, {
+        "params": sha_of(params["w"], params["b"]),
+        "losses": [trainer.train_loss, trainer.val_loss],
+        "evaluated": trainer.evaluate(data.train),
+        "exact": sha_of(exact.w, exact.b),
+        "compared": sha_of(predicted, observed),
+    }
+
+
+def refusals(process, trainer):
+    """What the processes are told when what they give is not alike."""
+    model, said = dpreg.LinearRegressionScratch(3, 0.05), {}
+
+    def refused(name, function):
+        try:
+            function()
+        except dpreg.InputError as error:
+            said[name] = str(error)
+
+    def fit(data, model=model, **settings):
+        settings = {"max_epochs": 1, "num_shards": 4} | settings
+        return lambda: dpreg.Trainer(**settings).fit(model, data)
+
+    same, x = dpreg.RegressionData(source(100, 0)), arrays(100, 0)[0]
+    refused("unequal lengths", fit(dpreg.RegressionData(source(100 + 30 * process, 0))))
+    refused("other values", fit(dpreg.RegressionData(source(100, process))))
+    refused("other rows held out", fit(dpreg.RegressionData(source(100, 0), source(9, 0) if process else None)))
+    refused("epochs", fit(same, max_epochs=1 + process))
+    refused("batch size", fit(dpreg.RegressionData(source(100, 0), batch_size=32 << process)))
+    refused("learning rate", fit(same, dpreg.LinearRegressionScratch(3, 0.05 + process)))
+    refused("predict", lambda: trainer.predict(x[: 50 + 20 * process]))
+    refused("predict values", lambda: trainer.predict(x[process : 50 + process]))
+    refused("evaluate", lambda: trainer.evaluate(source(100, process)))
+    refused("calls", lambda: trainer.evaluate(source(100, 0)) if process else trainer.predict(x))
+    narrow = dpreg.ArraySource(x[:, : 3 - process], x[:, 0])
+    refused("columns", lambda: dpreg.RegressionData.from_parts(narrow))
+    refused("no rows", lambda: dpreg.RegressionData.from_parts(None))
+    labels = dpreg.ArraySource(x, np.full(100, process * 7.0))
+    logistic = dpreg.LinearRegressionScratch(3, 0.05, objective=loss_called("logistic"))
+    refused("target", fit(dpreg.RegressionData.from_parts(labels), logistic))
+    refused("shuffled", lambda: dpreg.Shuffled(dpreg.RegressionData.from_parts(narrow and source(9, 0)).train))
+    return said
+
+
+def main(address, process):
+    dpreg.start("cpu", 2, address, 2, process)
+    cuts = [slice(0, cut) if process == 0 else slice(cut, None) for cut in CUTS]
+    data = dpreg.RegressionData.from_parts(source(ROWS, 1, cuts[0]), source(HELD_OUT, 2, cuts[1]), batch_size=16)
+    found = {"fingerprint": data.fingerprint(), "rows": [len(data.train), len(data.val)]}
+    for placement in ("device", "host"):
+        trainer, found[placement] = results(data, placement)
+    found["own predictions"] = trainer.predict(data.train).tolist()
+    found["all predictions"] = trainer.predict(arrays(ROWS, 1)[0]).tolist()
+    print("found", json.dumps(found | {"refusals": refusals(process, trainer)}))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1].partition("=")[2], int(sys.argv[2]))
