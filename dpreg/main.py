@@ -47,6 +47,7 @@ from dpreg.observers.tensorboard import TensorBoardWriter, require_tensorboard
 from dpreg.observers.workdir import open_workdir, write_whole
 from dpreg.parallel import devices, presence, processes
 from dpreg.parallel.deadline import Deadline
+from dpreg.parallel.digest import digest_prediction
 from dpreg.predict import predict, threads_of
 from dpreg.solver import Solver
 from dpreg.terminal import printable, show
@@ -112,7 +113,8 @@ def _run_in(workdir: pathlib.Path, config: Config, announcements: processes.Anno
 
     if not first:
         return
-    save_model(workdir / "model", config, trainer.variables, data)
+    computation = digest_prediction(trainer.model, trainer.variables, data.num_inputs, data.num_targets)
+    save_model(workdir / "model", config, trainer.variables, data, computation)
     summary = summarize(trainer, data)
     if fit is not None:
         summary["optimality"] = found = describe_optimum(trainer.state.params, data, fit)

@@ -30,6 +30,7 @@ from dpreg.observers.progress import ProgressDisplay
 from dpreg.parallel import devices, processes
 from dpreg.parallel.checks import mode_arguments
 from dpreg.parallel.deadline import Deadline
+from dpreg.parallel.digest import differ, digest_prediction
 from dpreg.parallel.state import Model
 from dpreg.predictor import Predictor
 from dpreg.terminal import show
@@ -108,7 +109,7 @@ def threads_of(config: Config) -> int | None:
 
 
 def _require_fit(model: Model, exported: Exported, workdir: str | None) -> None:
-    """Raises InputError where the parameters are not those that the model's code asks for."""
+    """Raises InputError where the parameters are not of the model's code, or it computes something else by now."""
 
     def shapes(variables: Any) -> dict[str, tuple[int, ...]]:
         leaves = jax.tree_util.tree_leaves_with_path(dict(variables))
@@ -123,6 +124,12 @@ def _require_fit(model: Model, exported: Exported, workdir: str | None) -> None:
                 f"{workdir}/model: the model cannot be used (parameter {name} has shape {there.get(name)}, and its "
                 f"code asks for {asked.get(name)}); run the training command again"
             )
+    now = digest_prediction(model, exported.variables, exported.num_inputs, exported.num_targets)
+    if differ(exported.computation, now):
+        raise InputError(
+            f"{workdir}/model: the code of the model computes something else than when it was trained; restore that "
+            "code, or run the training command again with --resume=never"
+        )
 
 
 def _compare(own: dict[str, Any]) -> None:

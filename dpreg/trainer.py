@@ -31,6 +31,7 @@ from dpreg.parallel import devices, processes
 from dpreg.parallel.audit import Audit
 from dpreg.parallel.checks import normalises_over_batch, require_model, traced
 from dpreg.parallel.compile import compile_eval_block, compile_train_block
+from dpreg.parallel.digest import digest_training
 from dpreg.parallel.layout import Carried, Clock, example_of, layout_of
 from dpreg.parallel.state import Model, TrainState, initial_state
 from dpreg.predictor import ROWS_IN_PARTS, Predictor, errors_of, metrics_of
@@ -298,6 +299,7 @@ class Trainer:
                 _FEW_ROWS,
             )
         self._model, self._predictor = model, None
+        self._computation: str | None = None
         self.bound_calls(state)
         self._shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), state)
         placed = devices.replicated(state, self.mesh)
@@ -440,6 +442,19 @@ class Trainer:
         if not hasattr(self, "_state"):
             raise InputError("there is no trained state; call fit first")
         return self._state
+
+    @property
+    def model(self) -> Model:
+        """The model that is trained."""
+        return self._model
+
+    @property
+    def computation(self) -> str | None:
+        """What the model computes, see `dpreg.parallel.digest.digest_training`."""
+        if self._computation is None:
+            rows = self.train.source[np.zeros(1, np.int32)]
+            self._computation = digest_training(self._model, self._shapes, rows["x"].shape[1], rows["y"].shape[1])
+        return self._computation
 
     @property
     def variables(self) -> dict[str, Any]:

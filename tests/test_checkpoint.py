@@ -17,6 +17,7 @@ import jax
 import numpy as np
 import optax
 import pytest
+from flax import linen as nn
 from models import Net, Rows
 
 import dpreg
@@ -29,17 +30,22 @@ IDENTITY = {"lr": 0.05}
 ROOT = pathlib.Path(__file__).parent.parent
 
 
-def prepare(trainer, width=16):
+@pytest.fixture(autouse=True, scope="module")
+def _promotion():
+    with jax.numpy_dtype_promotion("standard"):  # which `optax.add_noise` needs
+        yield
+
+
+def prepare(trainer, width=16, activation=nn.relu):
     """With a random key in the optimizer's state, which is saved and restored as well."""
     noisy = optax.chain(optax.add_noise(1e-4, 0.5, key=0), optax.sgd(0.05, momentum=0.9))
-    with jax.numpy_dtype_promotion("standard"):  # which optax needs there
-        trainer.prepare_model(Net(noisy, width=width))
+    trainer.prepare_model(Net(noisy, width=width, activation=activation))
 
 
-def prepared(num_val=20, **arguments):
+def prepared(num_val=20, activation=nn.relu, **arguments):
     trainer = dpreg.Trainer(3, reduction="ordered", log_every_steps=3, steps_per_block=2, **arguments)
     trainer.prepare_data(Rows(153, weighted=True).data(16, num_val))
-    prepare(trainer)
+    prepare(trainer, activation=activation)
     return trainer
 
 
@@ -199,6 +205,20 @@ def test_another_model_under_the_same_flags_is_refused_and_nothing_is_lost(tmp_p
     ):
         checkpoints.restore(trainer)
     assert (tmp_path / "checkpoints" / "4").exists()
+
+
+def test_a_model_whose_code_computes_something_else_by_now_is_refused(tmp_path, monkeypatch):
+    trainer, _ = train(tmp_path, 4)
+    was, changed = trainer.computation, prepared(activation=lambda x: nn.relu(x) * 1.0625)
+    with Checkpoints(tmp_path / "checkpoints", IDENTITY) as checkpoints:
+        with pytest.raises(dpreg.InputError, match="the code of the model computes something else than in the run"):
+            checkpoints.restore(changed)
+        rewritten = prepared(activation=lambda x: nn.relu(x), num_devices=1, backend="pmap", placement="host")
+        assert rewritten.computation == was
+        assert checkpoints.restore(rewritten)
+        # Other versions of the libraries may trace the same computation otherwise.
+        monkeypatch.setattr(type(changed), "computation", was.replace(jax.__version__, "99.0").replace(was[:32], "0"))
+        assert checkpoints.restore(changed)
 
 
 def test_the_curve_outlives_a_process_that_dies_at_once_after_a_resume(tmp_path):

@@ -15,6 +15,7 @@ from models import Rows
 import dpreg
 from dpreg.config import LOSSES
 from dpreg.models.losses import loss_called
+from dpreg.parallel.digest import differ, digest_prediction, digest_training
 from dpreg.parallel.state import forward, initial_state
 
 
@@ -263,3 +264,46 @@ def test_a_float32_run_begins_alike_after_a_float64_run():
     before = leaves()
     with jax.enable_x64(True):  # what a float64 run leaves behind
         assert leaves() == before
+
+
+def test_the_digest_of_a_computation_changes_with_what_is_computed_and_with_nothing_else():
+    class Other(Plain):
+        def loss(self, prediction, target):
+            return jnp.abs(prediction - target)[:, 0]
+
+        def configure_optimizers(self):
+            return optax.sgd(0.1)
+
+    class Renamed(Other):
+        """Says the same otherwise."""
+
+        def configure_optimizers(self):
+            rate = 0.1
+            return optax.sgd(rate)
+
+    class Rate(Other):
+        def configure_optimizers(self):
+            return optax.sgd(0.11)
+
+    class Squared(Other):
+        def loss(self, prediction, target):
+            return jnp.square(prediction - target)[:, 0]
+
+    class Start(Other):
+        @nn.compact
+        def __call__(self, x):
+            return nn.Dense(1, kernel_init=nn.initializers.zeros)(x)
+
+    def digests(model, features=3):
+        state = initial_state(model, np.ones((1, features)), 0, np.dtype("float32"))
+        variables = {"params": state.params, "batch_stats": state.batch_stats}
+        return digest_training(model, state, features, 1), digest_prediction(model, variables, features, 1)
+
+    training, prediction = digests(Other())
+    assert digests(Renamed()) == (training, prediction)
+    for model, of_prediction in ((Rate(), False), (Squared(), True), (Start(), False)):
+        assert differ(digests(model)[0], training)
+        assert differ(digests(model)[1], prediction) == of_prediction
+    newer = training.replace(jax.__version__, "99.0")
+    assert not differ(training, newer.replace(training[:32], "0" * 32))
+    assert digests(linear(None)) == (None, None)  # its flags say what it computes

@@ -20,6 +20,7 @@ from dpreg.errors import InputError
 from dpreg.observers.orbax_errors import quiet, reason_of
 from dpreg.parallel import processes
 from dpreg.parallel.devices import replicated
+from dpreg.parallel.digest import differ
 from dpreg.terminal import printable
 from dpreg.trainer import Best, Trainer
 
@@ -118,7 +119,14 @@ class Checkpoints:
         """
         trainer.require_rest()
         content = _content(trainer)
-        meta = sealed({"identity": self._identity, "leaves": _leaves(content), "content": _checksum(content)})
+        meta = sealed(
+            {
+                "identity": self._identity,
+                "computation": trainer.computation,
+                "leaves": _leaves(content),
+                "content": _checksum(content),
+            }
+        )
         with self._writing():
             self._manager.wait_until_finished()
             self._saving = trainer.step
@@ -136,11 +144,17 @@ class Checkpoints:
         A damaged one is reported, set aside, and the one before it taken.
 
         Raises:
-          InputError: when the checkpoint is of a run with another answer; names what differs.
+          InputError: when the checkpoint is of a run with another answer, or of a model of the user's own whose code
+            computes something else since; names what differs.
         """
         wanted = jax.tree.map(ocp.utils.to_shape_dtype_struct, _content(trainer))
         for step, meta in self._of_this_run():
             self._compare("model", meta["leaves"], _leaves(wanted))
+            if differ(meta.get("computation"), trainer.computation):
+                raise InputError(
+                    f"{self._folder}: the code of the model computes something else than in the run that is saved "
+                    "there; restore that code, name another --workdir, or use --resume=never to start over"
+                )
 
             def is_whole(content: Any, checksum: str = meta["content"]) -> bool:
                 return _checksum(content) == checksum

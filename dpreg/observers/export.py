@@ -32,6 +32,7 @@ class Exported:
       num_inputs, num_targets: features and targets of a row.
       schema: of the table that it was trained on; None where that was no table.
       digest: of all that; another one is another model.
+      computation: of its predictions, see `dpreg.parallel.digest`; None for the models of dpreg.
     """
 
     flags: Mapping[str, Any]
@@ -40,9 +41,16 @@ class Exported:
     num_targets: int
     schema: Schema | None
     digest: str
+    computation: str | None
 
 
-def save_model(folder: pathlib.Path, config: Config, variables: Mapping[str, Any], data: RegressionData) -> None:
+def save_model(
+    folder: pathlib.Path,
+    config: Config,
+    variables: Mapping[str, Any],
+    data: RegressionData,
+    computation: str | None = None,
+) -> None:
     """Writes `parameters.npz` (by their paths, such as params/w) and `model.json`, with checksums.
 
     Beside a linear model of a table lies `predict.py`, which needs NumPy alone.
@@ -60,6 +68,7 @@ def save_model(folder: pathlib.Path, config: Config, variables: Mapping[str, Any
         "num_inputs": data.num_inputs,
         "num_targets": data.num_targets,
         "schema": data.schema and data.schema.to_json(),
+        "computation": computation,
         _ARRAYS: hashlib.sha256(new[_ARRAYS].read_bytes()).hexdigest(),
     }
     # Through JSON, where a tuple is a list: the checksum is of what will be read.
@@ -86,10 +95,11 @@ def load_model(folder: pathlib.Path) -> Exported:
         if not all(type(model[name]) is int and model[name] > 0 for name in ("num_inputs", "num_targets")):
             raise ValueError("its columns are not as many as any model has")
         variables = {"params": {}, "batch_stats": {}} | traverse_util.unflatten_dict(arrays, sep="/")
-        schema = model["schema"] and Schema.from_json(model["schema"])
+        schema, computation = model["schema"] and Schema.from_json(model["schema"]), model.get("computation")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{folder}: the model cannot be used ({error}); run the training command again") from error
-    return Exported(model["flags"], variables, model["num_inputs"], model["num_targets"], schema, model["checksum"])
+    size = model["num_inputs"], model["num_targets"]
+    return Exported(model["flags"], variables, *size, schema, model["checksum"], computation)
 
 
 def _check_flags(flags: Mapping[str, Any]) -> None:

@@ -77,6 +77,11 @@ def _modes_of(of: type) -> dict[str, bool]:
     return {name: value for name, value in MODES.items() if name in arguments}
 
 
+def comes_with_dpreg(model: Any) -> bool:
+    """Whether the code of a model is dpreg's, and not the user's own."""
+    return type(model).__module__.split(".")[0] == "dpreg"
+
+
 @contextlib.contextmanager
 def traced(model: Any) -> Iterator[None]:
     """Makes one line of what goes wrong while a model of the user's own is traced."""
@@ -85,7 +90,7 @@ def traced(model: Any) -> Iterator[None]:
     except (InputError, Preempted, ProcessLost, OSError, MemoryError, jax.errors.JaxRuntimeError):
         raise
     except Exception as error:
-        if type(model).__module__.split(".")[0] == "dpreg":
+        if comes_with_dpreg(model):
             raise
         remedy = "correct the model"
         if "float64" in str(error):
