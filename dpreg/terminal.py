@@ -15,11 +15,11 @@ def printable(text: str) -> str:
     "column '\\x1b[2J\\u202e'"
     """
     line = re.sub(r" *\r?\n *", " ", text)
+    if not line.isprintable():
+        line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line)
     if len(line) > _LONGEST_LINE:
         line = f"{line[: _LONGEST_LINE * 2 // 3]} ... {line[-_LONGEST_LINE // 4 :]}"
-    if line.isprintable():
-        return line
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line)
+    return line
 
 
 def show(*lines: str) -> None:

@@ -208,8 +208,8 @@ def main(arguments: Sequence[str], folder: pathlib.Path | None = None) -> int:
         _predict_file(arguments[0], folder or pathlib.Path(__file__).parent)
     except (OSError, KeyError, ValueError, csv.Error) as error:
         what = f"there is no column {error}" if isinstance(error, KeyError) else str(error)
-        line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in what[:700])  # no escape sequence from a file
-        print(f"predict.py: {line}", file=sys.stderr)
+        line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in what)  # no escape sequence from a file
+        print(f"predict.py: {line[:700]}", file=sys.stderr)
         return 2
     return 0
 

@@ -109,7 +109,8 @@ def check_values(config, given):
         elif isinstance(value, bool):
             wanted = text.lower() in ("true", "t", "1", "yes", "y")
         else:
-            wanted = value if value is None else int(text, 0) if "x" in text.lower() else type(value)(text)
+            hexadecimal = type(value) is int and "x" in text.lower()
+            wanted = value if value is None else int(text, 0) if hexadecimal else type(value)(text)
         assert value == wanted, f"--{name}={text!r} is taken for {value!r}"
 
 
