@@ -403,6 +403,12 @@ class Config(Columns):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        for name, value in self.shared().items():
+            for text in value if isinstance(value, tuple) else (value,):
+                if isinstance(text, str) and not _fits_flagfile(text):
+                    self._refuse(
+                        name, "no flagfile holds a line break, a blank at the end or other than UTF-8; rename it"
+                    )
         if self.model not in MODELS and self.model.count(":") != 1:
             self._refuse("model", f"use {', '.join(MODELS)} or PACKAGE.MODULE:CLASS")
         self._check_fit()
@@ -589,6 +595,13 @@ class Config(Columns):
 def _flag_fields() -> list[Any]:
     """The fields of `Config` that are flags."""
     return [field for field in dataclasses.fields(Config) if field.metadata]
+
+
+def _fits_flagfile(text: str) -> bool:
+    """Whether it is the same when it is read again from a line of a file in UTF-8."""
+    return (
+        text == text.rstrip() and len(f"{text}.".splitlines()) == 1 and not any("\ud800" <= c <= "\udfff" for c in text)
+    )
 
 
 def _text(value: Any) -> str:

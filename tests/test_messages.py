@@ -83,6 +83,7 @@ WRONG = {
         ("--batch_size=8", "--flagfile={}/value.cfg"): "{}/value.cfg: --batch_size=many: use an integer",
         ("--" + "long" * 2000,): "there is no such flag; see --help",
         ("--\x1b[2J",): "--\\x1b[2J: there is no such flag; see --help",
+        ("--data_dir=a\nb",): "--data_dir=a b: no flagfile holds a line break, a blank at the end or other than UTF-8",
         ("train",): "train: is no flag; give flags as --name=value",
         ("a", "b"): "a: is no flag; give flags as --name=value",
         (
