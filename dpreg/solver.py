@@ -15,7 +15,7 @@ from dpreg.errors import InputError
 from dpreg.models import softmax
 from dpreg.models.glm import Family
 from dpreg.models.least_squares import Fit, Triangle
-from dpreg.parallel import processes
+from dpreg.parallel import deadline, presence, processes
 from dpreg.parallel.reduce import tree_sum
 
 _BLOCK_VALUES = 1 << 21  # reduced at once
@@ -169,17 +169,20 @@ class Solver:
         found = np.full((*self._own.shape, size), np.nan)
         columns = 1 + self._inputs + self._targets
         at_once = max(256, 2 * columns, _BLOCK_VALUES // columns)  # to put two triangles together costs as much as that
-        for place, shard in np.ndenumerate(self._own):
-            start, rows = (int(of(int(shard))) for of in (self._sampler.shard_start, self._sampler.shard_size))
-            for first in range(start, start + rows, at_once):
-                block = self._source[np.arange(first, min(first + at_once, start + rows))]
-                counted = block["weight"] > 0  # the others may be anything
-                part = of({name: column[counted] for name, column in block.items()})
-                found[place] = part if first == start else add(found[place], part)
-                self._heartbeat()
+        with presence.at_work("solving"):
+            for place, shard in np.ndenumerate(self._own):
+                start, rows = (int(of(int(shard))) for of in (self._sampler.shard_start, self._sampler.shard_size))
+                for first in range(start, start + rows, at_once):
+                    block = self._source[np.arange(first, min(first + at_once, start + rows))]
+                    counted = block["weight"] > 0  # the others may be anything
+                    part = of({name: column[counted] for name, column in block.items()})
+                    found[place] = part if first == start else add(found[place], part)
+                    self._heartbeat()
         processes.exchange(heartbeat=self._heartbeat)  # before a collective, which waits for nobody long
         # As words: JAX would make float32 of them.
-        words = multihost_utils.process_allgather(found.view(np.uint32), tiled=True)
+        presence.begin_call()
+        with deadline.watched():
+            words = multihost_utils.process_allgather(found.view(np.uint32), tiled=True)
         every = list(np.ascontiguousarray(words).view(np.float64).reshape(-1, size))
         whole: np.ndarray = tree_sum(every[: min(self._sampler.num_shards, len(self._source))], add)  # others: no rows
         return whole

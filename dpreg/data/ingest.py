@@ -38,6 +38,7 @@ from dpreg.data.sources import RegressionData
 from dpreg.data.tables import Table, open_table
 from dpreg.data.tfds import open_tfds
 from dpreg.errors import InputError, told_of
+from dpreg.parallel.presence import at_work
 
 _FORMAT = 6  # of the cache; another one is another key
 _ENCODED_BYTES = 16 << 20  # written at once
@@ -48,6 +49,7 @@ _MOST_ROWS = 2**31 - 1
 Progress = Callable[[str, int], None]  # told what goes on ("reading" or "writing"), and with how many rows so far
 
 
+@at_work("reading a table")
 def read_table(
     name: str,
     columns: Columns,
