@@ -32,6 +32,7 @@ from dpreg.parallel.audit import Audit
 from dpreg.parallel.checks import normalises_over_batch, require_model, traced
 from dpreg.parallel.compile import compile_eval_block, compile_train_block
 from dpreg.parallel.digest import digest_training
+from dpreg.parallel.hooks import OF_DATA, OF_TRAINER, require_no_hooks
 from dpreg.parallel.layout import Carried, Clock, example_of, layout_of
 from dpreg.parallel.state import Model, TrainState, initial_state
 from dpreg.predictor import ROWS_IN_PARTS, Predictor, errors_of, metrics_of
@@ -234,6 +235,8 @@ class Trainer:
     @processes.together("laying out rows")
     def prepare_data(self, data: RegressionData) -> None:
         """Brings the rows to where the steps read them. A state that was trained on other rows is given up."""
+        require_no_hooks(self, OF_TRAINER)
+        require_no_hooks(data, OF_DATA)
         self.__dict__.pop("_state", None)
         started = time.perf_counter()
         self.lay_out(data)

@@ -307,3 +307,37 @@ def test_the_digest_of_a_computation_changes_with_what_is_computed_and_with_noth
     newer = training.replace(jax.__version__, "99.0")
     assert not differ(training, newer.replace(training[:32], "0" * 32))
     assert digests(linear(None)) == (None, None)  # its flags say what it computes
+
+
+def with_method(name, base, *arguments):
+    return type("Mine", (base,), {name: lambda self, batch=None: batch, "__module__": __name__})(*arguments)
+
+
+@pytest.mark.parametrize(
+    ("part", "name", "said"),
+    [
+        *(("model", name, "override loss (one value") for name in ("training_step", "optimizer_step")),
+        *(("model", name, "validation measures the loss") for name in ("validation_step", "predict_step")),
+        *(("model", name, "observers=") for name in ("plot", "on_train_epoch_end", "training_epoch_end")),
+        *(("trainer", name, "override loss (one value") for name in ("fit_epoch", "train_step")),
+        ("trainer", "prepare_batch", "in the __call__ of the model, or in a dpreg.Source"),
+        ("trainer", "on_epoch_end", "observers="),
+        *(("data", name, "give rows by a dpreg.Source") for name in ("get_dataloader", "train_dataloader")),
+    ],
+)
+def test_a_method_of_another_loop_is_refused_by_name(part, name, said):
+    parts = {
+        "model": (dpreg.LinearRegressionScratch, 3, 0.1),
+        "trainer": (dpreg.Trainer, 1),
+        "data": (dpreg.RegressionData, Rows(16).source(), None, 8),
+    }
+    made = {key: with_method(name if key == part else "helper", *arguments) for key, arguments in parts.items()}
+    with pytest.raises(dpreg.InputError, match=re.escape(f"Mine.{name}: dpreg does not call it; ")) as caught:
+        made["trainer"].fit(made["model"], made["data"])
+    assert said in str(caught.value)
+
+
+def test_a_method_added_to_a_class_of_dpreg_is_refused_as_well(monkeypatch):
+    monkeypatch.setattr(dpreg.Trainer, "fit_epoch", lambda self: None, raising=False)  # as `d2l.add_to_class` does
+    with pytest.raises(dpreg.InputError, match=r"Trainer\.fit_epoch: dpreg does not call it"):
+        dpreg.Trainer(1).fit(dpreg.LinearRegressionScratch(3, 0.1), Rows(16).data(8))

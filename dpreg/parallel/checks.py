@@ -15,6 +15,7 @@ from flax import linen as nn
 from flax import nnx
 
 from dpreg.errors import InputError, Preempted, ProcessLost
+from dpreg.parallel.hooks import OF_MODEL, require_no_hooks
 from dpreg.parallel.reduce import PyTree
 from dpreg.tracing import key_of, pinned_settings
 
@@ -38,6 +39,9 @@ def require_model(model: Any) -> None:
         raise InputError(
             f"model: {name} has no {' and no '.join(missing)}; derive it from dpreg.Module instead of flax.linen.Module"
         )
+    require_no_hooks(model, OF_MODEL)
+    if not callable(model):
+        raise InputError(f"model: {name} has no __call__; define __call__(self, x), which predicts [rows, targets]")
 
 
 def mode_arguments(model: Any, train: bool) -> dict[str, bool]:

@@ -1,0 +1,52 @@
+"""Methods of other training loops that dpreg does not call: a class that brings its own is refused, not ignored."""
+
+import re
+from typing import Any
+
+from dpreg.errors import InputError
+
+_STEP = "override loss (one value for each row) and configure_optimizers of the model"
+_EVALUATION = "validation measures the loss of the model over data.val: override loss, or call trainer.evaluate"
+_OBSERVERS = "give dpreg.Trainer(observers=[...]), which are called after each block, log point and epoch"
+_ROWS = "give rows by a dpreg.Source, in dpreg.RegressionData(train, val, batch_size)"
+_LOADERS = r"get_(data|tensor)loader|(train|val|test|predict)_dataloader"
+_EVENTS = r"plot|on_(fit|train|validation|test|predict|epoch|batch|before|after|save|load)\w*|\w+_(epoch|step)_end"
+
+# Names of D2L's, Lightning's and Keras' loops, as regular expressions; and what has the effect here.
+OF_MODEL = {
+    r"(training|train)_step|optimizer_step|optimizer_zero_grad|configure_gradient_clipping|lr_scheduler_step": _STEP,
+    r"(validation|val|eval|test|predict|prediction)_step": _EVALUATION,
+    r"l2_penalty": "penalise weights in configure_optimizers, by optax.add_decayed_weights",
+    r"apply_init": "give each layer its initializer, such as kernel_init",
+    r"prepare_batch": "change rows in __call__, or in a dpreg.Source",
+    _EVENTS: _OBSERVERS,
+    _LOADERS: _ROWS,
+}
+OF_TRAINER = {
+    r"fit_epoch|(training|train)_(step|epoch)|optimizer_step|backward": _STEP,
+    r"clip_gradients": "give gradient_clip_val, or clip in configure_optimizers, by optax.clip or another",
+    r"(validation|val|eval|test|predict)_(step|epoch)": _EVALUATION,
+    r"prepare_batch": "change rows in the __call__ of the model, or in a dpreg.Source",
+    _EVENTS: _OBSERVERS,
+    _LOADERS: _ROWS,
+}
+OF_DATA = {
+    _LOADERS: _ROWS,
+    r"prepare_batch|(on_(before|after)_batch_transfer)|transfer_batch_to_device": "change rows in a dpreg.Source",
+}
+
+
+def require_no_hooks(what: Any, hooks: dict[str, str]) -> None:
+    """Raises InputError where a user's class, or a class of dpreg that the user has added to, brings such a method.
+
+    Args:
+      hooks: one of `OF_MODEL`, `OF_TRAINER` and `OF_DATA`.
+    """
+    for base in type(what).__mro__:
+        for name, method in vars(base).items():
+            of_library = (getattr(method, "__module__", None) or "").split(".")[0] in ("dpreg", "flax")
+            if of_library or not (callable(method) or isinstance(method, (staticmethod, classmethod))):
+                continue
+            for hook, remedy in hooks.items():
+                if re.fullmatch(hook, name):
+                    raise InputError(f"{base.__name__}.{name}: dpreg does not call it; {remedy}")
