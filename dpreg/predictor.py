@@ -144,7 +144,11 @@ class Predictor:
         """The predictions of the rows of a source; of rows in parts, those of this process's part."""
         own: range = getattr(source, "own", range(len(source)))
         first, found = 0, []
-        for predicted in self.predictions(self.pieces(source)):
+        pieces = self.pieces(source)
+        if self.schema is not None and encoded_schema(source) is None:  # also the rows of weight 0
+            table, columns = open_source(source, columns_of(self.schema, self.columns, targets=False))
+            pieces = RawRows(table, columns, self.schema, self.dtype).pieces(self.piece_rows)
+        for predicted in self.predictions(pieces):
             found.append(predicted[max(own.start - first, 0) : max(own.stop - first, 0)])
             first += len(predicted)
         return np.concatenate(found)

@@ -531,6 +531,8 @@ def test_an_array_has_the_columns_of_the_table_in_their_order(tmp_path):
     np.testing.assert_allclose(trainer.predict([[np.nan, 1]]), [[3 * mean + 7]], rtol=1e-4)
     rows = np.stack([x, np.arange(200) % 3], axis=1)
     assert trainer.evaluate(dpreg.ArraySource(rows, y))[1]["rmse"] < 0.1
+    weighted = dpreg.ArraySource(rows, y, np.arange(200) % 2)
+    np.testing.assert_array_equal(trainer.predict(weighted), trainer.predict(np.float32(rows)))
     other = dpreg.read_table(
         str(tmp_path / "t.parquet"), dataclasses.replace(columns, max_categories=2), cache_dir=str(tmp_path)
     )

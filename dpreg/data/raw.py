@@ -139,23 +139,26 @@ def open_source(source: Source, columns: Columns) -> tuple[Table, Columns]:
     """The rows of a source that holds the columns of a table as they are, as a table; and what to take from it.
 
     Args:
-      source: its x are `columns.features`, its y are `columns.target`; its weights hold.
+      source: its x are `columns.features`; where there are `columns.target`, its y are those, and its weights hold.
 
     Raises:
       InputError: when it has other numbers of features or targets.
     """
-    weight = "weight"
-    while weight in (*columns.features, *columns.target):
-        weight += "_"
-    columns = dataclasses.replace(columns, weight_column=weight)
-    for kind, names in (("x", columns.features), ("y", columns.target)):
+    kinds = {"x": columns.features}
+    if columns.target:
+        weight = "weight"
+        while weight in (*columns.features, *columns.target):
+            weight += "_"
+        columns = dataclasses.replace(columns, weight_column=weight)
+        kinds["y"] = columns.target
+    for kind, names in kinds.items():
         if (width := source[np.zeros(1, np.int32)][kind].shape[1]) != len(names):
             raise _wrong_width(f"the rows have {width:,} columns in {kind}", names)
 
     def read(asked: Sequence[str], _: Sequence[str]) -> Iterator[Part]:
         for first in range(0, len(source), _BATCH_ROWS):
             rows = source[np.arange(first, min(first + _BATCH_ROWS, len(source)))]
-            values = [*rows["x"].T, *rows["y"].T, rows["weight"]]
+            values = [*rows["x"].T, *(*rows["y"].T, rows["weight"])[: len(columns.taken) - len(columns.features)]]
             named = dict(zip(columns.taken, values, strict=True))
             yield Part("the rows", first, pa.RecordBatch.from_pydict({c: pa.array(named[c]) for c in asked}))
 
