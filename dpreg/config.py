@@ -198,7 +198,8 @@ class Config(Columns):
     )
     dataset: str = _flag(
         "synthetic",
-        "What to fit: synthetic, tfds:NAME, or a table (.csv, .csv.gz, .parquet, .npz, .npy): file, pattern or folder.",
+        "What to fit: synthetic, tfds:NAME, or a table (.csv, also .gz, .bz2 or .zst; .parquet, .npz, .npy): file, "
+        "pattern or folder.",
         decides=True,
         such_as=("synthetic", A_FILE),
     )

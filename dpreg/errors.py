@@ -2,7 +2,8 @@
 
 import contextlib
 import errno
-from collections.abc import Iterator
+import unicodedata
+from collections.abc import Collection, Iterator
 
 from dpreg.terminal import printable
 
@@ -34,6 +35,25 @@ def told_of(what: str) -> Iterator[None]:
         yield
     except InputError as error:
         raise InputError(f"{what}: {error}") from error
+
+
+def listed(names: Collection[str], most: int = 12) -> str:
+    """Names for a message, in quotes; of many the first ones and how many others there are.
+
+    >>> listed(["a", "b", "c", "d"], 2)
+    "'a', 'b' and 2 others"
+    """
+    text = ", ".join(repr(name) for name, _ in zip(names, range(most), strict=False))
+    return text if len(names) <= most else f"{text} and {len(names) - most:,} others"
+
+
+def is_one_line(text: str) -> bool:
+    r"""Whether text can be written in UTF-8 and in one line: no control characters, separators of lines or surrogates.
+
+    >>> is_one_line("Größe"), is_one_line("two\nlines")
+    (True, False)
+    """
+    return not any(unicodedata.category(character) in ("Cc", "Zl", "Zp", "Cs") for character in text)
 
 
 class Diverged(ArithmeticError):  # noqa: N818 (what happened, not whose error)

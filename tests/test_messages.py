@@ -173,8 +173,14 @@ WRONG = {
             *_GOOD,
             "--cache_dir=/proc/x",
         ): "--cache_dir=/proc/x: cannot be written: No such file or directory; name another",
-        (*_DATES, "--cache_dir={}/cache"): "date.csv, row 1: column 'a' is not numeric but date32[day]; use --dates=a",
-        ("--dataset={}/time.csv", "--target=y"): "'a' is not numeric but time32[s]; choose columns with --features or",
+        (
+            *_DATES,
+            "--cache_dir={}/cache",
+        ): "date.csv, row 1: column 'a' has '2026-01-01', which is no number; use --dates=a",
+        (
+            "--dataset={}/time.csv",
+            "--target=y",
+        ): "'a' has '12:30:00', which is no number; choose columns with --features or",
         ("--workdir={}/file",): "--workdir={}/file: cannot be written: File exists; name another folder",
         ("--workdir=/proc/w",): "--workdir=/proc/w: cannot be written: No such file or directory; name another folder",
         (

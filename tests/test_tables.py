@@ -1,21 +1,25 @@
 """Tables and TFDS datasets: the right rows, once, scaled by the right moments, whatever file they come from."""
 
+import datetime
+import decimal
 import gzip
 import os
 import pathlib
 import sys
 import threading
 
+import hypothesis
 import jax
 import numpy as np
 import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet
 import pytest
+from hypothesis import strategies as st
 
 import dpreg
 from dpreg.config import Columns
-from dpreg.data import cache, ingest, shuffle
+from dpreg.data import cache, csv_files, ingest, shuffle, standalone
 from dpreg.data import columns as data_columns
 from dpreg.data.learn import Moments
 from dpreg.data.schema import Category, Number, Schema
@@ -511,6 +515,117 @@ def test_one_category_has_one_spelling_in_any_file(read, tmp_path):
     assert schemas["t.csv"].inputs[0].values == ("1", "2", "30")
 
 
+WHOLE = st.one_of(st.integers(-(2**63), 2**63 - 1), st.integers(-99, 99), st.integers(0, 18).map(lambda e: 10**e))
+SHORT = st.one_of(st.floats(-1e6, 1e6).map(lambda v: round(v, 3)), st.floats(allow_nan=False, allow_infinity=False))
+
+
+def in_types_of_numbers(value):
+    """The same number as a column of each type that holds it, and as different programs write it."""
+    number = float(value)
+    yield pa.array([number])
+    yield from (pa.array([text]) for text in (repr(number), f"{number:.16e}", repr(number).replace("e", "E")))
+    yield pa.array([number]).cast(pa.string())
+    for narrow in (np.float32, np.float16):
+        with np.errstate(over="ignore"):
+            as_narrow = narrow(value)
+        # The same whole number, or the same few decimals.
+        if float(as_narrow) == value if number.is_integer() else str(as_narrow) == str(number):
+            yield pa.array(np.array([as_narrow]))
+    if number.is_integer() and abs(value) < 10**22:
+        whole = int(value)
+        yield pa.array([f"{whole}.00"])
+        for kind, least, most in ((pa.int64(), -(2**63), 2**63), (pa.uint64(), 0, 2**64), (pa.int8(), -128, 128)):
+            if least <= whole < most:
+                yield pa.array([whole], kind)
+    exact = decimal.Decimal(int(value) if number.is_integer() else repr(value))
+    if abs(exact) < 10**20 and exact.as_tuple().exponent >= -12:
+        yield pa.array([exact], pa.decimal128(38, 12))
+
+
+def spellings(arrays):
+    """Of arrays of one value each, in tables and in `model/predict.py`."""
+    for array in arrays:
+        for column in (array, array.dictionary_encode()):
+            decoded = column.dictionary_decode() if pa.types.is_dictionary(column.type) else column
+            (text,), _ = data_columns._distinct(decoded)
+            yield standalone.spelled(text)
+        (value,) = array.to_numpy(zero_copy_only=False)
+        yield standalone.spelled(standalone.text_of(value))
+        if pa.types.is_string(array.type):
+            for kind in (pa.large_string(), pa.string_view(), pa.binary(), pa.large_binary()):
+                (text,), _ = data_columns._distinct(array.cast(kind))
+                yield standalone.spelled(text)
+
+
+@hypothesis.given(st.one_of(WHOLE.filter(lambda v: int(float(v)) == v), SHORT))
+def test_a_number_has_one_spelling_whatever_the_type_of_its_column(value):
+    found = set(spellings(in_types_of_numbers(value)))
+    assert len(found) == 1, found
+    (text,) = found
+    assert float(text) == value
+    assert standalone.spelled(text) == text
+    if isinstance(value, int):
+        assert found == {standalone.spelled(str(value))}
+
+
+def test_values_that_are_different_have_different_spellings():
+    numbers = [0, 1, -1, 0.1, 1e15, 1e15 + 1, 2**53, 2**60, 2**60 + 1, 2**63 - 1, 1e22, 1e23, 1e-5, 0.30000000000000004]
+    texts = ["01", "1a", "1e3", "12E5", "0x1", "+1", "1,000", "v1.0", "inf", "1.0.0", "٣", "1_0", "true", "2026-01-01"]
+    found = [standalone.spelled(standalone.text_of(value)) for value in [*numbers, *texts]]
+    assert len(set(found)) == len(found)
+    assert found[len(numbers) :] == texts
+    assert standalone.spelled("0.12345678901234567890123") == "0.12345678901234567890123"
+
+
+def test_booleans_dates_and_times_have_one_spelling_whatever_the_type_of_their_column():
+    moment = datetime.datetime(2026, 1, 2, 3, 4, 5, 120_000)
+    utc = moment.replace(tzinfo=datetime.UTC)
+    cases = {
+        "true": [pa.array([True]), *(pa.array([text]) for text in ("true", "True", "TRUE"))],
+        "2026-01-02": [
+            *(pa.array([moment.date()], kind) for kind in (pa.date32(), pa.date64())),
+            *(pa.array([datetime.datetime(2026, 1, 2)], pa.timestamp(unit)) for unit in ("s", "ms", "us", "ns")),
+            *(pa.array([text]) for text in ("2026-01-02", "2026-01-02 00:00:00", "2026-01-02T00:00:00.000")),
+        ],
+        "2026-01-02 03:04:05.12": [
+            *(pa.array([moment], pa.timestamp(unit)) for unit in ("ms", "us", "ns")),
+            *(pa.array([text]) for text in (str(moment), moment.isoformat(), "2026-01-02T03:04:05.12")),
+        ],
+        "2026-01-02 03:04:05.12Z": [
+            *(pa.array([utc], pa.timestamp(unit, zone)) for unit in ("ms", "us") for zone in ("UTC", "Asia/Tokyo")),
+            *(pa.array([text]) for text in (str(utc), "2026-01-02T03:04:05.120Z", "2026-01-02 05:04:05.12+0200")),
+        ],
+        "03:04:05.12": [
+            *(pa.array([moment.time()], kind) for kind in (pa.time32("ms"), pa.time64("us"), pa.time64("ns"))),
+            pa.array(["03:04:05.120000"]),
+        ],
+    }
+    for text, arrays in cases.items():
+        for array in arrays:
+            (distinct,), _ = data_columns._distinct(array)
+            assert standalone.spelled(distinct) == text, array.type
+            assert standalone.spelled(standalone.text_of(array[0].as_py())) == text, array.type
+
+
+def test_a_category_is_known_when_its_column_has_another_type_at_prediction(read, tmp_path):
+    values = {
+        "int": [10**15, 3, -7, 2**60],
+        "float": [1e15, 3.0, -7.0, 2.0**60],
+        "text": ["1e+15", "3.0", "-7", str(2**60)],
+    }
+    for name, column in values.items():
+        pyarrow.parquet.write_table(pa.table({"k": column, "y": np.arange(4.0)}), tmp_path / f"{name}.parquet")
+        schema = read(f"{name}.parquet", target="y", categorical="k", validation_fraction=0.0).schema
+        assert set(schema.inputs[0].values) == {"1000000000000000", "3", "-7", "1152921504606846976"}
+    (tmp_path / "v.csv").write_text("k,y\n3.1,1\n3.10,2\n7.00,3\n7,4\n")  # versions have names, not numbers
+    schema = read("v.csv", target="y", categorical="k", validation_fraction=0.0).schema
+    assert schema.inputs[0].values == ("7", "3.1", "3.10")
+    duration = pa.table({"k": pa.array([1, 2], pa.duration("s")), "y": [1.0, 2.0]})
+    pyarrow.parquet.write_table(duration, tmp_path / "d.parquet")
+    with pytest.raises(dpreg.InputError, match=r"column 'k' has no categories but duration\[s\]"):
+        read("d.parquet", target="y", categorical="k")
+
+
 def test_what_float32_cannot_tell_is_refused_where_it_is_not_scaled(read, tmp_path):
     noise = np.random.default_rng(0).normal(size=200)
     pyarrow.parquet.write_table(pa.table({"a": noise + 1e9, "y": noise + 1e9}), tmp_path / "t.parquet")
@@ -628,7 +743,7 @@ def test_dictionaries_and_other_byte_orders_are_values(read, tmp_path):
 
 def test_in_quotes_a_missing_number_is_missing_and_a_category_is_text(read, tmp_path, monkeypatch):
     """Also below the first block, by which Arrow chooses types; and then no row is read twice."""
-    monkeypatch.setattr(dpreg.data.tables, "_CSV_BLOCK_BYTES", 1 << 10)
+    monkeypatch.setattr(csv_files, "_BLOCK_BYTES", 1 << 10)
     full = [f'"{i}","{"NA" if i % 7 == 0 else "u"}","{i}"' for i in range(1000)]
     wanted = {"target": "y", "missing": "mean", "validation_fraction": 0.0, "standardize": False}
     for holes in ([], [0], [990]):

@@ -1,24 +1,29 @@
 """The columns of a table as numbers: found, converted and checked."""
 
+import collections
 import dataclasses
 import itertools
+import re
 from collections.abc import Iterator, Sequence
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+from absl import logging
 from numpy.typing import DTypeLike
 
 from dpreg.config import Columns
 from dpreg.data.schema import NUMBER, ROW, WEIGHT, Category, Schema
-from dpreg.data.standalone import spelled
-from dpreg.data.tables import Part, Table, first_wrong
-from dpreg.errors import InputError
+from dpreg.data.standalone import spelled, text_of
+from dpreg.data.tables import Part, Table
+from dpreg.data.values import DATES, NUMBERS, TEXTS, parse, refuse_mixture
+from dpreg.errors import InputError, is_one_line, listed
 
 _LARGEST = 1e150  # of float64: squares of larger values are not finite
 _MOST_CATEGORIES = 1_000_000  # that are held in memory, with their counts
 _MICROSECONDS_A_DAY = 86_400e6
 _NARROW = {pa.bool_(), pa.int8(), pa.uint8(), pa.int16(), pa.uint16(), pa.float16(), pa.float32(), pa.null()}
+_UNNAMED = re.compile(r"(?:Unnamed: \d+)?(?:_level_\d+)?")  # as pandas reads a column without a name
 _BATCH_BYTES = 16 << 20  # of rows as float64, taken in at once
 
 
@@ -28,9 +33,10 @@ def resolve(columns: Columns, table: Table) -> Columns:
     Raises:
       InputError: for a column that is not there, or that is asked for twice.
     """
+    there = set(table.columns)
 
     def named(names: Sequence[str]) -> tuple[str, ...]:
-        return tuple(c for n in names for c in ((n,) if n in table.columns else table.groups.get(n, (n,))))
+        return tuple(c for n in names for c in ((n,) if n in there else table.groups.get(n, (n,))))
 
     full = dataclasses.replace(
         columns,
@@ -39,27 +45,50 @@ def resolve(columns: Columns, table: Table) -> Columns:
         categorical=named(columns.categorical),
         dates=named(columns.dates),
     )
-    left_out = {*full.target, *full.exclude, full.weight_column}
-    features = named(columns.features) or tuple(name for name in table.columns if name not in left_out)
+    features = named(columns.features) or _all_features(full, table)
     full = dataclasses.replace(full, features=features)
-    table.require((*full.taken, *full.exclude, *full.categorical, *full.dates))
-    for name in full.taken:
-        if len(name.splitlines()) > 1:
-            raise InputError(f"{table.name}: the name of column {name!r} has several lines; rename it")
-        if full.taken.count(name) > 1:
+    taken, as_features = full.taken, set(features)
+    for name in (*taken, *full.exclude, *full.categorical, *full.dates):
+        if not is_one_line(name):
+            raise InputError(f"{table.name}: column {name!r} has characters that cannot be printed; rename it")
+    table.require((*taken, *full.exclude, *full.categorical, *full.dates))
+    for name, count in collections.Counter(taken).items():
+        if count > 1:
             raise InputError(f"{table.name}: column {name!r} is asked for twice; name it once")
     for flag, names in (("categorical", full.categorical), ("dates", full.dates)):
         for name in names:
-            if name not in features:
+            if name not in as_features:
                 raise InputError(
                     f"{table.name}: --{flag}={name} is no feature; leave it out there, or name it in --features"
                 )
-    for name in full.categorical:
-        if name in full.dates:
-            raise InputError(f"{table.name}: column {name!r} is in --categorical and in --dates; choose one")
+    for name in sorted({*full.categorical} & {*full.dates}):
+        raise InputError(f"{table.name}: column {name!r} is in --categorical and in --dates; choose one")
     if not features:
         raise InputError(f"{table.name}: there is no column to fit on besides the target; leave some out of --exclude")
     return full
+
+
+def _all_features(columns: Columns, table: Table) -> tuple[str, ...]:
+    """The columns that are features where none are named; says what a user may not expect of them."""
+    used = {*columns.target, *columns.exclude, columns.weight_column}
+    left_out = [name for name in table.columns if name in table.index - used - {*columns.categorical, *columns.dates}]
+    features = tuple(name for name in table.columns if name not in used.union(left_out))
+    if left_out:
+        logging.warning(
+            "%s: %s: the index of a pandas DataFrame, and no feature; to fit on it, name it in --features",
+            table.name,
+            listed(left_out),
+        )
+    unnamed = [name for name in features if _UNNAMED.fullmatch(name)]
+    if unnamed:
+        logging.warning(
+            "%s: column %s has no name, as an index that pandas wrote, and is a feature; if it numbers the rows, leave "
+            "it out with %s",
+            table.name,
+            listed(unnamed),
+            f"--exclude='{unnamed[0]}'" if unnamed[0] else "--exclude='\"\"'",
+        )
+    return features
 
 
 class RawReader:
@@ -81,11 +110,15 @@ class RawReader:
         self.names = columns.taken
         known = {c.name: c.values for c in schema.inputs if isinstance(c, Category)} if schema else {}
         self.codes = {n: {v: code for code, v in enumerate(known.get(n, ()))} for n in columns.categorical}
+        self._kinds = dict.fromkeys(self.names, NUMBERS) | dict.fromkeys(columns.dates, DATES)
+        self._kinds |= dict.fromkeys(columns.categorical, TEXTS)
         self._predicts = schema is not None
         # float32 does not hold the numbers of rows.
         self.narrow = (*[True] * (len(columns.features) + len(columns.target) + 1), False, False)
         self.without_weight = 0
         self._missing: dict[str, tuple[int, str]] = {}  # column -> how many values, and where the first is
+        self._booleans: dict[str, str] = {}  # column -> where the first is
+        self._numbers: dict[str, str] = {}  # column -> where the first besides 0 and 1 is
 
     def read(self, table: Table, rows: int | None = None) -> Iterator[np.ndarray]:
         """The rows of a table in batches of that many, so that sums over them do not depend on how its parts are cut.
@@ -102,9 +135,7 @@ class RawReader:
           InputError: for what is no number, not finite as `dtype`, or not in the range of weights or logarithms.
         """
         seen, first, waiting = 0, 0, list[np.ndarray]()
-        # Dates that begin with blanks have no type of their own.
-        blank = [name for name in self.columns.dates if pa.types.is_null(table.columns[name])]
-        for part in itertools.chain(table.read(self.names, [*self.columns.categorical, *blank]), (None,)):
+        for part in itertools.chain(table.read(self._kinds), (None,)):
             if part is not None:
                 waiting.append(self._raw(part, seen))
                 seen += part.batch.num_rows
@@ -124,23 +155,16 @@ class RawReader:
         rows = np.arange(part.batch.num_rows)
         if columns.weight_column:
             # Of the dtype of the model, in which a small weight may be 0.
-            weight = _numbers(part, columns.weight_column, part.batch.column(columns.weight_column), self.dtype)
+            weight = _numbers(part, columns.weight_column, len(self.names) - 1)
             rows = np.flatnonzero(weight.astype(self.dtype) != 0)
             if len(rows) < len(weight):
                 self.without_weight += len(weight) - len(rows)
                 part = part.take(rows)
         raw = np.ones((len(rows), len(columns.features) + len(columns.target) + 3))
         raw[:, ROW] = seen + rows
-        for at, name in enumerate(self.names):
-            column = part.batch.column(name)
-            if pa.types.is_dictionary(column.type):
-                column = column.dictionary_decode()
-            if name in self.codes:
-                raw[:, at] = self._coded(part, name, column)
-            elif name in columns.dates:
-                raw[:, at] = _days(part, name, column)
-            else:
-                raw[:, at] = _numbers(part, name, column, self.dtype)
+        numbers = self._fill(raw, part)
+        self._refuse_infinite(part, raw, numbers)
+        self._refuse_mixtures(part, raw, numbers)
         self.narrow = (*(n and self._is_narrow(part, at) for at, n in enumerate(self.narrow[:ROW])), False, False)
         gone = np.isnan(raw)
         for at in map(int, np.flatnonzero(gone.any(axis=0))):
@@ -162,6 +186,51 @@ class RawReader:
                 raw[:, at] = np.log(raw[:, at])
         return raw
 
+    def _fill(self, raw: np.ndarray, part: Part) -> list[int]:
+        """Fills in the columns of a part; gives the positions of those that are numbers."""
+        numbers, plain = list[int](), list[int]()
+        for at, (name, kind) in enumerate(zip(self.names, part.batch.schema.types, strict=True)):
+            wanted = self._kinds[name]
+            if wanted == NUMBERS:
+                numbers.append(at)
+            if wanted == NUMBERS and kind == pa.float64():
+                plain.append(at)
+            elif wanted == TEXTS:
+                raw[:, at] = self._coded(part, name, part.column(at))
+            elif wanted == DATES:
+                raw[:, at] = _days(part, name, part.column(at))
+            else:
+                raw[:, at] = _numbers(part, name, at)
+                if pa.types.is_boolean(part.column(at).type):
+                    self._booleans.setdefault(name, part.where(0))
+        if plain:
+            raw[:, plain] = part.batch.select(plain).to_tensor(null_to_nan=True).to_numpy()
+        return numbers
+
+    def _refuse_infinite(self, part: Part, raw: np.ndarray, numbers: list[int]) -> None:
+        """Raises InputError for a number that is not finite as the model sees it."""
+        most = min(float(np.finfo(self.dtype).max), _LARGEST)
+        bad = np.abs(raw[:, numbers]) > most  # False for NaN
+        if bad.any():
+            at = int(bad.any(axis=0).argmax())
+            raise InputError(
+                f"{part.where(int(bad[:, at].argmax()))}: column {self.names[numbers[at]]!r} has a value that is not "
+                f"finite as {self.dtype}"
+                + (f", or beyond {most:g}" if most == _LARGEST else "")
+                + "; mend it, or leave the column out with --exclude"
+            )
+
+    def _refuse_mixtures(self, part: Part, raw: np.ndarray, numbers: list[int]) -> None:
+        """Raises InputError for a column of true and false with other numbers than 0 and 1, wherever they are."""
+        new = [at for at in numbers if self.names[at] not in self._numbers]
+        values = raw[:, new]
+        other = (values != 0) & (values != 1) & ~np.isnan(values)
+        for position in map(int, np.flatnonzero(other.any(axis=0))):
+            self._numbers[self.names[new[position]]] = part.where(int(other[:, position].argmax()))
+        for name, where in self._booleans.items():
+            if name in self._numbers:
+                raise refuse_mixture(name, where, self._numbers[name])
+
     def _is_narrow(self, part: Part, at: int) -> bool:
         """Whether float32 holds all values of a column of a part."""
         if at == len(self.names):
@@ -170,33 +239,29 @@ class RawReader:
         if name in self.codes:
             return True  # up to a million
         as_it_is = at < len(self.columns.features) or self.columns.target_transform != "log"
-        return as_it_is and name not in self.columns.dates and part.batch.column(name).type in _NARROW
+        return as_it_is and self._kinds[name] != DATES and part.batch.schema.field(at).type in _NARROW
 
     def _coded(self, part: Part, name: str, column: pa.Array) -> np.ndarray:
         """Categories as their codes; NaN where missing: null, NaN or empty."""
         try:
-            if pa.types.is_floating(column.type):
-                column = pa.array(column.to_numpy(zero_copy_only=False) + 0.0, from_pandas=True)  # and no -0
-            text = column.cast(pa.string())
+            texts, indices = _distinct(column)
         except (pa.ArrowException, TypeError, ValueError) as error:
             reason = (
                 f"has no categories but {column.type}: {' '.join(str(error).split())[:100]}; take it from --categorical"
             )
             raise InputError(f"{part.where(0)}: column {name!r} {reason}") from error
-        encoded = pc.dictionary_encode(pc.if_else(pc.equal(text, ""), None, text))
-        codes = self.codes[name]
-        values = [value and spelled(value) for value in encoded.dictionary.to_pylist()]
-        if self._predicts:
-            own = np.array([codes.get(value, -1) for value in values], np.float64)
-        else:
-            own = np.array([codes.setdefault(value, len(codes)) for value in values], np.float64)
+        codes, own = self.codes[name], np.full(len(texts) + 1, np.nan)
+        for at, text in enumerate(texts):
+            if text:
+                value = spelled(text)
+                own[at] = codes.get(value, -1) if self._predicts else codes.setdefault(value, len(codes))
         if len(codes) > _MOST_CATEGORIES:
             raise InputError(
                 f"{part.where(0)}: column {name!r} has more than {_MOST_CATEGORIES:,} categories by here; "
                 "leave it out with --exclude"
             )
-        indices = encoded.indices.to_numpy(zero_copy_only=False).astype(np.float64)  # NaN where missing
-        return np.where(np.isnan(indices), np.nan, own[np.nan_to_num(indices).astype(np.intp)] if len(own) else np.nan)
+        found: np.ndarray = own[indices]
+        return found
 
     def there(self, raw: np.ndarray) -> np.ndarray:
         """Which rows are used: with --missing=drop those without missing values."""
@@ -219,12 +284,31 @@ class RawReader:
             raise InputError(f"{table}: values are missing: {each}; mend them, or use --missing={remedy}")
 
 
-def _numbers(part: Part, name: str, column: pa.Array, dtype: np.dtype) -> np.ndarray:
+def _distinct(column: pa.Array) -> tuple[list[str | None], np.ndarray]:
+    """The distinct values of a column as text, and for each row the position of its own; -1 where it is missing."""
+    kind = column.type
+    if pa.types.is_duration(kind):
+        raise TypeError("its values are spelled differently by each program")
+    if not (pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_decimal(kind)):
+        column = column.cast(pa.string())
+    encoded = pc.dictionary_encode(column)
+    values, texts = encoded.dictionary, list[str | None]()
+    if pa.types.is_floating(kind):
+        texts = [None if np.isnan(value) else text_of(value) for value in values.to_numpy(zero_copy_only=False)]
+    elif pa.types.is_decimal(kind):
+        texts = [text_of(value) for value in values.to_pylist()]
+    else:
+        texts = values.cast(TEXTS).to_pylist()
+    return texts, pc.fill_null(encoded.indices, -1).to_numpy(zero_copy_only=False)
+
+
+def _numbers(part: Part, name: str, at: int) -> np.ndarray:
     """A column as float64 [n], NaN where missing.
 
     Raises:
-      InputError: for what is no number, or not finite as the dtype that the model sees.
+      InputError: for what is no number.
     """
+    column = part.column(at)
     kind = column.type
     if pa.types.is_boolean(kind):
         column = column.cast(pa.uint8())
@@ -233,29 +317,13 @@ def _numbers(part: Part, name: str, column: pa.Array, dtype: np.dtype) -> np.nda
     elif not (pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_null(kind)):
         raise InputError(_not_numeric(part, name, column))
     values: np.ndarray = column.to_numpy(zero_copy_only=False).astype(np.float64, copy=False)
-    most = min(float(np.finfo(dtype).max), _LARGEST)
-    bad = np.abs(values) > most  # False for NaN
-    if bad.any():
-        raise InputError(
-            f"{part.where(int(bad.argmax()))}: column {name!r} has a value that is not finite as {dtype}"
-            + (f", or beyond {most:g}" if most == _LARGEST else "")
-            + "; mend it, or leave the column out with --exclude"
-        )
     return values
 
 
 def _days(part: Part, name: str, column: pa.Array) -> np.ndarray:
     """A column of dates, times or durations as float64 [n]: days, since the beginning of 1970 (UTC)."""
-    if _is_text(column.type):
-        try:
-            column = column.cast(pa.timestamp("us"))
-        except pa.ArrowInvalid as error:
-            row = first_wrong(column, pa.timestamp("us"))
-            value = column[row].as_py()
-            raise InputError(
-                f"{part.where(row)}: column {name!r} has {value!r}, which is no date such as 2026-01-31; "
-                "mend it, or take the column from --dates"
-            ) from error
+    if is_text(column.type):
+        column = parse(column.cast(TEXTS), DATES, name, part.where)
     kind = column.type
     if pa.types.is_date(kind) or pa.types.is_timestamp(kind):
         column = column.cast(pa.timestamp("us", getattr(kind, "tz", None)), safe=False).cast(pa.int64())
@@ -267,7 +335,8 @@ def _days(part: Part, name: str, column: pa.Array) -> np.ndarray:
     return days
 
 
-def _is_text(kind: pa.DataType) -> bool:
+def is_text(kind: pa.DataType) -> bool:
+    """Whether a type is text, however it is stored."""
     return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind))
 
 
@@ -275,7 +344,7 @@ def _not_numeric(part: Part, name: str, column: pa.Array) -> str:
     if pa.types.is_temporal(column.type) and not pa.types.is_time(column.type):
         return f"{part.where(0)}: column {name!r} is not numeric but {column.type}; use --dates={name}, or --exclude"
     hint = "choose columns with --features or --exclude"
-    if not _is_text(column.type):
+    if not is_text(column.type):
         return f"{part.where(0)}: column {name!r} is not numeric but {column.type}; {hint}"
     row = next((i for i, value in enumerate(column.to_pylist()) if value is not None and not _is_number(value)), None)
     if row is None:

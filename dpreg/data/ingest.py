@@ -37,10 +37,10 @@ from dpreg.data.shuffle import Shuffle
 from dpreg.data.sources import RegressionData
 from dpreg.data.tables import Table, open_table
 from dpreg.data.tfds import open_tfds
-from dpreg.errors import InputError, told_of
+from dpreg.errors import InputError, listed, told_of
 from dpreg.parallel.presence import at_work
 
-_FORMAT = 6  # of the cache; another one is another key
+_FORMAT = 7  # of the cache; another one is another key
 _ENCODED_BYTES = 16 << 20  # written at once
 _AHEAD = 2  # batches that are made while others are taken in
 _HELD_OUT = 1  # key of the hash of row numbers
@@ -94,7 +94,7 @@ def read_table(
     else:
         table = open_table(name)
     if not columns.target:
-        raise InputError(f"{table.name}: say what to predict with --target=COLUMN; it has {', '.join(table.columns)}")
+        raise InputError(f"{table.name}: say what to predict with --target=COLUMN; it has {listed(table.columns)}")
     if validation_dataset is not None:
         validation = open_table(validation_dataset, "validation_dataset")
     cache = pathlib.Path(cache_dir or "~/.cache/dpreg/tables").expanduser()

@@ -13,7 +13,7 @@ from dpreg.config import Columns
 from dpreg.data.columns import RawReader
 from dpreg.data.schema import ROW, Category, Number, Schema
 from dpreg.data.sources import Rows, Source
-from dpreg.data.tables import Part, Table
+from dpreg.data.tables import Kinds, Part, Table
 from dpreg.errors import InputError, told_of
 
 _BATCH_ROWS = 1 << 14
@@ -125,14 +125,13 @@ def open_columns(x: Any, columns: Columns, name: str = "x") -> Table:
         raise InputError(f"{name}: the columns are not equally long: {each}; give each row a value in each column")
     whole = pa.table(arrays)
 
-    def read(asked: Sequence[str], _: Sequence[str]) -> Iterator[Part]:
+    def stream(asked: Kinds) -> Iterator[Part]:
         first = 0
         for batch in whole.select(list(asked)).to_batches(_BATCH_ROWS):
             yield Part(name, first, batch)
             first += batch.num_rows
 
-    types = {key: array.type for key, array in arrays.items()} | dict.fromkeys(unused, pa.null())
-    return Table(name, types, {}, (), read)
+    return Table(name, (*arrays, *unused), {}, stream)
 
 
 def open_source(source: Source, columns: Columns) -> tuple[Table, Columns]:
@@ -155,14 +154,14 @@ def open_source(source: Source, columns: Columns) -> tuple[Table, Columns]:
         if (width := source[np.zeros(1, np.int32)][kind].shape[1]) != len(names):
             raise _wrong_width(f"the rows have {width:,} columns in {kind}", names)
 
-    def read(asked: Sequence[str], _: Sequence[str]) -> Iterator[Part]:
+    def stream(asked: Kinds) -> Iterator[Part]:
         for first in range(0, len(source), _BATCH_ROWS):
             rows = source[np.arange(first, min(first + _BATCH_ROWS, len(source)))]
             values = [*rows["x"].T, *(*rows["y"].T, rows["weight"])[: len(columns.taken) - len(columns.features)]]
             named = dict(zip(columns.taken, values, strict=True))
             yield Part("the rows", first, pa.RecordBatch.from_pydict({c: pa.array(named[c]) for c in asked}))
 
-    return Table("the rows", dict.fromkeys(columns.taken, pa.float64()), {}, (), read), columns
+    return Table("the rows", columns.taken, {}, stream), columns
 
 
 def encoded_schema(source: Any) -> Schema | None:

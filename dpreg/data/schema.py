@@ -1,6 +1,8 @@
 """What the columns of a table are to a model, learned once from the training rows and kept with the model."""
 
 import dataclasses
+import functools
+import itertools
 from collections.abc import Mapping
 from typing import Any
 
@@ -79,10 +81,26 @@ class Schema:
     targets: tuple[Number, ...]
     log_targets: bool = False
 
-    @property
+    @functools.cached_property
     def features(self) -> tuple[str, ...]:
         """The names of the d features."""
         return tuple(name for column in self.inputs for name in column.features)
+
+    @functools.cached_property
+    def _numbers(self) -> "_Numbers":
+        ends = itertools.accumulate(len(column.features) for column in self.inputs)
+        numbers = [
+            (i, end - 1, c) for i, (end, c) in enumerate(zip(ends, self.inputs, strict=True)) if isinstance(c, Number)
+        ]
+        columns = [column for *_, column in numbers]
+        return _Numbers(
+            [at for at, *_ in numbers],
+            [at for _, at, _ in numbers],
+            np.array([column.mean for column in columns]),
+            np.array([column.scale for column in columns]),
+            np.array([np.nan if column.fill is None else column.fill for column in columns]),
+            np.array([column.constant for column in columns], bool),
+        )
 
     def rows(self, raw: np.ndarray, dtype: DTypeLike = np.float32) -> dict[str, np.ndarray]:
         """What the model sees of rows of a table: {"x": [n, d], "y": [n, t], "weight": [n]} of a dtype.
@@ -97,11 +115,10 @@ class Schema:
         inputs, targets = raw[:, : len(self.inputs)], raw[:, len(self.inputs) : WEIGHT]
         x, y = np.zeros((len(raw), len(self.features)), dtype), np.zeros((len(raw), len(self.targets)), dtype)
         with np.errstate(over="ignore"):
-            at = 0
+            numbers, at = self._numbers, 0
+            x[:, numbers.features] = numbers.scaled(inputs[:, numbers.inputs])
             for column, values in zip(self.inputs, inputs.T, strict=True):
-                if isinstance(column, Number):
-                    x[:, at] = _scaled(column, values)
-                else:
+                if isinstance(column, Category):
                     known = (values >= 0) & (values < len(column.values))
                     x[np.arange(len(raw)), at + np.where(known, values, len(column.values)).astype(np.intp)] = 1
                     if not column.others and not known.all():
@@ -109,7 +126,7 @@ class Schema:
                         x[~known, at : at + len(shares)] = shares
                 at += len(column.features)
             for at, values in enumerate(targets.T):
-                y[:, at] = _scaled(self.targets[at], values)
+                y[:, at] = (values - self.targets[at].mean) / self.targets[at].scale
         for names, scaled in ((self.features, x), ([target.name for target in self.targets], y)):
             if not np.isfinite(scaled).all():
                 row, at = np.argwhere(~np.isfinite(scaled))[0]
@@ -134,7 +151,7 @@ class Schema:
         w = np.where(self.constant[:, None], 0.0, np.asarray(w, np.float64) / scale[:d, None] * scale[d:])
         return w, np.asarray(b, np.float64) * scale[d:] + mean[d:] - mean[:d] @ w
 
-    @property
+    @functools.cached_property
     def units(self) -> tuple[np.ndarray, np.ndarray]:
         """(mean, scale) of all features and targets, [d + t] float64: what the model sees times scale plus mean."""
         columns = [column for column in self.inputs for _ in column.features] + list(self.targets)
@@ -149,11 +166,8 @@ class Schema:
     def to_json(self) -> dict[str, Any]:
         """Plain values."""
         return {
-            "inputs": [
-                {"kind": "number" if isinstance(c, Number) else "category", **dataclasses.asdict(c)}
-                for c in self.inputs
-            ],
-            "targets": [dataclasses.asdict(t) for t in self.targets],
+            "inputs": [{"kind": "number" if isinstance(c, Number) else "category", **vars(c)} for c in self.inputs],
+            "targets": [{**vars(t)} for t in self.targets],
             "log_targets": self.log_targets,
         }
 
@@ -170,9 +184,27 @@ class Schema:
         return cls(tuple(map(column, values["inputs"])), targets, values["log_targets"])
 
 
-def _scaled(column: Number, values: np.ndarray) -> np.ndarray:
-    if column.fill is not None:
-        values = np.where(np.isnan(values), column.fill, values)
-    if column.constant:
-        return np.where(np.isnan(values), values, 0.0)
-    return (values - column.mean) / column.scale
+@dataclasses.dataclass(frozen=True)
+class _Numbers:
+    """The numeric columns of a schema together: scaled at once, since there may be many.
+
+    Attributes:
+      inputs, features: the positions of each among the inputs and among the features.
+      mean, scale, fill: [c] float64; of those without `fill` NaN.
+      constant: [c] bool.
+    """
+
+    inputs: list[int]
+    features: list[int]
+    mean: np.ndarray
+    scale: np.ndarray
+    fill: np.ndarray
+    constant: np.ndarray
+
+    def scaled(self, values: np.ndarray) -> np.ndarray:
+        """[n, c] as in the table -> as the model sees them."""
+        filled = values if np.isnan(self.fill).all() else np.where(np.isnan(values), self.fill, values)
+        found: np.ndarray = (filled - self.mean) / self.scale
+        if self.constant.any():
+            found[self.constant & ~np.isnan(found)] = 0
+        return found

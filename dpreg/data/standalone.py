@@ -8,6 +8,8 @@ or from Python, for columns by their names: `predict({"carat": [0.3], "cut": ["I
 """
 
 import csv
+import datetime
+import decimal
 import hashlib
 import io
 import json
@@ -31,19 +33,87 @@ MISSING = frozenset([*_IN_FILES, "", "NaN", "n/a", "nan", "null"])
 _SHOWN = MISSING | {"None", "<NA>", "NaT"}
 
 
+_WHOLE = re.compile(r"-?(?:0|[1-9]\d*)", re.ASCII)
+# A number with a point, or with an exponent as programs write it: 12e5 may be the name of something.
+_DECIMAL = re.compile(
+    r"-?(?:(?:0|[1-9]\d*)\.\d*|\.\d+)(?:[eE][+-]?\d+)?|-?(?:0|[1-9]\d*)[eE](?:[+-]\d+|[1-9]\d+)", re.ASCII
+)
+_PADDED = re.compile(r"-?\d*\.\d*[1-9]0+")
+_DATE = re.compile(
+    r"(\d{4}-\d\d-\d\d)(?:[ T](\d\d)(:\d\d)?(:\d\d)?(?:\.(\d*[1-9])?0*)?(Z|[+-]\d\d(?::?\d\d)?)?)?", re.ASCII
+)
+_TIME = re.compile(r"(\d\d:\d\d:\d\d)(?:\.(\d*[1-9])?0*)?", re.ASCII)
+_UTC = datetime.timezone(datetime.timedelta(0))
+_DIGITS = 17  # that tell every two float64 from each other
+_MOST_DIGITS = 100  # of decimals in columns there are 76 at most
+_EXACT = decimal.Context(prec=_MOST_DIGITS)
+_MOST_WHOLE = 1e22  # written without an exponent
+
+
 def spelled(category: str) -> str:
-    """One spelling for what files write differently: 1.0 is 1, True is true, a time of 00:00:00 is none."""
+    """One spelling of a value, whatever the type of its column and the program that wrote it.
+
+    Numbers are those of float64 where they have a point or an exponent: 1e+15, 1.0E15 and 1000000000000000 are one, as
+    are 7.00 and 7. What no program writes for a number is a name: 01234, and 3.10 besides 3.1. True is true. Times are
+    in UTC where they have a zone; of 00:00:00 nothing is left but the day.
+    """
     if category.lower() in ("true", "false"):
         return category.lower()
-    if re.fullmatch(r"-?\d+\.0+", category):
-        return category.partition(".")[0]
-    date = re.fullmatch(r"(\d{4}-\d\d-\d\d)(?:[ T](\d\d:\d\d:\d\d)(?:\.(\d*[1-9])?0*)?)?", category)
-    if date is None:
-        return category
-    day, time, fraction = date.groups()
+    if _WHOLE.fullmatch(category):
+        return "0" if category == "-0" else category
+    if _DECIMAL.fullmatch(category) and not _PADDED.fullmatch(category):
+        return _number_spelled(category)
+    if date := _DATE.fullmatch(category):
+        return _date_spelled(*date.groups())
+    if time := _TIME.fullmatch(category):
+        return f"{time[1]}.{time[2]}" if time[2] else time[1]
+    return category
+
+
+def _number_spelled(text: str) -> str:
+    value, mantissa = float(text), re.split("[eE]", text)[0]
+    if not math.isfinite(value):
+        return text
+    digits = re.sub(r"\D", "", mantissa).strip("0")
+    if len(digits) > _DIGITS:  # more than float64 holds
+        if len(mantissa) < len(text):
+            return text
+        whole, _, fraction = mantissa.partition(".")
+        fraction = fraction.rstrip("0")
+        return f"{whole or 0}.{fraction}" if fraction else whole
+    if value.is_integer() and abs(value) < _MOST_WHOLE:
+        return str(int(value))
+    return repr(value)
+
+
+def _date_spelled(
+    day: str, hour: str | None, minute: str | None, second: str | None, fraction: str | None, zone: str | None
+) -> str:
+    if hour is None:
+        return day
+    time = f"{hour}{minute or ':00'}{second or ':00'}"
+    if zone:
+        offset = "+00:00" if zone == "Z" else f"{zone[:3]}:{zone[3:].lstrip(':') or '00'}"
+        try:
+            moment = datetime.datetime.fromisoformat(f"{day}T{time}{offset}").astimezone(_UTC)
+        except (ValueError, OverflowError):
+            pass
+        else:
+            day, time, zone = f"{moment:%Y-%m-%d}", f"{moment:%H:%M:%S}", "Z"
     if fraction:
-        return f"{day} {time}.{fraction}"
-    return f"{day} {time}" if time and time != "00:00:00" else day
+        time = f"{time}.{fraction}"
+    return f"{day} {time}{zone or ''}" if zone or time != "00:00:00" else day
+
+
+def text_of(value: Any) -> str:
+    """A value of any type as text; of float32 as few digits as tell it from its neighbours, all of a whole number."""
+    if isinstance(value, decimal.Decimal) and value.is_finite() and abs(value.adjusted()) < _MOST_DIGITS:
+        return f"{value.normalize(_EXACT):f}"
+    if isinstance(value, bytes):
+        return value.decode()
+    if isinstance(value, (float, np.floating)) and (number := float(value)).is_integer():
+        return str(int(number)) if abs(number) < _MOST_WHOLE else repr(number)
+    return str(value)
 
 
 def predict(columns: Mapping[str, Sequence[Any]], folder: pathlib.Path | None = None) -> np.ndarray:
@@ -176,8 +246,7 @@ def _seen(column: Mapping[str, Any], values: Sequence[Any], filled: bool) -> np.
         # Of a column that had one value in all training rows the model knows nothing: it sees 0 for any value.
         return np.where(np.isnan(seen), seen, 0.0) if column["constant"] else seen
     place = {name: at for at, name in enumerate(column["values"])}
-    texts = [repr(float(value) + 0.0) if isinstance(value, (float, np.floating)) else str(value) for value in values]
-    at = np.array([place.get(spelled(text), len(place)) for text in texts], int)
+    at = np.array([place.get(spelled(text_of(value)), len(place)) for value in values], int)
     at[missing] = len(place)
     seen = np.eye(len(place) + 1)[at]
     if not column["others"]:  # of which the model knows nothing: the mean of the known ones

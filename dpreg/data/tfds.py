@@ -1,13 +1,14 @@
 """Datasets prepared by TensorFlow Datasets, read as a random-access data source: without TensorFlow."""
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
-from dpreg.data.tables import Part, Table, signature_of
+from dpreg.data.files import File, sign
+from dpreg.data.tables import Kinds, Part, Table
 from dpreg.errors import InputError
 
 _READ_ROWS = 4096
@@ -65,16 +66,16 @@ def open_tfds(name: str, data_dir: str | None = None) -> tuple[Table, Table | No
 def _table(where: str, split: str, rows: Any, builder: Any) -> Table:
     import tensorflow_datasets as tfds
 
-    columns, groups = dict[str, pa.DataType](), dict[str, tuple[str, ...]]()
+    columns, groups = dict[str, None](), dict[str, tuple[str, ...]]()
     for name, feature in sorted(builder.info.features.items()):
         if isinstance(feature, tfds.features.Text):
-            columns[name] = pa.string()
+            columns[name] = None
         elif isinstance(feature, tfds.features.Tensor) and None not in feature.shape and _is_numeric(feature.np_dtype):
             size = int(np.prod(feature.shape, dtype=np.int64))
             groups[name] = tuple(f"{name}{j}" for j in range(size)) if feature.shape else (name,)
-            columns |= dict.fromkeys(groups[name], pa.from_numpy_dtype(feature.np_dtype))
+            columns |= dict.fromkeys(groups[name])
 
-    def parts(asked: Sequence[str], texts: Sequence[str]) -> Iterator[Part]:
+    def stream(asked: Kinds) -> Iterator[Part]:
         of = {column: (name, j) for name, members in groups.items() for j, column in enumerate(members)}
         for first in range(0, len(rows), _READ_ROWS):
             records = rows.__getitems__(range(first, min(first + _READ_ROWS, len(rows))))
@@ -83,14 +84,13 @@ def _table(where: str, split: str, rows: Any, builder: Any) -> Table:
             arrays = []
             for column in asked:
                 if column in of:
-                    array = pa.array(np.ascontiguousarray(flat[of[column][0]][:, of[column][1]]))
-                    arrays.append(array.cast(pa.string()) if column in texts else array)
+                    arrays.append(pa.array(np.ascontiguousarray(flat[of[column][0]][:, of[column][1]])))
                 else:
                     arrays.append(pa.array([bytes(record[column]).decode() for record in records]))
             yield Part(f"{where}, {split}", first, pa.RecordBatch.from_arrays(arrays, list(asked)))
 
-    signature = tuple(signature_of(os.fspath(path)) for path in builder.info.splits[split].filepaths)
-    return Table(f"{where}, {split}", columns, groups, signature, parts)
+    files = [File(os.fspath(path)) for path in builder.info.splits[split].filepaths]
+    return Table(f"{where}, {split}", tuple(columns), groups, stream, lambda: sign(files))
 
 
 def _is_numeric(dtype: Any) -> bool:

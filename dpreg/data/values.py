@@ -1,0 +1,113 @@
+"""Values that files write as text: numbers, booleans and dates, each by what it is, whatever stands beside it."""
+
+import re
+from collections.abc import Callable
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from dpreg.errors import InputError
+
+NUMBERS, DATES, TEXTS = pa.float64(), pa.timestamp("us"), pa.string()  # what a column is read as
+TRUE, FALSE = ("true", "True", "TRUE"), ("false", "False", "FALSE")
+
+_SHOWN = 60  # characters of a value in a message
+_ZONE = r"[ T]\d\d.*(?:Z|[+-]\d\d(?::?\d\d)?)$"
+_DATE = re.compile(r"\s*\d{4}-\d\d-\d\d(?:[ T].*)?")
+
+
+def parse(texts: pa.Array, kind: pa.DataType, name: str, where: Callable[[int], str]) -> pa.Array:
+    """Text as values of `NUMBERS`, `DATES` or `TEXTS`; null where it is null.
+
+    Numbers are bool where some are written as true and false and the others are 0 or 1. Dates are those of ISO 8601,
+    in UTC where they have no zone.
+
+    Args:
+      name: of the column; where: the place of a row, from 0; both for messages.
+
+    Raises:
+      InputError: for the first value that is none of the kind.
+    """
+    if kind == NUMBERS:
+        return _parse_numbers(texts, name, where)
+    return _parse_dates(texts, name, where) if kind == DATES else texts
+
+
+def refuse_mixture(name: str, flag: str, number: str) -> InputError:
+    """The error for a column that has booleans in one place and other numbers in another."""
+    return InputError(
+        f"{number}: column {name!r} has a number besides 0 and 1, and true or false in {flag}; "
+        "write both as numbers, or use --categorical"
+    )
+
+
+def _parse_numbers(texts: pa.Array, name: str, where: Callable[[int], str]) -> pa.Array:
+    given, texts = texts, pc.utf8_trim_whitespace(texts)  # as Arrow does while it reads CSV
+    true, false = (pc.is_in(texts, value_set=pa.array(words)) for words in (TRUE, FALSE))
+    flags = pc.or_(true, false)
+    rest = pc.if_else(flags, pa.scalar(None, pa.string()), texts)
+    numbers = _cast(rest, NUMBERS)
+    if numbers is None:
+        row = _first_wrong(rest, NUMBERS)
+        raise InputError(f"{where(row)}: {_wrong_number(name, given[row].as_py())}")
+    if not pc.any(flags).as_py():
+        return numbers
+    others = pc.invert(pc.is_in(numbers, value_set=pa.array([0.0, 1.0, None])))
+    if pc.any(others).as_py():
+        raise refuse_mixture(name, where(flags.index(True).as_py()), where(others.index(True).as_py()))
+    return pc.if_else(flags, true, pc.equal(numbers, 1.0))
+
+
+def _wrong_number(name: str, value: str) -> str:
+    remedy = "choose columns with --features or --exclude, or --categorical"
+    if not value.strip():
+        remedy = "leave no blanks where a value is missing"
+    elif _DATE.fullmatch(value):
+        remedy = f"use --dates={name}, or --exclude"
+    return f"column {name!r} has {_shown(value)}, which is no number; {remedy}"
+
+
+def _parse_dates(texts: pa.Array, name: str, where: Callable[[int], str]) -> pa.Array:
+    trimmed = pc.utf8_trim_whitespace(texts)
+    dates = _cast(trimmed, DATES)
+    if dates is not None:
+        return dates
+    trimmed = pc.replace_substring_regex(trimmed, r"(\.\d{6})\d+", r"\1")  # nanoseconds, cut to microseconds
+    zoned, nothing = pc.fill_null(pc.match_substring_regex(trimmed, _ZONE), False), pa.scalar(None, TEXTS)
+    local, in_zones = pc.if_else(zoned, nothing, trimmed), pc.if_else(zoned, trimmed, nothing)
+    found, wrong = list[pa.Array](), list[int]()
+    for some, kind in ((local, DATES), (in_zones, pa.timestamp("us", "UTC"))):
+        dates = _cast(some, kind)
+        if dates is None:
+            wrong.append(_first_wrong(some, kind))
+        else:
+            found.append(dates.cast(pa.int64()))
+    if wrong:
+        raise InputError(
+            f"{where(min(wrong))}: column {name!r} has {_shown(texts[min(wrong)].as_py())}, which is no date such as "
+            "2026-01-31; mend it, or take the column from --dates"
+        )
+    return pc.coalesce(*found).cast(DATES)
+
+
+def _shown(value: str) -> str:
+    return repr(value if len(value) <= _SHOWN else f"{value[:_SHOWN]}...")
+
+
+def _cast(texts: pa.Array, kind: pa.DataType) -> pa.Array | None:
+    try:
+        return texts.cast(kind)
+    except pa.ArrowInvalid:
+        return None
+
+
+def _first_wrong(texts: pa.Array, kind: pa.DataType) -> int:
+    """The first row that cannot be cast, of a column that cannot."""
+    low, high = 0, len(texts)
+    while high - low > 1:
+        middle = (low + high) // 2
+        if _cast(texts.slice(low, middle - low), kind) is None:
+            high = middle
+        else:
+            low = middle
+    return low
