@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,6 +12,7 @@ import numpy as np
 from jax.sharding import Mesh
 from numpy.typing import ArrayLike
 from sklearn.base import BaseEstimator
+from sklearn.exceptions import ConvergenceWarning
 from sklearn.utils import check_random_state
 from sklearn.utils.validation import _check_sample_weight, check_is_fitted, validate_data
 
@@ -19,11 +21,13 @@ from dpreg.config import Config
 from dpreg.data.schema import Number, Schema
 from dpreg.data.sources import ArraySource, RegressionData, Shuffled, first_outside
 from dpreg.errors import InputError
+from dpreg.models import robust
 from dpreg.models.glm import FAMILIES
 from dpreg.models.least_squares import Triangle
 from dpreg.models.linear import linear_parameters
 from dpreg.models.losses import Loss
 from dpreg.models.module import Module
+from dpreg.models.optimality import is_near_optimum
 from dpreg.parallel import devices
 from dpreg.parallel.checks import mode_arguments
 from dpreg.parallel.state import Model
@@ -212,12 +216,9 @@ class Estimator(BaseEstimator):
 
     def _is_exact(self, fitted: _Fitted) -> bool:
         config = fitted.config
-        can = fitted.is_linear and not config.l1 and config.loss in ("squared", "softmax", *FAMILIES)
+        can = fitted.is_linear and not config.l1 and config.loss in (*_LOCATED, "softmax", *FAMILIES)
         if self.solver == "exact" and not can:
-            raise InputError(
-                "solver='exact': it is for model='linear', no l1, and loss='squared', 'poisson', or classes; use "
-                "solver='auto'"
-            )
+            raise InputError("solver='exact': it is for model='linear', no l1, and no loss='gamma'; use solver='auto'")
         size = (1 + self.n_features_in_) * fitted.outputs
         return can and (self.solver == "exact" or (self.solver == "auto" and size <= _MOST_EXACT))
 
@@ -243,12 +244,18 @@ class Estimator(BaseEstimator):
         mean, scale = fitted.schema.units
         # Without a penalty there is nothing to find but in the directions in which rows differ.
         along = np.eye(x.shape[1]) if l2 else triangle.standardized(mean, scale).solve().directions
+        if not l2:  # of one length, so that the directions are alike to the steps
+            along = along / np.sqrt(weight @ np.square(fitted.scaled(x) @ along) / weight.sum())
         rows, self.n_iter_ = fitted.scaled(x) @ along, 0
         found: list[tuple[np.ndarray, np.ndarray]] = []
-        for target in y.T:
+        mean, scale = (part[x.shape[1] :] for part in fitted.schema.units)
+        for target in ((y - mean) / scale).T:
             solver = self._solver(fitted, rows, target[:, None], weight)
             if loss == "softmax":
                 found.append(solver.softmax(fitted.outputs, l2))
+            elif loss in _LOCATED:
+                slopes = robust.slopes_of(loss, fitted.config.huber_delta, fitted.config.quantile)
+                found.append(solver.robust(slopes, l2))
             else:
                 fit, _ = solver.newton(FAMILIES[loss], l2)
                 found.append((fit.w, fit.b))
@@ -297,6 +304,14 @@ class Estimator(BaseEstimator):
         self.n_iter_ = config.max_epochs
         if fitted.is_linear and (linear := linear_parameters(fitted.variables["params"])):
             self._keep_linear(fitted, *linear)
+            of_rows = rows.x, rows.y, rows.weight
+            if not (further or is_near_optimum(fitted.objective, of_rows, linear, config.l1, config.l2)):
+                warnings.warn(
+                    f"loss={config.loss!r}: max_epochs={config.max_epochs} ended far from the optimum; use more, "
+                    "another lr, or solver='auto'",
+                    ConvergenceWarning,
+                    stacklevel=4,
+                )
 
     def _go_on(self, trainer: Trainer, before: _Fitted) -> None:
         """From the parameters, and the optimizer's state where there is one."""

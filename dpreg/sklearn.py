@@ -32,9 +32,10 @@ class DataParallelRegressor(MultiOutputMixin, RegressorMixin, Estimator):
       model: "linear", "concise" or "mlp"; PACKAGE.MODULE:CLASS; or a flax module, which predicts a column for each
         target. A `dpreg.Module` is given this loss, and this optimizer where it has none; any other has its own.
       hidden: widths of an mlp's hidden layers.
-      solver: "exact", in float64 on the host: of linear models least squares in one pass over the rows, and
-        poisson by Newton's method; "sgd": by `optimizer`, in float32 on the devices; or "auto": exact where that is
-        for the model and loss, of 1024 parameters at most, else sgd.
+      solver: "exact", in float64 on the host: of linear models least squares in one pass over the rows, and the
+        other losses but gamma by Newton's method, to the optimum; "sgd": by `optimizer`, in float32 on the devices,
+        with a `ConvergenceWarning` where that ends far from a linear model's optimum; or "auto": exact where that
+        is for the model and loss, of 1024 parameters at most, else sgd.
       optimizer, lr, lr_schedule: of sgd: "sgd", "momentum", "adam", "adamw" or "lbfgs"; "constant", "linear", "cosine"
         or "inverse_sqrt". `partial_fit` takes a schedule that ends with the run as constant.
       l1, l2: of the penalties l1 sum |w| and l2 / 2 sum w^2 on the mean loss of what is fitted; none on biases. l1

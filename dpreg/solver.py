@@ -12,7 +12,7 @@ from dpreg.data.order import Sampler
 from dpreg.data.parts import hold_shards
 from dpreg.data.sources import Rows, Source
 from dpreg.errors import InputError
-from dpreg.models import softmax
+from dpreg.models import robust, softmax
 from dpreg.models.glm import Family
 from dpreg.models.least_squares import Fit, Triangle
 from dpreg.parallel import deadline, presence, processes
@@ -135,6 +135,30 @@ class Solver:
 
         theta = softmax.minimum(sums_at, theta, l2)
         return theta[1:], theta[0]
+
+    def robust(self, slopes: robust.Slopes, l2: float = 0.0) -> tuple[np.ndarray, np.ndarray]:
+        """W [d, 1] and b [1] of least mean loss + l2 / 2 sum w^2, of a loss with such slopes, by Newton's method.
+
+        Features have mean squares of about 1; without a penalty none is constant or a combination of others.
+
+        Raises:
+          InputError: when there are several targets, or no optimum was found.
+        """
+        if self._targets > 1:
+            raise InputError(f"loss: it has one target, and there are {self._targets}; name one")
+        triangle = self.triangle()
+        fit, size = triangle.solve(l2), 1 + self._inputs
+        length = float(np.sqrt(np.square(triangle.about(0.0)[:, -1]).sum() / triangle.weight))
+
+        def sums_at(theta: np.ndarray, width: float) -> np.ndarray:
+            def of(rows: Rows) -> np.ndarray:
+                x, y, weight = (rows[name].astype(np.float64) for name in ("x", "y", "weight"))
+                return robust.sums(x, y, weight, theta, slopes, width)
+
+            return self._reduced(4 + size + size**2, of)
+
+        theta = robust.minimum(sums_at, np.append(fit.b, fit.w[:, 0]), slopes, l2, length)
+        return theta[1:, None], theta[:1]
 
     def _around(self, family: Family, fit: Fit | None) -> tuple[Triangle, float, float]:
         """(the problem of Newton's next step from a fit, its mean loss, the weight of all rows): one pass."""

@@ -17,6 +17,7 @@ from scipy import special
 from sklearn import linear_model
 from sklearn.base import clone
 from sklearn.datasets import load_iris
+from sklearn.exceptions import ConvergenceWarning
 from sklearn.model_selection import GridSearchCV
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
@@ -309,7 +310,7 @@ def test_modules_of_the_user():
     ("arguments", "said"),
     [
         ({"solver": "newton"}, "solver='newton': use auto, exact or sgd"),
-        ({"solver": "exact", "loss": "huber"}, "solver='exact': it is for"),
+        ({"solver": "exact", "model": "mlp"}, "solver='exact': it is for"),
         ({"loss": "logistic"}, "use DataParallelClassifier"),
         ({"lr": -1.0}, "--lr=-1.0"),
         ({"solver": "sgd", "batch_size": 20}, "--batch_size=20: is not a multiple of --num_shards=8"),
@@ -364,3 +365,47 @@ def test_no_weight_at_all_is_said_before_there_are_no_classes(monkeypatch):
     monkeypatch.setattr("dpreg.estimator._check_sample_weight", lambda weight, *_, **__: weight)  # as of old versions
     with pytest.raises(ValueError, match="zero in every row"):
         DataParallelClassifier().fit(X, Z > 0, np.zeros(ROWS))
+
+
+@pytest.mark.parametrize(("loss", "quantile"), [("absolute", 0.5), ("quantile", 0.9), ("quantile", 0.05)])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_quantiles_are_those_of_a_linear_program(loss, quantile, weighted):
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(203, 3)) * [1, 10, 0.1] + [3, 0, 1]
+    y = x @ [3, -2, 1] + 4 + rng.standard_t(2, size=203)
+    weight = rng.integers(0, 4, 203).astype(float) if weighted else np.ones(203)
+    theirs = linear_model.QuantileRegressor(quantile=quantile, alpha=0).fit(x, y, weight)
+    ours = DataParallelRegressor(loss, quantile=quantile).fit(x, y, weight)
+    np.testing.assert_allclose(ours.coef_, theirs.coef_, rtol=1e-6)
+    np.testing.assert_allclose(ours.intercept_, theirs.intercept_, rtol=1e-6)
+    bits = [DataParallelRegressor(loss, quantile=quantile, num_devices=n).fit(x, y, weight).coef_ for n in (1, 8)]
+    np.testing.assert_array_equal(*bits)
+
+
+@pytest.mark.parametrize("loss", ["huber", "absolute", "quantile"])
+def test_robust_losses_reach_the_optimum_of_rows_without_noise(loss):
+    x = np.random.default_rng(0).normal(size=(300, 3))
+    for scale in (1e-9, 1.0, 1e6):
+        model = DataParallelRegressor(loss).fit(x, scale * (x @ [3, -2, 1]))
+        np.testing.assert_allclose(model.coef_, scale * np.array([3.0, -2.0, 1.0]), rtol=1e-9)
+
+
+@pytest.mark.parametrize("loss", ["huber", "absolute", "gamma"])
+def test_steps_that_end_far_from_the_optimum_warn(loss):
+    x = np.random.default_rng(0).normal(size=(200, 3))
+    y = np.exp(x @ [0.9, -0.6, 0.3]) if loss == "gamma" else x @ [3, -2, 1]
+    with pytest.warns(ConvergenceWarning, match="max_epochs=2 ended far from the optimum"):
+        DataParallelRegressor(loss, solver="sgd", max_epochs=2, lr=0.001).fit(x, y)
+
+
+def test_a_constant_column_has_no_weight_whatever_the_solver():
+    x = np.c_[np.random.default_rng(0).normal(size=(200, 2)), np.full(200, 17.0)]
+    y = x @ [3, -2, 0] + 5
+    for arguments in ({"solver": "sgd"}, {"solver": "sgd", "standardize": False}, {"loss": "huber"}, {}):
+        model = DataParallelRegressor(**arguments).fit(x, y)
+        assert model.coef_[2] == 0, arguments
+        other = x.copy()
+        other[:, 2] = 900
+        np.testing.assert_array_equal(model.predict(other), model.predict(x))
+    mlp = DataParallelRegressor(model="mlp", max_epochs=1).fit(x, y)
+    np.testing.assert_array_equal(mlp.predict(other), mlp.predict(x))
