@@ -10,7 +10,7 @@ from typing import Any, TypeVar, cast, get_args, get_origin, get_type_hints
 
 from absl import flags
 
-from dpreg.errors import InputError
+from dpreg.errors import InputError, is_one_line
 
 T = TypeVar("T")
 
@@ -476,6 +476,9 @@ class Config(Columns):
 
     def _check_machine(self) -> None:
         """Refuses devices, processes and folders that cannot be."""
+        for name in ("workdir", "output", "cache_dir", "data_dir", "dataset", "validation_dataset"):
+            if not is_one_line(getattr(self, name) or ""):
+                self._refuse(name, "has characters that cannot be printed; rename it")
         for name in ("workdir", "output", "cache_dir"):
             if "://" in (getattr(self, name) or ""):
                 self._refuse(name, "is no path of this machine; mount that storage, and name its folder")

@@ -15,6 +15,7 @@ import pyarrow.parquet
 import pytest
 
 import dpreg
+from dpreg.config import Config
 from dpreg.data.ingest import ingest
 from dpreg.data.tables import open_table
 from dpreg.data.values import NUMBERS
@@ -273,6 +274,13 @@ def test_what_is_no_regular_file_is_refused_before_it_is_opened(read):
     write(os.fsdecode(b"v\xff.csv"), "a,y\n1,2\n")
     for name in ("u*.csv", "v*.csv"):
         assert "cannot be printed; rename it" in refused(read, name)
+
+
+@pytest.mark.parametrize("flag", ["workdir", "output", "cache_dir", "data_dir"])
+@pytest.mark.parametrize("name", ["w\udcff", "w\n", "w\u2028x", "w\x1b[2J"])
+def test_paths_that_cannot_be_printed_are_refused_before_anything_starts(flag, name):
+    with pytest.raises(dpreg.InputError, match=f"{flag}=.* cannot be printed; rename it|no flagfile holds"):
+        Config(**{flag: name})
 
 
 def header_of_npy(text, data=b""):
