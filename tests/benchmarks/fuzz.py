@@ -72,7 +72,9 @@ class Worker:
 
     def __init__(self, seed, first, end, only):
         command = [sys.executable, __file__, f"--seed={seed}", f"--work={first}:{end}"]
-        self._process = subprocess.Popen([*command, *([f"--only={only}"] if only else [])], stdout=subprocess.PIPE)
+        command += [f"--only={only}"] if only else []
+        # On stderr is what processes at the rendezvous port say while they wait.
+        self._process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
         self._selector = selectors.DefaultSelector()
         self._selector.register(self._process.stdout, selectors.EVENT_READ)
 
