@@ -406,7 +406,7 @@ class Config(Columns):
         super().__post_init__()
         for name, value in self.shared().items():
             for text in value if isinstance(value, tuple) else (value,):
-                if isinstance(text, str) and not _fits_flagfile(text):
+                if isinstance(text, str) and (not is_one_line(text) or text != text.rstrip()):
                     self._refuse(
                         name, "no flagfile holds a line break, a blank at the end or other than UTF-8; rename it"
                     )
@@ -599,13 +599,6 @@ class Config(Columns):
 def _flag_fields() -> list[Any]:
     """The fields of `Config` that are flags."""
     return [field for field in dataclasses.fields(Config) if field.metadata]
-
-
-def _fits_flagfile(text: str) -> bool:
-    """Whether it is the same when it is read again from a line of a file in UTF-8."""
-    return (
-        text == text.rstrip() and len(f"{text}.".splitlines()) == 1 and not any("\ud800" <= c <= "\udfff" for c in text)
-    )
 
 
 def _text(value: Any) -> str:

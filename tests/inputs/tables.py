@@ -56,7 +56,7 @@ WORDS = (
     "x" * 300,
 )
 ODD = (0.0, -0.0, 1e-320, 1e39, -1e300, 16777217.0, math.nan, math.inf, 5e-324, 1e150, -7.25)
-SUFFIXES = (".csv", ".csv", ".csv.gz", ".parquet", ".npy", ".npz")
+SUFFIXES = (".csv", ".csv", ".csv.gz", ".csv.zst", ".csv.bz2", ".parquet", ".npy", ".npz")
 
 
 def draw_table(rng):
