@@ -409,3 +409,9 @@ def test_a_constant_column_has_no_weight_whatever_the_solver():
         np.testing.assert_array_equal(model.predict(other), model.predict(x))
     mlp = DataParallelRegressor(model="mlp", max_epochs=1).fit(x, y)
     np.testing.assert_array_equal(mlp.predict(other), mlp.predict(x))
+
+
+def test_a_perceptron_takes_features_that_float32_holds_only_scaled():
+    x = np.random.default_rng(0).normal(size=(80, 2))
+    fits = [DataParallelRegressor(model="mlp", hidden=(4,), max_epochs=1).fit(c * x, x[:, 0]) for c in (1.0, 2.0**140)]
+    np.testing.assert_allclose(fits[1].predict(2.0**140 * x), fits[0].predict(x), rtol=1e-5)

@@ -208,8 +208,8 @@ class RawReader:
         return numbers
 
     def _refuse_infinite(self, part: Part, raw: np.ndarray, numbers: list[int]) -> None:
-        """Raises InputError for a number that is not finite as the model sees it."""
-        most = min(float(np.finfo(self.dtype).max), _LARGEST)
+        """Raises InputError for a number that is not finite as the model sees it; a schema scales it before that."""
+        most = _LARGEST if self._predicts else min(float(np.finfo(self.dtype).max), _LARGEST)
         bad = np.abs(raw[:, numbers]) > most  # False for NaN
         if bad.any():
             at = int(bad.any(axis=0).argmax())
