@@ -212,7 +212,9 @@ def read_independently(suffix, written, content, table):
             content = gzip.decompress(written)
         elif written != compress(content, suffix):
             return None
-        header = next(csv.reader(io.StringIO(content.removeprefix(b"\xef\xbb\xbf").decode(), newline="")))
+        header = next(
+            row for row in csv.reader(io.StringIO(content.removeprefix(b"\xef\xbb\xbf").decode(), newline="")) if row
+        )  # blank lines are none
         frame = pd.read_csv(
             io.BytesIO(content),
             header=0,
