@@ -6,13 +6,11 @@ import dataclasses
 import functools
 import logging
 import math
-import threading
 import time
 from collections.abc import Callable, Generator, Iterable, Mapping
 from typing import Any, Protocol
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
@@ -32,6 +30,7 @@ from dpreg.parallel.audit import Audit
 from dpreg.parallel.checks import normalises_over_batch, require_model, traced
 from dpreg.parallel.compile import compile_eval_block, compile_train_block
 from dpreg.parallel.digest import digest_training
+from dpreg.parallel.donated import DonatedState
 from dpreg.parallel.hooks import OF_DATA, OF_TRAINER, require_no_hooks
 from dpreg.parallel.layout import Carried, Clock, example_of, layout_of
 from dpreg.parallel.state import Model, TrainState, initial_state
@@ -133,8 +132,6 @@ class Trainer:
            [4.2]])
     """
 
-    _state: TrainState  # donated to each call, so what is given out or taken in is a copy
-
     def __init__(
         self,
         max_epochs: int,
@@ -193,7 +190,7 @@ class Trainer:
         self.pauses: tuple[int, ...] = ()
         self.best = Best(math.inf, 0, {})
         self._predictor: Predictor | None = None
-        self._donating = threading.Lock()
+        self._held: DonatedState | None = None
         self._training, self._whole = False, True  # in `fit_epochs`; whether all of the state was reported
         self.heartbeat: Callable[[], None] = lambda: None
         self.audit, self.accumulate_steps, self.patience = Audit(audit), accumulate_steps, patience
@@ -227,8 +224,7 @@ class Trainer:
         """With `patience`, goes back to the parameters of the best epoch; whether that is not the last one."""
         if not (self.patience and 0 < self.best.step < self.step):
             return False
-        best = devices.replicated(self.best.variables, self.mesh)
-        self._state = self._state.replace(params=best["params"], batch_stats=best["batch_stats"])
+        self._trained.replace(**self.best.variables)
         self.validate()
         return True
 
@@ -237,7 +233,7 @@ class Trainer:
         """Brings the rows to where the steps read them. A state that was trained on other rows is given up."""
         require_no_hooks(self, OF_TRAINER)
         require_no_hooks(data, OF_DATA)
-        self.__dict__.pop("_state", None)
+        self._held = None
         started = time.perf_counter()
         self.lay_out(data)
         self._carried = Carried(*self.train.carried)
@@ -304,11 +300,9 @@ class Trainer:
         self._model, self._predictor = model, None
         self._computation: str | None = None
         self.bound_calls(state)
-        self._shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), state)
-        placed = devices.replicated(state, self.mesh)
-        variables = {"params": placed.params, "batch_stats": placed.batch_stats}
+        held = DonatedState(state, self.mesh)
         with traced(model):
-            self._train_block, self._eval_block = self.compile_train(model, placed), None
+            self._train_block, self._eval_block = self.compile_train(model, held.current), None
         self._to_all: Callable[[Any], Any] = lambda used: np.zeros(used.shape, used.dtype)
         if self.audit.on:
             shape = self.mesh.size, self.train.block_steps, 2
@@ -317,7 +311,7 @@ class Trainer:
             with traced(model):
                 self._eval_block = compile_eval_block(
                     model,
-                    variables,
+                    held.variables,
                     layout_of(self.val),
                     self.mesh,
                     self._example(self.val),
@@ -325,7 +319,7 @@ class Trainer:
                     self.reduction,
                     self.backend,
                 )
-        self._state = placed
+        self._held = held
         self._go_to(0)
         self.seconds["compile"] += time.perf_counter() - started
 
@@ -394,15 +388,12 @@ class Trainer:
         Raises:
           InputError: where nothing is trained yet, or a second Ctrl-C ended a call of the steps.
         """
-        with self._donating:
-            copy: TrainState = devices.replicated(self._trained(), self.mesh)
-        return copy
+        return self._trained.copy()
 
     @state.setter
     def state(self, state: TrainState) -> None:
         """Takes a copy of another state's values, and goes on from its step."""
-        placed, steps = self._placed_state(state), self.train.sampler.steps_per_epoch
-        step = int(placed.step)
+        steps, step = self.train.sampler.steps_per_epoch, int(state.step)
         if self._training:
             self.require_rest()
         moves = step != self.step or not (self._whole or self._training)
@@ -411,7 +402,7 @@ class Trainer:
                 f"trainer.state: it is after step {step:,}, and the trainer goes on from step {self.step:,} or the end "
                 f"of an epoch of {steps:,} steps; give state.replace(step=0) to begin with its parameters"
             )
-        self._state = placed
+        self._trained.take(state)
         if moves:
             self._go_to(step)
 
@@ -422,29 +413,11 @@ class Trainer:
         self.audit.begin()
         self.best = Best(math.inf, step, jax.device_get(self.variables) if self.patience else {})
 
-    def _placed_state(self, state: TrainState) -> TrainState:
-        """A copy of a state's values on the trainer's devices, for the trainer's model and optimizer."""
-        if not hasattr(self, "_shapes"):
-            raise InputError("trainer.state: there is no model yet; call prepare_data and prepare_model first")
-        shapes = self._shapes
-        wanted = {name: getattr(shapes, name) for name in ("step", "params", "opt_state", "batch_stats")}
-        given = {name: getattr(state, name) for name in wanted} | {"step": jnp.asarray(state.step, jnp.int32)}
-        kinds = [
-            (
-                jax.tree.structure(tree),
-                [(np.shape(leaf), getattr(leaf, "dtype", None)) for leaf in jax.tree.leaves(tree)],
-            )
-            for tree in (wanted, given)
-        ]
-        if kinds[0] != kinds[1]:
-            raise InputError("trainer.state: its arrays are not those of this model and optimizer; give such a state")
-        placed: TrainState = shapes.replace(**devices.replicated(given, self.mesh))
-        return placed
-
-    def _trained(self) -> TrainState:
-        if not hasattr(self, "_state"):
-            raise InputError("there is no trained state; call fit first")
-        return self._state
+    @property
+    def _trained(self) -> DonatedState:
+        if self._held is None:
+            raise InputError("there is no trained state; call fit first, or prepare_data and prepare_model")
+        return self._held
 
     @property
     def model(self) -> Model:
@@ -456,20 +429,15 @@ class Trainer:
         """What the model computes, see `dpreg.parallel.digest.digest_training`."""
         if self._computation is None:
             rows = self.train.source[np.zeros(1, np.int32)]
-            self._computation = digest_training(self._model, self._shapes, rows["x"].shape[1], rows["y"].shape[1])
+            self._computation = digest_training(
+                self._model, self._trained.shapes, rows["x"].shape[1], rows["y"].shape[1]
+            )
         return self._computation
 
     @property
     def variables(self) -> dict[str, Any]:
         """A copy of what the model predicts with: "params" and "batch_stats"."""
-        with self._donating:
-            copy: dict[str, Any] = devices.replicated(self._variables, self.mesh)
-        return copy
-
-    @property
-    def _variables(self) -> dict[str, Any]:
-        state = self._trained()
-        return {"params": state.params, "batch_stats": state.batch_stats}
+        return self._trained.copy_variables()
 
     @property
     def exchange_bytes(self) -> int:
@@ -477,8 +445,9 @@ class Trainer:
 
         Ordered, those of each shard. What a BatchNorm over the batch exchanges in its layer is not among them.
         """
-        leaves = jax.tree.leaves((self._shapes.params, self._shapes.batch_stats))
-        sums = sum(leaf.size for leaf in leaves) + (3 if self._shapes.batch_stats else 2)
+        shapes = self._trained.shapes
+        leaves = jax.tree.leaves((shapes.params, shapes.batch_stats))
+        sums = sum(leaf.size for leaf in leaves) + (3 if shapes.batch_stats else 2)
         return int(sums) * self.dtype.itemsize * (self.num_shards if self.reduction == "ordered" else 1)
 
     def prepare_batch(self, block: Block) -> tuple[Any, Carried, np.ndarray]:
@@ -493,8 +462,8 @@ class Trainer:
         Raises:
           Diverged: when it is of the end of an epoch, and the loss on validation rows is not finite.
         """
-        self._state = self._placed_state(state)
-        self._go_to(int(self._state.step))
+        self._trained.take(state)
+        self._go_to(int(state.step))
         self.best, self.epoch_sums = best or self.best, epoch_sums.astype(np.float64)
         self.audit.begin(rows_used)
         if self.step and self.step % self.train.sampler.steps_per_epoch == 0:
@@ -503,9 +472,9 @@ class Trainer:
 
     def accept(self, w: np.ndarray, b: np.ndarray, train_loss: float) -> None:
         """Takes the parameters [d, t] and [t] of a linear model as they are, validates and tells of it."""
-        leaves, structure = jax.tree.flatten(self._trained().params)
+        leaves, structure = jax.tree.flatten(self._trained.shapes.params)
         given = [np.asarray(w if leaf.ndim > 1 else b, leaf.dtype) for leaf in leaves]
-        self._state = self._state.replace(params=devices.replicated(jax.tree.unflatten(structure, given), self.mesh))
+        self._trained.replace(params=jax.tree.unflatten(structure, given))
         self.train_loss = train_loss
         self.validate()
         self._tell(self.step, train_loss=train_loss, val_loss=self.val_loss, metrics=self.metrics)
@@ -554,7 +523,7 @@ class Trainer:
 
     def require_rest(self) -> None:
         """Raises InputError while observers are told, or where one raised, and the state holds more than was told."""
-        step = int(self._trained().step)
+        step = int(self._trained.current.step)
         if step != self.step:
             raise InputError(
                 f"the state is after step {step:,}, and observers are not told of all of it: steps are in flight, or "
@@ -614,9 +583,8 @@ class Trainer:
                 if interrupted or due:
                     return
             arguments = self.prepare_batch(block)
-            with self._donating, jax.profiler.StepTraceAnnotation("train", step_num=block.first_step):
-                state = self.__dict__.pop("_state")  # gone, not deleted, where the call is interrupted
-                self._state, sums, used = self._train_block(state, *arguments)
+            with jax.profiler.StepTraceAnnotation("train", step_num=block.first_step):
+                sums, used = self._trained.step(self._train_block, *arguments)
             self._dispatched = sums, self._to_all(used)
             yield block._replace(data=None), self._dispatched
 
@@ -667,7 +635,7 @@ class Trainer:
         started = time.perf_counter()
         blocks = self.val.blocks(0, self.val.num_steps, self.steps_of_call)
         evaluated, unpacked = self._eval_block
-        calls = ((b, evaluated(self._variables, *self.prepare_batch(b))) for b in blocks)
+        calls = ((b, evaluated(self._trained.variables, *self.prepare_batch(b))) for b in blocks)
         found = [unpacked(errors) for _, errors in devices.arrived(calls, self.heartbeat)]
         self.val_loss, self.metrics = metrics_of(self._model, self._schema, found)
         if self.train_loss == 0 and 0 < self.val_loss < float(np.finfo(np.float32).tiny):

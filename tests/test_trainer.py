@@ -828,16 +828,14 @@ def test_a_state_moves_between_trainers_and_one_that_does_not_fit_is_refused():
         _ = dpreg.Trainer(1).state
 
 
-def _interrupt_after(seconds, times=1):
+def _interrupt_after(seconds):
+    """A thread that sends this process a SIGINT that long after it is started."""
+
     def send():
         time.sleep(seconds)
-        for _ in range(times):
-            os.kill(os.getpid(), signal.SIGINT)
-            time.sleep(0.001)
+        os.kill(os.getpid(), signal.SIGINT)
 
-    thread = threading.Thread(target=send)
-    thread.start()
-    return thread
+    return threading.Thread(target=send)
 
 
 @pytest.mark.parametrize("num_val", [0, 8])
@@ -857,6 +855,7 @@ def test_ctrl_c_loses_nothing_wherever_it_comes_and_training_goes_on_to_the_same
         while not trainer.done:
             thread = _interrupt_after(rng.uniform(0, seconds / 2))
             try:
+                thread.start()
                 trainer.fit_epochs()
                 thread.join()
                 time.sleep(0.01)
