@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax._src import config  # the offset of seeds has no public context manager
 from jax.typing import ArrayLike
 
 PRNG = "threefry2x32"  # counter-based: what it draws depends on key and index alone, if it is partitionable
@@ -17,7 +18,7 @@ FULL_PRECISION = "highest"  # products of float32 as such, also where a chip wou
 def pinned_settings(float64: bool = False) -> Iterator[None]:
     """Traces, and draws, alike in every process: the generator, the precision of products, and the widest dtype.
 
-    Otherwise the environment (JAX_DEFAULT_PRNG_IMPL, JAX_THREEFRY_PARTITIONABLE, JAX_DEFAULT_MATMUL_PRECISION), or a
+    Otherwise the environment (JAX_DEFAULT_PRNG_IMPL, JAX_RANDOM_SEED_OFFSET, JAX_DEFAULT_MATMUL_PRECISION), or a
     run of another precision in this process, would decide what a run computes, and some of it by the number of devices.
 
     Args:
@@ -28,6 +29,7 @@ def pinned_settings(float64: bool = False) -> Iterator[None]:
         jax.default_prng_impl(PRNG),
         jax.threefry_partitionable(True),
         jax.default_matmul_precision(FULL_PRECISION),
+        config.random_seed_offset(0),
     ):
         yield
 

@@ -27,9 +27,9 @@ from dpreg.models.mlp import LinearRegression
 from dpreg.observer import Observer, Progress
 from dpreg.parallel import devices, processes
 from dpreg.parallel.audit import Audit
-from dpreg.parallel.checks import normalises_over_batch, require_model, traced
+from dpreg.parallel.checks import comes_with_dpreg, normalises_over_batch, require_model, traced
 from dpreg.parallel.compile import compile_eval_block, compile_train_block
-from dpreg.parallel.digest import digest_training
+from dpreg.parallel.digest import digest_training, digest_values
 from dpreg.parallel.donated import DonatedState
 from dpreg.parallel.hooks import OF_DATA, OF_TRAINER, require_no_hooks
 from dpreg.parallel.layout import Carried, Clock, example_of, layout_of
@@ -299,6 +299,7 @@ class Trainer:
             )
         self._model, self._predictor = model, None
         self._computation: str | None = None
+        self._optimizer_start = "" if comes_with_dpreg(model) else digest_values(state.opt_state)
         self.bound_calls(state)
         held = DonatedState(state, self.mesh)
         with traced(model):
@@ -428,10 +429,9 @@ class Trainer:
     def computation(self) -> str | None:
         """What the model computes, see `dpreg.parallel.digest.digest_training`."""
         if self._computation is None:
-            rows = self.train.source[np.zeros(1, np.int32)]
-            self._computation = digest_training(
-                self._model, self._trained.shapes, rows["x"].shape[1], rows["y"].shape[1]
-            )
+            row, shapes = self.train.source[np.zeros(1, np.int32)], self._trained.shapes
+            widths = row["x"].shape[1], row["y"].shape[1]
+            self._computation = digest_training(self._model, shapes, *widths, self._optimizer_start)
         return self._computation
 
     @property

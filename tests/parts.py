@@ -4,7 +4,9 @@ import hashlib
 import json
 import sys
 
+import jax
 import numpy as np
+import optax
 
 import dpreg
 from dpreg.data.dataset import Cast
@@ -67,6 +69,11 @@ def refusals(process, trainer):
     refused("epochs", fit(same, max_epochs=1 + process))
     refused("batch size", fit(dpreg.RegressionData(source(100, 0), batch_size=32 << process)))
     refused("learning rate", fit(same, dpreg.LinearRegressionScratch(3, 0.05 + process)))
+    injected = optax.inject_hyperparams(optax.sgd)(learning_rate=(0.1, 0.01)[process])
+    refused("optimizer state", fit(same, dpreg.LinearRegressionScratch(3, 0.05, optimizer=injected)))
+    state = trainer.state.replace(step=0)
+    moved = state.replace(params=jax.tree.map(lambda leaf: leaf + np.float32(process), state.params))
+    refused("assigned state", lambda: setattr(trainer, "state", moved))
     refused("predict", lambda: trainer.predict(x[: 50 + 20 * process]))
     refused("predict values", lambda: trainer.predict(x[process : 50 + process]))
     refused("evaluate", lambda: trainer.evaluate(source(100, process)))

@@ -16,6 +16,7 @@ import numpy as np
 import optax
 import pytest
 from flax import linen as nn
+from jax._src import config as jax_config
 from models import Net, Rows
 
 import dpreg
@@ -192,21 +193,40 @@ def test_ordered_holds_for_whatever_an_update_computes_of_the_gradient(optimizer
     assert len({run(n) for n in (1, 2, 8)}) == 1
 
 
+class Drawing(Net):
+    """Its optimizer draws as well, by a key of its own making."""
+
+    def configure_optimizers(self):
+        return optax.chain(optax.add_noise(0.1, 0.5, 3), self.optimizer)
+
+
 def test_the_random_numbers_of_a_run_do_not_depend_on_the_settings_of_the_process():
     def run(num_devices):
         data = dpreg.SyntheticRegressionData([1.0, 2.0, 3.0], 4.2, num_train=203, num_val=21, batch_size=64)
-        return digest(trained(Net(OPTIMIZERS["adam"]), data, 1, num_devices, reduction="ordered"))
+        return digest(trained(Drawing(OPTIMIZERS["adam"]), data, 1, num_devices, reduction="ordered"))
 
     expected = run(1)
     for settings in (
         [jax.default_prng_impl("rbg")],
-        [jax.threefry_partitionable(False)],
+        [jax.threefry_partitionable(False), jax_config.random_seed_offset(5)],
         [jax.default_matmul_precision("bfloat16"), jax.enable_x64(True)],
     ):
         with contextlib.ExitStack() as stack:
             for setting in settings:
                 stack.enter_context(setting)
             assert (run(1), run(3)) == (expected, expected)
+
+
+def test_metrics_do_not_depend_on_how_many_steps_a_call_takes():
+    """Nor on the steps that fill up the last call."""
+    rows = Rows(1003, weighted=True).source()
+
+    def run(steps, num_devices):
+        trainer = dpreg.Trainer(1, num_devices, reduction="ordered", steps_per_block=steps, placement="host")
+        trainer.fit(dpreg.LinearRegressionScratch(3, 0.1), dpreg.RegressionData(rows, rows, 8))
+        return trainer.val_loss, trainer.metrics
+
+    assert run(7, 1) == run(50, 8) == run(None, 3)
 
 
 @pytest.mark.parametrize(("backend", "placement"), LAYOUTS)

@@ -337,6 +337,25 @@ def test_a_method_of_another_loop_is_refused_by_name(part, name, said):
     assert said in str(caught.value)
 
 
+def test_a_hook_of_an_object_is_refused_and_a_part_of_a_loss_is_not():
+    trainer = dpreg.Trainer(1)
+    trainer.fit_epoch = lambda: None
+    with pytest.raises(dpreg.InputError, match=r"Trainer\.fit_epoch: dpreg does not call it"):
+        trainer.fit(dpreg.LinearRegressionScratch(3, 0.1), Rows(16).data(8))
+
+    class Part(dpreg.LinearRegressionScratch):
+        def l1_penalty(self, prediction):
+            return 0.1 * jnp.abs(prediction).sum(axis=1)
+
+    class Whole(Part):
+        def loss(self, prediction, target):
+            return super().loss(prediction, target) + self.l1_penalty(prediction)
+
+    with pytest.raises(dpreg.InputError, match=r"Part\.l1_penalty: dpreg does not call it; override loss"):
+        dpreg.Trainer(1).fit(Part(3, 0.1), Rows(16).data(8))
+    dpreg.Trainer(1).fit(Whole(3, 0.1), Rows(16).data(8))
+
+
 def test_a_method_added_to_a_class_of_dpreg_is_refused_as_well(monkeypatch):
     monkeypatch.setattr(dpreg.Trainer, "fit_epoch", lambda self: None, raising=False)  # as `d2l.add_to_class` does
     with pytest.raises(dpreg.InputError, match=r"Trainer\.fit_epoch: dpreg does not call it"):

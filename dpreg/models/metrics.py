@@ -120,9 +120,11 @@ def metrics(
       of_squares: whether the loss of a row is half its squared error, so that those say what a loss too small for the
         dtype is.
     """
+    # Without what has no weight, such as the steps that fill up a block: sums depend on how many there are.
+    counted = [np.asarray(block.weight) > 0 for block in blocks]
     every = Errors(
         *(
-            np.concatenate([np.reshape(leaf, (-1, *np.shape(leaf)[2:])) for leaf in leaves]).astype(np.float64)
+            np.concatenate([np.asarray(leaf)[of] for leaf, of in zip(leaves, counted, strict=True)]).astype(np.float64)
             for leaves in zip(*blocks, strict=True)
         )
     )

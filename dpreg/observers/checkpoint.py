@@ -1,7 +1,6 @@
 """The run on disk: saved by time while it trains, restored to go on, whole or not at all."""
 
 import contextlib
-import hashlib
 import json
 import logging
 import pathlib
@@ -20,7 +19,7 @@ from dpreg.errors import InputError
 from dpreg.observers.orbax_errors import quiet, reason_of
 from dpreg.parallel import processes
 from dpreg.parallel.devices import replicated
-from dpreg.parallel.digest import differ
+from dpreg.parallel.digest import differ, digest_values
 from dpreg.terminal import printable
 from dpreg.trainer import Best, Trainer
 
@@ -124,7 +123,7 @@ class Checkpoints:
                 "identity": self._identity,
                 "computation": trainer.computation,
                 "leaves": _leaves(content),
-                "content": _checksum(content),
+                "content": digest_values(content),
             }
         )
         with self._writing():
@@ -157,7 +156,7 @@ class Checkpoints:
                 )
 
             def is_whole(content: Any, checksum: str = meta["content"]) -> bool:
-                return _checksum(content) == checksum
+                return digest_values(content) == checksum
 
             content = self._read(step, "state", ocp.args.StandardRestore(wanted), is_whole)
             if content is None:
@@ -258,11 +257,3 @@ def _leaves(content: Any) -> dict[str, str]:
         jax.tree_util.keystr(path): f"{leaf.dtype}{list(leaf.shape)}"
         for path, leaf in jax.tree_util.tree_leaves_with_path(content)
     }
-
-
-def _checksum(content: Any) -> str:
-    digest = hashlib.sha256()
-    for path, leaf in jax.tree_util.tree_leaves_with_path(content):
-        digest.update(jax.tree_util.keystr(path).encode())
-        digest.update(np.asarray(leaf).tobytes())
-    return digest.hexdigest()

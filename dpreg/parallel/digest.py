@@ -21,11 +21,23 @@ from dpreg.tracing import key_of, pinned_settings
 _ROWS = 2  # of the batch that is traced; what a model computes of it stands for any other
 
 
-def digest_training(model: Model, state: TrainState, num_inputs: int, num_targets: int) -> str | None:
+def digest_values(tree: PyTree) -> str:
+    """A SHA-256 of the paths and the values of all arrays."""
+    digest = hashlib.sha256()
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        digest.update(jax.tree_util.keystr(path).encode())
+        digest.update(np.asarray(leaf).tobytes())
+    return digest.hexdigest()
+
+
+def digest_training(
+    model: Model, state: TrainState, num_inputs: int, num_targets: int, optimizer: str = ""
+) -> str | None:
     """A digest of the initial parameters, the gradient of the loss and the update: the same on any devices.
 
     Args:
       state: shapes will do.
+      optimizer: the `digest_values` of its initial state, which holds settings such as an injected learning rate.
 
     Returns:
       It, and in parentheses the versions of the libraries that it depends on besides, see `differ`; None for the models
@@ -56,7 +68,7 @@ def digest_training(model: Model, state: TrainState, num_inputs: int, num_target
             texts = [_program(init, jax.ShapeDtypeStruct((1, num_inputs), jnp.float32))]
         with pinned_settings(dtype == np.float64):
             texts.append(_program(mapped, state, batches))
-    return _digest(texts)
+    return _digest([*texts, optimizer])
 
 
 def digest_prediction(model: Model, variables: Mapping[str, PyTree], num_inputs: int, num_targets: int) -> str | None:

@@ -9,7 +9,9 @@ import numpy as np
 from jax.sharding import Mesh
 
 from dpreg.errors import InputError
+from dpreg.parallel import processes
 from dpreg.parallel.devices import replicated
+from dpreg.parallel.digest import digest_values
 from dpreg.parallel.reduce import PyTree
 from dpreg.parallel.state import TrainState
 
@@ -20,19 +22,22 @@ class DonatedState:
     """The train state of a run, replicated over its devices.
 
     Each call of the steps donates its arrays, which are deleted then. So others get copies, and what they give is
-    copied; another thread may ask for a copy while a call is dispatched.
+    copied; another thread may ask for a copy while a call is dispatched. All processes have to give the same values.
 
     Args:
       state: the first state; mesh: the devices.
 
     Attributes:
       shapes: the state as `jax.ShapeDtypeStruct`s.
+
+    Raises:
+      InputError: in all processes, where one gives other values than another.
     """
 
     def __init__(self, state: TrainState, mesh: Mesh):
         self.shapes: TrainState = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), state)
         self._mesh, self._lock = mesh, threading.Lock()
-        self._state: TrainState | None = replicated(state, mesh)
+        self._state: TrainState | None = self._place(state)
 
     @property
     def current(self) -> TrainState:
@@ -73,7 +78,7 @@ class DonatedState:
 
     def replace(self, **values: PyTree) -> None:
         """Takes copies of some of the state's values."""
-        self._state = self.current.replace(**replicated(values, self._mesh))
+        self._state = self.current.replace(**self._place(values))
 
     def take(self, state: TrainState) -> None:
         """Takes a copy of the values of another state.
@@ -84,7 +89,16 @@ class DonatedState:
         given = {name: getattr(state, name) for name in _VALUES} | {"step": jnp.asarray(state.step, jnp.int32)}
         if _kinds_of({name: getattr(self.shapes, name) for name in _VALUES}) != _kinds_of(given):
             raise InputError("trainer.state: its arrays are not those of this model and optimizer; give such a state")
-        self._state = self.shapes.replace(**replicated(given, self._mesh))
+        self._state = self.shapes.replace(**self._place(given))
+
+    def _place(self, values: PyTree) -> Any:
+        """A copy of the values on all devices."""
+        processes.require_alike(
+            "the state of the trainer",
+            "draw or load them alike in all processes",
+            lambda: {"parameters or optimizer states": ("of the same shapes", digest_values(values))},
+        )
+        return replicated(values, self._mesh)
 
 
 def _kinds_of(tree: PyTree) -> tuple[Any, list[Any]]:

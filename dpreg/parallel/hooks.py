@@ -12,41 +12,51 @@ _ROWS = "give rows by a dpreg.Source, in dpreg.RegressionData(train, val, batch_
 _LOADERS = r"get_(data|tensor)loader|(train|val|test|predict)_dataloader"
 _EVENTS = r"plot|on_(fit|train|validation|test|predict|epoch|batch|before|after|save|load)\w*|\w+_(epoch|step)_end"
 
+# Names that a loss of the user's may call as well: refused where no other method of the class reads them.
+_PARTS_OF_LOSS = r"compute_loss|loss_fn|criterion|l1_penalty|l2_penalty|regulari[sz](er|ation)(_loss)?|weight_decay"
+
 # Names of D2L's, Lightning's and Keras' loops, as regular expressions; and what has the effect here.
 OF_MODEL = {
     r"(training|train)_step|optimizer_step|optimizer_zero_grad|configure_gradient_clipping|lr_scheduler_step": _STEP,
     r"(validation|val|eval|test|predict|prediction)_step": _EVALUATION,
-    r"l2_penalty": "penalise weights in configure_optimizers, by optax.add_decayed_weights",
+    _PARTS_OF_LOSS: "override loss (one value for each row), or penalise weights in configure_optimizers",
     r"apply_init": "give each layer its initializer, such as kernel_init",
     r"prepare_batch": "change rows in __call__, or in a dpreg.Source",
     _EVENTS: _OBSERVERS,
     _LOADERS: _ROWS,
 }
 OF_TRAINER = {
-    r"fit_epoch|(training|train)_(step|epoch)|optimizer_step|backward": _STEP,
-    r"clip_gradients": "give gradient_clip_val, or clip in configure_optimizers, by optax.clip or another",
-    r"(validation|val|eval|test|predict)_(step|epoch)": _EVALUATION,
+    r"fit_epoch|(training|train)_(step|epoch|batch|loop)|optimizer_(step|zero_grad)|backward|compute_loss": _STEP,
+    r"clip_(gradients|grad_norm)": "give gradient_clip_val, or clip in configure_optimizers, by optax.clip or another",
+    r"(validation|validate|val|eval|test|predict)_(step|epoch)": _EVALUATION,
     r"prepare_batch": "change rows in the __call__ of the model, or in a dpreg.Source",
     _EVENTS: _OBSERVERS,
     _LOADERS: _ROWS,
 }
 OF_DATA = {
     _LOADERS: _ROWS,
-    r"prepare_batch|(on_(before|after)_batch_transfer)|transfer_batch_to_device": "change rows in a dpreg.Source",
+    r"prepare_batch|on_(before|after)_batch_transfer|transfer_batch_to_device|collate_fn": "change rows in a Source",
 }
 
 
 def require_no_hooks(what: Any, hooks: dict[str, str]) -> None:
-    """Raises InputError where a user's class, or a class of dpreg that the user has added to, brings such a method.
+    """Raises InputError where a user's class or object, or a class of dpreg that the user has added to, brings a hook.
 
     Args:
       hooks: one of `OF_MODEL`, `OF_TRAINER` and `OF_DATA`.
     """
-    for base in type(what).__mro__:
-        for name, method in vars(base).items():
+    bases = [(base.__name__, vars(base)) for base in type(what).__mro__]
+    for owner, members in [(type(what).__name__, getattr(what, "__dict__", {})), *bases]:
+        for name, method in members.items():
             of_library = (getattr(method, "__module__", None) or "").split(".")[0] in ("dpreg", "flax")
             if of_library or not (callable(method) or isinstance(method, (staticmethod, classmethod))):
                 continue
             for hook, remedy in hooks.items():
-                if re.fullmatch(hook, name):
-                    raise InputError(f"{base.__name__}.{name}: dpreg does not call it; {remedy}")
+                if re.fullmatch(hook, name) and not (re.fullmatch(_PARTS_OF_LOSS, name) and _is_read(name, what)):
+                    raise InputError(f"{owner}.{name}: dpreg does not call it; {remedy}")
+
+
+def _is_read(name: str, what: Any) -> bool:
+    """Whether a method of an object's classes reads the attribute of that name."""
+    methods = (getattr(method, "__wrapped__", method) for base in type(what).__mro__ for method in vars(base).values())
+    return any(name in code.co_names for method in methods if (code := getattr(method, "__code__", None)))

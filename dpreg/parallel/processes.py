@@ -317,10 +317,9 @@ def require_alike(call: str, advice: str, given: Callable[[], Mapping[str, tuple
     for process, other in enumerate(others, 1):
         for name in {**first, **other}:
             if other.get(name) != first.get(name):
-                here, there = (found.get(name, ["none"])[0] for found in (first, other))
-                raise AgreedError(
-                    f"{call}: processes 0 and {process} have different {name}: {here} and {there}; {advice}"
-                )
+                here, there = (values.get(name, ["none"])[0] for values in (first, other))
+                found = f"{here} and {there}" if here != there else f"both {here}, with other values"
+                raise AgreedError(f"{call}: processes 0 and {process} have different {name}: {found}; {advice}")
 
 
 @functools.cache
