@@ -212,6 +212,7 @@ def test_tables_give_their_names():
     np.testing.assert_array_equal(DataParallelClassifier().fit(table, labels).classes_, ["no", "yes"])
 
 
+@pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")  # of three steps
 def test_partial_fit_goes_on_from_where_it_was():
     y = targets("squared")
     exact = DataParallelRegressor(l2=0.1)

@@ -57,13 +57,13 @@ class DonatedState:
 
     def copy(self) -> TrainState:
         """A copy of the state, on the devices."""
-        with self._lock:
+        with self._lock, jax.ensure_compile_time_eval():  # also where a function is being traced
             state: TrainState = replicated(self.current, self._mesh)
         return state
 
     def copy_variables(self) -> dict[str, Any]:
         """A copy of `variables`, on the devices."""
-        with self._lock:
+        with self._lock, jax.ensure_compile_time_eval():
             variables: dict[str, Any] = replicated(self.variables, self._mesh)
         return variables
 
