@@ -14,7 +14,7 @@ from dpreg.data.dataset import PRECISIONS, Dataset
 from dpreg.data.parts import rows_everywhere
 from dpreg.data.raw import RawRows, columns_of, encoded_schema, open_columns, open_source
 from dpreg.data.schema import Schema
-from dpreg.data.sources import ArraySource, Rows, Source, describe_rows
+from dpreg.data.sources import ArraySource, Rows, Source, describe_rows, unmasked
 from dpreg.errors import InputError
 from dpreg.models.losses import SQUARED, loss_of
 from dpreg.models.metrics import Errors, errors, metrics
@@ -116,13 +116,20 @@ class Predictor:
             return self._predict_source(x)
         if self.schema is None:
             return self._predict_encoded(self._array(x))
-        columns = columns_of(self.schema, self.columns, targets=False)
-        if columns.missing == "error":
-            columns = dataclasses.replace(columns, missing="drop")
+        columns = self._columns_of(self.schema)
         rows = RawRows(open_columns(x, columns), columns, self.schema, self.dtype)
-        predicted = np.concatenate(list(self.predictions(rows.pieces(self.piece_rows))))
-        predicted[~np.concatenate(rows.there)] = np.nan
-        return predicted
+        return np.concatenate(list(self._predict_raw(rows)))
+
+    def _columns_of(self, schema: Schema) -> Columns:
+        """What to take from a table to predict its rows; those with missing values get no prediction."""
+        columns = columns_of(schema, self.columns, targets=False)
+        return dataclasses.replace(columns, missing="drop") if columns.missing == "error" else columns
+
+    def _predict_raw(self, rows: RawRows) -> Iterator[np.ndarray]:
+        """The predictions of each piece of a table; NaN for a row with missing values."""
+        for predicted in self.predictions(rows.pieces(self.piece_rows)):
+            predicted[~rows.there.popleft()] = np.nan
+            yield predicted
 
     def _predict_encoded(self, x: np.ndarray) -> np.ndarray:
         rows = ArraySource(x, np.zeros((len(x), self.num_targets)), dtype=self.dtype)
@@ -133,7 +140,7 @@ class Predictor:
         if isinstance(x, Mapping):
             raise InputError(f"x is a {type(x).__name__}, and the model was trained on no table; give an array of rows")
         try:
-            array = np.asarray(x, self.dtype)
+            array = np.asarray(unmasked("x", x), self.dtype)
         except (TypeError, ValueError) as error:
             raise InputError(f"x is no array of numbers: {error}; give rows of {self.num_inputs:,} numbers") from error
         if array.ndim != 2 or array.shape[1] != self.num_inputs or not len(array):
@@ -144,11 +151,12 @@ class Predictor:
         """The predictions of the rows of a source; of rows in parts, those of this process's part."""
         own: range = getattr(source, "own", range(len(source)))
         first, found = 0, []
-        pieces = self.pieces(source)
         if self.schema is not None and encoded_schema(source) is None:  # also the rows of weight 0
-            table, columns = open_source(source, columns_of(self.schema, self.columns, targets=False))
-            pieces = RawRows(table, columns, self.schema, self.dtype).pieces(self.piece_rows)
-        for predicted in self.predictions(pieces):
+            table, columns = open_source(source, self._columns_of(self.schema))
+            predictions = self._predict_raw(RawRows(table, columns, self.schema, self.dtype))
+        else:
+            predictions = self.predictions(self.pieces(source))
+        for predicted in predictions:
             found.append(predicted[max(own.start - first, 0) : max(own.stop - first, 0)])
             first += len(predicted)
         return np.concatenate(found)

@@ -13,6 +13,7 @@ from datetime import date
 
 import jax.numpy as jnp
 import numpy as np
+import pandas
 import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet
@@ -559,3 +560,40 @@ def test_an_array_has_the_columns_of_the_table_in_their_order(tmp_path):
     for call in (without.predict, without.evaluate):
         with pytest.raises(dpreg.InputError, match=r"no (table|source)"):
             call({"x": [1.0]})
+
+
+class Holding:
+    """A user's own source: the columns of a table as they are, with missing values."""
+
+    def __init__(self, x):
+        self.x = np.asarray(x, np.float32)
+
+    def __len__(self):
+        return len(self.x)
+
+    def __getitem__(self, indices):
+        ones = np.ones(len(indices), np.float32)
+        return {"x": self.x[indices], "y": ones[:, None], "weight": ones}
+
+    def fingerprint(self):
+        return "Holding"
+
+
+def test_what_misses_a_value_has_no_prediction_however_it_is_handed_over(tmp_path):
+    x, z = np.arange(40.0), np.arange(40) % 2
+    pyarrow.parquet.write_table(pa.table({"x": x, "z": z, "y": 3 * x + 7 - 2 * z}), tmp_path / "t.parquet")
+    data = dpreg.read_table(
+        str(tmp_path / "t.parquet"), dpreg.Columns(target=("y",), missing="drop"), cache_dir=str(tmp_path)
+    )
+    trainer = dpreg.Trainer(1, 1)
+    trainer.fit(dpreg.LinearRegressionScratch(2, 0.1), data)
+    rows = np.array([[10, 0], [np.nan, 0], [5, 1]])
+    expected = trainer.predict(rows)
+    assert np.isnan(expected[:, 0]).tolist() == [False, True, False]
+    masked = np.ma.masked_array(np.nan_to_num(rows, nan=999.0), np.isnan(rows))
+    for given in (Holding(rows), masked, {"x": masked[:, 0], "z": masked[:, 1]}):
+        np.testing.assert_array_equal(trainer.predict(given), expected)
+    with pytest.raises(dpreg.InputError, match="x: there are two columns 'x'; rename one"):
+        trainer.predict(pandas.DataFrame(np.ones((2, 3)), columns=["x", "x", "z"]))
+    with pytest.raises(dpreg.InputError, match="x is a masked array, whose missing values would be lost"):
+        dpreg.ArraySource(masked, np.zeros(3))

@@ -110,7 +110,11 @@ def open_columns(x: Any, columns: Columns, name: str = "x") -> Table:
         x = pa.Table.from_batches([x])
     of_frame = hasattr(x, "iloc") and hasattr(x, "columns")
     if isinstance(x, Mapping) or of_frame:
-        keys = {str(key): key for key in (x.columns if of_frame else x)}
+        given = list(x.columns if of_frame else x)
+        keys = {str(key): key for key in given}
+        if len(keys) < len(given):
+            twice = next(key for key, count in collections.Counter(map(str, given)).items() if count > 1)
+            raise InputError(f"{name}: there are two columns {twice!r}; rename one")
         arrays = {key: _array(name, key, x[keys[key]]) for key in dict.fromkeys(columns.taken) if key in keys}
         unused = [key for key in keys if key not in arrays]
     elif hasattr(x, "__arrow_c_stream__") or hasattr(x, "__arrow_c_array__"):
@@ -174,7 +178,7 @@ def encoded_schema(source: Any) -> Schema | None:
 
 def _columns_of_array(x: Any, columns: Columns, name: str) -> dict[str, pa.Array]:
     try:
-        array = np.asarray(x)
+        array = x if isinstance(x, np.ma.MaskedArray) else np.asarray(x)
     except ValueError as error:  # rows of unequal length
         raise _wrong_width(f"{name}: no array ({error})", columns.features) from error
     if array.ndim != 2 or array.shape[1] != len(columns.features) or columns.target or not len(array):
@@ -199,6 +203,8 @@ def _array(table: str, name: str, values: Any) -> pa.Array | pa.ChunkedArray:
     if isinstance(values, (pa.Array, pa.ChunkedArray)):
         return values
     try:
+        if isinstance(values, np.ma.MaskedArray):
+            return pa.array(np.ma.getdata(values), mask=np.ma.getmaskarray(values), from_pandas=True)
         if hasattr(values, "__array__") and not hasattr(values, "iloc"):
             values = np.asarray(values)
             values = values[:, 0] if values.ndim == 2 and values.shape[1] == 1 else values

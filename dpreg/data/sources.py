@@ -47,6 +47,17 @@ def gathered(indices: np.ndarray, **columns: np.ndarray) -> Rows:
     return {name: np.take(column, indices, axis=0) for name, column in columns.items()}  # 4x as fast as column[indices]
 
 
+def unmasked(name: str, values: Any) -> Any:
+    """The values, which NumPy would take without their mask.
+
+    Raises:
+      InputError: for a masked array that masks some.
+    """
+    if np.ma.is_masked(values):
+        raise InputError(f"{name} is a masked array, whose missing values would be lost; fill them, or leave them out")
+    return values
+
+
 @dataclasses.dataclass(frozen=True)
 class ArraySource:
     """A source over arrays, also memory-mapped ones.
@@ -58,7 +69,7 @@ class ArraySource:
       dtype: what they are kept as: float32, or float64 for runs of that precision.
 
     Raises:
-      InputError: when shapes disagree, or a value is not finite or a weight negative (names the row).
+      InputError: when shapes disagree, or a value is masked, not finite or a weight negative (names the row).
 
     >>> source = ArraySource(x=[[1, 0], [0, 1], [1, 1]], y=[2, 3, 5])
     >>> source[np.array([2, 0])]["y"]
@@ -72,9 +83,9 @@ class ArraySource:
 
     def __init__(self, x: ArrayLike, y: ArrayLike, weight: ArrayLike | None = None, dtype: DTypeLike = np.float32):
         columns = {
-            "x": np.asarray(x, dtype),
-            "y": np.asarray(y, dtype),
-            "weight": np.ones(len(np.asarray(y)), dtype) if weight is None else np.asarray(weight, dtype),
+            "x": np.asarray(unmasked("x", x), dtype),
+            "y": np.asarray(unmasked("y", y), dtype),
+            "weight": np.asarray(np.ones(len(np.asarray(y))) if weight is None else unmasked("weight", weight), dtype),
         }
         if not len(columns["y"]):
             raise InputError("x has no rows; give at least one")

@@ -236,8 +236,10 @@ def _of_link(z: np.ndarray, loss: str) -> np.ndarray:
     return found
 
 
-def _seen(column: Mapping[str, Any], values: Sequence[Any], filled: bool) -> np.ndarray:
+def _seen(column: Mapping[str, Any], values: Any, filled: bool) -> np.ndarray:
     """What the model sees of a column: [n, features]; NaN where a value is missing that is not filled in."""
+    if hasattr(values, "iloc"):
+        values = values.to_numpy()  # not item by item: pandas gives a float32 as the nearest float64
     missing = np.array([value in MISSING if isinstance(value, str) else str(value) in _SHOWN for value in values], bool)
     if column["kind"] == "number":
         fill = np.nan if column["fill"] is None else column["fill"]
