@@ -11,6 +11,7 @@ import dataclasses
 import functools
 import hashlib
 import json
+import logging
 import socket
 import subprocess
 import sys
@@ -314,6 +315,7 @@ def main() -> None:
     flags.add_argument("--address", help=argparse.SUPPRESS)
     flags.add_argument("--process", type=int, help=argparse.SUPPRESS)
     asked = flags.parse_args()
+    logging.disable(logging.WARNING)  # of numbers of threads, which are the same for all layouts here
     if asked.address:
         devices.start("cpu", MOST_DEVICES // 2, asked.address, 2, asked.process, threads=THREADS)
         case, _ = draw(asked.seed, asked.case)
