@@ -10,7 +10,7 @@ import optax.contrib
 import pytest
 from flax import linen as nn
 from flax import nnx
-from models import Rows
+from models import Net, Rows
 
 import dpreg
 from dpreg.config import LOSSES
@@ -307,6 +307,17 @@ def test_the_digest_of_a_computation_changes_with_what_is_computed_and_with_noth
     newer = training.replace(jax.__version__, "99.0")
     assert not differ(training, newer.replace(training[:32], "0" * 32))
     assert digests(linear(None)) == (None, None)  # its flags say what it computes
+
+
+def test_a_setting_in_the_state_of_an_optimizer_is_part_of_what_a_run_computes():
+    def computation(rate):
+        trainer = dpreg.Trainer(1, 1)
+        trainer.prepare_data(Rows(16).data(8))
+        trainer.prepare_model(Net(optax.inject_hyperparams(optax.sgd)(learning_rate=rate)))
+        return trainer.computation
+
+    assert differ(computation(0.1), computation(0.01))
+    assert not differ(computation(0.1), computation(0.1))
 
 
 def with_method(name, base, *arguments):
