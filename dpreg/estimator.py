@@ -18,6 +18,8 @@ from sklearn.utils.validation import _check_sample_weight, check_is_fitted, vali
 
 from dpreg.build import build_model, build_trainer, objective_and_optimizer
 from dpreg.config import Config
+from dpreg.data.columns import LARGEST
+from dpreg.data.learn import SMALLEST
 from dpreg.data.schema import Number, Schema
 from dpreg.data.sources import ArraySource, RegressionData, Shuffled, first_outside
 from dpreg.errors import InputError
@@ -39,7 +41,7 @@ from dpreg.trainer import Trainer
 _MOST_EXACT = 1024  # parameters up to which "auto" is exact: its time grows with their square, or third power
 _LOCATED = ("squared", "huber", "absolute", "quantile")  # losses of which a scaled target is a target, too
 _OF_LOGARITHMS = ("poisson", "gamma")  # losses of which a linear model adds up logarithms
-_EPSILON = float(np.finfo(np.float64).eps)
+_TINY = float(np.finfo(np.float64).tiny)
 
 
 @dataclasses.dataclass
@@ -189,15 +191,16 @@ class Estimator(BaseEstimator):
         if before:  # in another order each time
             config = dataclasses.replace(config, seed=(before.config.seed + 1) % 2**31)
         fitted = _Fitted(config, module, y.shape[1], one_column, Schema((), ()))
-        if wrong := first_outside(ArraySource(np.zeros(len(y)), y, dtype=np.float64), fitted.objective.allowed):
+        if wrong := first_outside(ArraySource(np.zeros(len(y)), y, weight, np.float64), fitted.objective.allowed):
             target = ", ".join(f"{value:g}" for value in wrong[1])
             domain = fitted.objective.domain
             raise InputError(
                 f"loss={config.loss!r}: the target in row {wrong[0]:,} is {target} and has to be {domain}; "
                 "mend it, or use another loss"
             )
-        used = weight > 0
+        used = np.flatnonzero(weight > 0)
         x, y, weight = x[used], y[used], weight[used]
+        _require_squares(x, y, weight, used)
         exact, squared = self._is_exact(fitted), config.loss == "squared"
         if further and exact and not squared:
             if self.solver == "exact":
@@ -241,15 +244,17 @@ class Estimator(BaseEstimator):
         loss, l2 = fitted.config.loss, fitted.config.l2
         triangle = self._solver(fitted, x, y, weight).triangle()
         fitted.schema = self._schema(fitted, *_moments_of(triangle))
-        mean, scale = fitted.schema.units
-        # Without a penalty there is nothing to find but in the directions in which rows differ.
-        along = np.eye(x.shape[1]) if l2 else triangle.standardized(mean, scale).solve().directions
-        if not l2:  # of one length, so that the directions are alike to the steps
-            along = along / np.sqrt(weight @ np.square(fitted.scaled(x) @ along) / weight.sum())
-        rows, self.n_iter_ = fitted.scaled(x) @ along, 0
+        d, (mean, scale) = x.shape[1], fitted.schema.units
+        mean = np.concatenate([triangle.means[:d], mean[d:]])  # about the means in any case, as least squares
+        fit = triangle.standardized(mean, scale).solve()
+        rows, self.n_iter_ = (x - mean[:d]) / scale[:d], 0
+        kept, along = fit.inverse.kept, fit.inverse.root
+        if not l2:  # nothing to find but along the columns kept: orthogonal, and of one length, alike to the steps
+            rows = rows[:, kept] @ along
+            length = np.sqrt(weight @ np.square(rows) / weight.sum())
+            rows, along = rows / length, along / length
         found: list[tuple[np.ndarray, np.ndarray]] = []
-        mean, scale = (part[x.shape[1] :] for part in fitted.schema.units)
-        for target in ((y - mean) / scale).T:
+        for target in ((y - mean[d:]) / scale[d:]).T:
             solver = self._solver(fitted, rows, target[:, None], weight)
             if loss == "softmax":
                 found.append(solver.softmax(fitted.outputs, l2))
@@ -257,11 +262,15 @@ class Estimator(BaseEstimator):
                 slopes = robust.slopes_of(loss, fitted.config.huber_delta, fitted.config.quantile)
                 found.append(solver.robust(slopes, l2))
             else:
-                fit, _ = solver.newton(FAMILIES[loss], l2)
-                found.append((fit.w, fit.b))
+                of_target, _ = solver.newton(FAMILIES[loss], l2)
+                found.append((of_target.w, of_target.b))
             self.n_iter_ = max(self.n_iter_, solver.passes)
         w, b = (np.concatenate(parts, axis=-1) for parts in zip(*found, strict=True))
-        self._keep_linear(fitted, along @ w, b)
+        if not l2:
+            of_kept, w = along @ w, np.zeros((d, w.shape[1]))
+            w[kept] = of_kept
+            w = fit.shared(w)
+        self._keep_linear(fitted, w, b, mean)
 
     def _solver(self, fitted: _Fitted, x: np.ndarray, y: np.ndarray, weight: np.ndarray) -> Solver:
         return Solver(ArraySource(x, y, weight, np.float64), fitted.mesh, fitted.config.num_shards)
@@ -331,6 +340,11 @@ class Estimator(BaseEstimator):
         names = [*map(str, getattr(self, "feature_names_in_", ()))]
         if len(set(names)) < d:
             names = [f"x{j}" for j in range(d)]
+        if (lost := (deviation > 0) & (deviation < SMALLEST)).any():
+            column = [*names, *(f"y{k}" for k in range(len(mean) - d))][lost.argmax()]
+            raise InputError(
+                f"column {column!r} varies by less than {SMALLEST:g}, or its weights are as small; scale it"
+            )
         scaled = np.full(len(mean), self.standardize)
         scaled[d:] &= fitted.config.loss in _LOCATED
         mean = np.where(scaled | (constant & (np.arange(len(mean)) < d)), mean, 0.0)
@@ -353,6 +367,8 @@ class Estimator(BaseEstimator):
         mean = of_schema if mean is None else mean
         w, at_mean = fitted.schema.parameters(w, b)[0], b * scale[d:] + mean[d:]
         b = at_mean - mean[:d] @ w
+        if not (np.isfinite(w).all() and np.isfinite(b).all()):
+            raise InputError("the coefficients are not finite in float64; scale X, y or the weights closer to 1")
         fitted.around = mean[:d], at_mean, w, b
         self.coef_: np.ndarray = w[:, 0] if fitted.one_column else np.ascontiguousarray(w.T)
         self.intercept_: float | np.ndarray = float(b[0]) if fitted.one_column else b
@@ -385,14 +401,32 @@ def _moments(columns: np.ndarray, weight: np.ndarray) -> tuple[np.ndarray, np.nd
     """Mean and deviation of columns [n, m] float64; 0 for the deviation of constants."""
     first = columns[0]  # a column far from 0 keeps its digits around it
     mean = first + weight @ (columns - first) / weight.sum()
-    return mean, np.sqrt(weight @ np.square(columns - mean) / weight.sum()) * (columns != first).any(axis=0)
+    deviation = np.sqrt(weight @ np.square(columns - mean) / weight.sum())
+    return mean, np.where((columns != first).any(axis=0), np.maximum(deviation, _TINY), 0.0)
 
 
 def _moments_of(triangle: Triangle) -> tuple[np.ndarray, np.ndarray]:
     """The same, to rounding, of the rows of a triangle, whose first row is that of the means."""
-    mean = triangle.means
-    deviation = np.sqrt(np.square(triangle.r[1:, 1:]).sum(axis=0) / triangle.weight)
-    return mean, np.where(deviation > 10 * _EPSILON * np.abs(mean), deviation, 0.0)
+    about = triangle.r[1:, 1:]  # exactly 0 of constants
+    spread = np.sqrt(np.square(about).sum(axis=0))
+    deviation = np.where(spread < SMALLEST, _TINY, spread / np.sqrt(triangle.weight))
+    return triangle.means, np.where(about.any(axis=0), deviation, 0.0)
+
+
+def _require_squares(x: np.ndarray, y: np.ndarray, weight: np.ndarray, row: np.ndarray) -> None:
+    """Raises InputError for a value of rows [n, d], [n, t], [n] whose weighted square is not finite in float64.
+
+    Args:
+      row: [n] their numbers, from 0.
+    """
+    most = LARGEST / max(1.0, float(np.sqrt(weight.max())))
+    for name, values in (("X", x), ("y", y)):
+        if len(large := np.argwhere(np.abs(values) > most)):
+            at, column = large[0]
+            raise InputError(
+                f"{name}: column {column + 1} has {values[at, column]:g} in row {row[at] + 1:,}; "
+                f"scale it to {most:g} at most" + (", or use smaller weights" if most < LARGEST else "")
+            )
 
 
 def _varying(schema: Schema, x: np.ndarray) -> Schema:

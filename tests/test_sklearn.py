@@ -416,3 +416,72 @@ def test_a_perceptron_takes_features_that_float32_holds_only_scaled():
     x = np.random.default_rng(0).normal(size=(80, 2))
     fits = [DataParallelRegressor(model="mlp", hidden=(4,), max_epochs=1).fit(c * x, x[:, 0]) for c in (1.0, 2.0**140)]
     np.testing.assert_allclose(fits[1].predict(2.0**140 * x), fits[0].predict(x), rtol=1e-5)
+
+
+@pytest.mark.parametrize("loss", ["squared", "huber", "poisson"])
+@pytest.mark.parametrize(("small", "large"), [(1e-12, 1e6), (1e-9, 1e9)])
+def test_what_rounding_leaves_of_a_combination_is_no_direction(loss, small, large):
+    """Of a dropped column more is left in absolute terms than another column has in all."""
+    z = np.random.default_rng(0).normal(size=(120, 2))
+    x, y = np.c_[small * z[:, 0], large * z[:, 1], 3 * large * z[:, 1]], z @ [1, 2]
+    fitted = DataParallelRegressor(loss, standardize=False).fit(x, np.exp(y) if loss == "poisson" else y)
+    np.testing.assert_allclose(fitted.coef_ * [small, large, large], [1, 0.2, 0.6], rtol=1e-7)  # 2 = 0.2 + 3 * 0.6
+
+
+@pytest.mark.parametrize("loss", ["squared", "huber", "poisson"])
+@pytest.mark.parametrize("standardize", [True, False])
+@pytest.mark.parametrize(("origin", "unit"), [(4e14, 1), (1.7e15, 1), (1_760_000_000_000_000_000, 256), (1e17, 16)])
+def test_a_column_that_varies_is_none_of_one_value_however_far_from_0(loss, standardize, origin, unit):
+    rng = np.random.default_rng(0)
+    z = np.c_[rng.normal(size=120), rng.integers(0, 2, 120)]
+    x, y = np.c_[z[:, 0], origin + unit * z[:, 1]], z @ [0.3, 0.2]
+    fitted = DataParallelRegressor(loss, standardize=standardize)
+    fitted.fit(x, np.exp(y) if loss == "poisson" else y)
+    np.testing.assert_allclose(fitted.coef_ * [1, unit], [0.3, 0.2], rtol=1e-6)
+    assert not fitted._fitted.schema.constant.any()
+
+
+def test_columns_of_one_value_are_known_of_all_parts():
+    x = np.c_[np.arange(40.0) % 7, np.full(40, 0.1), 4e14 + (np.arange(40) > 25)]
+    parts, y = DataParallelRegressor(), x @ [3, 0, 2] - 8e14
+    found = [parts.partial_fit(x[i : i + 10], y[i : i + 10])._fitted.schema.constant.tolist() for i in range(0, 40, 10)]
+    assert found == [[False, True, True]] * 2 + [[False, True, False]] * 2
+    np.testing.assert_allclose(parts.coef_, [3, 0, 2], atol=1e-9)
+    lonely = np.c_[np.arange(10.0) % 4, np.full(10, 1e17)]
+    lonely[0, 1] += 16
+    np.testing.assert_allclose(DataParallelRegressor().fit(lonely, 3 * lonely[:, 0]).coef_, [3, 0], atol=1e-12)
+
+
+@pytest.mark.parametrize("arguments", [{}, {"l2": 0.1, "standardize": False}, {"loss": "huber"}, {"solver": "sgd"}])
+def test_values_whose_squares_are_no_numbers_are_refused(arguments):
+    x = np.random.default_rng(0).normal(size=(80, 2))
+    y, weight = x @ [1, 2], np.ones(80)
+    model = DataParallelRegressor(**arguments)
+    for rows, target in ((x, y * 1e200), (x, y * 1e160), (x * 1e160, y)):
+        with pytest.raises(dpreg.InputError, match=r"column 1 has .* in row 1; scale it to 1e\+150 at most"):
+            model.fit(rows, target)
+    for rows, target, name in ((x * 1e-170, y, "x0"), (x * 1e-200, y, "x0"), (x, y * 1e-170, "y0")):
+        with pytest.raises(dpreg.InputError, match=f"column '{name}' varies by less than 1e-150"):
+            model.fit(rows, target)
+    exact = DataParallelRegressor().fit(x * 1e-140, y * 1e140)
+    np.testing.assert_allclose(exact.coef_, [1e280, 2e280], rtol=1e-9)
+    with pytest.raises(dpreg.InputError, match="scale it to 1 at most, or use smaller weights"):
+        model.fit(x * 1e2, y, np.full(80, 1e300))
+    if "solver" not in arguments:  # steps know weights but as shares
+        with pytest.raises(dpreg.InputError, match="its weights are as small"):
+            model.fit(x, y, np.full(80, 1e-305))
+    x[3], y[3], weight[3] = 1e200, 1e200, 0  # counts for nothing
+    np.testing.assert_allclose(DataParallelRegressor().fit(x, y, weight).coef_, [1, 2], rtol=1e-9)
+
+
+@pytest.mark.parametrize("loss", ["poisson", "gamma"])
+def test_a_target_of_no_weight_may_be_outside_the_domain(loss):
+    x, weight = np.random.default_rng(0).normal(size=(80, 2)), np.ones(80)
+    y = np.exp(x @ [0.3, -0.2])
+    y[3], weight[3] = -3, 0
+    model = DataParallelRegressor(loss, max_epochs=100)
+    with_row = model.fit(x, y, weight).coef_
+    np.testing.assert_allclose(with_row, model.fit(np.delete(x, 3, 0), np.delete(y, 3)).coef_, rtol=1e-6)
+    y[5] = -4
+    with pytest.raises(dpreg.InputError, match="the target in row 6 is -4"):
+        model.fit(x, y, weight)

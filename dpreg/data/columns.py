@@ -19,7 +19,7 @@ from dpreg.data.tables import Part, Table
 from dpreg.data.values import DATES, NUMBERS, TEXTS, parse, refuse_mixture
 from dpreg.errors import InputError, is_one_line, listed
 
-_LARGEST = 1e150  # of float64: squares of larger values are not finite
+LARGEST = 1e150  # of float64: squares of larger values are not finite
 _MOST_CATEGORIES = 1_000_000  # that are held in memory, with their counts
 _MICROSECONDS_A_DAY = 86_400e6
 _NARROW = {pa.bool_(), pa.int8(), pa.uint8(), pa.int16(), pa.uint16(), pa.float16(), pa.float32(), pa.null()}
@@ -209,14 +209,14 @@ class RawReader:
 
     def _refuse_infinite(self, part: Part, raw: np.ndarray, numbers: list[int]) -> None:
         """Raises InputError for a number that is not finite as the model sees it; a schema scales it before that."""
-        most = _LARGEST if self._predicts else min(float(np.finfo(self.dtype).max), _LARGEST)
+        most = LARGEST if self._predicts else min(float(np.finfo(self.dtype).max), LARGEST)
         bad = np.abs(raw[:, numbers]) > most  # False for NaN
         if bad.any():
             at = int(bad.any(axis=0).argmax())
             raise InputError(
                 f"{part.where(int(bad[:, at].argmax()))}: column {self.names[numbers[at]]!r} has a value that is not "
                 f"finite as {self.dtype}"
-                + (f", or beyond {most:g}" if most == _LARGEST else "")
+                + (f", or beyond {most:g}" if most == LARGEST else "")
                 + "; mend it, or leave the column out with --exclude"
             )
 

@@ -10,7 +10,7 @@ from dpreg.data.columns import RawReader
 from dpreg.data.schema import WEIGHT, Category, Number, Schema
 from dpreg.errors import InputError
 
-_SMALLEST = 1e-150  # deviation that is told from 0: squares of smaller ones are no normal numbers
+SMALLEST = 1e-150  # deviation that is told from 0: squares of smaller ones are no normal numbers
 
 _MOST_LOST = 0.05  # of a deviation, by rounding
 _NO_CODE = -1  # of missing values among codes of categories
@@ -152,6 +152,6 @@ class Moments:
             return [(0.0, 1.0)] * len(self.mean)
         deviation = np.sqrt(self.squares / weight)
         return [
-            (float(m), float(s) if low < high and s > _SMALLEST else 1.0)
+            (float(m), float(s) if low < high and s > SMALLEST else 1.0)
             for m, s, low, high in zip(self.mean, deviation, self.least, self.most, strict=True)
         ]

@@ -54,6 +54,8 @@ class Triangle:
         weight, columns = weight.astype(np.float64), np.concatenate([x, y], axis=1).astype(np.float64, copy=False)
         total = float(weight.sum())
         mean = np.einsum("i,ij->j", weight, columns) / (total or 1.0)
+        if len(columns):  # a constant is 0 less itself, also after rounding
+            mean = np.where((columns == columns[0]).all(axis=0), columns[0], mean)
         distance = np.einsum("i,ij->j", weight, np.abs(columns - mean)) / (total or 1.0)
         # So far out that almost every value is within a factor 2 of the mean, where a difference has no rounding.
         origin = np.where(np.abs(mean) > _FAR * distance, mean, 0.0)
@@ -131,6 +133,19 @@ class Triangle:
         """The mean squared loss: half of `squares`, over the sum of weights."""
         return float(self.squares(w, b).sum() / 2 / self.weight)
 
+    def rounding(self, intercept: bool) -> np.ndarray:
+        """[d]: the length to which rounding changes a column of x, of its values and in the decomposition.
+
+        A column that is no longer is constant; what is no longer of it beside other columns is their combination.
+        """
+        below, whole = (part[:, 1 : 1 + self.num_inputs] for part in (self.below(intercept), self.about(self.origin)))
+        spread = np.sqrt(np.square(below).sum(axis=0))
+        decomposed = np.sqrt(np.square(whole).sum(axis=0)) if intercept else spread
+        # Most of how a column varies is no rounding of its values, even where these differ by a unit in the last place.
+        of_values = np.minimum(2 * self.epsilon * self._lengths, spread / 4)
+        rounding: np.ndarray = np.maximum(of_values, max(10, len(self.r)) * _EPSILON * decomposed)
+        return rounding
+
     def solve(self, l2: float = 0.0, intercept: bool = True) -> "Fit":
         """The least mean squared loss + l2 / 2 sum w^2, with a free b, or with b = 0.
 
@@ -145,9 +160,7 @@ class Triangle:
         rest = self.below(intercept)
         x, y = rest[:, 1 : 1 + d], rest[:, 1 + d :]
         spread = np.sqrt(np.square(x).sum(axis=0))
-        # What rounding, of a column's values and in the decomposition, leaves of it where it has nothing of its own.
-        decomposed = np.sqrt(np.square(self.r if intercept else rest)[:, 1 : 1 + d].sum(axis=0))
-        rounding = np.maximum(2 * self.epsilon * self._lengths, max(10, len(self.r)) * _EPSILON * decomposed)
+        rounding = self.rounding(intercept)
         kept = np.flatnonzero(spread > rounding)
         while True:
             scaled = x[:, kept] / spread[kept]
@@ -239,19 +252,37 @@ class Fit:
         """The mean squared loss, without the penalty."""
         return self.triangle.loss(self.w, self.b)
 
-    @property
-    def directions(self) -> np.ndarray:
-        """[d, number kept] orthonormal: the directions in which the rows of x differ."""
-        rows = self.triangle.below(self.intercept)[:, 1 : 1 + self.triangle.num_inputs]
-        return np.linalg.svd(rows)[2][: len(self.kept)].T
-
     def shortest(self) -> tuple[np.ndarray, np.ndarray]:
         """The w [d, t] of the least norm, and its b [t], of all that fit as well: columns that say the same share."""
-        if len(self.kept) == self.triangle.num_inputs or self.l2:
-            return self.w, self.b
-        along = self.directions
-        w = along @ (along.T @ self.w)
+        w = self.w if self.l2 else self.shared(self.w)
         return w, self.b + self.means @ (self.w - w)
+
+    def shared(self, w: np.ndarray) -> np.ndarray:
+        """The weights [d, p] of the least norm, in the units of the columns, that predict what w [d, p] does.
+
+        Args:
+          w: 0 but for the columns `kept`.
+        """
+        x, kept = self.triangle.below(self.intercept)[:, 1 : 1 + len(w)], list(self.kept)
+        spread, rounding = np.sqrt(np.square(x).sum(axis=0)), self.triangle.rounding(self.intercept)
+        others = np.setdiff1d(np.flatnonzero(spread > rounding), kept)
+        if not len(others):
+            return w
+        # The others as combinations of those kept, first of columns of length 1: what is rounding there is 0.
+        q, r = np.linalg.qr(x[:, kept] / spread[kept])
+        inverse = scipy.linalg.solve_triangular(r, np.eye(len(kept)))
+        combined = inverse @ (q.T @ (x[:, others] / spread[others]))
+        uncertain = np.sqrt(np.square(inverse).sum(axis=1))[:, None] * (rounding[others] / spread[others])
+        combined[np.abs(combined) <= uncertain] = 0
+        combined *= spread[others] / spread[kept][:, None]
+        # The weights v of the others leave w - combined v to those kept: the least squares of both.
+        q, r = np.linalg.qr(np.concatenate([combined, np.eye(len(others))]))
+        shared = np.zeros_like(w)
+        shared[others] = scipy.linalg.solve_triangular(r, q[: len(kept)].T @ w[kept])
+        shared[kept] = w[kept] - combined @ shared[others]
+        # Where columns are of very different lengths, the least norm may be of terms so large that they cancel.
+        changed, size = (np.sqrt(np.square(x @ of).sum(axis=0)) for of in (shared - w, w))
+        return np.where(changed <= np.sqrt(_EPSILON) * size, shared, w)
 
     @property
     def degrees_of_freedom(self) -> int:
