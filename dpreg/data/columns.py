@@ -285,7 +285,7 @@ class RawReader:
 
 
 def _distinct(column: pa.Array) -> tuple[list[str | None], np.ndarray]:
-    """The distinct values of a column as text, and for each row the position of its own; -1 where it is missing."""
+    """The distinct values of a column as text, and for each row its position among them; -1 where it is missing."""
     kind = column.type
     if pa.types.is_duration(kind):
         raise TypeError("its values are spelled differently by each program")

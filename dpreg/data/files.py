@@ -31,7 +31,7 @@ class File:
     """A file of a table.
 
     Attributes:
-      path: as it is opened, and named in messages.
+      path: the one that is opened, and that messages name.
       partition: the columns that the names of its folders give, such as year=2024; None is a missing value.
     """
 

@@ -10,7 +10,7 @@ from dpreg.data.columns import RawReader
 from dpreg.data.schema import WEIGHT, Category, Number, Schema
 from dpreg.errors import InputError
 
-SMALLEST = 1e-150  # deviation that is told from 0: squares of smaller ones are no normal numbers
+SMALLEST = 1e-150  # the least deviation that counts as above 0: squares of smaller ones are no normal numbers
 
 _MOST_LOST = 0.05  # of a deviation, by rounding
 _NO_CODE = -1  # of missing values among codes of categories
