@@ -71,12 +71,13 @@ class Exchange:
 
     @classmethod
     def fitted(cls, count: int, seconds: dict[int, float]) -> "Exchange":
-        """By least squares of relative errors."""
+        """By least squares of relative errors, neither of the two below 0."""
         size, measured = np.array(list(seconds)), np.array(list(seconds.values()))
         design = np.stack([np.ones(len(size)), size], axis=1) / measured[:, None]
-        latency, a_byte = np.maximum(np.linalg.lstsq(design, np.ones(len(size)))[0], 0.0)
+        latency, a_byte = scipy.optimize.nnls(design, np.ones(len(size)))[0]
         error = np.abs((latency + a_byte * size) / measured - 1).max()
-        return cls(count, float(latency), float(1 / a_byte) if a_byte > 0 else float("inf"), float(error), seconds)
+        dearer = a_byte * size.max() > 1e-9 * latency  # than rounding
+        return cls(count, float(latency), float(1 / a_byte) if dearer else float("inf"), float(error), seconds)
 
     def of(self, size: float, count: float) -> float:
         """Seconds of a sum of so many bytes over so many devices.
