@@ -61,22 +61,21 @@ def opaque_loop(turn: Callable[[Array, PyTree], PyTree], count: Array, start: Py
 def isolated(function: Callable[..., PyTree], one: Array, *inputs: PyTree) -> PyTree:
     """`function(*inputs)`, compiled to the same operations whatever surrounds it.
 
-    A loop of `one` turn, a number that the compiler does not know, carries the inputs and leaves zeros in their place.
-    What `function` computes from them thus changes from turn to turn: none of it is loop-invariant code, which the
-    compiler would move out of the loop and fuse with the surroundings.
+    A loop of `one` turn, a number that the compiler does not know, reads each input by a choice that depends on the
+    number of the turn. What `function` computes from them thus changes from turn to turn: none of it is loop-invariant
+    code, which the compiler would move out of the loop and fuse with the surroundings.
 
     Args:
       function: must read no traced value but its arguments.
       one: int32 scalar, 1 at run time.
     """
     function = jax.jit(function, inline=True)  # traced once, for its shapes and in the loop
+    zeros = _zeros_like(inputs)
 
-    def turn(_: Array, carry: tuple[PyTree, PyTree]) -> tuple[PyTree, PyTree]:
-        return _zeros_like(inputs), function(*carry[0])
+    def turn(i: Array, _: PyTree) -> PyTree:
+        return function(*jax.tree.map(functools.partial(lax.select_n, i > 0), inputs, zeros))
 
-    outputs: PyTree
-    _, outputs = opaque_loop(turn, one, (inputs, _zeros_like(jax.eval_shape(function, *inputs))))
-    return outputs
+    return opaque_loop(turn, one, _zeros_like(jax.eval_shape(function, *inputs)))
 
 
 def accumulate(sums_of: Callable[[Array], PyTree], count: Array) -> PyTree:
