@@ -1,8 +1,10 @@
 """What every door does: parse flags, and end with one line where something is wrong."""
 
+import atexit
 import contextlib
 import difflib
 import functools
+import gc
 import importlib.metadata
 import pathlib
 import shutil
@@ -27,6 +29,7 @@ def enter(main: Callable[[list[str]], None], of_runs: bool = False, installed: b
     Args:
       installed: whether it is the command `dpreg`, for which shells may complete flags.
     """
+    atexit.register(gc.freeze)  # else the interpreter, as it exits, searches all objects for cycles: half a second
     sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # as stderr: not all locales have all
     own = [flag.name for flag in flags.FLAGS.get_key_flags_for_module(sys.argv[0])]
     about = sys.modules[main.__module__].__doc__

@@ -27,7 +27,7 @@ from typing import Any
 
 import jax
 import numpy as np
-import scipy.optimize
+import scipy
 from absl import flags
 from jax import lax
 from jax.sharding import PartitionSpec

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any, Self
 
 import numpy as np
-import scipy.special
+import scipy
 from numpy.typing import ArrayLike
 
 try:

@@ -12,6 +12,7 @@ import pytest
 from cluster import ROOT
 
 FILES, FOLDERS = ("pyproject.toml", "README.md", "LICENSE"), ("dpreg", "configs")
+SLOW = {"flax.nnx", "scipy.linalg", "scipy.special", "scipy.stats", "tensorflow_datasets"}  # imported where needed
 
 
 def python(*arguments):
@@ -59,7 +60,8 @@ def test_the_wheel_has_every_module_the_types_and_the_presets(installed):
 
 def test_a_run_by_a_preset_from_an_empty_folder(installed, tmp_path):
     def run(*flags):
-        command = [sys.executable, "-c", "from dpreg.main import main; main()", *flags, "--workdir=w"]
+        code = f"import sys; from dpreg.main import main; assert not {SLOW} & {{*sys.modules}}; main()"
+        command = [sys.executable, "-c", code, *flags, "--workdir=w"]
         environment = os.environ | {"PYTHONPATH": str(installed)}
         return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
 

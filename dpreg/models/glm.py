@@ -8,7 +8,7 @@ import dataclasses
 from collections.abc import Callable
 
 import numpy as np
-import scipy.special
+import scipy
 
 from dpreg.models.least_squares import Triangle
 
@@ -62,7 +62,7 @@ def _half_deviance_of_counts(z: np.ndarray, y: np.ndarray) -> np.ndarray:
 FAMILIES = {
     "logistic": Family(
         lambda y: np.log((y + 0.5) / (1.5 - y)),
-        scipy.special.expit,
+        lambda z: scipy.special.expit(z),
         lambda z: scipy.special.expit(z) * scipy.special.expit(-z),
         lambda z, y: np.logaddexp(0, z) - y * z,
     ),

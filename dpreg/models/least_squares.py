@@ -9,8 +9,7 @@ import dataclasses
 from collections.abc import Iterable, Sequence
 
 import numpy as np
-import scipy.linalg
-import scipy.special  # scipy.stats takes half a second to import
+import scipy  # its modules are slow to import: scipy imports each when it is first used
 
 from dpreg.errors import InputError
 

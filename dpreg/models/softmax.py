@@ -7,8 +7,7 @@ of rows are kept the sums of the loss, of its gradient and of its curvature (Boe
 from collections.abc import Callable
 
 import numpy as np
-import scipy.linalg
-import scipy.special
+import scipy
 
 from dpreg.errors import InputError
 

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-import scipy.special
+import scipy
 
 from dpreg.config import Config
 from dpreg.models.least_squares import intercept_name

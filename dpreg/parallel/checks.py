@@ -4,6 +4,7 @@ import contextlib
 import functools
 import inspect
 import re
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 from unittest import mock
@@ -12,7 +13,6 @@ import flax.core
 import jax
 import numpy as np
 from flax import linen as nn
-from flax import nnx
 
 from dpreg.errors import InputError, Preempted, ProcessLost
 from dpreg.parallel.hooks import OF_MODEL, require_no_hooks
@@ -30,7 +30,8 @@ def require_model(model: Any) -> None:
     name = type(model).__name__
     if isinstance(model, type):
         raise InputError(f"model: {model.__name__} is a class; give an instance, {model.__name__}(...)")
-    if isinstance(model, nnx.Module):
+    nnx = sys.modules.get("flax.nnx")  # slow to import, and no model is of it where nobody has imported it
+    if nnx is not None and isinstance(model, nnx.Module):
         raise InputError(f"model: {name} is a module of flax.nnx; give one of flax.linen, derived from dpreg.Module")
     if not (hasattr(model, "init") and hasattr(model, "apply")):
         raise InputError(f"model: {name} is no flax module; give one, derived from dpreg.Module")
