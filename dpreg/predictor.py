@@ -33,7 +33,7 @@ ROWS_IN_PARTS = (
 )
 
 
-def errors_of(model: Model, schema: Schema | None) -> Callable[[Any, Any], Errors]:
+def errors_of(model: Model, schema: Schema | None) -> Callable[[Any, Any, Any], Errors]:
     """What evaluation asks of the predictions of a batch."""
     return functools.partial(errors, model, schema is not None and schema.log_targets)
 
@@ -88,7 +88,7 @@ class Predictor:
         self._reduction, self._backend, self._heartbeat = reduction, backend, heartbeat
         self._precision = precision
         mean = loss_of(model).mean
-        self._mean: Callable[..., Any] = lambda prediction, batch: mean(prediction)
+        self._mean: Callable[..., Any] = lambda variables, prediction, batch: mean(prediction)
         self._errors = errors_of(model, schema)
         self._compiled = dict[Callable[..., Any], tuple[Callable[..., Array], Callable[[np.ndarray], Any]]]()
         row_bytes = self.dtype.itemsize * (num_inputs + num_targets + 1)

@@ -521,6 +521,10 @@ class Trainer:
                     self._training = False
                 self._rest()
 
+    def fit_epoch(self) -> None:
+        """Trains one epoch and validates (D2L section 3.4.4): `fit_epochs(1)`, or nothing where all are trained."""
+        self.fit_epochs(1)
+
     def require_rest(self) -> None:
         """Raises InputError while observers are told, or where one raised, and the state holds more than was told."""
         step = int(self._trained.current.step)

@@ -834,7 +834,7 @@ def test_imports_go_downward():
         ("interrupts", "predictor", "solver"),
         ("trainer",),
         ("observers", "build"),
-        ("doctor", "estimator", "plan", "report", "scaling"),
+        ("doctor", "estimator", "plan", "report", "scaling", "d2l"),
         ("predict", "sklearn"),
         ("main",),
     ]

@@ -203,8 +203,15 @@ def loss_of(model: Any) -> Loss:
     return objective if isinstance(objective, Loss) else Loss("own", model.loss)
 
 
-def row_losses(model: Any, prediction: Array, batch: Mapping[str, Array]) -> Array:
+def row_losses(model: Any, variables: Mapping[str, Any], prediction: Array, batch: Mapping[str, Array]) -> Array:
     """The loss of each row, [n]; 0 for rows without weight.
+
+    A model whose loss reads more than prediction and target has a method `row_losses(variables, prediction, batch)`.
+
+    Args:
+      variables: "params" and "batch_stats" of the model.
+      prediction: [n, p], of the batch.
+      batch: {"x": [n, d], "y": [n, t], "weight": [n]}.
 
     Raises:
       InputError: when there is no prediction for each row, or the model's loss gives anything but one value a row, such
@@ -218,7 +225,9 @@ def row_losses(model: Any, prediction: Array, batch: Mapping[str, Array]) -> Arr
         )
     # Not only the loss: its derivative may be infinite, and infinity times nothing is not a number.
     along = counts.reshape(-1, *[1] * (prediction.ndim - 1))
-    losses = model.loss(jnp.where(along, prediction, 0), batch["y"])
+    prediction = jnp.where(along, prediction, 0)
+    own = getattr(model, "row_losses", None)
+    losses = model.loss(prediction, batch["y"]) if own is None else own(variables, prediction, batch)
     if losses.shape != batch["weight"].shape:
         raise InputError(
             f"the model's loss gives {list(losses.shape)} for {len(batch['weight'])} rows; "

@@ -1,7 +1,7 @@
 """How well a model predicts: losses and errors of rows, added up exactly."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -39,21 +39,24 @@ class Errors(NamedTuple):
     spread_exponent: Any
 
 
-def errors(model: Any, log_targets: bool, prediction: Array, batch: dict[str, Array]) -> Errors:
+def errors(
+    model: Any, log_targets: bool, variables: Mapping[str, Any], prediction: Array, batch: dict[str, Array]
+) -> Errors:
     """The errors of one shard's batch, traced.
 
     Args:
       model: with a `loss`.
       log_targets: whether the model sees logarithms of the targets. The errors are those of the targets then; the
         loss is the model's own.
+      variables: of the model.
       prediction: [b, p], of the batch.
-      batch: {"y": [b, t], "weight": [b]}.
+      batch: {"x": [b, d], "y": [b, t], "weight": [b]}.
 
     Raises:
       InputError: when the model does not predict one column for each target.
     """
     weight, target = batch["weight"], batch["y"]
-    losses = row_losses(model, prediction, batch)
+    losses = row_losses(model, variables, prediction, batch)
     mean_of = loss_of(model).mean(prediction)
     if mean_of.shape != target.shape:
         raise InputError(

@@ -13,6 +13,7 @@ _WIDE, _SMALL = (720, 320), (440, 280)
 _FEW_POINTS = 40  # as many get dots
 _COLOURS = 6
 _EMPTY = "Nothing to show."
+_EMPTY_FILE = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 240 32"><text y="24">{_EMPTY}</text></svg>\n'
 _LARGEST = 1e300  # drawn: differences and powers of ten around larger values are not finite
 
 Points = Sequence[tuple[float, float]]
@@ -157,12 +158,58 @@ def picture(series: Mapping[str, Points], across: str, label: str) -> str:
     """A `chart` of lines that may lie on each other, as an SVG file of its own."""
     drawing = chart(series, across, label, covering=True).partition("<svg")[2]
     if not drawing:
-        return f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 240 32"><text y="24">{_EMPTY}</text></svg>\n'
+        return _EMPTY_FILE
+    return _svg_file(drawing, series, _WIDE[0])
+
+
+def live(
+    series: Mapping[str, Points],
+    across: str,
+    up: str = "",
+    limits: tuple[Sequence[float] | None, Sequence[float] | None] = (None, None),
+    logarithmic: tuple[bool, bool] = (False, False),
+) -> str:
+    """Lines that still grow, as an SVG file with a background, as a notebook shows it.
+
+    Args:
+      series: points (x, y) by the name of their line; those that are not finite, or outside the limits, are left out.
+      across: the name of the x axis; up: of the y axis.
+      limits: (lowest, highest) of x and of y; None for those of the points.
+      logarithmic: whether x is, whether y is: points that are not above 0 are left out then.
+    """
+
+    def fits(value: float, limits: Sequence[float] | None, logarithmic: bool) -> bool:
+        within = limits is None or min(limits) <= value <= max(limits)
+        return abs(value) < _LARGEST and within and (value > 0 or not logarithmic)
+
+    shown = {
+        name: [point for point in points if all(map(fits, point, limits, logarithmic))]
+        for name, points in series.items()
+    }
+    values = [[point[i] for points in shown.values() for point in points] for i in (0, 1)]
+    if not values[0]:
+        return _EMPTY_FILE
+    scales = [
+        (_decades if log else _even)(limit or of_axis)
+        for log, limit, of_axis in zip(logarithmic, limits, values, strict=True)
+    ]
+    frame = _Frame(scales[0], scales[1], _SMALL, (across, up))
+    frame.parts.insert(0, '<rect width="100%" height="100%" fill="var(--paper)"/>')
+    for number, points in enumerate(shown.values()):
+        frame.line(points, number % _COLOURS)
+        if len(points) <= _FEW_POINTS:
+            frame.dots(points, number % _COLOURS)
+    ends = ", ".join(f"{name} {points[-1][1]:.4g}" for name, points in shown.items() if points)
+    return _svg_file(frame.svg(ends).partition("<svg")[2], shown, _SMALL[0])
+
+
+def _svg_file(drawing: str, series: Mapping[str, Points], width: int) -> str:
+    """A drawing, which begins behind "<svg", with colours and the names of its lines, as a file of its own."""
     names = "".join(
         f'<tspan style="fill: var(--line{number % _COLOURS})" dx="12">{escape(name)}</tspan>'
         for number, name in enumerate(series)
     )
-    key = f'<text class="key" x="{_WIDE[0] - _MARGIN}" y="{2 * _MARGIN}" text-anchor="end">{names}</text></svg>'
+    key = f'<text class="key" x="{width - _MARGIN}" y="{2 * _MARGIN}" text-anchor="end">{names}</text></svg>'
     opened, rest = drawing.split(">", 1)
     return f'<svg xmlns="http://www.w3.org/2000/svg"{opened}><style>{STYLE}</style>{rest.removesuffix("</svg>")}{key}\n'
 

@@ -40,7 +40,7 @@ def require_model(model: Any) -> None:
         raise InputError(
             f"model: {name} has no {' and no '.join(missing)}; derive it from dpreg.Module instead of flax.linen.Module"
         )
-    require_no_hooks(model, OF_MODEL)
+    require_no_hooks(model, OF_MODEL, getattr(model, "called_hooks", ()))
     if not callable(model):
         raise InputError(f"model: {name} has no __call__; define __call__(self, x), which predicts [rows, targets]")
 
@@ -51,15 +51,18 @@ def mode_arguments(model: Any, train: bool) -> dict[str, bool]:
     Raises:
       InputError: for other arguments that it needs, or that look as if they said so.
     """
-    return {name: value == train for name, value in _modes_of(model.__class__).items()}
+    of = model.__class__
+    return {name: value == train for name, value in _modes_of(of, of.__call__, getattr(of, "forward", None)).items()}
 
 
 @functools.cache
-def _modes_of(of: type) -> dict[str, bool]:
+def _modes_of(of: type, call: Any, forward: Any) -> dict[str, bool]:
+    """The modes among the arguments of a class's `__call__`, its present one, and `forward`."""
     arguments = dict[str, inspect.Parameter]()
-    for base in of.__mro__:  # where it passes **kwargs on, those of the classes that it derives from as well
-        call = vars(base).get("__call__")
-        if call is None or base is nn.Module:
+    calls = [vars(base).get("__call__") for base in of.__mro__ if base is not nn.Module]
+    # Where it passes **kwargs on, those of the classes that it derives from as well, and of its `forward`.
+    for call in [*calls, forward]:
+        if call is None:
             continue
         own = inspect.signature(call).parameters
         given = [p for p in own.values() if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]

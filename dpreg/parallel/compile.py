@@ -116,7 +116,7 @@ def compile_eval_block(
     layout: Layout,
     mesh: Mesh,
     arguments: tuple[Any, ...],
-    of: Callable[[Array, PyTree], PyTree],
+    of: Callable[[PyTree, Array, PyTree], PyTree],
     reduction: str,
     backend: str,
 ) -> tuple[Callable[..., Array], Callable[[np.ndarray], PyTree]]:
@@ -126,7 +126,7 @@ def compile_eval_block(
 
     Args:
       variables: "params" and "batch_stats".
-      of: (predictions [b, t], batch of one shard) -> what is wanted of them.
+      of: (variables, predictions [b, t], batch of one shard) -> what is wanted of them.
 
     Returns:
       `f(variables, data, carried, clock) -> [block_steps, shards, n]`, all that is wanted in one array, zero past
@@ -141,7 +141,7 @@ def compile_eval_block(
         read = layout.reader(data, shards, clock.first_step, clock.seed)
 
         def wanted(variables: PyTree, batch: PyTree) -> PyTree:
-            return of(forward(model, variables, batch, train=False, platform=platform)[0], batch)
+            return of(variables, forward(model, variables, batch, train=False, platform=platform)[0], batch)
 
         def raveled(variables: PyTree, batch: PyTree) -> Array:
             return ravel_pytree(wanted(variables, batch))[0]

@@ -78,7 +78,7 @@ def digest_prediction(model: Model, variables: Mapping[str, PyTree], num_inputs:
 
     def evaluate(variables: PyTree, batch: PyTree) -> tuple[Array, Array]:
         prediction, _ = forward(model, variables, batch, False)
-        return loss_of(model).mean(prediction), row_losses(model, prediction, batch)
+        return loss_of(model).mean(prediction), row_losses(model, variables, prediction, batch)
 
     variables = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), dict(variables))
     dtype = jax.tree.leaves(variables["params"])[0].dtype

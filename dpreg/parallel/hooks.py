@@ -1,6 +1,7 @@
 """Methods of other training loops that dpreg does not call: a class that brings its own is refused, not ignored."""
 
 import re
+from collections.abc import Collection, Iterator
 from typing import Any
 
 from dpreg.errors import InputError
@@ -26,10 +27,11 @@ OF_MODEL = {
     _LOADERS: _ROWS,
 }
 OF_TRAINER = {
-    r"fit_epoch|(training|train)_(step|epoch|batch|loop)|optimizer_(step|zero_grad)|backward|compute_loss": _STEP,
+    r"fit_epoch": "override loss (one value for each row), or train by dpreg.d2l.Trainer, which calls it",
+    r"(training|train)_(step|epoch|batch|loop)|optimizer_(step|zero_grad)|backward|compute_loss": _STEP,
     r"clip_(gradients|grad_norm)": "give gradient_clip_val, or clip in configure_optimizers, by optax.clip or another",
     r"(validation|validate|val|eval|test|predict)_(step|epoch)": _EVALUATION,
-    r"prepare_batch": "change rows in the __call__ of the model, or in a dpreg.Source",
+    r"prepare_batch": "change rows in the __call__ of the model, or in a dpreg.Source; or use dpreg.d2l.Trainer",
     _EVENTS: _OBSERVERS,
     _LOADERS: _ROWS,
 }
@@ -39,21 +41,27 @@ OF_DATA = {
 }
 
 
-def require_no_hooks(what: Any, hooks: dict[str, str]) -> None:
+def require_no_hooks(what: Any, hooks: dict[str, str], called: Collection[str] = ()) -> None:
     """Raises InputError where a user's class or object, or a class of dpreg that the user has added to, brings a hook.
 
     Args:
       hooks: one of `OF_MODEL`, `OF_TRAINER` and `OF_DATA`.
+      called: names that are called after all.
     """
+    for owner, name in user_methods(what):
+        for hook, remedy in () if name in called else hooks.items():
+            if re.fullmatch(hook, name) and not (re.fullmatch(_PARTS_OF_LOSS, name) and _is_read(name, what)):
+                raise InputError(f"{owner}.{name}: dpreg does not call it; {remedy}")
+
+
+def user_methods(what: Any) -> Iterator[tuple[str, str]]:
+    """(class, name) of each method of an object, or of its classes, that is the user's and not dpreg's or flax's."""
     bases = [(base.__name__, vars(base)) for base in type(what).__mro__]
     for owner, members in [(type(what).__name__, getattr(what, "__dict__", {})), *bases]:
         for name, method in members.items():
             of_library = (getattr(method, "__module__", None) or "").split(".")[0] in ("dpreg", "flax")
-            if of_library or not (callable(method) or isinstance(method, (staticmethod, classmethod))):
-                continue
-            for hook, remedy in hooks.items():
-                if re.fullmatch(hook, name) and not (re.fullmatch(_PARTS_OF_LOSS, name) and _is_read(name, what)):
-                    raise InputError(f"{owner}.{name}: dpreg does not call it; {remedy}")
+            if not of_library and (callable(method) or isinstance(method, (staticmethod, classmethod))):
+                yield owner, name
 
 
 def _is_read(name: str, what: Any) -> bool:

@@ -50,6 +50,8 @@ def make_optimizer(model: Any, params: PyTree, gradient_clip_val: float = 0.0) -
             f"{name}.configure_optimizers gives {type(made).__name__}; give one optax transformation, such as "
             "optax.adam(optax.cosine_decay_schedule(0.1, 1000))"
         )
+    with _usable(name):
+        _require_both_results(name, made, params)
     optimizer = optax.with_extra_args_support(made)
     if gradient_clip_val:
         optimizer = optax.chain(optax.clip_by_global_norm(gradient_clip_val), optimizer)
@@ -61,6 +63,28 @@ def make_optimizer(model: Any, params: PyTree, gradient_clip_val: float = 0.0) -
         optimizer = _with_key_data(optimizer, state)
         _require_a_fixed_state(name, optimizer, params)
     return optimizer
+
+
+def _require_both_results(name: str, optimizer: optax.GradientTransformation, params: PyTree) -> None:
+    """Raises InputError for an `init` that gives a class, and an `update` that does not give (updates, state)."""
+    state = optimizer.init(params)
+    for leaf in jax.tree.leaves(state):
+        if isinstance(leaf, type):
+            raise InputError(
+                f"the optimizer of {name}: init returns the class {leaf.__name__}; return an object, {leaf.__name__}()"
+            )
+    zero = jnp.zeros((), jax.tree.leaves(params)[0].dtype)
+    made: Any = []
+
+    def update(params: PyTree) -> None:
+        made.append(optax.with_extra_args_support(optimizer).update(params, state, params, value=zero))
+
+    jax.eval_shape(update, params)
+    given = made[0]
+    if not (isinstance(given, tuple) and len(given) == 2):
+        structures: Any = jax.tree.structure(given), jax.tree.structure(params)
+        what = "the updates alone" if structures[0] == structures[1] else type(given).__name__
+        raise InputError(f"the optimizer of {name}: update returns {what}; return updates, state")
 
 
 @contextlib.contextmanager

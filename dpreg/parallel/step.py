@@ -183,10 +183,11 @@ def shard_loss(
     model: Model, params: PyTree, batch_stats: PyTree, batch: PyTree, key: Array, platform: str
 ) -> tuple[Array, Statistics]:
     """The weighted loss sum of a shard's batch, and what else is summed."""
-    prediction, new = forward(model, {"params": params, "batch_stats": batch_stats}, batch, True, key, platform)
+    variables = {"params": params, "batch_stats": batch_stats}
+    prediction, new = forward(model, variables, batch, True, key, platform)
     weight = batch["weight"]
     rows = (weight > 0).sum(dtype=weight.dtype) if batch_stats else None
-    losses = row_losses(model, prediction, batch)
+    losses = row_losses(model, variables, prediction, batch)
     return jnp.vdot(losses, weight), Statistics(weight.sum(), rows, jax.tree.map(lambda leaf: leaf * rows, new))
 
 

@@ -1,7 +1,7 @@
 """Every decision that depends on the platform, and changes how fast a step is but not what it computes."""
 
 import enum
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 from jax.sharding import Mesh
@@ -93,17 +93,24 @@ def compiler_options(reduction: str, platform: str, whole_loops: bool = False) -
     return options
 
 
+def known_class(model: Model) -> type[Any]:
+    """The class whose computation a model has: its own, or the one that it was found to be equal to, `same_as`."""
+    known: type[Any] = getattr(model, "same_as", type(model))
+    return known
+
+
 def is_row_wise(model: Model, state: TrainState) -> bool:
     """Whether a model says that each row is by itself, and has few gradients to add up."""
-    says = next((of for of in type(model).__mro__ if "rows_apart" in vars(of)), None)
-    declared = says is not None and vars(says)["rows_apart"] and type(model).__call__ is says.__call__
+    known = known_class(model)
+    says = next((of for of in known.__mro__ if "rows_apart" in vars(of)), None)
+    declared = says is not None and vars(says)["rows_apart"] and known.__call__ is says.__call__
     gradient_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state.params))
     return declared and gradient_bytes * 4 <= _CHUNK_BYTES_ONE_CORE
 
 
 def multiplies_vectors_only(model: Model, state: TrainState) -> bool:
     """Whether all products of a model are known to be matrix-vector products."""
-    linear = type(model).__call__ in (LinearRegressionScratch.__call__, LinearRegression.__call__)
+    linear = known_class(model).__call__ in (LinearRegressionScratch.__call__, LinearRegression.__call__)
     return linear and all_are_vectors(state.params)
 
 

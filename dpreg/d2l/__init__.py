@@ -1,0 +1,39 @@
+"""The names of *Dive into Deep Learning*, so that its section 3.4 runs as printed, on all devices.
+
+`from dpreg import d2l` takes the place of `from d2l import jax as d2l`:
+
+- `add_to_class`, `HyperParameters`, `ProgressBoard`: the utilities of section 3.2.1.
+- `Module`, `LinearRegressionScratch`, `SGD`: models (3.2.2), and those that section 3.4 defines.
+- `DataModule`, `SyntheticRegressionData`: rows (3.2.3 and 3.3).
+- `Trainer`, `TrainState`: training (3.2.4 and 3.4.4), over `dpreg.Trainer`.
+
+A model's `loss(params, X, y, state)` returns one number, the mean over the rows of a batch, as in the book. Training
+applies it to each row, and so gives the numbers of `dpreg.LinearRegressionScratch` on any number of devices.
+
+>>> from dpreg import d2l
+>>> trainer = d2l.Trainer(max_epochs=10)
+>>> data = d2l.SyntheticRegressionData(w=[2, -3.4], b=4.2)
+>>> trainer.fit(d2l.LinearRegressionScratch(2, lr=0.1), data)
+>>> trainer.state.params["b"].round(1)
+Array([4.2], dtype=float32)
+"""
+
+from dpreg.d2l.data import DataModule, Loader, SyntheticRegressionData
+from dpreg.d2l.module import LinearRegressionScratch, Module
+from dpreg.d2l.tools import HyperParameters, ProgressBoard, add_to_class
+from dpreg.d2l.trainer import Trainer, TrainState
+from dpreg.models.sgd import SGD
+
+__all__ = [
+    "SGD",
+    "DataModule",
+    "HyperParameters",
+    "LinearRegressionScratch",
+    "Loader",
+    "Module",
+    "ProgressBoard",
+    "SyntheticRegressionData",
+    "TrainState",
+    "Trainer",
+    "add_to_class",
+]

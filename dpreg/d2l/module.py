@@ -1,0 +1,351 @@
+"""The book's model (D2L section 3.2.2), and its loss of one number as the step needs it: for each row."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import linen as nn
+from jax import Array
+
+from dpreg.d2l.tools import HyperParameters, ProgressBoard
+from dpreg.errors import InputError
+from dpreg.models.linear import LinearRegressionScratch as LinearScratch
+from dpreg.models.mlp import LinearRegression as LinearConcise
+from dpreg.models.sgd import SGD
+from dpreg.parallel.checks import mode_arguments, require_model, traced
+from dpreg.tracing import key_of, pinned_settings
+
+_LOOP_ATTRIBUTES = "trainer", "training"
+
+
+class _Attributes:
+    """Lets a loop set attributes of a module, which is frozen. No flax module, as flax would wrap `__setattr__`."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Sets `trainer` or `training`, or another attribute where flax allows it."""
+        if name in _LOOP_ATTRIBUTES:
+            object.__setattr__(self, name, value)
+        else:
+            super().__setattr__(name, value)
+
+
+class _KeyOfStep:
+    """Stands for the random key of a step where Dropout has used it already: there is none to draw from."""
+
+
+_KEY_OF_STEP = _KeyOfStep()
+
+
+@dataclasses.dataclass(frozen=True)
+class RowState:
+    """The `state` that `loss` is given in compiled steps.
+
+    Attributes:
+      apply_fn: (variables, X) -> prediction.
+      variables: "params", as `loss` is given them, and "batch_stats".
+      dropout_rng: to be handed to `apply_fn`, and nothing else.
+    """
+
+    apply_fn: Callable[..., Array]
+    variables: Mapping[str, Any]
+    dropout_rng: Any = _KEY_OF_STEP
+
+    @property
+    def params(self) -> Any:
+        """The parameters, without a gradient, as in the book: that is taken by the argument `params` of `loss`."""
+        return jax.tree.map(jax.lax.stop_gradient, self.variables["params"])
+
+    @property
+    def batch_stats(self) -> Any:
+        """The running statistics of BatchNorm; empty without one."""
+        return self.variables.get("batch_stats", {})
+
+
+class Module(_Attributes, nn.Module, HyperParameters, kw_only=True):
+    """The base class of models (D2L section 3.2.2): a flax module, trained by `d2l.Trainer`.
+
+    A subclass defines `forward(X)`, or `__call__`: [n, d] -> [n, t]; `loss(params, X, y, state)`; and
+    `configure_optimizers()`. Methods may be added later, by `d2l.add_to_class`. A model that differs between training
+    and evaluation has an argument `train` of `forward`; the trainer passes it.
+
+    Training applies `loss` to each row as a batch of one, since batches are spread over devices and rows have weights.
+    So the loss has to be the mean of the losses of single rows, plus at most a penalty on `params`; sums and maxima are
+    refused. `state.apply_fn({"params": params}, *X)` is the prediction, in training with dropout and batch statistics.
+    Other parameters and other features can be given too, where the model takes each row by itself (no Dropout, no
+    BatchNorm). Nothing else of a state is there but `params` and `batch_stats`.
+
+    Attributes:
+      plot_train_per_epoch, plot_valid_per_epoch: points of the curves in an epoch.
+      board: the curves.
+      trainer: the last `d2l.Trainer` that trained it.
+    """
+
+    plot_train_per_epoch: int = dataclasses.field(default=2, init=False)
+    plot_valid_per_epoch: int = dataclasses.field(default=1, init=False)
+    board: ProgressBoard = dataclasses.field(
+        default_factory=ProgressBoard, init=False, repr=False, hash=False, compare=False
+    )
+
+    def loss(self, params: Any, X: tuple[Array, ...], y: Array, state: Any) -> Array:
+        """The mean loss over rows, a scalar; to be overridden.
+
+        Args:
+          params: of the model.
+          X: the features, a tuple of one array [n, d].
+          y: the targets, [n, t].
+          state: with `apply_fn`, `params` and `batch_stats`.
+        """
+        raise InputError(
+            f"{type(self).__name__} has no loss; define loss(self, params, X, y, state), the mean over the rows"
+        )
+
+    def configure_optimizers(self) -> optax.GradientTransformation:
+        """The optimizer, an optax transformation or an object with its `init` and `update`; to be overridden."""
+        raise InputError(
+            f"{type(self).__name__} has no configure_optimizers; define configure_optimizers(self), which returns an "
+            "optimizer, such as optax.sgd(self.lr)"
+        )
+
+    def forward(self, X: Array, *args: Any, **kwargs: Any) -> Any:
+        """The prediction, [n, d] -> [n, t]: that of the attribute `net`, where it is not overridden."""
+        if not hasattr(self, "net"):
+            raise InputError(f"{type(self).__name__} has no forward; define forward(self, X), or set self.net in setup")
+        return self.net(X, *args, **kwargs)
+
+    def __call__(self, X: Array, *args: Any, **kwargs: Any) -> Any:
+        """`forward`."""
+        return self.forward(X, *args, **kwargs)
+
+    def apply_init(self, dummy_input: tuple[Array, ...], key: Any) -> Mapping[str, Any]:
+        """The initial variables (D2L section 6.4).
+
+        Args:
+          dummy_input: features such as it will see, [n, d] in a tuple.
+          key: a random key, or one for each of "params" and "dropout".
+        """
+        modes: Any = mode_arguments(self, False)
+        variables: Mapping[str, Any] = self.init(key, *dummy_input, **modes)
+        return variables
+
+    def training_step(self, params: Any, batch: tuple[Array, ...], state: Any) -> tuple[Array, Any]:
+        """(loss, gradient) of a batch (X, y), and a point of the curve. Where it is overridden, epochs run by steps."""
+        value, gradient = jax.value_and_grad(self.loss)(params, batch[:-1], batch[-1], state)
+        self.plot("loss", value, train=True)
+        return value, gradient
+
+    def validation_step(self, params: Any, batch: tuple[Array, ...], state: Any) -> None:
+        """A point of the curve for a batch (X, y). Where it is overridden, epochs run by steps."""
+        self.plot("loss", self.loss(params, batch[:-1], batch[-1], state), train=False)
+
+    def plot(self, key: str, value: Any, train: bool) -> None:
+        """Draws a point of the curve `train_<key>` or `val_<key>`; the trainer says where on the axis of epochs.
+
+        Called for each batch: of so many neighbouring values as make `plot_train_per_epoch` points of an epoch (or
+        `plot_valid_per_epoch`), the mean is drawn.
+        """
+        trainer = getattr(self, "trainer", None)
+        if trainer is None:
+            raise InputError(f"{type(self).__name__}.plot: the model has no trainer yet; call d2l.Trainer.fit first")
+        if train:
+            x = trainer.train_batch_idx / trainer.num_train_batches
+            every_n = trainer.num_train_batches / self.plot_train_per_epoch
+        else:
+            x, every_n = trainer.epoch + 1, trainer.num_val_batches / self.plot_valid_per_epoch
+        self.board.xlabel = "epoch"
+        self.board.draw(x, value, ("train_" if train else "val_") + key, int(every_n))
+
+    def row_losses(self, variables: Mapping[str, Any], prediction: Array, batch: Mapping[str, Array]) -> Array:
+        """The loss of each row, by `loss` of batches of one: see `dpreg.models.losses.row_losses`.
+
+        Args:
+          variables: "params" and "batch_stats".
+          prediction: [n, t] of the rows, by these variables.
+          batch: "x" [n, d], "y" [n, t].
+
+        Returns:
+          [n].
+        """
+        if not hasattr(self, "called_hooks"):
+            raise InputError(f"{type(self).__name__} derives from d2l.Module; train it by dpreg.d2l.Trainer")
+
+        def loss_of_row(prediction: Array, x: Array, y: Array) -> Array:
+            x, prediction = x[None], prediction[None]
+            apply_fn = functools.partial(self._predict_row, variables, x, prediction)
+            return _loss_of(self, apply_fn, variables, x, y[None])
+
+        x = batch["x"].astype(batch["weight"].dtype)
+        losses: Array = jax.vmap(loss_of_row)(prediction, x, batch["y"])
+        return losses
+
+    def _predict_row(
+        self,
+        variables: Mapping[str, Any],
+        x: Array,
+        prediction: Array,
+        given: Mapping[str, Any],
+        *X: Array,
+        **how: Any,
+    ) -> Any:
+        """`state.apply_fn(given, *X)` in the loss of a row x [1, d], whose prediction [1, t] is known."""
+        own_key = {"rngs"} if any(key is not _KEY_OF_STEP for key in (how.get("rngs") or {}).values()) else set()
+        if settings := sorted({name for name, value in how.items() if name != "rngs" and value} | own_key):
+            raise InputError(
+                f"{type(self).__name__}.loss calls state.apply_fn with {', '.join(settings)}; call it as "
+                "state.apply_fn({'params': params}, *X): the trainer passes the mode and the keys of Dropout"
+            )
+        same_row = len(X) == 1 and X[0] is x and "params" in given
+        if same_row and all(_are_same(given[name], variables.get(name)) for name in given):
+            return prediction
+        if mode_arguments(self, True) or variables.get("batch_stats"):
+            raise InputError(
+                f"{type(self).__name__}.loss calls state.apply_fn for other parameters or features than those of the "
+                "batch, and the model (Dropout, BatchNorm) does not take each row by itself; call it as "
+                "state.apply_fn({'params': params}, *X)"
+            )
+        return self.apply(given, *X)
+
+
+def _are_same(one: Any, other: Any) -> bool:
+    """Whether two trees have the same arrays as leaves."""
+    leaves, others = jax.tree.leaves(one), jax.tree.leaves(other)
+    return len(leaves) == len(others) and all(a is b for a, b in zip(leaves, others, strict=True))
+
+
+def _loss_of(model: Module, apply_fn: Callable[..., Array], variables: Mapping[str, Any], x: Array, y: Array) -> Array:
+    """The model's loss of a batch x [n, d], y [n, t]: a scalar.
+
+    Raises:
+      InputError: where it is none.
+    """
+    value: Any = model.loss(variables["params"], (x,), y, RowState(apply_fn, variables))
+    if isinstance(value, tuple) or np.shape(value) != ():
+        what = "a tuple" if isinstance(value, tuple) else f"an array {list(np.shape(value))}"
+        raise InputError(
+            f"{type(model).__name__}.loss gives {what} for {len(y)} rows; give one number, the mean over the rows"
+        )
+    return jnp.asarray(value)
+
+
+def prepare(model: Module, rows: Mapping[str, np.ndarray], called_hooks: frozenset[str]) -> Module:
+    """A copy of the model that `dpreg.Trainer` trains, once its loss is known to be a mean of losses of single rows.
+
+    Args:
+      model: which is not changed.
+      rows: some training rows, {"x": [n, d], "y": [n, t]}.
+      called_hooks: names of the methods that the caller calls, and dpreg.Trainer does not.
+
+    Raises:
+      InputError: for a model that cannot be trained row by row.
+    """
+    copy: Any = model.clone()
+    name = type(model).__name__
+    object.__setattr__(copy, "called_hooks", called_hooks)
+    require_model(copy)
+    if "training" in type(model).__dataclass_fields__:
+        raise InputError(f"{name} has a field 'training', which no step sets; let forward take an argument 'train'")
+    dtype = rows["x"].dtype
+    with traced(copy), pinned_settings(dtype == np.float64):
+        x = jnp.asarray(rows["x"])
+        shapes: Any = jax.eval_shape(lambda x: copy.init(key_of(0), x, **mode_arguments(copy, False)), x)
+        _require_mean(copy, shapes, x, jnp.asarray(rows["y"]))
+        if known := _known_class(copy, shapes, x):
+            object.__setattr__(copy, "same_as", known)
+    prepared: Module = copy
+    return prepared
+
+
+def _draw(shapes: Mapping[str, Any], scale: float, dtype: Any) -> dict[str, Any]:
+    """Random variables, unlike initial ones: zeros would give equal predictions. Statistics are not negative."""
+    rng = np.random.default_rng(0)
+
+    def draw(path: Any, leaf: Any) -> np.ndarray:
+        values: np.ndarray = (scale * rng.standard_normal(leaf.shape)).astype(dtype)
+        return np.abs(values) if path[0].key == "batch_stats" else values
+
+    drawn: dict[str, Any] = jax.tree_util.tree_map_with_path(draw, dict(shapes))
+    return drawn
+
+
+def _require_mean(model: Module, shapes: Mapping[str, Any], x: Array, y: Array) -> None:
+    """Raises InputError where the loss of some rows is not the mean of the losses of each, in evaluation."""
+    modes: Any = mode_arguments(model, False)
+
+    @jax.jit
+    def both(variables: Mapping[str, Any], x: Array, y: Array) -> tuple[Array, Array]:
+        def predict(given: Mapping[str, Any], *X: Array, **_: Any) -> Any:
+            return model.apply({**variables, **given}, *X, **modes)
+
+        single = jax.vmap(lambda x, y: _loss_of(model, predict, variables, x[None], y[None]))(x, y)
+        return _loss_of(model, predict, variables, x, y), single
+
+    for scale in (0.1, 1.0):
+        whole, single = (np.asarray(value, np.float64) for value in both(_draw(shapes, scale, x.dtype), x, y))
+        if not (np.isfinite(whole) and np.isfinite(single).all()):
+            continue  # there is nothing to compare at such parameters
+        tolerance = np.sqrt(np.finfo(x.dtype).eps) * max(abs(whole), np.abs(single).max())
+        if abs(whole - single.mean()) > tolerance:
+            raise InputError(
+                f"{type(model).__name__}.loss of {len(y)} rows is {whole:.6g}, and the mean of the losses of each row "
+                f"is {single.mean():.6g}; return the mean over the rows, of a model that takes each row by itself"
+            )
+
+
+def _known_class(model: Module, shapes: Mapping[str, Any], x: Array) -> type[nn.Module] | None:
+    """The linear model of dpreg that computes predictions by the same operations, if any: see `tuning.known_class`."""
+    params = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, x.dtype), shapes["params"])
+    if len(shapes) > 1 or mode_arguments(model, False):
+        return None
+
+    def program(model: nn.Module, structure: Any) -> str:
+        def predict(leaves: list[Array], x: Array) -> Any:
+            return model.apply({"params": jax.tree.unflatten(structure, leaves)}, x)
+
+        return str(jax.make_jaxpr(predict)(jax.tree.leaves(params), x))
+
+    own = program(model, jax.tree.structure(params))
+    targets = jax.tree.leaves(params)[-1].shape[-1:]
+    for known in (LinearScratch(x.shape[1], 0.0, num_targets=targets[0]), LinearConcise(targets[0])) if targets else ():
+        known_params = jax.eval_shape(known.init, key_of(0), x)["params"]
+        same_shapes = [leaf.shape for leaf in jax.tree.leaves(known_params)] == [
+            leaf.shape for leaf in jax.tree.leaves(params)
+        ]
+        if same_shapes and program(known, jax.tree.structure(known_params)) == own:
+            return type(known)
+    return None
+
+
+class LinearRegressionScratch(Module):
+    """Linear regression from scratch, X w + b (D2L section 3.4): the model that the section defines.
+
+    Attributes:
+      num_inputs: features per row, d.
+      lr: learning rate of minibatch SGD.
+      sigma: standard deviation of the initial weights.
+    """
+
+    num_inputs: int
+    lr: float
+    sigma: float = 0.01
+
+    def setup(self) -> None:
+        """Creates `w` [num_inputs, 1] and `b` [1]."""
+        self.w = self.param("w", nn.initializers.normal(self.sigma), (self.num_inputs, 1))
+        self.b = self.param("b", nn.initializers.zeros, (1,))
+
+    def forward(self, X: Array) -> Array:
+        """The predictions: [n, num_inputs] -> [n, 1]."""
+        return jnp.matmul(X, self.w) + self.b[None]
+
+    def loss(self, params: Any, X: tuple[Array, ...], y: Array, state: Any) -> Array:
+        """Half the squared error, its mean over the rows."""
+        prediction = state.apply_fn({"params": params}, *X)
+        return jnp.mean((prediction - y.reshape(prediction.shape)) ** 2 / 2)
+
+    def configure_optimizers(self) -> optax.GradientTransformation:
+        """`SGD(lr)`."""
+        return SGD(self.lr)

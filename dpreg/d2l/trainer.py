@@ -1,0 +1,263 @@
+"""The book's trainer (D2L sections 3.2.4 and 3.4.4), over `dpreg.Trainer`."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+import dpreg.trainer
+from dpreg.d2l import module
+from dpreg.d2l.data import DataModule, Loader
+from dpreg.d2l.module import Module
+from dpreg.d2l.tools import HyperParameters
+from dpreg.data.order import Sampler
+from dpreg.data.parts import rows_everywhere
+from dpreg.data.sources import RegressionData
+from dpreg.errors import Diverged, InputError
+from dpreg.parallel import state
+from dpreg.parallel.checks import mode_arguments
+from dpreg.parallel.hooks import OF_DATA, OF_MODEL, OF_TRAINER, require_no_hooks, user_methods
+from dpreg.tracing import key_of, pinned_settings
+
+# Methods that this trainer calls. Where one of those below is the user's, an epoch runs step by step.
+_CALLED_OF_TRAINER = frozenset({"fit_epoch", "prepare_batch", "clip_gradients"})
+_CALLED_OF_MODEL = frozenset({"training_step", "validation_step", "plot", "apply_init"})
+_CALLED_OF_DATA = frozenset({"get_dataloader", "get_tensorloader", "train_dataloader", "val_dataloader"})
+_BY_STEPS = frozenset({"prepare_batch", "clip_gradients", "training_step", "validation_step"})
+_ROWS_COMPARED = 8
+
+
+class TrainState(state.TrainState):
+    """`dpreg.TrainState` with the random key of Dropout (D2L section 5.6)."""
+
+    dropout_rng: Array
+
+
+class Trainer(HyperParameters):
+    """Trains a `d2l.Module` on the rows of a `d2l.DataModule`, on all devices (D2L section 3.2.4).
+
+    The fast way is to leave `fit_epoch` as it is: an epoch is then one compiled, data-parallel program on all devices.
+    Where a subclass or `d2l.add_to_class` overrides `fit_epoch`, yours is called, and its steps run one by one on one
+    device, as in the book: to the same parameters within rounding, and many times as slow. So does an epoch where
+    `prepare_batch` or `clip_gradients` of the trainer is overridden, or `training_step` or `validation_step` of the
+    model.
+
+    Args:
+      max_epochs: how often every row is used.
+      num_gpus: GPUs to use; 0 for all devices that JAX has.
+      gradient_clip_val: the largest norm of the gradient; larger ones are scaled to it. 0: no limit.
+      settings: others of `dpreg.Trainer`, such as `seed`, `num_devices` and `reduction`.
+
+    Attributes:
+      engine: the `dpreg.Trainer` beneath: its `predict`, `evaluate`, `val_loss`, `metrics` and so on.
+      model: that was given to `fit`.
+      train_dataloader, val_dataloader: the batches (X, y), [b, d] and [b, t] arrays of JAX, of the training rows in the
+        order of the compiled epoch, and of the validation rows; None where there are none.
+      num_train_batches, num_val_batches: how many an epoch has.
+      epoch: the one under way, counted from 0.
+      train_batch_idx, val_batch_idx: batches done, of all epochs.
+
+    Raises:
+      InputError: for arguments out of range.
+    """
+
+    max_epochs: int
+    gradient_clip_val: float
+    model: Module
+    train_dataloader: Loader
+    val_dataloader: Loader | None
+    num_train_batches: int
+    num_val_batches: int
+
+    def __init__(self, max_epochs: int, num_gpus: int = 0, gradient_clip_val: float = 0, **settings: Any):
+        self.save_hyperparameters(ignore=["settings"])
+        gpus: dict[str, Any] = {"num_devices": num_gpus, "platform": "gpu"} if num_gpus else {}
+        self._settings = gpus | settings
+        self.engine = self._make_engine()
+        self.epoch = self.train_batch_idx = self.val_batch_idx = 0
+        self._state: TrainState | None = None  # of steps by hand; that of the engine where it is None
+        self._dropout_rng: Array = key_of(self.engine.seed)
+
+    def fit(self, model: Module, data: DataModule | RegressionData, key: Array | None = None) -> None:
+        """Trains the model for `max_epochs`, by `fit_epoch` of each.
+
+        Args:
+          model: with `forward`, `loss` and `configure_optimizers`.
+          data: with `get_dataloader`; or any data of dpreg.
+          key: a random key that the initial parameters are drawn by; None for the seed.
+
+        Raises:
+          InputError: for a model, data or methods that cannot be used as they would be read.
+          Diverged: when the loss or the parameters are no longer finite.
+        """
+        self.prepare_data(data)
+        self.prepare_model(model)
+        if key is not None or "apply_init" in _names_of_user(model):
+            self._draw_parameters(key)
+        self.epoch = self.train_batch_idx = self.val_batch_idx = 0
+        for epoch in range(self.max_epochs):
+            if self.engine.done:
+                break
+            self.epoch = epoch
+            for loader in (self.train_dataloader, self.val_dataloader):
+                if loader is not None:
+                    loader.epoch = self.epoch
+            with pinned_settings(self.engine.dtype == np.float64):
+                self.fit_epoch()
+            self._give_back_state(validate=self.epoch == self.max_epochs - 1)
+        self.engine.take_best()
+
+    def prepare_data(self, data: DataModule | RegressionData) -> None:
+        """Brings the rows to the devices, and sets the loaders of batches (X, y)."""
+        require_no_hooks(self, OF_TRAINER, _CALLED_OF_TRAINER)
+        if isinstance(data, DataModule):
+            require_no_hooks(data, OF_DATA, _CALLED_OF_DATA)
+            data = data.rows()
+        self.engine, self._state = self._make_engine(), None
+        self.engine.prepare_data(data)
+        self.train_dataloader = Loader(data.train, self.engine.train.sampler, self.engine.seed)
+        self.val_dataloader = None
+        if data.val:
+            self.val_dataloader = Loader(data.val, Sampler(len(data.val), 1, data.batch_size, shuffle=False))
+        self.num_train_batches = len(self.train_dataloader)
+        self.num_val_batches = len(self.val_dataloader) if self.val_dataloader else 0
+
+    def prepare_model(self, model: Module) -> None:
+        """Initialises the state and compiles the steps.
+
+        Raises:
+          InputError: for a model whose loss is no mean over rows, and others that `d2l.Module` speaks of.
+        """
+        if not isinstance(model, Module):
+            what = model.__name__ if isinstance(model, type) else type(model).__name__
+            raise InputError(f"model: {what} is no instance of a class derived from d2l.Module; give one")
+        require_no_hooks(model, OF_MODEL, _CALLED_OF_MODEL)
+        model.trainer, model.board.xlim = self, (0, self.max_epochs)
+        source = self.engine.train.source
+        number = min(_ROWS_COMPARED, len(source))
+        rows = rows_everywhere(source, np.linspace(0, len(source) - 1, number).astype(np.int64))
+        rows = {name: column.astype(self.engine.dtype) for name, column in rows.items()}
+        self.model = model
+        prepared: Any = module.prepare(model, rows, _CALLED_OF_MODEL)
+        self.engine.prepare_model(prepared)
+
+    def fit_epoch(self) -> None:
+        """Trains one epoch and validates (D2L section 3.4.4): compiled, or by steps where a part is overridden."""
+        if _BY_STEPS & (_names_of_user(self) | _names_of_user(self.model)):
+            self._fit_epoch_by_steps()
+            return
+        self._give_back_state()
+        self._state, before = None, self.engine.step
+        self.engine.fit_epoch()
+        if self.engine.step == before:
+            return
+        for loss, weight, _ in self.engine.epoch_sums:
+            self.model.plot("loss", loss / weight if weight else 0.0, train=True)
+            self.train_batch_idx += 1
+        for _ in range(self.num_val_batches):  # `plot` draws the mean of so many values
+            self.model.plot("loss", self.engine.val_loss, train=False)
+            self.val_batch_idx += 1
+
+    def prepare_batch(self, batch: tuple[Array, Array]) -> tuple[Array, ...]:
+        """The batch (X, y) as the steps are to see it. Where it is overridden, epochs run by steps."""
+        return batch
+
+    def clip_gradients(self, grad_clip_val: float, grads: Any) -> Any:
+        """The gradient scaled to a norm of at most `grad_clip_val` (D2L section 9.5), as the compiled steps do it."""
+        norm = jnp.sqrt(sum(jnp.sum(leaf**2) for leaf in jax.tree.leaves(grads)))
+        return jax.tree.map(lambda leaf: leaf * jnp.minimum(1, grad_clip_val / norm).astype(leaf.dtype), grads)
+
+    @property
+    def state(self) -> TrainState:
+        """The state: `params`, `batch_stats`, `opt_state`, `step`, `dropout_rng`, `apply_fn` and `tx`.
+
+        On one device; a state that is assigned is gone on from.
+
+        Raises:
+          InputError: where nothing is trained yet.
+        """
+        if self._state is not None:
+            return self._state
+        trained = self.engine.state
+        values = {name: getattr(trained, name) for name in ("step", "params", "opt_state", "batch_stats")}
+        on_one_device = jax.tree.map(lambda leaf: leaf.addressable_data(0), values)
+        return TrainState(apply_fn=self._predict, tx=trained.tx, dropout_rng=self._dropout_rng, **on_one_device)
+
+    @state.setter
+    def state(self, state: TrainState) -> None:
+        """Goes on from another state.
+
+        Raises:
+          InputError: among several processes, and with settings that steps by hand do not heed.
+        """
+        if jax.process_count() > 1:
+            raise InputError("steps by hand run in a single process; leave fit_epoch as it is, or start one process")
+        for name, given in (("observers", self.engine.observers), ("patience", self.engine.patience)):
+            if given:
+                raise InputError(f"{name}: steps by hand do not heed it; leave fit_epoch as it is, or {name} out")
+        self._state = state
+
+    def _predict(self, variables: Any, *X: Array, **how: Any) -> Any:
+        """The model's `apply` for steps by hand, in the mode that `model.training` says."""
+        state, training = self.state, getattr(self.model, "training", False)
+        if training and state.batch_stats:
+            raise InputError("steps by hand do not update the statistics of BatchNorm; leave fit_epoch as it is")
+        modes = mode_arguments(self.model, training)
+        return self.model.apply(variables, *X, **{"rngs": {"dropout": state.dropout_rng}, **modes, **how})
+
+    def _make_engine(self) -> dpreg.trainer.Trainer:
+        # Compiled steps clip by the norm: not where the user clips otherwise, step by step.
+        clip = 0.0 if "clip_gradients" in _names_of_user(self) else self.gradient_clip_val
+        return dpreg.trainer.Trainer(self.max_epochs, gradient_clip_val=clip, **self._settings)
+
+    def _draw_parameters(self, key: Array | None) -> None:
+        """Draws the parameters by `apply_init`."""
+        root = key_of(self.engine.seed) if key is None else key
+        params_key, self._dropout_rng = jax.random.split(root)
+        keys = {"params": root if key is None else params_key, "dropout": self._dropout_rng}
+        row = self.engine.train.source[np.zeros(1, np.int32)]["x"]
+        trained = self.engine.state
+        with pinned_settings():
+            params = self.model.apply_init((jnp.asarray(row, jnp.float32),), key=keys)["params"]
+        self.engine.state = trained.replace(params=jax.tree.map(lambda leaf: leaf.astype(self.engine.dtype), params))
+
+    def _fit_epoch_by_steps(self) -> None:
+        """The epoch as the book has it: step by step, and then the validation."""
+        self.model.training = True
+        for batch in self.train_dataloader:
+            loss, gradient = self.model.training_step(self.state.params, self.prepare_batch(batch), self.state)
+            if self.gradient_clip_val > 0:
+                gradient = self.clip_gradients(self.gradient_clip_val, gradient)
+            stepped: Any = self.state.apply_gradients(grads=gradient, value=loss)
+            if not _all_finite((loss, stepped.params)):
+                raise Diverged(int(self.state.step) + 1)
+            self.state = stepped.replace(dropout_rng=jax.random.split(stepped.dropout_rng)[0])
+            self.train_batch_idx += 1
+        self.model.training = False
+        for batch in self.val_dataloader or ():
+            self.model.validation_step(self.state.params, self.prepare_batch(batch), self.state)
+            self.val_batch_idx += 1
+
+    def _give_back_state(self, validate: bool = False) -> None:
+        """Gives the engine the state of steps by hand, at the end of an epoch."""
+        if self._state is None:
+            return
+        if not _all_finite(self._state.params):
+            self._state = None
+            raise Diverged(self.train_batch_idx)
+        self._dropout_rng = self._state.dropout_rng
+        done = (self.epoch + 1) * self.num_train_batches
+        self.engine.state = self._state.replace(step=jnp.int32(done))
+        if validate:
+            self.engine.validate()
+
+
+def _names_of_user(what: Any) -> set[str]:
+    """The names of the methods that are the user's."""
+    return {name for _, name in user_methods(what)}
+
+
+def _all_finite(tree: Any) -> bool:
+    return all(bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves(tree))
