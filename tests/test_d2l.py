@@ -217,7 +217,7 @@ def test_parts_of_the_loop_that_are_overridden_are_called():
         (
             "return optax.EmptyState()",
             "return optax.EmptyState",
-            "init returns the class EmptyState; return an object, EmptyState()",
+            "init returns the class EmptyState; return EmptyState()",
         ),
         ("updates), state", "updates)", "update returns the updates alone; return updates, state"),
         (

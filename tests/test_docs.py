@@ -77,7 +77,11 @@ def test_the_notebook_is_the_first_page_and_runs():
     text = "\n\n".join(cell.source for cell in notebook.cells if cell.cell_type == "markdown")
     assert text == re.sub(r"^```python\n.*?^```\n\n?", "", PAGES[1].read_text(), flags=re.DOTALL | re.MULTILINE).strip()
     ran = nbclient.NotebookClient(notebook, timeout=240, kernel_name="python3").execute()
-    assert "devices: 8" in ran.cells[-2].outputs[0].text
+    outputs = [output for cell in ran.cells for output in cell.get("outputs", [])]
+    assert any("devices: 8" in output.get("text", "") for output in outputs)
+    (curve,) = [output.data for output in outputs if "data" in output]
+    assert "data:image/svg+xml" in curve["text/html"]
+    assert curve["text/plain"].startswith("train_loss")
 
 
 def test_links_lead_somewhere():

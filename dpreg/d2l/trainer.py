@@ -173,7 +173,7 @@ class Trainer(HyperParameters):
     def state(self) -> TrainState:
         """The state: `params`, `batch_stats`, `opt_state`, `step`, `dropout_rng`, `apply_fn` and `tx`.
 
-        On one device; a state that is assigned is gone on from.
+        On JAX's default device. Training goes on from a state that is assigned.
 
         Raises:
           InputError: where nothing is trained yet.
@@ -182,8 +182,9 @@ class Trainer(HyperParameters):
             return self._state
         trained = self.engine.state
         values = {name: getattr(trained, name) for name in ("step", "params", "opt_state", "batch_stats")}
-        on_one_device = jax.tree.map(lambda leaf: leaf.addressable_data(0), values)
-        return TrainState(apply_fn=self._predict, tx=trained.tx, dropout_rng=self._dropout_rng, **on_one_device)
+        # Uncommitted, so that steps by hand and other arrays of the user's may meet them on any device.
+        values = jax.tree.map(lambda leaf: jnp.asarray(np.asarray(leaf.addressable_data(0))), values)
+        return TrainState(apply_fn=self._predict, tx=trained.tx, dropout_rng=self._dropout_rng, **values)
 
     @state.setter
     def state(self, state: TrainState) -> None:

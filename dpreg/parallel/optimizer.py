@@ -50,40 +50,37 @@ def make_optimizer(model: Any, params: PyTree, gradient_clip_val: float = 0.0) -
             f"{name}.configure_optimizers gives {type(made).__name__}; give one optax transformation, such as "
             "optax.adam(optax.cosine_decay_schedule(0.1, 1000))"
         )
-    with _usable(name):
-        _require_both_results(name, made, params)
-    optimizer = optax.with_extra_args_support(made)
+    own = optimizer = optax.with_extra_args_support(made)
     if gradient_clip_val:
-        optimizer = optax.chain(optax.clip_by_global_norm(gradient_clip_val), optimizer)
+        optimizer = optax.chain(optax.clip_by_global_norm(gradient_clip_val), own)
     with _usable(name):
         state = optimizer.init(params)
         for node in jax.tree.leaves(state, is_leaf=lambda node: type(node).__name__ in _REFUSED):
             if (kind := type(node).__name__) in _REFUSED:
                 raise InputError(f"the optimizer of {name} has a {kind}: {_REFUSED[kind]}")
+            if isinstance(node, type):
+                name_of_class = node.__name__
+                raise InputError(
+                    f"the optimizer of {name}: init returns the class {name_of_class}; return {name_of_class}()"
+                )
+        _require_two_results(name, own, params)
         optimizer = _with_key_data(optimizer, state)
         _require_a_fixed_state(name, optimizer, params)
     return optimizer
 
 
-def _require_both_results(name: str, optimizer: optax.GradientTransformation, params: PyTree) -> None:
-    """Raises InputError for an `init` that gives a class, and an `update` that does not give (updates, state)."""
-    state = optimizer.init(params)
-    for leaf in jax.tree.leaves(state):
-        if isinstance(leaf, type):
-            raise InputError(
-                f"the optimizer of {name}: init returns the class {leaf.__name__}; return an object, {leaf.__name__}()"
-            )
-    zero = jnp.zeros((), jax.tree.leaves(params)[0].dtype)
-    made: Any = []
+def _require_two_results(name: str, optimizer: optax.GradientTransformationExtraArgs, params: PyTree) -> None:
+    """Raises InputError for an `update` that does not give (updates, state): two parameters unpack as well as those."""
+    given: list[Any] = []
 
     def update(params: PyTree) -> None:
-        made.append(optax.with_extra_args_support(optimizer).update(params, state, params, value=zero))
+        value = jnp.zeros((), jax.tree.leaves(params)[0].dtype)
+        given.append(optimizer.update(params, optimizer.init(params), params, value=value))
 
     jax.eval_shape(update, params)
-    given = made[0]
-    if not (isinstance(given, tuple) and len(given) == 2):
-        structures: Any = jax.tree.structure(given), jax.tree.structure(params)
-        what = "the updates alone" if structures[0] == structures[1] else type(given).__name__
+    if not (isinstance(given[0], tuple) and len(given[0]) == 2):
+        structures: Any = jax.tree.structure(given[0]), jax.tree.structure(params)
+        what = "the updates alone" if structures[0] == structures[1] else type(given[0]).__name__
         raise InputError(f"the optimizer of {name}: update returns {what}; return updates, state")
 
 
