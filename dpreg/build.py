@@ -8,7 +8,8 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from dpreg.config import MODELS, Config
+from dpreg.config import Config
+from dpreg.config.model import MODELS
 from dpreg.data.dataset import PRECISIONS
 from dpreg.data.ingest import Progress, read_table
 from dpreg.data.order import ORDER
@@ -24,6 +25,7 @@ from dpreg.models.module import Module
 from dpreg.models.optimizers import optimizer_called, schedule_called
 from dpreg.parallel import presence, processes
 from dpreg.parallel.state import Model
+from dpreg.spelling import spell
 from dpreg.trainer import Trainer
 
 _INGEST_SECONDS = 24 * 3600.0  # that the others wait for process 0; they say so now and then
@@ -69,8 +71,8 @@ def build_data(config: Config, progress: Progress = lambda what, rows: None) -> 
     for process, fingerprint in enumerate(processes.exchange(data.fingerprint(), patience=_INGEST_SECONDS)):
         if fingerprint != data.fingerprint():
             raise InputError(
-                f"--dataset={config.dataset}: process {process} reads other rows than process {jax.process_index()}; "
-                "give both the same files"
+                f"{spell('dataset', config.dataset)}: process {process} reads other rows than process "
+                f"{jax.process_index()}; give both the same files"
             )
     return data
 
@@ -118,7 +120,7 @@ def build_model(config: Config, num_inputs: int, num_targets: int, num_steps: in
         return made
     except Exception as error:
         raise InputError(
-            f"--model={config.model}: {type(error).__name__}: {error}; mend that, or name a class that can be made"
+            f"{spell('model', config.model)}: {type(error).__name__}: {error}; correct that, or name another class"
         ) from error
 
 

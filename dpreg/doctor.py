@@ -1,4 +1,4 @@
-"""`--mode=doctor`: whether a run could start here, and what keeps it from it; on all its processes, rows read once."""
+"""The mode doctor: whether a run could start here, and what keeps it from it; on all its processes, rows read once."""
 
 import functools
 import json
@@ -17,6 +17,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from dpreg.build import build_data, build_model, build_trainer, identity_of
 from dpreg.config import Config
+from dpreg.config.devices import split_address
 from dpreg.errors import InputError
 from dpreg.observers.checkpoint import Checkpoints
 from dpreg.observers.summary import package_versions
@@ -25,7 +26,8 @@ from dpreg.observers.workdir import open_workdir
 from dpreg.parallel import devices, processes
 from dpreg.parallel.deadline import Deadline
 from dpreg.parallel.reduce import AXIS
-from dpreg.parallel.roll_call import is_loopback, split_address
+from dpreg.parallel.roll_call import is_loopback
+from dpreg.spelling import spell
 from dpreg.terminal import show
 
 _MAX_SKEW_SECONDS = 5.0
@@ -51,7 +53,7 @@ def examine(config: Config) -> None:
         if jax.process_index() == 0:
             show(f"{'ok' if well else 'WRONG':<6}{name:<12}{found}")
     if wrong:
-        raise InputError(f"--mode=doctor: something is wrong with {', '.join(wrong)}; mend that first")
+        raise InputError(f"{spell('mode', 'doctor')}: something is wrong with {', '.join(wrong)}; correct that first")
 
 
 def _of_all(value: Any) -> list[Any]:
@@ -88,8 +90,8 @@ def agree(config: Config) -> None:
         for name in own:
             if theirs[name] != own[name]:
                 raise InputError(
-                    f"--{name} is {own[name]} in process {jax.process_index()} and {theirs[name]} in process "
-                    f"{process}; start all processes with the same flags"
+                    f"{spell(name)} is {own[name]} in process {jax.process_index()} and {theirs[name]} in process "
+                    f"{process}; start all processes with the same settings"
                 )
 
 
@@ -100,7 +102,7 @@ def _devices(config: Config) -> str:
         if count != counts[0]:
             raise InputError(
                 f"process 0 has {counts[0][0]} devices of kind {counts[0][1]}, process {process} {count[0]} of kind "
-                f"{count[1]}; give all the same with --num_devices, or mend that host"
+                f"{count[1]}; give all the same number with {spell('num_devices')}, or repair that host"
             )
     return f"{devices.describe(mesh.devices.flat)} ({counts[0][1]}) for {config.num_shards} shards"
 
@@ -119,9 +121,8 @@ def _network(config: Config) -> str:
     names = sorted({name for name, _ in hosts})
     if len(names) > 1:
         if is_loopback(split_address(address)[0]):
-            raise InputError(
-                f"--coordinator_address={address}: is of one machine alone; use the address of its network"
-            )
+            where = spell("coordinator_address", address)
+            raise InputError(f"{where}: only one machine reaches it; use an address of the network")
         for process, (name, resolved) in enumerate(hosts):
             if not resolved or is_loopback(resolved):
                 raise InputError(
@@ -165,7 +166,9 @@ def _all_reduce(config: Config) -> str:
     for values in (small, large):
         if (values != due).any():
             found = values.flat[(values != due).argmax()]
-            raise InputError(f"the sum over devices is {found:,} instead of {due:,}; use other devices, or mend these")
+            raise InputError(
+                f"the sum over devices is {found:,} instead of {due:,}; use other devices, or repair these"
+            )
     return f"right; {latency * 1e3:.2f} ms for 4 B, {seconds * 1e3:.2f} ms for 1 MiB"
 
 
@@ -174,7 +177,10 @@ def _workdir(config: Config) -> str:
         require_tensorboard()
     with open_workdir(config.workdir, keep=False) as path:
         if config.resume == "must" and not any(path.glob("checkpoints/*")):
-            raise InputError(f"--resume=must: {path} holds no checkpoint; name another --workdir, or use --resume=auto")
+            raise InputError(
+                f"{spell('resume', 'must')}: {path} holds no checkpoint; name another {spell('workdir')}, or use "
+                f"{spell('resume', 'auto')}"
+            )
         return f"{path} can be written" + (" and is seen by all" if jax.process_count() > 1 else "")
 
 
@@ -184,7 +190,8 @@ def _rows(config: Config) -> str:
     try:
         data = build_data(config)
     except OSError as error:
-        raise InputError(f"--dataset={config.dataset}: {error.strerror or error}; mend it, or name another") from error
+        where = spell("dataset", config.dataset)
+        raise InputError(f"{where}: {error.strerror or error}; repair it, or name another") from error
     seconds = time.perf_counter() - started
     trainer = build_trainer(config)
     trainer.lay_out(data)

@@ -16,8 +16,11 @@ from typing import NoReturn
 from absl import app, flags
 
 from dpreg.completion import SHELLS, Flag, script
-from dpreg.config import A_FILE, COMMON, Config, define_flags
+from dpreg.config import Config
+from dpreg.config.flags import COMMON, define_flags
+from dpreg.config.settings import FILE
 from dpreg.errors import NO_ROOM, AuditFailed, Diverged, InputError, Preempted, ProcessLost
+from dpreg.spelling import spell_as_flags
 from dpreg.terminal import printable
 
 _PRESET, _SHELL = "config_preset", "shell_completion"
@@ -36,22 +39,22 @@ def enter(main: Callable[[list[str]], None], of_runs: bool = False, installed: b
     main = functools.partial(_in_a_line, main)
     if of_runs:
         app.run(main, flags_parser=functools.partial(_parse, lambda: _help(about, {"Flags": own}), True))
-    define_flags()
+    define_flags(Config)
+    beside = define_flags.__module__
     names = ", ".join(_presets())
-    flags.DEFINE_string(
-        _PRESET, None, f"A flagfile that comes with dpreg: {names}. Default: none.", module_name=Config.__module__
-    )
+    flags.DEFINE_string(_PRESET, None, f"A flagfile that comes with dpreg: {names}. Default: none.", module_name=beside)
     if installed:
         about_shell = f'Print a script that completes flags: eval "$(dpreg --{_SHELL}=bash)". Default: none.'
-        flags.DEFINE_enum(_SHELL, None, SHELLS, about_shell, module_name=Config.__module__)
+        flags.DEFINE_enum(_SHELL, None, SHELLS, about_shell, module_name=beside)
     groups = {"This command": own, **COMMON, "Flags": (_PRESET, *((_SHELL,) if installed else ()))}
     app.run(main, flags_parser=functools.partial(_parse, lambda: _help(about, groups), False))
 
 
 def _in_a_line(main: Callable[[list[str]], None], argv: list[str]) -> None:
-    """Runs `main`; what is no fault of the code ends with one line, and the exit code that tells it."""
+    """Runs `main`; what is no fault of the code ends with one line that names flags, and with its exit code."""
     try:
-        main(argv)
+        with spell_as_flags():
+            main(argv)
     except (InputError, Diverged, AuditFailed, Preempted, ProcessLost) as error:
         _leave(error, error.exit_code)
     except KeyboardInterrupt:
@@ -157,7 +160,7 @@ def _others() -> list[Flag]:
     """The flags that are no field of `Config`."""
     return [
         Flag(_PRESET, "A flagfile of dpreg's own", tuple(_presets())),
-        Flag("flagfile", "A file of flags, one a line", (A_FILE,)),
+        Flag("flagfile", "A file of flags, one a line", (FILE,)),
         Flag(_SHELL, "Print a script such as this", SHELLS),
         Flag("help", "The flags that most runs need"),
         Flag("helpfull", "All flags"),

@@ -5,6 +5,7 @@ import errno
 import unicodedata
 from collections.abc import Collection, Iterator
 
+from dpreg.spelling import spell
 from dpreg.terminal import printable
 
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # of an OSError: a disk, a quota or a limit is full
@@ -73,12 +74,11 @@ class Diverged(ArithmeticError):  # noqa: N818 (what happened, not whose error)
     exit_code = 3
 
     def __init__(self, step: int, validation: bool = False):
-        what = (
-            f"the validation loss is not finite after step {step:,}: the state after it is kept; look at those rows, or"
-        )
-        if not validation:
-            what = f"the loss is not finite at step {step:,}: the state before it is kept;"
-        super().__init__(f"{what} try a smaller --lr, or --gradient_clip_val")
+        what = f"the loss is not finite at step {step:,}: the state before it is kept"
+        if validation:
+            what = f"the validation loss is not finite after step {step:,}: the state after it is kept"
+        rows = "look at the rows held out, or " if validation else ""
+        super().__init__(f"{what}; {rows}try a smaller {spell('lr')}, or {spell('gradient_clip_val')}")
         self.step = step
 
 
@@ -99,7 +99,7 @@ class Preempted(Exception):  # noqa: N818
 
     def __init__(self, step: int | None = None, unnamed: str | None = None, interrupted: bool = False):
         where = "before the first step" if step is None else f"at step {step:,}, which is saved"
-        command = "the same command" if unnamed is None else f"the same command with --workdir={unnamed}"
+        command = "the same command" if unnamed is None else f"the same command with {spell('workdir', unnamed)}"
         super().__init__(f"{'interrupted' if interrupted else 'stopped'} {where}: {command} goes on from there")
         self.step, self.interrupted, self.exit_code = step, interrupted, 130 if interrupted else 75
 

@@ -42,6 +42,9 @@ _MOST_EXACT = 1024  # parameters up to which "auto" is exact: its time grows wit
 _LOCATED = ("squared", "huber", "absolute", "quantile")  # losses of which a scaled target is a target, too
 _OF_LOGARITHMS = ("poisson", "gamma")  # losses of which a linear model adds up logarithms
 _TINY = float(np.finfo(np.float64).tiny)
+SOLVERS = ("auto", "exact", "sgd")
+STANDARDIZE = True
+DEFAULTS = Config(optimizer="adam", lr_schedule="linear", max_epochs=100)  # of all other arguments
 
 
 @dataclasses.dataclass
@@ -129,21 +132,21 @@ class Estimator(BaseEstimator):
     def __init__(
         self,
         *,
-        model: str | Model = "linear",
-        hidden: Sequence[int] = (64, 64),
-        solver: str = "auto",
-        optimizer: str = "adam",
-        lr: float = 0.03,
-        lr_schedule: str = "linear",
-        l1: float = 0.0,
+        model: str | Model = DEFAULTS.model,
+        hidden: Sequence[int] = DEFAULTS.hidden,
+        solver: str = SOLVERS[0],
+        optimizer: str = DEFAULTS.optimizer,
+        lr: float = DEFAULTS.lr,
+        lr_schedule: str = DEFAULTS.lr_schedule,
+        l1: float = DEFAULTS.l1,
         l2: float = 1e-4,
-        batch_size: int = 32,
-        max_epochs: int = 100,
-        standardize: bool = True,
+        batch_size: int = DEFAULTS.batch_size,
+        max_epochs: int = DEFAULTS.max_epochs,
+        standardize: bool = STANDARDIZE,
         num_devices: int | None = None,
-        num_shards: int = 8,
-        reduction: str = "pmean",
-        random_state: Any = 0,
+        num_shards: int = DEFAULTS.num_shards,
+        reduction: str = DEFAULTS.reduction,
+        random_state: Any = DEFAULTS.seed,
     ):
         self.model, self.hidden, self.solver = model, hidden, solver
         self.optimizer, self.lr, self.lr_schedule, self.l1, self.l2 = optimizer, lr, lr_schedule, l1, l2
@@ -156,11 +159,11 @@ class Estimator(BaseEstimator):
 
     def _config(self, **of_loss: Any) -> Config:
         """The run that the arguments describe."""
-        if self.solver not in ("auto", "exact", "sgd"):
-            raise InputError(f"solver={self.solver!r}: use auto, exact or sgd")
+        if self.solver not in SOLVERS:
+            raise InputError(f"solver={self.solver!r}: use {', '.join(SOLVERS[:-1])} or {SOLVERS[-1]}")
         return Config(
             model=self.model if isinstance(self.model, str) else "linear",
-            hidden=tuple(self.hidden),
+            hidden=self.hidden,  # type: ignore[arg-type]  # any sequence
             optimizer=self.optimizer,
             lr=self.lr,
             lr_schedule=self.lr_schedule,
@@ -192,12 +195,7 @@ class Estimator(BaseEstimator):
             config = dataclasses.replace(config, seed=(before.config.seed + 1) % 2**31)
         fitted = _Fitted(config, module, y.shape[1], one_column, Schema((), ()))
         if wrong := first_outside(ArraySource(np.zeros(len(y)), y, weight, np.float64), fitted.objective.allowed):
-            target = ", ".join(f"{value:g}" for value in wrong[1])
-            domain = fitted.objective.domain
-            raise InputError(
-                f"loss={config.loss!r}: the target in row {wrong[0]:,} is {target} and has to be {domain}; "
-                "mend it, or use another loss"
-            )
+            raise fitted.objective.refusal(*wrong)
         used = np.flatnonzero(weight > 0)
         x, y, weight = x[used], y[used], weight[used]
         _require_squares(x, y, weight, used)

@@ -50,6 +50,7 @@ from dpreg.parallel.deadline import Deadline
 from dpreg.parallel.digest import digest_prediction
 from dpreg.predict import predict, threads_of
 from dpreg.solver import Solver
+from dpreg.spelling import spell
 from dpreg.terminal import printable, show
 from dpreg.trainer import Trainer
 
@@ -218,7 +219,8 @@ def _prepared(
     trainer.pauses = profiled = config.profiled_steps() or ()
     if profiled and profiled[0] >= trainer.train.num_steps:
         raise InputError(
-            f"--profile={config.profile}: the run has {trainer.train.num_steps:,} steps; name two of them, from 0"
+            f"{spell('profile', config.profile)}: the run has {trainer.train.num_steps:,} steps; name two of them, "
+            "from 0"
         )
     trainer.seconds["ingest"] += reading
     progress.doing("compiling")
@@ -276,7 +278,7 @@ def _checkpoints(
     data: RegressionData,
     announcements: processes.Announcements,
 ) -> Iterator[Checkpoints]:
-    """The run's checkpoints, with the trainer brought to the newest, as --resume says."""
+    """The run's checkpoints, with the trainer brought to the newest, as the setting `resume` says."""
     with Checkpoints(
         workdir / "checkpoints",
         identity_of(config, data),
@@ -291,8 +293,8 @@ def _checkpoints(
                 (workdir / "starts.jsonl").unlink(missing_ok=True)
         elif not checkpoints.restore(trainer) and config.resume == "must":
             raise InputError(
-                f"--resume=must: {workdir} holds no checkpoint that can be read; "
-                "name another --workdir, or use --resume=auto"
+                f"{spell('resume', 'must')}: {workdir} holds no checkpoint that can be read; "
+                f"name another {spell('workdir')}, or use {spell('resume', 'auto')}"
             )
         trainer.checkpoints = checkpoints
         yield checkpoints

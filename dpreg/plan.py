@@ -42,6 +42,7 @@ from dpreg.parallel.compile import operations_of_step
 from dpreg.parallel.program import Collective, Memory, collectives, memory
 from dpreg.parallel.reduce import AXIS
 from dpreg.parallel.state import Model, TrainState, initial_state
+from dpreg.spelling import spell, spell_as_flags
 from dpreg.terminal import show
 from dpreg.trainer import Trainer
 
@@ -105,8 +106,8 @@ class Plan:
         """In lines for a person."""
         held = self.memory
         lines = [
-            f"{self.devices:,} devices: {self.topology} ({self.kind}); --num_shards={self.num_shards} "
-            f"--batch_size={self.batch_size}, placement {self.placement}, {self.precision}, "
+            f"{self.devices:,} devices: {self.topology} ({self.kind}); {spell('num_shards', self.num_shards)} "
+            f"{spell('batch_size', self.batch_size)}, placement {self.placement}, {self.precision}, "
             f"reduction {self.reduction}, up to {self.steps_per_call:,} steps a call, compiled in "
             f"{self.compile_seconds:.1f} s"
         ]
@@ -252,25 +253,28 @@ def _bytes(size: float) -> str:
 
 def _apart(config: Config, topology: str) -> Plan:
     """`plan` in a process of its own: the compiler for TPUs ends its process where it cannot do something."""
-    gpus = isinstance(system_named(topology), Hosts)
+    gpus, where = isinstance(system_named(topology), Hosts), spell("topology", topology)
     if not any(map(importlib.util.find_spec, CUDA_PLUGINS if gpus else ("libtpu",))):
         what, extra = ("JAX's plugin for CUDA", "plan-gpu") if gpus else ("libtpu, which compiles for TPUs", "plan")
-        raise InputError(f"--topology={topology}: needs {what}; run pip install 'dpreg[{extra}]', or -e '.[{extra}]'")
+        raise InputError(f"{where}: needs {what}; run pip install 'dpreg[{extra}]', or -e '.[{extra}]'")
     os.environ.update(_COMPILER_ALONE)
     with tempfile.NamedTemporaryFile("r") as said:
         context = multiprocessing.get_context("spawn")
         try:
             with concurrent.futures.ProcessPoolExecutor(1, context, _say_into, (said.name,)) as pool:
-                return pool.submit(plan, config, topology).result()
+                return pool.submit(_plan_for_command, config, topology).result()
         except concurrent.futures.process.BrokenProcessPool as error:
             fatal = [line.strip() for line in said if re.match("F[0-9]|.*(Check failed|ABORT)", line)]
             reason = f": {fatal[0][:300]}" if fatal else ""
-            raise InputError(
-                f"--topology={topology}: the compiler cannot do it, and ended{reason}; use another"
-            ) from error
+            raise InputError(f"{where}: the compiler cannot do it, and ended{reason}; use another") from error
         except jax.errors.JaxRuntimeError as error:
             reason = " ".join(str(error).split())[:300]
-            raise InputError(f"--topology={topology}: does not compile for it: {reason}; use another") from error
+            raise InputError(f"{where}: does not compile for it: {reason}; use another") from error
+
+
+def _plan_for_command(config: Config, topology: str) -> Plan:
+    with spell_as_flags():
+        return plan(config, topology)
 
 
 def _say_into(file: str) -> None:
@@ -282,10 +286,11 @@ def _main(argv: list[str]) -> None:
     del argv
     config, topology = Config.from_flags(flags.FLAGS), flags.FLAGS["topology"].value
     if topology and config.num_devices is not None:
-        raise InputError(f"--num_devices={config.num_devices}: --topology={topology} says how many; leave it out")
+        how_many = f"{spell('topology', topology)} says how many"
+        raise InputError(f"{spell('num_devices', config.num_devices)}: {how_many}; leave it out")
     for name, of_a_step in (("mode", "train"), ("solver", "sgd"), ("num_processes", None)):
         if (given := getattr(config, name)) != of_a_step:
-            raise InputError(f"--{name}={given}: a plan is of a training step, in one process; leave it out")
+            raise InputError(f"{spell(name, given)}: a plan is of a training step, in one process; leave it out")
     with made(pathlib.Path(config.workdir or ".")) as folder:
         if topology:
             found = _apart(config, topology)

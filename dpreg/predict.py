@@ -1,4 +1,4 @@
-"""`--mode=evaluate` and `--mode=predict`: a trained model on the rows of a table, in a stream and in their order."""
+"""The modes evaluate and predict: a trained model on the rows of a table, in a stream and in their order."""
 
 import contextlib
 import functools
@@ -33,6 +33,7 @@ from dpreg.parallel.deadline import Deadline
 from dpreg.parallel.digest import differ, digest_prediction
 from dpreg.parallel.state import Model
 from dpreg.predictor import Predictor
+from dpreg.spelling import spell
 from dpreg.terminal import show
 
 
@@ -56,7 +57,8 @@ def predict(config: Config) -> None:
         exported = load_model(pathlib.Path(config.workdir or "") / "model")
         config, schema = config.of_model(exported.flags), exported.schema
         if schema is None:
-            raise InputError(f"--workdir={config.workdir}: its model was not trained on a table; predict from Python")
+            where = spell("workdir", config.workdir)
+            raise InputError(f"{where}: its model was not trained on a table; predict from Python")
         evaluating = config.mode == "evaluate"
         table, columns = open_dataset(config), columns_of(schema, config.columns(), evaluating)
         table.require(columns.taken)
@@ -128,7 +130,7 @@ def _require_fit(model: Model, exported: Exported, workdir: str | None) -> None:
     if differ(exported.computation, now):
         raise InputError(
             f"{workdir}/model: the code of the model computes something else than when it was trained; restore that "
-            "code, or run the training command again with --resume=never"
+            f"code, or run the training again with {spell('resume', 'never')}"
         )
 
 
@@ -149,7 +151,9 @@ def _refuse_input(output: pathlib.Path, dataset: str, table: Table) -> None:
     inside = pathlib.Path(dataset).is_dir() and path.parent.samefile(dataset) if path.parent.exists() else False
     of_table = path.exists() and any(path.samefile(file) for file, *_ in table.signature)
     if inside or of_table or path.match(os.path.abspath(dataset)):
-        raise InputError(f"--output={output}: that is a file of --dataset={dataset}, or would be; name another file")
+        raise InputError(
+            f"{spell('output', output)}: that is a file of {spell('dataset', dataset)}, or would be; name another file"
+        )
 
 
 def _write(writer: PredictionWriter, predictor: Predictor, pieces: Iterator[Rows], read: RawRows) -> None:

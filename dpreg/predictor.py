@@ -9,7 +9,7 @@ import numpy as np
 from jax import Array
 from jax.sharding import Mesh
 
-from dpreg.config import Columns
+from dpreg.config import Columns, Config
 from dpreg.data.dataset import PRECISIONS, Dataset
 from dpreg.data.parts import rows_everywhere
 from dpreg.data.raw import RawRows, columns_of, encoded_schema, open_columns, open_source
@@ -71,13 +71,13 @@ class Predictor:
         num_targets: int,
         *,
         mesh: Mesh,
-        num_shards: int = 8,
-        batch_size: int = 32,
+        num_shards: int = Config.num_shards,
+        batch_size: int = Config.batch_size,
         schema: Schema | None = None,
         columns: Columns | None = None,
-        precision: str = "float32",
-        reduction: str = "pmean",
-        backend: str = "jit",
+        precision: str = Config.precision,
+        reduction: str = Config.reduction,
+        backend: str = Config.backend,
         heartbeat: Callable[[], None] = lambda: None,
     ):
         self.schema, self.columns, self.num_inputs, self.num_targets = schema, columns, num_inputs, num_targets

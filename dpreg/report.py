@@ -39,7 +39,7 @@ def read_run(workdir: pathlib.Path) -> Run:
         summary = _read_summary(workdir / "summary.json")
         flags = _read_flags(workdir / "flags.cfg")
     except (FileNotFoundError, NotADirectoryError) as error:
-        raise InputError(f"{workdir}: holds no finished run; name the --workdir of one") from error
+        raise InputError(f"{workdir}: holds no finished run; name the workdir of one") from error
     records, damaged = read_records(workdir / "metrics.jsonl")
     if damaged:
         lines = "1 damaged line is" if damaged == 1 else f"{damaged:,} damaged lines are"
@@ -60,7 +60,7 @@ def _read_summary(file: pathlib.Path) -> dict[str, Any]:
             if value is not None and not is_number(value):
                 raise ValueError(f"{name!r} is not a number")
     except ValueError as error:
-        raise InputError(f"{file}: is none of dpreg ({error}); name the --workdir of a finished run") from error
+        raise InputError(f"{file}: is none of dpreg ({error}); name the workdir of a finished run") from error
     return summary
 
 
@@ -68,7 +68,7 @@ def _read_flags(file: pathlib.Path) -> dict[str, str]:
     try:
         lines = _text_of(file).splitlines()
     except ValueError as error:
-        raise InputError(f"{file}: is no text ({error}); name the --workdir of a finished run") from error
+        raise InputError(f"{file}: is no text ({error}); name the workdir of a finished run") from error
     pairs = (line[2:].partition("=") for line in lines if line.startswith("--"))
     return {name: value for name, _, value in pairs}
 

@@ -42,6 +42,7 @@ from dpreg.observers.progress import ProgressDisplay
 from dpreg.observers.workdir import made
 from dpreg.parallel import devices, processes
 from dpreg.parallel.reduce import mean_over_devices
+from dpreg.spelling import spell
 from dpreg.terminal import show
 
 KINDS = ("strong", "weak")  # the same batch for all devices, or for each
@@ -156,7 +157,8 @@ class Laboratory:
         backend, count = self._python(["-c", program], 1, cores=False)[0].split()
         if backend == "cpu":
             if self._config.platform is not None:
-                raise InputError(f"--platform={self._config.platform}: there is none here; use --platform=cpu")
+                asked = spell("platform", self._config.platform)
+                raise InputError(f"{asked}: there is none here; use {spell('platform', 'cpu')}")
             self.on_cores = True
             return devices.cores()
         return int(count)
@@ -264,7 +266,9 @@ def measure(config: Config, told: Any) -> tuple[list[Measured], list[Exchange], 
     default = Config()
     for name in ("mode", "solver", "reduction", "num_processes", "sync_batch_norm"):
         if (given := getattr(config, name)) != getattr(default, name):
-            raise InputError(f"--{name}={given}: scaling starts runs of its own, of steps with one sum; leave it out")
+            raise InputError(
+                f"{spell(name, given)}: scaling measures training steps with one exchange each; leave it out"
+            )
     laboratory = Laboratory(config)
     counts = [1 << power for power in range(16) if 1 << power <= min(laboratory.most, config.num_shards)]
     exchanges, runs, size = [], list[Measured](), 0
@@ -322,7 +326,9 @@ def describe(runs: list[Measured], exchanges: list[Exchange], further: dict[str,
             "one after the other"
         )
     if (shortest := min(run.seconds for run in runs)) < _SHORT_SECONDS:
-        lines.append(f"trained for {shortest:.2f} s only: such figures differ from run to run; give more --max_epochs")
+        lines.append(
+            f"trained for {shortest:.2f} s only: figures differ from run to run; use a larger {spell('max_epochs')}"
+        )
     if further:
         beyond = "beyond, each does less than half of what one does alone"
         if further["pays_up_to"] == max(further["efficiency"]):
@@ -330,7 +336,7 @@ def describe(runs: list[Measured], exchanges: list[Exchange], further: dict[str,
         lines.append(f"with this batch, and exchanges as here, devices pay up to {further['pays_up_to']:,}: {beyond}")
     if on_cores:
         lines.append(
-            "devices here are processes with a core each; simulated devices (--num_devices) share cores: "
+            f"devices here are processes with a core each; simulated devices ({spell('num_devices')}) share cores: "
             "they show that results agree, and what dpreg costs, not what devices gain"
         )
     return "\n".join(lines)

@@ -16,7 +16,7 @@ except ImportError as missing:
     raise ImportError("dpreg.sklearn: needs scikit-learn 1.6 or newer; pip install 'dpreg[sklearn]'") from missing
 
 from dpreg.errors import InputError
-from dpreg.estimator import Estimator, weights_of
+from dpreg.estimator import DEFAULTS, SOLVERS, STANDARDIZE, Estimator, weights_of
 from dpreg.parallel.state import Model
 
 __all__ = ["DataParallelClassifier", "DataParallelRegressor"]
@@ -58,25 +58,25 @@ class DataParallelRegressor(MultiOutputMixin, RegressorMixin, Estimator):
 
     def __init__(
         self,
-        loss: str = "squared",
+        loss: str = DEFAULTS.loss,
         *,
-        huber_delta: float = 1.0,
-        quantile: float = 0.5,
-        model: str | Model = "linear",
-        hidden: Sequence[int] = (64, 64),
-        solver: str = "auto",
-        optimizer: str = "adam",
-        lr: float = 0.03,
-        lr_schedule: str = "linear",
-        l1: float = 0.0,
-        l2: float = 0.0,
-        batch_size: int = 32,
-        max_epochs: int = 100,
-        standardize: bool = True,
+        huber_delta: float = DEFAULTS.huber_delta,
+        quantile: float = DEFAULTS.quantile,
+        model: str | Model = DEFAULTS.model,
+        hidden: Sequence[int] = DEFAULTS.hidden,
+        solver: str = SOLVERS[0],
+        optimizer: str = DEFAULTS.optimizer,
+        lr: float = DEFAULTS.lr,
+        lr_schedule: str = DEFAULTS.lr_schedule,
+        l1: float = DEFAULTS.l1,
+        l2: float = DEFAULTS.l2,
+        batch_size: int = DEFAULTS.batch_size,
+        max_epochs: int = DEFAULTS.max_epochs,
+        standardize: bool = STANDARDIZE,
         num_devices: int | None = None,
-        num_shards: int = 8,
-        reduction: str = "pmean",
-        random_state: Any = 0,
+        num_shards: int = DEFAULTS.num_shards,
+        reduction: str = DEFAULTS.reduction,
+        random_state: Any = DEFAULTS.seed,
     ):
         self.loss, self.huber_delta, self.quantile = loss, huber_delta, quantile
         super().__init__(

@@ -8,6 +8,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
+from dpreg.config import Config
 from dpreg.data.order import Sampler
 from dpreg.data.parts import hold_shards
 from dpreg.data.sources import Rows, Source
@@ -17,6 +18,7 @@ from dpreg.models.glm import Family
 from dpreg.models.least_squares import Fit, Triangle
 from dpreg.parallel import deadline, presence, processes
 from dpreg.parallel.reduce import tree_sum
+from dpreg.spelling import spell
 
 _BLOCK_VALUES = 1 << 21  # reduced at once
 _MOST_PASSES = 30  # of Newton's method, which takes about 8; after 37 one without an optimum comes to rest by rounding
@@ -58,7 +60,7 @@ class Solver:
 
         return self._unpacked(self._reduced(size, of, self._put_together))
 
-    def least_squares(self, l2: float = 0.0, intercept: bool = True, refine: bool = False) -> Fit:
+    def least_squares(self, l2: float = Config.l2, intercept: bool = Config.intercept, refine: bool = False) -> Fit:
         """The least mean squared loss + l2 / 2 sum w^2: one pass, or two.
 
         Args:
@@ -79,7 +81,7 @@ class Solver:
         of_b, *of_w = self._reduced(size[0] * size[1], gradient).reshape(size)
         return fit.refined(np.array(of_w), of_b)
 
-    def newton(self, family: Family, l2: float = 0.0, intercept: bool = True) -> tuple[Fit, float]:
+    def newton(self, family: Family, l2: float = Config.l2, intercept: bool = Config.intercept) -> tuple[Fit, float]:
         """(the linear model of least mean loss + l2 / 2 sum w^2, that mean loss to 1e-10), by Newton's method.
 
         Each step is a pass, and a problem of least squares; a step that does not make the loss less is halved.
@@ -88,7 +90,9 @@ class Solver:
           InputError: when there are several targets, or no optimum, such as for classes that a plane separates.
         """
         if self._targets > 1:
-            raise InputError(f"--solver=irls: it has one target, and there are {self._targets}; name one")
+            raise InputError(
+                f"{spell('solver', 'irls')}: it is for one target, and there are {self._targets}; name one"
+            )
         triangle, _, weight = self._around(family, None)
         if not weight > 0:
             raise InputError("there is no row with a weight to fit; give one row at least a weight")
@@ -114,7 +118,7 @@ class Solver:
             "tell them for certain; for the latter give some l2, such as 0.001"
         )
 
-    def softmax(self, num_classes: int, l2: float = 0.0) -> tuple[np.ndarray, np.ndarray]:
+    def softmax(self, num_classes: int, l2: float = Config.l2) -> tuple[np.ndarray, np.ndarray]:
         """W [d, C] and b [C] of least mean cross-entropy of the labels + l2 / 2 sum w^2, by Newton's method.
 
         Without a penalty, no column of x may be constant or a combination of others.
@@ -136,7 +140,7 @@ class Solver:
         theta = softmax.minimum(sums_at, theta, l2)
         return theta[1:], theta[0]
 
-    def robust(self, slopes: robust.Slopes, l2: float = 0.0) -> tuple[np.ndarray, np.ndarray]:
+    def robust(self, slopes: robust.Slopes, l2: float = Config.l2) -> tuple[np.ndarray, np.ndarray]:
         """W [d, 1] and b [1] of least mean loss + l2 / 2 sum w^2, of a loss with such slopes, by Newton's method.
 
         Features have mean squares of about 1; without a penalty none is constant or a combination of others.

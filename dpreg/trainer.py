@@ -14,7 +14,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from dpreg.config import BACKENDS, PLACEMENTS, REDUCTIONS, Columns
+from dpreg.config import Columns, Config, check_settings
 from dpreg.data.dataset import PRECISIONS, Block, Dataset
 from dpreg.data.order import Sampler
 from dpreg.data.schema import Number, Schema
@@ -35,6 +35,7 @@ from dpreg.parallel.hooks import OF_DATA, OF_TRAINER, require_no_hooks
 from dpreg.parallel.layout import Carried, Clock, example_of, layout_of
 from dpreg.parallel.state import Model, TrainState, initial_state
 from dpreg.predictor import ROWS_IN_PARTS, Predictor, errors_of, metrics_of
+from dpreg.spelling import spell
 
 # A second or so of a CPU, and of the slowest chips: signals, saves and progress wait for the calls in flight. On a chip
 # a shard that is taken alone takes at least as long as so many operations would.
@@ -136,45 +137,36 @@ class Trainer:
         self,
         max_epochs: int,
         num_devices: int | None = None,
-        gradient_clip_val: float = 0.0,
+        gradient_clip_val: float = Config.gradient_clip_val,
         *,
         mesh: Mesh | None = None,
-        num_shards: int = 8,
-        precision: str = "float32",
-        reduction: str = "pmean",
-        backend: str = "jit",
-        placement: str = "auto",
-        seed: int = 0,
+        num_shards: int = Config.num_shards,
+        precision: str = Config.precision,
+        reduction: str = Config.reduction,
+        backend: str = Config.backend,
+        placement: str = Config.placement,
+        seed: int = Config.seed,
         platform: str | None = None,
-        log_every_steps: int = 0,
+        log_every_steps: int = Config.log_every_steps,
         steps_per_block: int | None = None,
-        accumulate_steps: int = 1,
-        patience: int = 0,
-        audit: bool = True,
+        accumulate_steps: int = Config.accumulate_steps,
+        patience: int = Config.patience,
+        audit: bool = Config.audit,
         observers: Iterable[Observer] = (),
     ):
-        for name, value, allowed in (
-            ("precision", precision, tuple(PRECISIONS)),
-            ("reduction", reduction, REDUCTIONS),
-            ("backend", backend, BACKENDS),
-            ("placement", placement, PLACEMENTS),
-        ):
-            if value not in allowed:
-                raise InputError(f"--{name}={value}: use {', '.join(allowed[:-1])} or {allowed[-1]}")
-        if not (math.isfinite(gradient_clip_val) and gradient_clip_val >= 0):
-            raise InputError(f"--gradient_clip_val={gradient_clip_val}: use a norm above 0, or 0 for no limit")
-        for name, number in (
-            ("max_epochs", max_epochs),
-            ("num_shards", num_shards),
-            ("accumulate_steps", accumulate_steps),
-        ):
-            if number < 1:
-                raise InputError(f"--{name}={number}: use 1 or more")
-        for name, number in (("patience", patience), ("log_every_steps", log_every_steps)):
-            if number < 0:
-                raise InputError(f"--{name}={number}: use 0 or more")
-        if not 0 <= seed < 2**31:
-            raise InputError(f"--seed={seed}: use 0 to {2**31 - 1:,}")
+        check_settings(
+            max_epochs=max_epochs,
+            gradient_clip_val=gradient_clip_val,
+            precision=precision,
+            reduction=reduction,
+            backend=backend,
+            placement=placement,
+            seed=seed,
+            log_every_steps=log_every_steps,
+            accumulate_steps=accumulate_steps,
+            patience=patience,
+            audit=audit,
+        )
         self.max_epochs, self.gradient_clip_val, self.num_shards = max_epochs, gradient_clip_val, num_shards
         self.reduction, self.backend, self.seed, self.observers = reduction, backend, seed, tuple(observers)
         self.log_every_steps, self.steps_per_block, self.placement = log_every_steps, steps_per_block, placement
@@ -248,18 +240,22 @@ class Trainer:
         self._columns: Columns | None = getattr(data, "columns", None)
         self.seconds, self.steps_trained = dict.fromkeys(self.seconds, 0.0), 0
         if self.dtype == np.float64 and data.train[np.zeros(1, np.int32)]["x"].dtype != np.float64:
-            logging.warning("--precision=float64: the rows are float32, and have its digits; give them as float64")
+            precision = spell("precision", self.precision)
+            logging.warning("%s: the rows are float32, and have its digits; give them as float64", precision)
         Sampler(len(data.train), self.num_shards, data.batch_size)  # raises: shards divide each batch, not their sum
         batch_size = data.batch_size * self.accumulate_steps
         train = Dataset(data.train).shuffle(self.seed).batch(batch_size).repeat(self.max_epochs, across=not data.val)
         self.train = self._placed(train.tag(self.audit.on))
         if self.train.num_steps > _MOST_STEPS:
+            most = _MOST_STEPS // self.train.sampler.steps_per_epoch
             raise InputError(
-                f"--max_epochs={self.max_epochs}: that is {self.train.num_steps:,} steps, and they are counted up to "
-                f"{_MOST_STEPS:,}; use --max_epochs={_MOST_STEPS // self.train.sampler.steps_per_epoch} or less"
+                f"{spell('max_epochs', self.max_epochs)}: that is {self.train.num_steps:,} steps, and they are counted "
+                f"up to {_MOST_STEPS:,}; use {spell('max_epochs', most)} or less"
             )
         if self.patience and not data.val:
-            raise InputError(f"--patience={self.patience}: there are no rows held out to measure by; hold some out")
+            raise InputError(
+                f"{spell('patience', self.patience)}: there are no rows held out to measure by; hold some out"
+            )
         self.val = self._placed(Dataset(data.val).batch(data.batch_size)) if data.val else None
 
     def _describe_run(self, data: RegressionData) -> dict[str, tuple[str, str]]:
@@ -292,10 +288,9 @@ class Trainer:
         num_inputs = self.train.source[np.zeros(1, np.int32)]["x"].shape[1]
         if state.batch_stats and rows_together < _FEW_ROWS and not normalises_over_batch(model, state, num_inputs):
             logging.warning(
-                "batch statistics of %d rows: BatchNorm sees the rows of one shard, --batch_size / --num_shards; "
-                "give it %d or more, or all of the batch by --sync_batch_norm",
-                rows_together,
-                _FEW_ROWS,
+                "batch statistics of %d rows: BatchNorm sees the rows of one shard, %s / %s; give it %d or more, or "
+                "all rows of the batch with %s",
+                *(rows_together, spell("batch_size"), spell("num_shards"), _FEW_ROWS, spell("sync_batch_norm", True)),
             )
         self._model, self._predictor = model, None
         self._computation: str | None = None
@@ -644,12 +639,14 @@ class Trainer:
         self.val_loss, self.metrics = metrics_of(self._model, self._schema, found)
         if self.train_loss == 0 and 0 < self.val_loss < float(np.finfo(np.float32).tiny):
             logging.warning(
-                "the training loss and the norm of the gradient are 0 as %s, for the targets are tiny; use "
-                "--target_transform=standardize, or another unit",
-                self.dtype,
+                "the training loss and the norm of the gradient are 0 as %s, for the targets are tiny; use %s, or "
+                "another unit",
+                *(self.dtype, spell("target_transform", "standardize")),
             )
         if self.patience and not any(errors.weight.sum() > 0 for errors in found):
-            raise InputError(f"--patience={self.patience}: no row held out has a weight to measure by; hold out others")
+            raise InputError(
+                f"{spell('patience', self.patience)}: no row held out has a weight to measure by; hold out others"
+            )
         self.seconds["eval"] += time.perf_counter() - started
 
     def predict(self, x: Any) -> np.ndarray:

@@ -260,7 +260,7 @@ def test_a_damaged_curve_is_set_aside_and_the_run_goes_on_with_its_whole_lines(d
 
 def test_a_file_in_the_place_of_checkpoints_is_refused(tmp_path):
     (tmp_path / "checkpoints").touch()
-    with pytest.raises(dpreg.InputError, match="checkpoints: is not a folder; move it away, or name another --workdir"):
+    with pytest.raises(dpreg.InputError, match="checkpoints: is not a folder; move it away, or name another workdir"):
         Checkpoints(tmp_path / "checkpoints", IDENTITY)
 
 

@@ -12,7 +12,11 @@ import pytest
 from cluster import ROOT
 
 from dpreg.completion import SHELLS
-from dpreg.config import BACKENDS, LOSSES, MODELS, MODES, PLACEMENTS, REDUCTIONS, SOLVERS, Config
+from dpreg.config import Config
+from dpreg.config.devices import BACKENDS, PLACEMENTS, REDUCTIONS
+from dpreg.config.model import LOSSES, MODELS
+from dpreg.config.optimizer import SOLVERS
+from dpreg.config.run import MODES
 
 PRESETS = ("cpu", "gpu", "tpu")
 

@@ -207,7 +207,7 @@ def test_an_index_of_pandas_is_no_feature_unless_it_is_named(read, caplog):
         index.to_parquet("t.parquet")
         assert name in pyarrow.parquet.read_schema("t.parquet").names
         assert read("t.parquet")[0] == ("a",)
-        assert f"t.parquet: '{name}': the index of a pandas DataFrame, and no feature" in caplog.messages[-1]
+        assert f"t.parquet: '{name}': the index of a pandas DataFrame, and not a feature" in caplog.messages[-1]
         assert read("t.parquet", features=(name, "a"))[1] == [[5, 1], [7, 2]]
     assert read("t.parquet", categorical=("k",))[0] == ("a", "k=5", "k=7", "k=other")
     frame.to_csv("t.csv")

@@ -18,7 +18,8 @@ from sklearn import linear_model
 
 import dpreg
 from dpreg.build import build_model
-from dpreg.config import LOSSES, Config
+from dpreg.config import Config
+from dpreg.config.model import LOSSES
 from dpreg.models.losses import loss_called
 from dpreg.models.metrics import errors, metrics
 from dpreg.models.optimizers import optimizer_called, schedule_called
@@ -226,13 +227,13 @@ def test_models_by_their_flags(flags, tmp_path):
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
-        ({"loss": "l3"}, "--loss=l3: use squared"),
-        ({"model": "nowhere:Net"}, "--model=nowhere:Net: ModuleNotFoundError"),
-        ({"quantile": 1.0}, "--quantile=1.0"),
-        ({"loss": "poisson", "target_transform": "log"}, "--target_transform=log"),
-        ({"dropout": -0.1}, "--dropout"),
-        ({"l1": 0.1, "optimizer": "adam"}, "--l1=0.1: its optimum"),
-        ({"hidden": (0,)}, "--hidden=0"),
+        ({"loss": "l3"}, "loss='l3': use squared"),
+        ({"model": "nowhere:Net"}, "model='nowhere:Net': ModuleNotFoundError"),
+        ({"quantile": 1.0}, "quantile=1.0: use"),
+        ({"loss": "poisson", "target_transform": "log"}, "target_transform='log': it is for tables"),
+        ({"dropout": -0.1}, "dropout=-0.1: use"),
+        ({"l1": 0.1, "optimizer": "adam"}, "l1=0.1: only optimizer='sgd' reaches"),
+        ({"hidden": (0,)}, r"hidden=\(0,\): use"),
     ],
 )
 def test_what_cannot_be_built_is_one_line(flags, said):

@@ -237,7 +237,7 @@ def test_help_is_short_and_grouped_and_helpfull_complete():
     for field in dataclasses.fields(Config):
         if field.metadata:
             assert f"--{field.name}:" in full.stdout or f"--[no]{field.name}:" in full.stdout
-            assert field.default is not None or field.metadata["who"] or "Default: " in field.metadata["help"]
+            assert field.default is not None or field.metadata["per_process"] or "Default: " in field.metadata["help"]
     plan = subprocess.run([sys.executable, "-m", "dpreg.plan", "--help"], cwd=ROOT, capture_output=True, text=True)
     assert "\nThis command\n  --topology" in plan.stdout
 
@@ -298,7 +298,7 @@ def test_a_run_has_its_workdir_until_its_last_output(tmp_path, monkeypatch):
 
 def test_a_stopped_run_tells_the_folder_that_its_command_does_not_name():
     for folder, said in (
-        (pathlib.Path("runs/now"), "the same command with --workdir=runs/now goes on"),
+        (pathlib.Path("runs/now"), "the same command with workdir='runs/now' goes on"),
         (None, "d goes"),
     ):
         with pytest.raises(Preempted, match=said), _to_go_on_in(folder):
@@ -307,7 +307,7 @@ def test_a_stopped_run_tells_the_folder_that_its_command_does_not_name():
 
 def test_several_processes_need_a_workdir(monkeypatch):
     monkeypatch.setattr(jax, "process_count", lambda: 2)
-    with pytest.raises(InputError, match="give --workdir"), open_workdir(None):
+    with pytest.raises(InputError, match="workdir: several processes need a folder"), open_workdir(None):
         pass
 
 

@@ -13,7 +13,7 @@ from flax import nnx
 from models import Net, Rows
 
 import dpreg
-from dpreg.config import LOSSES
+from dpreg.config.model import LOSSES
 from dpreg.models.losses import loss_called
 from dpreg.parallel.digest import differ, digest_prediction, digest_training
 from dpreg.parallel.state import forward, initial_state

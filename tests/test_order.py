@@ -143,7 +143,7 @@ def test_without_shuffle_rows_keep_their_order():
 
 @pytest.mark.parametrize(("batch", "near"), [(30, "24 or 32"), (3, "8"), (9, "8 or 16")])
 def test_a_batch_that_shards_do_not_divide_is_refused_with_the_nearest_that_work(batch, near):
-    with pytest.raises(dpreg.InputError, match=f"--batch_size={batch}: .* use --batch_size={near},"):
+    with pytest.raises(dpreg.InputError, match=f"^batch_size={batch}: .* use batch_size={near},"):
         Sampler(100, 8, batch)
 
 

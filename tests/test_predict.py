@@ -23,7 +23,8 @@ from models import Net, Rows
 from optax import sgd
 
 import dpreg
-from dpreg.config import LOSSES, Config
+from dpreg.config import Config
+from dpreg.config.model import LOSSES
 from dpreg.data import standalone
 from dpreg.models.losses import loss_called
 from dpreg.predict import predict, threads_of
@@ -145,20 +146,20 @@ def test_two_processes_predict_the_same_file(trained, tmp_path):
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
-        ({"workdir": None}, "--workdir"),
+        ({"workdir": None}, "with workdir"),
         ({"workdir": "{}"}, "there is no model"),
         ({"dataset": "synthetic"}, "say which table"),
-        ({"output": None}, "--output=FILE"),
-        ({"output": "{}/p.txt"}, "--output=FILE"),
-        ({"output": "{}/no/p.csv", "dataset": "{}/table.csv"}, "--output=.*cannot be written"),
-        ({"output": "{}/table.csv", "dataset": "{}/table.csv"}, "that is a file of --dataset"),
-        ({"output": "{}/parts/../table.csv", "dataset": "{}/table.csv"}, "that is a file of --dataset"),
-        ({"output": "{}/parts/p.csv", "dataset": "{}/parts"}, "that is a file of --dataset"),
-        ({"output": "{}/table2.csv", "dataset": "{}/table*.csv"}, "that is a file of --dataset"),
-        ({"lr": 0.03, "given": frozenset({"lr"})}, "--lr=0.03: the model was trained with 0.1"),
+        ({"output": None}, "output='FILE.csv' or"),
+        ({"output": "{}/p.txt"}, "output='FILE.csv' or"),
+        ({"output": "{}/no/p.csv", "dataset": "{}/table.csv"}, "output=.*cannot be written"),
+        ({"output": "{}/table.csv", "dataset": "{}/table.csv"}, "that is a file of dataset="),
+        ({"output": "{}/parts/../table.csv", "dataset": "{}/table.csv"}, "that is a file of dataset="),
+        ({"output": "{}/parts/p.csv", "dataset": "{}/parts"}, "that is a file of dataset="),
+        ({"output": "{}/table2.csv", "dataset": "{}/table*.csv"}, "that is a file of dataset="),
+        ({"lr": 0.03, "given": frozenset({"lr"})}, "lr=0.03: the model was trained with lr=0.1"),
         ({"validation_dataset": "{}/table.csv"}, "name it there"),
-        ({"lr": 0.2}, "--lr=0.2: the model was trained with 0.1"),
-        ({"num_shards": 4}, "--num_shards=4: the model was trained with 8"),
+        ({"lr": 0.2}, "lr=0.2: the model was trained with lr=0.1"),
+        ({"num_shards": 4}, "num_shards=4: the model was trained with num_shards=8"),
         ({"missing": "mean"}, "the model was trained without"),
         ({"dataset": "{}/short.csv"}, "column 'a' is not there"),
         ({"dataset": "{}/words.csv"}, "words.csv, row 9,000: column 'a' has 'x', which is no number"),
@@ -330,7 +331,7 @@ def test_targets_that_a_loss_does_not_take_are_not_evaluated():
     trainer.fit(model, dpreg.RegressionData(dpreg.ArraySource(x, y), None, 16))
     y[70] = 2
     weight = np.ones(90)
-    with pytest.raises(dpreg.InputError, match="--loss=logistic: the target in row 71 is 2 and has to be 0 or 1"):
+    with pytest.raises(dpreg.InputError, match="loss='logistic': the target in row 71 is 2 and has to be 0 or 1"):
         trainer.evaluate(dpreg.ArraySource(x, y, weight))
     weight[70] = 0
     assert np.isfinite(trainer.evaluate(dpreg.ArraySource(x, y, weight))[0])

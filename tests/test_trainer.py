@@ -273,7 +273,7 @@ def test_patience_does_not_take_overflow_for_rows_without_weight():
 def test_shards_divide_each_batch_that_is_accumulated(batch_size, num_val):
     """Else some rows would be in no part of any batch."""
     trainer = dpreg.Trainer(1, accumulate_steps=2, num_shards=8)
-    with pytest.raises(dpreg.InputError, match=f"--batch_size={batch_size}: is not a multiple of --num_shards=8"):
+    with pytest.raises(dpreg.InputError, match=f"^batch_size={batch_size}: is not a multiple of num_shards=8"):
         trainer.fit(dpreg.LinearRegressionScratch(3, 0.1), Rows(64).data(batch_size, num_val))
 
 
@@ -713,22 +713,22 @@ def test_processes_with_unequal_devices_are_told_so(monkeypatch):
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     monkeypatch.setattr(jax, "local_devices", lambda backend=None: there[:8])
     monkeypatch.setattr(jax, "devices", lambda platform=None: there)
-    with pytest.raises(dpreg.InputError, match="process 1 has 7 devices and process 0 has 8; give --num_devices=7"):
+    with pytest.raises(dpreg.InputError, match="process 1 has 7 devices and process 0 has 8; give num_devices=7"):
         data_mesh(16)
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"num_devices": 0}, "--num_devices=0"),
-        ({"num_devices": 9}, "--num_devices=9 with --num_shards=8"),
+        ({"num_devices": 0}, "num_devices=0: use 1 or more"),
+        ({"num_devices": 9}, "num_devices=9 with num_shards=8"),
         ({"num_devices": 9, "num_shards": 16}, "8 cpu devices"),
-        ({"reduction": "mean"}, "--reduction=mean: use pmean or ordered"),
-        ({"backend": "tf"}, "--backend=tf"),
-        ({"placement": "disk"}, "--placement=disk"),
-        ({"gradient_clip_val": math.nan}, "--gradient_clip_val=nan"),
-        ({"platform": "gpu"}, "--platform=gpu: there is none; this machine has 8 cpu devices"),
-        ({"max_epochs": 0}, "--max_epochs=0"),
+        ({"reduction": "mean"}, "reduction='mean': use pmean or ordered"),
+        ({"backend": "tf"}, "backend='tf': use jit or pmap"),
+        ({"placement": "disk"}, "placement='disk': use"),
+        ({"gradient_clip_val": math.nan}, "gradient_clip_val=nan: use a finite"),
+        ({"platform": "gpu"}, "platform='gpu': there is none; this machine has 8 cpu devices"),
+        ({"max_epochs": 0}, "max_epochs=0: use 1 or more"),
     ],
 )
 def test_what_a_trainer_cannot_do_is_one_line(arguments, message):

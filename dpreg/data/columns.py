@@ -18,6 +18,7 @@ from dpreg.data.standalone import spelled, text_of
 from dpreg.data.tables import Part, Table
 from dpreg.data.values import DATES, NUMBERS, TEXTS, parse, refuse_mixture
 from dpreg.errors import InputError, is_one_line, listed
+from dpreg.spelling import spell
 
 LARGEST = 1e150  # of float64: squares of larger values are not finite
 _MOST_CATEGORIES = 1_000_000  # that are held in memory, with their counts
@@ -55,16 +56,20 @@ def resolve(columns: Columns, table: Table) -> Columns:
     for name, count in collections.Counter(taken).items():
         if count > 1:
             raise InputError(f"{table.name}: column {name!r} is asked for twice; name it once")
-    for flag, names in (("categorical", full.categorical), ("dates", full.dates)):
+    for setting, names in (("categorical", full.categorical), ("dates", full.dates)):
         for name in names:
             if name not in as_features:
                 raise InputError(
-                    f"{table.name}: --{flag}={name} is no feature; leave it out there, or name it in --features"
+                    f"{table.name}: {spell(setting, (name,))} is not a feature; leave it out there, or name it in "
+                    f"{spell('features')}"
                 )
     for name in sorted({*full.categorical} & {*full.dates}):
-        raise InputError(f"{table.name}: column {name!r} is in --categorical and in --dates; choose one")
+        both = f"{spell('categorical')} and in {spell('dates')}"
+        raise InputError(f"{table.name}: column {name!r} is in {both}; choose one")
     if not features:
-        raise InputError(f"{table.name}: there is no column to fit on besides the target; leave some out of --exclude")
+        raise InputError(
+            f"{table.name}: there is no column to fit on besides the target; take some out of {spell('exclude')}"
+        )
     return full
 
 
@@ -75,18 +80,15 @@ def _all_features(columns: Columns, table: Table) -> tuple[str, ...]:
     features = tuple(name for name in table.columns if name not in used.union(left_out))
     if left_out:
         logging.warning(
-            "%s: %s: the index of a pandas DataFrame, and no feature; to fit on it, name it in --features",
-            table.name,
-            listed(left_out),
+            "%s: %s: the index of a pandas DataFrame, and not a feature; to fit on it, name it in %s",
+            *(table.name, listed(left_out), spell("features")),
         )
     unnamed = [name for name in features if _UNNAMED.fullmatch(name)]
     if unnamed:
         logging.warning(
             "%s: column %s has no name, as an index that pandas wrote, and is a feature; if it numbers the rows, leave "
             "it out with %s",
-            table.name,
-            listed(unnamed),
-            f"--exclude='{unnamed[0]}'" if unnamed[0] else "--exclude='\"\"'",
+            *(table.name, listed(unnamed), spell("exclude", (unnamed[0],))),
         )
     return features
 
@@ -181,7 +183,8 @@ class RawReader:
                 if (bad := raw[:, at] <= 0).any():
                     where = part.where(int(bad.argmax()))
                     raise InputError(
-                        f"{where}: column {name!r} is not above 0, and has no logarithm; use another --target_transform"
+                        f"{where}: column {name!r} is not above 0, and has no logarithm; use another "
+                        f"{spell('target_transform')}"
                     )
                 raw[:, at] = np.log(raw[:, at])
         return raw
@@ -217,7 +220,7 @@ class RawReader:
                 f"{part.where(int(bad[:, at].argmax()))}: column {self.names[numbers[at]]!r} has a value that is not "
                 f"finite as {self.dtype}"
                 + (f", or beyond {most:g}" if most == LARGEST else "")
-                + "; mend it, or leave the column out with --exclude"
+                + f"; correct it, or leave the column out with {spell('exclude', (self.names[numbers[at]],))}"
             )
 
     def _refuse_mixtures(self, part: Part, raw: np.ndarray, numbers: list[int]) -> None:
@@ -246,10 +249,11 @@ class RawReader:
         try:
             texts, indices = _distinct(column)
         except (pa.ArrowException, TypeError, ValueError) as error:
-            reason = (
-                f"has no categories but {column.type}: {' '.join(str(error).split())[:100]}; take it from --categorical"
-            )
-            raise InputError(f"{part.where(0)}: column {name!r} {reason}") from error
+            reason = " ".join(str(error).split())[:100]
+            raise InputError(
+                f"{part.where(0)}: column {name!r} holds no categories but {column.type}: {reason}; take it out of "
+                f"{spell('categorical')}"
+            ) from error
         codes, own = self.codes[name], np.full(len(texts) + 1, np.nan)
         for at, text in enumerate(texts):
             if text:
@@ -258,13 +262,13 @@ class RawReader:
         if len(codes) > _MOST_CATEGORIES:
             raise InputError(
                 f"{part.where(0)}: column {name!r} has more than {_MOST_CATEGORIES:,} categories by here; "
-                "leave it out with --exclude"
+                f"leave it out with {spell('exclude', (name,))}"
             )
         found: np.ndarray = own[indices]
         return found
 
     def there(self, raw: np.ndarray) -> np.ndarray:
-        """Which rows are used: with --missing=drop those without missing values."""
+        """Which rows are used: with missing="drop" those without missing values."""
         if self.columns.missing != "drop":
             return np.ones(len(raw), bool)
         there: np.ndarray = ~np.isnan(raw).any(axis=1)
@@ -280,8 +284,8 @@ class RawReader:
             each = "; ".join(
                 f"column {name!r} has {least}{n:,}, the first in {where}" for name, (n, where) in wrong.items()
             )
-            remedy = "drop" if columns.missing == "mean" or self._predicts else "drop or --missing=mean"
-            raise InputError(f"{table}: values are missing: {each}; mend them, or use --missing={remedy}")
+            remedies = ("drop",) if columns.missing == "mean" or self._predicts else ("drop", "mean")
+            raise InputError(f"{table}: values are missing: {each}; fill them in, or use {spell('missing', *remedies)}")
 
 
 def _distinct(column: pa.Array) -> tuple[list[str | None], np.ndarray]:
@@ -330,7 +334,7 @@ def _days(part: Part, name: str, column: pa.Array) -> np.ndarray:
     elif pa.types.is_duration(kind):
         column = column.cast(pa.duration("us"), safe=False).cast(pa.int64())
     elif not pa.types.is_null(kind):
-        raise InputError(f"{part.where(0)}: column {name!r} holds no dates but {kind}; take it from --dates")
+        raise InputError(f"{part.where(0)}: column {name!r} holds no dates but {kind}; take it out of {spell('dates')}")
     days: np.ndarray = column.to_numpy(zero_copy_only=False).astype(np.float64) / _MICROSECONDS_A_DAY
     return days
 
@@ -342,15 +346,16 @@ def is_text(kind: pa.DataType) -> bool:
 
 def _not_numeric(part: Part, name: str, column: pa.Array) -> str:
     if pa.types.is_temporal(column.type) and not pa.types.is_time(column.type):
-        return f"{part.where(0)}: column {name!r} is not numeric but {column.type}; use --dates={name}, or --exclude"
-    hint = "choose columns with --features or --exclude"
+        remedy = f"use {spell('dates', (name,))} or {spell('exclude', (name,))}"
+        return f"{part.where(0)}: column {name!r} is not numeric but {column.type}; {remedy}"
+    hint, category = f"choose columns with {spell('features')} or {spell('exclude')}", spell("categorical", (name,))
     if not is_text(column.type):
         return f"{part.where(0)}: column {name!r} is not numeric but {column.type}; {hint}"
     row = next((i for i, value in enumerate(column.to_pylist()) if value is not None and not _is_number(value)), None)
     if row is None:
-        return f"{part.where(0)}: column {name!r} holds numbers written as text; store numbers, or use --categorical"
+        return f"{part.where(0)}: column {name!r} holds numbers written as text; store numbers, or use {category}"
     value = column[row].as_py()
-    remedy = f"{hint}, or --categorical" if value.strip() else "leave no blanks where a value is missing"
+    remedy = f"{hint}, or use {category}" if value.strip() else "leave no blanks where a value is missing"
     return f"{part.where(row)}: column {name!r} has {value!r}, which is no number; {remedy}"
 
 

@@ -16,6 +16,7 @@ import numpy as np
 from jax import Array, lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from dpreg.config import Config
 from dpreg.data.ahead import ahead
 from dpreg.data.order import Sampler, row_tag
 from dpreg.data.parts import hold_shards
@@ -131,10 +132,10 @@ class Dataset:
     across: bool = False
     mesh: Mesh | None = None
     num_shards: int = 1
-    placement: str = "auto"
+    placement: str = Config.placement
     ahead: int = 0
     tagged: bool = False
-    precision: str = "float32"
+    precision: str = Config.precision
     steps_per_block: int | None = None
 
     def shuffle(self, seed: int) -> "Dataset":

@@ -8,6 +8,7 @@ import urllib.parse
 from collections.abc import Iterable, Mapping
 
 from dpreg.errors import InputError, is_one_line, listed
+from dpreg.spelling import spell
 
 # How names end, and the format of such a file.
 SUFFIXES = {
@@ -44,7 +45,7 @@ class File:
         return next((kind for suffix, kind in SUFFIXES.items() if self.path.lower().endswith(suffix)), "")
 
 
-def list_files(name: str, flag: str) -> list[File]:
+def list_files(name: str, setting: str) -> list[File]:
     """The files of one format in a folder and the folders in it, that match a pattern, or the one of that name.
 
     Names that begin with . or _ are left out, as Spark and Arrow do. `**` in a pattern stands for any folders.
@@ -54,9 +55,9 @@ def list_files(name: str, flag: str) -> list[File]:
         no regular file, or is there twice.
     """
     if not name:
-        raise InputError(f"--{flag}=: it is empty; name a file, a pattern or a folder")
+        raise InputError(f"{spell(setting, '')}: it is empty; name a file, a pattern or a folder")
     if not is_one_line(name):
-        raise InputError(f"--{flag}={name!r}: the name has characters that cannot be printed; rename it")
+        raise InputError(f"{spell(setting, name)}: has characters that cannot be printed; rename it")
     above = name
     if os.path.isdir(name):
         paths = _walk(name)
@@ -69,7 +70,7 @@ def list_files(name: str, flag: str) -> list[File]:
         paths = list(dict.fromkeys(map(os.path.normpath, paths)))
     paths.sort(key=lambda path: path.split(os.sep))
     files = [File(path, _partition(path, above)) for path in paths]
-    _refuse_formats(files, name, flag)
+    _refuse_formats(files, name, setting)
     _refuse_unreadable(files)
     return _with_numbers(files)
 
@@ -144,25 +145,29 @@ def _with_numbers(files: list[File]) -> list[File]:
     return files
 
 
-def _refuse_formats(files: list[File], name: str, flag: str) -> None:
+def _refuse_formats(files: list[File], name: str, setting: str) -> None:
     """Raises InputError unless all files are of one format."""
     formats = ", ".join(SUFFIXES)
     unknown, known = [file.path for file in files if not file.format], {file.format for file in files} - {""}
     if not known:
         if os.path.lexists(name) and not os.path.isdir(name):
-            raise InputError(f"--{flag}={name}: unknown kind; use {formats} (or tfds:NAME, with --dataset)")
+            raise InputError(
+                f"{spell(setting, name)}: unknown kind; use {formats} (or tfds:NAME, with {spell('dataset')})"
+            )
         found = "no readable file in that folder" if os.path.isdir(name) else "no such file"
-        raise InputError(f"--{flag}={name}: there is {found}; name one, or a folder with some, of {formats}")
+        raise InputError(f"{spell(setting, name)}: there is {found}; name one, or a folder with some, of {formats}")
     if unknown:
         ending = next(suffix for suffix in SUFFIXES for file in files if file.path.lower().endswith(suffix))
         pattern = os.path.join(name if os.path.isdir(name) else _fixed_part(name), "**", f"*{ending}")
         raise InputError(
-            f"--{flag}={name}: {listed(unknown, 3)} cannot be read; use {formats}: "
+            f"{spell(setting, name)}: {listed(unknown, 3)} cannot be read; use {formats}: "
             f"name those files alone by a pattern, such as '{pattern}'"
         )
     if len(known) > 1:
         kinds = " and ".join(f".{kind}" for kind in sorted(known))
-        raise InputError(f"--{flag}={name}: the files are of different kinds, {kinds}; name those of one, by a pattern")
+        raise InputError(
+            f"{spell(setting, name)}: the files are of different kinds, {kinds}; name those of one, by a pattern"
+        )
 
 
 def _refuse_unreadable(files: list[File]) -> None:

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 import numpy as np
 from numpy.typing import DTypeLike
 
-from dpreg.config import Columns
+from dpreg.config import Columns, Config
 from dpreg.data.ahead import ahead
 from dpreg.data.cache import (
     ColumnWriter,
@@ -39,6 +39,7 @@ from dpreg.data.tables import Table, open_table
 from dpreg.data.tfds import open_tfds
 from dpreg.errors import InputError, listed, told_of
 from dpreg.parallel.presence import at_work
+from dpreg.spelling import spell
 
 _FORMAT = 7  # of the cache; another one is another key
 _ENCODED_BYTES = 16 << 20  # written at once
@@ -54,7 +55,7 @@ def read_table(
     name: str,
     columns: Columns,
     *,
-    batch_size: int = 32,
+    batch_size: int = Config.batch_size,
     validation_dataset: str | None = None,
     data_dir: str | None = None,
     cache_dir: str | None = None,
@@ -94,7 +95,8 @@ def read_table(
     else:
         table = open_table(name)
     if not columns.target:
-        raise InputError(f"{table.name}: say what to predict with --target=COLUMN; it has {listed(table.columns)}")
+        remedy = spell("target", ("COLUMN",))
+        raise InputError(f"{table.name}: say what to predict with {remedy}; it has {listed(table.columns)}")
     if validation_dataset is not None:
         validation = open_table(validation_dataset, "validation_dataset")
     cache = pathlib.Path(cache_dir or "~/.cache/dpreg/tables").expanduser()
@@ -143,11 +145,11 @@ def ingest(
         except OSError as error:
             if error.errno in (errno.ENOSPC, errno.EDQUOT):
                 raise InputError(
-                    f"--cache_dir={cache}: the disk is full; free some of it, or name another folder"
+                    f"{spell('cache_dir', cache)}: the disk is full; free some of it, or name another folder"
                 ) from error
             if error.errno in (errno.EACCES, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.ENOENT, errno.EPERM):
                 raise InputError(
-                    f"--cache_dir={cache}: cannot be written: {error.strerror}; name another folder"
+                    f"{spell('cache_dir', cache)}: cannot be written: {error.strerror}; name another folder"
                 ) from error
             raise
         rows = opened(folder)
@@ -195,7 +197,7 @@ def _write(
             if reader.without_weight > without_weight:
                 raise InputError(
                     f"{validation.name}: no row held out has a weight in column {columns.weight_column!r}; hold out "
-                    "others, or none with --validation_fraction=0"
+                    f"others, or none with {spell('validation_fraction', 0)}"
                 )
             raise InputError(f"{validation.name}: there are no rows to hold out; give some")
         if read > _MOST_ROWS:

@@ -9,6 +9,7 @@ import numpy as np
 from dpreg.data.columns import RawReader
 from dpreg.data.schema import WEIGHT, Category, Number, Schema
 from dpreg.errors import InputError
+from dpreg.spelling import spell
 
 SMALLEST = 1e-150  # the least deviation that counts as above 0: squares of smaller ones are no normal numbers
 
@@ -51,7 +52,10 @@ class Learned:
                 codes.append(np.array([*(place.get(value, len(values)) for value in names), len(values)], np.float64))
             else:
                 if not moments.weight[at]:
-                    raise InputError(f"column {name!r} has no value in the rows to fit; leave it out with --exclude")
+                    raise InputError(
+                        f"column {name!r} has no value in the rows to fit; leave it out with "
+                        f"{spell('exclude', (name,))}"
+                    )
                 mean, scale = (float(moments.mean[at]), 1.0) if constant[at] else scales[at]
                 fill = float(moments.mean[at]) if columns.missing == "mean" else None
                 inputs.append(Number(name, mean, scale, fill, name in columns.dates, bool(constant[at])))
@@ -85,8 +89,10 @@ class Learned:
                 continue
             rounding = max(largest[at] * float(np.finfo(dtype).eps) / 2, float(np.finfo(dtype).tiny))
             if rounding > _MOST_LOST * deviation[at]:
-                remedy = "--target_transform=standardize" if is_target else "--standardize (with an intercept)"
-                remedy += "" if dtype == np.float64 else ", or --precision=float64"
+                remedy = f"{spell('standardize', True)} (with an intercept)"
+                if is_target:
+                    remedy = spell("target_transform", "standardize")
+                remedy += "" if dtype == np.float64 else f", or {spell('precision', 'float64')}"
                 raise InputError(
                     f"column {name!r} varies by {deviation[at]:.3g} around {moments.mean[at]:.6g}, which {dtype} "
                     f"cannot tell; use {remedy}"

@@ -9,6 +9,7 @@ import numpy as np
 from jax import Array, lax
 
 from dpreg.errors import InputError
+from dpreg.spelling import spell
 
 Integers = Any  # a NumPy or a JAX array of integers, or an int
 
@@ -151,11 +152,13 @@ class Sampler:
         if shards < 1 or batch < 1 or batch % shards:
             near = sorted({max(batch // max(shards, 1), 1) * shards, -(-batch // max(shards, 1)) * shards})
             raise InputError(
-                f"--batch_size={batch}: is not a multiple of --num_shards={shards}; "
-                f"use --batch_size={' or '.join(map(str, near))}, or another --num_shards"
+                f"{spell('batch_size', batch)}: is not a multiple of {spell('num_shards', shards)}; "
+                f"use {spell('batch_size', *near)}, or another {spell('num_shards')}"
             )
         if self.shard_capacity + self.shard_batch + 2 * _LARGEST_RUN >= 2**31:
-            raise InputError(f"--num_shards={shards}: {self.num_rows:,} rows are too many for so few; use more shards")
+            raise InputError(
+                f"{spell('num_shards', shards)}: {self.num_rows:,} rows are too many for so few; use more shards"
+            )
 
     @property
     def shard_batch(self) -> int:

@@ -15,6 +15,7 @@ from dpreg.data.schema import ROW, Category, Number, Schema
 from dpreg.data.sources import Rows, Source
 from dpreg.data.tables import Kinds, Part, Table
 from dpreg.errors import InputError, told_of
+from dpreg.spelling import spell
 
 _BATCH_ROWS = 1 << 14
 
@@ -34,7 +35,10 @@ def columns_of(schema: Schema, columns: Columns | None, targets: bool) -> Column
     if columns is None:
         columns = Columns(missing="mean" if any(c.fill is not None for c in numbers) else "drop")
     if columns.missing == "mean" and any(c.fill is None for c in numbers):
-        raise InputError("--missing=mean: the model was trained without it; use --missing=drop, or train it so")
+        raise InputError(
+            f"{spell('missing', 'mean')}: the model was trained without it; use {spell('missing', 'drop')}, or train "
+            "it with that"
+        )
     return dataclasses.replace(
         columns,
         features=tuple(column.name for column in schema.inputs),

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike
 
-from dpreg.config import Columns
+from dpreg.config import Columns, Config
 from dpreg.data.order import permute
 from dpreg.data.parts import PartedRows, put_together
 from dpreg.data.schema import Schema
@@ -222,7 +222,7 @@ class RegressionData:
         self,
         train: Source,
         val: Source | None = None,
-        batch_size: int = 32,
+        batch_size: int = Config.batch_size,
         schema: Schema | None = None,
         columns: Columns | None = None,
     ):
@@ -234,7 +234,9 @@ class RegressionData:
 
     @staticmethod
     @together("putting rows together")
-    def from_parts(train: Source | None, val: Source | None = None, batch_size: int = 32) -> "RegressionData":
+    def from_parts(
+        train: Source | None, val: Source | None = None, batch_size: int = Config.batch_size
+    ) -> "RegressionData":
         """Rows of which each of several processes holds its own part; in a single process, the rows as they are.
 
         The whole is the parts in the order of the processes' ids: training on it gives what one process with all of

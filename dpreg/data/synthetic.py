@@ -11,6 +11,7 @@ import numpy as np
 from jax import Array
 from numpy.typing import ArrayLike, DTypeLike
 
+from dpreg.config import Config, check_settings
 from dpreg.data.sources import RegressionData, Rows
 from dpreg.errors import InputError
 from dpreg.tracing import key_of, pinned_settings
@@ -48,7 +49,7 @@ class SyntheticSource:
     noise: float
     num_rows: int
     first: int = 0
-    seed: int = 0
+    seed: int = Config.seed
     dtype: DTypeLike = np.float32
 
     def __len__(self) -> int:
@@ -113,15 +114,14 @@ class SyntheticRegressionData(RegressionData):
         self,
         w: ArrayLike,
         b: ArrayLike,
-        noise: float = 0.01,
-        num_train: int = 1000,
-        num_val: int = 1000,
-        batch_size: int = 32,
-        seed: int = 0,
+        noise: float = Config.noise,
+        num_train: int = Config.num_train,
+        num_val: int = Config.num_val,
+        batch_size: int = Config.batch_size,
+        seed: int = Config.seed,
         dtype: DTypeLike = np.float32,
     ):
-        if num_train < 1 or num_val < 0 or not 0 <= seed < 2**32:
-            raise InputError(f"num_train={num_train}, num_val={num_val}, seed={seed}: use at least 1, 0 and 0")
+        check_settings(noise=noise, num_train=num_train, num_val=num_val, batch_size=batch_size, seed=seed)
         with np.errstate(over="ignore"):
             self.w, self.b, deviation = (np.asarray(value, dtype) for value in (w, b, noise))
         for name, value in (("w", self.w), ("b", self.b), ("noise", deviation)):

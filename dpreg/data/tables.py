@@ -106,7 +106,7 @@ class Table:
             raise InputError(f"{self.name}: {files} changed while the table was read; start again")
 
 
-def open_table(name: str, flag: str = "dataset") -> Table:
+def open_table(name: str, setting: str = "dataset") -> Table:
     """A table in a file, in the files that match a pattern, or in all files of a folder, in the order of their names.
 
     .csv (also .csv.gz, .csv.bz2 and .csv.zst) with a header, .parquet (also .parq and .pq), .npy, and .npz: of the
@@ -115,12 +115,12 @@ def open_table(name: str, flag: str = "dataset") -> Table:
 
     Args:
       name: of the file or folder, or the pattern.
-      flag: that named it, for messages.
+      setting: that named it, for messages.
 
     Raises:
       InputError: for what is not there, not readable, or has columns of the same name.
     """
-    files = list_files(name, flag)
+    files = list_files(name, setting)
     headers = {file.path: _read_header(file) for file in files}
     if not any(header.columns for header in headers.values()):
         raise InputError(f"{files[0].path}: Empty CSV file: there are no columns; give a header and rows")
@@ -140,7 +140,7 @@ def open_table(name: str, flag: str = "dataset") -> Table:
         tuple(columns),
         {group: tuple(members) for group, members in groups.items()},
         stream,
-        lambda: sign(list_files(name, flag)),
+        lambda: sign(list_files(name, setting)),
         frozenset(column for header in headers.values() for column in header.index),
     )
 

@@ -10,6 +10,7 @@ import pyarrow as pa
 from dpreg.data.files import File, sign
 from dpreg.data.tables import Kinds, Part, Table
 from dpreg.errors import InputError
+from dpreg.spelling import spell
 
 _READ_ROWS = 4096
 _HELD_OUT = ("validation", "val", "test")
@@ -36,7 +37,7 @@ def open_tfds(name: str, data_dir: str | None = None) -> tuple[Table, Table | No
 
     from dpreg.data.synthetic_regression import SyntheticRegression
 
-    where = f"--dataset=tfds:{name}"
+    where = spell("dataset", f"tfds:{name}")
     prepared = tfds.core.read_only_builder.builder_from_files  # as it lies on disk, whatever code made it
     try:
         try:
@@ -50,7 +51,8 @@ def open_tfds(name: str, data_dir: str | None = None) -> tuple[Table, Table | No
     except (ValueError, NotImplementedError, OSError) as error:
         reason = str(error).strip().partition("\n")[0]
         raise InputError(
-            f"{where}: {reason.rstrip('.')}; prepare it with file_format=array_record, and name where with --data_dir"
+            f"{where}: {reason.rstrip('.')}; prepare it with file_format=array_record, and name its folder with "
+            f"{spell('data_dir')}"
         ) from error
     if "train" not in splits:
         raise InputError(f"{where}: there is no split 'train' but {', '.join(splits)}; prepare it with that split")

@@ -7,6 +7,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from dpreg.errors import InputError
+from dpreg.spelling import spell
 
 NUMBERS, DATES, TEXTS = pa.float64(), pa.timestamp("us"), pa.string()  # what a column is read as
 TRUE, FALSE = ("true", "True", "TRUE"), ("false", "False", "FALSE")
@@ -37,7 +38,7 @@ def refuse_mixture(name: str, flag: str, number: str) -> InputError:
     """The error for a column that has booleans in one place and other numbers in another."""
     return InputError(
         f"{number}: column {name!r} has a number besides 0 and 1, and true or false in {flag}; "
-        "write both as numbers, or use --categorical"
+        f"write both as numbers, or use {spell('categorical', (name,))}"
     )
 
 
@@ -59,11 +60,11 @@ def _parse_numbers(texts: pa.Array, name: str, where: Callable[[int], str]) -> p
 
 
 def _wrong_number(name: str, value: str) -> str:
-    remedy = "choose columns with --features or --exclude, or --categorical"
+    remedy = f"choose columns with {spell('features')} or {spell('exclude')}, or use {spell('categorical', (name,))}"
     if not value.strip():
         remedy = "leave no blanks where a value is missing"
     elif _DATE.fullmatch(value):
-        remedy = f"use --dates={name}, or --exclude"
+        remedy = f"use {spell('dates', (name,))} or {spell('exclude', (name,))}"
     return f"column {name!r} has {_shown(value)}, which is no number; {remedy}"
 
 
@@ -85,7 +86,7 @@ def _parse_dates(texts: pa.Array, name: str, where: Callable[[int], str]) -> pa.
     if wrong:
         raise InputError(
             f"{where(min(wrong))}: column {name!r} has {_shown(texts[min(wrong)].as_py())}, which is no date such as "
-            "2026-01-31; mend it, or take the column from --dates"
+            f"2026-01-31; correct it, or take the column out of {spell('dates')}"
         )
     return pc.coalesce(*found).cast(DATES)
 

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 import scipy  # its modules are slow to import: scipy imports each when it is first used
 
+from dpreg.config import Config
 from dpreg.errors import InputError
 
 _EPSILON = float(np.finfo(np.float64).eps)
@@ -145,7 +146,7 @@ class Triangle:
         rounding: np.ndarray = np.maximum(of_values, max(10, len(self.r)) * _EPSILON * decomposed)
         return rounding
 
-    def solve(self, l2: float = 0.0, intercept: bool = True) -> "Fit":
+    def solve(self, l2: float = Config.l2, intercept: bool = Config.intercept) -> "Fit":
         """The least mean squared loss + l2 / 2 sum w^2, with a free b, or with b = 0.
 
         A column that is, to rounding, a combination of those that matter more, or constant, gets the weight 0.

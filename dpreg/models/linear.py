@@ -8,6 +8,7 @@ import numpy as np
 from flax import linen as nn
 from jax import Array
 
+from dpreg.config import Config
 from dpreg.errors import InputError
 from dpreg.models.module import Module
 
@@ -50,7 +51,7 @@ class LinearRegressionScratch(Module):
     lr: float
     sigma: float | None = None
     num_targets: int = 1
-    intercept: bool = True
+    intercept: bool = Config.intercept
     rows_apart: ClassVar[bool] = True
 
     def setup(self) -> None:

@@ -16,7 +16,9 @@ import numpy as np
 import optax
 from jax import Array
 
+from dpreg.config import Config
 from dpreg.errors import InputError
+from dpreg.spelling import spell
 
 RowLoss = Callable[[Array, Array], Array]
 
@@ -49,7 +51,7 @@ def squared_loss(prediction: Array, target: Array) -> Array:
     return jnp.square(prediction - target).reshape(len(target), -1).sum(axis=1) / 2
 
 
-def huber_loss(prediction: Array, target: Array, delta: float = 1.0) -> Array:
+def huber_loss(prediction: Array, target: Array, delta: float = Config.huber_delta) -> Array:
     """e^2 / 2 for errors |e| up to delta, delta (|e| - delta / 2) beyond (Huber 1964; optax.huber_loss). -> [n]."""
     _refuse_broadcasts(prediction, target)
     losses: Array = optax.huber_loss(prediction, target, delta=delta).sum(axis=1)
@@ -62,7 +64,7 @@ def absolute_loss(prediction: Array, target: Array) -> Array:
     return jnp.abs(prediction - target).sum(axis=1)
 
 
-def quantile_loss(prediction: Array, target: Array, quantile: float = 0.5) -> Array:
+def quantile_loss(prediction: Array, target: Array, quantile: float = Config.quantile) -> Array:
     """The pinball loss max(q e, (q - 1) e) of e = target - prediction (Koenker and Bassett 1978). -> [n]."""
     _refuse_broadcasts(prediction, target)
     error = target - prediction
@@ -118,7 +120,7 @@ class Loss:
     """A loss with its link, its metrics and the targets that it is defined for.
 
     Attributes:
-      name: as --loss knows it.
+      name: as of `Config.loss`.
       rows: (prediction, target) -> [n].
       mean: prediction [n, p] -> what it says of the targets [n, t]: the inverse of the link, or the likeliest label.
       metrics: the names of those that fit, of `dpreg.models.metrics.metrics`.
@@ -134,7 +136,7 @@ class Loss:
     domain: str = ""
     allowed: Callable[[np.ndarray], np.ndarray] = _anything
     num_classes: int = 0
-    quantile: float = 0.5
+    quantile: float = Config.quantile
 
     def outputs(self, num_targets: int) -> int:
         """How many columns a model has to predict.
@@ -143,23 +145,34 @@ class Loss:
           InputError: for several targets where one is labels.
         """
         if self.num_classes and num_targets > 1:
-            raise InputError(f"--loss={self.name}: it has one target of labels, and there are {num_targets}; name one")
+            raise InputError(
+                f"{spell('loss', self.name)}: it has one target of labels, and there are {num_targets}; name one"
+            )
         return self.num_classes or num_targets
 
-    def refusal(self, row: int, target: Iterable[float], remedy: str = "use another --loss") -> InputError:
+    def refusal(self, row: int, target: Iterable[float], remedy: str | None = None) -> InputError:
         """What to say of a target that is not allowed, in a row as the user numbers them from 1."""
-        is_now = ", ".join(f"{value:g}" for value in target)
+        is_now, remedy = ", ".join(f"{value:g}" for value in target), remedy or self._another_loss()
         return InputError(
-            f"--loss={self.name}: the target in row {row:,} is {is_now} and has to be {self.domain}; "
-            f"mend it, or {remedy}"
+            f"{spell('loss', self.name)}: the target in row {row:,} is {is_now} and has to be {self.domain}; "
+            f"correct it, or {remedy}"
         )
+
+    def _another_loss(self) -> str:
+        larger = f"a larger {spell('num_classes')} or " if self.num_classes else ""
+        return f"use {larger}another {spell('loss')}"
 
 
 SQUARED = Loss("squared", squared_loss)
 
 
-def loss_called(name: str, huber_delta: float = 1.0, quantile: float = 0.5, num_classes: int = 2) -> Loss:
-    """The loss of that name, one of `dpreg.config.LOSSES`.
+def loss_called(
+    name: str,
+    huber_delta: float = Config.huber_delta,
+    quantile: float = Config.quantile,
+    num_classes: int = Config.num_classes,
+) -> Loss:
+    """The loss of that name, as of `Config.loss`.
 
     Args:
       huber_delta: of "huber", in units of the target.
@@ -187,7 +200,7 @@ def loss_called(name: str, huber_delta: float = 1.0, quantile: float = 0.5, num_
             name,
             softmax_loss,
             _most_likely,
-            domain=f"a label from 0 to {num_classes - 1} (--num_classes)",
+            domain=f"a label from 0 to {num_classes - 1}",
             allowed=lambda y: labels_below(y, num_classes),
             num_classes=num_classes,
             **of_classes,

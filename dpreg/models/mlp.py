@@ -6,6 +6,7 @@ from typing import ClassVar
 from flax import linen as nn
 from jax import Array
 
+from dpreg.config import Config
 from dpreg.models.linear import initial_weights
 from dpreg.models.module import Module
 
@@ -21,9 +22,9 @@ class LinearRegression(Module):
     """
 
     num_outputs: int = 1
-    lr: float = 0.03
+    lr: float = Config.lr
     sigma: float | None = None
-    intercept: bool = True
+    intercept: bool = Config.intercept
     rows_apart: ClassVar[bool] = True
 
     @nn.compact
@@ -51,11 +52,11 @@ class MLP(Module):
 
     hidden: Sequence[int]
     num_outputs: int = 1
-    lr: float = 0.03
-    dropout: float = 0.0
-    batch_norm: bool = False
-    activation: str = "relu"
-    sync_batch_norm: bool = False
+    lr: float = Config.lr
+    dropout: float = Config.dropout
+    batch_norm: bool = Config.batch_norm
+    activation: str = Config.activation
+    sync_batch_norm: bool = Config.sync_batch_norm
 
     @nn.compact
     def __call__(self, x: Array, train: bool = False) -> Array:

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from dpreg.config import Config
 from dpreg.models.losses import Loss
 
 _AT_REST = 0.1  # of what the gradient would be if all rows pulled the same way
@@ -15,8 +16,8 @@ def is_near_optimum(
     loss: Loss,
     rows: tuple[np.ndarray, np.ndarray, np.ndarray],
     parameters: tuple[np.ndarray, np.ndarray],
-    l1: float = 0.0,
-    l2: float = 0.0,
+    l1: float = Config.l1,
+    l2: float = Config.l2,
 ) -> bool:
     """Whether the pulls of rows on each parameter cancel, of a linear model: does not depend on any unit.
 

@@ -4,12 +4,13 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from dpreg.config import Config
 from dpreg.models.sgd import SGD
 
 _MOMENTUM = 0.9
 
 
-def schedule_called(name: str, lr: float, num_steps: int, warmup_steps: int = 0) -> optax.Schedule:
+def schedule_called(name: str, lr: float, num_steps: int, warmup_steps: int = Config.warmup_steps) -> optax.Schedule:
     """The learning rate of each global step: `lr` after a linear warm-up from 0, then as the name says.
 
     Args:
@@ -31,9 +32,9 @@ def schedule_called(name: str, lr: float, num_steps: int, warmup_steps: int = 0)
 
 
 def optimizer_called(
-    name: str, schedule: optax.Schedule | float, l1: float = 0.0, l2: float = 0.0
+    name: str, schedule: optax.Schedule | float, l1: float = Config.l1, l2: float = Config.l2
 ) -> optax.GradientTransformation:
-    """The optimizer of that name, one of `dpreg.config.OPTIMIZERS`; "momentum" is 0.9, "lbfgs" remembers 10 steps.
+    """The optimizer of that name, as of `Config.optimizer`; "momentum" is 0.9, "lbfgs" remembers 10 steps.
 
     Args:
       schedule: the learning rate, of a step or constant.

@@ -14,12 +14,14 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
+from dpreg.config import Config
 from dpreg.data.standalone import sealed
 from dpreg.errors import InputError
 from dpreg.observers.orbax_errors import quiet, reason_of
 from dpreg.parallel import processes
 from dpreg.parallel.devices import replicated
 from dpreg.parallel.digest import differ, digest_values
+from dpreg.spelling import spell
 from dpreg.terminal import printable
 from dpreg.trainer import Best, Trainer
 
@@ -46,9 +48,9 @@ class Checkpoints:
         self,
         folder: pathlib.Path,
         identity: Mapping[str, Any],
-        every_seconds: float = 60.0,
-        every_steps: int = 0,
-        keep: int = 3,
+        every_seconds: float = Config.checkpoint_every_seconds,
+        every_steps: int = Config.checkpoint_every_steps,
+        keep: int = Config.keep,
         announcements: processes.Announcements | None = None,
     ):
         self.every_steps, self.preempted = every_steps, ""
@@ -58,7 +60,7 @@ class Checkpoints:
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=True)
         self._folder, self._saving = folder.absolute(), 0
         if self._folder.exists() and not self._folder.is_dir():  # Orbax would wait for its own threads for ever
-            raise InputError(f"{folder}: is not a folder; move it away, or name another --workdir")
+            raise InputError(f"{folder}: is not a folder; move it away, or name another {spell('workdir')}")
         self._quiet = contextlib.ExitStack()
         with self._writing():
             self._manager = ocp.CheckpointManager(self._folder, options=options)
@@ -152,7 +154,7 @@ class Checkpoints:
             if differ(meta.get("computation"), trainer.computation):
                 raise InputError(
                     f"{self._folder}: the code of the model computes something else than in the run that is saved "
-                    "there; restore that code, name another --workdir, or use --resume=never to start over"
+                    f"there; restore that code, {_another_run()}"
                 )
 
             def is_whole(content: Any, checksum: str = meta["content"]) -> bool:
@@ -164,7 +166,7 @@ class Checkpoints:
             if step > trainer.train.num_steps:
                 raise InputError(
                     f"{self._folder}: the run is at step {step:,}, past the {trainer.train.num_steps:,} of these epochs"
-                    "; give more --max_epochs, another --workdir, or --resume=never to start over"
+                    f"; use a larger {spell('max_epochs')}, {_another_run()}"
                 )
             train_state, used = trainer.state.replace(**content["train_state"]), np.asarray(content["rows_used"])
             best = _best(content["best"]) if "best" in content else None
@@ -220,10 +222,11 @@ class Checkpoints:
         names = [name for name in {**now, **was} if was.get(name) != now.get(name)]
         if names:
             differences = ", ".join(f"{n} was {was.get(n)} and is {now.get(n)}" for n in names)
-            raise InputError(
-                f"{self._folder}: holds another {what}: {differences}; "
-                "take those values, another --workdir, or --resume=never to start over"
-            )
+            raise InputError(f"{self._folder}: holds another {what}: {differences}; use those values, {_another_run()}")
+
+
+def _another_run() -> str:
+    return f"name another {spell('workdir')}, or use {spell('resume', 'never')} to start over"
 
 
 def _content(trainer: Trainer) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import json
 import pathlib
 import shutil
 from collections.abc import Mapping
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import Any
 
 import jax
 import numpy as np
@@ -18,6 +18,7 @@ from dpreg.data.schema import Schema
 from dpreg.data.sources import RegressionData
 from dpreg.errors import InputError
 from dpreg.files import publish
+from dpreg.spelling import spell
 
 _ARRAYS, _REST, _ALONE = standalone.PARAMETERS, standalone.DESCRIPTION, "predict.py"
 
@@ -85,7 +86,7 @@ def load_model(folder: pathlib.Path) -> Exported:
       InputError: when there is none, or it is not as it was written.
     """
     if not (folder / _REST).exists():
-        raise InputError(f"{folder}: there is no model; train with that --workdir first, to the end")
+        raise InputError(f"{folder}: there is no model; train with that {spell('workdir')} first, to the end")
     try:
         model, arrays = standalone.read_model(folder)
     except ValueError as error:
@@ -104,20 +105,6 @@ def load_model(folder: pathlib.Path) -> Exported:
 
 def _check_flags(flags: Mapping[str, Any]) -> None:
     """Raises ValueError where they are not those that decide the answer of a run of this version."""
-    types = get_type_hints(Config)
     if unknown := {*Config().identity()} ^ ({*flags} - {"max_epochs"}):
-        raise ValueError(f"another version of dpreg wrote it: --{min(unknown)}")
-    for name, value in flags.items():
-        if not _is_of(types[name], value):
-            raise ValueError(f"--{name} is {value!r}")
-    trained: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in flags.items()}
-    Config(**trained)
-
-
-def _is_of(kind: Any, value: Any) -> bool:
-    """Whether a value of JSON is of the type of a flag."""
-    if get_origin(kind) is tuple:
-        return isinstance(value, list) and all(_is_of(get_args(kind)[0], part) for part in value)
-    if kind is float:
-        return type(value) in (int, float)
-    return type(value) is kind or any(_is_of(part, value) for part in get_args(kind))
+        raise ValueError(f"another version of dpreg wrote it: {spell(min(unknown))}")
+    Config(**flags)

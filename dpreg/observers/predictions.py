@@ -13,6 +13,7 @@ import pyarrow.parquet
 
 from dpreg.errors import InputError
 from dpreg.files import publish
+from dpreg.spelling import spell
 
 _WRITERS = {".csv": pyarrow.csv.CSVWriter, ".parquet": pyarrow.parquet.ParquetWriter}
 
@@ -73,4 +74,4 @@ class PredictionWriter:
     def _wrong(self, error: OSError) -> InputError:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
         reason = "the disk is full" if full else f"cannot be written: {error.strerror or error}"
-        return InputError(f"--output={self._path}: {reason}; name another file")
+        return InputError(f"{spell('output', self._path)}: {reason}; name another file")

@@ -11,6 +11,7 @@ from typing import Any
 from dpreg.errors import InputError
 from dpreg.observer import Progress
 from dpreg.observers.metrics import Schedule, record_of
+from dpreg.spelling import spell
 
 
 def require_tensorboard() -> None:
@@ -18,7 +19,9 @@ def require_tensorboard() -> None:
     try:
         import tensorboard  # noqa: F401
     except ImportError as error:
-        raise InputError("--tensorboard: its package is not installed; run pip install tensorboard") from error
+        raise InputError(
+            f"{spell('tensorboard', True)}: its package is not installed; run pip install tensorboard"
+        ) from error
 
 
 class TensorBoardWriter:

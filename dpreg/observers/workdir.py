@@ -14,6 +14,7 @@ import jax
 from dpreg.errors import InputError
 from dpreg.files import publish
 from dpreg.parallel import processes
+from dpreg.spelling import spell
 
 
 @contextlib.contextmanager
@@ -29,7 +30,7 @@ def open_workdir(name: str | None, keep: bool = True) -> Iterator[pathlib.Path]:
       InputError: when it cannot be written, another run is in it, or not all processes see the same folder there.
     """
     if not name and jax.process_count() > 1:
-        raise InputError("--workdir: several processes need a folder that all see; give --workdir=DIR")
+        raise InputError(f"{spell('workdir')}: several processes need a folder that all of them see; name one")
     path = pathlib.Path(name or f"runs/{datetime.datetime.now():%Y%m%d-%H%M%S-%f}")
     with contextlib.ExitStack() as until_taken_away, contextlib.ExitStack() as stack:
         if jax.process_index() == 0:
@@ -43,8 +44,8 @@ def open_workdir(name: str | None, keep: bool = True) -> Iterator[pathlib.Path]:
                 missing = [process for process, name in enumerate(names) if not (path / name).exists()]
                 if missing:
                     raise InputError(
-                        f"--workdir={path}: process {jax.process_index()} and process {missing[0]} see different "
-                        "folders there; name one that all see"
+                        f"{spell('workdir', path)}: process {jax.process_index()} and process {missing[0]} see "
+                        "different folders there; name one that all see"
                     )
                 processes.exchange()
         except OSError as error:
@@ -62,7 +63,9 @@ def _held(path: pathlib.Path) -> Iterator[None]:
             try:
                 fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
-                raise InputError(f"--workdir={path}: another run is in it; await its end, or name another") from error
+                raise InputError(
+                    f"{spell('workdir', path)}: another run uses it; wait for its end, or name another"
+                ) from error
         yield
     finally:
         os.close(folder)
@@ -118,4 +121,4 @@ def write_whole(path: pathlib.Path, text: str) -> None:
 
 
 def _unwritable(path: pathlib.Path, error: OSError) -> InputError:
-    return InputError(f"--workdir={path}: cannot be written: {error.strerror}; name another folder")
+    return InputError(f"{spell('workdir', path)}: cannot be written: {error.strerror}; name another folder")

@@ -7,6 +7,7 @@ import dataclasses
 import math
 
 from dpreg.errors import InputError
+from dpreg.spelling import spell
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,7 +54,7 @@ class Slice:
     """Chips of a kind in a torus.
 
     Attributes:
-      name: as --topology has it.
+      name: as `topology` of a plan has it.
       chip: the kind.
       shape: chips along each axis.
     """
@@ -167,7 +168,7 @@ class Hosts:
     """GPUs of a kind in hosts.
 
     Attributes:
-      name: as --topology has it.
+      name: as `topology` of a plan has it.
       chip: the kind.
       hosts: how many; each: GPUs of each.
     """
@@ -193,7 +194,7 @@ class Hosts:
 
 
 def system_named(name: str) -> Slice | Hosts:
-    """What --topology names: a TPU slice such as v5p:8x8x8, or HOSTSxGPUS such as h100:4x8.
+    """What `topology` names: a TPU slice such as v5p:8x8x8, or HOSTSxGPUS such as h100:4x8.
 
     Raises:
       InputError: when there is no such system; names some.
@@ -206,7 +207,8 @@ def system_named(name: str) -> Slice | Hosts:
         numbers = [int(part) if _is_number(part) else 0 for part in (hosts, each)]
         if not 1 <= numbers[0] <= _MOST_HOSTS or numbers[1] not in _GPUS_OF_HOST:
             raise InputError(
-                f"--topology={name}: use {kind}:HOSTSxGPUS, up to {_MOST_HOSTS:,} hosts of 1, 2, 4 or 8 GPUs each"
+                f"{spell('topology', name)}: use {kind}:HOSTSxGPUS, up to {_MOST_HOSTS:,} hosts of 1, 2, 4 or 8 GPUs "
+                "each"
             )
         return Hosts(name, GPUS[kind], *numbers)
     return _slice_named(name)
@@ -221,15 +223,17 @@ def _slice_named(name: str) -> Slice:
     kind, _, text = name.partition(":")
     if kind not in CHIPS:
         raise InputError(
-            f"--topology={name}: use KIND:SHAPE, with a kind of {', '.join((*CHIPS, *GPUS))}, such as v5p:8x8x8 or "
-            "h100:4x8"
+            f"{spell('topology', name)}: use KIND:SHAPE, with a kind of {', '.join((*CHIPS, *GPUS))}, such as "
+            "v5p:8x8x8 or h100:4x8"
         )
     chip = CHIPS[kind]
     parts = text.split("x")
     shape = tuple(int(part) for part in parts if _is_number(part))
     if len(shape) != len(parts) or not _exists(chip, shape):
         some = ", ".join("x".join(map(str, shape)) for shape in _shapes(chip))
-        raise InputError(f"--topology={name}: there is no such slice of several chips; use one of {kind}: {some}")
+        raise InputError(
+            f"{spell('topology', name)}: there is no such slice of several chips; use one of {kind}: {some}"
+        )
     return Slice(name, chip, shape)
 
 

@@ -21,6 +21,7 @@ from dpreg.parallel.reduce import AXIS, PyTree, from_all_devices, gradient_of_sh
 from dpreg.parallel.state import Model, TrainState, forward
 from dpreg.parallel.step import Program, Statistics, shard_loss, train_block, updated
 from dpreg.parallel.tuning import compiler_options, multiplies_vectors_only, schedule_for
+from dpreg.spelling import spell
 from dpreg.tracing import key_of, pinned_settings
 
 _ALIKE = "give all processes the same model, with the same settings of its loss and its optimizer"
@@ -87,8 +88,9 @@ def compile_train_block(
     together = normalises_over_batch(model, state, arguments[0]["x"].shape[-1])
     if together and reduction == "ordered":
         raise InputError(
-            "--reduction=ordered: a BatchNorm over the whole batch needs its shards at once, and ordered takes one by "
-            "one; use --reduction=pmean, or normalise over shards (--nosync_batch_norm; no axis_name)"
+            f"{spell('reduction', 'ordered')}: a BatchNorm over the whole batch needs all its shards at once, and "
+            f"ordered computes them one by one; use {spell('reduction', 'pmean')}, or normalise over shards "
+            f"({spell('sync_batch_norm', False)}; no axis_name)"
         )
     schedule = schedule_for(model, state, layout, mesh, accumulate, reduction, together)
 

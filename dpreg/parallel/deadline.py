@@ -14,6 +14,7 @@ import jax
 from dpreg.errors import ProcessLost
 from dpreg.parallel import presence
 from dpreg.parallel.roll_call import tell
+from dpreg.spelling import spell
 
 _TICK_SECONDS = 1.0
 _FIRST_SECONDS = 600.0  # before anything is measured
@@ -90,7 +91,7 @@ class Deadline:
                 # A hung call may hold the lock that this thread needs: then this timer ends the process.
                 faulthandler.dump_traceback_later(self.limit + 2 * _TICK_SECONDS, exit=True)
             if waited > self.limit:
-                self._end(f"{self.limit:g} s (--step_timeout): it, a file system or another process hangs")
+                self._end(f"{self.limit:g} s ({spell('step_timeout')}): it, a file system or another process hangs")
             elif presence.is_one_of_several() and waited - self._reported >= _REPORT_SECONDS:
                 self._report(waited)
 

@@ -13,9 +13,11 @@ from jax import Array, lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 from numpy.typing import DTypeLike
 
+from dpreg.config import check_settings
 from dpreg.errors import InputError
 from dpreg.parallel import compilation_cache, deadline, presence, processes
 from dpreg.parallel.reduce import AXIS
+from dpreg.spelling import spell
 
 # XLA's own limit, in bytes, to what a loop may read that becomes one function is 1 kB: step.py says which loops do.
 _ALL_LOOPS = f"--xla_backend_extra_options=xla_cpu_small_while_loop_byte_threshold={2**63 - 1}"
@@ -59,14 +61,15 @@ def start(
         os.environ["NPROC"] = str(threads)  # read by XLA
     if not in_xla_flags("xla_backend_extra_options"):
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_ALL_LOOPS}".strip()
-    if num_devices is not None and num_devices > 0:
+    check_settings(platform=platform, num_devices=num_devices)
+    if num_devices is not None:
         try:
             # Asked for on every platform, as JAX may yet turn out to have no other than the CPU.
             jax.config.update("jax_num_cpu_devices", num_devices)
         except RuntimeError as error:
             if len(jax.local_devices()) < num_devices:
                 raise InputError(
-                    f"--num_devices={num_devices}: JAX has already started, with {_there()}; "
+                    f"{spell('num_devices', num_devices)}: JAX has already started, with {_there()}; "
                     "call dpreg.start before any other use of JAX"
                 ) from error
     if not jax.config.values["jax_compilation_cache_dir"]:
@@ -81,7 +84,7 @@ def start(
         raise InputError(
             f"JAX does not start: {reason[:300]}"
             if "cpu" in (platform, asked)
-            else f"JAX_PLATFORMS={asked}: JAX finds no such device; unset it, or use --platform=cpu"
+            else f"JAX_PLATFORMS={asked}: JAX finds no such device; unset it, or use {spell('platform', 'cpu')}"
         ) from error
 
 
@@ -143,12 +146,13 @@ def data_mesh(num_shards: int, platform: str | None = None, num_devices: int | N
     Raises:
       InputError: when the platform or that many devices are not there, or there are fewer shards than devices.
     """
+    check_settings(num_shards=num_shards, platform=platform, num_devices=num_devices)
     try:
         local = jax.local_devices(backend=platform)
     except RuntimeError as error:
-        preset = jax.default_backend()
+        here = spell("platform", jax.default_backend())
         raise InputError(
-            f"--platform={platform}: there is none; this machine has {_there()}; use --config_preset={preset}"
+            f"{spell('platform', platform)}: there is none; this machine has {_there()}; use {here}"
         ) from error
     count = jax.process_count()
     of_process = [[d for d in jax.devices(local[0].platform) if d.process_index == p] for p in range(count)]
@@ -156,22 +160,22 @@ def data_mesh(num_shards: int, platform: str | None = None, num_devices: int | N
         if num_devices is None and len(there) != len(local):
             raise InputError(
                 f"process {process} has {len(there)} devices and process {jax.process_index()} has {len(local)}; give "
-                f"--num_devices={min(map(len, of_process))}, which all have, or mend that host"
+                f"{spell('num_devices', min(map(len, of_process)))}, which all have, or repair that host"
             )
     wanted = min(len(local), max(num_shards // count, 1)) if num_devices is None else num_devices
     if wanted * count > num_shards:
         each = f" in each of {count} processes" if count > 1 else ""
-        enough = num_shards // count
+        fewer = f"{spell('num_devices', num_shards // count)} or " if num_shards >= count else ""
         raise InputError(
-            f"--num_devices={wanted}{each} with --num_shards={num_shards}: a device needs a shard of its own; use "
-            + (f"--num_devices={enough} or " if enough else "")
-            + f"--num_shards={wanted * count}"
+            f"{spell('num_devices', wanted)}{each} with {spell('num_shards', num_shards)}: each device needs a shard "
+            f"of its own; use {fewer}{spell('num_shards', wanted * count)}"
         )
-    if not 1 <= wanted <= len(local):
-        kind = local[0].platform
+    if wanted > len(local):
+        is_cpu = local[0].platform == "cpu"
+        how = f"dpreg.start('cpu', {wanted}) before any other use of JAX" if is_cpu else spell("platform", "cpu")
         raise InputError(
-            f"--num_devices={wanted}: this machine has {_there()}; use --num_devices={len(local)} or fewer, "
-            + ("or --platform=cpu to simulate them" if kind != "cpu" else "or --config_preset=cpu")
+            f"{spell('num_devices', wanted)}: this machine has {_there()}; use {spell('num_devices', len(local))} or "
+            f"fewer, or simulate them with {how}"
         )
     return Mesh(np.array([device for there in of_process for device in there[:wanted]]), (AXIS,))
 

@@ -8,13 +8,14 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from dpreg.config import Config
 from dpreg.errors import InputError
 from dpreg.parallel.checks import reason_of
 from dpreg.parallel.reduce import PyTree
 
 _ACCUMULATE = (
-    "it averages the gradients of batches whatever their weight, and leaves out the last; use accumulate_steps "
-    "(--accumulate_steps), which does neither"
+    "it averages the gradients of batches whatever their weight, and leaves out the last; use accumulate_steps of the "
+    "run, which does neither"
 )
 _OF_ROWS = "it needs the gradient of each row, and dpreg gives that of the mean loss; use another"
 # Transformations of optax that would be used otherwise than their documentation says, by the type of their state.
@@ -29,7 +30,9 @@ _REFUSED = {
 }
 
 
-def make_optimizer(model: Any, params: PyTree, gradient_clip_val: float = 0.0) -> optax.GradientTransformation:
+def make_optimizer(
+    model: Any, params: PyTree, gradient_clip_val: float = Config.gradient_clip_val
+) -> optax.GradientTransformation:
     """The optimizer that the model configures, behind the clipping of the global gradient; its state holds no keys.
 
     Typed random keys in its state are kept as their uint32 data, which devices and checkpoints take as any array.

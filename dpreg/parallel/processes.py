@@ -17,6 +17,7 @@ from jax._src import clusters, distributed, xla_bridge  # without a public name:
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxlib import _jax
 
+from dpreg.config.devices import check_processes, split_address
 from dpreg.errors import InputError, ProcessLost
 from dpreg.parallel import deadline, presence
 from dpreg.parallel.roll_call import (
@@ -26,9 +27,9 @@ from dpreg.parallel.roll_call import (
     answer_roll,
     call_roll,
     is_loopback,
-    split_address,
     tell,
 )
+from dpreg.spelling import spell
 
 Result = TypeVar("Result")
 Arguments = ParamSpec("Arguments")
@@ -57,12 +58,9 @@ def join(address: str | None, num_processes: int | None, process_id: int | None)
     local_device_ids = None
     if address == "auto" or (address is None and _in_cluster()):
         address, num_processes, process_id, local_device_ids = _asked_of_cluster()
-    if address is None and num_processes is None and process_id is None:
-        return
+    check_processes(address, num_processes, process_id)
     if address is None or num_processes is None or process_id is None:
-        raise InputError("coordinator_address, num_processes and process_id go together; give all three")
-    if not 0 <= process_id < num_processes:
-        raise InputError(f"process_id={process_id}: with num_processes={num_processes} use 0 to {num_processes - 1}")
+        return  # a single process
     _take_turns()
     host, port = split_address(address)
     if process_id == 0:
@@ -123,8 +121,8 @@ def _asked_of_cluster() -> tuple[str, int, int, list[int] | None]:
         reason = f" ({error})"
     if address is None or count is None or process is None:
         raise InputError(
-            f"--coordinator_address=auto: JAX finds no cluster to ask here{reason}; give HOST:PORT, --num_processes "
-            "and --process_id"
+            f"{spell('coordinator_address', 'auto')}: JAX finds no cluster to ask here{reason}; give HOST:PORT, "
+            f"{spell('num_processes')} and {spell('process_id')}"
         )
     return address, count, process, None if devices is None else list(devices)
 

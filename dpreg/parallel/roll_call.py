@@ -15,6 +15,7 @@ import time
 from typing import Any
 
 from dpreg.errors import InputError, ProcessLost
+from dpreg.spelling import spell
 from dpreg.terminal import printable
 
 HEARTBEAT_SECONDS = 10  # a process silent for as long is lost, and all others end
@@ -26,18 +27,6 @@ _ANSWER_BYTES, _MOST_NAMED, _MOST_ERROR = 4096, 8, 1000
 _REPORT_SECONDS = 10.0  # between the lines of a process that waits
 _STATUS_SECONDS = 1.0  # between the messages of process 0 to those that wait
 _MISSING, _ALL_ARE_THERE = "missing", "all_are_there"
-
-
-def split_address(address: str) -> tuple[str, int]:
-    """HOST:PORT -> (host, port), an IPv6 host without its brackets.
-
-    Raises:
-      InputError: when it is something else.
-    """
-    host, _, port = address.rpartition(":")
-    if not host or not port.isdecimal() or not 0 < int(port) < 65536:
-        raise InputError(f"coordinator_address={address}: give the host and the port of process 0, such as node1:29500")
-    return host.strip("[]"), int(port)
 
 
 def is_loopback(host: str) -> bool:
@@ -174,14 +163,14 @@ class _Registry:
         process, num_processes = caller.process, caller.num_processes
         if num_processes != self._num_processes:
             raise InputError(
-                f"--num_processes is {self._num_processes} in process 0 and {num_processes} in process {process}; "
-                "start all processes with the same flags"
+                f"{spell('num_processes')} is {self._num_processes} in process 0 and {num_processes} in process "
+                f"{process}; start all processes with the same settings"
             )
         assert process is not None
         if process in self.present:
             self._read(self.present[process])  # which notices where that one has ended
         if process in self.present:
-            raise InputError(f"--process_id={process}: two processes have it; give each its own")
+            raise InputError(f"{spell('process_id', process)}: two processes have it; give each a different one")
         self._unknown.remove(caller)
         self.present[process] = caller
 
@@ -348,8 +337,8 @@ def _listen(host: str, port: int) -> socket.socket:
             listener = socket.create_server(("", port))
     except OSError as error:
         raise InputError(
-            f"--coordinator_address={host}:{port}: process 0 cannot serve there ({error.strerror}); use a port that "
-            "no other run has, and a --process_id of its own for each process"
+            f"{spell('coordinator_address', f'{host}:{port}')}: process 0 cannot serve there ({error.strerror}); use a "
+            f"port that no other run has, and a different {spell('process_id')} for each process"
         ) from error
     listener.setblocking(False)
     return listener

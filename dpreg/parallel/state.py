@@ -12,6 +12,7 @@ from flax.training import train_state
 from jax import Array, lax
 from numpy.typing import ArrayLike
 
+from dpreg.config import Config
 from dpreg.errors import InputError
 from dpreg.parallel.checks import (
     is_batch_norm,
@@ -83,7 +84,7 @@ def initial_state(
     row: ArrayLike,
     seed: int,
     dtype: np.dtype,
-    gradient_clip_val: float = 0.0,
+    gradient_clip_val: float = Config.gradient_clip_val,
     from_zero: bool = False,
 ) -> TrainState:
     """The state before the first step, drawn as float32 and kept as `dtype`.

@@ -8,8 +8,10 @@ import io
 from absl import flags
 
 from dpreg import door
-from dpreg.config import Config, define_flags
+from dpreg.config import Config
+from dpreg.config.flags import define_flags
 from dpreg.errors import InputError
+from dpreg.spelling import spell_as_flags
 
 from .mutate import TOKENS, damage_bytes
 from .refusal import check_line
@@ -60,7 +62,7 @@ def run(rng, folder):
 
 def draw_text(field, rng):
     """A text for a flag: more often than not one that the flag takes."""
-    choices, default, how = field.metadata["of"], field.default, rng.random()
+    choices, default, how = field.metadata["choices"], field.default, rng.random()
     if how < 0.6:
         good = choices or next((GOOD[kind] for kind in (bool, int, float) if type(default) is kind), GOOD[str])
         return str(rng.choice(good))
@@ -71,7 +73,7 @@ def draw_text(field, rng):
 
 def define():
     if "lr" not in flags.FLAGS:
-        define_flags()
+        define_flags(Config)
         flags.DEFINE_string("config_preset", None, "as door.enter defines it")
     if not flags.FLAGS.is_parsed():
         flags.FLAGS(["fuzz"])
@@ -83,7 +85,7 @@ def parse(arguments):
         flags.FLAGS[name].unparse()
     said = io.StringIO()
     try:
-        with contextlib.redirect_stderr(said), contextlib.redirect_stdout(said):
+        with contextlib.redirect_stderr(said), contextlib.redirect_stdout(said), spell_as_flags():
             door._parse(str, False, ["dpreg", *arguments])
             return Config.from_flags(flags.FLAGS)
     except SystemExit as end:

@@ -1,0 +1,64 @@
+"""Settings as absl flags: defined from the fields of a class, read back into values, written into a flagfile."""
+
+from collections.abc import Mapping
+from typing import Any, get_args, get_origin, get_type_hints
+
+from absl import flags
+
+from dpreg.config.settings import list_settings
+from dpreg.errors import InputError
+from dpreg.spelling import flag_text, spell
+
+# What --help shows: the flags that most runs need. --helpfull shows all.
+COMMON = {
+    "Rows": (
+        *("dataset", "target", "features", "categorical", "weight_column", "missing", "validation_fraction"),
+        *("num_train", "num_val", "batch_size", "seed"),
+    ),
+    "Model": ("model", "loss", "l2", "solver"),
+    "Steps": ("optimizer", "lr", "lr_schedule", "max_epochs", "patience"),
+    "Devices": ("platform", "num_devices", "num_shards", "reduction", "precision"),
+    "Run": ("mode", "workdir", "output", "resume", "checkpoint_every_seconds"),
+}
+_DEFINE: dict[Any, Any] = {
+    str: flags.DEFINE_string,
+    int: flags.DEFINE_integer,
+    float: flags.DEFINE_float,
+    bool: flags.DEFINE_bool,
+    tuple: flags.DEFINE_list,
+}
+_NUMBERS = {float: "numbers", int: "whole numbers"}
+
+
+def define_flags(settings: type) -> None:
+    """Defines a flag for each setting of a class, with its default and its help."""
+    types = get_type_hints(settings)
+    for field in list_settings(settings):
+        hint = types[field.name]
+        kinds = (get_origin(hint), hint, *get_args(hint))  # tuple[float, ...] is a list flag, int | None an int flag
+        default = list(map(str, field.default)) if isinstance(field.default, tuple) else field.default
+        _DEFINE[next(kind for kind in kinds if kind in _DEFINE)](field.name, default, field.metadata["help"])
+
+
+def parse_flags(settings: type, values: flags.FlagValues) -> dict[str, Any]:
+    """The settings of a class that parsed flags have.
+
+    Raises:
+      InputError: where a list of numbers holds other words.
+    """
+    types, parsed = get_type_hints(settings), {}
+    for field in list_settings(settings):
+        name, value = field.name, values[field.name].value
+        if isinstance(value, list):
+            kind = get_args(types[name])[0]
+            try:
+                value = tuple(map(kind, value))
+            except ValueError as error:
+                raise InputError(f"{spell(name, tuple(value))}: give {_NUMBERS[kind]} separated by commas") from error
+        parsed[name] = value
+    return parsed
+
+
+def write_flagfile(values: Mapping[str, Any]) -> str:
+    """The text of a flagfile with these settings."""
+    return "".join(f"--{name}={flag_text(value)}\n" for name, value in values.items())

@@ -1,0 +1,85 @@
+"""Settings of the model and of its loss."""
+
+import dataclasses
+
+from dpreg.config.settings import Settings, setting
+from dpreg.spelling import spell
+
+MODELS = ("linear", "concise", "mlp")
+ACTIVATIONS = ("relu", "tanh", "gelu", "sigmoid")
+LOSSES = ("squared", "huber", "absolute", "quantile", "logistic", "softmax", "poisson", "gamma")
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelSettings(Settings):
+    """Which model, and which loss it is fitted by."""
+
+    model: str = setting(
+        "linear",
+        "linear (from scratch), concise, mlp; or PACKAGE.MODULE:CLASS, a flax module.",
+        affects_result=True,
+        completions=MODELS,
+    )
+    sigma: float | None = setting(
+        None,
+        "Standard deviation of the initial weights of a linear or concise model. Default: 0.01 for synthetic rows; 0 "
+        "for tables, so that no prediction depends on an initial weight that the rows do not determine.",
+        affects_result=True,
+        min=0,
+    )
+    hidden: tuple[int, ...] = setting(
+        (64, 64), "Units of each hidden layer of an mlp, separated by commas.", affects_result=True, min=1
+    )
+    dropout: float = setting(
+        0.0,
+        "Share of an mlp's hidden values left out in training, 0 or more and below 1.",
+        affects_result=True,
+        min=0,
+        lt=1,
+    )
+    batch_norm: bool = setting(
+        False,
+        "Normalise an mlp's hidden values by the mean and variance of the rows of a shard in each batch.",
+        affects_result=True,
+    )
+    sync_batch_norm: bool = setting(
+        False,
+        "With batch_norm: by the mean and variance of all rows of each batch; devices then exchange them in every "
+        "layer. Not with the reduction ordered.",
+        affects_result=True,
+    )
+    activation: str = setting(
+        "relu",
+        f"Activation of an mlp's hidden layers: {', '.join(ACTIVATIONS)}.",
+        affects_result=True,
+        choices=ACTIVATIONS,
+    )
+    loss: str = setting("squared", f"{', '.join(LOSSES)}.", affects_result=True, choices=LOSSES)
+    huber_delta: float = setting(
+        1.0,
+        "Of the loss huber: errors beyond it count in proportion, smaller ones by their square; in units of the target "
+        "as it is fitted.",
+        affects_result=True,
+        gt=0,
+    )
+    quantile: float = setting(
+        0.5, "Of the loss quantile: which one it fits, above 0 and below 1.", affects_result=True, gt=0, lt=1
+    )
+    num_classes: int = setting(
+        2, "Of the loss softmax: how many labels there are, 0 to num_classes - 1.", affects_result=True, min=2
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.model not in MODELS and self.model.count(":") != 1:
+            self._refuse("model", f"use {', '.join(MODELS)} or PACKAGE.MODULE:CLASS")
+        if self.model == "mlp" and not self.hidden:
+            self._refuse("hidden", f"give at least one width, or use {spell('model', 'linear')}")
+        if self.sync_batch_norm and not (self.model == "mlp" and self.batch_norm):
+            needed = f"{spell('model', 'mlp')} with {spell('batch_norm', True)}"
+            self._refuse("sync_batch_norm", f"it is for {needed}; give both, or leave it out")
+
+    @property
+    def is_linear(self) -> bool:
+        """Whether the model is one of the linear ones that come with dpreg."""
+        return self.model in ("linear", "concise")

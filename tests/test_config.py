@@ -1,0 +1,185 @@
+"""Settings: each default and each rule in one place, in messages that name them as the caller does."""
+
+import ast
+import dataclasses
+import inspect
+import pathlib
+import re
+
+import numpy as np
+import pytest
+
+import dpreg
+from dpreg import door
+from dpreg.config import Columns, Config
+from dpreg.data.order import Sampler
+from dpreg.models.losses import loss_called
+from dpreg.spelling import spell, spell_as_flags
+
+PACKAGE = pathlib.Path(dpreg.__file__).parent
+NAMES = {field.name for field in dataclasses.fields(Config) if field.metadata}
+# These start commands or define flags; all others are below them.
+KNOW_FLAGS = ("main", "plan", "scaling", "report", "door", "completion", "spelling", "config.flags")
+
+
+def modules():
+    for path in sorted(PACKAGE.rglob("*.py")):
+        name = ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
+        yield name, ast.parse(path.read_text(), str(path))
+
+
+def raised(function, *arguments, **named):
+    with pytest.raises((dpreg.InputError, dpreg.Diverged)) as caught:
+        function(*arguments, **named)
+    return str(caught.value)
+
+
+def test_no_default_of_a_setting_is_stated_twice():
+    """A signature or a field that has a setting's name takes its default from `Config`."""
+    stated = []
+    for module, tree in modules():
+        for node in ast.walk(tree):
+            if isinstance(node, ast.FunctionDef):
+                arguments = [*node.args.posonlyargs, *node.args.args]
+                defaults = [*zip(arguments[::-1], node.args.defaults[::-1], strict=False)]
+                defaults += zip(node.args.kwonlyargs, node.args.kw_defaults, strict=True)
+                stated += [(module, argument.arg, default) for argument, default in defaults]
+            elif isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+                stated.append((module, node.target.id, node.value))
+    literal = [
+        (module, name)
+        for module, name, default in stated
+        if name in NAMES and default is not None and not any(isinstance(part, ast.Name) for part in ast.walk(default))
+        if not (isinstance(default, ast.Constant) and default.value is None)
+    ]
+    assert {*literal} == {
+        ("estimator", "l2"),  # of the classifier: another one than that of a run
+        ("data.dataset", "num_shards"),  # until `shard` is called
+        # No settings, in spite of their names.
+        ("models.least_squares", "target"),
+        ("models.losses", "num_classes"),
+        ("observers.workdir", "keep"),
+        ("parallel.digest", "optimizer"),
+        ("parallel.state", "platform"),
+    }
+    assert inspect.signature(dpreg.Trainer).parameters["num_shards"].default == 8  # as help() shows it
+
+
+def test_below_the_entry_points_nobody_knows_flags():
+    of_us = re.compile(rf"--(no)?({'|'.join(sorted({*NAMES, 'topology', 'flagfile', 'config_preset'}))})\b|--$")
+    found = [
+        (module, node.lineno, node.value)
+        for module, tree in modules()
+        if module not in KNOW_FLAGS
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and of_us.search(node.value)
+    ]
+    assert not found
+
+
+def train_with_patience():
+    rows = dpreg.ArraySource(np.ones((8, 1)), np.ones(8))
+    dpreg.Trainer(1, patience=2).fit(dpreg.LinearRegressionScratch(1, 0.1), dpreg.RegressionData(rows, None, 8))
+
+
+def diverge():
+    raise dpreg.Diverged(7)
+
+
+@pytest.mark.parametrize(
+    ("cause", "in_python", "in_a_command"),
+    [
+        (lambda: Config(lr=-1), "lr=-1.0: use a value above 0", "--lr=-1.0: use a value above 0"),
+        (lambda: dpreg.Trainer(0), "max_epochs=0: use 1 or more", "--max_epochs=0: use 1 or more"),
+        (
+            lambda: Config(hidden=(8, 0)),
+            "hidden=(8, 0): use 1 or more",
+            "--hidden=8,0: use 1 or more",
+        ),
+        (
+            lambda: Config(model="mlp", intercept=False),
+            "intercept=False: it is for model='linear' or 'concise'; leave it out",
+            "--nointercept: it is for --model=linear or concise; leave it out",
+        ),
+        (
+            lambda: Sampler(100, 8, 30),
+            "batch_size=30: is not a multiple of num_shards=8; use batch_size=24 or 32, or another num_shards",
+            "--batch_size=30: is not a multiple of --num_shards=8; use --batch_size=24 or 32, or another --num_shards",
+        ),
+        (
+            train_with_patience,
+            "patience=2: there are no rows held out to measure by; hold some out",
+            "--patience=2: there are no rows held out to measure by; hold some out",
+        ),
+        (
+            lambda: loss_called("softmax", num_classes=3).outputs(2),
+            "loss='softmax': it has one target of labels, and there are 2; name one",
+            "--loss=softmax: it has one target of labels, and there are 2; name one",
+        ),
+        (
+            lambda: Config(dataset="my lr=1, --lr.csv"),  # what users have named is not rewritten
+            "dataset='my lr=1, --lr.csv': say which column to predict, with target=('COLUMN',)",
+            "--dataset='my lr=1, --lr.csv': say which column to predict, with --target=COLUMN",
+        ),
+        (
+            diverge,
+            "the loss is not finite at step 7: the state before it is kept; try a smaller lr, or gradient_clip_val",
+            "the loss is not finite at step 7: the state before it is kept; try a smaller --lr, or --gradient_clip_val",
+        ),
+    ],
+)
+def test_a_message_names_settings_as_the_caller_does(cause, in_python, in_a_command, capsys):
+    assert raised(cause) == in_python
+    with pytest.raises(SystemExit):
+        door._in_a_line(lambda argv: cause(), [])
+    assert capsys.readouterr().err == f"dpreg: {in_a_command}\n"
+    assert raised(cause) == in_python  # again, once the command has ended
+
+
+def test_a_flag_in_a_message_can_be_pasted_into_a_shell():
+    with spell_as_flags():
+        assert spell("exclude", ("a,b", "c d")) == "--exclude='\"a,b\",c d'"
+        assert spell("exclude", ("",)) == "--exclude='\"\"'"
+        assert spell("num_devices", 0) == "--num_devices=0"
+
+
+WRONG = {
+    "max_epochs": (2.5, "3", True, None),
+    "gradient_clip_val": (np.inf, "1", True, 10**400),
+    "num_shards": (0, 8.0),
+    "precision": ("float16", 32),
+    "reduction": ("mean",),
+    "backend": ("tf",),
+    "placement": ("disk",),
+    "seed": (-1, 2**31),
+    "log_every_steps": (-1,),
+    "accumulate_steps": (0,),
+    "patience": (-1,),
+    "audit": ("yes", 1),
+    "num_devices": (0, 1.5),
+    "platform": ("abacus",),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_a_trainer_and_a_config_refuse_the_same_values_in_the_same_words(name):
+    for value in WRONG[name]:
+        said = raised(Config, **{name: value})
+        assert said.startswith(f"{name}=")
+        assert raised(dpreg.Trainer, **{"max_epochs": 1, name: value}) == said
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"noise": -1}, {"num_train": 0}, {"num_val": -1}, {"batch_size": 0}, {"seed": 2**31}]
+)
+def test_synthetic_rows_and_a_config_refuse_the_same_values_in_the_same_words(wrong):
+    assert raised(dpreg.SyntheticRegressionData, w=[1.0], b=0.0, **wrong) == raised(Config, **wrong)
+
+
+def test_values_become_those_of_the_type_of_their_setting():
+    """A number of NumPy or a list is as good as a plain one, in what is written and compared, too."""
+    found = Config(lr=np.float32(0.5), b=1, num_shards=np.int64(4), hidden=[8, np.int32(2)], w=np.array([1, 2]))
+    same = Config(lr=0.5, b=1.0, num_shards=4, hidden=(8, 2), w=(1.0, 2.0))
+    assert (found, found.to_flagfile(), repr(found)) == (same, same.to_flagfile(), repr(same))
+    assert raised(Columns, target="price") == "target='price': use a tuple of names"
+    assert raised(Config, hidden=8) == "hidden=8: use a tuple of integers"
