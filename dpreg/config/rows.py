@@ -37,7 +37,7 @@ class Columns(Settings):
     )
     categorical: tuple[str, ...] = setting(
         (),
-        "Features that are categories: one column of 0 and 1 for each category, and one for all others. Default: none.",
+        "Features that are categories: a column of 0 and 1 for each, and one for all others. Default: none.",
         affects_result=True,
     )
     dates: tuple[str, ...] = setting(
@@ -53,7 +53,7 @@ class Columns(Settings):
     )
     missing: str = setting(
         "error",
-        "What to do with missing values: error, drop the row, or take the mean (of features).",
+        "What to do with missing values: error; drop their rows; or use the mean (features only).",
         affects_result=True,
         choices=MISSING,
     )
@@ -73,7 +73,7 @@ class Columns(Settings):
     )
     validation_fraction: float = setting(
         0.1,
-        "Share of a table's rows held out, under 1; unused with validation_dataset or a TFDS split for it.",
+        "Share of a table's rows held out, under 1; not with validation_dataset or a TFDS split for it.",
         affects_result=True,
         min=0,
         lt=1,

@@ -34,7 +34,7 @@ class RunSettings(Settings):
     )
     resume: str = setting(
         "auto",
-        "auto: continue from the workdir's newest checkpoint, if any; must: or fail; never: start over.",
+        "auto: resume from the newest checkpoint, if any; must: fail without one; never: start over.",
         choices=RESUME,
     )
     log_every_steps: int = setting(0, "Steps between lines of metrics.jsonl; 0 for eight lines an epoch.", min=0)
