@@ -9,6 +9,7 @@ import numpy as np
 from jax import Array
 from numpy.typing import ArrayLike
 
+from dpreg.config import Config
 from dpreg.d2l.tools import HyperParameters
 from dpreg.data import synthetic
 from dpreg.data.order import Sampler
@@ -145,10 +146,10 @@ class SyntheticRegressionData(synthetic.SyntheticRegressionData, DataModule):
         self,
         w: ArrayLike,
         b: ArrayLike,
-        noise: float = 0.01,
-        num_train: int = 1000,
-        num_val: int = 1000,
-        batch_size: int = 32,
+        noise: float = Config.noise,
+        num_train: int = Config.num_train,
+        num_val: int = Config.num_val,
+        batch_size: int = Config.batch_size,
     ):
         super().__init__(w, b, noise, num_train, num_val, batch_size)
         self.save_hyperparameters(ignore=["w", "b"])  # both are arrays already
