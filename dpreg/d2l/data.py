@@ -33,7 +33,7 @@ class Loader:
     (3, [[0.0, 1.0], [2.0, 3.0], [4.0]])
     """
 
-    def __init__(self, source: Source, sampler: Sampler, seed: int = 0):
+    def __init__(self, source: Source, sampler: Sampler, seed: int = Config.seed):
         self.source, self.sampler, self.seed, self.epoch = source, sampler, seed, 0
 
     def __len__(self) -> int:

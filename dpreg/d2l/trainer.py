@@ -8,6 +8,7 @@ import numpy as np
 from jax import Array
 
 import dpreg.trainer
+from dpreg.config import Config
 from dpreg.d2l import module
 from dpreg.d2l.data import DataModule, Loader
 from dpreg.d2l.module import Module
@@ -71,7 +72,9 @@ class Trainer(HyperParameters):
     num_train_batches: int
     num_val_batches: int
 
-    def __init__(self, max_epochs: int, num_gpus: int = 0, gradient_clip_val: float = 0, **settings: Any):
+    def __init__(
+        self, max_epochs: int, num_gpus: int = 0, gradient_clip_val: float = Config.gradient_clip_val, **settings: Any
+    ):
         self.save_hyperparameters(ignore=["settings"])
         gpus: dict[str, Any] = {"num_devices": num_gpus, "platform": "gpu"} if num_gpus else {}
         self._settings = gpus | settings
