@@ -14,6 +14,7 @@ from dpreg import door
 from dpreg.config import Columns, Config
 from dpreg.data.order import Sampler
 from dpreg.models.losses import loss_called
+from dpreg.models.mlp import MLP, LinearRegression
 from dpreg.spelling import spell, spell_as_flags
 
 PACKAGE = pathlib.Path(dpreg.__file__).parent
@@ -78,9 +79,11 @@ def test_below_the_entry_points_nobody_knows_flags():
     assert not found
 
 
+ROWS = dpreg.ArraySource(np.ones((8, 1)), np.ones(8))
+
+
 def train_with_patience():
-    rows = dpreg.ArraySource(np.ones((8, 1)), np.ones(8))
-    dpreg.Trainer(1, patience=2).fit(dpreg.LinearRegressionScratch(1, 0.1), dpreg.RegressionData(rows, None, 8))
+    dpreg.Trainer(1, patience=2).fit(dpreg.LinearRegressionScratch(1, 0.1), dpreg.RegressionData(ROWS, None, 8))
 
 
 def diverge():
@@ -175,6 +178,24 @@ def test_a_trainer_and_a_config_refuse_the_same_values_in_the_same_words(name):
 )
 def test_synthetic_rows_and_a_config_refuse_the_same_values_in_the_same_words(wrong):
     assert raised(dpreg.SyntheticRegressionData, w=[1.0], b=0.0, **wrong) == raised(Config, **wrong)
+
+
+@pytest.mark.parametrize(
+    ("make", "wrong"),
+    [
+        (lambda **wrong: dpreg.LinearRegressionScratch(2, **{"lr": 0.1, **wrong}), {"lr": -1}),
+        (lambda **wrong: dpreg.LinearRegressionScratch(2, 0.1, **wrong), {"sigma": -1.0}),
+        (LinearRegression, {"intercept": "no"}),
+        (lambda **wrong: MLP((4,), **wrong), {"dropout": 1.5}),
+        (MLP, {"hidden": (4, 0)}),
+        (lambda **wrong: dpreg.RegressionData(ROWS, None, **wrong), {"batch_size": 0}),
+        (lambda placement: dpreg.Dataset(ROWS).place(placement), {"placement": "disk"}),
+        (lambda max_epochs: dpreg.Dataset(ROWS).repeat(max_epochs), {"max_epochs": 0}),
+        (lambda num_devices: dpreg.start("cpu", num_devices), {"num_devices": 0}),
+    ],
+)
+def test_models_and_rows_have_the_rules_of_a_config(make, wrong):
+    assert raised(make, **wrong) == raised(Config, **wrong)
 
 
 def test_values_become_those_of_the_type_of_their_setting():

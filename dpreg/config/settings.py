@@ -130,6 +130,8 @@ def _convert(name: str, hint: Any, value: Any) -> Any:
         return tuple(kind(part) for part in parts)
     if value is None and NoneType in others:
         return None
+    if getattr(value, "ndim", None) == 0:  # a number of NumPy or JAX
+        value = value.item()
     accepted, remedy = _ACCEPTED[kind]
     if not isinstance(value, accepted) or (isinstance(value, bool) and kind is not bool):
         refuse(name, value, remedy)

@@ -16,7 +16,7 @@ import numpy as np
 from jax import Array, lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from dpreg.config import Config
+from dpreg.config import Config, check_settings
 from dpreg.data.ahead import ahead
 from dpreg.data.order import Sampler, row_tag
 from dpreg.data.parts import hold_shards
@@ -137,6 +137,10 @@ class Dataset:
     tagged: bool = False
     precision: str = Config.precision
     steps_per_block: int | None = None
+
+    def __post_init__(self) -> None:
+        check_settings(max_epochs=self.epochs, num_shards=self.num_shards, batch_size=self.global_batch)
+        check_settings(seed=self.seed or 0, placement=self.placement, precision=self.precision)
 
     def shuffle(self, seed: int) -> "Dataset":
         """Each epoch in an order of its own, a function of (seed, epoch, shard). Without: the source's order."""

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike
 
-from dpreg.config import Columns, Config
+from dpreg.config import Columns, Config, check_settings
 from dpreg.data.order import permute
 from dpreg.data.parts import PartedRows, put_together
 from dpreg.data.schema import Schema
@@ -228,6 +228,7 @@ class RegressionData:
     ):
         if len(train) < 1:
             raise InputError("there are no training rows; give at least one")
+        check_settings(batch_size=batch_size)
         self.train, self.val, self.batch_size, self.schema, self.columns = train, val, batch_size, schema, columns
         first = train[np.zeros(1, np.int32)]
         self.num_inputs, self.num_targets = first["x"].shape[1], first["y"].shape[1]

@@ -121,7 +121,7 @@ class SyntheticRegressionData(RegressionData):
         seed: int = Config.seed,
         dtype: DTypeLike = np.float32,
     ):
-        check_settings(noise=noise, num_train=num_train, num_val=num_val, batch_size=batch_size, seed=seed)
+        check_settings(noise=noise, num_train=num_train, num_val=num_val, seed=seed)
         with np.errstate(over="ignore"):
             self.w, self.b, deviation = (np.asarray(value, dtype) for value in (w, b, noise))
         for name, value in (("w", self.w), ("b", self.b), ("noise", deviation)):

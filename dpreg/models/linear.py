@@ -8,7 +8,7 @@ import numpy as np
 from flax import linen as nn
 from jax import Array
 
-from dpreg.config import Config
+from dpreg.config import Config, check_settings
 from dpreg.errors import InputError
 from dpreg.models.module import Module
 
@@ -53,6 +53,10 @@ class LinearRegressionScratch(Module):
     num_targets: int = 1
     intercept: bool = Config.intercept
     rows_apart: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        check_settings(lr=self.lr, sigma=self.sigma, intercept=self.intercept)
+        super().__post_init__()
 
     def setup(self) -> None:
         """Creates the parameters."""

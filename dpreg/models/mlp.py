@@ -6,7 +6,7 @@ from typing import ClassVar
 from flax import linen as nn
 from jax import Array
 
-from dpreg.config import Config
+from dpreg.config import Config, check_settings
 from dpreg.models.linear import initial_weights
 from dpreg.models.module import Module
 
@@ -26,6 +26,10 @@ class LinearRegression(Module):
     sigma: float | None = None
     intercept: bool = Config.intercept
     rows_apart: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        check_settings(lr=self.lr, sigma=self.sigma, intercept=self.intercept)
+        super().__post_init__()
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
@@ -57,6 +61,11 @@ class MLP(Module):
     batch_norm: bool = Config.batch_norm
     activation: str = Config.activation
     sync_batch_norm: bool = Config.sync_batch_norm
+
+    def __post_init__(self) -> None:
+        check_settings(hidden=tuple(self.hidden), lr=self.lr, dropout=self.dropout)
+        check_settings(batch_norm=self.batch_norm, sync_batch_norm=self.sync_batch_norm)
+        super().__post_init__()
 
     @nn.compact
     def __call__(self, x: Array, train: bool = False) -> Array:
