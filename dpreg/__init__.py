@@ -27,7 +27,7 @@ Errors:
 - `Diverged`: the loss is no longer finite.
 
 The command `dpreg` is `python -m dpreg.main`; `dpreg.plan`, `dpreg.scaling` and `dpreg.report` are others, and
-`dpreg.sklearn` has estimators of scikit-learn.
+`dpreg.sklearn` has estimators of scikit-learn. `dpreg.d2l` has the names of *Dive into Deep Learning*.
 """
 
 from dpreg.config import Columns

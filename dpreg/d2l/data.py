@@ -48,8 +48,10 @@ class Loader:
             real = positions < sampler.shard_size(shards)[:, None]
             rows = self.source[(sampler.shard_start(shards)[:, None] + positions)[real]]
             if (rows["weight"] != 1).any():
-                raise InputError("batches (X, y) have no weights, and some rows have; leave fit_epoch as it is")
-            yield jnp.asarray(rows["x"]), jnp.asarray(rows["y"])
+                raise InputError(
+                    "batches (X, y) carry no weights, and some rows have one; override neither fit_epoch nor its parts"
+                )
+            yield jnp.asarray(rows["x"].astype(rows["y"].dtype)), jnp.asarray(rows["y"])
 
 
 class DataModule(HyperParameters):
@@ -111,20 +113,21 @@ class DataModule(HyperParameters):
         source = ArraySource(x, y, dtype=dtype)
         return Loader(source, Sampler(len(source), 1, self.batch_size, shuffle=train))
 
-    def rows(self) -> RegressionData:
-        """The rows of both loaders, as `dpreg.Trainer` takes them.
 
-        Raises:
-          InputError: for a loader that is not of `get_tensorloader`, whose rows would have to be in its own order.
-        """
-        train, val = self.train_dataloader(), self.val_dataloader()
-        for name, loader in (("train", train), ("val", val)):
-            if not isinstance(loader, Loader) and not (loader is None and name == "val"):
-                raise InputError(
-                    f"{type(self).__name__}.{name}_dataloader gives {type(loader).__name__}, whose rows devices "
-                    "cannot share; return self.get_tensorloader((X, y), train, indices)"
-                )
-        return RegressionData(train.source, None if val is None else val.source, self.batch_size)
+def read_rows(data: DataModule) -> RegressionData:
+    """The rows of both loaders of a data module, as `dpreg.Trainer` takes them.
+
+    Raises:
+      InputError: for a loader that is not of `get_tensorloader`: each device reads rows by their numbers.
+    """
+    train, val = data.train_dataloader(), data.val_dataloader()
+    for name, loader in (("train", train), ("val", val)):
+        if not isinstance(loader, Loader) and not (loader is None and name == "val"):
+            raise InputError(
+                f"{type(data).__name__}.{name}_dataloader returns {type(loader).__name__}, and devices read rows by "
+                "their numbers; return self.get_tensorloader((X, y), train, indices)"
+            )
+    return RegressionData(train.source, None if val is None else val.source, data.batch_size)
 
 
 class SyntheticRegressionData(synthetic.SyntheticRegressionData, DataModule):

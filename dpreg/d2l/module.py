@@ -77,7 +77,7 @@ class Module(_Attributes, nn.Module, HyperParameters, kw_only=True):
     So the loss has to be the mean of the losses of single rows, plus at most a penalty on `params`; sums and maxima are
     refused. `state.apply_fn({"params": params}, *X)` is the prediction, in training with dropout and batch statistics.
     Other parameters and other features can be given too, where the model takes each row by itself (no Dropout, no
-    BatchNorm). Nothing else of a state is there but `params` and `batch_stats`.
+    BatchNorm). `state.params` and `state.batch_stats` are there as well; of a state's other attributes there are none.
 
     Attributes:
       plot_train_per_epoch, plot_valid_per_epoch: points of the curves in an epoch.
@@ -249,9 +249,11 @@ def prepare(model: Module, rows: Mapping[str, np.ndarray], called_hooks: frozens
     if "training" in type(model).__dataclass_fields__:
         raise InputError(f"{name} has a field 'training', which no step sets; let forward take an argument 'train'")
     dtype = rows["x"].dtype
+    row = jax.ShapeDtypeStruct((1, rows["x"].shape[1]), jnp.float32)
+    with traced(copy), pinned_settings():
+        shapes: Any = jax.eval_shape(lambda x: copy.init(key_of(0), x, **mode_arguments(copy, False)), row)
     with traced(copy), pinned_settings(dtype == np.float64):
         x = jnp.asarray(rows["x"])
-        shapes: Any = jax.eval_shape(lambda x: copy.init(key_of(0), x, **mode_arguments(copy, False)), x)
         _require_mean(copy, shapes, x, jnp.asarray(rows["y"]))
         if known := _known_class(copy, shapes, x):
             object.__setattr__(copy, "same_as", known)
@@ -339,6 +341,8 @@ class LinearRegressionScratch(Module):
 
     def forward(self, X: Array) -> Array:
         """The predictions: [n, num_inputs] -> [n, 1]."""
+        if X.shape[-1] != self.num_inputs:
+            raise InputError(f"num_inputs={self.num_inputs}: the rows have {X.shape[-1]:,} features; give that number")
         return jnp.matmul(X, self.w) + self.b[None]
 
     def loss(self, params: Any, X: tuple[Array, ...], y: Array, state: Any) -> Array:

@@ -101,6 +101,10 @@ class ProgressBoard(HyperParameters):
     ):
         self.xlabel, self.ylabel, self.xlim, self.ylim = xlabel, ylabel, xlim, ylim
         self.xscale, self.yscale, self.figsize, self.display = xscale, yscale, figsize, display
+        self.clear()
+
+    def clear(self) -> None:
+        """Forgets all points: what is drawn next is a new figure."""
         self.points = dict[str, list[tuple[float, float]]]()
         self._waiting = dict[str, list[tuple[float, float]]]()
         self._shown: Any = None  # the handle of the output in the notebook

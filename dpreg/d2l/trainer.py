@@ -10,9 +10,10 @@ from jax import Array
 import dpreg.trainer
 from dpreg.config import Config
 from dpreg.d2l import module
-from dpreg.d2l.data import DataModule, Loader
+from dpreg.d2l.data import DataModule, Loader, read_rows
 from dpreg.d2l.module import Module
 from dpreg.d2l.tools import HyperParameters
+from dpreg.data.dataset import Cast
 from dpreg.data.order import Sampler
 from dpreg.data.parts import rows_everywhere
 from dpreg.data.sources import RegressionData
@@ -28,6 +29,7 @@ _CALLED_OF_MODEL = frozenset({"training_step", "validation_step", "plot", "apply
 _CALLED_OF_DATA = frozenset({"get_dataloader", "get_tensorloader", "train_dataloader", "val_dataloader"})
 _BY_STEPS = frozenset({"prepare_batch", "clip_gradients", "training_step", "validation_step"})
 _ROWS_COMPARED = 8
+_OVERRIDE_NOTHING = "override neither fit_epoch nor its parts"
 
 
 class TrainState(state.TrainState):
@@ -39,11 +41,11 @@ class TrainState(state.TrainState):
 class Trainer(HyperParameters):
     """Trains a `d2l.Module` on the rows of a `d2l.DataModule`, on all devices (D2L section 3.2.4).
 
-    The fast way is to leave `fit_epoch` as it is: an epoch is then one compiled, data-parallel program on all devices.
-    Where a subclass or `d2l.add_to_class` overrides `fit_epoch`, yours is called, and its steps run one by one on one
-    device, as in the book: to the same parameters within rounding, and many times as slow. So does an epoch where
-    `prepare_batch` or `clip_gradients` of the trainer is overridden, or `training_step` or `validation_step` of the
-    model.
+    The fast way is to override nothing: an epoch is then one compiled, data-parallel program on all devices. Where a
+    subclass or `d2l.add_to_class` overrides `fit_epoch`, yours is called, and its steps run one by one on one device,
+    as in the book: to the same parameters within rounding (1e-5; Dropout draws other masks), many times as slowly. An
+    epoch also runs step by step where `prepare_batch` or `clip_gradients` of the trainer is overridden, or
+    `training_step` or `validation_step` of the model.
 
     Args:
       max_epochs: how often every row is used.
@@ -57,8 +59,8 @@ class Trainer(HyperParameters):
       train_dataloader, val_dataloader: the batches (X, y), [b, d] and [b, t] arrays of JAX, of the training rows in the
         order of the compiled epoch, and of the validation rows; None where there are none.
       num_train_batches, num_val_batches: how many an epoch has.
-      epoch: the one under way, counted from 0.
-      train_batch_idx, val_batch_idx: batches done, of all epochs.
+      epoch: the present one, counted from 0.
+      train_batch_idx, val_batch_idx: batches done in all epochs.
 
     Raises:
       InputError: for arguments out of range.
@@ -80,8 +82,13 @@ class Trainer(HyperParameters):
         self._settings = gpus | settings
         self.engine = self._make_engine()
         self.epoch = self.train_batch_idx = self.val_batch_idx = 0
-        self._state: TrainState | None = None  # of steps by hand; that of the engine where it is None
+        self._state: TrainState | None = None  # that was assigned; None where the engine has it
         self._dropout_rng: Array = key_of(self.engine.seed)
+
+    def __getattr__(self, name: str) -> Any:
+        """Raises AttributeError, which says so where `fit` sets the attribute."""
+        what = "there is none before fit" if name in Trainer.__annotations__ else "there is no such attribute"
+        raise AttributeError(f"d2l.Trainer.{name}: {what}", name=name, obj=self)
 
     def fit(self, model: Module, data: DataModule | RegressionData, key: Array | None = None) -> None:
         """Trains the model for `max_epochs`, by `fit_epoch` of each.
@@ -104,26 +111,31 @@ class Trainer(HyperParameters):
             if self.engine.done:
                 break
             self.epoch = epoch
-            for loader in (self.train_dataloader, self.val_dataloader):
-                if loader is not None:
-                    loader.epoch = self.epoch
+            self.train_dataloader.epoch = epoch
             with pinned_settings(self.engine.dtype == np.float64):
                 self.fit_epoch()
-            self._give_back_state(validate=self.epoch == self.max_epochs - 1)
-        self.engine.take_best()
+            self._store_state(epoch + 1)
+        if self._state is None:
+            self.engine.take_best()
+        else:
+            self.engine.validate()
 
     def prepare_data(self, data: DataModule | RegressionData) -> None:
         """Brings the rows to the devices, and sets the loaders of batches (X, y)."""
         require_no_hooks(self, OF_TRAINER, _CALLED_OF_TRAINER)
         if isinstance(data, DataModule):
             require_no_hooks(data, OF_DATA, _CALLED_OF_DATA)
-            data = data.rows()
+            data = read_rows(data)
+        if missing := [name for name in ("train", "val", "batch_size") if not hasattr(data, name)]:
+            raise InputError(f"data: {type(data).__name__} has no {missing[0]}; give an object of d2l.DataModule")
         self.engine, self._state = self._make_engine(), None
+        self._dropout_rng, precision = key_of(self.engine.seed), self.engine.precision
         self.engine.prepare_data(data)
-        self.train_dataloader = Loader(data.train, self.engine.train.sampler, self.engine.seed)
+        self.train_dataloader = Loader(Cast(data.train, precision), self.engine.train.sampler, self.engine.seed)
         self.val_dataloader = None
         if data.val:
-            self.val_dataloader = Loader(data.val, Sampler(len(data.val), 1, data.batch_size, shuffle=False))
+            in_order = Sampler(len(data.val), 1, data.batch_size, shuffle=False)
+            self.val_dataloader = Loader(Cast(data.val, precision), in_order)
         self.num_train_batches = len(self.train_dataloader)
         self.num_val_batches = len(self.val_dataloader) if self.val_dataloader else 0
 
@@ -138,6 +150,7 @@ class Trainer(HyperParameters):
             raise InputError(f"model: {what} is no instance of a class derived from d2l.Module; give one")
         require_no_hooks(model, OF_MODEL, _CALLED_OF_MODEL)
         model.trainer, model.board.xlim = self, (0, self.max_epochs)
+        model.board.clear()
         source = self.engine.train.source
         number = min(_ROWS_COMPARED, len(source))
         rows = rows_everywhere(source, np.linspace(0, len(source) - 1, number).astype(np.int64))
@@ -151,7 +164,7 @@ class Trainer(HyperParameters):
         if _BY_STEPS & (_names_of_user(self) | _names_of_user(self.model)):
             self._fit_epoch_by_steps()
             return
-        self._give_back_state()
+        self._store_state(self.epoch)
         self._state, before = None, self.engine.step
         self.engine.fit_epoch()
         if self.engine.step == before:
@@ -194,20 +207,24 @@ class Trainer(HyperParameters):
         """Goes on from another state.
 
         Raises:
-          InputError: among several processes, and with settings that steps by hand do not heed.
+          InputError: among several processes, and with settings that take no effect step by step.
         """
         if jax.process_count() > 1:
-            raise InputError("steps by hand run in a single process; leave fit_epoch as it is, or start one process")
+            raise InputError(
+                f"an epoch that runs step by step needs a single process; start one, or {_OVERRIDE_NOTHING}"
+            )
         for name, given in (("observers", self.engine.observers), ("patience", self.engine.patience)):
             if given:
-                raise InputError(f"{name}: steps by hand do not heed it; leave fit_epoch as it is, or {name} out")
+                raise InputError(f"{name}: an epoch that runs step by step does not use it; {_OVERRIDE_NOTHING}")
         self._state = state
 
     def _predict(self, variables: Any, *X: Array, **how: Any) -> Any:
-        """The model's `apply` for steps by hand, in the mode that `model.training` says."""
+        """The model's `apply`, in the mode that `model.training` says."""
         state, training = self.state, getattr(self.model, "training", False)
         if training and state.batch_stats:
-            raise InputError("steps by hand do not update the statistics of BatchNorm; leave fit_epoch as it is")
+            raise InputError(
+                f"an epoch that runs step by step does not update the statistics of BatchNorm; {_OVERRIDE_NOTHING}"
+            )
         modes = mode_arguments(self.model, training)
         return self.model.apply(variables, *X, **{"rngs": {"dropout": state.dropout_rng}, **modes, **how})
 
@@ -228,7 +245,7 @@ class Trainer(HyperParameters):
         self.engine.state = trained.replace(params=jax.tree.map(lambda leaf: leaf.astype(self.engine.dtype), params))
 
     def _fit_epoch_by_steps(self) -> None:
-        """The epoch as the book has it: step by step, and then the validation."""
+        """The epoch as the book has it: a step for each batch, and then the validation."""
         self.model.training = True
         for batch in self.train_dataloader:
             loss, gradient = self.model.training_step(self.state.params, self.prepare_batch(batch), self.state)
@@ -244,18 +261,15 @@ class Trainer(HyperParameters):
             self.model.validation_step(self.state.params, self.prepare_batch(batch), self.state)
             self.val_batch_idx += 1
 
-    def _give_back_state(self, validate: bool = False) -> None:
-        """Gives the engine the state of steps by hand, at the end of an epoch."""
+    def _store_state(self, epochs: int) -> None:
+        """Gives the engine the state that was assigned, if any, as that after so many epochs."""
         if self._state is None:
             return
         if not _all_finite(self._state.params):
             self._state = None
             raise Diverged(self.train_batch_idx)
         self._dropout_rng = self._state.dropout_rng
-        done = (self.epoch + 1) * self.num_train_batches
-        self.engine.state = self._state.replace(step=jnp.int32(done))
-        if validate:
-            self.engine.validate()
+        self.engine.state = self._state.replace(step=jnp.int32(epochs * self.num_train_batches))
 
 
 def _names_of_user(what: Any) -> set[str]:
