@@ -311,7 +311,7 @@ def _known_class(model: Module, shapes: Mapping[str, Any], x: Array) -> type[nn.
 
     own = program(model, jax.tree.structure(params))
     targets = jax.tree.leaves(params)[-1].shape[-1:]
-    for known in (LinearScratch(x.shape[1], 0.0, num_targets=targets[0]), LinearConcise(targets[0])) if targets else ():
+    for known in (LinearScratch(x.shape[1], 1.0, num_targets=targets[0]), LinearConcise(targets[0])) if targets else ():
         known_params = jax.eval_shape(known.init, key_of(0), x)["params"]
         same_shapes = [leaf.shape for leaf in jax.tree.leaves(known_params)] == [
             leaf.shape for leaf in jax.tree.leaves(params)
