@@ -57,7 +57,7 @@ class RowState:
 
     @property
     def params(self) -> Any:
-        """The parameters, without a gradient, as in the book: that is taken by the argument `params` of `loss`."""
+        """The parameters as constants: the gradient is that by the argument `params` of `loss`, as in the book."""
         return jax.tree.map(jax.lax.stop_gradient, self.variables["params"])
 
     @property
@@ -77,7 +77,7 @@ class Module(_Attributes, nn.Module, HyperParameters, kw_only=True):
     So the loss has to be the mean of the losses of single rows, plus at most a penalty on `params`; sums and maxima are
     refused. `state.apply_fn({"params": params}, *X)` is the prediction, in training with dropout and batch statistics.
     Other parameters and other features can be given too, where the model takes each row by itself (no Dropout, no
-    BatchNorm). `state.params` and `state.batch_stats` are there as well; of a state's other attributes there are none.
+    BatchNorm). The state also has `params`, `batch_stats` and `dropout_rng`, which is for `apply_fn` alone.
 
     Attributes:
       plot_train_per_epoch, plot_valid_per_epoch: points of the curves in an epoch.
@@ -133,20 +133,20 @@ class Module(_Attributes, nn.Module, HyperParameters, kw_only=True):
         return variables
 
     def training_step(self, params: Any, batch: tuple[Array, ...], state: Any) -> tuple[Array, Any]:
-        """(loss, gradient) of a batch (X, y), and a point of the curve. Where it is overridden, epochs run by steps."""
+        """(loss, gradient) of a batch (X, y), which it plots. Where this is overridden, epochs run step by step."""
         value, gradient = jax.value_and_grad(self.loss)(params, batch[:-1], batch[-1], state)
         self.plot("loss", value, train=True)
         return value, gradient
 
     def validation_step(self, params: Any, batch: tuple[Array, ...], state: Any) -> None:
-        """A point of the curve for a batch (X, y). Where it is overridden, epochs run by steps."""
+        """Plots the loss of a batch (X, y). Where this is overridden, epochs run step by step."""
         self.plot("loss", self.loss(params, batch[:-1], batch[-1], state), train=False)
 
     def plot(self, key: str, value: Any, train: bool) -> None:
-        """Draws a point of the curve `train_<key>` or `val_<key>`; the trainer says where on the axis of epochs.
+        """Adds a value to the curve `train_<key>` or `val_<key>`, at the present epoch of the trainer.
 
-        Called for each batch: of so many neighbouring values as make `plot_train_per_epoch` points of an epoch (or
-        `plot_valid_per_epoch`), the mean is drawn.
+        It is called for each batch, and the means of consecutive values are drawn: `plot_train_per_epoch` (or
+        `plot_valid_per_epoch`) points an epoch.
         """
         trainer = getattr(self, "trainer", None)
         if trainer is None:

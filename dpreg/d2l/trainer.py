@@ -91,7 +91,7 @@ class Trainer(HyperParameters):
         raise AttributeError(f"d2l.Trainer.{name}: {what}", name=name, obj=self)
 
     def fit(self, model: Module, data: DataModule | RegressionData, key: Array | None = None) -> None:
-        """Trains the model for `max_epochs`, by `fit_epoch` of each.
+        """Trains the model for `max_epochs`: calls `fit_epoch` for each.
 
         Args:
           model: with `forward`, `loss` and `configure_optimizers`.
@@ -99,7 +99,7 @@ class Trainer(HyperParameters):
           key: a random key that the initial parameters are drawn by; None for the seed.
 
         Raises:
-          InputError: for a model, data or methods that cannot be used as they would be read.
+          InputError: for a model or data that cannot be used, and for methods of a loop that nothing calls.
           Diverged: when the loss or the parameters are no longer finite.
         """
         self.prepare_data(data)
@@ -143,7 +143,7 @@ class Trainer(HyperParameters):
         """Initialises the state and compiles the steps.
 
         Raises:
-          InputError: for a model whose loss is no mean over rows, and others that `d2l.Module` speaks of.
+          InputError: for a model whose loss is no mean over rows, or that misses a method: see `d2l.Module`.
         """
         if not isinstance(model, Module):
             what = model.__name__ if isinstance(model, type) else type(model).__name__
@@ -160,7 +160,7 @@ class Trainer(HyperParameters):
         self.engine.prepare_model(prepared)
 
     def fit_epoch(self) -> None:
-        """Trains one epoch and validates (D2L section 3.4.4): compiled, or by steps where a part is overridden."""
+        """Trains one epoch and validates (D2L section 3.4.4): compiled, or step by step where a part is overridden."""
         if _BY_STEPS & (_names_of_user(self) | _names_of_user(self.model)):
             self._fit_epoch_by_steps()
             return
@@ -177,7 +177,7 @@ class Trainer(HyperParameters):
             self.val_batch_idx += 1
 
     def prepare_batch(self, batch: tuple[Array, Array]) -> tuple[Array, ...]:
-        """The batch (X, y) as the steps are to see it. Where it is overridden, epochs run by steps."""
+        """The batch (X, y) as the steps read it. Where this is overridden, epochs run step by step."""
         return batch
 
     def clip_gradients(self, grad_clip_val: float, grads: Any) -> Any:
@@ -198,7 +198,7 @@ class Trainer(HyperParameters):
             return self._state
         trained = self.engine.state
         values = {name: getattr(trained, name) for name in ("step", "params", "opt_state", "batch_stats")}
-        # Uncommitted, so that steps by hand and other arrays of the user's may meet them on any device.
+        # Uncommitted arrays: JAX computes with them wherever the other operands are.
         values = jax.tree.map(lambda leaf: jnp.asarray(np.asarray(leaf.addressable_data(0))), values)
         return TrainState(apply_fn=self._predict, tx=trained.tx, dropout_rng=self._dropout_rng, **values)
 
