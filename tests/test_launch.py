@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 
+import forked
 import psutil
 import pytest
 import yaml
@@ -31,8 +32,7 @@ def sha_of(workdir):
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory):
     workdir = tmp_path_factory.mktemp("alone")
-    command = [sys.executable, "-m", "dpreg.main", *WORK, f"--workdir={workdir}"]
-    subprocess.run(command, cwd=ROOT, check=True, capture_output=True, timeout=240)
+    assert forked.run("-m", "dpreg.main", *WORK, f"--workdir={workdir}").returncode == 0
     return sha_of(workdir)
 
 

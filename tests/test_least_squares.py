@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import statsmodels.api as sm
-from cluster import alone, ended, outcome, start
+from cluster import alone, outcome, several
 from jax.sharding import Mesh
 from models import Rows
 from sklearn.linear_model import LogisticRegression, Ridge
@@ -281,7 +281,7 @@ def test_devices_do_not_change_a_bit(rows):
 def test_a_run_by_the_exact_solver_on_any_processes(tmp_path):
     work = ("--platform=cpu", "--solver=exact", "--num_train=1003", "--noise=0.5", "--w=1,-2,3")
     alone(tmp_path / "one", devices=3, work=work)
-    assert ended(start(2, tmp_path / "two", devices=2, work=work))[0] == 0
+    several(2, tmp_path / "two", work=work)
     assert outcome(tmp_path / "one") == outcome(tmp_path / "two")
     summaries = [json.loads((tmp_path / name / "summary.json").read_text()) for name in ("one", "two")]
     assert summaries[0]["optimality"] == summaries[1]["optimality"]

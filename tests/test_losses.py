@@ -1,10 +1,8 @@
 """Each loss, penalty, optimizer and schedule reaches what others find, on any number of devices."""
 
 import json
-import os
-import subprocess
-import sys
 
+import forked
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,7 +10,6 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 import statsmodels.api as sm
-from cluster import ROOT
 from scipy import special
 from sklearn import linear_model
 
@@ -208,15 +205,8 @@ def test_every_optimizer_finds_least_squares_without_a_penalty_on_the_bias(name,
 def test_models_by_their_flags(flags, tmp_path):
     code = "from flax import linen as nn\nimport dpreg\nclass Plain(dpreg.Module):\n    @nn.compact\n"
     (tmp_path / "models_of_user.py").write_text(f"{code}    def __call__(self, x):\n        return nn.Dense(1)(x)\n")
-    command = [sys.executable, "-m", "dpreg.main", "--platform=cpu", "--num_devices=2", *flags, "--lr=0.03"]
-    done = subprocess.run(
-        [*command, "--max_epochs=40", f"--workdir={tmp_path / 'w'}"],
-        cwd=tmp_path,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
+    command = ("-m", "dpreg.main", "--platform=cpu", "--num_devices=2", *flags, "--lr=0.03", "--max_epochs=40")
+    done = forked.run(*command, f"--workdir={tmp_path / 'w'}", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     lines = (tmp_path / "w" / "metrics.jsonl").read_text().splitlines()
     losses = [json.loads(line).get("val_loss") for line in lines]

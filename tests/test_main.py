@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 
+import forked
 import jax
 import numpy as np
 import pyarrow.parquet
@@ -30,9 +31,8 @@ CPU = "--flagfile=configs/cpu.cfg"
 CACHE = pathlib.Path(tempfile.gettempdir()) / "dpreg-tests"
 
 
-def dpreg(*arguments, timeout=240):
-    command = [sys.executable, "-m", "dpreg.main", f"--cache_dir={CACHE}", *map(str, arguments)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=timeout)
+def dpreg(*arguments):
+    return forked.run("-m", "dpreg.main", f"--cache_dir={CACHE}", *arguments)
 
 
 def finished(*arguments):
@@ -46,7 +46,9 @@ def summary_of(workdir):
 
 
 def test_the_default_run_and_its_outputs(tmp_path):
-    done = finished(CPU, f"--workdir={tmp_path}")
+    command = [sys.executable, "-m", "dpreg.main", CPU, f"--workdir={tmp_path}"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
     assert re.search(r"error in estimating w: \[.*\]\nerror in estimating b: ", done.stdout)
     assert str(tmp_path) in done.stdout
     assert "epoch 3.00/3  step 96/96  loss" in done.stderr
@@ -238,7 +240,7 @@ def test_help_is_short_and_grouped_and_helpfull_complete():
         if field.metadata:
             assert f"--{field.name}:" in full.stdout or f"--[no]{field.name}:" in full.stdout
             assert field.default is not None or field.metadata["per_process"] or "Default: " in field.metadata["help"]
-    plan = subprocess.run([sys.executable, "-m", "dpreg.plan", "--help"], cwd=ROOT, capture_output=True, text=True)
+    plan = forked.run("-m", "dpreg.plan", "--help")
     assert "\nThis command\n  --topology" in plan.stdout
 
 

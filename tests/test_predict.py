@@ -11,6 +11,7 @@ import sys
 import time
 from datetime import date
 
+import forked
 import jax.numpy as jnp
 import numpy as np
 import pandas
@@ -50,16 +51,10 @@ def trained(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp(request.param)
     write(table_of(1003), folder / "t.parquet")
     flags = ("--features=kind,a,b", "--categorical=kind", "--target=y", "--weight_column=w", "--missing=drop")
-    done = subprocess.run(
-        [
-            *(sys.executable, "-m", "dpreg.main", "--platform=cpu", "--num_devices=2", "--reduction=ordered"),
-            *(f"--dataset={folder / 't.parquet'}", *flags, f"--target_transform={request.param}", "--lr=0.1"),
-            *("--max_epochs=20", f"--workdir={folder / 'w'}", f"--cache_dir={folder / 'cache'}"),
-        ],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=240,
+    done = forked.run(
+        *("-m", "dpreg.main", "--platform=cpu", "--num_devices=2", "--reduction=ordered"),
+        *(f"--dataset={folder / 't.parquet'}", *flags, f"--target_transform={request.param}", "--lr=0.1"),
+        *("--max_epochs=20", f"--workdir={folder / 'w'}", f"--cache_dir={folder / 'cache'}"),
     )
     assert done.returncode == 0, done.stderr
     return folder
@@ -351,7 +346,7 @@ def test_processes_with_other_models_or_nowhere_to_write_end_with_a_line(trained
             (("-m", "dpreg.main"), (*flags, f"--workdir={w}", f"--process_id={i}"), ROOT)
             for i, w in enumerate(workdirs)
         ]
-        return together(*starts, timeout=60)
+        return together(*starts)
 
     for code, lines, *_ in both(trained / "w", other, output=tmp_path / "p.csv"):
         assert code == 2, lines
@@ -371,12 +366,11 @@ def test_a_model_forgets_by_which_table_it_was_validated():
 def test_a_stopped_prediction_leaves_nothing(trained, tmp_path):
     write(table_of(3_000_000, seed=4), tmp_path / "new.parquet")
     flags = (f"--workdir={trained / 'w'}", f"--dataset={tmp_path / 'new.parquet'}", f"--output={tmp_path / 'p.csv'}")
-    command = [sys.executable, "-m", "dpreg.main", "--platform=cpu", "--mode=predict", *flags]
-    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as running:
+    with forked.start("-m", "dpreg.main", "--platform=cpu", "--mode=predict", *flags) as running:
         while running.poll() is None and not list(tmp_path.glob(".p.csv.new-*")):
             time.sleep(0.01)
         running.terminate()
-        assert running.wait(60) == 143, running.stdout.read()
+        assert running.wait() == 143, running.communicate()
     assert [path.name for path in tmp_path.iterdir()] == ["new.parquet"]
 
 

@@ -3,10 +3,9 @@
 import json
 import re
 import shutil
-import subprocess
-import sys
 import xml.etree.ElementTree
 
+import forked
 import numpy as np
 import pytest
 from cluster import ROOT
@@ -21,8 +20,7 @@ NAMES = ("one", "two", "other")
 
 
 def door(module, *arguments, cwd=ROOT):
-    command = [sys.executable, "-m", f"dpreg.{module}", *arguments]
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=240)
+    return forked.run("-m", f"dpreg.{module}", *arguments, cwd=cwd)
 
 
 @pytest.fixture(scope="module")

@@ -7,6 +7,7 @@ import sys
 import time
 import urllib.request
 
+import forked
 import numpy as np
 import pytest
 from cluster import ROOT
@@ -18,8 +19,7 @@ RUN = ("--platform=cpu", "--num_devices=2", "--nooptimality")
 
 
 def run(workdir, *flags):
-    command = [sys.executable, "-m", "dpreg.main", *RUN, f"--workdir={workdir}", *flags]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240)
+    return forked.run("-m", "dpreg.main", *RUN, f"--workdir={workdir}", *flags)
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +39,7 @@ def served(tmp_path_factory):
         data = None if body is None else json.dumps(body).encode()
         url, headers = f"http://127.0.0.1:{port}/data/{path}", {"Content-Type": "application/json"}
         request = urllib.request.Request(url, data, headers)
-        with urllib.request.urlopen(request, timeout=10) as response:
+        with urllib.request.urlopen(request, timeout=60) as response:
             return json.load(response)
 
     try:

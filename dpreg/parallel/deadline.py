@@ -2,6 +2,7 @@
 
 import contextlib
 import faulthandler
+import functools
 import math
 import os
 import sys
@@ -133,7 +134,7 @@ class Deadline:
 
 
 _entered: list[Deadline] = []
-_of_python = Deadline()
+_of_python = functools.cache(Deadline)  # made where it is used: a thread of before a fork cannot be started
 
 
 def watched() -> contextlib.AbstractContextManager[Callable[[], None]]:
@@ -144,4 +145,4 @@ def watched() -> contextlib.AbstractContextManager[Callable[[], None]]:
     """
     if _entered or not presence.is_one_of_several():
         return contextlib.nullcontext(lambda: None)
-    return _of_python.waiting()
+    return _of_python().waiting()
