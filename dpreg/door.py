@@ -75,7 +75,7 @@ def _leave_for(error: OSError) -> NoReturn:
         _leave(InputError(f"a file could not be written: {error.strerror}; make room, and start again"), 2)
     if error.filename is None:
         raise error
-    _leave(InputError(f"{error.filename}: {error.strerror}; mend it, or name another"), InputError.exit_code)
+    _leave(InputError(f"{error.filename}: {error.strerror}; repair it, or name another"), InputError.exit_code)
 
 
 def _parse(help: Callable[[], str], of_runs: bool, argv: list[str]) -> list[str]:
@@ -98,7 +98,7 @@ def _parse(help: Callable[[], str], of_runs: bool, argv: list[str]) -> list[str]
         if not of_runs and flags.FLAGS[_PRESET].value is not None:  # absl takes it in other places, and other forms
             raise InputError(f"--{_PRESET}: write --{_PRESET}=NAME, on the command line")
         if len(rest) > 1 and not of_runs:
-            raise InputError(f"{rest[1]}: is no flag; give flags as --name=value")
+            raise InputError(f"{rest[1]}: is not a flag; give flags as --name=value")
         if _SHELL in flags.FLAGS and (shell := flags.FLAGS[_SHELL].value):
             print(script(shell, _others()))
             sys.exit(0)
@@ -136,7 +136,7 @@ def _told(error: Exception) -> str:
             names = getattr(parser, "enum_values", ("true", "false"))
             return f"{given}: use {parser.syntactic_help or ' or '.join(names)}"
         case UnicodeDecodeError():
-            return f"--flagfile: holds what is no text ({said}); name a file with a flag in each line"
+            return f"--flagfile: is not text ({said}); name a file with a flag in each line"
         case flags.Error() if said.startswith("Missing value for flag "):
             return f"{said.rpartition(' ')[2]}: has no value; give flags as --name=value"
     return said

@@ -1,4 +1,4 @@
-"""What can go wrong through no fault of the code, each with the exit code that tells it."""
+"""What can go wrong through no fault of the code, each with its exit code."""
 
 import contextlib
 import errno
@@ -20,7 +20,7 @@ class InputError(ValueError):
     >>> import dpreg
     >>> dpreg.ArraySource(x=[[1.0], [2.0]], y=[1.0])
     Traceback (most recent call last):
-    dpreg.errors.InputError: y has 1 rows and x has 2; give as many
+    dpreg.errors.InputError: x and y have 2 and 1 rows; they must have the same number
     """
 
     exit_code = 2
@@ -30,8 +30,8 @@ class InputError(ValueError):
 
 
 @contextlib.contextmanager
-def told_of(what: str) -> Iterator[None]:
-    """Says in an InputError what it is about."""
+def prefix_errors(what: str) -> Iterator[None]:
+    """Puts what it is about before the message of an InputError."""
     try:
         yield
     except InputError as error:

@@ -23,7 +23,7 @@ from dpreg.data.raw import RawRows, columns_of
 from dpreg.data.sources import Rows
 from dpreg.data.tables import Table
 from dpreg.doctor import agree
-from dpreg.errors import InputError, told_of
+from dpreg.errors import InputError, prefix_errors
 from dpreg.observers.export import Exported, load_model
 from dpreg.observers.predictions import PredictionWriter
 from dpreg.observers.progress import ProgressDisplay
@@ -83,7 +83,7 @@ def predict(config: Config) -> None:
         pieces = _pieces(read, table.name, predictor.piece_rows, progress, asked)
         deadline.begin()
         if evaluating:
-            with told_of(table.name):
+            with prefix_errors(table.name):
                 loss, metrics = predictor.evaluate(pieces)
             if first:
                 told = {"loss": loss if math.isfinite(loss) else None, **metrics}

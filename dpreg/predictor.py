@@ -142,7 +142,9 @@ class Predictor:
         try:
             array = np.asarray(unmasked("x", x), self.dtype)
         except (TypeError, ValueError) as error:
-            raise InputError(f"x is no array of numbers: {error}; give rows of {self.num_inputs:,} numbers") from error
+            raise InputError(
+                f"x is not an array of numbers: {error}; give rows of {self.num_inputs:,} numbers"
+            ) from error
         if array.ndim != 2 or array.shape[1] != self.num_inputs or not len(array):
             raise InputError(f"x has shape {list(array.shape)}; give one row or more of {self.num_inputs:,} columns")
         return array
@@ -214,7 +216,9 @@ class Predictor:
         """
         is_source = hasattr(rows, "fingerprint") and hasattr(rows, "__getitem__")
         if self.schema is None and not is_source:
-            raise InputError(f"{type(rows).__name__} is no source of rows; give one, such as dpreg.ArraySource(x, y)")
+            raise InputError(
+                f"{type(rows).__name__} is not a source of rows; give one, such as dpreg.ArraySource(x, y)"
+            )
         if self.schema is None or encoded or (is_source and encoded_schema(rows) == self.schema):
             for first in range(0, len(rows), self.piece_rows):
                 yield rows_everywhere(rows, np.arange(first, min(first + self.piece_rows, len(rows))))
@@ -273,7 +277,7 @@ class Predictor:
         """The rows, with rows of weight 0 behind them up to the size of a piece."""
         if (width := piece["x"].shape[1]) != self.num_inputs:
             raise InputError(
-                f"the rows have {width:,} features, and the model was trained on {self.num_inputs:,}; give as many"
+                f"the rows have {width:,} features, and the model was trained on {self.num_inputs:,}; give that number"
             )
         missing = self.piece_rows - len(piece["weight"])
         if missing:

@@ -51,7 +51,7 @@ def _read_summary(file: pathlib.Path) -> dict[str, Any]:
     try:
         summary = from_json(_text_of(file))
         if not isinstance(summary, dict):
-            raise ValueError("it is no object")
+            raise ValueError("it is not an object")
         if missing := {*_REACHED, *_COST, "metrics", "params_sha256"} - {*summary}:
             raise ValueError(f"it has no {min(missing)!r}")
         if not isinstance(summary["metrics"], dict) or not isinstance(summary["params_sha256"], str):
@@ -60,7 +60,7 @@ def _read_summary(file: pathlib.Path) -> dict[str, Any]:
             if value is not None and not is_number(value):
                 raise ValueError(f"{name!r} is not a number")
     except ValueError as error:
-        raise InputError(f"{file}: is none of dpreg ({error}); name the workdir of a finished run") from error
+        raise InputError(f"{file}: is not a summary of dpreg ({error}); name the workdir of a finished run") from error
     return summary
 
 
@@ -68,7 +68,7 @@ def _read_flags(file: pathlib.Path) -> dict[str, str]:
     try:
         lines = _text_of(file).splitlines()
     except ValueError as error:
-        raise InputError(f"{file}: is no text ({error}); name the workdir of a finished run") from error
+        raise InputError(f"{file}: is not text ({error}); name the workdir of a finished run") from error
     pairs = (line[2:].partition("=") for line in lines if line.startswith("--"))
     return {name: value for name, _, value in pairs}
 

@@ -183,7 +183,7 @@ def test_synthetic_rows_and_a_config_refuse_the_same_values_in_the_same_words(wr
 @pytest.mark.parametrize(
     ("make", "wrong"),
     [
-        (lambda **wrong: dpreg.LinearRegressionScratch(2, **{"lr": 0.1, **wrong}), {"lr": -1}),
+        (lambda lr: dpreg.LinearRegressionScratch(2, lr).configure_optimizers(), {"lr": -1}),
         (lambda **wrong: dpreg.LinearRegressionScratch(2, 0.1, **wrong), {"sigma": -1.0}),
         (LinearRegression, {"intercept": "no"}),
         (lambda **wrong: MLP((4,), **wrong), {"dropout": 1.5}),

@@ -143,7 +143,7 @@ def test_synthetic_rows_are_a_function_of_seed_and_index():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((np.ones((3, 2)), np.ones(4)), "y has 4 rows and x has 3"),
+        ((np.ones((3, 2)), np.ones(4)), "x and y have 3 and 4 rows"),
         ((np.array([[1.0], [np.nan]]), np.ones(2)), "x has a value that is not finite in row 2"),
         ((np.ones((2, 2, 2)), np.ones(2)), "x has shape"),
         ((np.ones(2), np.ones(2), np.array([1.0, -1.0])), "weight is negative in row 2"),

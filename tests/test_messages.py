@@ -88,8 +88,8 @@ WRONG = {
         (
             "--data_dir=a ",
         ): "--data_dir='a ': a flagfile cannot hold a line break, a blank at the end or other than UTF",
-        ("train",): "train: is no flag; give flags as --name=value",
-        ("a", "b"): "a: is no flag; give flags as --name=value",
+        ("train",): "train: is not a flag; give flags as --name=value",
+        ("a", "b"): "a: is not a flag; give flags as --name=value",
         (
             "--flagfile=nowhere.cfg",
         ): "--flagfile=nowhere.cfg: No such file or directory; name a file with a flag in each",
@@ -216,8 +216,8 @@ WRONG = {
     "report": {
         (): "there is no run to show; name the workdirs of some: python -m dpreg.report W1 W2",
         ("nowhere",): "nowhere: holds no finished run; name the workdir of one",
-        ("{}/cut",): "{}/cut/summary.json: is none of dpreg (",
-        ("{}/other",): "{}/other/summary.json: is none of dpreg (it has no 'device_count'); name the workdir of a",
+        ("{}/cut",): "{}/cut/summary.json: is not a summary of dpreg (",
+        ("{}/other",): "{}/other/summary.json: is not a summary of dpreg (it has no 'device_count'); name the",
         ("{}/other", "--output=x.pdf"): "--output=x.pdf: unknown kind; use FILE.html or FILE.svg",
         ("--outptu=x.svg",): "--outptu: there is no such flag; use --output, or see --help",
     },
@@ -229,7 +229,7 @@ WRONG = {
     [
         (KeyboardInterrupt(), 130, "dpreg: interrupted\n"),
         (InputError("a: b;\n c"), 2, "dpreg: a: b; c\n"),
-        (PermissionError(13, "no", "file"), 2, "dpreg: file: no; mend it, or name another\n"),
+        (PermissionError(13, "no", "file"), 2, "dpreg: file: no; repair it, or name another\n"),
     ],
 )
 def test_every_door_ends_with_one_line(raised, code, said, capsys):

@@ -73,7 +73,7 @@ def test_what_is_no_run_is_one_line(runs, tmp_path):
     for names, said in (
         ((), "name the workdirs of some"),
         ((str(tmp_path / "no"),), "holds no finished run"),
-        ((str(tmp_path / "cut"),), "is none of dpreg"),
+        ((str(tmp_path / "cut"),), "is not a summary of dpreg"),
         ((str(runs / "one"), "--output=no/page.html"), "no/page.html: No such file"),
         ((str(runs / "one"), "--outputs=page.html"), "use --output, or see --help"),
     ):
@@ -104,7 +104,7 @@ def test_names_from_files_do_not_reach_the_terminal_or_the_page_as_escapes(runs,
 @pytest.mark.parametrize(
     ("summary", "said"),
     [
-        (b"[]", "it is no object"),
+        (b"[]", "it is not an object"),
         (b"[" * 10**5, "nested too deep"),
         (b"\xff", "can't decode"),
         ({"metrics": []}, "its metrics or its digest are of another type"),

@@ -37,7 +37,7 @@ from dpreg.data.shuffle import Shuffle
 from dpreg.data.sources import RegressionData
 from dpreg.data.tables import Table, open_table
 from dpreg.data.tfds import open_tfds
-from dpreg.errors import InputError, listed, told_of
+from dpreg.errors import InputError, listed, prefix_errors
 from dpreg.parallel.presence import at_work
 from dpreg.spelling import spell
 
@@ -208,13 +208,13 @@ def _write(
                 f"{table.name}: the weights in column {columns.weight_column!r} are {learned.largest_weight:.3g} at "
                 f"most, and products with them vanish as {dtype}; multiply all by the same number"
             )
-        with told_of(table.name):
+        with prefix_errors(table.name):
             schema, codes = learned.schema()
         row_bytes = dtype.itemsize * (len(schema.features) + len(schema.targets) + 1) + np.dtype(np.int64).itemsize
         at_once = block_rows(row_bytes)
         written = {}
         for name, shuffled, of in (("train", train, table), ("val", val, validation or table)):
-            with told_of(of.name):
+            with prefix_errors(of.name):
                 written[name] = _encode(shuffled.in_order(), folder / name, schema, dtype, codes, at_once, progress)
     write_manifest(folder, table.name, schema, dtype, at_once, written)
 

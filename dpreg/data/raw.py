@@ -14,7 +14,7 @@ from dpreg.data.columns import RawReader
 from dpreg.data.schema import ROW, Category, Number, Schema
 from dpreg.data.sources import Rows, Source
 from dpreg.data.tables import Kinds, Part, Table
-from dpreg.errors import InputError, told_of
+from dpreg.errors import InputError, prefix_errors
 from dpreg.spelling import spell
 
 _BATCH_ROWS = 1 << 14
@@ -90,7 +90,7 @@ class RawRows:
             for at, column in enumerate(self._schema.inputs):
                 if isinstance(column, Category) and (unknown := int((raw[there, at] < 0).sum())):
                     self.others[column.name] += unknown
-            with told_of(self._table.name):
+            with prefix_errors(self._table.name):
                 rows = self._schema.rows(raw, self._reader.dtype)
             yield rows
         if not self.rows:

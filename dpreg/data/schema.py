@@ -131,7 +131,7 @@ class Schema:
             if not np.isfinite(scaled).all():
                 row, at = np.argwhere(~np.isfinite(scaled))[0]
                 raise InputError(
-                    f"row {int(raw[row, ROW]) + 1:,}: {names[at]!r} is not finite once it is scaled; mend that value"
+                    f"row {int(raw[row, ROW]) + 1:,}: {names[at]!r} is not finite once it is scaled; correct that value"
                 )
         return {"x": x, "y": y, "weight": raw[:, WEIGHT].astype(dtype)}
 

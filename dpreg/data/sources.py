@@ -97,11 +97,12 @@ class ArraySource:
                     f"{name} has shape {list(array.shape)}; give rows in the first axis, columns in the second"
                 )
             if len(array) != len(columns["x"]):
-                raise InputError(f"{name} has {len(array):,} rows and x has {len(columns['x']):,}; give as many")
+                counts = f"{len(columns['x']):,} and {len(array):,} rows"
+                raise InputError(f"x and {name} have {counts}; they must have the same number")
             bad = ~np.isfinite(array).reshape(len(array), -1).all(axis=1)
             if bad.any():
                 raise InputError(
-                    f"{name} has a value that is not finite in row {bad.argmax() + 1:,}; mend it, or leave that row out"
+                    f"{name} has a value that is not finite in row {bad.argmax() + 1:,}; correct or remove it"
                 )
             object.__setattr__(self, name, array)
         if (self.weight < 0).any():

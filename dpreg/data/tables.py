@@ -242,5 +242,5 @@ class _Readable:
         if isinstance(error, self._ERRORS) and not isinstance(error, InputError):
             reason = " ".join(str(error).split()) or type(error).__name__
             raise InputError(
-                f"{self._file.path}: not a readable {self._file.format} file: {reason[:200]}; mend it, or leave it out"
+                f"{self._file.path}: not a readable {self._file.format} file: {reason[:200]}; repair or remove it"
             ) from error

@@ -55,7 +55,7 @@ class LinearRegressionScratch(Module):
     rows_apart: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        check_settings(lr=self.lr, sigma=self.sigma, intercept=self.intercept)
+        check_settings(sigma=self.sigma, intercept=self.intercept)
         super().__post_init__()
 
     def setup(self) -> None:
@@ -72,6 +72,6 @@ class LinearRegressionScratch(Module):
           InputError: for rows of another width.
         """
         if x.shape[-1] != self.num_inputs:
-            raise InputError(f"num_inputs={self.num_inputs}: the rows have {x.shape[-1]:,} features; give as many")
+            raise InputError(f"num_inputs={self.num_inputs}: the rows have {x.shape[-1]:,} features; use that number")
         prediction = jnp.matmul(x, self.w)
         return prediction + self.b[None] if self.intercept else prediction

@@ -28,7 +28,7 @@ class LinearRegression(Module):
     rows_apart: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        check_settings(lr=self.lr, sigma=self.sigma, intercept=self.intercept)
+        check_settings(sigma=self.sigma, intercept=self.intercept)
         super().__post_init__()
 
     @nn.compact
@@ -63,7 +63,7 @@ class MLP(Module):
     sync_batch_norm: bool = Config.sync_batch_norm
 
     def __post_init__(self) -> None:
-        check_settings(hidden=tuple(self.hidden), lr=self.lr, dropout=self.dropout)
+        check_settings(hidden=tuple(self.hidden), dropout=self.dropout)
         check_settings(batch_norm=self.batch_norm, sync_batch_norm=self.sync_batch_norm)
         super().__post_init__()
 

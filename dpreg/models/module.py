@@ -6,6 +6,7 @@ import optax
 from flax import linen as nn
 from jax import Array
 
+from dpreg.config import check_settings
 from dpreg.models.losses import SQUARED, Loss
 from dpreg.models.sgd import SGD
 
@@ -44,5 +45,8 @@ class Module(nn.Module, kw_only=True):
         return self.objective.rows(prediction, target)
 
     def configure_optimizers(self) -> optax.GradientTransformation:
-        """The optimizer: an optax transformation."""
-        return self.optimizer or SGD(self.lr)  # lr: a field of the subclass
+        """The optimizer: an optax transformation; by default `SGD` of the subclass's field `lr`."""
+        if self.optimizer:
+            return self.optimizer
+        check_settings(lr=self.lr)
+        return SGD(self.lr)
