@@ -205,3 +205,5 @@ def test_values_become_those_of_the_type_of_their_setting():
     assert (found, found.to_flagfile(), repr(found)) == (same, same.to_flagfile(), repr(same))
     assert raised(Columns, target="price") == "target='price': use a tuple of names"
     assert raised(Config, hidden=8) == "hidden=8: use a tuple of integers"
+    assert raised(Config, hidden=(8, True)) == "hidden=(8, True): use a tuple of integers"
+    assert raised(Config, w=(1, 10**400)) == "w=(1.0, inf): use a finite number"

@@ -9,7 +9,7 @@ import inspect
 import math
 import numbers
 from types import NoneType
-from typing import Any, NoReturn, TypeVar, cast, get_args, get_origin, get_type_hints
+from typing import Any, NoReturn, TypeVar, get_args, get_origin, get_type_hints
 
 import numpy as np
 
@@ -125,18 +125,25 @@ def _convert(name: str, hint: Any, value: Any) -> Any:
     kind, *others = get_args(hint) or (hint,)
     if get_origin(hint) is tuple:
         parts = value.tolist() if isinstance(value, np.ndarray) else value
-        if not isinstance(parts, (tuple, list)) or not all(isinstance(part, _ACCEPTED[kind][0]) for part in parts):
+        if not isinstance(parts, (tuple, list)) or not all(_is_of(kind, part) for part in parts):
             refuse(name, value, f"use a tuple of {_OF_TUPLES[kind]}")
-        return tuple(kind(part) for part in parts)
+        return tuple(_to_type(kind, part) for part in parts)
     if value is None and NoneType in others:
         return None
     if getattr(value, "ndim", None) == 0:  # a number of NumPy or JAX
         value = value.item()
-    accepted, remedy = _ACCEPTED[kind]
-    if not isinstance(value, accepted) or (isinstance(value, bool) and kind is not bool):
-        refuse(name, value, remedy)
+    if not _is_of(kind, value):
+        refuse(name, value, _ACCEPTED[kind][1])
+    return _to_type(kind, value)
+
+
+def _is_of(kind: type, value: Any) -> bool:
+    return isinstance(value, _ACCEPTED[kind][0]) and (kind is bool or not isinstance(value, bool))
+
+
+def _to_type(kind: Any, value: Any) -> Any:
     try:
-        return cast(Any, kind)(value)
+        return kind(value)
     except OverflowError:  # an integer that no float holds
         return math.inf
 
