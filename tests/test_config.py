@@ -79,6 +79,17 @@ def test_below_the_entry_points_nobody_knows_flags():
     assert not found
 
 
+def test_settings_are_spelled_when_a_message_is_made_and_not_at_import():
+    """A command makes `spell` write flags only after all imports."""
+    for module, tree in modules():
+        waiting = [*tree.body]
+        while waiting:
+            node = waiting.pop()
+            if not isinstance(node, (ast.FunctionDef, ast.Lambda)):
+                assert not (isinstance(node, ast.Name) and node.id == "spell"), f"{module}:{node.lineno}"
+                waiting += ast.iter_child_nodes(node)
+
+
 ROWS = dpreg.ArraySource(np.ones((8, 1)), np.ones(8))
 
 

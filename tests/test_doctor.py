@@ -92,7 +92,7 @@ def test_other_rows_under_the_same_name_are_found(tmp_path):
 @pytest.mark.parametrize(
     ("coordinator", "hosts", "said"),
     [
-        ("127.0.0.1:1", [["a", "10.0.0.1"], ["b", "10.0.0.2"]], "is of one machine alone"),
+        ("127.0.0.1:1", [["a", "10.0.0.1"], ["b", "10.0.0.2"]], "only one machine reaches it; use an address"),
         ("10.0.0.1:1", [["a", "10.0.0.1"], ["b", "127.0.1.1"]], "process 1: its host b resolves its own name to 127"),
         ("10.0.0.1:1", [["a", "10.0.0.1"], ["b", ""]], "resolves its own name to nothing"),
     ],
