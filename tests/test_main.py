@@ -278,7 +278,7 @@ def test_two_runs_are_never_in_one_workdir(tmp_path, monkeypatch):
     with open_workdir(None) as one, open_workdir(None) as other:
         assert one != other
         for folder in (one, other):
-            with pytest.raises(InputError, match="another run is in it"), open_workdir(str(folder)):
+            with pytest.raises(InputError, match="another run uses it"), open_workdir(str(folder)):
                 pass
     with open_workdir(str(one)):  # free again, and still there
         assert not list(one.iterdir())
@@ -288,7 +288,7 @@ def test_a_run_has_its_workdir_until_its_last_output(tmp_path, monkeypatch):
     tried = []
 
     def another(path, *others, **named):
-        with pytest.raises(InputError, match="another run is in it"), open_workdir(str(path.parent)):
+        with pytest.raises(InputError, match="another run uses it"), open_workdir(str(path.parent)):
             tried.append(path)
         tried.append(path)
 
