@@ -70,10 +70,16 @@ def isolated(function: Callable[..., PyTree], one: Array, *inputs: PyTree) -> Py
       one: int32 scalar, 1 at run time.
     """
     function = jax.jit(function, inline=True)  # traced once, for its shapes and in the loop
-    zeros = _zeros_like(inputs)
 
     def turn(i: Array, _: PyTree) -> PyTree:
-        return function(*jax.tree.map(functools.partial(lax.select_n, i > 0), inputs, zeros))
+        def chosen(leaf: Array) -> Array:
+            if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):  # by its words: a new key in each turn, used once
+                words = chosen(jax.random.key_data(leaf))
+                key: Array = jax.random.wrap_key_data(words, impl=jax.random.key_impl(leaf))
+                return key
+            return lax.select_n(i > 0, leaf, jnp.zeros_like(leaf))
+
+        return function(*jax.tree.map(chosen, inputs))
 
     return opaque_loop(turn, one, _zeros_like(jax.eval_shape(function, *inputs)))
 
