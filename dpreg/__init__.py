@@ -19,7 +19,7 @@ Training:
 
 - `start`: chooses platform and devices, and joins processes, before anything else uses JAX.
 - `Trainer`: fits, predicts and evaluates, on all devices.
-- `TrainState`, `Progress`: what it trains, and what it tells its observers.
+- `TrainState`: what it trains; `Callback`, `Progress`: the events of a run.
 
 Errors:
 
@@ -40,15 +40,16 @@ from dpreg.models.linear import LinearRegressionScratch
 from dpreg.models.losses import squared_loss
 from dpreg.models.module import Module
 from dpreg.models.sgd import SGD
-from dpreg.observer import Progress
 from dpreg.parallel.devices import start
 from dpreg.parallel.state import TrainState
-from dpreg.trainer import Trainer
+from dpreg.train.callback import Callback, Progress
+from dpreg.train.trainer import Trainer
 
 __all__ = [
     "SGD",
     "ArraySource",
     "Block",
+    "Callback",
     "Columns",
     "Dataset",
     "Diverged",

@@ -26,7 +26,7 @@ from dpreg.models.optimizers import optimizer_called, schedule_called
 from dpreg.parallel import presence, processes
 from dpreg.parallel.state import Model
 from dpreg.spelling import spell
-from dpreg.trainer import Trainer
+from dpreg.train.trainer import Trainer
 
 _INGEST_SECONDS = 24 * 3600.0  # that the others wait for process 0; they say so now and then
 

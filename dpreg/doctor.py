@@ -29,6 +29,7 @@ from dpreg.parallel.reduce import AXIS
 from dpreg.parallel.roll_call import is_loopback
 from dpreg.spelling import spell
 from dpreg.terminal import show
+from dpreg.train.program import first_state, lay_out
 
 _MAX_SKEW_SECONDS = 5.0
 _REDUCED_BYTES = 1 << 20
@@ -193,16 +194,14 @@ def _rows(config: Config) -> str:
         where = spell("dataset", config.dataset)
         raise InputError(f"{where}: {error.strerror or error}; repair it, or name another") from error
     seconds = time.perf_counter() - started
-    trainer = build_trainer(config)
-    trainer.lay_out(data)
-    model = build_model(config, data.num_inputs, data.num_targets, trainer.train.num_steps)
-    trainer.check_targets(model)
-    trainer.initial_state(model)
+    laid_out = lay_out(data, build_trainer(config).settings)
+    num_steps = laid_out.train.num_steps
+    first_state(build_model(config, data.num_inputs, data.num_targets, num_steps), laid_out)
     if config.workdir and config.resume != "never" and (folder := pathlib.Path(config.workdir, "checkpoints")).exists():
         with Checkpoints(folder, identity_of(config, data)) as checkpoints:
             checkpoints.refuse_another_run()
     rows = f"{len(data.train):,} rows of {data.num_inputs} features, read in {seconds:.1f} s"
-    return f"{rows}; {trainer.train.num_steps:,} steps"
+    return f"{rows}; {num_steps:,} steps"
 
 
 def _clocks(config: Config) -> str:

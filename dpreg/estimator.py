@@ -36,7 +36,7 @@ from dpreg.parallel.state import Model
 from dpreg.predictor import Predictor
 from dpreg.solver import Solver
 from dpreg.tracing import key_of
-from dpreg.trainer import Trainer
+from dpreg.train.trainer import Trainer
 
 _MOST_EXACT = 1024  # parameters up to which "auto" is exact: its time grows with their square, or third power
 _LOCATED = ("squared", "huber", "absolute", "quantile")  # losses of which a scaled target is a target, too
@@ -304,7 +304,7 @@ class Estimator(BaseEstimator):
         elif fitted.is_linear and config.loss in _OF_LOGARITHMS:
             # From the mean: the steps of an optimizer are too short to get there from 1.
             typical = np.maximum(weight @ y / weight.sum(), np.finfo(np.float32).tiny)
-            trainer.accept(np.zeros((x.shape[1], fitted.targets)), np.log(typical), np.nan)
+            trainer.set_linear_params(np.zeros((x.shape[1], fitted.targets)), np.log(typical), np.nan)
         trainer.fit_epochs()
         optimizer = trainer.state.opt_state
         fitted.variables, fitted.optimizer = jax.tree.map(np.asarray, (trainer.variables, optimizer))
@@ -326,7 +326,9 @@ class Estimator(BaseEstimator):
             w, b = np.atleast_2d(self.coef_).T, np.ravel(self.intercept_)
             mean, scale = before.schema.units
             d = len(w)
-            trainer.accept(w * scale[:d, None] / scale[d:], (b + mean[:d] @ w - mean[d:]) / scale[d:], np.nan)
+            trainer.set_linear_params(
+                w * scale[:d, None] / scale[d:], (b + mean[:d] @ w - mean[d:]) / scale[d:], np.nan
+            )
         else:
             trainer.state = trainer.state.replace(**devices.replicated(before.variables, trainer.mesh))
         same = jax.tree.structure(before.optimizer) == jax.tree.structure(trainer.state.opt_state)  # type: ignore[operator]

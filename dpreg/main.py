@@ -52,7 +52,8 @@ from dpreg.predict import predict, threads_of
 from dpreg.solver import Solver
 from dpreg.spelling import spell
 from dpreg.terminal import printable, show
-from dpreg.trainer import Trainer
+from dpreg.train.callback import Callback
+from dpreg.train.trainer import Trainer
 
 _INTERRUPTED = 130  # exit code
 _MOST_INPUTS_OF_OPTIMUM = 2048  # the pass takes their square for each row, and their third power at its end
@@ -81,8 +82,8 @@ def _run_in(workdir: pathlib.Path, config: Config, announcements: processes.Anno
     with contextlib.ExitStack() as stack:
         deadline = stack.enter_context(Deadline(config.step_timeout))
         progress = stack.enter_context(ProgressDisplay(Console(stderr=True, quiet=not first)))
-        trainer, data = _prepared(config, progress, announcements)
-        trainer.heartbeat = deadline.progress
+        trainer, data, reading = _prepared(config, progress, announcements)
+        trainer.add_callback(_Heartbeat(deadline))
         deadline.begin()
         checkpoints = stack.enter_context(_checkpoints(config, workdir, trainer, data, announcements))
         placement, why = trainer.train.resolved_placement, trainer.train.placement_reason
@@ -103,12 +104,14 @@ def _run_in(workdir: pathlib.Path, config: Config, announcements: processes.Anno
             note_start(workdir / "starts.jsonl", trainer.step, trainer.mesh.size, jax.process_count())
             rates = learning_rates(config, trainer.train.num_steps)
             metrics = stack.enter_context(MetricsWriter(workdir / "metrics.jsonl", kept, rates))
-            trainer.observers = (progress, metrics)
+            trainer.add_callback(progress)
+            trainer.add_callback(metrics)
             if config.tensorboard:
                 writer = TensorBoardWriter(workdir, kept, config.identity(), rates)
-                trainer.observers += (stack.enter_context(writer),)
-            if steps := config.profiled_steps():
-                trainer.observers += (stack.enter_context(Profiler(workdir / "profile", *steps, trainer.step)),)
+                trainer.add_callback(stack.enter_context(writer))
+        if steps := config.profiled_steps():
+            folder = workdir / "profile" if first else None
+            trainer.add_callback(stack.enter_context(Profiler(folder, *steps, trainer.step)))
         fit = _trained(config, trainer, data, checkpoints, progress, announcements)
         compared = _compared(config, trainer, data)
 
@@ -116,7 +119,7 @@ def _run_in(workdir: pathlib.Path, config: Config, announcements: processes.Anno
         return
     computation = digest_prediction(trainer.model, trainer.variables, data.num_inputs, data.num_targets)
     save_model(workdir / "model", config, trainer.variables, data, computation)
-    summary = summarize(trainer, data)
+    summary = summarize(trainer, data, reading)
     if fit is not None:
         summary["optimality"] = found = describe_optimum(trainer.state.params, data, fit)
         if "gap" in found:
@@ -141,6 +144,16 @@ def _run_in(workdir: pathlib.Path, config: Config, announcements: processes.Anno
     show(f"outputs in {workdir}: summary.json, metrics.jsonl, report.html, flags.cfg, model, checkpoints")
 
 
+class _Heartbeat(Callback):
+    """Keeps the deadline from ending a run that makes progress."""
+
+    def __init__(self, deadline: Deadline):
+        self._deadline = deadline
+
+    def on_result(self) -> None:
+        self._deadline.progress()
+
+
 def _trained(
     config: Config,
     trainer: Trainer,
@@ -157,8 +170,8 @@ def _trained(
             checkpoints.save(trainer)
             raise
         checkpoints.save(trainer)
-        if trainer.take_best():
-            epoch = trainer.best.step // trainer.train.sampler.steps_per_epoch
+        if trainer.restore_best():
+            epoch = trainer.loop.best.step // trainer.train.sampler.steps_per_epoch
             progress.say(f"the validation loss was least after epoch {epoch}: its parameters are kept")
         decoupled = config.optimizer == "adamw" and config.l2  # which is no penalty on the loss
         wide = data.num_inputs > _MOST_INPUTS_OF_OPTIMUM
@@ -167,7 +180,7 @@ def _trained(
     progress.doing("solving")
 
     def alive() -> None:
-        trainer.heartbeat()
+        trainer.loop.report_result()
         _stop_where_asked(announcements, trainer.step or None)
 
     solver = Solver(Cast(data.train, config.precision), trainer.mesh, config.num_shards, alive)
@@ -177,7 +190,7 @@ def _trained(
         fit = solver.least_squares(config.l2, config.intercept, refine=config.precision == "float64")
         loss = fit.loss
     if config.solver != "sgd":
-        trainer.accept(fit.w, fit.b, loss)
+        trainer.set_linear_params(fit.w, fit.b, loss)
         checkpoints.save(trainer)
     return fit
 
@@ -202,8 +215,8 @@ def _above(gap: float | None) -> str:
 
 def _prepared(
     config: Config, progress: ProgressDisplay, announcements: processes.Announcements
-) -> tuple[Trainer, RegressionData]:
-    """The trainer with its rows in place and its steps compiled."""
+) -> tuple[Trainer, RegressionData, float]:
+    """The trainer with its rows in place and its steps compiled; its data, and the seconds to read them."""
     trainer = build_trainer(config)
     started = time.perf_counter()
 
@@ -216,16 +229,15 @@ def _prepared(
     data = build_data(config, told)
     reading = time.perf_counter() - started
     trainer.prepare_data(data)
-    trainer.pauses = profiled = config.profiled_steps() or ()
+    profiled = config.profiled_steps()
     if profiled and profiled[0] >= trainer.train.num_steps:
         raise InputError(
             f"{spell('profile', config.profile)}: the run has {trainer.train.num_steps:,} steps; name two of them, "
             "from 0"
         )
-    trainer.seconds["ingest"] += reading
     progress.doing("compiling")
     trainer.prepare_model(build_model(config, data.num_inputs, data.num_targets, trainer.train.num_steps))
-    return trainer, data
+    return trainer, data, reading
 
 
 @contextlib.contextmanager
@@ -296,7 +308,7 @@ def _checkpoints(
                 f"{spell('resume', 'must')}: {workdir} holds no checkpoint that can be read; "
                 f"name another {spell('workdir')}, or use {spell('resume', 'auto')}"
             )
-        trainer.checkpoints = checkpoints
+        trainer.add_callback(checkpoints)
         yield checkpoints
 
 

@@ -44,7 +44,7 @@ from dpreg.parallel.reduce import AXIS
 from dpreg.parallel.state import Model, TrainState, initial_state
 from dpreg.spelling import spell, spell_as_flags
 from dpreg.terminal import show
-from dpreg.trainer import Trainer
+from dpreg.train.program import LaidOutData, lay_out
 
 # No device is looked for, and others may compile at the same time.
 _COMPILER_ALONE = {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
@@ -159,27 +159,27 @@ def plan(config: Config, topology: str | None = None) -> Plan:
     else:
         mesh = devices.data_mesh(config.num_shards, config.platform, config.num_devices)
     data, config = build_data(config), dataclasses.replace(config, backend="jit")  # pmap's is the same program
-    trainer = build_trainer(config, mesh=mesh)
-    trainer.lay_out(data)
+    laid_out = lay_out(data, build_trainer(config, mesh=mesh).settings)
     if system and config.placement == "auto":
         most = system.memory * RESIDENT_FRACTION
 
         def placed(dataset: Dataset) -> Dataset:
             return dataset.place("device" if dataset.resident_bytes <= most else "host")
 
-        trainer.train, trainer.val = placed(trainer.train), trainer.val and placed(trainer.val)
-    model = build_model(config, data.num_inputs, data.num_targets, trainer.train.num_steps)
-    row = data.train[np.zeros(1, np.int32)]
-    state = _abstract(trainer, model, row["x"])
-    trainer.bound_calls(state)
-    train, val = trainer.train, trainer.val
+        laid_out = dataclasses.replace(
+            laid_out, train=placed(laid_out.train), val=laid_out.val and placed(laid_out.val)
+        )
+    model = build_model(config, data.num_inputs, data.num_targets, laid_out.train.num_steps)
+    state = _abstract(model, laid_out)
+    laid_out = laid_out.bound_calls(state)
+    train, val = laid_out.train, laid_out.val
     started = time.perf_counter()
-    compiled = trainer.compile_train(model, state)
+    compiled = laid_out.compile_train(model, state)
     seconds = time.perf_counter() - started
 
     batches = {
-        name: jax.ShapeDtypeStruct((train.slots, train.sampler.shard_batch, *column.shape[1:]), trainer.dtype)
-        for name, column in row.items()
+        name: jax.ShapeDtypeStruct((train.slots, train.sampler.shard_batch, *column.shape[1:]), laid_out.settings.dtype)
+        for name, column in laid_out.first_row.items()
     }
     operations = operations_of_step(model, state, batches)
     state_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
@@ -195,7 +195,7 @@ def plan(config: Config, topology: str | None = None) -> Plan:
         placement=train.resolved_placement,
         precision=config.precision,
         reduction=config.reduction,
-        steps_per_call=train.steps_at_once(trainer.steps_of_call),
+        steps_per_call=train.steps_at_once(laid_out.steps_per_call),
         collectives=exchanged,
         memory=held,
         validation_bytes=val.resident_bytes if val and val.resolved_placement == "device" else 0,
@@ -218,12 +218,13 @@ def _described(system: Slice | Hosts) -> list[Any]:
     )
 
 
-def _abstract(trainer: Trainer, model: Model, x: np.ndarray) -> TrainState:
+def _abstract(model: Model, laid_out: LaidOutData) -> TrainState:
     """The state without its values."""
-    everywhere, clip = NamedSharding(trainer.mesh, PartitionSpec()), trainer.gradient_clip_val
+    settings, x = laid_out.settings, laid_out.first_row["x"]
+    everywhere = NamedSharding(settings.mesh, PartitionSpec())
     state: TrainState = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=everywhere),
-        jax.eval_shape(lambda x: initial_state(model, x, 0, trainer.dtype, clip), x),
+        jax.eval_shape(lambda x: initial_state(model, x, 0, settings.dtype, settings.gradient_clip_val), x),
     )
     return state
 

@@ -77,7 +77,7 @@ def predict(config: Config) -> None:
             precision=config.precision,
             reduction=config.reduction,
             backend=config.backend,
-            heartbeat=deadline.progress,
+            on_result=deadline.progress,
         )
         read = RawRows(table, columns, schema, predictor.dtype)
         pieces = _pieces(read, table.name, predictor.piece_rows, progress, asked)

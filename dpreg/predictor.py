@@ -60,7 +60,7 @@ class Predictor:
       batch_size: rows of a global batch.
       schema: of the table that the model was trained on, if any; columns: what was taken from it.
       precision, reduction, backend: as of `Trainer`.
-      heartbeat: called whenever results have come from the devices.
+      on_result: called whenever results have come from the devices.
     """
 
     def __init__(
@@ -78,14 +78,14 @@ class Predictor:
         precision: str = Config.precision,
         reduction: str = Config.reduction,
         backend: str = Config.backend,
-        heartbeat: Callable[[], None] = lambda: None,
+        on_result: Callable[[], None] = lambda: None,
     ):
         self.schema, self.columns, self.num_inputs, self.num_targets = schema, columns, num_inputs, num_targets
         self.dtype = np.dtype(PRECISIONS[precision][1])
         devices.enable(self.dtype)
         self._model, self.variables = model, devices.replicated(variables, mesh)
         self._mesh, self._num_shards, self._batch_size = mesh, num_shards, batch_size
-        self._reduction, self._backend, self._heartbeat = reduction, backend, heartbeat
+        self._reduction, self._backend, self._on_result = reduction, backend, on_result
         self._precision = precision
         mean = loss_of(model).mean
         self._mean: Callable[..., Any] = lambda variables, prediction, batch: mean(prediction)
@@ -271,7 +271,9 @@ class Predictor:
                     processes.exchange()  # before the first collective, which waits for nobody long
                 yield rows, self._compiled[of][0](self.variables, *arguments)
 
-        return ((rows, self._compiled[of][1](found)) for rows, found in devices.arrived(calls(), self._heartbeat))
+        return (
+            (rows, self._compiled[of][1](found)) for rows, found in devices.fetch_in_order(calls(), self._on_result)
+        )
 
     def _dataset(self, piece: Rows) -> Dataset:
         """The rows, with rows of weight 0 behind them up to the size of a piece."""

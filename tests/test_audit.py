@@ -8,6 +8,7 @@ from optax import sgd
 import dpreg
 from dpreg.data.order import Sampler, row_tag
 from dpreg.errors import AuditFailed
+from dpreg.train.callback import FunctionCallback
 
 
 def tag(index):
@@ -24,7 +25,7 @@ def tag(index):
 
 def audits_of(trainer, data):
     audits = []
-    trainer.observers = (lambda progress: audits.append(progress.audit) if progress.epoch_ended else None,)
+    trainer.add_callback(FunctionCallback(lambda p: audits.append(p.audit) if p.epoch_ended else None))
     trainer.fit(dpreg.LinearRegressionScratch(3, 0.01), data)
     return audits
 
@@ -85,4 +86,4 @@ def test_steps_that_were_not_taken_are_not_counted():
     with pytest.raises(dpreg.Diverged):
         trainer.fit(Net(sgd(0.01)), data)
     assert 0 < trainer.step < 10
-    assert trainer.audit.used[0] == 16 * trainer.step
+    assert trainer.loop.audit.used[0] == 16 * trainer.step

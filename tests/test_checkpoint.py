@@ -24,6 +24,7 @@ from dpreg.errors import Preempted
 from dpreg.observers.checkpoint import Checkpoints
 from dpreg.observers.metrics import MetricsWriter, is_start, note_start, read_records
 from dpreg.parallel.processes import Announcements
+from dpreg.train.callback import FunctionCallback
 
 IDENTITY = {"lr": 0.05}
 ROOT = pathlib.Path(__file__).parent.parent
@@ -60,7 +61,8 @@ def train(folder, stop_at=None, identity=IDENTITY, **arguments):
         began_at = trainer.step
         with MetricsWriter(folder / "metrics.jsonl", trainer.step) as metrics:
             signal_comes = lambda p: announcements.ask("stop") if stop_at and p.step >= stop_at else None  # noqa: E731
-            trainer.observers, trainer.checkpoints = (metrics, signal_comes), checkpoints
+            for callback in (metrics, FunctionCallback(signal_comes), checkpoints):
+                trainer.add_callback(callback)
             with contextlib.suppress(Preempted):
                 trainer.fit_epochs()
                 checkpoints.save(trainer)
@@ -103,10 +105,12 @@ def test_a_run_that_is_stopped_with_two_epochs_in_flight_goes_on_to_the_same_bit
     trainer, announcements = prepared(num_val=0), Announcements()
     folder = tmp_path / "w"
     with (
-        Checkpoints(folder / "checkpoints", IDENTITY, announcements=announcements) as trainer.checkpoints,
+        Checkpoints(folder / "checkpoints", IDENTITY, announcements=announcements) as checkpoints,
         MetricsWriter(folder / "metrics.jsonl") as metrics,
     ):
-        trainer.observers = (metrics, lambda progress: announcements.ask("stop") if progress.step == 8 else None)
+        signal_comes = FunctionCallback(lambda p: announcements.ask("stop") if p.step == 8 else None)
+        for callback in (metrics, signal_comes, checkpoints):
+            trainer.add_callback(callback)
         with pytest.raises(Preempted):
             trainer.fit_epochs()
     assert trainer.step == 12  # told of 8 steps, with 4 more under way, 2 of them of the next epoch
@@ -116,34 +120,35 @@ def test_a_run_that_is_stopped_with_two_epochs_in_flight_goes_on_to_the_same_bit
 
 
 @pytest.mark.parametrize(("num_val", "step", "after"), [(0, 2, 6), (0, 10, 14), (20, 9, 10)])
-def test_a_trainer_whose_observer_raised_before_all_was_told_does_not_go_on(tmp_path, num_val, step, after):
+def test_a_trainer_whose_callback_raised_before_all_was_reported_does_not_go_on(tmp_path, num_val, step, after):
     def enough(progress):
         if progress.step == step:
             raise StopIteration
 
-    trainer = prepared(num_val, observers=[enough])
+    trainer = prepared(num_val, callbacks=[FunctionCallback(enough)])
     with pytest.raises(StopIteration):
         trainer.fit_epochs()
     for goes_on in (trainer.fit_epochs, functools.partial(Checkpoints.save, None, trainer)):
-        with pytest.raises(dpreg.InputError, match=f"the state is after step {after}, and observers are not told"):
+        with pytest.raises(dpreg.InputError, match=f"the state is after step {after}, and callbacks do not know"):
             goes_on()
 
 
 @pytest.mark.parametrize("num_val", [0, 20])
-def test_an_observer_may_save_and_raise_at_the_end_of_an_epoch_that_is_validated(tmp_path, num_val):
+def test_a_callback_may_save_and_raise_at_the_end_of_an_epoch_that_is_validated(tmp_path, num_val):
     def save_and_raise(progress):
-        if progress.epoch_ended and progress.step == 20:
+        if progress.epoch_ended and progress.step == 20 and not saved:
+            saved.append(1)
             checkpoints.save(trainer)
             raise StopIteration
 
-    trainer = prepared(num_val, observers=[save_and_raise])
+    saved = []
+    trainer = prepared(num_val, callbacks=[FunctionCallback(save_and_raise)])
     with Checkpoints(tmp_path, IDENTITY) as checkpoints:
         with pytest.raises(StopIteration if num_val else dpreg.InputError):
             trainer.fit_epochs()
         assert checkpoints.restore(trainer) == bool(num_val)
         if num_val:
             assert trainer.step == 20
-            trainer.observers = ()
             trainer.fit_epochs()
             whole = prepared(num_val)
             whole.fit_epochs()
@@ -208,7 +213,7 @@ def test_another_model_under_the_same_flags_is_refused_and_nothing_is_lost(tmp_p
 
 def test_a_model_whose_code_computes_something_else_by_now_is_refused(tmp_path, monkeypatch):
     trainer, _ = train(tmp_path, 4)
-    was, changed = trainer.computation, prepared(activation=lambda x: nn.relu(x) * 1.0625)
+    was, changed = trainer.loop.computation, prepared(activation=lambda x: nn.relu(x) * 1.0625)
     with Checkpoints(tmp_path / "checkpoints", IDENTITY) as checkpoints:
         with pytest.raises(dpreg.InputError, match="the code of the model computes something else than in the run"):
             checkpoints.restore(changed)
@@ -380,8 +385,8 @@ def test_resume_never_starts_over_and_must_needs_something(tmp_path):
 def test_the_best_epoch_is_remembered(tmp_path, stop_at):
     def train_with_patience(folder, stop_at=None, num_devices=8):
         trainer, _ = train(folder, stop_at, patience=5, num_devices=num_devices)
-        variables = [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(trainer.best.variables)]
-        return trainer.step, trainer.best.val_loss, trainer.best.step, variables
+        variables = [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(trainer.loop.best.variables)]
+        return trainer.step, trainer.loop.best.val_loss, trainer.loop.best.step, variables
 
     whole = train_with_patience(tmp_path / "whole")
     assert 0 < whole[2] <= 30

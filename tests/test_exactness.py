@@ -26,6 +26,7 @@ from dpreg.config import Config
 from dpreg.data import order
 from dpreg.data.order import Sampler
 from dpreg.parallel import tuning
+from dpreg.train.callback import FunctionCallback
 
 DEVICES = (1, 2, 3, 4, 6, 8)  # of 8 shards; of six devices the last two have none
 LAYOUTS = list(itertools.product(("jit", "pmap"), ("device", "host")))
@@ -40,7 +41,7 @@ SIZES = {"ragged": (203, 64), "less than a batch": (21, 64), "less than the shar
 def trained(model, data, max_epochs=2, num_devices=None, **arguments):
     trainer = dpreg.Trainer(max_epochs, num_devices, **arguments)
     records = []
-    trainer.observers = (records.append,)
+    trainer.add_callback(FunctionCallback(records.append))
     with jax.numpy_dtype_promotion("standard" if isinstance(model, Net) else "strict"):  # optax.adam needs it
         trainer.fit(model, data)
     curve = [(r.step, r.train_loss, r.val_loss) for r in records if r.train_loss is not None]
@@ -129,7 +130,9 @@ def test_accumulated_batches_are_the_larger_batch_on_any_devices(reduction, rows
             log_every_steps=1,
         )
         losses = []
-        trainer.observers = (lambda p: losses.append(p.train_loss) if p.train_loss is not None else None,)
+        trainer.add_callback(
+            FunctionCallback(lambda p: losses.append(p.train_loss) if p.train_loss is not None else None)
+        )
         trainer.fit(dpreg.LinearRegressionScratch(3, 0.1), Rows(rows, weighted=True).data(batch, num_val=20))
         return np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(trainer.state.params)]), losses
 

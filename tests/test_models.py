@@ -314,7 +314,7 @@ def test_a_setting_in_the_state_of_an_optimizer_is_part_of_what_a_run_computes()
         trainer = dpreg.Trainer(1, 1)
         trainer.prepare_data(Rows(16).data(8))
         trainer.prepare_model(Net(optax.inject_hyperparams(optax.sgd)(learning_rate=rate)))
-        return trainer.computation
+        return trainer.loop.computation
 
     assert differ(computation(0.1), computation(0.01))
     assert not differ(computation(0.1), computation(0.1))
@@ -329,10 +329,10 @@ def with_method(name, base, *arguments):
     [
         *(("model", name, "override loss (one value") for name in ("training_step", "optimizer_step")),
         *(("model", name, "validation measures the loss") for name in ("validation_step", "predict_step")),
-        *(("model", name, "observers=") for name in ("plot", "on_train_epoch_end", "training_epoch_end")),
+        *(("model", name, "callbacks=") for name in ("plot", "on_train_epoch_end", "training_epoch_end")),
         *(("trainer", name, "override loss (one value") for name in ("fit_epoch", "train_step")),
         ("trainer", "prepare_batch", "in the __call__ of the model, or in a dpreg.Source"),
-        ("trainer", "on_epoch_end", "observers="),
+        ("trainer", "on_epoch_end", "callbacks="),
         *(("data", name, "give rows by a dpreg.Source") for name in ("get_dataloader", "train_dataloader")),
     ],
 )

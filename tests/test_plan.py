@@ -14,6 +14,7 @@ import dpreg
 from dpreg.config import Config
 from dpreg.parallel import chips, program, tuning
 from dpreg.plan import plan
+from dpreg.train.program import lay_out
 
 LINEAR = Config(num_train=5000, batch_size=64, platform="cpu", num_devices=8)
 
@@ -99,9 +100,8 @@ def test_the_compiled_step_computes_no_more_than_that():
     model = dpreg.LinearRegressionScratch(512, 0.1)
 
     def counted(steps):
-        trainer = dpreg.Trainer(1, 1, steps_per_block=steps)
-        trainer.lay_out(data)
-        return trainer.compile_train(model, trainer.initial_state(model)).cost_analysis()["flops"]
+        laid_out = lay_out(data, dpreg.Trainer(1, 1, steps_per_block=steps).settings)
+        return laid_out.compile_train(model, laid_out.initial_state(model)).cost_analysis()["flops"]
 
     assert counted(2) - (counted(4) - counted(2)) == pytest.approx(2 * 2 * 64 * 512, rel=0.1)
 
@@ -240,6 +240,7 @@ from dpreg import plan
 os.environ.update(plan._COMPILER_ALONE)
 from dpreg.config import Config
 from dpreg.parallel import program
+from dpreg.train.program import lay_out
 
 def large(compiled, devices):
     text = compiled.as_text()

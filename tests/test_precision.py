@@ -117,7 +117,10 @@ def test_bfloat16_asks_for_products_with_sums_in_float32():
 def _predicted(trainer, x):
     from dpreg.parallel.state import forward
 
-    batch = {"x": x.astype(jnp.bfloat16 if trainer.precision == "bfloat16" else x.dtype), "weight": jnp.ones(len(x))}
+    batch = {
+        "x": x.astype(jnp.bfloat16 if trainer.settings.precision == "bfloat16" else x.dtype),
+        "weight": jnp.ones(len(x)),
+    }
     return forward(dpreg.LinearRegressionScratch(3, 0.03), trainer.variables, batch, train=False, platform="tpu")[0]
 
 

@@ -220,9 +220,12 @@ dpreg.start("cpu", 1, sys.argv[1].partition("=")[2], 2, int(sys.argv[2]))
 if sys.argv[3] == "before":
     time.sleep(1000)
 x = np.arange(64.0)
-observers = [lambda progress: time.sleep(1000)] if sys.argv[3] == "while training" else []
+class Hangs(dpreg.Callback):
+    def on_steps(self, progress):
+        time.sleep(1000)
+callbacks = [Hangs()] if sys.argv[3] == "while training" else []
 rows = dpreg.ArraySource(x, x)
-trainer = dpreg.Trainer(9, num_shards=2, observers=observers)
+trainer = dpreg.Trainer(9, num_shards=2, callbacks=callbacks)
 trainer.fit(dpreg.LinearRegressionScratch(1, 1e-4), dpreg.RegressionData(rows, rows))
 """
 

@@ -11,8 +11,8 @@ import forked
 import numpy as np
 import pytest
 from cluster import ROOT
-
 from dpreg.observer import Progress
+
 from dpreg.observers.tensorboard import TensorBoardWriter
 
 RUN = ("--platform=cpu", "--num_devices=2", "--nooptimality")

@@ -1,5 +1,6 @@
 """The loop: D2L's interface, separate traces, exact validation, and stopping where the loss does."""
 
+import dataclasses
 import functools
 import hashlib
 import math
@@ -27,8 +28,9 @@ from dpreg.parallel import compilation_cache
 from dpreg.parallel.devices import data_mesh
 from dpreg.parallel.program import collectives
 from dpreg.parallel.reduce import tree_sum
-from dpreg.parallel.tuning import fewest_parts
-from dpreg.trainer import _steps_of_call
+from dpreg.parallel.tuning import fewest_parts, steps_of_call
+from dpreg.train.callback import FunctionCallback
+from dpreg.train.program import LaidOutData, lay_out
 
 CACHE_OPTIONS = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
 
@@ -127,7 +129,13 @@ def test_the_gradient_norm_is_that_of_the_mean_loss_before_it_is_clipped(reducti
     """Against gradient descent in float64, on rows with weights that no number of devices divides."""
     source, told = Rows(21, weighted=True).source(), []
     trainer = dpreg.Trainer(
-        6, num_devices, 0.2, reduction=reduction, backend=backend, log_every_steps=1, observers=[told.append]
+        6,
+        num_devices,
+        0.2,
+        reduction=reduction,
+        backend=backend,
+        log_every_steps=1,
+        callbacks=[FunctionCallback(told.append)],
     )
     trainer.fit(dpreg.LinearRegressionScratch(3, lr=0.5), dpreg.RegressionData(source, None, 24))
     x, y, c = np.c_[source.x, np.ones(21)].astype(np.float64), source.y.astype(np.float64), np.float64(source.weight)
@@ -244,7 +252,7 @@ def test_a_validation_loss_that_is_not_finite_says_so():
     with pytest.raises(dpreg.Diverged, match="validation loss is not finite after step 8"):
         trainer.fit(dpreg.LinearRegressionScratch(3, 0.1), dpreg.RegressionData(Rows(64).source(), val, 8))
     assert int(trainer.state.step) == trainer.step == 8
-    trainer.require_rest()  # or it could not be saved
+    trainer.loop.require_idle()  # or it could not be saved
 
 
 def test_going_on_where_validation_failed_fails_again():
@@ -257,7 +265,7 @@ def test_going_on_where_validation_failed_fails_again():
     again.prepare_data(data)
     again.prepare_model(model)
     with pytest.raises(dpreg.Diverged, match="validation loss is not finite after step 8") as caught:
-        again.resume(trainer.state, trainer.epoch_sums)
+        again.loop.load_state(trainer.state, trainer.loop.epoch_sums)
     assert caught.value.exit_code == 3
 
 
@@ -278,14 +286,11 @@ def test_shards_divide_each_batch_that_is_accumulated(batch_size, num_val):
 
 
 def test_processes_keep_their_rows_where_the_one_with_least_memory_can(monkeypatch):
-    data = Rows(64).data(8)
-    trainer = dpreg.Trainer(1, 2)
-    trainer.lay_out(data)
-    assert trainer.train.resolved_placement == "device"
+    data, settings = Rows(64).data(8), dpreg.Trainer(1, 2).settings
+    assert lay_out(data, settings).train.resolved_placement == "device"
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     monkeypatch.setattr("dpreg.parallel.processes.exchange", lambda own: [own, "host"])
-    trainer.lay_out(data)
-    assert trainer.train.resolved_placement == "host"
+    assert lay_out(data, settings).train.resolved_placement == "host"
 
 
 def test_rows_of_weight_zero_count_for_nothing_and_all_of_them_give_zeros():
@@ -334,7 +339,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_state(r
         trainer.fit(dpreg.LinearRegressionScratch(1, lr=0.1), dpreg.RegressionData(source, None, 8))
     assert 1 <= caught.value.step <= 8
     assert int(trainer.state.step) == trainer.step == caught.value.step - 1
-    trainer.require_rest()  # or it could not be saved
+    trainer.loop.require_idle()  # or it could not be saved
     w = 0.0
     model = dpreg.LinearRegressionScratch(1, lr=0.1)
     start = model.init(jax.random.key(1), x[:1])["params"]
@@ -347,8 +352,8 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_state(r
 @pytest.mark.parametrize("steps_per_block", [2, 9, None])
 def test_a_run_that_diverges_in_a_later_epoch_of_a_block_is_told_up_to_there(steps_per_block):
     source, told = dpreg.ArraySource(np.ones((40, 1)), np.zeros(40)), []
-    observers = [lambda progress: told.append(progress) if progress.train_loss is not None else None]
-    trainer = dpreg.Trainer(20, 2, log_every_steps=2, steps_per_block=steps_per_block, observers=observers)
+    record = FunctionCallback(lambda progress: told.append(progress) if progress.train_loss is not None else None)
+    trainer = dpreg.Trainer(20, 2, log_every_steps=2, steps_per_block=steps_per_block, callbacks=[record])
     with pytest.raises(dpreg.Diverged) as caught:  # each step takes w + b, and so the gradient, times 1 - 2 * 9
         trainer.fit(dpreg.LinearRegressionScratch(1, lr=9.0), dpreg.RegressionData(source, None, 8))
     assert trainer.train.block_steps == {2: 2, 9: 5, None: 100}[steps_per_block]
@@ -359,7 +364,7 @@ def test_a_run_that_diverges_in_a_later_epoch_of_a_block_is_told_up_to_there(ste
     epochs = [point for epoch in range(step // 5) for point in (5 * epoch + 2, 5 * epoch + 4, 5 * epoch + 5)]
     assert [p.step for p in told] == [*epochs, *range(step // 5 * 5 + 2, step + 1, 2)]
     assert [p.audit[0] for p in told if p.epoch_ended] == [40] * (step // 5)
-    assert trainer.audit.used[0] == 8 * (step % 5)
+    assert trainer.loop.audit.used[0] == 8 * (step % 5)
     norms = [p.gradient_norm for p in told if p.step % 5 == 4]
     np.testing.assert_allclose(np.divide(norms[1:], norms[:-1]), 17.0**5, rtol=1e-4)
 
@@ -370,7 +375,9 @@ def test_a_call_counts_the_rows_of_the_steps_that_it_took():
     trainer = dpreg.Trainer(4, 2)
     trainer.prepare_data(dpreg.RegressionData(source, None, 8))
     trainer.prepare_model(dpreg.LinearRegressionScratch(3, 0.1))
-    state, sums, used = trainer._train_block(trainer.state, *trainer.prepare_batch(next(iter(trainer.train))))
+    state, sums, used = trainer.loop.program.train_block(
+        trainer.state, *trainer.loop.program.data.arguments(next(iter(trainer.train)))
+    )
     took = int(state.step)
     assert 0 < took < 5
     rows = np.asarray(used)[..., 0].sum(axis=0)
@@ -381,7 +388,9 @@ def test_a_call_counts_the_rows_of_the_steps_that_it_took():
 @pytest.mark.parametrize("reduction", ["pmean", "ordered"])
 def test_log_points_tile_the_epoch(reduction):
     records = []
-    trainer = dpreg.Trainer(2, log_every_steps=3, observers=[records.append], reduction=reduction, steps_per_block=4)
+    trainer = dpreg.Trainer(
+        2, log_every_steps=3, callbacks=[FunctionCallback(records.append)], reduction=reduction, steps_per_block=4
+    )
     trainer.fit(dpreg.LinearRegressionScratch(3, 0.1), Rows(80).data(8, num_val=5))
     points = [r for r in records if r.train_loss is not None]
     assert [r.step for r in points] == [3, 6, 9, 10, 13, 16, 19, 20]
@@ -401,9 +410,10 @@ def test_devices_wait_between_epochs_for_validation_alone(num_val, steps_per_blo
         trainer, calls, told = dpreg.Trainer(12, 3, placement=placement, steps_per_block=steps_per_block), [], []
         trainer.prepare_data(Rows(101).data(16, num_val=num_val))  # epochs of 7 steps
         trainer.prepare_model(Net(optax.sgd(0.05)))
-        block = trainer._train_block
-        trainer._train_block = lambda *arguments: calls.append(1) or block(*arguments)
-        trainer.observers = [lambda progress: told.append((len(calls), progress))]
+        block = trainer.loop.program.train_block
+        counted = lambda *arguments: calls.append(1) or block(*arguments)  # noqa: E731
+        trainer.loop.program = dataclasses.replace(trainer.loop.program, train_block=counted)
+        trainer.add_callback(FunctionCallback(lambda progress: told.append((len(calls), progress))))
         while not trainer.done:
             trainer.fit_epochs(epochs_at_once)
         first = next(number for number, progress in told if progress.epoch_ended)
@@ -584,7 +594,7 @@ def program(kind, reduction, backend="jit", accumulate=1, num_devices=None, rows
     trainer = dpreg.Trainer(1, num_devices, reduction=reduction, backend=backend, accumulate_steps=accumulate)
     trainer.prepare_data(Rows(rows).data(rows // 6 // 8 * 8))
     trainer.prepare_model(model)
-    return trainer._train_block.as_text()
+    return trainer.loop.program.train_block.as_text()
 
 
 @pytest.mark.parametrize("backend", ["jit", "pmap"])
@@ -609,7 +619,8 @@ def test_one_device_meets_nobody(reduction):
     trainer = dpreg.Trainer(1, 1, reduction=reduction)
     trainer.prepare_data(Rows(100).data(16, num_val=20))
     trainer.prepare_model(dpreg.LinearRegressionScratch(3, 0.1))
-    assert collectives(trainer._train_block, 1) == collectives(trainer._eval_block[0], 1) == []
+    program = trainer.loop.program
+    assert collectives(program.train_block, 1) == collectives(program.eval_block[0], 1) == []
 
 
 @pytest.mark.parametrize(
@@ -626,13 +637,13 @@ def test_calls_of_models_that_compute_much_are_short(placement, monkeypatch):
     def run():
         trainer = dpreg.Trainer(1, 1, placement=placement, reduction="ordered")
         steps = []
-        trainer.observers = (lambda progress: steps.append(progress.step),)
+        trainer.add_callback(FunctionCallback(lambda progress: steps.append(progress.step)))
         trainer.fit(Deep(), Rows(800).data(16, num_val=100))
         return sorted(set(steps)), [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(trainer.state.params)]
 
     _, result = run()
     parameters = 3 * 16 + 16 + 16 * 16 + 16 + 16 + 1
-    monkeypatch.setattr("dpreg.trainer._OPERATIONS_OF_CALL", 6 * parameters * 16 * 3)
+    monkeypatch.setattr("dpreg.parallel.tuning._OPERATIONS_OF_CALL", 6 * parameters * 16 * 3)
     steps, again = run()
     assert set(range(3, 50, 3)) <= set(steps)
     assert again == result
@@ -643,7 +654,7 @@ def test_calls_of_models_that_compute_much_are_short(placement, monkeypatch):
     [("cpu", 1 << 30, 8, 64), ("gpu", 1 << 30, 0, 2048), ("gpu", 1 << 20, 512, 64), ("tpu", 1 << 50, 1, 1)],
 )
 def test_calls_are_as_long_as_a_platform_takes_a_second_for(platform, operations, alone, steps):
-    assert _steps_of_call(platform, operations, alone) == steps
+    assert steps_of_call(platform, operations, alone) == steps
 
 
 @pytest.mark.parametrize(("reduction", "num_devices"), [("pmean", 1), ("pmean", 8), ("ordered", 1)])
@@ -683,9 +694,9 @@ def test_a_block_costs_one_transfer_a_column_and_one_for_its_clock(placement, co
     trainer.prepare_data(Rows(100).data(16))
     trainer.prepare_model(dpreg.LinearRegressionScratch(3, 0.1))
     put, clocks = [], []
-    place, prepare = jax.make_array_from_callback, trainer.prepare_batch
+    place, prepare = jax.make_array_from_callback, LaidOutData.arguments
     monkeypatch.setattr(jax, "make_array_from_callback", lambda *a: put.append(1) or place(*a))
-    monkeypatch.setattr(trainer, "prepare_batch", lambda block: clocks.append(block.data) or prepare(block))
+    monkeypatch.setattr(LaidOutData, "arguments", lambda self, block: clocks.append(1) or prepare(self, block))
     for epoch in range(1, 4):
         trainer.fit_epochs(1)
         assert (len(put), len(clocks)) == (epoch * 3 * columns, epoch * 3)  # 7 steps are 3 blocks
@@ -751,7 +762,7 @@ def test_patience_ends_a_run_with_the_best_epoch(num_devices):
     def trained(max_epochs, **arguments):
         trainer = dpreg.Trainer(max_epochs, num_devices, reduction="ordered", **arguments)
         curve = []
-        trainer.observers = (lambda told: curve.append(told.val_loss) if told.epoch_ended else None,)
+        trainer.add_callback(FunctionCallback(lambda p: curve.append(p.val_loss) if p.epoch_ended else None))
         trainer.fit(dpreg.LinearRegressionScratch(30, lr=0.02), overfitted())
         return trainer, curve
 
@@ -760,13 +771,13 @@ def test_patience_ends_a_run_with_the_best_epoch(num_devices):
     assert 3 < best < 30
     stopped, shorter = trained(40, patience=4)
     assert shorter == curve[: best + 4]
-    assert (stopped.step, stopped.best.step) == (3 * (best + 4), 3 * best)
+    assert (stopped.step, stopped.loop.best.step) == (3 * (best + 4), 3 * best)
     assert stopped.val_loss == curve[best - 1]
     until_best, _ = trained(best)
     np.testing.assert_array_equal(stopped.state.params["w"], until_best.state.params["w"])
     assert not np.array_equal(stopped.state.params["w"], whole.state.params["w"])
     with pytest.raises(dpreg.InputError, match="no rows held out"):
-        dpreg.Trainer(3, patience=1).fit(whole._model, dpreg.RegressionData(overfitted().train, None, 8))
+        dpreg.Trainer(3, patience=1).fit(whole.model, dpreg.RegressionData(overfitted().train, None, 8))
 
 
 class Plain(Net):
@@ -782,7 +793,7 @@ def test_what_a_user_keeps_of_the_state_stays_alive_while_training_goes_on(backe
     """The steps consume the state, and to read an array that was consumed ends the process."""
     kept = []
     trainer = dpreg.Trainer(3, 3, backend=backend)
-    trainer.observers = [lambda progress: kept.append((trainer.state.params, trainer.variables))]
+    trainer.add_callback(FunctionCallback(lambda p: kept.append((trainer.state.params, trainer.variables))))
     trainer.prepare_data(Rows(64).data(16, num_val=8))
     trainer.prepare_model(Plain(optax.sgd(0.05, 0.9)))
     start = trainer.state
@@ -841,7 +852,9 @@ def _interrupt_after(seconds):
 @pytest.mark.parametrize("num_val", [0, 8])
 def test_ctrl_c_loses_nothing_wherever_it_comes_and_training_goes_on_to_the_same_bits(num_val):
     told = []
-    trainer = dpreg.Trainer(40, 2, steps_per_block=3, observers=[told.append], patience=30 if num_val else 0)
+    trainer = dpreg.Trainer(
+        40, 2, steps_per_block=3, callbacks=[FunctionCallback(told.append)], patience=30 if num_val else 0
+    )
     trainer.prepare_data(Rows(101).data(16, num_val=num_val))
     trainer.prepare_model(Plain(optax.sgd(0.01, 0.9)))
     start = trainer.state
@@ -880,16 +893,19 @@ def test_a_second_ctrl_c_ends_training_at_once_and_a_state_that_was_kept_goes_on
     end = trainer.state
 
     def interrupt(progress):
-        if progress.step == 30:
+        if progress.step == 30 and not interrupted:
+            interrupted.append(1)
             for _ in range(2):
                 signal.raise_signal(signal.SIGINT)
 
-    trainer.state, trainer.observers = start, [interrupt]
+    interrupted = []
+    trainer.add_callback(FunctionCallback(interrupt))
+    trainer.state = start
     with pytest.raises(KeyboardInterrupt):
         trainer.fit_epochs()
     with pytest.raises(dpreg.InputError, match="fit anew"):
         trainer.fit_epochs()
-    trainer.state, trainer.observers = start, []
+    trainer.state = start
     trainer.fit_epochs()
     jax.tree.map(np.testing.assert_array_equal, trainer.state.params, end.params)
 

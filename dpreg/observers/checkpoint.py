@@ -16,21 +16,23 @@ import orbax.checkpoint as ocp
 
 from dpreg.config import Config
 from dpreg.data.standalone import sealed
-from dpreg.errors import InputError
+from dpreg.errors import InputError, Preempted
 from dpreg.observers.orbax_errors import quiet, reason_of
 from dpreg.parallel import processes
 from dpreg.parallel.devices import replicated
 from dpreg.parallel.digest import differ, digest_values
 from dpreg.spelling import spell
 from dpreg.terminal import printable
-from dpreg.trainer import Best, Trainer
+from dpreg.train.callback import Callback
+from dpreg.train.loop import Best, Loop
+from dpreg.train.trainer import Trainer
 
 
 class UnwrittenError(InputError):
     """A checkpoint could not be written, perhaps in this process alone."""
 
 
-class Checkpoints:
+class Checkpoints(Callback):
     """The checkpoints of a run: Orbax writes them, in the background and atomically.
 
     A checkpoint is the TrainState, the loss sums and the rows used of the epoch it stands in, and what the run
@@ -53,7 +55,7 @@ class Checkpoints:
         keep: int = Config.keep,
         announcements: processes.Announcements | None = None,
     ):
-        self.every_steps, self.preempted = every_steps, ""
+        self._every_steps, self._preempted = every_steps, ""
         self._identity: dict[str, Any] = json.loads(json.dumps(identity))
         self._every_seconds, self._saved_at = every_seconds, time.monotonic()
         self._announcements, self._due = announcements or processes.Announcements(), False
@@ -99,7 +101,11 @@ class Checkpoints:
                 + ": make room or change the folder, and start again"
             ) from error
 
-    def due(self) -> bool:
+    def next_sync(self, step: int) -> int | None:
+        """The next multiple of `every_steps`."""
+        return step - step % self._every_steps + self._every_steps if self._every_steps else None
+
+    def requests_sync(self) -> bool:
         """Whether it is time to save: the same in all processes, which have to ask equally often."""
         time_is_up = self._every_seconds and time.monotonic() - self._saved_at >= self._every_seconds
         if time_is_up and not self._due and jax.process_index() == 0:
@@ -108,22 +114,33 @@ class Checkpoints:
         # What was heard holds until it is acted upon.
         self._due = self._due or bool(what)
         if what in ("stop", "interrupt"):
-            self.preempted = self.preempted or what
+            self._preempted = self._preempted or what
         return self._due
+
+    def on_sync(self, trainer: Trainer) -> None:
+        """Saves where that is due.
+
+        Raises:
+          Preempted: where the run was asked to stop; it is saved.
+        """
+        if self.requests_sync() or (self._every_steps and trainer.step % self._every_steps == 0):
+            self.save(trainer)
+        if self._preempted:
+            raise Preempted(trainer.step, interrupted=self._preempted == "interrupt")
 
     def save(self, trainer: Trainer) -> None:
         """Starts to write the trainer's state.
 
         Raises:
-          InputError: where it is ahead of what the trainer knows, as it may be while an observer is told.
+          InputError: where it is ahead of what is reported, as it may be while a callback is called.
           UnwrittenError: where this checkpoint, or the one before, cannot be written.
         """
-        trainer.require_rest()
-        content = _content(trainer)
+        trainer.loop.require_idle()
+        content = _content(trainer.loop)
         meta = sealed(
             {
                 "identity": self._identity,
-                "computation": trainer.computation,
+                "computation": trainer.loop.computation,
                 "leaves": _leaves(content),
                 "content": digest_values(content),
             }
@@ -148,10 +165,10 @@ class Checkpoints:
           InputError: when the checkpoint is of a run with another answer, or of a model of the user's own whose code
             computes something else since; names what differs.
         """
-        wanted = jax.tree.map(ocp.utils.to_shape_dtype_struct, _content(trainer))
+        wanted = jax.tree.map(ocp.utils.to_shape_dtype_struct, _content(trainer.loop))
         for step, meta in self._of_this_run():
             self._compare("model", meta["leaves"], _leaves(wanted))
-            if differ(meta.get("computation"), trainer.computation):
+            if differ(meta.get("computation"), trainer.loop.computation):
                 raise InputError(
                     f"{self._folder}: the code of the model computes something else than in the run that is saved "
                     f"there; restore that code, {_another_run()}"
@@ -170,7 +187,7 @@ class Checkpoints:
                 )
             train_state, used = trainer.state.replace(**content["train_state"]), np.asarray(content["rows_used"])
             best = _best(content["best"]) if "best" in content else None
-            trainer.resume(train_state, np.asarray(content["epoch_sums"]), used if used.any() else None, best)
+            trainer.loop.load_state(train_state, np.asarray(content["epoch_sums"]), used if used.any() else None, best)
             return True
         return False
 
@@ -229,12 +246,12 @@ def _another_run() -> str:
     return f"name another {spell('workdir')}, or use {spell('resume', 'never')} to start over"
 
 
-def _content(trainer: Trainer) -> dict[str, Any]:
-    state, used = trainer.state, trainer.audit.used
+def _content(loop: Loop) -> dict[str, Any]:
+    state, used, settings = loop.state.copy(), loop.audit.used, loop.program.data.settings
     best = {
-        "val_loss": np.array([trainer.best.val_loss]).view(np.uint32),  # JAX would make float32 of it
-        "step": np.int32(trainer.best.step),
-        "variables": trainer.best.variables,
+        "val_loss": np.array([loop.best.val_loss]).view(np.uint32),  # JAX would make float32 of it
+        "step": np.int32(loop.best.step),
+        "variables": loop.best.variables,
     }
     return {
         "train_state": {
@@ -243,9 +260,9 @@ def _content(trainer: Trainer) -> dict[str, Any]:
             "opt_state": state.opt_state,
             "batch_stats": state.batch_stats,
         },
-        "epoch_sums": replicated(trainer.epoch_sums.astype(trainer.dtype), trainer.mesh),
-        "rows_used": replicated(np.zeros(2, np.uint32) if used is None else used, trainer.mesh),
-        **({"best": replicated(best, trainer.mesh)} if trainer.patience else {}),
+        "epoch_sums": replicated(loop.epoch_sums.astype(settings.dtype), settings.mesh),
+        "rows_used": replicated(np.zeros(2, np.uint32) if used is None else used, settings.mesh),
+        **({"best": replicated(best, settings.mesh)} if settings.patience else {}),
     }
 
 

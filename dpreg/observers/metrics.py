@@ -11,9 +11,9 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, TextIO
 
 from dpreg.errors import InputError
-from dpreg.observer import Progress
 from dpreg.observers.workdir import write_whole
 from dpreg.terminal import printable
+from dpreg.train.callback import Callback, Progress
 
 Record = dict[str, Any]
 
@@ -55,14 +55,12 @@ def is_number(value: Any) -> bool:
 Schedule = Callable[[int], float]  # the learning rate of each global step, from 0
 
 
-def record_of(progress: Progress, schedule: Schedule | None = None) -> Record | None:
-    """What is kept of a log point; None for what is none.
+def record_of(progress: Progress, schedule: Schedule | None = None) -> Record:
+    """What is kept of a log point.
 
     step, epoch, train_loss, gradient_norm, rows_per_second, learning_rate where there is a schedule; at the end of an
     epoch also val_loss, metrics and audit.
     """
-    if progress.train_loss is None:
-        return None
     record: Record = {
         "step": progress.step,
         "epoch": progress.epoch,
@@ -80,7 +78,7 @@ def record_of(progress: Progress, schedule: Schedule | None = None) -> Record | 
     return record
 
 
-class MetricsWriter:
+class MetricsWriter(Callback):
     """Appends a line for each log point, see `record_of`.
 
     Each line is on disk before the next step is reported, so an interrupted run keeps its curve.
@@ -96,11 +94,12 @@ class MetricsWriter:
         self._file: TextIO = path.open("a", encoding="utf-8")
         self._schedule = schedule
 
-    def __call__(self, progress: Progress) -> None:
-        """Writes the log point, if it is one."""
-        if record := record_of(progress, self._schedule):
-            self._file.write(to_json(record) + "\n")
-            self._file.flush()
+    def on_log(self, progress: Progress) -> None:
+        """Writes the log point."""
+        self._file.write(to_json(record_of(progress, self._schedule)) + "\n")
+        self._file.flush()
+
+    on_epoch = on_log
 
     def __enter__(self) -> "MetricsWriter":
         return self

@@ -7,13 +7,13 @@ from rich.console import Console
 from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 
-from dpreg.observer import Progress
 from dpreg.terminal import printable
+from dpreg.train.callback import Callback, Progress
 
 _LINE_SECONDS = 10.0
 
 
-class ProgressDisplay:
+class ProgressDisplay(Callback):
     """Shows epoch, loss, rows/s and time left on stderr. A context manager, so that the bar is closed."""
 
     def __init__(self, console: Console | None = None):
@@ -49,7 +49,7 @@ class ProgressDisplay:
         """A line of its own, above the bar."""
         self._console.print(printable(line), highlight=False, markup=False, soft_wrap=True)
 
-    def __call__(self, progress: Progress) -> None:
+    def on_steps(self, progress: Progress) -> None:
         """Shows where the run is. Without a terminal: a line each 10 seconds, and at the end of an epoch."""
         if progress.train_loss is not None:
             self._loss = f"loss {progress.train_loss:.4g}"
@@ -69,3 +69,5 @@ class ProgressDisplay:
             self._printed = time.monotonic()
             done = f"step {progress.step:,}/{progress.num_steps:,}"
             self.say(f"epoch {progress.epoch:.2f}/{progress.max_epochs}  {done}  {self._loss}  {speed}")
+
+    on_log = on_epoch = on_steps

@@ -12,10 +12,10 @@ from dpreg.data.sources import RegressionData
 from dpreg.data.synthetic import SyntheticRegressionData
 from dpreg.models.least_squares import Fit
 from dpreg.models.linear import linear_parameters
-from dpreg.trainer import Trainer
+from dpreg.train.trainer import Trainer
 
 
-def summarize(trainer: Trainer, data: RegressionData) -> dict[str, Any]:
+def summarize(trainer: Trainer, data: RegressionData, reading: float = 0.0) -> dict[str, Any]:
     """The summary of a finished run, ready for JSON.
 
     `best_step` is there where early stopping chose the parameters: those after it.
@@ -23,13 +23,17 @@ def summarize(trainer: Trainer, data: RegressionData) -> dict[str, Any]:
     `exchange_bytes` are those of what a step sums over devices, where there are several.
     `train_loss` is the mean over the last epoch; `rows_per_second` counts training alone: no ingest, no
     compilation, no evaluation, and no step before a resume. It is 0 where no step was left to do.
+
+    Args:
+      reading: seconds before `trainer` had the rows, which count as ingest.
     """
+    settings, loop = trainer.settings, trainer.loop
     steps_an_epoch = trainer.train.sampler.steps_per_epoch
-    steps_per_second = trainer.steps_trained / trainer.seconds["train"] if trainer.steps_trained else 0.0
+    steps_per_second = loop.steps_trained / trainer.seconds["train"] if loop.steps_trained else 0.0
     return {
         "step": trainer.step,
         "epoch": trainer.step / steps_an_epoch,
-        **({"best_step": trainer.best.step} if trainer.patience else {}),
+        **({"best_step": loop.best.step} if settings.patience else {}),
         "train_loss": trainer.train_loss,
         "val_loss": trainer.val_loss,
         "metrics": trainer.metrics,
@@ -37,14 +41,14 @@ def summarize(trainer: Trainer, data: RegressionData) -> dict[str, Any]:
         "params_sha256": params_sha256(trainer.state.params),
         "rows_per_second": steps_per_second * len(data.train) / steps_an_epoch,
         "steps_per_second": steps_per_second,
-        "seconds": trainer.seconds,
+        "seconds": trainer.seconds | {"ingest": reading + trainer.seconds["ingest"]},
         "device_count": trainer.mesh.size,
         "device_kind": trainer.mesh.devices.flat[0].device_kind,
         "process_count": jax.process_count(),
-        "num_shards": trainer.num_shards,
+        "num_shards": settings.num_shards,
         "placement": trainer.train.resolved_placement,
-        "reduction": trainer.reduction,
-        "backend": trainer.backend,
+        "reduction": settings.reduction,
+        "backend": settings.backend,
         "exchange_bytes": trainer.exchange_bytes,
         "versions": {"python": platform.python_version(), **package_versions()},
     }
@@ -55,7 +59,7 @@ def describe_devices(trainer: Trainer) -> list[dict[str, Any]]:
     slots, sampler = trainer.train.slots, trainer.train.sampler
     found = []
     for number, device in enumerate(trainer.mesh.devices.flat):
-        first, end = (min(at * slots, trainer.num_shards) for at in (number, number + 1))
+        first, end = (min(at * slots, trainer.settings.num_shards) for at in (number, number + 1))
         shards = "none" if first == end else f"{first}" if end - first == 1 else f"{first} to {end - 1}"
         rows = int(sampler.shard_start(end) - sampler.shard_start(first))
         found.append({"device": number, "process": device.process_index, "shards": shards, "rows": rows})

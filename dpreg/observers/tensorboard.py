@@ -9,9 +9,9 @@ from types import TracebackType
 from typing import Any
 
 from dpreg.errors import InputError
-from dpreg.observer import Progress
 from dpreg.observers.metrics import Schedule, record_of
 from dpreg.spelling import spell
+from dpreg.train.callback import Callback, Progress
 
 
 def require_tensorboard() -> None:
@@ -24,8 +24,8 @@ def require_tensorboard() -> None:
         ) from error
 
 
-class TensorBoardWriter:
-    """An observer that writes each log point as scalars, by the names of `record_of`.
+class TensorBoardWriter(Callback):
+    """Writes each log point as scalars, by the names of `record_of`.
 
     A context manager: what is not yet on disk is written at the end.
 
@@ -58,16 +58,17 @@ class TensorBoardWriter:
         self._add(step + 1, session_log=SessionLog(status=SessionLog.START))
         self._add(0, summary=hparams_pb(plain, trial_id=workdir.absolute().name))
 
-    def __call__(self, progress: Progress) -> None:
-        """Writes the log point, if it is one."""
-        if record := record_of(progress, self._schedule):
-            values = [
-                self._summary.Value(tag=name, simple_value=value)
-                for name, value in record.items()
-                if name != "step" and isinstance(value, numbers.Real)
-            ]
-            self._add(progress.step, summary=self._summary(value=values))
-            self._writer.flush()
+    def on_log(self, progress: Progress) -> None:
+        """Writes the log point."""
+        values = [
+            self._summary.Value(tag=name, simple_value=value)
+            for name, value in record_of(progress, self._schedule).items()
+            if name != "step" and isinstance(value, numbers.Real)
+        ]
+        self._add(progress.step, summary=self._summary(value=values))
+        self._writer.flush()
+
+    on_epoch = on_log
 
     def _add(self, step: int, **what: Any) -> None:
         self._writer.write(self._event(wall_time=time.time(), step=step, **what).SerializeToString())

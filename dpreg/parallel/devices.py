@@ -206,12 +206,12 @@ def compile_gather(mesh: Mesh, shape: tuple[int, ...], dtype: DTypeLike) -> Call
     return gather.lower(along).compile()
 
 
-def arrived(calls: Iterable[tuple[Item, Any]], heartbeat: Callable[[], None]) -> Iterator[tuple[Item, Any]]:
+def fetch_in_order(calls: Iterable[tuple[Item, Any]], on_result: Callable[[], None]) -> Iterator[tuple[Item, Any]]:
     """Results on the host, in order, while a bounded number of later calls is under way.
 
     Args:
       calls: (what it is, arrays that are being computed); each is dispatched when it is taken.
-      heartbeat: called for each that has arrived.
+      on_result: called for each that has come.
     """
     under_way: collections.deque[tuple[Item, Any]] = collections.deque()
     remaining, more = iter(calls), True
@@ -228,7 +228,7 @@ def arrived(calls: Iterable[tuple[Item, Any]], heartbeat: Callable[[], None]) ->
             with deadline.watched() as progress:
                 result = jax.device_get(result)
                 progress()
-            heartbeat()
+            on_result()
             yield item, result
 
 

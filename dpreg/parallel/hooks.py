@@ -8,7 +8,7 @@ from dpreg.errors import InputError
 
 _STEP = "override loss (one value for each row) and configure_optimizers of the model"
 _EVALUATION = "validation measures the loss of the model over data.val: override loss, or call trainer.evaluate"
-_OBSERVERS = "give dpreg.Trainer(observers=[...]), which are called after each block, log point and epoch"
+_CALLBACKS = "give dpreg.Trainer(callbacks=[...]), see dpreg.Callback for the events of a run"
 _ROWS = "give rows by a dpreg.Source, in dpreg.RegressionData(train, val, batch_size)"
 _LOADERS = r"get_(data|tensor)loader|(train|val|test|predict)_dataloader"
 _EVENTS = r"plot|on_(fit|train|validation|test|predict|epoch|batch|before|after|save|load)\w*|\w+_(epoch|step)_end"
@@ -23,7 +23,7 @@ OF_MODEL = {
     _PARTS_OF_LOSS: "override loss (one value for each row), or penalise weights in configure_optimizers",
     r"apply_init": "give each layer its initializer, such as kernel_init",
     r"prepare_batch": "change rows in __call__, or in a dpreg.Source",
-    _EVENTS: _OBSERVERS,
+    _EVENTS: _CALLBACKS,
     _LOADERS: _ROWS,
 }
 OF_TRAINER = {
@@ -32,7 +32,7 @@ OF_TRAINER = {
     r"clip_(gradients|grad_norm)": "give gradient_clip_val, or clip in configure_optimizers, by optax.clip or another",
     r"(validation|validate|val|eval|test|predict)_(step|epoch)": _EVALUATION,
     r"prepare_batch": "change rows in the __call__ of the model, or in a dpreg.Source; or use dpreg.d2l.Trainer",
-    _EVENTS: _OBSERVERS,
+    _EVENTS: _CALLBACKS,
     _LOADERS: _ROWS,
 }
 OF_DATA = {

@@ -27,6 +27,10 @@ _GPU_OPTIONS = {
     "xla_gpu_autotune_level": "0",
 }
 
+# FLOPs of one compiled call, about a second of a CPU and of the slowest chips: signals, checkpoints and progress are
+# handled only between calls. On a chip, a shard that is computed by itself takes at least as long as the last of these.
+_OPERATIONS_OF_CALL, _OPERATIONS_OF_CALL_OF_CHIP, _LEAST_OPERATIONS_OF_SHARD = 1 << 36, 1 << 41, 1 << 26
+
 # ordered: only multi-device programs get CSE before the first algebraic simplification, which rewrites x / s to
 # x * (1 / s) where s has one user. Without CSE, one-device programs are simplified alike.
 _CSE = "cse"
@@ -80,6 +84,17 @@ def schedule_for(
         accumulate * fewest_parts(rows, chunk_bytes // layout.row_bytes),
         whole_loops=not by_cores or rows * width <= _MOST_FACTORS_OF_WHOLE_LOOPS,
     )
+
+
+def steps_of_call(platform: str, operations: int, shards: int) -> int:
+    """How many steps one compiled call takes at most.
+
+    Args:
+      operations: of a step; shards: how many of a device are computed one after the other, 0 where all are at once.
+    """
+    if platform == "cpu":
+        return max(1, _OPERATIONS_OF_CALL // operations)
+    return max(1, _OPERATIONS_OF_CALL_OF_CHIP // max(operations, shards * _LEAST_OPERATIONS_OF_SHARD))
 
 
 def compiler_options(reduction: str, platform: str, whole_loops: bool = False) -> dict[str, str]:

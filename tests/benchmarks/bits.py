@@ -27,6 +27,7 @@ import dpreg
 from dpreg.build import build_model, objective_and_optimizer
 from dpreg.config import Config
 from dpreg.parallel import devices, processes
+from dpreg.train.callback import FunctionCallback
 
 THREADS, MOST_DEVICES, MOST_STEPS = 8, 8, 40
 STATUS_SECONDS, CACHED_CASES = 60.0, 50  # between lines; whose programs stay in memory
@@ -218,7 +219,7 @@ def compute(case: Case, layout: Layout) -> dict[str, np.ndarray]:
         steps_per_block=layout.steps_per_block,
         accumulate_steps=case.accumulate,
         log_every_steps=1,
-        observers=(records.append,),
+        callbacks=(FunctionCallback(records.append),),
     )
     trainer.prepare_data(data)
     trainer.prepare_model(model_of(case, trainer.train.num_steps))

@@ -1,0 +1,1 @@
+"""Training: the loop over compiled steps, and what goes on between them."""

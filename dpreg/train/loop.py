@@ -1,0 +1,334 @@
+"""The training loop: takes blocks of steps through the compiled program, and calls the callbacks."""
+
+import contextlib
+import dataclasses
+import logging
+import math
+import time
+from collections.abc import Callable, Generator, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from dpreg.data.dataset import Block
+from dpreg.errors import AuditFailed, Diverged, InputError
+from dpreg.interrupts import Interrupts, deferred
+from dpreg.parallel import devices
+from dpreg.parallel.donated import DonatedState
+from dpreg.parallel.state import TrainState
+from dpreg.predictor import metrics_of
+from dpreg.spelling import spell
+from dpreg.train.audit import Audit
+from dpreg.train.callback import Callback, Progress
+from dpreg.train.program import Program
+
+_LOG_POINTS = 8  # of an epoch, where log_every_steps is 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Best:
+    """The epoch of least validation loss so far, on the host.
+
+    Attributes:
+      val_loss: infinite before the first.
+      step: at its end.
+      variables: {"params", "batch_stats"} as NumPy arrays.
+    """
+
+    val_loss: float
+    step: int
+    variables: Mapping[str, Any]
+
+
+class Loop:
+    """Trains a program's state, and calls the callbacks.
+
+        while step < stop and patience is left:
+            until the next sync point:        # `stop`, the end of an epoch with validation, or `callback.next_sync`
+                dispatch a block of steps     # while the sums of earlier ones are on their way
+                wait for the sums of the oldest block:         callback.on_result()
+                at each log point in it:                       callback.on_log(progress)
+                after it, and at the end of an epoch in it:    callback.on_steps(progress)
+                at the end of an epoch: audit, validation:     callback.on_epoch(progress)
+                if callback.requests_sync(): dispatch no more
+            no step is in flight:                              callback.on_sync(trainer)
+
+    Args:
+      program: what is computed; state: what is trained, which the loop changes.
+      callbacks: in the order in which they are called.
+      seconds: to which the time of "train" and "eval" is added.
+
+    Attributes:
+      program, state, callbacks: as given.
+      step, steps_trained: steps done and reported; those of them that this loop did, not one that it goes on from.
+      audit: the rows used in this epoch.
+      best: with patience, the best epoch so far.
+      epoch_sums: [steps of an epoch, 3] weighted loss sum, weight sum and norm of the gradient of each step of this
+        epoch so far.
+      train_loss, val_loss, metrics: of the last epoch.
+    """
+
+    def __init__(self, program: Program, state: DonatedState, callbacks: Sequence[Callback], seconds: dict[str, float]):
+        self.program, self.state, self.callbacks, self._seconds = program, state, callbacks, seconds
+        self._settings = program.data.settings
+        self.audit = Audit(self._settings.audit)
+        self.steps_trained, self._rows_per_second = 0, 0.0
+        self.train_loss = math.nan
+        self.val_loss: float | None = None
+        self.metrics: dict[str, float] = {}
+        self.step, self.epoch_sums, self.best = 0, np.zeros((program.steps_per_epoch, 3)), Best(math.inf, 0, {})
+        self._training, self._all_reported = False, True  # in `run`; whether callbacks know of all of the state
+        self._in_flight: Any = None  # results of the latest call
+        self._digest: str | None = None
+        self._go_to(0)
+
+    @property
+    def num_steps(self) -> int:
+        """Steps of the run."""
+        return int(self.program.data.train.num_steps)
+
+    @property
+    def done(self) -> bool:
+        """Whether all epochs are trained, or no more are worth it."""
+        patience = self._settings.patience * self.program.steps_per_epoch
+        return self.step >= self.num_steps or bool(patience and self.step - self.best.step >= patience)
+
+    @property
+    def computation(self) -> str | None:
+        """What the model computes, see `dpreg.parallel.digest.digest_training`."""
+        if self._digest is None:
+            self._digest = self.program.digest(self.state.shapes)
+        return self._digest
+
+    def run(self, number: int | None, on_sync: Callable[[], None]) -> None:
+        """Trains to the end of so many epochs, or of all that are left and worth it: see `Trainer.fit_epochs`.
+
+        Args:
+          number: of epochs, the one under way included.
+          on_sync: called at each sync point.
+        """
+        self.require_idle()
+        if not self._all_reported:
+            raise InputError("fit_epochs is running, or was ended between steps and reports; fit anew")
+        stop, steps = self.num_steps, self.program.steps_per_epoch
+        if number is not None:
+            stop = min(stop, (self.step // steps + number) * steps)
+        with deferred() as interrupts:
+            while self.step < stop and not self.done:
+                self._training, self._all_reported = True, False
+                try:
+                    self._train_to(self._next_sync(stop), interrupts)
+                    self._all_reported = True
+                except (Diverged, AuditFailed):  # in all processes: none may leave while calls need it
+                    jax.block_until_ready(self._in_flight)
+                    self._all_reported = True
+                    raise
+                finally:
+                    self._training = False
+                on_sync()
+                self.report_result()
+                if interrupts.pending:
+                    raise KeyboardInterrupt
+
+    def require_idle(self) -> None:
+        """Raises InputError while callbacks are called, or where one raised, and the state is ahead of the reports."""
+        step = int(self.state.current.step)
+        if step != self.step:
+            raise InputError(
+                f"the state is after step {step:,}, and callbacks do not know of all of it: steps are in flight, or "
+                "were ended by Ctrl-C or a callback that raised; let fit_epochs return, or fit anew"
+            )
+
+    def report_result(self) -> None:
+        """Calls `on_result` of all callbacks."""
+        for callback in self.callbacks:
+            callback.on_result()
+
+    def _next_sync(self, stop: int) -> int:
+        """The next sync point up to a step, unless a callback requests an earlier one."""
+        asked = [callback.next_sync(self.step) for callback in self.callbacks]
+        steps = self.program.steps_per_epoch
+        validation = [self.step - self.step % steps + steps] if self.program.data.val else []
+        return min([stop, *validation, *(step for step in asked if step is not None and step > self.step)])
+
+    def _train_to(self, stop: int, interrupts: Interrupts) -> None:
+        """Trains up to a step, or until a sync point is requested, and reports it."""
+        first, rows_per_step = self.step, len(self.program.data.train.source) / self.program.steps_per_epoch
+        began, evaluated = time.perf_counter(), self._seconds["eval"]
+        with contextlib.closing(self._dispatch(stop, interrupts)) as calls:
+            for block, (sums, used) in devices.fetch_in_order(calls, self.report_result):
+                finite = np.isfinite(sums[: block.num_steps, 0])
+                good = block.num_steps if finite.all() else int(finite.argmin())
+                speed = (block.first_step + good - first) / (time.perf_counter() - began)
+                self._rows_per_second = speed * rows_per_step
+                self._report(sums[:good], used[:, :good])
+                if good < block.num_steps:
+                    raise Diverged(self.step + 1)
+        self._seconds["train"] += time.perf_counter() - began - (self._seconds["eval"] - evaluated)
+        self.steps_trained += self.step - first
+
+    def _dispatch(self, stop: int, interrupts: Interrupts) -> Generator[tuple[Block, Any]]:
+        """Dispatches blocks up to a step, or until a sync point is requested."""
+        first, data = self.step, self.program.data
+        for block in data.train.blocks(first, stop, data.steps_per_call):
+            if block.first_step > first:
+                # All are asked in any case: processes meet there equally often.
+                requested = [interrupts.poll(), *(callback.requests_sync() for callback in self.callbacks)]
+                if any(requested):
+                    return
+            arguments = data.arguments(block)
+            with jax.profiler.StepTraceAnnotation("train", step_num=block.first_step):
+                sums, used = self.state.step(self.program.train_block, *arguments)
+            self._in_flight = sums, self.program.gather_used(used)
+            yield block._replace(data=None), self._in_flight
+
+    def _report(self, sums: np.ndarray, used: np.ndarray) -> None:
+        """Reports the next steps from their [n, 3] sums and [devices, n, 2] what they used."""
+        taken, steps = 0, self.program.steps_per_epoch
+        while taken < len(sums):
+            end = min(taken + steps - self.step % steps, len(sums))
+            self._report_in_epoch(sums[taken:end], used[:, taken:end])
+            taken = end
+
+    def _report_in_epoch(self, sums: np.ndarray, used: np.ndarray) -> None:
+        """Reports the next steps of an epoch."""
+        steps, every = self.program.steps_per_epoch, self._log_every
+        before = self.step % steps
+        start, done = self.step - before, before + len(sums)
+        if before == 0:
+            self.epoch_sums = np.zeros((steps, 3))
+            self.audit.begin()
+        self.epoch_sums[before:done] = sums
+        self.audit.add(used)
+        for point in range(before // every * every + every, min(done + 1, steps), every):
+            norm = float(self.epoch_sums[point - 1, 2])
+            train_loss = mean_loss(self.epoch_sums[point - every : point])
+            progress = self._progress(start + point, train_loss=train_loss, gradient_norm=norm)
+            for callback in self.callbacks:
+                callback.on_log(progress)
+        progress = self._progress(start + done)
+        for callback in self.callbacks:
+            callback.on_steps(progress)
+        self.step = start + done  # not before: a callback that raises leaves a step that is not the state's
+        if done == steps:
+            self._end_epoch()
+
+    def _end_epoch(self) -> None:
+        """Checks the epoch that the last step ended, validates, and reports it."""
+        self.train_loss, tags = mean_loss(self.epoch_sums), self.program.tags
+        used = None if tags is None else self.audit.check(self.step, tags)
+        self._validate_finitely()
+        if self._settings.patience and self.val_loss is not None and self.val_loss < self.best.val_loss:
+            self.best = Best(self.val_loss, self.step, jax.device_get(self.state.copy_variables()))
+        unlogged = (len(self.epoch_sums) - 1) // self._log_every * self._log_every
+        norm = float(self.epoch_sums[-1, 2])
+        self._report_epoch(mean_loss(self.epoch_sums[unlogged:]), gradient_norm=norm, audit=used)
+
+    def _report_epoch(self, train_loss: float, **values: Any) -> None:
+        progress = self._progress(
+            self.step, train_loss=train_loss, val_loss=self.val_loss, metrics=self.metrics, **values
+        )
+        for callback in self.callbacks:
+            callback.on_epoch(progress)
+
+    def _progress(self, step: int, **values: Any) -> Progress:
+        epoch, speed = step / self.program.steps_per_epoch, self._rows_per_second
+        return Progress(step, self.num_steps, epoch, self._settings.max_epochs, rows_per_second=speed, **values)
+
+    @property
+    def _log_every(self) -> int:
+        return self._settings.log_every_steps or -(-self.program.steps_per_epoch // _LOG_POINTS)
+
+    def _validate_finitely(self) -> None:
+        self.validate()
+        if self.val_loss is not None and not math.isfinite(self.val_loss):
+            raise Diverged(self.step, validation=True)
+
+    def validate(self) -> None:
+        """Sets `val_loss` and `metrics`: exact weighted means over all validation rows, whatever their batches."""
+        data = self.program.data
+        if data.val is None or self.program.eval_block is None:
+            self.val_loss, self.metrics = None, {}
+            return
+        started = time.perf_counter()
+        evaluated, unpacked = self.program.eval_block
+        blocks = data.val.blocks(0, data.val.num_steps, data.steps_per_call)
+        calls = ((block, evaluated(self.state.variables, *data.arguments(block))) for block in blocks)
+        found = [unpacked(errors) for _, errors in devices.fetch_in_order(calls, self.report_result)]
+        self.val_loss, self.metrics = metrics_of(self.program.model, data.schema, found)
+        if self.train_loss == 0 and 0 < self.val_loss < float(np.finfo(np.float32).tiny):
+            logging.warning(
+                "the training loss and the norm of the gradient are 0 as %s, for the targets are tiny; use %s, or "
+                "another unit",
+                *(self._settings.dtype, spell("target_transform", "standardize")),
+            )
+        patience = self._settings.patience
+        if patience and not any(errors.weight.sum() > 0 for errors in found):
+            asked = spell("patience", patience)
+            raise InputError(f"{asked}: no row held out has a weight to measure by; hold out others")
+        self._seconds["eval"] += time.perf_counter() - started
+
+    def restore_best(self) -> bool:
+        """With patience, goes back to the parameters of the best epoch; whether that is not the last one."""
+        if not (self._settings.patience and 0 < self.best.step < self.step):
+            return False
+        self.state.replace(**self.best.variables)
+        self.validate()
+        return True
+
+    def load_state(
+        self, state: TrainState, epoch_sums: np.ndarray, rows_used: np.ndarray | None = None, best: Best | None = None
+    ) -> None:
+        """Goes on from a state: its step, the sums of the steps of its epoch so far, the rows they used, the best.
+
+        Raises:
+          Diverged: when it is of the end of an epoch, and the loss on validation rows is not finite.
+        """
+        self.state.take(state)
+        self._go_to(int(state.step))
+        self.best, self.epoch_sums = best or self.best, epoch_sums.astype(np.float64)
+        self.audit.begin(rows_used)
+        if self.step and self.step % self.program.steps_per_epoch == 0:
+            self.train_loss = mean_loss(self.epoch_sums)
+            self._validate_finitely()
+
+    def replace_state(self, state: TrainState) -> None:
+        """Takes a copy of another state's values, and goes on from its step.
+
+        Raises:
+          InputError: where its step is neither that of the loop nor the end of an epoch.
+        """
+        steps, step = self.program.steps_per_epoch, int(state.step)
+        if self._training:
+            self.require_idle()
+        moves = step != self.step or not (self._all_reported or self._training)
+        if moves and (step % steps or self._training):
+            raise InputError(
+                f"trainer.state: it is after step {step:,}, and the trainer goes on from step {self.step:,} or the end "
+                f"of an epoch of {steps:,} steps; give state.replace(step=0) to begin with its parameters"
+            )
+        self.state.take(state)
+        if moves:
+            self._go_to(step)
+
+    def set_params(self, params: Any, train_loss: float) -> None:
+        """Takes a copy of parameters that were found elsewhere, validates, and reports them as an epoch."""
+        self.state.replace(params=params)
+        self.train_loss = train_loss
+        self.validate()
+        self._report_epoch(train_loss)
+
+    def _go_to(self, step: int) -> None:
+        """Goes to the end of an epoch, whose state has been taken."""
+        self.step, self._all_reported = step, True
+        self.epoch_sums = np.zeros((self.program.steps_per_epoch, 3))
+        self.audit.begin()
+        variables = jax.device_get(self.state.copy_variables()) if self._settings.patience else {}
+        self.best = Best(math.inf, step, variables)
+
+
+def mean_loss(sums: np.ndarray) -> float:
+    """The mean loss per weight of steps, from their [steps, 3] sums; 0 where nothing has a weight."""
+    loss, weight = sums[:, :2].sum(axis=0)
+    return float(loss / weight) if weight > 0 else 0.0

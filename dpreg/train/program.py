@@ -1,0 +1,305 @@
+"""What a run computes with: its rows laid out over the devices, and its steps compiled."""
+
+import dataclasses
+import functools
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from dpreg.config import Columns
+from dpreg.data.dataset import PRECISIONS, Block, Dataset
+from dpreg.data.order import Sampler
+from dpreg.data.schema import Number, Schema
+from dpreg.data.sources import RegressionData, describe_rows, first_outside
+from dpreg.errors import InputError
+from dpreg.models.linear import LinearRegressionScratch
+from dpreg.models.losses import loss_of
+from dpreg.models.mlp import LinearRegression
+from dpreg.parallel import devices, processes
+from dpreg.parallel.checks import comes_with_dpreg, normalises_over_batch, require_model, traced
+from dpreg.parallel.compile import compile_eval_block, compile_train_block
+from dpreg.parallel.digest import digest_training, digest_values
+from dpreg.parallel.layout import Carried, Clock, example_of, layout_of
+from dpreg.parallel.state import Model, TrainState, initial_state
+from dpreg.parallel.tuning import steps_of_call
+from dpreg.predictor import ROWS_IN_PARTS, errors_of
+from dpreg.spelling import spell
+
+_FEW_ROWS = 16  # fewer make poor batch statistics
+_MOST_STEPS = 2**31 - 1  # an int32 on the devices
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """How a trainer trains: each field is the argument of `Trainer` of the same name, but for `mesh`.
+
+    Attributes:
+      mesh: the devices, with the single axis "data".
+
+    Raises:
+      InputError: for values out of range.
+    """
+
+    mesh: Mesh
+    max_epochs: int
+    gradient_clip_val: float
+    num_shards: int
+    precision: str
+    reduction: str
+    backend: str
+    placement: str
+    seed: int
+    log_every_steps: int
+    steps_per_block: int | None
+    accumulate_steps: int
+    patience: int
+    audit: bool
+
+    @property
+    def dtype(self) -> np.dtype:
+        """Of targets, weights and sums, and of parameters that models have as float32: float32, or float64."""
+        return np.dtype(PRECISIONS[self.precision][1])
+
+    def describe(self) -> dict[str, str]:
+        """All settings as text: processes have to give the same to train together."""
+        names = [field.name for field in dataclasses.fields(self) if field.name != "mesh"]
+        texts = {name: str(getattr(self, name)) for name in names}
+        return texts | {"devices": devices.describe(self.mesh.devices.flat)}
+
+
+@dataclasses.dataclass(frozen=True)
+class LaidOutData:
+    """The rows of a run, cut into shards and batches for its devices.
+
+    Attributes:
+      settings: of the trainer.
+      train, val: the pipelines of the rows to fit and of those held out.
+      schema: of the table that the rows come from, if any; columns: what was taken from it.
+      steps_per_call: how many steps one compiled call takes at most; None until the model is known.
+    """
+
+    settings: Settings
+    train: Dataset
+    val: Dataset | None
+    schema: Schema | None
+    columns: Columns | None
+    steps_per_call: int | None = None
+
+    @property
+    def num_inputs(self) -> int:
+        """Features of a row, d."""
+        return int(self.first_row["x"].shape[1])
+
+    @property
+    def num_targets(self) -> int:
+        """Targets of a row, t."""
+        return int(self.first_row["y"].shape[1])
+
+    @property
+    def first_row(self) -> dict[str, np.ndarray]:
+        """The first row to fit, of each column [1, ...]."""
+        return dict(self.train.source[np.zeros(1, np.int32)])
+
+    def bound_calls(self, state: TrainState) -> "LaidOutData":
+        """The same rows with calls of a bounded number of steps, for a model with such a state."""
+        mesh, ordered = self.settings.mesh, self.settings.reduction == "ordered"
+        parameters = sum(leaf.size for leaf in jax.tree.leaves(state.params))
+        operations = 6 * parameters * self.train.global_batch
+        most = steps_of_call(mesh.devices.flat[0].platform, operations, self.train.slots if ordered else 0)
+
+        def bounded(dataset: Dataset) -> Dataset:
+            if dataset.resolved_placement == "device" or dataset.block_steps <= most:
+                return dataset
+            return dataset.place(dataset.placement, most)
+
+        val = self.val and bounded(self.val)
+        return dataclasses.replace(self, train=bounded(self.train), val=val, steps_per_call=most)
+
+    def check_targets(self, model: Model) -> None:
+        """Raises InputError for a target that the model's loss is not defined for."""
+        loss = loss_of(model)
+        for dataset in (self.train, self.val):
+            if dataset is not None and loss.domain and (wrong := first_outside(dataset.source, loss.allowed)):
+                raise loss.refusal(*wrong)
+
+    def initial_state(self, model: Model) -> TrainState:
+        """The state before the first step, a function of model and seed.
+
+        On a table, dpreg's linear models start at 0 where they name no `sigma`: in a direction that the rows say
+        nothing about, such as the difference of two equal columns, no step would change the initial draw.
+
+        Raises:
+          InputError: when a constant column of a table is not used, and the model has no intercept in its place.
+        """
+        from_zero = False
+        if self.schema is not None and isinstance(model, (LinearRegressionScratch, LinearRegression)):
+            from_zero = model.sigma is None
+            for column in () if model.intercept else self.schema.inputs:
+                if isinstance(column, Number) and column.constant and column.mean != 0:
+                    raise InputError(
+                        f"column {column.name!r} has one value, {column.mean:g}, which an intercept stands for, and "
+                        "the model has none; read the table with Columns(intercept=False), or leave the column out"
+                    )
+        settings, x = self.settings, self.first_row["x"]
+        return initial_state(model, x, settings.seed, settings.dtype, settings.gradient_clip_val, from_zero)
+
+    def compile_train(self, model: Model, state: TrainState) -> Callable[..., Any]:
+        """The compiled training steps; with the backend "jit" also of a state without values, before any rows move."""
+        settings = self.settings
+        return compile_train_block(
+            model,
+            state,
+            layout_of(self.train),
+            settings.mesh,
+            self._example(self.train),
+            settings.accumulate_steps,
+            settings.reduction,
+            settings.backend,
+        )
+
+    def compile_eval(self, model: Model, variables: Any) -> tuple[Callable[..., Any], Callable[[Any], Any]] | None:
+        """The compiled evaluation over the rows held out, and what unpacks its results; None without such rows."""
+        if self.val is None:
+            return None
+        settings = self.settings
+        return compile_eval_block(
+            model,
+            variables,
+            layout_of(self.val),
+            settings.mesh,
+            self._example(self.val),
+            errors_of(model, self.schema),
+            settings.reduction,
+            settings.backend,
+        )
+
+    def arguments(self, block: Block) -> tuple[Any, Carried, np.ndarray]:
+        """What the compiled steps take for a block: rows, shards and clock."""
+        clock = Clock(block.first_step, block.num_steps, self.settings.seed)
+        return block.data, Carried(*self.train.carried), clock.packed()
+
+    def _example(self, dataset: Dataset) -> tuple[Any, ...]:
+        """What to compile by: pmap takes shapes for those of this process alone."""
+        return example_of(dataset) if self.settings.backend == "jit" else self.arguments(next(iter(dataset)))
+
+
+def lay_out(data: RegressionData, settings: Settings) -> LaidOutData:
+    """Decides where the rows are to be, and moves none but those in parts, see `RegressionData.from_parts`.
+
+    Raises:
+      InputError: when the data cannot be cut into the run's shards and batches, or differs between processes.
+    """
+
+    def describe_run() -> dict[str, tuple[str, str]]:
+        texts = settings.describe() | {"batch_size": str(data.batch_size)}
+        return {
+            "training rows": describe_rows(data.train),
+            "validation rows": describe_rows(data.val) if data.val else ("none", ""),
+            **{name: (text, "") for name, text in texts.items()},
+        }
+
+    processes.require_alike("fit", ROWS_IN_PARTS, describe_run)
+    if settings.dtype == np.float64 and data.train[np.zeros(1, np.int32)]["x"].dtype != np.float64:
+        precision = spell("precision", settings.precision)
+        logging.warning("%s: the rows are float32, and have its digits; give them as float64", precision)
+    Sampler(len(data.train), settings.num_shards, data.batch_size)  # raises: shards divide each batch, not their sum
+    batch_size, epochs = data.batch_size * settings.accumulate_steps, settings.max_epochs
+    rows = Dataset(data.train).shuffle(settings.seed).batch(batch_size).repeat(epochs, across=not data.val)
+    train = _place(rows.tag(settings.audit), settings)
+    if train.num_steps > _MOST_STEPS:
+        most = _MOST_STEPS // train.sampler.steps_per_epoch
+        raise InputError(
+            f"{spell('max_epochs', epochs)}: that is {train.num_steps:,} steps, and they are counted up to "
+            f"{_MOST_STEPS:,}; use {spell('max_epochs', most)} or less"
+        )
+    if settings.patience and not data.val:
+        patience = spell("patience", settings.patience)
+        raise InputError(f"{patience}: there are no rows held out to measure by; hold some out")
+    val = _place(Dataset(data.val).batch(data.batch_size), settings) if data.val else None
+    return LaidOutData(settings, train, val, getattr(data, "schema", None), getattr(data, "columns", None))
+
+
+def _place(dataset: Dataset, settings: Settings) -> Dataset:
+    """The dataset on the devices of the run, placed alike in all processes."""
+    sharded = dataset.cast(settings.precision).shard(settings.mesh, settings.num_shards).prefetch(2)
+    placed = sharded.place(settings.placement, settings.steps_per_block)
+    if jax.process_count() > 1 and len({*processes.exchange(placed.resolved_placement)}) > 1:
+        return sharded.place("host", settings.steps_per_block)  # one process has less memory than others
+    return placed
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """The rows and the compiled steps of a run.
+
+    Attributes:
+      data: the rows.
+      model: as `Trainer.fit` takes it.
+      train_block: see `dpreg.parallel.compile.compile_train_block`.
+      eval_block: see `compile_eval_block`; None without rows held out.
+      gather_used: brings what each device's steps used, for the audit, to all processes.
+      optimizer_start: digest of the optimizer's first state; "" for a model that comes with dpreg.
+    """
+
+    data: LaidOutData
+    model: Model
+    train_block: Callable[..., Any]
+    eval_block: tuple[Callable[..., Any], Callable[[Any], Any]] | None
+    gather_used: Callable[[Any], Any]
+    optimizer_start: str
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Steps of an epoch."""
+        return int(self.data.train.sampler.steps_per_epoch)
+
+    @functools.cached_property
+    def tags(self) -> np.ndarray | None:
+        """What an epoch has to use, see `Dataset.tags`; None without an audit."""
+        return self.data.train.tags if self.data.settings.audit else None
+
+    def digest(self, shapes: TrainState) -> str | None:
+        """What the model computes, see `dpreg.parallel.digest.digest_training`."""
+        return digest_training(self.model, shapes, self.data.num_inputs, self.data.num_targets, self.optimizer_start)
+
+
+def first_state(model: Model, data: LaidOutData) -> TrainState:
+    """The state before the first step of a model that can be trained on the rows.
+
+    Raises:
+      InputError: where it cannot.
+    """
+    require_model(model)
+    data.check_targets(model)
+    state, settings = data.initial_state(model), data.settings
+    rows_together = data.train.sampler.shard_batch // settings.accumulate_steps
+    if state.batch_stats and rows_together < _FEW_ROWS and not normalises_over_batch(model, state, data.num_inputs):
+        logging.warning(
+            "batch statistics of %d rows: BatchNorm sees the rows of one shard, %s / %s; give it %d or more, or "
+            "all rows of the batch with %s",
+            *(rows_together, spell("batch_size"), spell("num_shards"), _FEW_ROWS, spell("sync_batch_norm", True)),
+        )
+    return state
+
+
+def compile_program(model: Model, data: LaidOutData, state: TrainState) -> Program:
+    """Compiles the steps of a run, from a state that lies on its devices."""
+    settings = data.settings
+    jax.block_until_ready(data.train.carried)  # cached, and transferred before the first call
+    optimizer_start = "" if comes_with_dpreg(model) else digest_values(state.opt_state)
+    with traced(model):
+        train_block = data.compile_train(model, state)
+    gather_used: Callable[[Any], Any] = _zeros_on_host
+    if settings.audit:
+        gather_used = devices.compile_gather(settings.mesh, (settings.mesh.size, data.train.block_steps, 2), np.uint32)
+    with traced(model):
+        eval_block = data.compile_eval(model, {"params": state.params, "batch_stats": state.batch_stats})
+    return Program(data, model, train_block, eval_block, gather_used, optimizer_start)
+
+
+def _zeros_on_host(used: Any) -> np.ndarray:
+    return np.zeros(used.shape, used.dtype)
