@@ -347,10 +347,11 @@ def test_a_run_stopped_in_two_processes_goes_on_in_any_number(tmp_path, expected
         assert outcome(workdir) == expected
 
 
-def faulty(number, fault, *flags, patch="validate"):
-    """How to start a process in which a method of the trainer does something else."""
+def faulty(number, fault, *flags):
+    """How to start a process whose validation does something else."""
     code = (
-        f"import time, dpreg.trainer as t; t.Trainer.{patch} = lambda *a: {fault}; from dpreg.main import main; main()"
+        f"import time; from dpreg.train.loop import Loop; Loop.validate = lambda self: {fault}; "
+        "from dpreg.main import main; main()"
     )
     command = ("-c", code) if fault else MAIN
     return command, [*flags, "--num_processes=2", f"--process_id={number}"], ROOT

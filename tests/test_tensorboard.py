@@ -11,9 +11,9 @@ import forked
 import numpy as np
 import pytest
 from cluster import ROOT
-from dpreg.observer import Progress
 
 from dpreg.observers.tensorboard import TensorBoardWriter
+from dpreg.train.callback import Progress
 
 RUN = ("--platform=cpu", "--num_devices=2", "--nooptimality")
 
@@ -85,7 +85,7 @@ def test_a_run_that_goes_on_forgets_what_was_written_after_its_step(tmp_path):
     for begin, end in ((0, 6), (3, 5)):
         with TensorBoardWriter(tmp_path, begin, {"lr": 0.1}) as writer:
             for step in range(begin + 1, end + 1):
-                writer(Progress(step, 6, step / 6, 1, train_loss=float(10 * begin + step)))
+                writer.on_log(Progress(step, 6, step / 6, 1, train_loss=float(10 * begin + step)))
     board = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     assert [(event.step, event.value) for event in board.Scalars("train_loss")] == [
         *((step, float(step)) for step in (1, 2, 3)),
