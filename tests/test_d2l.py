@@ -311,10 +311,10 @@ def test_what_steps_by_hand_cannot_do_is_refused():
     for trainer, model, data, said in (
         (Mine(1), Net(0.1), rows(validated=False), "does not update the statistics of BatchNorm"),
         (
-            Mine(1, observers=[print]),
+            Mine(1, callbacks=[dpreg.Callback()]),
             linear,
             rows(validated=False),
-            "observers: an epoch that runs step by step does not use it",
+            "callbacks: an epoch that runs step by step does not use it",
         ),
         (d2l.Trainer(1), linear, type("Own", (d2l.DataModule,), {"collate_fn": print})(), "change rows in a Source"),
         (d2l.Trainer(1), linear.__class__, rows(), "LinearRegressionScratch is no instance"),

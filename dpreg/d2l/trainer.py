@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-import dpreg.trainer
+import dpreg.train.trainer
 from dpreg.config import Config
 from dpreg.d2l import module
 from dpreg.d2l.data import DataModule, Loader, read_rows
@@ -83,7 +83,7 @@ class Trainer(HyperParameters):
         self.engine = self._make_engine()
         self.epoch = self.train_batch_idx = self.val_batch_idx = 0
         self._state: TrainState | None = None  # that was assigned; None where the engine has it
-        self._dropout_rng: Array = key_of(self.engine.seed)
+        self._dropout_rng: Array = key_of(self.engine.settings.seed)
 
     def __getattr__(self, name: str) -> Any:
         """Raises AttributeError, which says so where `fit` sets the attribute."""
@@ -112,13 +112,13 @@ class Trainer(HyperParameters):
                 break
             self.epoch = epoch
             self.train_dataloader.epoch = epoch
-            with pinned_settings(self.engine.dtype == np.float64):
+            with pinned_settings(self.engine.settings.dtype == np.float64):
                 self.fit_epoch()
             self._store_state(epoch + 1)
         if self._state is None:
-            self.engine.take_best()
+            self.engine.restore_best()
         else:
-            self.engine.validate()
+            self.engine.loop.validate()
 
     def prepare_data(self, data: DataModule | RegressionData) -> None:
         """Brings the rows to the devices, and sets the loaders of batches (X, y)."""
@@ -129,9 +129,11 @@ class Trainer(HyperParameters):
         if missing := [name for name in ("train", "val", "batch_size") if not hasattr(data, name)]:
             raise InputError(f"data: {type(data).__name__} has no {missing[0]}; give an object of d2l.DataModule")
         self.engine, self._state = self._make_engine(), None
-        self._dropout_rng, precision = key_of(self.engine.seed), self.engine.precision
+        self._dropout_rng, precision = key_of(self.engine.settings.seed), self.engine.settings.precision
         self.engine.prepare_data(data)
-        self.train_dataloader = Loader(Cast(data.train, precision), self.engine.train.sampler, self.engine.seed)
+        self.train_dataloader = Loader(
+            Cast(data.train, precision), self.engine.train.sampler, self.engine.settings.seed
+        )
         self.val_dataloader = None
         if data.val:
             in_order = Sampler(len(data.val), 1, data.batch_size, shuffle=False)
@@ -154,7 +156,7 @@ class Trainer(HyperParameters):
         source = self.engine.train.source
         number = min(_ROWS_COMPARED, len(source))
         rows = rows_everywhere(source, np.linspace(0, len(source) - 1, number).astype(np.int64))
-        rows = {name: column.astype(self.engine.dtype) for name, column in rows.items()}
+        rows = {name: column.astype(self.engine.settings.dtype) for name, column in rows.items()}
         self.model = model
         prepared: Any = module.prepare(model, rows, _CALLED_OF_MODEL)
         self.engine.prepare_model(prepared)
@@ -169,7 +171,7 @@ class Trainer(HyperParameters):
         self.engine.fit_epoch()
         if self.engine.step == before:
             return
-        for loss, weight, _ in self.engine.epoch_sums:
+        for loss, weight, _ in self.engine.loop.epoch_sums:
             self.model.plot("loss", loss / weight if weight else 0.0, train=True)
             self.train_batch_idx += 1
         for _ in range(self.num_val_batches):  # `plot` draws the mean of so many values
@@ -213,8 +215,8 @@ class Trainer(HyperParameters):
             raise InputError(
                 f"an epoch that runs step by step needs a single process; start one, or {_OVERRIDE_NOTHING}"
             )
-        for name, given in (("observers", self.engine.observers), ("patience", self.engine.patience)):
-            if given:
+        for name in ("callbacks", "observers", "patience"):
+            if self._settings.get(name):
                 raise InputError(f"{name}: an epoch that runs step by step does not use it; {_OVERRIDE_NOTHING}")
         self._state = state
 
@@ -228,21 +230,23 @@ class Trainer(HyperParameters):
         modes = mode_arguments(self.model, training)
         return self.model.apply(variables, *X, **{"rngs": {"dropout": state.dropout_rng}, **modes, **how})
 
-    def _make_engine(self) -> dpreg.trainer.Trainer:
+    def _make_engine(self) -> dpreg.train.trainer.Trainer:
         # Compiled steps clip by the norm: not where the user clips otherwise, step by step.
         clip = 0.0 if "clip_gradients" in _names_of_user(self) else self.gradient_clip_val
-        return dpreg.trainer.Trainer(self.max_epochs, gradient_clip_val=clip, **self._settings)
+        return dpreg.train.trainer.Trainer(self.max_epochs, gradient_clip_val=clip, **self._settings)
 
     def _draw_parameters(self, key: Array | None) -> None:
         """Draws the parameters by `apply_init`."""
-        root = key_of(self.engine.seed) if key is None else key
+        root = key_of(self.engine.settings.seed) if key is None else key
         params_key, self._dropout_rng = jax.random.split(root)
         keys = {"params": root if key is None else params_key, "dropout": self._dropout_rng}
         row = self.engine.train.source[np.zeros(1, np.int32)]["x"]
         trained = self.engine.state
         with pinned_settings():
             params = self.model.apply_init((jnp.asarray(row, jnp.float32),), key=keys)["params"]
-        self.engine.state = trained.replace(params=jax.tree.map(lambda leaf: leaf.astype(self.engine.dtype), params))
+        self.engine.state = trained.replace(
+            params=jax.tree.map(lambda leaf: leaf.astype(self.engine.settings.dtype), params)
+        )
 
     def _fit_epoch_by_steps(self) -> None:
         """The epoch as the book has it: a step for each batch, and then the validation."""
