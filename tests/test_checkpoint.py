@@ -218,7 +218,7 @@ def test_a_model_whose_code_computes_something_else_by_now_is_refused(tmp_path, 
         with pytest.raises(dpreg.InputError, match="the code of the model computes something else than in the run"):
             checkpoints.restore(changed)
         rewritten = prepared(activation=lambda x: nn.relu(x), num_devices=1, backend="pmap", placement="host")
-        assert rewritten.computation == was
+        assert rewritten.loop.computation == was
         assert checkpoints.restore(rewritten)
         # Other versions of the libraries may trace the same computation otherwise.
         monkeypatch.setattr(type(changed), "computation", was.replace(jax.__version__, "99.0").replace(was[:32], "0"))
