@@ -61,9 +61,10 @@ def opaque_loop(turn: Callable[[Array, PyTree], PyTree], count: Array, start: Py
 def isolated(function: Callable[..., PyTree], one: Array, *inputs: PyTree) -> PyTree:
     """`function(*inputs)`, compiled to the same operations whatever surrounds it.
 
-    A loop of `one` turn, a number that the compiler does not know, reads each input by a choice that depends on the
-    number of the turn. What `function` computes from them thus changes from turn to turn: none of it is loop-invariant
-    code, which the compiler would move out of the loop and fuse with the surroundings.
+    A loop of `one` turn, a number that the compiler does not know, carries the inputs and leaves zeros in their place.
+    What `function` computes from them thus changes from turn to turn: none of it is loop-invariant code, which the
+    compiler would move out of the loop and fuse with the surroundings. (To select the inputs by the number of the turn
+    is faster, and not enough: LLVM moves operations through a select, and out of the loop.)
 
     Args:
       function: must read no traced value but its arguments.
@@ -71,17 +72,12 @@ def isolated(function: Callable[..., PyTree], one: Array, *inputs: PyTree) -> Py
     """
     function = jax.jit(function, inline=True)  # traced once, for its shapes and in the loop
 
-    def turn(i: Array, _: PyTree) -> PyTree:
-        def chosen(leaf: Array) -> Array:
-            if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):  # by its words: a new key in each turn, used once
-                words = chosen(jax.random.key_data(leaf))
-                key: Array = jax.random.wrap_key_data(words, impl=jax.random.key_impl(leaf))
-                return key
-            return lax.select_n(i > 0, leaf, jnp.zeros_like(leaf))
+    def turn(_: Array, carry: tuple[PyTree, PyTree]) -> tuple[PyTree, PyTree]:
+        return _zeros_like(inputs), function(*carry[0])
 
-        return function(*jax.tree.map(chosen, inputs))
-
-    return opaque_loop(turn, one, _zeros_like(jax.eval_shape(function, *inputs)))
+    outputs: PyTree
+    _, outputs = opaque_loop(turn, one, (inputs, _zeros_like(jax.eval_shape(function, *inputs))))
+    return outputs
 
 
 def accumulate(sums_of: Callable[[Array], PyTree], count: Array) -> PyTree:
