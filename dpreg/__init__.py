@@ -5,7 +5,7 @@ Data, which `Trainer.fit` takes:
 - `SyntheticRegressionData`: rows whose true parameters are known.
 - `RegressionData`: rows to fit and rows held out, of any `Source`; `RegressionData.from_parts` where each of several
   processes holds its own.
-- `ArraySource`, `Shuffled`: a source over arrays; one over another, in a mixed order.
+- `ArraySource`, `PermutedSource`: a source over arrays; one over another, in a mixed order.
 - `read_table`, `Columns`: rows of a table, and what to take from it.
 - `Dataset`, `Block`: the pipeline to the devices, and the steps that it hands over at once.
 
@@ -30,10 +30,13 @@ The command `dpreg` is `python -m dpreg.main`; `dpreg.plan`, `dpreg.scaling` and
 `dpreg.sklearn` has estimators of scikit-learn. `dpreg.d2l` has the names of *Dive into Deep Learning*.
 """
 
+import warnings
+from typing import Any
+
 from dpreg.config import Columns
 from dpreg.data.dataset import Block, Dataset
 from dpreg.data.ingest import read_table
-from dpreg.data.sources import ArraySource, RegressionData, Shuffled, Source
+from dpreg.data.sources import ArraySource, PermutedSource, RegressionData, Source
 from dpreg.data.synthetic import SyntheticRegressionData
 from dpreg.errors import Diverged, InputError
 from dpreg.models.linear import LinearRegressionScratch
@@ -56,9 +59,9 @@ __all__ = [
     "InputError",
     "LinearRegressionScratch",
     "Module",
+    "PermutedSource",
     "Progress",
     "RegressionData",
-    "Shuffled",
     "Source",
     "SyntheticRegressionData",
     "TrainState",
@@ -69,3 +72,11 @@ __all__ = [
 ]
 
 __version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:
+    """Former names, which warn."""
+    if name == "Shuffled":
+        warnings.warn("dpreg.Shuffled is deprecated; it is dpreg.PermutedSource", DeprecationWarning, 2)
+        return PermutedSource
+    raise AttributeError(f"module 'dpreg' has no attribute {name!r}")

@@ -19,10 +19,10 @@ from dpreg.data.tables import Table, open_table
 from dpreg.data.tfds import open_tfds
 from dpreg.errors import InputError
 from dpreg.models.linear import LinearRegressionScratch
-from dpreg.models.losses import loss_called
+from dpreg.models.losses import make_loss
 from dpreg.models.mlp import MLP, LinearRegression
 from dpreg.models.module import Module
-from dpreg.models.optimizers import optimizer_called, schedule_called
+from dpreg.models.optimizers import make_optimizer, make_schedule
 from dpreg.parallel import presence, processes
 from dpreg.parallel.state import Model
 from dpreg.spelling import spell
@@ -66,9 +66,9 @@ def build_data(config: Config, progress: Progress = lambda what, rows: None) -> 
         )
 
     first = read() if jax.process_index() == 0 else None
-    processes.exchange(patience=_INGEST_SECONDS)
+    processes.allgather_text(patience=_INGEST_SECONDS)
     data = first or read()
-    for process, fingerprint in enumerate(processes.exchange(data.fingerprint(), patience=_INGEST_SECONDS)):
+    for process, fingerprint in enumerate(processes.allgather_text(data.fingerprint(), patience=_INGEST_SECONDS)):
         if fingerprint != data.fingerprint():
             raise InputError(
                 f"{spell('dataset', config.dataset)}: process {process} reads other rows than process "
@@ -133,17 +133,17 @@ def learning_rates(config: Config, num_steps: int) -> Callable[[int], float] | N
     """The learning rate of each global step, from 0; None where the model is the user's own, or nothing is stepped."""
     if config.model not in MODELS or config.solver != "sgd":
         return None
-    schedule = schedule_called(config.lr_schedule, config.lr, num_steps, config.warmup_steps)
+    schedule = make_schedule(config.lr_schedule, config.lr, num_steps, config.warmup_steps)
     return lambda step: float(schedule(step))
 
 
 def objective_and_optimizer(config: Config, num_steps: int = 1) -> dict[str, Any]:
     """What a `dpreg.Module` is given besides its own fields, for a run of so many steps."""
     steady = config.lr_schedule == "constant" and not config.warmup_steps
-    schedule = config.lr if steady else schedule_called(config.lr_schedule, config.lr, num_steps, config.warmup_steps)
+    schedule = config.lr if steady else make_schedule(config.lr_schedule, config.lr, num_steps, config.warmup_steps)
     return {
-        "objective": loss_called(config.loss, config.huber_delta, config.quantile, config.num_classes),
-        "optimizer": optimizer_called(config.optimizer, schedule, config.l1, config.l2),
+        "objective": make_loss(config.loss, config.huber_delta, config.quantile, config.num_classes),
+        "optimizer": make_optimizer(config.optimizer, schedule, config.l1, config.l2),
     }
 
 

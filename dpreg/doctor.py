@@ -24,9 +24,9 @@ from dpreg.observers.summary import package_versions
 from dpreg.observers.tensorboard import require_tensorboard
 from dpreg.observers.workdir import open_workdir
 from dpreg.parallel import devices, processes
-from dpreg.parallel.deadline import Deadline
 from dpreg.parallel.reduce import AXIS
-from dpreg.parallel.roll_call import is_loopback
+from dpreg.parallel.rendezvous import is_loopback
+from dpreg.parallel.watchdog import Watchdog
 from dpreg.spelling import spell
 from dpreg.terminal import show
 from dpreg.train.program import first_state, lay_out
@@ -47,7 +47,7 @@ def examine(config: Config) -> None:
         if _NEEDS.get(name, set()) & {*wrong}:
             continue  # it could not end, or processes would not do the same
         try:
-            found, well = processes.agreed(functools.partial(check, config)), True
+            found, well = processes.on_all_processes(functools.partial(check, config)), True
         except InputError as error:
             found, well = str(error), False
             wrong.append(name)
@@ -59,7 +59,7 @@ def examine(config: Config) -> None:
 
 def _of_all(value: Any) -> list[Any]:
     """The values of all processes."""
-    return [json.loads(text) for text in processes.exchange(json.dumps(value))]
+    return [json.loads(text) for text in processes.allgather_text(json.dumps(value))]
 
 
 def _versions(config: Config) -> str:
@@ -147,7 +147,7 @@ def _all_reduce(config: Config) -> str:
             lambda part: lax.psum(part, AXIS), mesh=mesh, in_specs=PartitionSpec(AXIS), out_specs=PartitionSpec()
         )
         function = jax.jit(body).lower(values).compile()
-        processes.exchange()
+        processes.allgather_text()
         seconds = []
         for _ in range(6):
             started = time.perf_counter()
@@ -156,8 +156,8 @@ def _all_reduce(config: Config) -> str:
         return np.asarray(result.addressable_data(0)), statistics.median(seconds[1:])
 
     try:
-        with Deadline(config.step_timeout or _SUM_SECONDS) as deadline:
-            deadline.begin()
+        with Watchdog(config.step_timeout or _SUM_SECONDS) as watchdog:
+            watchdog.begin()
             (small, latency), (large, seconds) = summed(1), summed(_REDUCED_BYTES // 4)
     except jax.errors.JaxRuntimeError as error:
         raise InputError(
@@ -208,7 +208,7 @@ def _clocks(config: Config) -> str:
     del config
     spreads = []
     for _ in range(3):
-        processes.exchange()
+        processes.allgather_text()
         times = _of_all(time.time())
         spreads.append(max(times) - min(times))
     if (skew := min(spreads)) > _MAX_SKEW_SECONDS:

@@ -21,11 +21,11 @@ from dpreg.config import Config
 from dpreg.data.columns import LARGEST
 from dpreg.data.learn import SMALLEST
 from dpreg.data.schema import Number, Schema
-from dpreg.data.sources import ArraySource, RegressionData, Shuffled, first_outside
+from dpreg.data.sources import ArraySource, PermutedSource, RegressionData, first_outside
 from dpreg.errors import InputError
 from dpreg.models import robust
 from dpreg.models.glm import FAMILIES
-from dpreg.models.least_squares import Triangle
+from dpreg.models.least_squares import RFactor
 from dpreg.models.linear import linear_parameters
 from dpreg.models.losses import Loss
 from dpreg.models.module import Module
@@ -66,7 +66,7 @@ class _Fitted:
     targets: int
     one_column: bool
     schema: Schema
-    triangle: Triangle | None = None
+    triangle: RFactor | None = None
     variables: Any = None
     optimizer: Any = None
     around: tuple[np.ndarray, ...] = ()
@@ -294,7 +294,7 @@ class Estimator(BaseEstimator):
         rows = ArraySource(fitted.scaled(x), (y - mean) / scale, weight)
         trainer = build_trainer(config)
         # In a fixed order: contiguous shards of sorted rows would be no samples.
-        trainer.prepare_data(RegressionData(Shuffled(rows), None, config.batch_size, fitted.schema))
+        trainer.prepare_data(RegressionData(PermutedSource(rows), None, config.batch_size, fitted.schema))
         model = fitted.model(config, trainer.train.num_steps)
         if fitted.module is not None:
             _require_outputs(model, rows.x, fitted.outputs)
@@ -405,7 +405,7 @@ def _moments(columns: np.ndarray, weight: np.ndarray) -> tuple[np.ndarray, np.nd
     return mean, np.where((columns != first).any(axis=0), np.maximum(deviation, _TINY), 0.0)
 
 
-def _moments_of(triangle: Triangle) -> tuple[np.ndarray, np.ndarray]:
+def _moments_of(triangle: RFactor) -> tuple[np.ndarray, np.ndarray]:
     """The same, to rounding, of the rows of a triangle, whose first row is that of the means."""
     about = triangle.r[1:, 1:]  # exactly 0 of constants
     spread = np.sqrt(np.square(about).sum(axis=0))

@@ -20,11 +20,11 @@ class Interrupts:
 
     def __init__(self) -> None:
         self.pending, self._received = False, False
-        self._announcements = processes.Announcements()
+        self._sync_signal = processes.SyncSignal()
 
     def poll(self) -> bool:
         """Updates `pending` and returns it. All processes have to call it equally often, between the same steps."""
-        self.pending = bool(self._announcements.heard()) or self.pending
+        self.pending = bool(self._sync_signal.poll()) or self.pending
         return self.pending
 
     def receive(self, number: int, frame: FrameType | None) -> None:
@@ -32,11 +32,11 @@ class Interrupts:
         if self._received:
             signal.default_int_handler(number, frame)
         self._received = True
-        self._announcements.ask(_WORD)
+        self._sync_signal.request(_WORD)
 
     def raise_received(self) -> None:
         """Raises KeyboardInterrupt in all processes where any of them has received a SIGINT. They meet for it."""
-        if _WORD in processes.exchange(_WORD if self._received else ""):
+        if _WORD in processes.allgather_text(_WORD if self._received else ""):
             raise KeyboardInterrupt
 
 

@@ -18,13 +18,13 @@ from absl import flags, logging
 from rich.console import Console
 
 from dpreg.build import build_data, build_model, build_trainer, identity_of, learning_rates
+from dpreg.cli import run_cli
 from dpreg.config import Config
 from dpreg.data.cache import DamagedCacheError
-from dpreg.data.dataset import Cast
+from dpreg.data.dataset import CastSource
 from dpreg.data.schema import Number
 from dpreg.data.sources import RegressionData
 from dpreg.doctor import agree, examine
-from dpreg.door import enter
 from dpreg.errors import NO_ROOM, AuditFailed, Diverged, InputError, Preempted, ProcessLost
 from dpreg.models.glm import FAMILIES
 from dpreg.models.least_squares import Fit
@@ -46,8 +46,8 @@ from dpreg.observers.summary import (
 from dpreg.observers.tensorboard import TensorBoardWriter, require_tensorboard
 from dpreg.observers.workdir import open_workdir, write_whole
 from dpreg.parallel import devices, presence, processes
-from dpreg.parallel.deadline import Deadline
 from dpreg.parallel.digest import digest_prediction
+from dpreg.parallel.watchdog import Watchdog
 from dpreg.predict import predict, threads_of
 from dpreg.solver import Solver
 from dpreg.spelling import spell
@@ -72,20 +72,20 @@ def run(config: Config) -> None:
     agree(config)
     if config.tensorboard:
         require_tensorboard()
-    announcements = _stop_signals()
+    sync_signal = _stop_signals()
     with open_workdir(config.workdir) as workdir, _to_go_on_in(None if config.workdir else workdir):
-        _run_in(workdir, config, announcements)
+        _run_in(workdir, config, sync_signal)
 
 
-def _run_in(workdir: pathlib.Path, config: Config, announcements: processes.Announcements) -> None:
+def _run_in(workdir: pathlib.Path, config: Config, sync_signal: processes.SyncSignal) -> None:
     first = jax.process_index() == 0
     with contextlib.ExitStack() as stack:
-        deadline = stack.enter_context(Deadline(config.step_timeout))
+        watchdog = stack.enter_context(Watchdog(config.step_timeout))
         progress = stack.enter_context(ProgressDisplay(Console(stderr=True, quiet=not first)))
-        trainer, data, reading = _prepared(config, progress, announcements)
-        trainer.add_callback(_Heartbeat(deadline))
-        deadline.begin()
-        checkpoints = stack.enter_context(_checkpoints(config, workdir, trainer, data, announcements))
+        trainer, data, reading = _prepared(config, progress, sync_signal)
+        trainer.add_callback(_Heartbeat(watchdog))
+        watchdog.begin()
+        checkpoints = stack.enter_context(_checkpoints(config, workdir, trainer, data, sync_signal))
         placement, why = trainer.train.resolved_placement, trainer.train.placement_reason
         progress.say(
             f"{len(data.train):,} rows in {config.num_shards} shards on {devices.describe(trainer.mesh.devices.flat)}: "
@@ -112,7 +112,7 @@ def _run_in(workdir: pathlib.Path, config: Config, announcements: processes.Anno
         if steps := config.profiled_steps():
             folder = workdir / "profile" if first else None
             trainer.add_callback(stack.enter_context(Profiler(folder, *steps, trainer.step)))
-        fit = _trained(config, trainer, data, checkpoints, progress, announcements)
+        fit = _trained(config, trainer, data, checkpoints, progress, sync_signal)
         compared = _compared(config, trainer, data)
 
     if not first:
@@ -145,13 +145,13 @@ def _run_in(workdir: pathlib.Path, config: Config, announcements: processes.Anno
 
 
 class _Heartbeat(Callback):
-    """Keeps the deadline from ending a run that makes progress."""
+    """Keeps the watchdog from ending a run that makes progress."""
 
-    def __init__(self, deadline: Deadline):
-        self._deadline = deadline
+    def __init__(self, watchdog: Watchdog):
+        self._watchdog = watchdog
 
     def on_result(self) -> None:
-        self._deadline.progress()
+        self._watchdog.progress()
 
 
 def _trained(
@@ -160,7 +160,7 @@ def _trained(
     data: RegressionData,
     checkpoints: Checkpoints,
     progress: ProgressDisplay,
-    announcements: processes.Announcements,
+    sync_signal: processes.SyncSignal,
 ) -> Fit | None:
     """Trains, or solves exactly, and saves; gives the best that could be reached, where that is known."""
     if config.solver == "sgd":
@@ -181,9 +181,9 @@ def _trained(
 
     def alive() -> None:
         trainer.loop.report_result()
-        _stop_where_asked(announcements, trainer.step or None)
+        _stop_where_asked(sync_signal, trainer.step or None)
 
-    solver = Solver(Cast(data.train, config.precision), trainer.mesh, config.num_shards, alive)
+    solver = Solver(CastSource(data.train, config.precision), trainer.mesh, config.num_shards, alive)
     if config.solver == "irls":
         fit, loss = solver.newton(FAMILIES[config.loss], config.l2, config.intercept)
     else:
@@ -214,14 +214,14 @@ def _above(gap: float | None) -> str:
 
 
 def _prepared(
-    config: Config, progress: ProgressDisplay, announcements: processes.Announcements
+    config: Config, progress: ProgressDisplay, sync_signal: processes.SyncSignal
 ) -> tuple[Trainer, RegressionData, float]:
     """The trainer with its rows in place and its steps compiled; its data, and the seconds to read them."""
     trainer = build_trainer(config)
     started = time.perf_counter()
 
     def told(what: str, rows: int) -> None:
-        _stop_where_asked(announcements)
+        _stop_where_asked(sync_signal)
         speed = rows / (time.perf_counter() - started)
         progress.doing(f"{what} {config.dataset}: {rows:,} rows, {speed:,.0f} rows/s")
 
@@ -249,36 +249,36 @@ def _to_go_on_in(unnamed: pathlib.Path | None) -> Iterator[None]:
         raise Preempted(stopped.step, None if unnamed is None else str(unnamed), stopped.interrupted) from stopped
 
 
-def _stop_signals() -> processes.Announcements:
+def _stop_signals() -> processes.SyncSignal:
     """SIGTERM asks all processes to save and stop, as does SIGUSR1, which mpirun passes on, and Ctrl-C (SIGINT).
 
     To the end of the process: one that comes while the run ends does no harm, nor does a second one, but of Ctrl-C:
     that ends this process at once, with exit code 130.
     """
-    announcements, interrupted = processes.Announcements(), threading.Event()
+    sync_signal, interrupted = processes.SyncSignal(), threading.Event()
 
     def interrupt(*_: object) -> None:
         if interrupted.is_set():
             os.write(sys.stderr.fileno(), b"dpreg: interrupted again: what was saved before is there\n")
             os._exit(_INTERRUPTED)
         interrupted.set()
-        announcements.ask("interrupt")
+        sync_signal.request("interrupt")
 
     handlers: dict[int, Callable[..., None]] = dict.fromkeys(
-        (signal.SIGTERM, signal.SIGUSR1), lambda *_: announcements.ask("stop")
+        (signal.SIGTERM, signal.SIGUSR1), lambda *_: sync_signal.request("stop")
     )
     if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # as of a command that a shell runs in the background
         handlers[signal.SIGINT] = interrupt
     for number, handler in handlers.items():
         signal.signal(number, handler)
         atexit.register(signal.signal, number, signal.SIG_IGN)  # the interpreter takes other handlers away as it ends
-    return announcements
+    return sync_signal
 
 
-def _stop_where_asked(announcements: processes.Announcements, step: int | None = None) -> None:
+def _stop_where_asked(sync_signal: processes.SyncSignal, step: int | None = None) -> None:
     """Raises Preempted where the only process was asked to stop. Several learn of it together, at their first step."""
-    interrupted = announcements.asked("interrupt")
-    if jax.process_count() == 1 and (interrupted or announcements.asked("stop")):
+    interrupted = sync_signal.pending("interrupt")
+    if jax.process_count() == 1 and (interrupted or sync_signal.pending("stop")):
         raise Preempted(step, interrupted=interrupted)
 
 
@@ -288,7 +288,7 @@ def _checkpoints(
     workdir: pathlib.Path,
     trainer: Trainer,
     data: RegressionData,
-    announcements: processes.Announcements,
+    sync_signal: processes.SyncSignal,
 ) -> Iterator[Checkpoints]:
     """The run's checkpoints, with the trainer brought to the newest, as the setting `resume` says."""
     with Checkpoints(
@@ -297,7 +297,7 @@ def _checkpoints(
         config.checkpoint_every_seconds,
         config.checkpoint_every_steps,
         config.keep,
-        announcements,
+        sync_signal,
     ) as checkpoints:
         if config.resume == "never":
             checkpoints.clear()
@@ -338,9 +338,9 @@ def _among_others(work: Callable[[], None]) -> None:
     try:
         try:
             with presence.at_work("at work"):
-                processes.agreed(work)
+                processes.on_all_processes(work)
         except (Diverged, AuditFailed, Preempted):  # as in all others
-            processes.exchange()
+            processes.allgather_text()
             raise
     except (InputError, Diverged, AuditFailed, Preempted):
         raise
@@ -372,7 +372,7 @@ def _lost_by_files(work: Callable[[], None]) -> None:
 def main() -> None:
     """The entry point."""
     try:
-        enter(_main, installed=True)
+        run_cli(_main, installed=True)
     except SystemExit as end:
         if isinstance(end.code, int) and end.code:
             end_where_threads_wait(end.code)

@@ -30,14 +30,14 @@ from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from dpreg.build import build_data, build_model, build_trainer
+from dpreg.cli import run_cli
 from dpreg.config import Config
 from dpreg.data.dataset import RESIDENT_FRACTION, Dataset
 from dpreg.data.order import Sampler
-from dpreg.door import enter
 from dpreg.errors import InputError
 from dpreg.observers.workdir import made
 from dpreg.parallel import devices
-from dpreg.parallel.chips import Hosts, Slice, system_named
+from dpreg.parallel.chips import Hosts, Slice, parse_topology
 from dpreg.parallel.compile import operations_of_step
 from dpreg.parallel.program import Collective, Memory, collectives, memory
 from dpreg.parallel.reduce import AXIS
@@ -150,7 +150,7 @@ def plan(config: Config, topology: str | None = None) -> Plan:
     Raises:
       InputError: when there is no such system, or the run does not go on it.
     """
-    system = system_named(topology) if topology else None
+    system = parse_topology(topology) if topology else None
     if system:
         mesh = Mesh(np.array(_described(system)), (AXIS,))
         if mesh.size > config.num_shards:  # as many rows for each as there were
@@ -254,7 +254,7 @@ def _bytes(size: float) -> str:
 
 def _apart(config: Config, topology: str) -> Plan:
     """`plan` in a process of its own: the compiler for TPUs ends its process where it cannot do something."""
-    gpus, where = isinstance(system_named(topology), Hosts), spell("topology", topology)
+    gpus, where = isinstance(parse_topology(topology), Hosts), spell("topology", topology)
     if not any(map(importlib.util.find_spec, CUDA_PLUGINS if gpus else ("libtpu",))):
         what, extra = ("JAX's plugin for CUDA", "plan-gpu") if gpus else ("libtpu, which compiles for TPUs", "plan")
         raise InputError(f"{where}: needs {what}; run pip install 'dpreg[{extra}]', or -e '.[{extra}]'")
@@ -318,7 +318,7 @@ def main() -> None:
         None,
         "KIND:SHAPE of a TPU slice or of HOSTSxGPUS, such as v5p:8x8x8 or h100:4x8. Default: this machine.",
     )
-    enter(_main)
+    run_cli(_main)
 
 
 if __name__ == "__main__":

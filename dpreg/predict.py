@@ -29,9 +29,9 @@ from dpreg.observers.predictions import PredictionWriter
 from dpreg.observers.progress import ProgressDisplay
 from dpreg.parallel import devices, processes
 from dpreg.parallel.checks import mode_arguments
-from dpreg.parallel.deadline import Deadline
 from dpreg.parallel.digest import differ, digest_prediction
 from dpreg.parallel.state import Model
+from dpreg.parallel.watchdog import Watchdog
 from dpreg.predictor import Predictor
 from dpreg.spelling import spell
 from dpreg.terminal import show
@@ -48,7 +48,7 @@ def predict(config: Config) -> None:
     with contextlib.ExitStack() as stack:
         agree(config)
         first = jax.process_index() == 0
-        deadline = stack.enter_context(Deadline(config.step_timeout))
+        watchdog = stack.enter_context(Watchdog(config.step_timeout))
         progress = stack.enter_context(ProgressDisplay(Console(stderr=True, quiet=not first)))
         # Heard between pieces: what a handler raises is lost where it meets a callback of the garbage collector.
         asked = threading.Event()
@@ -61,7 +61,7 @@ def predict(config: Config) -> None:
             raise InputError(f"{where}: its model was not trained on a table; predict from Python")
         evaluating = config.mode == "evaluate"
         table, columns = open_dataset(config), columns_of(schema, config.columns(), evaluating)
-        table.require(columns.taken)
+        table.require(columns.used_columns)
         _compare({"model": exported.digest, "table": [size for _, size, *_ in table.signature]})
         model = build_model(config, exported.num_inputs, exported.num_targets)
         _require_fit(model, exported, config.workdir)
@@ -77,11 +77,11 @@ def predict(config: Config) -> None:
             precision=config.precision,
             reduction=config.reduction,
             backend=config.backend,
-            on_result=deadline.progress,
+            on_result=watchdog.progress,
         )
         read = RawRows(table, columns, schema, predictor.dtype)
         pieces = _pieces(read, table.name, predictor.piece_rows, progress, asked)
-        deadline.begin()
+        watchdog.begin()
         if evaluating:
             with prefix_errors(table.name):
                 loss, metrics = predictor.evaluate(pieces)
@@ -136,7 +136,7 @@ def _require_fit(model: Model, exported: Exported, workdir: str | None) -> None:
 
 def _compare(own: dict[str, Any]) -> None:
     """Raises InputError where another process has another model or table."""
-    for process, text in enumerate(processes.exchange(json.dumps(own))):
+    for process, text in enumerate(processes.allgather_text(json.dumps(own))):
         for what, theirs in json.loads(text).items():
             if theirs != own[what]:
                 raise InputError(

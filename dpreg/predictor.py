@@ -22,7 +22,7 @@ from dpreg.models.module import Module
 from dpreg.parallel import devices, presence, processes
 from dpreg.parallel.checks import traced
 from dpreg.parallel.compile import compile_eval_block
-from dpreg.parallel.layout import Carried, Clock, layout_of
+from dpreg.parallel.layout import CallArgs, ShardRange, batch_layout
 from dpreg.parallel.state import Model
 
 _PIECE_BYTES = 16 << 20  # of rows, on their way at once
@@ -254,21 +254,21 @@ class Predictor:
                 rows = len(piece["weight"])
                 dataset = self._dataset(piece)
                 (block,) = dataset
-                clock = Clock(0, self._steps, 0).packed()
-                arguments = block.data, Carried(*dataset.carried), clock
+                call_args = CallArgs(0, self._steps, 0).packed()
+                arguments = block.data, ShardRange(*dataset.shard_ranges), call_args
                 if of not in self._compiled:
                     with presence.at_work("compiling"), traced(self._model):
                         self._compiled[of] = compile_eval_block(
                             self._model,
                             self.variables,
-                            layout_of(dataset),
+                            batch_layout(dataset),
                             self._mesh,
                             arguments,
                             of,
                             self._reduction,
                             self._backend,
                         )
-                    processes.exchange()  # before the first collective, which waits for nobody long
+                    processes.allgather_text()  # before the first collective, which waits for nobody long
                 yield rows, self._compiled[of][0](self.variables, *arguments)
 
         return (

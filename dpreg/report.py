@@ -11,7 +11,7 @@ from absl import flags, logging
 from rich.console import Console
 from rich.table import Table
 
-from dpreg.door import enter
+from dpreg.cli import run_cli
 from dpreg.errors import InputError
 from dpreg.observers.metrics import Record, from_json, is_number, read_records
 from dpreg.observers.report import shown, write_comparison
@@ -122,7 +122,7 @@ def _main(argv: list[str]) -> None:
 def main() -> None:
     """The entry point."""
     flags.DEFINE_string("output", None, "A page to write, FILE.html, or a picture, FILE.svg. Default: none.")
-    enter(_main, of_runs=True)
+    run_cli(_main, of_runs=True)
 
 
 if __name__ == "__main__":

@@ -33,8 +33,8 @@ from jax import lax
 from jax.sharding import PartitionSpec
 from rich.console import Console
 
+from dpreg.cli import run_cli
 from dpreg.config import Config
-from dpreg.door import enter
 from dpreg.errors import InputError, ProcessLost
 from dpreg.observers.chart import chart, page
 from dpreg.observers.metrics import to_json
@@ -107,7 +107,7 @@ def exchange_seconds(count: int) -> dict[int, float]:
         mapped = jax.shard_map(sums, mesh=mesh, in_specs=(everywhere,) * 3, out_specs=everywhere, check_vma=False)
         given = devices.replicated((np.ones(size // 4, np.float32), np.float32(1), np.int32(repeats)), mesh)
         compiled = jax.jit(mapped).lower(*given).compile()
-        processes.exchange()
+        processes.allgather_text()
         times = []
         for _ in range(_ROUNDS):
             began = time.perf_counter()
@@ -372,7 +372,7 @@ def _main(argv: list[str]) -> None:
 
 def main() -> None:
     """The entry point."""
-    enter(_main)
+    run_cli(_main)
 
 
 if __name__ == "__main__":

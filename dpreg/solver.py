@@ -15,8 +15,8 @@ from dpreg.data.sources import Rows, Source
 from dpreg.errors import InputError
 from dpreg.models import robust, softmax
 from dpreg.models.glm import Family
-from dpreg.models.least_squares import Fit, Triangle
-from dpreg.parallel import deadline, presence, processes
+from dpreg.models.least_squares import Fit, RFactor
+from dpreg.parallel import presence, processes, watchdog
 from dpreg.parallel.reduce import tree_sum
 from dpreg.spelling import spell
 
@@ -50,13 +50,13 @@ class Solver:
         shards = np.arange(mesh.size * -(-num_shards // mesh.size)).reshape(mesh.size, -1)
         self._own = shards[[device.process_index == jax.process_index() for device in mesh.devices.flat]]
 
-    def triangle(self) -> Triangle:
+    def triangle(self) -> RFactor:
         """What all rows come to: one pass."""
         columns = self._inputs + self._targets
         size = (1 + columns) ** 2 + columns + 2
 
         def of(rows: Rows) -> np.ndarray:
-            return Triangle.of(rows["x"], rows["y"], rows["weight"]).packed()
+            return RFactor.of(rows["x"], rows["y"], rows["weight"]).packed()
 
         return self._unpacked(self._reduced(size, of, self._put_together))
 
@@ -164,7 +164,7 @@ class Solver:
         theta = robust.minimum(sums_at, np.append(fit.b, fit.w[:, 0]), slopes, l2, length)
         return theta[1:, None], theta[:1]
 
-    def _around(self, family: Family, fit: Fit | None) -> tuple[Triangle, float, float]:
+    def _around(self, family: Family, fit: Fit | None) -> tuple[RFactor, float, float]:
         """(the problem of Newton's next step from a fit, its mean loss, the weight of all rows): one pass."""
 
         def of(rows: Rows) -> np.ndarray:
@@ -180,8 +180,8 @@ class Solver:
         *packed, loss, weight = self._reduced(size, of, add)
         return self._unpacked(np.array(packed)), loss / weight if weight > 0 else np.nan, weight
 
-    def _unpacked(self, packed: np.ndarray) -> Triangle:
-        return Triangle.unpacked(packed, self._inputs, self._targets, self._epsilon)
+    def _unpacked(self, packed: np.ndarray) -> RFactor:
+        return RFactor.unpacked(packed, self._inputs, self._targets, self._epsilon)
 
     def _put_together(self, one: np.ndarray, other: np.ndarray) -> np.ndarray:
         return (self._unpacked(one) + self._unpacked(other)).packed()
@@ -206,10 +206,10 @@ class Solver:
                     part = of({name: column[counted] for name, column in block.items()})
                     found[place] = part if first == start else add(found[place], part)
                     self._heartbeat()
-        processes.exchange(heartbeat=self._heartbeat)  # before a collective, which waits for nobody long
+        processes.allgather_text(heartbeat=self._heartbeat)  # before a collective, which waits for nobody long
         # As words: JAX would make float32 of them.
         presence.begin_call()
-        with deadline.watched():
+        with watchdog.watched():
             words = multihost_utils.process_allgather(found.view(np.uint32), tiled=True)
         every = list(np.ascontiguousarray(words).view(np.float64).reshape(-1, size))
         whole: np.ndarray = tree_sum(every[: min(self._sampler.num_shards, len(self._source))], add)  # others: no rows

@@ -9,8 +9,8 @@ import numpy as np
 import optax
 
 import dpreg
-from dpreg.data.dataset import Cast
-from dpreg.models.losses import loss_called
+from dpreg.data.dataset import CastSource
+from dpreg.models.losses import make_loss
 from dpreg.solver import Solver
 
 ROWS, HELD_OUT, CUTS = 203, 50, (61, 50)  # of process 0; the others are of process 1, which has none held out
@@ -37,7 +37,7 @@ def results(data, placement):
     trainer = dpreg.Trainer(3, num_shards=4, reduction="ordered", placement=placement, seed=3)
     trainer.fit(dpreg.LinearRegressionScratch(3, 0.05), data)
     params = trainer.state.params
-    exact = Solver(Cast(data.train, "float32"), trainer.mesh, 4).least_squares()
+    exact = Solver(CastSource(data.train, "float32"), trainer.mesh, 4).least_squares()
     predicted, observed, *_ = trainer.predictor().compared(data.train, 9)
     return trainer, {
         "params": sha_of(params["w"], params["b"]),
@@ -82,9 +82,9 @@ def refusals(process, trainer):
     refused("columns", lambda: dpreg.RegressionData.from_parts(narrow))
     refused("no rows", lambda: dpreg.RegressionData.from_parts(None))
     labels = dpreg.ArraySource(x, np.full(100, process * 7.0))
-    logistic = dpreg.LinearRegressionScratch(3, 0.05, objective=loss_called("logistic"))
+    logistic = dpreg.LinearRegressionScratch(3, 0.05, objective=make_loss("logistic"))
     refused("target", fit(dpreg.RegressionData.from_parts(labels), logistic))
-    refused("shuffled", lambda: dpreg.Shuffled(dpreg.RegressionData.from_parts(narrow and source(9, 0)).train))
+    refused("shuffled", lambda: dpreg.PermutedSource(dpreg.RegressionData.from_parts(narrow and source(9, 0)).train))
     return said
 
 

@@ -23,7 +23,7 @@ import dpreg
 from dpreg.errors import Preempted
 from dpreg.observers.checkpoint import Checkpoints
 from dpreg.observers.metrics import MetricsWriter, is_start, note_start, read_records
-from dpreg.parallel.processes import Announcements
+from dpreg.parallel.processes import SyncSignal
 from dpreg.train.callback import FunctionCallback
 
 IDENTITY = {"lr": 0.05}
@@ -53,14 +53,14 @@ def train(folder, stop_at=None, identity=IDENTITY, **arguments):
     """Trains for 3 epochs of 10 steps, or until a signal comes at a step, going on from what lies in the folder."""
     folder.mkdir(exist_ok=True)
     trainer = prepared(**arguments)
-    announcements = Announcements()
+    sync_signal = SyncSignal()
     with Checkpoints(
-        folder / "checkpoints", identity, every_steps=stop_at or 0, announcements=announcements
+        folder / "checkpoints", identity, every_steps=stop_at or 0, sync_signal=sync_signal
     ) as checkpoints:
         checkpoints.restore(trainer)
         began_at = trainer.step
         with MetricsWriter(folder / "metrics.jsonl", trainer.step) as metrics:
-            signal_comes = lambda p: announcements.ask("stop") if stop_at and p.step >= stop_at else None  # noqa: E731
+            signal_comes = lambda p: sync_signal.request("stop") if stop_at and p.step >= stop_at else None  # noqa: E731
             for callback in (metrics, FunctionCallback(signal_comes), checkpoints):
                 trainer.add_callback(callback)
             with contextlib.suppress(Preempted):
@@ -102,13 +102,13 @@ def test_a_stopped_run_goes_on_to_the_same_bits_on_other_devices(tmp_path, whole
 def test_a_run_that_is_stopped_with_two_epochs_in_flight_goes_on_to_the_same_bits(tmp_path):
     trainer, _ = train(tmp_path / "whole", num_val=0)
     whole = outcome(tmp_path / "whole", trainer)
-    trainer, announcements = prepared(num_val=0), Announcements()
+    trainer, sync_signal = prepared(num_val=0), SyncSignal()
     folder = tmp_path / "w"
     with (
-        Checkpoints(folder / "checkpoints", IDENTITY, announcements=announcements) as checkpoints,
+        Checkpoints(folder / "checkpoints", IDENTITY, sync_signal=sync_signal) as checkpoints,
         MetricsWriter(folder / "metrics.jsonl") as metrics,
     ):
-        signal_comes = FunctionCallback(lambda p: announcements.ask("stop") if p.step == 8 else None)
+        signal_comes = FunctionCallback(lambda p: sync_signal.request("stop") if p.step == 8 else None)
         for callback in (metrics, signal_comes, checkpoints):
             trainer.add_callback(callback)
         with pytest.raises(Preempted):

@@ -13,7 +13,7 @@ import dpreg
 from dpreg import door
 from dpreg.config import Columns, Config
 from dpreg.data.order import Sampler
-from dpreg.models.losses import loss_called
+from dpreg.models.losses import make_loss
 from dpreg.models.mlp import MLP, LinearRegression
 from dpreg.spelling import spell, spell_as_flags
 
@@ -127,7 +127,7 @@ def diverge():
             "--patience=2: there are no rows held out to measure by; hold some out",
         ),
         (
-            lambda: loss_called("softmax", num_classes=3).outputs(2),
+            lambda: make_loss("softmax", num_classes=3).outputs(2),
             "loss='softmax': it has one target of labels, and there are 2; name one",
             "--loss=softmax: it has one target of labels, and there are 2; name one",
         ),

@@ -110,7 +110,7 @@ def test_a_dataset_without_devices_says_so():
 
 def test_shuffled_is_a_fixed_order_of_the_same_rows():
     source = Rows(100).source()
-    shuffled = dpreg.Shuffled(source)[np.arange(100)]["y"]
+    shuffled = dpreg.PermutedSource(source)[np.arange(100)]["y"]
     assert not np.array_equal(shuffled, source.y)
     np.testing.assert_array_equal(np.sort(shuffled, 0), np.sort(source.y, 0))
 

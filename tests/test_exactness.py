@@ -341,7 +341,7 @@ def test_what_threads_add_up_in_another_way_is_said(caplog, targets):
 class Features(dpreg.LinearRegressionScratch):
     """A product of matrices, if not with parameters."""
 
-    rows_apart: ClassVar[bool] = True
+    row_wise: ClassVar[bool] = True
 
     def __call__(self, x):
         return super().__call__(jnp.tanh(x @ jnp.eye(self.num_inputs)))

@@ -17,8 +17,8 @@ from sklearn.linear_model import LogisticRegression, Ridge
 import dpreg
 from dpreg.config import Columns
 from dpreg.models.glm import FAMILIES
-from dpreg.models.least_squares import Triangle
-from dpreg.models.losses import loss_called
+from dpreg.models.least_squares import RFactor
+from dpreg.models.losses import make_loss
 from dpreg.parallel import processes
 from dpreg.sklearn import DataParallelRegressor
 from dpreg.solver import Solver
@@ -88,7 +88,7 @@ def test_longley_by_way_of_the_flags(tmp_path):
 def test_processes_meet_before_what_they_found_does(monkeypatch):
     """One may have its rows done long before the others, and is not to be taken for dead."""
     met = []
-    monkeypatch.setattr(processes, "exchange", lambda heartbeat: met.append(heartbeat))
+    monkeypatch.setattr(processes, "allgather_text", lambda heartbeat: met.append(heartbeat))
 
     def alive():
         pass
@@ -105,7 +105,7 @@ def test_parts_of_longley_put_together(cuts):
     given = NIST["Longley"]
     x, y = np.array(given["x"]), np.array(given["y"])[:, None]
     blocks = zip(np.split(x, list(cuts)), np.split(y, list(cuts)), strict=True)
-    triangles = [Triangle.of(x, y, np.ones(len(x))) for x, y in blocks]
+    triangles = [RFactor.of(x, y, np.ones(len(x))) for x, y in blocks]
     fit = sum(triangles[1:], triangles[0]).solve()
     assert digits([fit.b[0], *fit.w[:, 0]], given["certified"]) > 10
     assert digits(fit.residual_deviation, 304.854073561965) > 10
@@ -154,9 +154,7 @@ def test_newton_takes_large_counts(mean):
         own = np.exp(fit.b[0] + x @ fit.w[:, 0]) * (m * np.log(m) - m + 1)
         assert loss == pytest.approx(own.mean(), rel=1e-4)
         assert (
-            float(
-                loss_called("poisson").rows(np.log(y[:, None] + 0.0).astype(np.float32), np.float32(y[:, None])).max()
-            )
+            float(make_loss("poisson").rows(np.log(y[:, None] + 0.0).astype(np.float32), np.float32(y[:, None])).max())
             < 1
         )
 
@@ -174,7 +172,7 @@ def test_newton_leaves_out_rows_without_weight():
 
 
 def test_no_degrees_of_freedom_are_no_proof():
-    fit = Triangle.of(np.array([[1.0], [2.0]]), np.array([[2.0], [4.5]]), np.ones(2)).solve()
+    fit = RFactor.of(np.array([[1.0], [2.0]]), np.array([[2.0], [4.5]]), np.ones(2)).solve()
     assert all(np.isnan(part).all() for part in (*fit.standard_errors, *fit.p_values))
     assert "not used" not in fit.describe(["x"])
     assert "0 degrees of freedom" in fit.describe(["x"])
@@ -229,12 +227,12 @@ def test_collinear_and_constant_columns_are_named_and_change_nothing():
     x = rng.normal(size=(200, 3)) * [1, 1e4, 1e-4] + [0, 1e6, 0]
     y = x @ [1, 1e-3, 5e3] + 2 + rng.normal(size=200)
     whole = np.column_stack([x, np.full(200, 7.0), x[:, 0] - 2 * x[:, 2] * 1e4, x[:, 1] * 3])
-    fit = Triangle.of(whole, y[:, None], np.ones(200)).solve()
+    fit = RFactor.of(whole, y[:, None], np.ones(200)).solve()
     assert len(fit.kept) == 3
     assert 3 not in fit.kept
     best = np.linalg.lstsq(np.column_stack([x, np.ones(200)]), y)[0]
     np.testing.assert_allclose(whole @ fit.w[:, 0] + fit.b[0], np.column_stack([x, np.ones(200)]) @ best, rtol=1e-9)
-    few = Triangle.of(whole[:3], y[:3, None], np.ones(3)).solve()
+    few = RFactor.of(whole[:3], y[:3, None], np.ones(3)).solve()
     np.testing.assert_allclose(whole[:3] @ few.w[:, 0] + few.b[0], y[:3], rtol=1e-9)
 
 
@@ -253,7 +251,7 @@ def test_a_combination_is_found_whatever_its_rows_were_rounded_to(dtype):
 def test_a_penalty_is_ridge_and_a_loss_is_that_of_the_rows():
     source = Rows(300, weighted=True).source()
     x, y, weight = source.x.astype(np.float64), source.y.astype(np.float64), source.weight.astype(np.float64)
-    triangle = Triangle.of(x, y, weight)
+    triangle = RFactor.of(x, y, weight)
     theirs = Ridge(alpha=0.3 * weight.sum()).fit(x, y[:, 0], weight)
     fit = triangle.solve(l2=0.3)
     np.testing.assert_allclose(fit.w[:, 0], theirs.coef_, rtol=1e-9)
@@ -272,7 +270,7 @@ def test_devices_do_not_change_a_bit(rows):
         for devices in (1, 3, 8)
     ]
     assert len(set(found)) == 1
-    whole = Triangle.of(source.x, source.y, source.weight)
+    whole = RFactor.of(source.x, source.y, source.weight)
     ours = Solver(source, Mesh(np.array(jax.devices()[:2]), ("data",)), 8).triangle()
     np.testing.assert_allclose(np.abs(ours.about(0.0)), np.abs(whole.about(0.0)), atol=1e-9)
     assert (ours.rows, ours.weight) == (whole.rows, pytest.approx(whole.weight, rel=1e-12))
@@ -323,8 +321,8 @@ def test_columns_far_from_zero_keep_their_digits(of_x, of_y, cuts):
     target = target - mean
     gram, moment = np.float64(apart.T @ (share[:, None] * apart)), np.float64(apart.T @ (share[:, None] * target))
     expected = np.linalg.solve(gram, moment)
-    parts = [Triangle.of(*rows) for rows in zip(*(np.split(a, list(cuts)) for a in (x, y, weight)), strict=True)]
-    fit = functools.reduce(Triangle.__add__, parts).solve()
+    parts = [RFactor.of(*rows) for rows in zip(*(np.split(a, list(cuts)) for a in (x, y, weight)), strict=True)]
+    fit = functools.reduce(RFactor.__add__, parts).solve()
     np.testing.assert_allclose(fit.w, expected, rtol=1e-11)
     squares = np.float64(share @ np.square(target - apart @ expected))
     np.testing.assert_allclose(fit.loss, squares[0] / 2, rtol=1e-11)

@@ -17,9 +17,9 @@ import dpreg
 from dpreg.build import build_model
 from dpreg.config import Config
 from dpreg.config.model import LOSSES
-from dpreg.models.losses import loss_called
+from dpreg.models.losses import make_loss
 from dpreg.models.metrics import errors, metrics
-from dpreg.models.optimizers import optimizer_called, schedule_called
+from dpreg.models.optimizers import make_optimizer, make_schedule
 
 ROWS = 2000
 
@@ -110,7 +110,7 @@ def test_a_loss_reaches_the_optimum_of_others_to_the_same_bits(name, x):
 @pytest.mark.parametrize("name", LOSSES)
 def test_the_gradient_is_that_of_differences_in_float64(name):
     rng = np.random.default_rng(3)
-    loss = loss_called(name, 0.7, 0.3, 3)
+    loss = make_loss(name, 0.7, 0.3, 3)
     z = rng.normal(size=(20, 3 if name == "softmax" else 1))
     y = {
         "logistic": rng.integers(0, 2, (20, 1)),
@@ -164,14 +164,14 @@ def test_an_outlier_without_weight_counts_for_nothing(name, outlier, reduction, 
 def test_a_target_outside_of_a_domain_is_named_as_the_user_numbers_its_row():
     y = np.ones(40)
     y[7] = -1
-    source = dpreg.Shuffled(dpreg.Shuffled(dpreg.ArraySource(np.ones((40, 2)), y)))
+    source = dpreg.PermutedSource(dpreg.PermutedSource(dpreg.ArraySource(np.ones((40, 2)), y)))
     with pytest.raises(dpreg.InputError, match="in row 8 is -1"):
         dpreg.Trainer(1).fit(build_model(Config(loss="poisson"), 2, 1), dpreg.RegressionData(source, None, 8))
 
 
 @pytest.mark.parametrize("name", ["constant", "linear", "cosine", "inverse_sqrt"])
 def test_schedules_warm_up_and_then_fall(name):
-    rates = [float(schedule_called(name, 0.5, 110, 10)(step)) for step in (0, 5, 10, 60, 110)]
+    rates = [float(make_schedule(name, 0.5, 110, 10)(step)) for step in (0, 5, 10, 60, 110)]
     falls = {
         "constant": [0.5, 0.5, 0.5],
         "linear": [0.5, 0.25, 0.0],
@@ -186,8 +186,8 @@ def test_every_optimizer_finds_least_squares_without_a_penalty_on_the_bias(name,
     y = x @ [1.0, -2.0, 3.0, 0.5] + 10
     with jax.numpy_dtype_promotion("standard"):
         trainer = dpreg.Trainer(600)
-        schedule = schedule_called("cosine", {"lbfgs": 1.0, "adam": 0.5, "adamw": 0.5}.get(name, 0.1), 600)
-        model = dpreg.LinearRegressionScratch(4, 0.1, optimizer=optimizer_called(name, schedule))
+        schedule = make_schedule("cosine", {"lbfgs": 1.0, "adam": 0.5, "adamw": 0.5}.get(name, 0.1), 600)
+        model = dpreg.LinearRegressionScratch(4, 0.1, optimizer=make_optimizer(name, schedule))
         trainer.fit(model, dpreg.RegressionData(dpreg.ArraySource(x, y), None, ROWS))
     np.testing.assert_allclose(trainer.state.params["w"].ravel(), [1, -2, 3, 0.5], atol=1e-3)
     np.testing.assert_allclose(trainer.state.params["b"], [10], atol=1e-3)

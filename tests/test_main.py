@@ -24,7 +24,7 @@ from dpreg.errors import InputError, Preempted
 from dpreg.main import _to_go_on_in, run
 from dpreg.observers.profile import Profiler
 from dpreg.observers.workdir import open_workdir
-from dpreg.parallel.processes import Announcements
+from dpreg.parallel.processes import SyncSignal
 
 ROOT = pathlib.Path(__file__).parent.parent
 CPU = "--flagfile=configs/cpu.cfg"
@@ -293,7 +293,7 @@ def test_a_run_has_its_workdir_until_its_last_output(tmp_path, monkeypatch):
         tried.append(path)
 
     monkeypatch.setattr("dpreg.main.write_report", another)
-    monkeypatch.setattr("dpreg.main._stop_signals", Announcements)  # pytest's own are to stay
+    monkeypatch.setattr("dpreg.main._stop_signals", SyncSignal)  # pytest's own are to stay
     run(Config(workdir=str(tmp_path / "w"), max_epochs=1, num_train=64, num_val=0))
     assert tried == [tmp_path / "w" / "report.html"]
 

@@ -14,7 +14,7 @@ from models import Net, Rows
 
 import dpreg
 from dpreg.config.model import LOSSES
-from dpreg.models.losses import loss_called
+from dpreg.models.losses import make_loss
 from dpreg.parallel.digest import differ, digest_prediction, digest_training
 from dpreg.parallel.state import forward, initial_state
 
@@ -43,7 +43,7 @@ def test_squared_loss_is_per_row():
 def test_a_prediction_never_broadcasts_against_a_target(loss, shape):
     for prediction, target in (((4, 1), shape), (shape, (4, 1))):
         with pytest.raises(ValueError, match="differ in shape"):
-            loss_called(loss).rows(jnp.ones(prediction), jnp.ones(target))
+            make_loss(loss).rows(jnp.ones(prediction), jnp.ones(target))
 
 
 def tree(seed):
@@ -371,3 +371,19 @@ def test_a_method_added_to_a_class_of_dpreg_is_refused_as_well(monkeypatch):
     monkeypatch.setattr(dpreg.Trainer, "fit_epoch", lambda self: None, raising=False)  # as `d2l.add_to_class` does
     with pytest.raises(dpreg.InputError, match=r"Trainer\.fit_epoch: dpreg does not call it"):
         dpreg.Trainer(1).fit(dpreg.LinearRegressionScratch(3, 0.1), Rows(16).data(8))
+
+
+def test_former_names_work_and_warn():
+    with pytest.deprecated_call(match="PermutedSource"):
+        assert dpreg.Shuffled is dpreg.PermutedSource
+    with pytest.deprecated_call(match="row_wise"):
+
+        class Mine(dpreg.LinearRegressionScratch):
+            rows_apart = False
+
+    assert (dpreg.LinearRegressionScratch.row_wise, Mine.row_wise) == (True, False)
+    steps = []
+    with pytest.deprecated_call(match="callbacks"):
+        trainer = dpreg.Trainer(1, observers=[lambda progress: steps.append(progress.step)])
+    trainer.fit(Mine(3, 0.1), Rows(16).data(8))
+    assert steps[-1] == 2

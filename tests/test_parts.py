@@ -58,7 +58,7 @@ def test_each_process_gets_the_predictions_of_its_own_rows(found):
         "columns": "rows of process 0 have x of 3 float32, y of 1 float32, weight of 1 float32, and those of process 1",
         "no rows": "there are no training rows",
         "target": "the target in row 101 is 7 and has to be 0 or 1",
-        "shuffled": "give from_parts a Shuffled of each part",
+        "shuffled": "give from_parts a PermutedSource of each part",
     }.items(),
 )
 def test_what_processes_do_not_give_alike_is_refused_in_all_of_them(found, case, said):

@@ -152,18 +152,18 @@ ENTRY %main.9 (s: f32[1,6]) -> f32[8,6] {
 
 @pytest.mark.parametrize("name", ["v5e:2x2", "v5e:16x16", "v6e:4x8", "v4:2x2x1", "v5p:4x4x12", "v5p:16x16x24"])
 def test_slices_that_exist(name):
-    assert "x".join(map(str, chips.system_named(name).shape)) in name
+    assert "x".join(map(str, chips.parse_topology(name).shape)) in name
 
 
 def test_an_exchange_goes_over_the_links_that_a_slice_has():
     # A whole v5e pod: each chip has 200 GB/s one way, half of the 51.2 TB/s that the documents have for 256 chips.
-    assert chips.system_named("v5e:16x16").seconds("all-reduce", 10**9) == pytest.approx(0.01, rel=0.01)
+    assert chips.parse_topology("v5e:16x16").seconds("all-reduce", 10**9) == pytest.approx(0.01, rel=0.01)
     # Without a torus a chip of 2x2x1 has two of its six links: 3/4 of the bytes over 200 GB/s, twice; two hops, twice.
-    assert chips.system_named("v5p:2x2x1").seconds("all-reduce", 10**9) == pytest.approx(2 * (0.75 / 200 + 2e-6))
-    assert chips.system_named("v5p:2x2x1").seconds("all-gather", 10**9) == pytest.approx(0.75 / 200 + 2e-6)
-    assert (chips.system_named("v5p:8x8x8").hops, chips.system_named("v5e:8x8").hops) == (12, 14)
+    assert chips.parse_topology("v5p:2x2x1").seconds("all-reduce", 10**9) == pytest.approx(2 * (0.75 / 200 + 2e-6))
+    assert chips.parse_topology("v5p:2x2x1").seconds("all-gather", 10**9) == pytest.approx(0.75 / 200 + 2e-6)
+    assert (chips.parse_topology("v5p:8x8x8").hops, chips.parse_topology("v5e:8x8").hops) == (12, 14)
     # An axis of 16 has its ends linked, whatever the other has: three of four links, 150 GB/s.
-    half = chips.system_named("v5e:8x16")
+    half = chips.parse_topology("v5e:8x16")
     assert half.hops == 7 + 8
     assert half.seconds("all-reduce", 10**9) == pytest.approx(2e9 / 150e9, rel=0.01)
 
@@ -191,7 +191,7 @@ def test_an_exchange_goes_over_the_links_that_a_slice_has():
 )
 def test_slices_that_do_not_exist(name, said):
     with pytest.raises(dpreg.InputError, match=said):
-        chips.system_named(name)
+        chips.parse_topology(name)
 
 
 def by_flags(*flags):
@@ -202,10 +202,10 @@ def by_flags(*flags):
 
 def test_an_exchange_of_gpus_is_as_fast_as_their_slowest_link():
     gigabyte, ring = 10**9, 2 * (1 - 1 / 8)
-    alone, apart = (chips.system_named(name).seconds("all-reduce", gigabyte) for name in ("h100:8", "h100:2x4"))
+    alone, apart = (chips.parse_topology(name).seconds("all-reduce", gigabyte) for name in ("h100:8", "h100:2x4"))
     assert alone == pytest.approx(ring * gigabyte / 450e9, rel=0.01)
     assert apart == pytest.approx(ring * gigabyte / 50e9, rel=0.01)
-    assert chips.system_named("h100:1").seconds("all-reduce", gigabyte) == 0
+    assert chips.parse_topology("h100:1").seconds("all-reduce", gigabyte) == 0
 
 
 def test_by_flags(tmp_path):

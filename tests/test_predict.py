@@ -27,7 +27,7 @@ import dpreg
 from dpreg.config import Config
 from dpreg.config.model import LOSSES
 from dpreg.data import standalone
-from dpreg.models.losses import loss_called
+from dpreg.models.losses import make_loss
 from dpreg.predict import predict, threads_of
 
 KINDS = np.array(["red", "green", "blue", "never seen"])
@@ -322,7 +322,7 @@ def test_targets_that_a_loss_does_not_take_are_not_evaluated():
     rng = np.random.default_rng(0)
     x, y = rng.normal(size=(90, 2)), rng.integers(0, 2, size=(90, 1)).astype(float)
     trainer = dpreg.Trainer(1, 2)
-    model = dpreg.LinearRegressionScratch(2, 0.1, objective=loss_called("logistic"))
+    model = dpreg.LinearRegressionScratch(2, 0.1, objective=make_loss("logistic"))
     trainer.fit(model, dpreg.RegressionData(dpreg.ArraySource(x, y), None, 16))
     y[70] = 2
     weight = np.ones(90)
@@ -411,7 +411,7 @@ def test_the_script_beside_the_model_needs_numpy_alone(trained, tmp_path):
 def test_the_script_knows_each_link(loss):
     z = np.random.default_rng(0).normal(size=(20, 3))
     np.testing.assert_allclose(
-        standalone._of_link(z, loss), loss_called(loss, num_classes=3).mean(jnp.float32(z)), rtol=1e-5
+        standalone._of_link(z, loss), make_loss(loss, num_classes=3).mean(jnp.float32(z)), rtol=1e-5
     )
 
 
@@ -512,7 +512,7 @@ def test_rows_that_a_trainer_has_read_are_not_encoded_again(of_table):
     trainer, data, *_ = of_table
     found = trainer.evaluate(data.val)
     assert found == (pytest.approx(trainer.val_loss, rel=1e-6), pytest.approx(trainer.metrics, rel=1e-6))
-    assert trainer.evaluate(dpreg.Shuffled(data.val))[0] == pytest.approx(trainer.val_loss, rel=1e-6)
+    assert trainer.evaluate(dpreg.PermutedSource(data.val))[0] == pytest.approx(trainer.val_loss, rel=1e-6)
 
 
 def test_an_array_has_the_columns_of_the_table_in_their_order(tmp_path):

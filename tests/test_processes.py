@@ -36,8 +36,8 @@ from cluster import (
 )
 
 from dpreg.errors import InputError, ProcessLost
-from dpreg.parallel import devices, presence, processes, roll_call
-from dpreg.parallel.deadline import Deadline
+from dpreg.parallel import devices, presence, processes, rendezvous
+from dpreg.parallel.watchdog import Watchdog
 
 MAIN = ("-m", "dpreg.main")
 
@@ -125,7 +125,7 @@ print("several", devices.have_several_cores(devices.data_mesh(2)))
 multihost_utils.process_allgather(np.ones(2, np.float32))
 sockets = [s for s in psutil.Process().net_connections() if s.status == psutil.CONN_LISTEN]
 print("listens at", {s.laddr.ip.removeprefix("::ffff:") for s in sockets})
-processes.exchange()
+processes.allgather_text()
 """
 
 
@@ -134,7 +134,7 @@ def with_real_address(tmp_path):
     """What to start a command with so that the host name resolves to an address that other hosts reach."""
     hosts = tmp_path / "hosts"
     own = [a.address for of in psutil.net_if_addrs().values() for a in of if a.family == socket.AF_INET]
-    real = [address for address in own if not roll_call.is_loopback(address)]
+    real = [address for address in own if not rendezvous.is_loopback(address)]
     prefix = ["unshare", "--mount", "sh", "-c", 'mount --bind "$0" /etc/hosts && exec "$@"', str(hosts)]
     if real and shutil.which("unshare"):
         hosts.write_text(f"127.0.0.1 localhost\n{real[0]} {socket.gethostname()}\n")
@@ -194,28 +194,28 @@ def test_a_process_waits_for_another_while_that_one_shows_signs_of_life(monkeypa
     monkeypatch.setattr(processes, "_service", lambda: service)
     monkeypatch.setattr(presence, "_client", lambda: service)
     monkeypatch.setattr(presence, "time", clock)
-    monkeypatch.setattr(roll_call, "time", clock)
+    monkeypatch.setattr(rendezvous, "time", clock)
     monkeypatch.setattr(presence, "SILENT_SECONDS", 3.5)
-    monkeypatch.setattr(roll_call, "_REPORT_SECONDS", 2.5)
+    monkeypatch.setattr(rendezvous, "_REPORT_SECONDS", 2.5)
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     late += [jax.errors.JaxRuntimeError("DEADLINE_EXCEEDED: key not found")] * 6
     signs += [f"0 {beat} compiling" for beat in range(6)]
-    assert processes.exchange("mine", heartbeat=lambda: beats.append(1)) == ["mine", "theirs"]
+    assert processes.allgather_text("mine", heartbeat=lambda: beats.append(1)) == ["mine", "theirs"]
     assert len(beats) == 6
     assert "process 0 waits for process 1, which is compiling" in capfd.readouterr().err
     late += [jax.errors.JaxRuntimeError("DEADLINE_EXCEEDED: key not found")] * 6
     signs += ["0 9 compiling"] * 6
     with pytest.raises(ProcessLost, match=r"in vain for process 1, without a sign of life for 4 s of 3\.5 s; see"):
-        processes.exchange("mine")
+        processes.allgather_text("mine")
 
 
 LOST = """
 import sys, time
 import numpy as np
 import dpreg
-from dpreg.parallel import deadline, presence
+from dpreg.parallel import watchdog, presence
 
-presence.SILENT_SECONDS, deadline._REPORT_SECONDS = 6.0, 2.0
+presence.SILENT_SECONDS, watchdog._REPORT_SECONDS = 6.0, 2.0
 dpreg.start("cpu", 1, sys.argv[1].partition("=")[2], 2, int(sys.argv[2]))
 if sys.argv[3] == "before":
     time.sleep(1000)
@@ -233,7 +233,7 @@ trainer.fit(dpreg.LinearRegressionScratch(1, 1e-4), dpreg.RegressionData(rows, r
 @pytest.mark.faults
 @pytest.mark.parametrize("where", ["before", "while training"])
 def test_a_program_whose_other_process_does_not_come_ends_with_76_and_names_it(where):
-    """A program of the user's own, in Python: it has no other deadline."""
+    """A program of the user's own, in Python: it has no other watchdog."""
     address = free_address()
     of_both = together(*((("-c", LOST, address, str(i), where if i else "nowhere"), (), ROOT) for i in range(2)))
     (code, lines, *_), (other, *_) = of_both  # within the time that `together` gives them
@@ -373,7 +373,7 @@ def test_an_exception_in_one_process_ends_all_with_76_and_its_reason(tmp_path, w
 
 @pytest.mark.faults
 def test_a_process_that_hangs_is_ended_with_its_stacks(tmp_path):
-    """Its heartbeats go on: only the deadline notices."""
+    """Its heartbeats go on: only the watchdog notices."""
     flags = ("--platform=cpu", "--num_devices=2", free_address(), f"--workdir={tmp_path}", "--step_timeout=4")
     results = together(faulty(0, "", *flags), faulty(1, "time.sleep(1000)", *flags))
     assert [code for code, *_ in results] == [76, 76]
@@ -383,20 +383,20 @@ def test_a_process_that_hangs_is_ended_with_its_stacks(tmp_path):
 
 
 def test_the_deadline_grows_with_the_slowest_wait_and_can_be_off(monkeypatch):
-    deadline = Deadline()
-    assert deadline.limit == 600  # nothing is measured yet
-    deadline.begin()
-    deadline.progress()
-    assert deadline.limit == 120
-    deadline._waited = 30.0
-    deadline.progress()
-    assert deadline.limit == 600
+    watchdog = Watchdog()
+    assert watchdog.limit == 600  # nothing is measured yet
+    watchdog.begin()
+    watchdog.progress()
+    assert watchdog.limit == 120
+    watchdog._waited = 30.0
+    watchdog.progress()
+    assert watchdog.limit == 600
     for _ in range(30):
-        deadline.progress()
-    assert deadline.limit == 120
-    assert Deadline(7.0).limit == 7
+        watchdog.progress()
+    assert watchdog.limit == 120
+    assert Watchdog(7.0).limit == 7
     ends, ticks = [], itertools.count(1)
-    brisk = Deadline(0.6)  # 4 ticks
+    brisk = Watchdog(0.6)  # 4 ticks
     brisk._end = ends.append
 
     def tick(seconds):
@@ -419,7 +419,7 @@ def test_the_deadline_grows_with_the_slowest_wait_and_can_be_off(monkeypatch):
     ):
         with pytest.raises(InputError, match=said):
             processes.join(*some)
-    with Deadline(0.0) as never:
+    with Watchdog(0.0) as never:
         assert not never._thread.is_alive()
 
 
@@ -456,9 +456,9 @@ def roll(port, *others, num_processes=3):
         except (InputError, ProcessLost) as error:
             results[name] = error
 
-    threads = [threading.Thread(target=run, args=(-1, roll_call.call_roll, num_processes))]
+    threads = [threading.Thread(target=run, args=(-1, rendezvous.call_roll, num_processes))]
     for name, (process, claimed) in enumerate(others):
-        threads.append(threading.Thread(target=run, args=(name, roll_call.answer_roll, claimed, process)))
+        threads.append(threading.Thread(target=run, args=(name, rendezvous.answer_roll, claimed, process)))
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -472,27 +472,27 @@ def test_the_roll_call_tells_all_what_is_wrong(monkeypatch, capfd):
     for error in roll(port, (1, 3), (1, 3)):
         assert isinstance(error, InputError)
         assert "--process_id=1: two processes have it" in str(error)
-    monkeypatch.setattr(roll_call, "JOIN_SECONDS", 2)
+    monkeypatch.setattr(rendezvous, "JOIN_SECONDS", 2)
     zero, one = roll(port, (1, 3))
     assert isinstance(zero, ProcessLost)
     assert "process 2 did not come to process 0 at 127.0.0.1" in str(zero)
     assert str(one) == str(zero)
     with pytest.raises(ProcessLost, match=r"process 1 found no process 0 at 127\.0\.0\.1:.*Connection refused"):
-        roll_call.answer_roll("127.0.0.1", port, 2, 1)
+        rendezvous.answer_roll("127.0.0.1", port, 2, 1)
 
 
 def test_a_process_0_that_stops_during_the_roll_call_is_noticed(monkeypatch, capfd):
-    monkeypatch.setattr(roll_call, "HEARTBEAT_SECONDS", 0.5)
-    monkeypatch.setattr(roll_call, "JOIN_SECONDS", 2)
+    monkeypatch.setattr(rendezvous, "HEARTBEAT_SECONDS", 0.5)
+    monkeypatch.setattr(rendezvous, "JOIN_SECONDS", 2)
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
         with pytest.raises(ProcessLost, match=r"found no process 0 .*it says nothing for 0\.5 s"):
-            roll_call.answer_roll("127.0.0.1", port, 2, 1)
+            rendezvous.answer_roll("127.0.0.1", port, 2, 1)
     with (
         answering(b'{"missing": [2]}\n') as port,
         pytest.raises(ProcessLost, match=r"says nothing for 0.5 s: it is stuck"),
     ):
-        roll_call.answer_roll("127.0.0.1", port, 3, 1)
+        rendezvous.answer_roll("127.0.0.1", port, 3, 1)
 
 
 @contextlib.contextmanager
@@ -550,9 +550,9 @@ def connected(port):
 def test_no_stranger_at_the_port_costs_a_run_more_than_a_line(monkeypatch, capfd):
     """Bytes of all kinds, twelve connections that say nothing, one that drips: all at once, before the processes."""
     port, results = int(free_address().rpartition(":")[2]), []
-    monkeypatch.setattr(roll_call, "_MOST_UNKNOWN", 20)
-    monkeypatch.setattr(roll_call, "_HELLO_SECONDS", 1000)  # who waits for those that say nothing, does not end
-    zero = threading.Thread(target=lambda: results.append(roll_call.call_roll("127.0.0.1", port, 3)))
+    monkeypatch.setattr(rendezvous, "_MOST_UNKNOWN", 20)
+    monkeypatch.setattr(rendezvous, "_HELLO_SECONDS", 1000)  # who waits for those that say nothing, does not end
+    zero = threading.Thread(target=lambda: results.append(rendezvous.call_roll("127.0.0.1", port, 3)))
     zero.start()
 
     silent, over = [connected(port) for _ in range(12)], threading.Event()
@@ -570,7 +570,7 @@ def test_no_stranger_at_the_port_costs_a_run_more_than_a_line(monkeypatch, capfd
     with connected(port) as connection:  # one of ours, which dies, and is started again below
         connection.sendall(b'{"process_id": 1, "num_processes": 3}\n')
     assert zero.is_alive()
-    others = [threading.Thread(target=roll_call.answer_roll, args=("127.0.0.1", port, 3, i)) for i in (1, 2)]
+    others = [threading.Thread(target=rendezvous.answer_roll, args=("127.0.0.1", port, 3, i)) for i in (1, 2)]
     for thread in others:
         thread.start()
     for thread in (zero, *others):
@@ -586,14 +586,14 @@ def test_no_stranger_at_the_port_costs_a_run_more_than_a_line(monkeypatch, capfd
 
 
 def test_process_0_closes_a_connection_that_says_nothing_in_time(monkeypatch, capfd):
-    monkeypatch.setattr(roll_call, "_HELLO_SECONDS", 0.3)
+    monkeypatch.setattr(rendezvous, "_HELLO_SECONDS", 0.3)
     port, results = int(free_address().rpartition(":")[2]), []
-    zero = threading.Thread(target=lambda: results.append(roll_call.call_roll("127.0.0.1", port, 2)))
+    zero = threading.Thread(target=lambda: results.append(rendezvous.call_roll("127.0.0.1", port, 2)))
     zero.start()
     with connected(port) as connection:
         connection.settimeout(60)
         assert connection.recv(1) == b""
-    roll_call.answer_roll("127.0.0.1", port, 2, 1)  # which process 0 still waits for
+    rendezvous.answer_roll("127.0.0.1", port, 2, 1)  # which process 0 still waits for
     zero.join(60)
     assert results == [None]
     assert "it sends no whole message within 0.3 s" in capfd.readouterr().err
@@ -611,9 +611,9 @@ def test_process_0_closes_a_connection_that_says_nothing_in_time(monkeypatch, ca
     ],
 )
 def test_a_process_that_finds_a_stranger_for_process_0_tries_again_and_then_says_so(monkeypatch, said):
-    monkeypatch.setattr(roll_call, "JOIN_SECONDS", 0.5)
+    monkeypatch.setattr(rendezvous, "JOIN_SECONDS", 0.5)
     with answering(said) as port, pytest.raises(ProcessLost, match="what answers there is no process 0 that waits"):
-        roll_call.answer_roll("127.0.0.1", port, 2, 1)
+        rendezvous.answer_roll("127.0.0.1", port, 2, 1)
 
 
 def test_a_port_that_is_taken_is_noticed():

@@ -24,7 +24,7 @@ from sklearn.preprocessing import StandardScaler
 
 import dpreg
 from dpreg.models import softmax
-from dpreg.models.losses import loss_called
+from dpreg.models.losses import make_loss
 from dpreg.models.mlp import MLP
 from dpreg.sklearn import DataParallelClassifier, DataParallelRegressor
 
@@ -123,7 +123,7 @@ def test_sums_of_softmax_are_those_of_its_loss_differentiated():
     rng = np.random.default_rng(3)
     theta, x = rng.normal(size=(3, 4)), rng.normal(size=(20, 2))
     y, weight = rng.integers(0, 4, (20, 1)).astype(float), rng.random(20)
-    loss = loss_called("softmax", num_classes=4)
+    loss = make_loss("softmax", num_classes=4)
     with jax.enable_x64(True):
 
         def total(flat):

@@ -828,7 +828,7 @@ def test_imports_go_downward():
         ("errors",),
         ("config",),
         ("completion",),
-        ("parallel.roll_call", "parallel.presence", "parallel.deadline", "parallel.processes"),
+        ("parallel.rendezvous", "parallel.presence", "parallel.watchdog", "parallel.processes"),
         ("data", "models", "door"),
         ("parallel",),
         ("interrupts", "predictor", "solver"),

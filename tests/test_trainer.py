@@ -289,7 +289,7 @@ def test_processes_keep_their_rows_where_the_one_with_least_memory_can(monkeypat
     data, settings = Rows(64).data(8), dpreg.Trainer(1, 2).settings
     assert lay_out(data, settings).train.resolved_placement == "device"
     monkeypatch.setattr(jax, "process_count", lambda: 2)
-    monkeypatch.setattr("dpreg.parallel.processes.exchange", lambda own: [own, "host"])
+    monkeypatch.setattr("dpreg.parallel.processes.allgather_text", lambda own: [own, "host"])
     assert lay_out(data, settings).train.resolved_placement == "host"
 
 
@@ -457,7 +457,7 @@ def test_sorted_and_periodic_tables_train_as_well_as_mixed_ones(tmp_path):
         contiguous = loss(dpreg.ArraySource(x[by_target], y[by_target]))
         assert contiguous > 5 * mixed  # so that the rest can fail
         # 30 random orders gave 0.021 to 0.035, this one 0.026.
-        assert loss(dpreg.Shuffled(dpreg.ArraySource(x[by_target], y[by_target]))) < 1.4 * mixed
+        assert loss(dpreg.PermutedSource(dpreg.ArraySource(x[by_target], y[by_target]))) < 1.4 * mixed
         for name in orders:
             assert loss(ingested(name)) < 1.4 * mixed, name
 

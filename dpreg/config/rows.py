@@ -15,7 +15,7 @@ TRANSFORMS = ("none", "log", "standardize")
 class Columns(Settings):
     """What to take from a table, and how.
 
-    >>> Columns(target=("price",), features=("carat", "color"), categorical=("color",)).taken
+    >>> Columns(target=("price",), features=("carat", "color"), categorical=("color",)).used_columns
     ('carat', 'color', 'price')
     """
 
@@ -80,7 +80,7 @@ class Columns(Settings):
     )
 
     @property
-    def taken(self) -> tuple[str, ...]:
+    def used_columns(self) -> tuple[str, ...]:
         """The columns that are read: features, targets, weight."""
         return (*self.features, *self.target, *((self.weight_column,) if self.weight_column else ()))
 

@@ -13,7 +13,7 @@ from dpreg.d2l import module
 from dpreg.d2l.data import DataModule, Loader, read_rows
 from dpreg.d2l.module import Module
 from dpreg.d2l.tools import HyperParameters
-from dpreg.data.dataset import Cast
+from dpreg.data.dataset import CastSource
 from dpreg.data.order import Sampler
 from dpreg.data.parts import rows_everywhere
 from dpreg.data.sources import RegressionData
@@ -132,12 +132,12 @@ class Trainer(HyperParameters):
         self._dropout_rng, precision = key_of(self.engine.settings.seed), self.engine.settings.precision
         self.engine.prepare_data(data)
         self.train_dataloader = Loader(
-            Cast(data.train, precision), self.engine.train.sampler, self.engine.settings.seed
+            CastSource(data.train, precision), self.engine.train.sampler, self.engine.settings.seed
         )
         self.val_dataloader = None
         if data.val:
             in_order = Sampler(len(data.val), 1, data.batch_size, shuffle=False)
-            self.val_dataloader = Loader(Cast(data.val, precision), in_order)
+            self.val_dataloader = Loader(CastSource(data.val, precision), in_order)
         self.num_train_batches = len(self.train_dataloader)
         self.num_val_batches = len(self.val_dataloader) if self.val_dataloader else 0
 

@@ -48,7 +48,7 @@ def resolve(columns: Columns, table: Table) -> Columns:
     )
     features = named(columns.features) or _all_features(full, table)
     full = dataclasses.replace(full, features=features)
-    taken, as_features = full.taken, set(features)
+    taken, as_features = full.used_columns, set(features)
     for name in (*taken, *full.exclude, *full.categorical, *full.dates):
         if not is_one_line(name):
             raise InputError(f"{table.name}: column {name!r} has characters that cannot be printed; rename it")
@@ -109,7 +109,7 @@ class RawReader:
 
     def __init__(self, columns: Columns, schema: Schema | None = None, dtype: DTypeLike = np.float32):
         self.columns, self.dtype = columns, np.dtype(dtype)
-        self.names = columns.taken
+        self.names = columns.used_columns
         known = {c.name: c.values for c in schema.inputs if isinstance(c, Category)} if schema else {}
         self.codes = {n: {v: code for code, v in enumerate(known.get(n, ()))} for n in columns.categorical}
         self._kinds = dict.fromkeys(self.names, NUMBERS) | dict.fromkeys(columns.dates, DATES)

@@ -17,9 +17,9 @@ from jax import Array, lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from dpreg.config import Config, check_settings
-from dpreg.data.ahead import ahead
 from dpreg.data.order import Sampler, row_tag
 from dpreg.data.parts import hold_shards
+from dpreg.data.prefetch import prefetch
 from dpreg.data.sources import Rows, Source
 from dpreg.errors import InputError
 
@@ -65,7 +65,7 @@ class Block(NamedTuple):
     data: Any
 
 
-class Read(NamedTuple):
+class BatchReader(NamedTuple):
     """How a step finds its rows in what lies on its device; each may be asked for one of `parts` equal parts of them.
 
     Attributes:
@@ -80,7 +80,7 @@ class Read(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Cast:
+class CastSource:
     """A source whose rows are as they will be on the devices, in a precision."""
 
     source: Source
@@ -115,7 +115,7 @@ class Dataset:
       source: the rows.
       seed, global_batch: as `shuffle` and `batch` were told; epochs, across: as `repeat` was.
       mesh, num_shards: as `shard` was; placement, steps_per_block: as `place` was.
-      ahead, tagged, precision: as `prefetch`, `tag` and `cast` were.
+      prefetched, tagged, precision: as `prefetch`, `tag` and `cast` were.
 
     >>> from dpreg.data.sources import ArraySource
     >>> from dpreg.parallel.devices import data_mesh
@@ -133,7 +133,7 @@ class Dataset:
     mesh: Mesh | None = None
     num_shards: int = 1
     placement: str = Config.placement
-    ahead: int = 0
+    prefetched: int = 0
     tagged: bool = False
     precision: str = Config.precision
     steps_per_block: int | None = None
@@ -163,9 +163,9 @@ class Dataset:
         """Where the rows wait: on the "device", on the "host", or ("auto") on the device where they fit."""
         return dataclasses.replace(self, placement=placement, steps_per_block=steps_per_block)
 
-    def prefetch(self, ahead: int) -> "Dataset":
+    def prefetch(self, blocks: int) -> "Dataset":
         """Lets a background thread gather this many blocks ahead, where that helps (not on CPU devices)."""
-        return dataclasses.replace(self, ahead=ahead)
+        return dataclasses.replace(self, prefetched=blocks)
 
     def tag(self, tagged: bool = True) -> "Dataset":
         """Lets each row carry a tag, by which those can be counted that a step used: see `tags`."""
@@ -207,7 +207,7 @@ class Dataset:
 
     def _read(self, indices: np.ndarray) -> Rows:
         """Rows of the source as they are on the devices."""
-        return Cast(self.source, self.precision)[indices]
+        return CastSource(self.source, self.precision)[indices]
 
     @functools.cached_property
     def block_steps(self) -> int:
@@ -284,7 +284,7 @@ class Dataset:
         return 0 if self.resolved_placement == "device" else 1
 
     @functools.cached_property
-    def carried(self) -> tuple[Array, Array]:
+    def shard_ranges(self) -> tuple[Array, Array]:
         """For each device its first shard and how many it carries: two [devices] int32 arrays."""
         first = np.arange(self._mesh.size, dtype=np.int32) * self.slots
         count = np.clip(self.num_shards - first, 0, self.slots).astype(np.int32)
@@ -302,14 +302,14 @@ class Dataset:
         firsts = range(start, stop, steps)
         if self.data is not None:
             made: Iterator[Batch] = itertools.repeat(self.data, len(firsts))
-        elif self.ahead and self._mesh.devices.flat[0].platform != "cpu":
-            made = ahead(map(self._gathered, firsts), self.ahead)
+        elif self.prefetched and self._mesh.devices.flat[0].platform != "cpu":
+            made = prefetch(map(self._gathered, firsts), self.prefetched)
         else:
             made = map(self._gathered, firsts)
         for first, data in zip(firsts, made, strict=True):
             yield Block(first, min(steps, stop - first), data)
 
-    def reader(self, data: Batch, shards: Array, first_step: Array, seed: Array) -> Read:
+    def reader(self, data: Batch, shards: Array, first_step: Array, seed: Array) -> BatchReader:
         """How a compiled step reads a block: traced, on one device.
 
         Args:
@@ -334,7 +334,7 @@ class Dataset:
         if self.resolved_placement == "device":
             steps = first_step + jnp.arange(self.block_steps, dtype=jnp.int32)
             fetch = self._fetch_by_runs(data, self.sampler.runs(steps[:, None], shards[None, :], seed))
-        return Read(
+        return BatchReader(
             rows=lambda k, *part: fetch(lambda c: of_step(c, k).reshape(-1, *c.shape[3:]), 0, *part),
             of_slots=lambda k, *part: fetch(lambda c: of_step(c, k), 1, *part),
             of_slot=lambda k, slot, *part: fetch(lambda c: of_slot(c, k, slot), 0, *part),

@@ -18,7 +18,6 @@ import numpy as np
 from numpy.typing import DTypeLike
 
 from dpreg.config import Columns, Config
-from dpreg.data.ahead import ahead
 from dpreg.data.cache import (
     ColumnWriter,
     DamagedCacheError,
@@ -30,8 +29,9 @@ from dpreg.data.cache import (
     write_manifest,
 )
 from dpreg.data.columns import RawReader, resolve
-from dpreg.data.learn import Learned
+from dpreg.data.learn import ColumnStatistics
 from dpreg.data.order import keyed_hash
+from dpreg.data.prefetch import prefetch
 from dpreg.data.schema import NUMBER, ROW, Schema
 from dpreg.data.shuffle import Shuffle
 from dpreg.data.sources import RegressionData
@@ -128,7 +128,7 @@ def ingest(
     """
     columns = resolve(columns, table)
     if validation is not None:
-        validation.require(columns.taken)
+        validation.require(columns.used_columns)
     dtype = np.dtype(dtype)
     files = [table.signature, validation.signature if validation else None]
     what = [_FORMAT, str(dtype), *files, dataclasses.asdict(columns)]
@@ -167,9 +167,9 @@ def _write(
     progress: Progress,
 ) -> None:
     reader = RawReader(columns, dtype=dtype)
-    learned, read = Learned(reader), 0
+    learned, read = ColumnStatistics(reader), 0
     with Shuffle(folder / "train") as train, Shuffle(folder / "val") as val:
-        for rows in ahead(reader.read(table), _AHEAD):
+        for rows in prefetch(reader.read(table), _AHEAD):
             held_out = np.zeros(len(rows), bool)
             if validation is None:
                 held_out = keyed_hash(rows[:, NUMBER], _HELD_OUT) < np.uint32(columns.validation_fraction * 0xFFFFFFFF)
@@ -245,7 +245,7 @@ def _encode(
             for name in (*digests, "row")
         }
         done = 0
-        for rows in ahead(encoded(), _AHEAD):
+        for rows in prefetch(encoded(), _AHEAD):
             progress("writing", done := done + len(rows["row"]))
             for name, values in rows.items():
                 files[name].write(values)

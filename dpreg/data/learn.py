@@ -17,7 +17,7 @@ _MOST_LOST = 0.05  # of a deviation, by rounding
 _NO_CODE = -1  # of missing values among codes of categories
 
 
-class Learned:
+class ColumnStatistics:
     """What the rows to fit teach of the columns that a reader reads."""
 
     def __init__(self, reader: RawReader):

@@ -135,7 +135,7 @@ class Sampler:
 
     Rows `[0, num_rows)` are cut into `num_shards` contiguous logical shards whose sizes differ by one at
     most. At each step every shard gives `shard_batch` rows; an epoch uses every row exactly once and pads
-    the ragged ends. Shuffled are runs of `run` neighbouring rows. None of it knows of devices.
+    the ragged ends. PermutedSource are runs of `run` neighbouring rows. None of it knows of devices.
 
     Raises:
       InputError: when `num_shards` does not divide `global_batch`, which names the nearest values that work; or a shard

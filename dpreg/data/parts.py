@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from dpreg.data.order import Sampler
 from dpreg.errors import InputError
 from dpreg.parallel.presence import at_work
-from dpreg.parallel.processes import AgreedError, exchange, exchange_for, sum_words
+from dpreg.parallel.processes import AgreedError, allgather_text, exchange_for, sum_words
 
 if TYPE_CHECKING:
     from dpreg.data.sources import Rows, Source
@@ -119,7 +119,7 @@ class PartedRows:
 
         Only rows that lie with another process than the one whose devices carry them are sent, a few MB at a time.
         """
-        exchange()  # before a collective, which waits for nobody long
+        allgather_text()  # before a collective, which waits for nobody long
         received, row_bytes = [], sum(np.dtype(dtype).itemsize * width for dtype, width in self.columns.values())
         at_once = max(1, _CHUNK_BYTES // row_bytes)
         for process, first, stop in self._misplaced(mesh, num_shards):

@@ -69,7 +69,7 @@ class RawRows:
     """
 
     def __init__(self, table: Table, columns: Columns, schema: Schema, dtype: DTypeLike = np.float32):
-        table.require(columns.taken)
+        table.require(columns.used_columns)
         self.rows = self.used = 0
         self.there: collections.deque[np.ndarray] = collections.deque()
         self.others: collections.Counter[str] = collections.Counter()
@@ -119,11 +119,13 @@ def open_columns(x: Any, columns: Columns, name: str = "x") -> Table:
         if len(keys) < len(given):
             twice = next(key for key, count in collections.Counter(map(str, given)).items() if count > 1)
             raise InputError(f"{name}: there are two columns {twice!r}; rename one")
-        arrays = {key: _array(name, key, x[keys[key]]) for key in dict.fromkeys(columns.taken) if key in keys}
+        arrays = {key: _array(name, key, x[keys[key]]) for key in dict.fromkeys(columns.used_columns) if key in keys}
         unused = [key for key in keys if key not in arrays]
     elif hasattr(x, "__arrow_c_stream__") or hasattr(x, "__arrow_c_array__"):
         table = pa.table(x)
-        arrays = {key: table.column(key) for key in dict.fromkeys(columns.taken) if table.column_names.count(key) == 1}
+        arrays = {
+            key: table.column(key) for key in dict.fromkeys(columns.used_columns) if table.column_names.count(key) == 1
+        }
         unused = [key for key in table.column_names if key not in arrays]
     else:
         arrays, unused = _columns_of_array(x, columns, name), []
@@ -165,11 +167,14 @@ def open_source(source: Source, columns: Columns) -> tuple[Table, Columns]:
     def stream(asked: Kinds) -> Iterator[Part]:
         for first in range(0, len(source), _BATCH_ROWS):
             rows = source[np.arange(first, min(first + _BATCH_ROWS, len(source)))]
-            values = [*rows["x"].T, *(*rows["y"].T, rows["weight"])[: len(columns.taken) - len(columns.features)]]
-            named = dict(zip(columns.taken, values, strict=True))
+            values = [
+                *rows["x"].T,
+                *(*rows["y"].T, rows["weight"])[: len(columns.used_columns) - len(columns.features)],
+            ]
+            named = dict(zip(columns.used_columns, values, strict=True))
             yield Part("the rows", first, pa.RecordBatch.from_pydict({c: pa.array(named[c]) for c in asked}))
 
-    return Table("the rows", columns.taken, {}, stream), columns
+    return Table("the rows", columns.used_columns, {}, stream), columns
 
 
 def encoded_schema(source: Any) -> Schema | None:
@@ -186,7 +191,7 @@ def _columns_of_array(x: Any, columns: Columns, name: str) -> dict[str, pa.Array
     except ValueError as error:  # rows of unequal length
         raise _wrong_width(f"{name}: no array ({error})", columns.features) from error
     if array.ndim != 2 or array.shape[1] != len(columns.features) or columns.target or not len(array):
-        raise _wrong_width(f"{name}: shape {list(array.shape)}", columns.taken)
+        raise _wrong_width(f"{name}: shape {list(array.shape)}", columns.used_columns)
     return {key: _array(name, key, array[:, at]) for at, key in enumerate(columns.features)}
 
 

@@ -166,19 +166,19 @@ def first_outside(source: Source, allowed: Callable[[np.ndarray], np.ndarray]) -
 
 def _number_of(index: np.ndarray, source: Source) -> int:
     """As the user numbers the row at an index."""
-    while isinstance(source, Shuffled):
+    while isinstance(source, PermutedSource):
         index, source = permute(index, len(source)), source.source
     return int(source.row[index] if hasattr(source, "row") else index) + 1
 
 
 @dataclasses.dataclass(frozen=True)
-class Shuffled:
+class PermutedSource:
     """A source in a fixed pseudo-random order, so that contiguous shards of it are random samples.
 
     Attributes:
       source: the rows, in an order of their own.
 
-    >>> source = Shuffled(ArraySource(x=np.arange(5), y=np.arange(5)))
+    >>> source = PermutedSource(ArraySource(x=np.arange(5), y=np.arange(5)))
     >>> source[np.arange(5)]["y"].ravel().tolist()
     [2.0, 1.0, 3.0, 0.0, 4.0]
     """
@@ -187,7 +187,9 @@ class Shuffled:
 
     def __post_init__(self) -> None:
         if isinstance(self.source, PartedRows):
-            raise InputError("rows in parts cannot be shuffled over processes; give from_parts a Shuffled of each part")
+            raise InputError(
+                "rows in parts cannot be shuffled over processes; give from_parts a PermutedSource of each part"
+            )
 
     def __len__(self) -> int:
         return len(self.source)

@@ -10,7 +10,7 @@ from collections.abc import Callable
 import numpy as np
 import scipy
 
-from dpreg.models.least_squares import Triangle
+from dpreg.models.least_squares import RFactor
 
 _LEAST_VARIANCE = 1e-20  # of a target, so that what is predicted for certain has a working response
 
@@ -34,7 +34,7 @@ class Family:
 
     def working(
         self, x: np.ndarray, y: np.ndarray, weight: np.ndarray, prediction: np.ndarray
-    ) -> tuple[Triangle, float]:
+    ) -> tuple[RFactor, float]:
         """(the problem of least squares that gives the next step, the weighted sum of the losses).
 
         Where that is not finite, the step to here was too far, and no next one is to be taken.
@@ -49,7 +49,7 @@ class Family:
             loss = float(weight @ self.loss(prediction, y)[:, 0])
         if not np.isfinite(loss):
             response, variance = np.zeros_like(y), np.ones_like(y)
-        return Triangle.of(x, response, weight * variance[:, 0]), loss
+        return RFactor.of(x, response, weight * variance[:, 0]), loss
 
 
 def _half_deviance_of_counts(z: np.ndarray, y: np.ndarray) -> np.ndarray:

@@ -27,7 +27,7 @@ def intercept_name(features: Iterable[str]) -> str:
 
 
 @dataclasses.dataclass(frozen=True)
-class Triangle:
+class RFactor:
     """What rows [n, d] with targets [n, t] come to.
 
     Attributes:
@@ -49,7 +49,7 @@ class Triangle:
     lengths: np.ndarray | None = None
 
     @classmethod
-    def of(cls, x: np.ndarray, y: np.ndarray, weight: np.ndarray) -> "Triangle":
+    def of(cls, x: np.ndarray, y: np.ndarray, weight: np.ndarray) -> "RFactor":
         """The triangle of rows [n, d], [n, t], [n]."""
         weight, columns = weight.astype(np.float64), np.concatenate([x, y], axis=1).astype(np.float64, copy=False)
         total = float(weight.sum())
@@ -69,20 +69,20 @@ class Triangle:
         return np.array([*self.r.ravel(), *self.origin, self.rows, self.weight])
 
     @classmethod
-    def unpacked(cls, packed: np.ndarray, num_inputs: int, num_targets: int, epsilon: float = _EPSILON) -> "Triangle":
+    def unpacked(cls, packed: np.ndarray, num_inputs: int, num_targets: int, epsilon: float = _EPSILON) -> "RFactor":
         """The triangle that was packed."""
         size = 1 + num_inputs + num_targets
         r, origin = packed[: size**2].reshape(size, size), packed[size**2 : -2]
         return cls(r, origin, num_inputs, int(packed[-2]), float(packed[-1]), epsilon)
 
-    def __add__(self, other: "Triangle") -> "Triangle":
+    def __add__(self, other: "RFactor") -> "RFactor":
         """That of the rows of both."""
         if not (self.weight and other.weight):
             return self if self.weight else other
         origin = np.where(other.origin != 0, self.origin, 0.0)  # far from 0 in both
         r = _upper(np.concatenate([self.about(origin), other.about(origin)]))
         epsilon = max(self.epsilon, other.epsilon)
-        return Triangle(r, origin, self.num_inputs, self.rows + other.rows, self.weight + other.weight, epsilon)
+        return RFactor(r, origin, self.num_inputs, self.rows + other.rows, self.weight + other.weight, epsilon)
 
     def about(self, origin: np.ndarray | float) -> np.ndarray:
         """The triangle `r` of columns less another origin [d + t]."""
@@ -106,15 +106,15 @@ class Triangle:
         best: np.ndarray = (own[d:] - own[:d] @ w) + (self.origin[d:] - self.origin[:d] @ w)
         return best
 
-    def in_units(self, mean: np.ndarray, scale: np.ndarray) -> "Triangle":
+    def in_units(self, mean: np.ndarray, scale: np.ndarray) -> "RFactor":
         """That of the columns of x and y times `scale` plus `mean`, both [d + t]."""
         return self._scaled(scale, self.origin * scale + mean)
 
-    def standardized(self, mean: np.ndarray, scale: np.ndarray) -> "Triangle":
+    def standardized(self, mean: np.ndarray, scale: np.ndarray) -> "RFactor":
         """That of the columns of x and y less `mean`, over `scale`, both [d + t]."""
         return self._scaled(1 / scale, (self.origin - mean) / scale)
 
-    def _scaled(self, factor: np.ndarray, origin: np.ndarray) -> "Triangle":
+    def _scaled(self, factor: np.ndarray, origin: np.ndarray) -> "RFactor":
         r = self.r * np.concatenate([[1.0], factor])
         return dataclasses.replace(self, r=r, origin=origin, lengths=self._lengths * np.abs(factor[: self.num_inputs]))
 
@@ -207,7 +207,7 @@ class Fit:
         estimated by the residuals.
     """
 
-    triangle: Triangle
+    triangle: RFactor
     w: np.ndarray
     b: np.ndarray
     kept: tuple[int, ...]

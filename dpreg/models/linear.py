@@ -52,7 +52,7 @@ class LinearRegressionScratch(Module):
     sigma: float | None = None
     num_targets: int = 1
     intercept: bool = Config.intercept
-    rows_apart: ClassVar[bool] = True
+    row_wise: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_settings(sigma=self.sigma, intercept=self.intercept)

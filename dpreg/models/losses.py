@@ -166,7 +166,7 @@ class Loss:
 SQUARED = Loss("squared", squared_loss)
 
 
-def loss_called(
+def make_loss(
     name: str,
     huber_delta: float = Config.huber_delta,
     quantile: float = Config.quantile,

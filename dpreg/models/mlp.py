@@ -25,7 +25,7 @@ class LinearRegression(Module):
     lr: float = Config.lr
     sigma: float | None = None
     intercept: bool = Config.intercept
-    rows_apart: ClassVar[bool] = True
+    row_wise: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_settings(sigma=self.sigma, intercept=self.intercept)

@@ -1,6 +1,7 @@
 """What the trainer asks of a model."""
 
-from typing import ClassVar
+import warnings
+from typing import Any, ClassVar
 
 import optax
 from flax import linen as nn
@@ -20,13 +21,13 @@ class Module(nn.Module, kw_only=True):
     two methods trains as well. Padding rows are hidden from every `nn.BatchNorm`, which normalises over the rows of a
     logical shard, and over all of the batch where it has an `axis_name`, such as "batch".
 
-    With `rows_apart = True` a class says that what its `__call__` makes of a row depends on no other row and on no
+    With `row_wise = True` a class says that what its `__call__` makes of a row depends on no other row and on no
     random number: batches may then be taken in parts that stay in cache.
 
     Attributes:
       objective: the loss, with its link and its metrics; keyword only.
       optimizer: an optax transformation instead of `SGD(lr)`; keyword only.
-      rows_apart: see above.
+      row_wise: see above.
 
     >>> class Net(Module):
     ...     lr: float
@@ -36,9 +37,16 @@ class Module(nn.Module, kw_only=True):
     >>> model = Net(lr=0.1)
     """
 
+    def __init_subclass__(cls, **settings: Any) -> None:
+        """Accepts `rows_apart`, the former name of `row_wise`."""
+        if "rows_apart" in vars(cls):
+            warnings.warn(f"{cls.__name__}.rows_apart is deprecated; call it row_wise", DeprecationWarning, 2)
+            cls.row_wise = vars(cls)["rows_apart"]
+        super().__init_subclass__(**settings)
+
     objective: Loss = SQUARED
     optimizer: optax.GradientTransformation | None = None
-    rows_apart: ClassVar[bool] = False
+    row_wise: ClassVar[bool] = False
 
     def loss(self, prediction: Array, target: Array) -> Array:
         """The loss of each row: [n, p], [n, t] -> [n]. Never a mean: the step owns the weights."""

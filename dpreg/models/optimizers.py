@@ -10,7 +10,7 @@ from dpreg.models.sgd import SGD
 _MOMENTUM = 0.9
 
 
-def schedule_called(name: str, lr: float, num_steps: int, warmup_steps: int = Config.warmup_steps) -> optax.Schedule:
+def make_schedule(name: str, lr: float, num_steps: int, warmup_steps: int = Config.warmup_steps) -> optax.Schedule:
     """The learning rate of each global step: `lr` after a linear warm-up from 0, then as the name says.
 
     Args:
@@ -31,7 +31,7 @@ def schedule_called(name: str, lr: float, num_steps: int, warmup_steps: int = Co
     return optax.join_schedules([optax.linear_schedule(0.0, lr, warmup_steps), after], [warmup_steps])
 
 
-def optimizer_called(
+def make_optimizer(
     name: str, schedule: optax.Schedule | float, l1: float = Config.l1, l2: float = Config.l2
 ) -> optax.GradientTransformation:
     """The optimizer of that name, as of `Config.optimizer`; "momentum" is 0.9, "lbfgs" remembers 10 steps.

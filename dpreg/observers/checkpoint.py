@@ -43,7 +43,7 @@ class Checkpoints(Callback):
       identity: what decides the run's answer; a run is only continued by one of the same identity.
       every_seconds, every_steps: how often to save besides the end; 0 for never.
       keep: how many to keep, the newest.
-      announcements: where "stop" or "interrupt" may be asked for; "save" is, when it is time.
+      sync_signal: where "stop" or "interrupt" may be asked for; "save" is, when it is time.
     """
 
     def __init__(
@@ -53,12 +53,12 @@ class Checkpoints(Callback):
         every_seconds: float = Config.checkpoint_every_seconds,
         every_steps: int = Config.checkpoint_every_steps,
         keep: int = Config.keep,
-        announcements: processes.Announcements | None = None,
+        sync_signal: processes.SyncSignal | None = None,
     ):
         self._every_steps, self._preempted = every_steps, ""
         self._identity: dict[str, Any] = json.loads(json.dumps(identity))
         self._every_seconds, self._saved_at = every_seconds, time.monotonic()
-        self._announcements, self._due = announcements or processes.Announcements(), False
+        self._sync_signal, self._due = sync_signal or processes.SyncSignal(), False
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=True)
         self._folder, self._saving = folder.absolute(), 0
         if self._folder.exists() and not self._folder.is_dir():  # Orbax would wait for its own threads for ever
@@ -109,8 +109,8 @@ class Checkpoints(Callback):
         """Whether it is time to save: the same in all processes, which have to ask equally often."""
         time_is_up = self._every_seconds and time.monotonic() - self._saved_at >= self._every_seconds
         if time_is_up and not self._due and jax.process_index() == 0:
-            self._announcements.ask("save")
-        what = self._announcements.heard()
+            self._sync_signal.request("save")
+        what = self._sync_signal.poll()
         # What was heard holds until it is acted upon.
         self._due = self._due or bool(what)
         if what in ("stop", "interrupt"):
@@ -198,7 +198,9 @@ class Checkpoints(Callback):
     def _of_this_run(self) -> Iterator[tuple[int, dict[str, Any]]]:
         """The steps of the checkpoints, the newest first, and what each says of itself."""
         # A step that process 0 sees is tried by all, and taken or discarded by all.
-        for step in json.loads(processes.exchange(json.dumps(sorted(self._manager.all_steps(), reverse=True)))[0]):
+        for step in json.loads(
+            processes.allgather_text(json.dumps(sorted(self._manager.all_steps(), reverse=True)))[0]
+        ):
             meta = self._read(step, "meta", ocp.args.JsonRestore(), lambda meta: meta == sealed(meta))
             if meta is not None:
                 self._compare("run", meta["identity"], self._identity)
@@ -218,7 +220,7 @@ class Checkpoints(Callback):
             damage = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
         # Orbax lets all wait for each other: where one process alone fails, the others do not come.
         patience = 30.0 if damage else processes.MEET_SECONDS
-        damages = [told for told in processes.exchange(damage, patience=patience) if told]
+        damages = [told for told in processes.allgather_text(damage, patience=patience) if told]
         if not damages:
             return content
         # Out of the way, else a later save of the same step would be skipped.
@@ -226,7 +228,7 @@ class Checkpoints(Callback):
         logging.warning("checkpoint %d is damaged, and set aside as %s: %s", step, aside, printable(damages[0]))
         if jax.process_index() == 0:
             (self._folder / str(step)).rename(self._folder / aside)
-        processes.exchange()
+        processes.allgather_text()
         self._manager.reload()
         return None
 

@@ -36,21 +36,21 @@ def open_workdir(name: str | None, keep: bool = True) -> Iterator[pathlib.Path]:
         if jax.process_index() == 0:
             stack.enter_context(made(path, keep))
             until_taken_away.enter_context(_held(path))
-        processes.exchange()
+        processes.allgather_text()
         try:
             with tempfile.NamedTemporaryFile(dir=path, prefix=".process-") as mine:
                 # All look for what each wrote, before any takes it away.
-                names = processes.exchange(pathlib.Path(mine.name).name)
+                names = processes.allgather_text(pathlib.Path(mine.name).name)
                 missing = [process for process, name in enumerate(names) if not (path / name).exists()]
                 if missing:
                     raise InputError(
                         f"{spell('workdir', path)}: process {jax.process_index()} and process {missing[0]} see "
                         "different folders there; name one that all see"
                     )
-                processes.exchange()
+                processes.allgather_text()
         except OSError as error:
             raise _unwritable(path, error) from error
-        processes.exchange()
+        processes.allgather_text()
         yield path
 
 

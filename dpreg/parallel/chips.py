@@ -193,7 +193,7 @@ class Hosts:
         return passes * (size * (1 - 1 / count) / rate + hop * math.ceil(math.log2(count)))
 
 
-def system_named(name: str) -> Slice | Hosts:
+def parse_topology(name: str) -> Slice | Hosts:
     """What `topology` names: a TPU slice such as v5p:8x8x8, or HOSTSxGPUS such as h100:4x8.
 
     Raises:

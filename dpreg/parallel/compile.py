@@ -16,7 +16,7 @@ from jax.sharding import Mesh, PartitionSpec
 from dpreg.errors import InputError
 from dpreg.parallel import devices, processes
 from dpreg.parallel.checks import normalises_over_batch
-from dpreg.parallel.layout import Carried, Clock, Layout
+from dpreg.parallel.layout import BatchLayout, CallArgs, ShardRange
 from dpreg.parallel.reduce import AXIS, PyTree, from_all_devices, gradient_of_shards, isolated, opaque_loop
 from dpreg.parallel.state import Model, TrainState, forward
 from dpreg.parallel.step import Program, Statistics, shard_loss, train_block, updated
@@ -64,7 +64,7 @@ def operations_of_step(model: Model, state: TrainState, batches: PyTree) -> floa
 def compile_train_block(
     model: Model,
     state: TrainState,
-    layout: Layout,
+    layout: BatchLayout,
     mesh: Mesh,
     arguments: tuple[Any, ...],
     accumulate: int,
@@ -74,13 +74,14 @@ def compile_train_block(
     """Compiles `num_steps` consecutive training steps into one call.
 
     Args:
-      arguments: (data, carried, packed clock), as the calls will give them.
+      arguments: (data, shard_range, packed call arguments), as the calls will give them.
       accumulate: parts of a shard's batch that go through the model one after the other, before they are reduced.
 
     Returns:
-      `f(state, data, carried, clock) -> (state, sums, used)`; the state given is consumed. `sums` is [block_steps, 3]:
-      each step's weighted loss sum and weight sum (under pmean, both divided by the number of devices), and the norm
-      of the gradient of their quotient. `used` is [devices, block_steps, 2] uint32 and lies along them: how many tagged
+      `f(state, data, shard_range, call_args) -> (state, sums, used)`; the state given is donated. `sums` is
+      [block_steps, 3]: each step's weighted loss sum and weight sum (under pmean, both divided by the number of
+      devices), and the norm of the gradient of their quotient. `used` is [devices, block_steps, 2] uint32, sharded over
+      the devices: how many tagged
       rows each step used there, and the sum of their tags. A step whose loss or new parameters are not finite
       leaves the state as it was, as do all after it, uses no rows and gives NaN for the loss.
     """
@@ -115,7 +116,7 @@ def compile_train_block(
 def compile_eval_block(
     model: Model,
     variables: Mapping[str, PyTree],
-    layout: Layout,
+    layout: BatchLayout,
     mesh: Mesh,
     arguments: tuple[Any, ...],
     of: Callable[[PyTree, Array, PyTree], PyTree],
@@ -131,16 +132,16 @@ def compile_eval_block(
       of: (variables, predictions [b, t], batch of one shard) -> what is wanted of them.
 
     Returns:
-      `f(variables, data, carried, clock) -> [block_steps, shards, n]`, all that is wanted in one array, zero past
-      `num_steps`; and what makes of it, on the host, what is wanted: each leaf [block_steps, shards, ...].
+      `f(variables, data, shard_range, call_args) -> [block_steps, shards, n]`, the raveled results, zero past
+      `num_steps`; and a function that unravels them on the host: each leaf is [block_steps, shards, ...].
     """
     platform = mesh.devices.flat[0].platform
     one: list[PyTree] = []  # what is wanted of a batch of one shard, without its values
 
-    def block(variables: PyTree, data: PyTree, carried: Carried, packed: Array) -> Array:
-        clock = Clock(*packed)
-        shards = carried.first + jnp.arange(layout.slots, dtype=jnp.int32)
-        read = layout.reader(data, shards, clock.first_step, clock.seed)
+    def block(variables: PyTree, data: PyTree, shard_range: ShardRange, packed: Array) -> Array:
+        call_args = CallArgs(*packed)
+        shards = shard_range.first + jnp.arange(layout.slots, dtype=jnp.int32)
+        read = layout.reader(data, shards, call_args.first_step, call_args.seed)
 
         def wanted(variables: PyTree, batch: PyTree) -> PyTree:
             return of(variables, forward(model, variables, batch, train=False, platform=platform)[0], batch)
@@ -153,16 +154,16 @@ def compile_eval_block(
 
         def step(k: Array, history: Array) -> Array:
             def fill(slot: Array, history: Array) -> Array:
-                return history.at[k, slot].set(isolated(raveled, clock.one, variables, read.of_slot(k, slot)))
+                return history.at[k, slot].set(isolated(raveled, call_args.one, variables, read.of_slot(k, slot)))
 
             if reduction == "ordered":
-                filled: Array = opaque_loop(fill, carried.count, history)
+                filled: Array = opaque_loop(fill, shard_range.count, history)
                 return filled
             return history.at[k, : layout.slots].set(jax.vmap(raveled, (None, 0))(variables, read.of_slots(k)))
 
         dtype = jnp.result_type(*(leaf.dtype for leaf in leaves))
         history = jnp.zeros((layout.block_steps, slots, sum(leaf.size for leaf in leaves)), dtype)
-        history = lax.fori_loop(0, clock.num_steps, step, history)
+        history = lax.fori_loop(0, call_args.num_steps, step, history)
         return from_all_devices(history[:, : layout.slots], mesh, axis=1)[:, : layout.num_shards]
 
     def unpacked(found: np.ndarray) -> PyTree:
@@ -180,7 +181,7 @@ def compile_eval_block(
 
 def _compile(
     block: Callable[..., Any],
-    layout: Layout,
+    layout: BatchLayout,
     mesh: Mesh,
     arguments: tuple[Any, ...],
     backend: str,
@@ -188,7 +189,7 @@ def _compile(
     outputs: Any,
     donate: bool,
 ) -> Callable[..., Any]:
-    """Compiles `block(state, data, carried, clock)` for the mesh ahead of its first call, on either backend.
+    """Compiles `block(state, data, shard_range, call_args)` for the mesh ahead of its first call, on either backend.
 
     Args:
       outputs: for each output None where all devices have the same, or 0 to lay theirs along a first axis.
@@ -205,9 +206,9 @@ def _compile(
         )
     else:
 
-        def local(state: PyTree, data: PyTree, carried: Carried, clock: Array) -> Any:
+        def local(state: PyTree, data: PyTree, shard_range: ShardRange, call_args: Array) -> Any:
             data = jax.tree.map(lambda leaf: leaf.squeeze(axis), data)
-            found = block(state, data, jax.tree.map(lambda leaf: leaf.squeeze(0), carried), clock)
+            found = block(state, data, jax.tree.map(lambda leaf: leaf.squeeze(0), shard_range), call_args)
             return (
                 found
                 if outputs is None

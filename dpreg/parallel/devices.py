@@ -15,7 +15,7 @@ from numpy.typing import DTypeLike
 
 from dpreg.config import check_settings
 from dpreg.errors import InputError
-from dpreg.parallel import compilation_cache, deadline, presence, processes
+from dpreg.parallel import compilation_cache, presence, processes, watchdog
 from dpreg.parallel.reduce import AXIS
 from dpreg.spelling import spell
 
@@ -100,7 +100,7 @@ def cores() -> int:
 
 def have_several_cores(mesh: Mesh) -> bool:
     """Whether each device has cores of its own, more than one, in all processes: they meet to agree."""
-    of_all = processes.exchange("several" if cores() > len(mesh.local_devices) else "one")
+    of_all = processes.allgather_text("several" if cores() > len(mesh.local_devices) else "one")
     return "one" not in of_all
 
 
@@ -218,14 +218,14 @@ def fetch_in_order(calls: Iterable[tuple[Item, Any]], on_result: Callable[[], No
     while more or under_way:
         if more:
             presence.begin_call()
-            with deadline.watched():
+            with watchdog.watched():
                 call = next(remaining, None)
             more = call is not None
             if call is not None:
                 under_way.append(call)
         while len(under_way) > (processes.CALLS_IN_FLIGHT if more else 0):
             item, result = under_way.popleft()
-            with deadline.watched() as progress:
+            with watchdog.watched() as progress:
                 result = jax.device_get(result)
                 progress()
             on_result()

@@ -9,11 +9,11 @@ import numpy as np
 from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from dpreg.data.dataset import Dataset, Read
+from dpreg.data.dataset import BatchReader, Dataset
 from dpreg.parallel.reduce import AXIS, PyTree
 
 
-class Clock(NamedTuple):
+class CallArgs(NamedTuple):
     """What a call is told at run time, replicated int32 scalars.
 
     `one` is 1: the compiler does not know it, which keeps a loop of `one` turn a loop.
@@ -29,26 +29,26 @@ class Clock(NamedTuple):
         return np.array(self, np.int32)
 
 
-class Carried(NamedTuple):
+class ShardRange(NamedTuple):
     """Which logical shards a device carries: [devices] int32 outside a step, scalars inside."""
 
     first: Any
     count: Any
 
 
-def example_of(dataset: Dataset) -> tuple[Any, ...]:
-    """(data, carried, packed clock) as the calls for a dataset take them, without their values: to compile by."""
+def example_arguments(dataset: Dataset) -> tuple[Any, ...]:
+    """(data, shard range, packed call arguments) of the calls for a dataset, as shapes without values."""
     mesh: Mesh = dataset.mesh  # type: ignore[assignment]  # it is sharded
-    carried = jax.ShapeDtypeStruct((mesh.size,), jnp.int32, sharding=NamedSharding(mesh, PartitionSpec(AXIS)))
-    clock = jax.ShapeDtypeStruct((len(Clock._fields),), jnp.int32, sharding=NamedSharding(mesh, PartitionSpec()))
-    return dataset.shapes, Carried(carried, carried), clock
+    shard_range = jax.ShapeDtypeStruct((mesh.size,), jnp.int32, sharding=NamedSharding(mesh, PartitionSpec(AXIS)))
+    call_args = jax.ShapeDtypeStruct((len(CallArgs._fields),), jnp.int32, sharding=NamedSharding(mesh, PartitionSpec()))
+    return dataset.shapes, ShardRange(shard_range, shard_range), call_args
 
 
-class Layout(NamedTuple):
+class BatchLayout(NamedTuple):
     """How rows reach the steps: all that is static, besides the model.
 
     Attributes:
-      reader: (data, shards [slots], first step, seed) -> Read, traced inside the step.
+      reader: (data, shards [slots], first step, seed) -> BatchReader, traced inside the step.
       device_axis: the axis of the data that devices lie along.
       block_steps: steps that one call takes at most, K.
       slots: slots for shards on a device; the last devices may carry fewer shards.
@@ -57,7 +57,7 @@ class Layout(NamedTuple):
       row_bytes: of one of them.
     """
 
-    reader: Callable[[PyTree, Array, Array, Array], Read]
+    reader: Callable[[PyTree, Array, Array, Array], BatchReader]
     device_axis: int
     block_steps: int
     slots: int
@@ -66,9 +66,9 @@ class Layout(NamedTuple):
     row_bytes: int
 
 
-def layout_of(dataset: Dataset) -> Layout:
+def batch_layout(dataset: Dataset) -> BatchLayout:
     """How the rows of a dataset reach the steps."""
-    return Layout(
+    return BatchLayout(
         reader=dataset.reader,
         device_axis=dataset.device_axis,
         block_steps=dataset.block_steps,

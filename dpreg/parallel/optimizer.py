@@ -30,7 +30,7 @@ _REFUSED = {
 }
 
 
-def make_optimizer(
+def prepare_optimizer(
     model: Any, params: PyTree, gradient_clip_val: float = Config.gradient_clip_val
 ) -> optax.GradientTransformation:
     """The optimizer that the model configures, behind the clipping of the global gradient; its state holds no keys.

@@ -19,8 +19,8 @@ from jaxlib import _jax
 
 from dpreg.config.devices import check_processes, split_address
 from dpreg.errors import InputError, ProcessLost
-from dpreg.parallel import deadline, presence
-from dpreg.parallel.roll_call import (
+from dpreg.parallel import presence, watchdog
+from dpreg.parallel.rendezvous import (
     HEARTBEAT_SECONDS,
     JOIN_SECONDS,
     Wait,
@@ -177,7 +177,7 @@ def end_as_lost(error: BaseException, exit_code: int = ProcessLost.exit_code) ->
 
 
 _ERROR = "!"
-_exchanges, _announcements = itertools.count(), itertools.count()
+_exchanges, _sync_signal = itertools.count(), itertools.count()
 
 
 def _service() -> Any:
@@ -185,7 +185,7 @@ def _service() -> Any:
     return distributed.global_state.client
 
 
-def exchange(
+def allgather_text(
     text: str = "",
     error: str | None = None,
     patience: float = MEET_SECONDS,
@@ -241,7 +241,7 @@ class AgreedError(InputError):
     """An InputError that all processes know of and raise."""
 
 
-def agreed(function: Callable[[], Result]) -> Result:
+def on_all_processes(function: Callable[[], Result]) -> Result:
     """Runs it in all processes; an InputError of one becomes that of all, at their next meeting.
 
     Raises:
@@ -249,12 +249,12 @@ def agreed(function: Callable[[], Result]) -> Result:
     """
     try:
         result = function()
-        exchange()
+        allgather_text()
         return result
     except AgreedError:
         raise
     except InputError as error:
-        exchange(error=str(error))
+        allgather_text(error=str(error))
         raise
 
 
@@ -271,7 +271,7 @@ def together(doing: str = "") -> Callable[[Callable[Arguments, Result]], Callabl
             if not presence.is_one_of_several():
                 return function(*args, **kwargs)
             with presence.at_work(doing) if doing else contextlib.nullcontext():
-                return agreed(functools.partial(function, *args, **kwargs))
+                return on_all_processes(functools.partial(function, *args, **kwargs))
 
         return of_all
 
@@ -279,13 +279,13 @@ def together(doing: str = "") -> Callable[[Callable[Arguments, Result]], Callabl
 
 
 def exchange_for(call: str, value: Any) -> list[Any]:
-    """`exchange` of values that JSON holds, for a call that all processes have to be in.
+    """`allgather_text` of values that JSON holds, for a call that all processes have to be in.
 
     Raises:
       AgreedError: in all processes, when another one is in another call.
     """
     found = []
-    for text in exchange(json.dumps([call, value])):
+    for text in allgather_text(json.dumps([call, value])):
         message = json.loads(text) if text.startswith("[") else []
         found.append(message if len(message) == 2 else ["another function", None])
     for process, (other, _) in enumerate(found):
@@ -330,7 +330,7 @@ def _compile_sum(size: int) -> tuple[Any, NamedSharding]:
     summed = jax.jit(lambda of_all: of_all.sum(axis=0, dtype=np.uint32), out_shardings=everywhere)
     with presence.at_work("compiling"):
         compiled = summed.lower(words).compile()
-    exchange()  # before the first collective, which waits for nobody long
+    allgather_text()  # before the first collective, which waits for nobody long
     return compiled, along
 
 
@@ -341,36 +341,36 @@ def sum_words(words: np.ndarray) -> np.ndarray:
     padded = np.zeros((1, size), np.uint32)
     padded[0, : len(words)] = words
     presence.begin_call()
-    with deadline.watched():
+    with watchdog.watched():
         of_all = jax.make_array_from_callback((jax.process_count(), size), along, lambda _: padded)
         return np.asarray(compiled(of_all))[: len(words)]
 
 
-class Announcements:
-    """What any process asks for and all processes hear at the same call of `heard`: process 0 says when.
+class SyncSignal:
+    """A word that any process may request, and that all processes receive at the same call of `poll`.
 
-    All processes have to create equally many of them, in the same order.
+    Process 0 decides which call that is. All processes have to create equally many signals, in the same order.
     """
 
     # Processes are held together by their collectives to within the calls in flight and the one to come.
     _LEAD = CALLS_IN_FLIGHT + 4
 
     def __init__(self) -> None:
-        self._key, self._calls, self._number = f"dpreg/announcements/{next(_announcements)}", 0, 0
+        self._key, self._calls, self._number = f"dpreg/sync_signal/{next(_sync_signal)}", 0, 0
         self._wanted: list[str] = []
         self._announced: tuple[int, str] | None = None  # at which call, and what
 
-    def ask(self, what: str) -> None:
-        """Lets all processes hear a word, some calls from now. Repeated before that, it does nothing."""
+    def request(self, what: str) -> None:
+        """Sends a word to all processes, which receive it some calls later. To repeat it before that has no effect."""
         if what not in self._wanted and (self._announced is None or self._announced[1] != what):
             self._wanted.append(what)  # a signal handler may call this
 
-    def asked(self, what: str) -> bool:
-        """Whether this process itself was asked, and not all have heard yet."""
+    def pending(self, what: str) -> bool:
+        """Whether this process itself has requested the word, and not all have received it."""
         return what in self._wanted
 
-    def heard(self) -> str:
-        """What to do now, or "". All processes have to call it equally often, between the same steps."""
+    def poll(self) -> str:
+        """The word to act on now, or "". All processes have to call it equally often, between the same steps."""
         self._calls += 1
         if jax.process_count() == 1:
             return self._wanted.pop(0) if self._wanted else ""
@@ -388,10 +388,10 @@ class Announcements:
         return what
 
     def _announce(self) -> None:
-        """Process 0 says what any wants, and when."""
+        """Process 0 announces what any process has requested, and at which call it is received."""
         for key, _ in _service().key_value_dir_get(f"{self._key}/wanted/"):
             _service().key_value_delete(key)
-            self.ask(key.rpartition("/")[2])
+            self.request(key.rpartition("/")[2])
         if self._wanted:
             text = f"{self._calls + self._LEAD} {self._wanted.pop(0)}"
             _service().key_value_set(f"{self._key}/announced/{self._number}", text)

@@ -135,7 +135,7 @@ def mean_over_devices(sums: PyTree, mesh: Mesh) -> PyTree:
         return unravel(lax.pmean(flat, AXIS))
 
 
-def ordered_sum(sums_of: Callable[[Array], PyTree], slots: int, carried: Array, num_shards: int, mesh: Mesh) -> PyTree:
+def ordered_sum(sums_of: Callable[[Array], PyTree], slots: int, count: Array, num_shards: int, mesh: Mesh) -> PyTree:
     """The sum over all logical shards, to the same bits on any number of devices.
 
     Each device computes its shards one by one; the partial sums of all shards are gathered and added in one
@@ -144,7 +144,7 @@ def ordered_sum(sums_of: Callable[[Array], PyTree], slots: int, carried: Array, 
     Args:
       sums_of: the sums of the shard in a slot of this device.
       slots: slots of a device (static); num_shards: logical shards of the run (static).
-      carried: how many slots of this device hold a shard: int32, known only at run time.
+      count: how many slots of this device hold a shard: int32, known only at run time.
     """
     sums_of = jax.jit(sums_of, inline=True)
     flat, unravel = ravel_pytree(jax.tree.map(jnp.zeros_like, jax.eval_shape(sums_of, jnp.int32(0))))
@@ -156,7 +156,7 @@ def ordered_sum(sums_of: Callable[[Array], PyTree], slots: int, carried: Array, 
         return filled
 
     # Two rows at least: with one, the compiler knows where the loop writes, and fuses otherwise.
-    buffer = opaque_loop(fill, carried, jnp.zeros((max(slots, 2), flat.size), flat.dtype))
+    buffer = opaque_loop(fill, count, jnp.zeros((max(slots, 2), flat.size), flat.dtype))
     with jax.named_scope("exchange"):
         of_shards = from_all_devices(buffer[:slots], mesh)
     return unravel(tree_sum(list(of_shards[:num_shards])))

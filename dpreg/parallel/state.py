@@ -22,7 +22,7 @@ from dpreg.parallel.checks import (
     traced,
     uses_running_average,
 )
-from dpreg.parallel.optimizer import make_optimizer
+from dpreg.parallel.optimizer import prepare_optimizer
 from dpreg.parallel.reduce import PyTree, sum_over_batch
 from dpreg.tracing import FULL_PRECISION, key_of, pinned_settings
 
@@ -120,7 +120,7 @@ def initial_state(
     with pinned_settings(dtype == np.float64), traced(model):
         params, batch_stats = jax.tree.map(lambda leaf: leaf.astype(dtype), (params, batch_stats))
         require_modes(model, {"params": params, "batch_stats": batch_stats}, np.shape(row)[1])
-        optimizer = make_optimizer(model, params, gradient_clip_val)
+        optimizer = prepare_optimizer(model, params, gradient_clip_val)
         state: TrainState = TrainState.create(
             apply_fn=model.apply, params=params, tx=optimizer, batch_stats=batch_stats
         ).replace(step=jnp.int32(0))

@@ -9,9 +9,9 @@ import optax
 from jax import Array, lax
 from jax.sharding import Mesh
 
-from dpreg.data.dataset import Read
+from dpreg.data.dataset import BatchReader
 from dpreg.models.losses import row_losses
-from dpreg.parallel.layout import Carried, Clock, Layout
+from dpreg.parallel.layout import BatchLayout, CallArgs, ShardRange
 from dpreg.parallel.reduce import (
     PyTree,
     ShardLoss,
@@ -52,7 +52,7 @@ class Program(NamedTuple):
     """What is static in a train step."""
 
     model: Model
-    layout: Layout
+    layout: BatchLayout
     mesh: Mesh
     reduction: str
     schedule: Schedule
@@ -67,27 +67,27 @@ class Program(NamedTuple):
 class Call(NamedTuple):
     """What one compiled call gives its steps on one device."""
 
-    clock: Clock
-    carried: Carried
+    args: CallArgs
+    shard_range: ShardRange
     shards: Array  # [slots], those of this device
-    read: Read
+    read: BatchReader
     key: Array
 
     @property
     def one(self) -> Array:
         """1, which the compiler does not know."""
-        one: Array = self.clock.one
+        one: Array = self.args.one
         return one
 
 
 def train_block(
-    program: Program, state: TrainState, data: PyTree, carried: Carried, packed: Array
+    program: Program, state: TrainState, data: PyTree, shard_range: ShardRange, packed: Array
 ) -> tuple[TrainState, Array, Array]:
     """`num_steps` consecutive steps in one call; see `compile_train_block` for what it returns."""
-    clock, layout = Clock(*packed), program.layout
-    shards = carried.first + jnp.arange(layout.slots, dtype=jnp.int32)
-    read = layout.reader(data, shards, clock.first_step, clock.seed)
-    call = Call(clock, carried, shards, read, jax.random.fold_in(key_of(clock.seed), TRAINING_KEY))
+    call_args, layout = CallArgs(*packed), program.layout
+    shards = shard_range.first + jnp.arange(layout.slots, dtype=jnp.int32)
+    read = layout.reader(data, shards, call_args.first_step, call_args.seed)
+    call = Call(call_args, shard_range, shards, read, jax.random.fold_in(key_of(call_args.seed), TRAINING_KEY))
 
     def step(k: Array, carry: tuple[TrainState, Array]) -> tuple[TrainState, Array]:
         state, record = train_step(program, call, carry[0], k)
@@ -95,7 +95,7 @@ def train_block(
 
     steps = jnp.arange(layout.block_steps, dtype=jnp.int32)
     history = jnp.zeros((layout.block_steps, 3), data["weight"].dtype)
-    state, history = lax.fori_loop(0, clock.num_steps, step, (state, history))
+    state, history = lax.fori_loop(0, call_args.num_steps, step, (state, history))
     return state, history, rows_used(call, state, steps, tagged="tag" in data)
 
 
@@ -105,13 +105,13 @@ def train_step(program: Program, call: Call, state: TrainState, k: Array) -> tup
     Returns:
       the state, and [3]: the weighted loss sum (NaN where the step was not taken), the weight, the gradient's norm.
     """
-    step = call.clock.first_step + k
+    step = call.args.first_step + k
     variables = Variables(state.params, state.batch_stats, jax.random.fold_in(call.key, step))
     if program.reduction == "ordered":
         sums = ordered_sum(
             lambda slot: sums_of_slot(program, call, variables, k, slot),
             program.layout.slots,
-            call.carried.count,
+            call.shard_range.count,
             program.layout.num_shards,
             program.mesh,
         )
@@ -135,7 +135,7 @@ def sums_of_device(program: Program, call: Call, variables: Variables, k: Array)
         return gradient_of_shards(loss, variables.params, call.read.of_slots(k, c, chunks), numbers)
 
     if traversal is Traversal.SHARD_BY_SHARD:
-        sums: Sums = accumulate(lambda slot: sums_of_slot(program, call, variables, k, slot), call.carried.count)
+        sums: Sums = accumulate(lambda slot: sums_of_slot(program, call, variables, k, slot), call.shard_range.count)
         return sums
     return in_chunks(chunks, call, of_chunk)
 
@@ -143,7 +143,7 @@ def sums_of_device(program: Program, call: Call, variables: Variables, k: Array)
 def sums_of_slot(program: Program, call: Call, variables: Variables, k: Array, slot: Array) -> Sums:
     """The sums over the rows of one shard; ordered: whatever the surroundings, by the same instructions."""
     chunks, layout = program.schedule.num_chunks, program.layout
-    shard = call.carried.first + slot  # not shards[slot]: of one slot the compiler would know the shard
+    shard = call.shard_range.first + slot  # not shards[slot]: of one slot the compiler would know the shard
 
     def of_chunk(c: Array) -> Sums:
         batch, number = call.read.of_slot(k, slot, c, chunks), shard + c * layout.num_shards
@@ -215,5 +215,5 @@ def rows_used(call: Call, state: TrainState, steps: Array, tagged: bool) -> Arra
     if not tagged:
         return jnp.zeros((len(steps), 2), jnp.uint32)
     tags = jax.vmap(lambda k: call.read.rows(k)["tag"])(steps)
-    tags = jnp.where((call.clock.first_step + steps < state.step)[:, None], tags, 0)
+    tags = jnp.where((call.args.first_step + steps < state.step)[:, None], tags, 0)
     return jnp.stack([(tags > 0).sum(axis=1, dtype=tags.dtype), tags.sum(axis=1, dtype=tags.dtype)], 1)

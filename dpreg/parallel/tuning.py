@@ -9,7 +9,7 @@ from jax.sharding import Mesh
 from dpreg.models.linear import LinearRegressionScratch
 from dpreg.models.mlp import LinearRegression
 from dpreg.parallel import devices
-from dpreg.parallel.layout import Layout
+from dpreg.parallel.layout import BatchLayout
 from dpreg.parallel.state import Model, TrainState, all_are_vectors
 
 # CPU: rows of a step are taken in chunks that stay in cache, where the backward pass finds what the forward pass read:
@@ -59,7 +59,13 @@ class Schedule(NamedTuple):
 
 
 def schedule_for(
-    model: Model, state: TrainState, layout: Layout, mesh: Mesh, accumulate: int, reduction: str, sync_batch_norm: bool
+    model: Model,
+    state: TrainState,
+    layout: BatchLayout,
+    mesh: Mesh,
+    accumulate: int,
+    reduction: str,
+    sync_batch_norm: bool,
 ) -> Schedule:
     """The fastest schedule known for a platform, the same in all processes; ordered: on any number of devices."""
     row_wise = is_row_wise(model, state)
@@ -117,8 +123,8 @@ def known_class(model: Model) -> type[Any]:
 def is_row_wise(model: Model, state: TrainState) -> bool:
     """Whether a model says that each row is by itself, and has few gradients to add up."""
     known = known_class(model)
-    says = next((of for of in known.__mro__ if "rows_apart" in vars(of)), None)
-    declared = says is not None and vars(says)["rows_apart"] and known.__call__ is says.__call__
+    says = next((of for of in known.__mro__ if "row_wise" in vars(of)), None)
+    declared = says is not None and vars(says)["row_wise"] and known.__call__ is says.__call__
     gradient_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state.params))
     return declared and gradient_bytes * 4 <= _CHUNK_BYTES_ONE_CORE
 

@@ -23,7 +23,7 @@ from dpreg.parallel import devices, processes
 from dpreg.parallel.checks import comes_with_dpreg, normalises_over_batch, require_model, traced
 from dpreg.parallel.compile import compile_eval_block, compile_train_block
 from dpreg.parallel.digest import digest_training, digest_values
-from dpreg.parallel.layout import Carried, Clock, example_of, layout_of
+from dpreg.parallel.layout import CallArgs, ShardRange, batch_layout, example_arguments
 from dpreg.parallel.state import Model, TrainState, initial_state
 from dpreg.parallel.tuning import steps_of_call
 from dpreg.predictor import ROWS_IN_PARTS, errors_of
@@ -153,7 +153,7 @@ class LaidOutData:
         return compile_train_block(
             model,
             state,
-            layout_of(self.train),
+            batch_layout(self.train),
             settings.mesh,
             self._example(self.train),
             settings.accumulate_steps,
@@ -169,7 +169,7 @@ class LaidOutData:
         return compile_eval_block(
             model,
             variables,
-            layout_of(self.val),
+            batch_layout(self.val),
             settings.mesh,
             self._example(self.val),
             errors_of(model, self.schema),
@@ -177,14 +177,14 @@ class LaidOutData:
             settings.backend,
         )
 
-    def arguments(self, block: Block) -> tuple[Any, Carried, np.ndarray]:
-        """What the compiled steps take for a block: rows, shards and clock."""
-        clock = Clock(block.first_step, block.num_steps, self.settings.seed)
-        return block.data, Carried(*self.train.carried), clock.packed()
+    def arguments(self, block: Block) -> tuple[Any, ShardRange, np.ndarray]:
+        """What the compiled steps take for a block: rows, shard ranges and call arguments."""
+        call_args = CallArgs(block.first_step, block.num_steps, self.settings.seed)
+        return block.data, ShardRange(*self.train.shard_ranges), call_args.packed()
 
     def _example(self, dataset: Dataset) -> tuple[Any, ...]:
         """What to compile by: pmap takes shapes for those of this process alone."""
-        return example_of(dataset) if self.settings.backend == "jit" else self.arguments(next(iter(dataset)))
+        return example_arguments(dataset) if self.settings.backend == "jit" else self.arguments(next(iter(dataset)))
 
 
 def lay_out(data: RegressionData, settings: Settings) -> LaidOutData:
@@ -227,7 +227,7 @@ def _place(dataset: Dataset, settings: Settings) -> Dataset:
     """The dataset on the devices of the run, placed alike in all processes."""
     sharded = dataset.cast(settings.precision).shard(settings.mesh, settings.num_shards).prefetch(2)
     placed = sharded.place(settings.placement, settings.steps_per_block)
-    if jax.process_count() > 1 and len({*processes.exchange(placed.resolved_placement)}) > 1:
+    if jax.process_count() > 1 and len({*processes.allgather_text(placed.resolved_placement)}) > 1:
         return sharded.place("host", settings.steps_per_block)  # one process has less memory than others
     return placed
 
@@ -289,7 +289,7 @@ def first_state(model: Model, data: LaidOutData) -> TrainState:
 def compile_program(model: Model, data: LaidOutData, state: TrainState) -> Program:
     """Compiles the steps of a run, from a state that lies on its devices."""
     settings = data.settings
-    jax.block_until_ready(data.train.carried)  # cached, and transferred before the first call
+    jax.block_until_ready(data.train.shard_ranges)  # cached, and transferred before the first call
     optimizer_start = "" if comes_with_dpreg(model) else digest_values(state.opt_state)
     with traced(model):
         train_block = data.compile_train(model, state)

@@ -74,7 +74,7 @@ def draw_text(field, rng):
 def define():
     if "lr" not in flags.FLAGS:
         define_flags(Config)
-        flags.DEFINE_string("config_preset", None, "as door.enter defines it")
+        flags.DEFINE_string("config_preset", None, "as cli.run_cli defines it")
     if not flags.FLAGS.is_parsed():
         flags.FLAGS(["fuzz"])
 

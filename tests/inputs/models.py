@@ -217,7 +217,7 @@ def by_dpreg(folder, missing):
     schema = schema_of(missing)
     try:
         table, columns = open_table(str(folder / "new.csv")), columns_of(schema, config_of(missing).columns(), False)
-        table.require(columns.taken)
+        table.require(columns.used_columns)
         reader = RawReader(columns, schema, np.float64)
         raws = list(reader.read(table))
         if not raws:

@@ -8,7 +8,7 @@ import threading
 import time
 
 from dpreg.errors import InputError
-from dpreg.parallel.roll_call import answer_roll, call_roll
+from dpreg.parallel.rendezvous import answer_roll, call_roll
 
 from .mutate import TOKENS, damage_bytes
 from .refusal import check_line

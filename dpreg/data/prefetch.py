@@ -8,7 +8,7 @@ from typing import TypeVar
 Item = TypeVar("Item")
 
 
-def ahead(items: Iterable[Item], most: int) -> Iterator[Item]:
+def prefetch(items: Iterable[Item], most: int) -> Iterator[Item]:
     """The items, made on a thread of their own, at most so many early. An error comes where its item would."""
     made: queue.Queue[tuple[list[Item], BaseException | None]] = queue.Queue(most)
     stopped = threading.Event()

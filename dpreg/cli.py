@@ -26,7 +26,7 @@ from dpreg.terminal import printable
 _PRESET, _SHELL = "config_preset", "shell_completion"
 
 
-def enter(main: Callable[[list[str]], None], of_runs: bool = False, installed: bool = False) -> NoReturn:
+def run_cli(main: Callable[[list[str]], None], of_runs: bool = False, installed: bool = False) -> NoReturn:
     """Parses flags and hands over to the door: those of a run and its own, or its own alone and the names of runs.
 
     Args:

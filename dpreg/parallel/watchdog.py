@@ -1,4 +1,4 @@
-"""No run hangs without a message: a deadline between the results of a run's steps."""
+"""The watchdog ends a run that has no results for too long, with a message."""
 
 import contextlib
 import faulthandler
@@ -14,7 +14,7 @@ import jax
 
 from dpreg.errors import ProcessLost
 from dpreg.parallel import presence
-from dpreg.parallel.roll_call import tell
+from dpreg.parallel.rendezvous import tell
 from dpreg.spelling import spell
 
 _TICK_SECONDS = 1.0
@@ -27,7 +27,7 @@ _REPORT_SECONDS = 10.0  # between the lines of a process that waits for others
 _MOST_NAMED = 4  # of those that it waits for
 
 
-class Deadline:
+class Watchdog:
     """Ends the process when no results have come for too long: with the stacks of all threads, and exit code 76.
 
     (1 where a hung call holds the interpreter's lock, and so keeps this from saying it.) Heartbeats between processes
@@ -49,9 +49,9 @@ class Deadline:
         self._lock = threading.RLock()  # of what counts a wait
         self._timer = False  # whether a timer of C ends a process whose Python hangs
         self._over = threading.Event()
-        self._thread = threading.Thread(target=self._watch, name="deadline", daemon=True)
+        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
-    def __enter__(self) -> "Deadline":
+    def __enter__(self) -> "Watchdog":
         self._timer = True
         if self._seconds != 0:
             self._thread.start()
@@ -133,14 +133,14 @@ class Deadline:
                 self._waited = None
 
 
-_entered: list[Deadline] = []
-_of_python = functools.cache(Deadline)  # made where it is used: a thread of before a fork cannot be started
+_entered: list[Watchdog] = []
+_of_python = functools.cache(Watchdog)  # made where it is used: a thread of before a fork cannot be started
 
 
 def watched() -> contextlib.AbstractContextManager[Callable[[], None]]:
-    """Ends a wait for results of several processes, where no `Deadline` of the caller's does.
+    """Ends a wait for results of several processes, where no `Watchdog` of the caller's does.
 
-    Gives what to call when a result has come. A program of the user's own has no `Deadline` around it, and may pause
+    Gives what to call when a result has come. A program of the user's own has no `Watchdog` around it, and may pause
     between two results for as long as it likes.
     """
     if _entered or not presence.is_one_of_several():
