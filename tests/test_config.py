@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import dpreg
-from dpreg import door
+from dpreg import cli
 from dpreg.config import Columns, Config
 from dpreg.data.order import Sampler
 from dpreg.models.losses import make_loss
@@ -20,7 +20,7 @@ from dpreg.spelling import spell, spell_as_flags
 PACKAGE = pathlib.Path(dpreg.__file__).parent
 NAMES = {field.name for field in dataclasses.fields(Config) if field.metadata}
 # These start commands or define flags; all others are below them.
-KNOW_FLAGS = ("main", "plan", "scaling", "report", "door", "completion", "spelling", "config.flags")
+KNOW_FLAGS = ("main", "plan", "scaling", "report", "cli", "completion", "spelling", "config.flags")
 
 
 def modules():
@@ -146,7 +146,7 @@ def diverge():
 def test_a_message_names_settings_as_the_caller_does(cause, in_python, in_a_command, capsys):
     assert raised(cause) == in_python
     with pytest.raises(SystemExit):
-        door._in_a_line(lambda argv: cause(), [])
+        cli._in_a_line(lambda argv: cause(), [])
     assert capsys.readouterr().err == f"dpreg: {in_a_command}\n"
     assert raised(cause) == in_python  # again, once the command has ended
 

@@ -1,4 +1,4 @@
-"""The main door, as a user opens it: a process of its own, its outputs and its exit code."""
+"""The main entry point as users start it: its outputs and its exit codes."""
 
 import dataclasses
 import gzip

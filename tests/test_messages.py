@@ -9,16 +9,16 @@ import sys
 
 import pytest
 
-from dpreg import door
+from dpreg import cli
 from dpreg.errors import InputError
 from dpreg.observers.workdir import made
 
 ROOT = pathlib.Path(__file__).parent.parent
 
-# One process imports the door; each line is a copy of it, in a folder of its own, and with files for what it says.
+# One process imports the entry point; each line runs in a copy of it, in its own folder, with files for its output.
 _PROGRAM = """
 import importlib, json, os, sys
-door, codes = importlib.import_module(f"dpreg.{sys.argv[1]}"), []
+module, codes = importlib.import_module(f"dpreg.{sys.argv[1]}"), []
 for number, line in enumerate(json.load(sys.stdin)):
     child = os.fork()
     if not child:
@@ -28,7 +28,7 @@ for number, line in enumerate(json.load(sys.stdin)):
             os.dup2(os.open(f"../{number}.{stream}", os.O_WRONLY | os.O_CREAT), stream)
         sys.argv = [f"dpreg.{sys.argv[1]}", *line]
         try:
-            door.main()
+            module.main()
         except SystemExit as end:  # the rest of an exit takes a second
             sys.stdout.flush()
             sys.stderr.flush()
@@ -64,7 +64,7 @@ _TABLES = {
     "other/flags.cfg": "",
 }
 
-# door -> line -> what is said of it.
+# entry point -> line -> the message.
 WRONG = {
     "main": {
         ("--batchsize=64",): "--batchsize: there is no such flag; use --batch_size, or see --help",
@@ -232,12 +232,12 @@ WRONG = {
         (PermissionError(13, "no", "file"), 2, "dpreg: file: no; repair it, or name another\n"),
     ],
 )
-def test_every_door_ends_with_one_line(raised, code, said, capsys):
+def test_every_entry_point_ends_with_one_line(raised, code, said, capsys):
     def main(argv):
         raise raised
 
     with pytest.raises(SystemExit) as end:
-        door._in_a_line(main, [])
+        cli._in_a_line(main, [])
     assert (end.value.code, capsys.readouterr().err) == (code, said)
 
 

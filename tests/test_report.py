@@ -19,7 +19,7 @@ from dpreg.report import read_run
 NAMES = ("one", "two", "other")
 
 
-def door(module, *arguments, cwd=ROOT):
+def command(module, *arguments, cwd=ROOT):
     return forked.run("-m", f"dpreg.{module}", *arguments, cwd=cwd)
 
 
@@ -28,13 +28,13 @@ def runs(tmp_path_factory):
     """The same run on one device and on two, and another run."""
     folder = tmp_path_factory.mktemp("runs")
     for name, *flags in (("one", "--num_devices=1"), ("two", "--num_devices=2"), ("other", "--lr=0.1", "--patience=2")):
-        done = door("main", "--platform=cpu", "--reduction=ordered", f"--workdir={folder / name}", *flags)
+        done = command("main", "--platform=cpu", "--reduction=ordered", f"--workdir={folder / name}", *flags)
         assert done.returncode == 0, done.stderr
     return folder
 
 
 def test_runs_are_compared_by_results_bits_and_flags(runs):
-    done = door("report", *(str(runs / name) for name in NAMES), f"--output={runs / 'page.html'}")
+    done = command("report", *(str(runs / name) for name in NAMES), f"--output={runs / 'page.html'}")
     assert done.returncode == 0, done.stderr
     rows = {line.split()[0]: line.split()[1:] for line in done.stdout.splitlines() if len(line.split()) > 1}
     summaries = [json.loads((runs / name / "summary.json").read_text()) for name in NAMES]
@@ -48,10 +48,10 @@ def test_runs_are_compared_by_results_bits_and_flags(runs):
     page = (runs / "page.html").read_text()
     assert page.count("<polyline") == 3 * 3
     assert not re.search(r"(src|href)=|https?:|@import|url\(", page)
-    door("report", *(str(runs / name) for name in NAMES), f"--output={runs / 'curves.svg'}")
+    command("report", *(str(runs / name) for name in NAMES), f"--output={runs / 'curves.svg'}")
     drawing = xml.etree.ElementTree.parse(runs / "curves.svg")
     assert len(drawing.findall(".//{*}polyline")) == 3
-    same = door("report", str(runs / "one"), str(runs / "two"))
+    same = command("report", str(runs / "one"), str(runs / "two"))
     assert "parameters: the same bits" in same.stdout
 
 
@@ -77,7 +77,7 @@ def test_what_is_no_run_is_one_line(runs, tmp_path):
         ((str(runs / "one"), "--output=no/page.html"), "no/page.html: No such file"),
         ((str(runs / "one"), "--outputs=page.html"), "use --output, or see --help"),
     ):
-        done = door("report", *names)
+        done = command("report", *names)
         assert (done.returncode, len(done.stderr.splitlines())) == (2, 1), done.stderr
         assert said in done.stderr
 
@@ -92,7 +92,7 @@ def test_names_from_files_do_not_reach_the_terminal_or_the_page_as_escapes(runs,
         file.write("--noaudit\n--seed=\x1b[31m7\n")
     with (hostile / "metrics.jsonl").open("a") as file:
         file.write("{}\n" + json.dumps({"step": 97, "epoch": 4, "train_loss": 1e308, "val_loss": -1e308}) + "\n")
-    done = door("report", str(runs / "one"), str(hostile), f"--output={tmp_path / 'page.html'}")
+    done = command("report", str(runs / "one"), str(hostile), f"--output={tmp_path / 'page.html'}")
     assert done.returncode == 0, done.stderr
     assert "metrics.jsonl: 1 damaged line is left out" in done.stderr
     assert all(line.isprintable() for line in (done.stdout + done.stderr).splitlines())

@@ -822,14 +822,14 @@ def test_tfds_features_are_chosen_by_name(read, tmp_path):
 
 
 def test_imports_go_downward():
-    """The rooms of the house, lower ones first: a module imports from rooms below its own, or from its own."""
-    rooms = [
+    """Layers, lower ones first: a module imports from its own layer or from those below."""
+    layers = [
         ("files", "spelling", "terminal", "tracing"),
         ("errors",),
         ("config",),
         ("completion",),
         ("parallel.rendezvous", "parallel.presence", "parallel.watchdog", "parallel.processes"),
-        ("data", "models", "door"),
+        ("data", "models", "cli"),
         ("parallel",),
         ("interrupts", "predictor", "solver"),
         ("train",),
@@ -838,9 +838,9 @@ def test_imports_go_downward():
         ("predict", "sklearn"),
         ("main",),
     ]
-    level = {name: height for height, names in enumerate(rooms) for name in names}
+    level = {name: height for height, names in enumerate(layers) for name in names}
 
-    def room_of(*parts):
+    def layer_of(*parts):
         return next(name for n in (2, 1) if (name := ".".join(parts[:n])) in level)
 
     folder = pathlib.Path(dpreg.__file__).parent
@@ -848,12 +848,12 @@ def test_imports_go_downward():
         parts = path.relative_to(folder).with_suffix("").parts
         if parts[-1] == "__init__":
             continue
-        own = room_of(*parts)
+        own = layer_of(*parts)
         for line in path.read_text().splitlines():
             words = line.replace(",", " ").split()
             if len(words) > 1 and words[0] in ("from", "import") and words[1].split(".")[0] == "dpreg":
                 _, *module = words[1].split(".")
                 for name in words[3:] or [""]:
-                    other = room_of(*module, name)
+                    other = layer_of(*module, name)
                     of_same = other == own or (level[other] == level[own] and other.startswith("parallel."))
                     assert level[other] < level[own] or of_same, f"{path.name}: {line}"

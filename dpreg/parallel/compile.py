@@ -81,9 +81,9 @@ def compile_train_block(
       `f(state, data, shard_range, call_args) -> (state, sums, used)`; the state given is donated. `sums` is
       [block_steps, 3]: each step's weighted loss sum and weight sum (under pmean, both divided by the number of
       devices), and the norm of the gradient of their quotient. `used` is [devices, block_steps, 2] uint32, sharded over
-      the devices: how many tagged
-      rows each step used there, and the sum of their tags. A step whose loss or new parameters are not finite
-      leaves the state as it was, as do all after it, uses no rows and gives NaN for the loss.
+      the devices: how many tagged rows each step used there, and the sum of their tags. A step whose loss or new
+      parameters are not finite leaves the state as it was, as do all later steps, uses no rows and gives NaN for the
+      loss.
     """
     platform = mesh.devices.flat[0].platform
     together = normalises_over_batch(model, state, arguments[0]["x"].shape[-1])

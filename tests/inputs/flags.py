@@ -7,7 +7,7 @@ import io
 
 from absl import flags
 
-from dpreg import door
+from dpreg import cli
 from dpreg.config import Config
 from dpreg.config.flags import define_flags
 from dpreg.errors import InputError
@@ -86,7 +86,7 @@ def parse(arguments):
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said), contextlib.redirect_stdout(said), spell_as_flags():
-            door._parse(str, False, ["dpreg", *arguments])
+            cli._parse(str, False, ["dpreg", *arguments])
             return Config.from_flags(flags.FLAGS)
     except SystemExit as end:
         code = end.code
