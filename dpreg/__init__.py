@@ -34,17 +34,17 @@ import warnings
 from typing import Any
 
 from dpreg.config import Columns
-from dpreg.data.dataset import Block, Dataset
-from dpreg.data.ingest import read_table
+from dpreg.data.pipeline import Block, Dataset
 from dpreg.data.sources import ArraySource, PermutedSource, RegressionData, Source
 from dpreg.data.synthetic import SyntheticRegressionData
+from dpreg.distributed.devices import start
 from dpreg.errors import Diverged, InputError
 from dpreg.models.linear import LinearRegressionScratch
 from dpreg.models.losses import squared_loss
 from dpreg.models.module import Module
 from dpreg.models.sgd import SGD
-from dpreg.parallel.devices import start
-from dpreg.parallel.state import TrainState
+from dpreg.step.state import TrainState
+from dpreg.tables.ingest import read_table
 from dpreg.train.callback import Callback, Progress
 from dpreg.train.trainer import Trainer
 

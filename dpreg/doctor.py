@@ -15,20 +15,20 @@ import numpy as np
 from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from dpreg.build import build_data, build_model, build_trainer, identity_of
 from dpreg.config import Config
 from dpreg.config.devices import split_address
+from dpreg.distributed import devices, processes
+from dpreg.distributed.devices import AXIS
+from dpreg.distributed.rendezvous import is_loopback
+from dpreg.distributed.watchdog import Watchdog
 from dpreg.errors import InputError
-from dpreg.observers.checkpoint import Checkpoints
-from dpreg.observers.summary import package_versions
-from dpreg.observers.tensorboard import require_tensorboard
-from dpreg.observers.workdir import open_workdir
-from dpreg.parallel import devices, processes
-from dpreg.parallel.reduce import AXIS
-from dpreg.parallel.rendezvous import is_loopback
-from dpreg.parallel.watchdog import Watchdog
+from dpreg.outputs.checkpoint import Checkpoints
+from dpreg.outputs.summary import package_versions
+from dpreg.outputs.tensorboard import require_tensorboard
+from dpreg.outputs.workdir import open_workdir
 from dpreg.spelling import spell
 from dpreg.terminal import show
+from dpreg.train.build import build_data, build_model, build_trainer, identity_of
 from dpreg.train.program import first_state, lay_out
 
 _MAX_SKEW_SECONDS = 5.0

@@ -16,26 +16,26 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.utils import check_random_state
 from sklearn.utils.validation import _check_sample_weight, check_is_fitted, validate_data
 
-from dpreg.build import build_model, build_trainer, objective_and_optimizer
 from dpreg.config import Config
-from dpreg.data.columns import LARGEST
-from dpreg.data.learn import SMALLEST
 from dpreg.data.schema import Number, Schema
 from dpreg.data.sources import ArraySource, PermutedSource, RegressionData, first_outside
+from dpreg.distributed import devices
 from dpreg.errors import InputError
-from dpreg.models import robust
-from dpreg.models.glm import FAMILIES
-from dpreg.models.least_squares import RFactor
 from dpreg.models.linear import linear_parameters
 from dpreg.models.losses import Loss
 from dpreg.models.module import Module
-from dpreg.models.optimality import is_near_optimum
-from dpreg.parallel import devices
-from dpreg.parallel.checks import mode_arguments
-from dpreg.parallel.state import Model
-from dpreg.predictor import Predictor
-from dpreg.solver import Solver
+from dpreg.solvers import robust
+from dpreg.solvers.glm import FAMILIES
+from dpreg.solvers.optimality import is_near_optimum
+from dpreg.solvers.solver import Solver
+from dpreg.solvers.tsqr import RFactor
+from dpreg.step.checks import mode_arguments
+from dpreg.step.state import Model
+from dpreg.tables.columns import LARGEST
+from dpreg.tables.statistics import SMALLEST
 from dpreg.tracing import key_of
+from dpreg.train.build import build_model, build_trainer, objective_and_optimizer
+from dpreg.train.predictor import Predictor
 from dpreg.train.trainer import Trainer
 
 _MOST_EXACT = 1024  # parameters up to which "auto" is exact: its time grows with their square, or third power

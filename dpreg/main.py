@@ -17,25 +17,23 @@ import numpy as np
 from absl import flags, logging
 from rich.console import Console
 
-from dpreg.build import build_data, build_model, build_trainer, identity_of, learning_rates
 from dpreg.cli import run_cli
 from dpreg.config import Config
-from dpreg.data.cache import DamagedCacheError
-from dpreg.data.dataset import CastSource
+from dpreg.data.pipeline import CastSource
 from dpreg.data.schema import Number
 from dpreg.data.sources import RegressionData
+from dpreg.distributed import devices, presence, processes
+from dpreg.distributed.watchdog import Watchdog
 from dpreg.doctor import agree, examine
 from dpreg.errors import NO_ROOM, AuditFailed, Diverged, InputError, Preempted, ProcessLost
-from dpreg.models.glm import FAMILIES
-from dpreg.models.least_squares import Fit
-from dpreg.observers.checkpoint import Checkpoints, UnwrittenError
-from dpreg.observers.export import save_model
-from dpreg.observers.metrics import MetricsWriter, is_start, note_start, read_records, to_json
-from dpreg.observers.orbax_errors import end_where_threads_wait
-from dpreg.observers.profile import Profiler
-from dpreg.observers.progress import ProgressDisplay
-from dpreg.observers.report import COMPARED_ROWS, Compared, write_report
-from dpreg.observers.summary import (
+from dpreg.outputs.checkpoint import Checkpoints, UnwrittenError
+from dpreg.outputs.export import save_model
+from dpreg.outputs.metrics import MetricsWriter, is_start, note_start, read_records, to_json
+from dpreg.outputs.orbax_errors import end_where_threads_wait
+from dpreg.outputs.profile import Profiler
+from dpreg.outputs.progress import ProgressDisplay
+from dpreg.outputs.report import COMPARED_ROWS, Compared, write_report
+from dpreg.outputs.summary import (
     describe_devices,
     describe_optimum,
     feature_names,
@@ -43,15 +41,17 @@ from dpreg.observers.summary import (
     summarize,
     target_names,
 )
-from dpreg.observers.tensorboard import TensorBoardWriter, require_tensorboard
-from dpreg.observers.workdir import open_workdir, write_whole
-from dpreg.parallel import devices, presence, processes
-from dpreg.parallel.digest import digest_prediction
-from dpreg.parallel.watchdog import Watchdog
+from dpreg.outputs.tensorboard import TensorBoardWriter, require_tensorboard
+from dpreg.outputs.workdir import open_workdir, write_whole
 from dpreg.predict import predict, threads_of
-from dpreg.solver import Solver
+from dpreg.solvers.glm import FAMILIES
+from dpreg.solvers.solver import Solver
+from dpreg.solvers.tsqr import Fit
 from dpreg.spelling import spell
+from dpreg.step.digest import digest_prediction
+from dpreg.tables.cache import DamagedCacheError
 from dpreg.terminal import printable, show
+from dpreg.train.build import build_data, build_model, build_trainer, identity_of, learning_rates
 from dpreg.train.callback import Callback
 from dpreg.train.trainer import Trainer
 

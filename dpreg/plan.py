@@ -29,21 +29,21 @@ from absl import flags
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from dpreg.build import build_data, build_model, build_trainer
 from dpreg.cli import run_cli
 from dpreg.config import Config
-from dpreg.data.dataset import RESIDENT_FRACTION, Dataset
-from dpreg.data.order import Sampler
+from dpreg.data.pipeline import RESIDENT_FRACTION, Dataset
+from dpreg.data.sampler import Sampler
+from dpreg.distributed import devices
+from dpreg.distributed.devices import AXIS
 from dpreg.errors import InputError
-from dpreg.observers.workdir import made
-from dpreg.parallel import devices
-from dpreg.parallel.chips import Hosts, Slice, parse_topology
-from dpreg.parallel.compile import operations_of_step
-from dpreg.parallel.program import Collective, Memory, collectives, memory
-from dpreg.parallel.reduce import AXIS
-from dpreg.parallel.state import Model, TrainState, initial_state
+from dpreg.outputs.workdir import made
+from dpreg.planning.chips import Hosts, Slice, parse_topology
+from dpreg.planning.programs import Collective, Memory, collectives, memory
 from dpreg.spelling import spell, spell_as_flags
+from dpreg.step.compile import operations_of_step
+from dpreg.step.state import Model, TrainState, initial_state
 from dpreg.terminal import show
+from dpreg.train.build import build_data, build_model, build_trainer
 from dpreg.train.program import LaidOutData, lay_out
 
 # No device is looked for, and others may compile at the same time.

@@ -17,24 +17,24 @@ import jax
 import numpy as np
 from rich.console import Console
 
-from dpreg.build import build_model, open_dataset
 from dpreg.config import Config
-from dpreg.data.raw import RawRows, columns_of
 from dpreg.data.sources import Rows
-from dpreg.data.tables import Table
+from dpreg.distributed import devices, processes
+from dpreg.distributed.watchdog import Watchdog
 from dpreg.doctor import agree
 from dpreg.errors import InputError, prefix_errors
-from dpreg.observers.export import Exported, load_model
-from dpreg.observers.predictions import PredictionWriter
-from dpreg.observers.progress import ProgressDisplay
-from dpreg.parallel import devices, processes
-from dpreg.parallel.checks import mode_arguments
-from dpreg.parallel.digest import differ, digest_prediction
-from dpreg.parallel.state import Model
-from dpreg.parallel.watchdog import Watchdog
-from dpreg.predictor import Predictor
+from dpreg.outputs.export import Exported, load_model
+from dpreg.outputs.predictions import PredictionWriter
+from dpreg.outputs.progress import ProgressDisplay
 from dpreg.spelling import spell
+from dpreg.step.checks import mode_arguments
+from dpreg.step.digest import differ, digest_prediction
+from dpreg.step.state import Model
+from dpreg.tables.raw import RawRows, columns_of
+from dpreg.tables.table import Table
 from dpreg.terminal import show
+from dpreg.train.build import build_model, open_dataset
+from dpreg.train.predictor import Predictor
 
 
 def predict(config: Config) -> None:

@@ -35,14 +35,14 @@ from rich.console import Console
 
 from dpreg.cli import run_cli
 from dpreg.config import Config
+from dpreg.distributed import devices, processes
 from dpreg.errors import InputError, ProcessLost
-from dpreg.observers.chart import chart, page
-from dpreg.observers.metrics import to_json
-from dpreg.observers.progress import ProgressDisplay
-from dpreg.observers.workdir import made
-from dpreg.parallel import devices, processes
-from dpreg.parallel.reduce import mean_over_devices
+from dpreg.outputs.chart import chart, page
+from dpreg.outputs.metrics import to_json
+from dpreg.outputs.progress import ProgressDisplay
+from dpreg.outputs.workdir import made
 from dpreg.spelling import spell
+from dpreg.step.reduce import mean_over_devices
 from dpreg.terminal import show
 
 KINDS = ("strong", "weak")  # the same batch for all devices, or for each

@@ -17,7 +17,7 @@ except ImportError as missing:
 
 from dpreg.errors import InputError
 from dpreg.estimator import DEFAULTS, SOLVERS, STANDARDIZE, Estimator, weights_of
-from dpreg.parallel.state import Model
+from dpreg.step.state import Model
 
 __all__ = ["DataParallelClassifier", "DataParallelRegressor"]
 

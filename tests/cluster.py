@@ -11,7 +11,7 @@ import time
 import forked
 import psutil
 
-from dpreg.observers.metrics import read_records
+from dpreg.outputs.metrics import read_records
 
 ROOT = pathlib.Path(__file__).parent.parent
 # 600 steps of real work: 20 epochs of 30 steps

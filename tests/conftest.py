@@ -4,7 +4,7 @@ import gc
 
 import jax
 
-from dpreg.parallel import devices
+from dpreg.distributed import devices
 
 devices.start("cpu", 8, threads=8)  # as a run does, the compilation cache included
 jax.config.update("jax_numpy_dtype_promotion", "strict")

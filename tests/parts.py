@@ -9,9 +9,9 @@ import numpy as np
 import optax
 
 import dpreg
-from dpreg.data.dataset import CastSource
+from dpreg.data.pipeline import CastSource
 from dpreg.models.losses import make_loss
-from dpreg.solver import Solver
+from dpreg.solvers.solver import Solver
 
 ROWS, HELD_OUT, CUTS = 203, 50, (61, 50)  # of process 0; the others are of process 1, which has none held out
 

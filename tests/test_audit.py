@@ -6,7 +6,7 @@ from models import Net, Rows
 from optax import sgd
 
 import dpreg
-from dpreg.data.order import Sampler, row_tag
+from dpreg.data.sampler import Sampler, row_tag
 from dpreg.errors import AuditFailed
 from dpreg.train.callback import FunctionCallback
 

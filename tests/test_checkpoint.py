@@ -20,10 +20,10 @@ from flax import linen as nn
 from models import Net, Rows
 
 import dpreg
+from dpreg.distributed.processes import SyncSignal
 from dpreg.errors import Preempted
-from dpreg.observers.checkpoint import Checkpoints
-from dpreg.observers.metrics import MetricsWriter, is_start, note_start, read_records
-from dpreg.parallel.processes import SyncSignal
+from dpreg.outputs.checkpoint import Checkpoints
+from dpreg.outputs.metrics import MetricsWriter, is_start, note_start, read_records
 from dpreg.train.callback import FunctionCallback
 
 IDENTITY = {"lr": 0.05}

@@ -12,7 +12,7 @@ import pytest
 import dpreg
 from dpreg import cli
 from dpreg.config import Columns, Config
-from dpreg.data.order import Sampler
+from dpreg.data.sampler import Sampler
 from dpreg.models.losses import make_loss
 from dpreg.models.mlp import MLP, LinearRegression
 from dpreg.spelling import spell, spell_as_flags

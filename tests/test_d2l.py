@@ -12,7 +12,7 @@ from flax import linen as nn
 
 import dpreg
 from dpreg import d2l
-from dpreg.data.order import Sampler
+from dpreg.data.sampler import Sampler
 
 # The section's code, its slips corrected.
 CHAPTER = """

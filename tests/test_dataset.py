@@ -11,7 +11,6 @@ from jax.sharding import Mesh
 from models import Rows
 
 import dpreg
-from dpreg.data import order
 
 
 def mesh(num_devices):
@@ -45,7 +44,7 @@ def batches(dataset):
 
 @pytest.mark.parametrize(("rows", "run"), [(3, 1), (37, 2)])
 def test_batches_do_not_depend_on_devices_or_placement(rows, run, monkeypatch):
-    monkeypatch.setattr(order, "_FEWEST_RUNS", 2 if run > 1 else 128)
+    monkeypatch.setattr("dpreg.data.sampler._FEWEST_RUNS", 2 if run > 1 else 128)
     source = Rows(rows, weighted=True).source()
     reference = None
     for devices, placement in ((1, "device"), (1, "host"), (3, "device"), (8, "host")):
@@ -99,7 +98,7 @@ def test_a_container_has_less_memory_than_its_machine(monkeypatch, tmp_path):
     (tmp_path / "limit").write_text("64000\n")
     pipeline = dpreg.Dataset(Rows(1000).source()).batch(8).shard(mesh(2), num_shards=8)
     for name, placement in (("none", "device"), ("max", "device"), ("limit", "host")):
-        monkeypatch.setattr("dpreg.data.dataset._CONTAINER_LIMITS", [str(tmp_path / name)])
+        monkeypatch.setattr("dpreg.data.pipeline._CONTAINER_LIMITS", [str(tmp_path / name)])
         assert dataclasses.replace(pipeline).resolved_placement == placement
 
 

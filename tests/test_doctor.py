@@ -6,8 +6,8 @@ from cluster import ROOT, free_address, several, together
 
 from dpreg import doctor
 from dpreg.config import Config
+from dpreg.distributed import processes
 from dpreg.errors import InputError
-from dpreg.parallel import processes
 
 CHECKS = ["versions", "flags", "network", "clocks", "workdir", "devices", "all-reduce", "rows"]
 MAIN = ("-m", "dpreg.main")

@@ -21,11 +21,10 @@ from jax._src import config as jax_config
 from models import Net, Rows
 
 import dpreg
-from dpreg.build import build_model
 from dpreg.config import Config
-from dpreg.data import order
-from dpreg.data.order import Sampler
-from dpreg.parallel import tuning
+from dpreg.data.sampler import Sampler
+from dpreg.step import tuning
+from dpreg.train.build import build_model
 from dpreg.train.callback import FunctionCallback
 
 DEVICES = (1, 2, 3, 4, 6, 8)  # of 8 shards; of six devices the last two have none
@@ -281,7 +280,7 @@ def test_ordered_holds_for_several_targets(model, optimizer):
 def test_every_process_compiles_the_same_program(tmp_path):
     """Whatever the order in which Python hashes names: or none finds in the cache what another has compiled."""
     program = (
-        "import dpreg; from dpreg.build import build_model; from dpreg.config import Config\n"
+        "import dpreg; from dpreg.train.build import build_model; from dpreg.config import Config\n"
         "dpreg.start('cpu', 2, threads=8)\n"
         "model = build_model(Config(model='mlp', hidden=(4,), dropout=0.1, batch_norm=True), 2, 1)\n"
         "data = dpreg.SyntheticRegressionData([1.0, 2.0], 3.0, num_train=64, num_val=16)\n"
@@ -419,7 +418,7 @@ def test_agrees_with_sgd_in_float64(reduction, backend, placement, weighted):
 @pytest.mark.parametrize("reduction", ["pmean", "ordered"])
 @pytest.mark.parametrize(("batch", "accumulate", "run"), [(256, 1, 8), (256, 3, 8), (24, 4, 4)])
 def test_agrees_with_float64_in_runs_of_rows_and_parts_of_batches(reduction, batch, accumulate, run, monkeypatch):
-    monkeypatch.setattr(order, "_FEWEST_RUNS", 8)
+    monkeypatch.setattr("dpreg.data.sampler._FEWEST_RUNS", 8)
     monkeypatch.setattr(tuning, "_CHUNK_BYTES_ONE_CORE", 300)
     monkeypatch.setattr(tuning, "_CHUNK_BYTES_SHARED", 300)
     source, model = Rows(1003, weighted=True).source(), dpreg.LinearRegressionScratch(3, 0.1)

@@ -16,9 +16,9 @@ import pytest
 
 import dpreg
 from dpreg.config import Config
-from dpreg.data.ingest import ingest
-from dpreg.data.tables import open_table
-from dpreg.data.values import NUMBERS
+from dpreg.tables.ingest import ingest
+from dpreg.tables.table import open_table
+from dpreg.tables.values import NUMBERS
 
 HEADER = "{'descr': '<f8', 'fortran_order': False, 'shape': %s}"
 
@@ -172,7 +172,7 @@ def test_a_columns_type_comes_from_all_parts_in_any_order(read):
 
 
 def test_a_type_does_not_depend_on_the_block_that_shows_it(read, monkeypatch):
-    monkeypatch.setattr("dpreg.data.csv_files._BLOCK_BYTES", 1 << 10)
+    monkeypatch.setattr("dpreg.tables.csv_files._BLOCK_BYTES", 1 << 10)
     rows = [f"{i % 2},2020-01-01,{i}" for i in range(500)]
     for at in (0, 250, 499):
         lines = list(rows)
@@ -325,7 +325,7 @@ def test_a_damaged_npz_is_read_rightly_or_refused(read):
 
 
 def test_text_that_is_no_csv_is_refused_in_one_line(read, monkeypatch):
-    monkeypatch.setattr("dpreg.data.csv_files._BLOCK_BYTES", 1 << 16)
+    monkeypatch.setattr("dpreg.tables.csv_files._BLOCK_BYTES", 1 << 16)
     for content, said in {
         "a,y\n1,2\n".encode("utf-16"): "it is written in UTF-16; save it in UTF-8",
         b"a\x1bb,y\n1,2\n": "has characters that cannot be printed; rename it",

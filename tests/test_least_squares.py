@@ -16,12 +16,12 @@ from sklearn.linear_model import LogisticRegression, Ridge
 
 import dpreg
 from dpreg.config import Columns
-from dpreg.models.glm import FAMILIES
-from dpreg.models.least_squares import RFactor
+from dpreg.distributed import processes
 from dpreg.models.losses import make_loss
-from dpreg.parallel import processes
 from dpreg.sklearn import DataParallelRegressor
-from dpreg.solver import Solver
+from dpreg.solvers.glm import FAMILIES
+from dpreg.solvers.solver import Solver
+from dpreg.solvers.tsqr import RFactor
 
 DIAMONDS = pathlib.Path(__file__).parent.parent.parent / "shared" / "data" / "diamonds.parquet"
 

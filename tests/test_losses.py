@@ -14,12 +14,12 @@ from scipy import special
 from sklearn import linear_model
 
 import dpreg
-from dpreg.build import build_model
 from dpreg.config import Config
 from dpreg.config.model import LOSSES
 from dpreg.models.losses import make_loss
 from dpreg.models.metrics import errors, metrics
 from dpreg.models.optimizers import make_optimizer, make_schedule
+from dpreg.train.build import build_model
 
 ROWS = 2000
 

@@ -19,12 +19,12 @@ import pytest
 
 import dpreg as package
 from dpreg.config import Config
-from dpreg.data.order import keyed_hash
+from dpreg.data.sampler import keyed_hash
+from dpreg.distributed.processes import SyncSignal
 from dpreg.errors import InputError, Preempted
 from dpreg.main import _to_go_on_in, run
-from dpreg.observers.profile import Profiler
-from dpreg.observers.workdir import open_workdir
-from dpreg.parallel.processes import SyncSignal
+from dpreg.outputs.profile import Profiler
+from dpreg.outputs.workdir import open_workdir
 
 ROOT = pathlib.Path(__file__).parent.parent
 CPU = "--flagfile=configs/cpu.cfg"

@@ -11,7 +11,7 @@ import pytest
 
 from dpreg import cli
 from dpreg.errors import InputError
-from dpreg.observers.workdir import made
+from dpreg.outputs.workdir import made
 
 ROOT = pathlib.Path(__file__).parent.parent
 

@@ -15,8 +15,8 @@ from models import Net, Rows
 import dpreg
 from dpreg.config.model import LOSSES
 from dpreg.models.losses import make_loss
-from dpreg.parallel.digest import differ, digest_prediction, digest_training
-from dpreg.parallel.state import forward, initial_state
+from dpreg.step.digest import differ, digest_prediction, digest_training
+from dpreg.step.state import forward, initial_state
 
 
 def test_linear_model_starts_as_the_book_says():

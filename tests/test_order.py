@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 import dpreg
-from dpreg.data import order
-from dpreg.data.order import Sampler, keyed_hash, permute
+from dpreg.data import sampler
+from dpreg.data.sampler import Sampler, keyed_hash, permute
 from dpreg.errors import InputError
 
 
@@ -127,7 +127,7 @@ def test_a_hash_becomes_a_number_below_any_other():
     words = np.random.default_rng(0).integers(0, 2**32, 1000, np.uint32)
     for size in (1, 2, 3, 1000, 2**15 + 1, 2**16):
         exact = (words.astype(np.uint64) * np.uint64(size)) >> np.uint64(32)
-        np.testing.assert_array_equal(order._scaled(words, np.uint32(size)), exact)
+        np.testing.assert_array_equal(sampler._scaled(words, np.uint32(size)), exact)
 
 
 def test_padding_comes_last_and_empty_slots_are_all_padding():

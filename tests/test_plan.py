@@ -12,8 +12,9 @@ from cluster import ROOT
 
 import dpreg
 from dpreg.config import Config
-from dpreg.parallel import chips, program, tuning
 from dpreg.plan import plan
+from dpreg.planning import chips, programs
+from dpreg.step import tuning
 from dpreg.train.program import lay_out
 
 LINEAR = Config(num_train=5000, batch_size=64, platform="cpu", num_devices=8)
@@ -142,10 +143,10 @@ ENTRY %main.9 (s: f32[1,6]) -> f32[8,6] {
 }
 """
 
-    found = program.collectives(Compiled(), 8)
+    found = programs.collectives(Compiled(), 8)
     assert found == [
-        program.Collective("all-reduce", 24, 4, 1, "sum/psum"),
-        program.Collective("all-gather", 8 * 6 * 4, 4, 0, ""),
+        programs.Collective("all-reduce", 24, 4, 1, "sum/psum"),
+        programs.Collective("all-gather", 8 * 6 * 4, 4, 0, ""),
     ]
     assert [one.wire_bytes for one in found] == [36, 144]
 
@@ -239,14 +240,14 @@ import os, re
 from dpreg import plan
 os.environ.update(plan._COMPILER_ALONE)
 from dpreg.config import Config
-from dpreg.parallel import program
+from dpreg.planning import programs
 from dpreg.train.program import lay_out
 
 def large(compiled, devices):
     text = compiled.as_text()
-    loops, computation, lines = program._loops_around(text), "", 0
+    loops, computation, lines = programs._loops_around(text), "", 0
     for line in text.splitlines():
-        if head := program._COMPUTATION.match(line):
+        if head := programs._COMPUTATION.match(line):
             computation = head[1]
         made = re.match(r"\\s*(?:ROOT )?%?[\\w.-]+ = \\(?\\w+\\[([\\d,]+)\\][^ ]* ([\\w-]+)\\(", line)
         if made and loops.get(computation, 0) and made[2] not in ("parameter", "get-tuple-element", "bitcast"):

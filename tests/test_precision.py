@@ -12,8 +12,8 @@ from models import Net, Rows
 from test_exactness import OPTIMIZERS, batches_of, digest, sgd_in_float64, trained
 
 import dpreg
-from dpreg.data.order import Sampler
-from dpreg.predictor import Predictor
+from dpreg.data.sampler import Sampler
+from dpreg.train.predictor import Predictor
 
 
 @pytest.fixture(autouse=True)
@@ -115,7 +115,7 @@ def test_bfloat16_asks_for_products_with_sums_in_float32():
 
 
 def _predicted(trainer, x):
-    from dpreg.parallel.state import forward
+    from dpreg.step.state import forward
 
     batch = {
         "x": x.astype(jnp.bfloat16 if trainer.settings.precision == "bfloat16" else x.dtype),

@@ -26,9 +26,9 @@ from optax import sgd
 import dpreg
 from dpreg.config import Config
 from dpreg.config.model import LOSSES
-from dpreg.data import standalone
 from dpreg.models.losses import make_loss
 from dpreg.predict import predict, threads_of
+from dpreg.tables import standalone
 
 KINDS = np.array(["red", "green", "blue", "never seen"])
 

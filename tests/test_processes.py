@@ -35,9 +35,9 @@ from cluster import (
     workers,
 )
 
+from dpreg.distributed import devices, presence, processes, rendezvous
+from dpreg.distributed.watchdog import Watchdog
 from dpreg.errors import InputError, ProcessLost
-from dpreg.parallel import devices, presence, processes, rendezvous
-from dpreg.parallel.watchdog import Watchdog
 
 MAIN = ("-m", "dpreg.main")
 
@@ -84,8 +84,10 @@ MEANS = """
 import sys
 import jax, jax.numpy as jnp
 from jax.sharding import PartitionSpec
-from dpreg.parallel import devices, program
-from dpreg.parallel.reduce import AXIS, mean_over_devices
+from dpreg.distributed import devices
+from dpreg.planning import programs
+from dpreg.distributed.devices import AXIS
+from dpreg.step.reduce import mean_over_devices
 
 devices.start("cpu", 2, sys.argv[1].partition("=")[2], 2, int(sys.argv[2]))
 mesh = devices.data_mesh(jax.device_count())
@@ -97,7 +99,7 @@ def means(size):
 for size in map(int, sys.argv[3:]):
     mapped = jax.shard_map(lambda: means(size), mesh=mesh, in_specs=(), out_specs=PartitionSpec(), check_vma=False)
     compiled = jax.jit(mapped).lower().compile()
-    found, (one,) = compiled(), program.collectives(compiled, mesh.size)
+    found, (one,) = compiled(), programs.collectives(compiled, mesh.size)
     print(one.kind, one.size, set(found["a"].tolist()), found["b"].tolist())
 """
 
@@ -118,7 +120,7 @@ import os, sys
 os.sched_setaffinity(0, map(int, sys.argv[3:]))
 import numpy as np, psutil
 from jax.experimental import multihost_utils
-from dpreg.parallel import devices, processes
+from dpreg.distributed import devices, processes
 
 devices.start("cpu", 1, sys.argv[1].partition("=")[2], 2, int(sys.argv[2]))
 print("several", devices.have_several_cores(devices.data_mesh(2)))
@@ -213,7 +215,7 @@ LOST = """
 import sys, time
 import numpy as np
 import dpreg
-from dpreg.parallel import watchdog, presence
+from dpreg.distributed import watchdog, presence
 
 presence.SILENT_SECONDS, watchdog._REPORT_SECONDS = 6.0, 2.0
 dpreg.start("cpu", 1, sys.argv[1].partition("=")[2], 2, int(sys.argv[2]))

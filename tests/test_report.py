@@ -11,9 +11,9 @@ import pytest
 from cluster import ROOT
 
 from dpreg.errors import InputError
-from dpreg.observers import chart
-from dpreg.observers.metrics import is_start, note_start, read_records
-from dpreg.observers.report import Compared, _parameters, calibration
+from dpreg.outputs import chart
+from dpreg.outputs.metrics import is_start, note_start, read_records
+from dpreg.outputs.report import Compared, _parameters, calibration
 from dpreg.report import read_run
 
 NAMES = ("one", "two", "other")

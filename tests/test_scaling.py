@@ -14,7 +14,7 @@ import psutil
 import pytest
 from cluster import ROOT, end, wait_until
 
-from dpreg.parallel import devices
+from dpreg.distributed import devices
 from dpreg.scaling import Exchange, Measured, extrapolated
 
 SHOWN = pathlib.Path(ROOT) / "docs" / "6-scale.md"  # whose command is run here

@@ -23,10 +23,10 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 import dpreg
-from dpreg.models import softmax
 from dpreg.models.losses import make_loss
 from dpreg.models.mlp import MLP
 from dpreg.sklearn import DataParallelClassifier, DataParallelRegressor
+from dpreg.solvers import softmax
 
 ROWS = 600
 # Of float32 kept in float64, far from mean 0 and deviation 1.
@@ -65,9 +65,9 @@ def run_python(code, *arguments, **environment):
 @pytest.mark.parametrize("name", ["DataParallelRegressor", "DataParallelClassifier"])
 def test_all_checks_of_scikit_learn_pass_and_none_is_skipped(name):
     code = (
-        "import sys, dpreg.parallel.devices, dpreg.sklearn\n"
+        "import sys, dpreg.distributed.devices, dpreg.sklearn\n"
         "from sklearn.utils.estimator_checks import check_estimator\n"
-        "dpreg.parallel.devices.start('cpu')\n"  # with the compilation cache
+        "dpreg.distributed.devices.start('cpu')\n"  # with the compilation cache
         "for check in check_estimator(getattr(dpreg.sklearn, sys.argv[1])()):\n"
         "    print(check['status'], check['expected_to_fail'])\n"
     )

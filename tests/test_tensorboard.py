@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from cluster import ROOT
 
-from dpreg.observers.tensorboard import TensorBoardWriter
+from dpreg.outputs.tensorboard import TensorBoardWriter
 from dpreg.train.callback import Progress
 
 RUN = ("--platform=cpu", "--num_devices=2", "--nooptimality")

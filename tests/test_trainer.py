@@ -22,13 +22,13 @@ from jax._src import compilation_cache as jax_cache
 from models import Foreign, Net, Rows
 
 import dpreg
-from dpreg.build import build_model
 from dpreg.config import Config
-from dpreg.parallel import compilation_cache
-from dpreg.parallel.devices import data_mesh
-from dpreg.parallel.program import collectives
-from dpreg.parallel.reduce import tree_sum
-from dpreg.parallel.tuning import fewest_parts, steps_of_call
+from dpreg.distributed import compilation_cache
+from dpreg.distributed.devices import data_mesh
+from dpreg.planning.programs import collectives
+from dpreg.step.reduce import tree_sum
+from dpreg.step.tuning import fewest_parts, steps_of_call
+from dpreg.train.build import build_model
 from dpreg.train.callback import FunctionCallback
 from dpreg.train.program import LaidOutData, lay_out
 
@@ -289,7 +289,7 @@ def test_processes_keep_their_rows_where_the_one_with_least_memory_can(monkeypat
     data, settings = Rows(64).data(8), dpreg.Trainer(1, 2).settings
     assert lay_out(data, settings).train.resolved_placement == "device"
     monkeypatch.setattr(jax, "process_count", lambda: 2)
-    monkeypatch.setattr("dpreg.parallel.processes.allgather_text", lambda own: [own, "host"])
+    monkeypatch.setattr("dpreg.distributed.processes.allgather_text", lambda own: [own, "host"])
     assert lay_out(data, settings).train.resolved_placement == "host"
 
 
@@ -643,7 +643,7 @@ def test_calls_of_models_that_compute_much_are_short(placement, monkeypatch):
 
     _, result = run()
     parameters = 3 * 16 + 16 + 16 * 16 + 16 + 16 + 1
-    monkeypatch.setattr("dpreg.parallel.tuning._OPERATIONS_OF_CALL", 6 * parameters * 16 * 3)
+    monkeypatch.setattr("dpreg.step.tuning._OPERATIONS_OF_CALL", 6 * parameters * 16 * 3)
     steps, again = run()
     assert set(range(3, 50, 3)) <= set(steps)
     assert again == result
@@ -659,7 +659,7 @@ def test_calls_are_as_long_as_a_platform_takes_a_second_for(platform, operations
 
 @pytest.mark.parametrize(("reduction", "num_devices"), [("pmean", 1), ("pmean", 8), ("ordered", 1)])
 def test_loops_are_one_function_where_they_need_one_core(reduction, num_devices, monkeypatch):
-    monkeypatch.setattr("dpreg.parallel.devices.cores", lambda: 4)
+    monkeypatch.setattr("dpreg.distributed.devices.cores", lambda: 4)
     several_cores = reduction == "pmean" and num_devices == 1
     for kind, rows, whole in (("linear", 100, True), ("linear", 100_000, not several_cores), ("mlp", 3000, False)):
         text = program(kind, reduction, num_devices=num_devices, rows=rows)

@@ -99,7 +99,7 @@ class Config(RunSettings, DeviceSettings, OptimizerSettings, ModelSettings, RowS
         return cls(**given, given=frozenset(name for name in given if values[name].present))
 
     def is_least_squares(self) -> bool:
-        """Whether `dpreg.models.least_squares` knows the best parameters of such a model."""
+        """Whether `dpreg.solvers.tsqr` knows the best parameters of such a model."""
         return self.is_linear and not self.l1 and self.loss == "squared"
 
     def columns(self) -> Columns:

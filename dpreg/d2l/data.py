@@ -12,7 +12,7 @@ from numpy.typing import ArrayLike
 from dpreg.config import Config
 from dpreg.d2l.tools import HyperParameters
 from dpreg.data import synthetic
-from dpreg.data.order import Sampler
+from dpreg.data.sampler import Sampler
 from dpreg.data.sources import ArraySource, RegressionData, Source
 from dpreg.errors import InputError
 

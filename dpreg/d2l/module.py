@@ -17,7 +17,7 @@ from dpreg.errors import InputError
 from dpreg.models.linear import LinearRegressionScratch as LinearScratch
 from dpreg.models.mlp import LinearRegression as LinearConcise
 from dpreg.models.sgd import SGD
-from dpreg.parallel.checks import mode_arguments, require_model, traced
+from dpreg.step.checks import mode_arguments, require_model, traced
 from dpreg.tracing import key_of, pinned_settings
 
 _LOOP_ATTRIBUTES = "trainer", "training"

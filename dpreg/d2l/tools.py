@@ -12,7 +12,7 @@ from flax import linen as nn
 from flax.linen.module import wrap_method_once
 
 from dpreg.errors import InputError
-from dpreg.observers import chart
+from dpreg.outputs import chart
 
 _SCALES = "linear", "log"
 _PIXELS_PER_INCH = 96

@@ -13,14 +13,14 @@ from dpreg.d2l import module
 from dpreg.d2l.data import DataModule, Loader, read_rows
 from dpreg.d2l.module import Module
 from dpreg.d2l.tools import HyperParameters
-from dpreg.data.dataset import CastSource
-from dpreg.data.order import Sampler
 from dpreg.data.parts import rows_everywhere
+from dpreg.data.pipeline import CastSource
+from dpreg.data.sampler import Sampler
 from dpreg.data.sources import RegressionData
 from dpreg.errors import Diverged, InputError
-from dpreg.parallel import state
-from dpreg.parallel.checks import mode_arguments
-from dpreg.parallel.hooks import OF_DATA, OF_MODEL, OF_TRAINER, require_no_hooks, user_methods
+from dpreg.step import state
+from dpreg.step.checks import mode_arguments
+from dpreg.step.hooks import OF_DATA, OF_MODEL, OF_TRAINER, require_no_hooks, user_methods
 from dpreg.tracing import key_of, pinned_settings
 
 # Methods that this trainer calls. Where one of those below is the user's, an epoch runs step by step.

@@ -9,10 +9,10 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from dpreg.data.order import Sampler
+from dpreg.data.sampler import Sampler
+from dpreg.distributed.presence import at_work
+from dpreg.distributed.processes import AgreedError, allgather_text, exchange_for, sum_words
 from dpreg.errors import InputError
-from dpreg.parallel.presence import at_work
-from dpreg.parallel.processes import AgreedError, allgather_text, exchange_for, sum_words
 
 if TYPE_CHECKING:
     from dpreg.data.sources import Rows, Source

@@ -9,11 +9,11 @@ import numpy as np
 from numpy.typing import ArrayLike, DTypeLike
 
 from dpreg.config import Columns, Config, check_settings
-from dpreg.data.order import permute
 from dpreg.data.parts import PartedRows, put_together
+from dpreg.data.sampler import permute
 from dpreg.data.schema import Schema
+from dpreg.distributed.processes import together
 from dpreg.errors import InputError
-from dpreg.parallel.processes import together
 
 Rows = dict[str, np.ndarray]
 

@@ -11,16 +11,16 @@ from typing import Any
 import jax
 import numpy as np
 
-from dpreg.data.dataset import Block
+from dpreg.data.pipeline import Block
+from dpreg.distributed import devices
+from dpreg.distributed.interrupts import Interrupts, deferred
 from dpreg.errors import AuditFailed, Diverged, InputError
-from dpreg.interrupts import Interrupts, deferred
-from dpreg.parallel import devices
-from dpreg.parallel.donated import DonatedState
-from dpreg.parallel.state import TrainState
-from dpreg.predictor import metrics_of
 from dpreg.spelling import spell
+from dpreg.step.donated import DonatedState
+from dpreg.step.state import TrainState
 from dpreg.train.audit import Audit
 from dpreg.train.callback import Callback, Progress
+from dpreg.train.predictor import metrics_of
 from dpreg.train.program import Program
 
 _LOG_POINTS = 8  # of an epoch, where log_every_steps is 0
@@ -96,7 +96,7 @@ class Loop:
 
     @property
     def computation(self) -> str | None:
-        """What the model computes, see `dpreg.parallel.digest.digest_training`."""
+        """What the model computes, see `dpreg.step.digest.digest_training`."""
         if self._digest is None:
             self._digest = self.program.digest(self.state.shapes)
         return self._digest

@@ -11,23 +11,23 @@ import numpy as np
 from jax.sharding import Mesh
 
 from dpreg.config import Columns
-from dpreg.data.dataset import PRECISIONS, Block, Dataset
-from dpreg.data.order import Sampler
+from dpreg.data.pipeline import PRECISIONS, Block, Dataset
+from dpreg.data.sampler import Sampler
 from dpreg.data.schema import Number, Schema
 from dpreg.data.sources import RegressionData, describe_rows, first_outside
+from dpreg.distributed import devices, processes
 from dpreg.errors import InputError
 from dpreg.models.linear import LinearRegressionScratch
 from dpreg.models.losses import loss_of
 from dpreg.models.mlp import LinearRegression
-from dpreg.parallel import devices, processes
-from dpreg.parallel.checks import comes_with_dpreg, normalises_over_batch, require_model, traced
-from dpreg.parallel.compile import compile_eval_block, compile_train_block
-from dpreg.parallel.digest import digest_training, digest_values
-from dpreg.parallel.layout import CallArgs, ShardRange, batch_layout, example_arguments
-from dpreg.parallel.state import Model, TrainState, initial_state
-from dpreg.parallel.tuning import steps_of_call
-from dpreg.predictor import ROWS_IN_PARTS, errors_of
 from dpreg.spelling import spell
+from dpreg.step.checks import comes_with_dpreg, normalises_over_batch, require_model, traced
+from dpreg.step.compile import compile_eval_block, compile_train_block
+from dpreg.step.digest import digest_training, digest_values
+from dpreg.step.layout import CallArgs, ShardRange, batch_layout, example_arguments
+from dpreg.step.state import Model, TrainState, initial_state
+from dpreg.step.tuning import steps_of_call
+from dpreg.train.predictor import ROWS_IN_PARTS, errors_of
 
 _FEW_ROWS = 16  # fewer make poor batch statistics
 _MOST_STEPS = 2**31 - 1  # an int32 on the devices
@@ -239,7 +239,7 @@ class Program:
     Attributes:
       data: the rows.
       model: as `Trainer.fit` takes it.
-      train_block: see `dpreg.parallel.compile.compile_train_block`.
+      train_block: see `dpreg.step.compile.compile_train_block`.
       eval_block: see `compile_eval_block`; None without rows held out.
       gather_used: brings what each device's steps used, for the audit, to all processes.
       optimizer_start: digest of the optimizer's first state; "" for a model that comes with dpreg.
@@ -263,7 +263,7 @@ class Program:
         return self.data.train.tags if self.data.settings.audit else None
 
     def digest(self, shapes: TrainState) -> str | None:
-        """What the model computes, see `dpreg.parallel.digest.digest_training`."""
+        """What the model computes, see `dpreg.step.digest.digest_training`."""
         return digest_training(self.model, shapes, self.data.num_inputs, self.data.num_targets, self.optimizer_start)
 
 

@@ -11,16 +11,16 @@ import numpy as np
 from jax.sharding import Mesh
 
 from dpreg.config import Config, check_settings
-from dpreg.data.dataset import PRECISIONS, Dataset
+from dpreg.data.pipeline import PRECISIONS, Dataset
 from dpreg.data.sources import RegressionData, describe_rows
+from dpreg.distributed import devices, processes
 from dpreg.errors import InputError
-from dpreg.parallel import devices, processes
-from dpreg.parallel.donated import DonatedState
-from dpreg.parallel.hooks import OF_DATA, OF_TRAINER, require_no_hooks
-from dpreg.parallel.state import Model, TrainState
-from dpreg.predictor import ROWS_IN_PARTS, Predictor
+from dpreg.step.donated import DonatedState
+from dpreg.step.hooks import OF_DATA, OF_TRAINER, require_no_hooks
+from dpreg.step.state import Model, TrainState
 from dpreg.train.callback import Callback, FunctionCallback, Progress
 from dpreg.train.loop import Loop
+from dpreg.train.predictor import ROWS_IN_PARTS, Predictor
 from dpreg.train.program import LaidOutData, Settings, compile_program, first_state, lay_out
 
 

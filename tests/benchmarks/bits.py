@@ -24,9 +24,9 @@ import optax
 from flax import linen as nn
 
 import dpreg
-from dpreg.build import build_model, objective_and_optimizer
 from dpreg.config import Config
-from dpreg.parallel import devices, processes
+from dpreg.distributed import devices, processes
+from dpreg.train.build import build_model, objective_and_optimizer
 from dpreg.train.callback import FunctionCallback
 
 THREADS, MOST_DEVICES, MOST_STEPS = 8, 8, 40

@@ -39,7 +39,7 @@ def dpreg(num_rows: int, num_inputs: int, batch: int, reduction: str = "pmean", 
     import numpy as np
 
     import dpreg as package
-    from dpreg.parallel.devices import start
+    from dpreg.distributed.devices import start
 
     start("gpu")
     x = np.asarray(jax.random.normal(jax.random.key(0), (num_rows, num_inputs)))

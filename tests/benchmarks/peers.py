@@ -150,7 +150,7 @@ def dpreg(
 ) -> float:
     """The same work through `Trainer.fit_epochs`, rows on the devices."""
     import dpreg as package
-    from dpreg.parallel.devices import start
+    from dpreg.distributed.devices import start
 
     of_two = (None, None, None) if rank is None else (f"{ADDRESS}:29512", 2, rank)
     start("cpu", devices, *of_two)

@@ -13,8 +13,8 @@ import tempfile
 import time
 
 import dpreg
-from dpreg.observers.checkpoint import Checkpoints
-from dpreg.parallel import devices
+from dpreg.distributed import devices
+from dpreg.outputs.checkpoint import Checkpoints
 
 
 def main():

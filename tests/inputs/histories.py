@@ -10,8 +10,8 @@ from rich.console import Console
 
 from dpreg import report
 from dpreg.errors import InputError
-from dpreg.observers.metrics import MetricsWriter, is_start, note_start, read_records
-from dpreg.observers.report import write_comparison
+from dpreg.outputs.metrics import MetricsWriter, is_start, note_start, read_records
+from dpreg.outputs.report import write_comparison
 from dpreg.terminal import printable
 
 from .mutate import damage_bytes, damage_json

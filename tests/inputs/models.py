@@ -14,13 +14,13 @@ import zipfile
 import numpy as np
 
 from dpreg.config import Config
-from dpreg.data import standalone
-from dpreg.data.columns import RawReader
 from dpreg.data.schema import Category, Number, Schema
-from dpreg.data.tables import open_table
 from dpreg.errors import InputError
-from dpreg.observers.export import load_model, save_model
+from dpreg.outputs.export import load_model, save_model
 from dpreg.predict import columns_of
+from dpreg.tables import standalone
+from dpreg.tables.columns import RawReader
+from dpreg.tables.table import open_table
 
 from .mutate import damage_bytes, damage_json
 from .refusal import check_line

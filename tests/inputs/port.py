@@ -7,8 +7,8 @@ import socket
 import threading
 import time
 
+from dpreg.distributed.rendezvous import answer_roll, call_roll
 from dpreg.errors import InputError
-from dpreg.parallel.rendezvous import answer_roll, call_roll
 
 from .mutate import TOKENS, damage_bytes
 from .refusal import check_line

@@ -1,0 +1,1 @@
+"""Devices and processes: how they start, meet, and end together."""

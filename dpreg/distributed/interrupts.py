@@ -1,0 +1,60 @@
+"""Ctrl-C while a loop runs: KeyboardInterrupt is raised between its calls, where the state is whole."""
+
+import contextlib
+import signal
+import threading
+from collections.abc import Iterator
+from types import FrameType
+
+from dpreg.distributed import processes
+
+_WORD = "interrupt"
+
+
+class Interrupts:
+    """Whether a SIGINT has come since the loop began, in any process.
+
+    Attributes:
+      pending: whether the loop is to stop: the same in all processes between the same calls of `poll`.
+    """
+
+    def __init__(self) -> None:
+        self.pending, self._received = False, False
+        self._sync_signal = processes.SyncSignal()
+
+    def poll(self) -> bool:
+        """Updates `pending` and returns it. All processes have to call it equally often, between the same steps."""
+        self.pending = bool(self._sync_signal.poll()) or self.pending
+        return self.pending
+
+    def receive(self, number: int, frame: FrameType | None) -> None:
+        """The signal handler: notes the first SIGINT; a second one raises KeyboardInterrupt at once."""
+        if self._received:
+            signal.default_int_handler(number, frame)
+        self._received = True
+        self._sync_signal.request(_WORD)
+
+    def raise_received(self) -> None:
+        """Raises KeyboardInterrupt in all processes where any of them has received a SIGINT. They meet for it."""
+        if _WORD in processes.allgather_text(_WORD if self._received else ""):
+            raise KeyboardInterrupt
+
+
+@contextlib.contextmanager
+def deferred() -> Iterator[Interrupts]:
+    """Defers KeyboardInterrupt to where the body raises it for `Interrupts.pending`, or else to its end.
+
+    Only in the main thread, and where Python's own handler of SIGINT is installed; otherwise signals are left to the
+    handler that is there.
+    """
+    interrupts, installed = Interrupts(), False
+    if threading.current_thread() is threading.main_thread():
+        installed = signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    try:
+        if installed:
+            signal.signal(signal.SIGINT, interrupts.receive)
+        yield interrupts
+    finally:
+        if installed:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+    interrupts.raise_received()

@@ -1,0 +1,406 @@
+"""Several processes of one run: how they find each other, agree, and end when one of them is lost."""
+
+import contextlib
+import ctypes
+import functools
+import itertools
+import json
+import os
+import signal
+import sys
+from collections.abc import Callable, Mapping
+from typing import Any, NoReturn, ParamSpec, TypeVar
+
+import jax
+import numpy as np
+from jax._src import clusters, distributed, xla_bridge  # without a public name: who is who, key-value store, Gloo
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxlib import _jax
+
+from dpreg.config.devices import check_processes, split_address
+from dpreg.distributed import presence, watchdog
+from dpreg.distributed.rendezvous import (
+    HEARTBEAT_SECONDS,
+    JOIN_SECONDS,
+    Wait,
+    answer_roll,
+    call_roll,
+    is_loopback,
+    tell,
+)
+from dpreg.errors import InputError, ProcessLost
+from dpreg.spelling import spell
+
+Result = TypeVar("Result")
+Arguments = ParamSpec("Arguments")
+
+# Calls dispatched and not yet finished, besides one: enough for a device not to wait for what the host does between
+# calls, and few to be finished when it is time to stop. Simulated CPU devices deadlock when a program runs far ahead.
+CALLS_IN_FLIGHT = 2
+MEET_SECONDS = 1800  # for all to have read their rows and compiled
+# More than 1 where a launcher has started several processes; JAX finds out the rest by itself.
+_CLUSTER_SIZES = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE")
+
+
+def join(address: str | None, num_processes: int | None, process_id: int | None) -> None:
+    """Joins the other processes of the run, if there are any, by JAX's coordination service.
+
+    Args:
+      address: HOST:PORT at which process 0 serves; "auto" asks the cluster; None does so where Slurm or
+        Open MPI have started several processes.
+      num_processes: how many there are; process_id: which this is, from 0.
+
+    Raises:
+      InputError: when one of the three is missing, two processes have the same id, the port is taken, or there is no
+        cluster to ask.
+      ProcessLost: when the others cannot be reached.
+    """
+    local_device_ids = None
+    if address == "auto" or (address is None and _in_cluster()):
+        address, num_processes, process_id, local_device_ids = _asked_of_cluster()
+    check_processes(address, num_processes, process_id)
+    if address is None or num_processes is None or process_id is None:
+        return  # a single process
+    _take_turns()
+    host, port = split_address(address)
+    if process_id == 0:
+        call_roll(host, port, num_processes)
+    else:
+        answer_roll(host, port, num_processes, process_id)
+    _end_as_lost_when_aborted()
+    if is_loopback(host):
+        _keep_collectives_on(host)
+    # SIGTERM is ours: Orbax asks JAX's own preemption service with numbers of its own, and it then misses the moment.
+    jax.config.update("jax_enable_preemption_service", False)
+    jax.distributed.initialize(
+        address,
+        num_processes,
+        process_id,
+        local_device_ids=local_device_ids,
+        cluster_detection_method="deactivate",
+        # The service has no authentication: what runs on this machine alone stays on its loopback.
+        coordinator_bind_address=address if is_loopback(host) else None,
+        initialization_timeout=3 * HEARTBEAT_SECONDS,  # all were there a moment ago
+        heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
+        shutdown_timeout_seconds=HEARTBEAT_SECONDS,
+    )
+
+
+def _keep_collectives_on(host: str) -> None:
+    """Lets the collectives of a run on this machine listen on its loopback, not where its host name resolves to."""
+    os.environ.setdefault("NCCL_SOCKET_IFNAME", "lo")  # of GPUs
+    if jax.config.values["jax_cpu_collectives_implementation"] != "gloo":
+        return
+
+    def make_client() -> Any:
+        client = distributed.global_state.client
+        return xla_bridge.make_cpu_client(_jax.make_gloo_tcp_collectives(client, hostname=host))
+
+    xla_bridge.register_backend_factory("cpu", make_client, fail_quietly=False)
+
+
+def _take_turns() -> None:
+    """Lets this thread, and those that it starts from now on, take no core from another one on waking, on Linux.
+
+    Gloo's thread would: it wakes while a sum is being sent, takes the core from the thread that sends, spins for the
+    lock which that one holds, and does so for a time slice of 3 ms, where a sum takes 0.2 ms.
+    """
+    if hasattr(os, "SCHED_BATCH") and os.sched_getscheduler(0) == os.SCHED_OTHER:
+        with contextlib.suppress(OSError):  # forbidden in some containers: it is slower then, no more
+            os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
+
+
+def _asked_of_cluster() -> tuple[str, int, int, list[int] | None]:
+    """(address, number of processes, which this is, its devices) as Slurm, Open MPI, Kubernetes or a TPU pod tell."""
+    address = count = process = devices = None
+    reason = ""
+    try:
+        ask = clusters.ClusterEnv.auto_detect_unset_distributed_params
+        address, count, process, devices = ask(None, None, None, None, None, JOIN_SECONDS)
+    except (ValueError, RuntimeError, ImportError, OSError, KeyError) as error:
+        reason = f" ({error})"
+    if address is None or count is None or process is None:
+        raise InputError(
+            f"{spell('coordinator_address', 'auto')}: JAX finds no cluster to ask here{reason}; give HOST:PORT, "
+            f"{spell('num_processes')} and {spell('process_id')}"
+        )
+    return address, count, process, None if devices is None else list(devices)
+
+
+def coordinator() -> str | None:
+    """HOST:PORT of the coordination service; None for a single process."""
+    return distributed.global_state.coordinator_address if jax.process_count() > 1 else None
+
+
+def _in_cluster() -> bool:
+    sizes = (os.environ.get(name, "") for name in _CLUSTER_SIZES)
+    return any(size.isdigit() and int(size) > 1 for size in sizes)
+
+
+def _end_as_aborted(_: int) -> None:
+    tell(
+        f"process {distributed.global_state.process_id} ends: its runtime lost another process, or failed, as it says "
+        "above; start all again to go on from the newest checkpoint"
+    )
+    os._exit(ProcessLost.exit_code)
+
+
+_ABORT_HANDLER = ctypes.CFUNCTYPE(None, ctypes.c_int)
+_aborted = _ABORT_HANDLER(_end_as_aborted)  # for the life of the process, as C does not keep it
+
+
+def _end_as_lost_when_aborted() -> None:
+    """Makes exit code 76 of SIGABRT, by which JAX's runtime ends a process when another one is lost.
+
+    A handler in Python would come too late, as abort() ends the process once the C handler has returned; and the
+    runtime's own callback for the case cannot be used from Python (std::bad_cast, jaxlib 0.10 and 0.12).
+    """
+    libc = ctypes.CDLL(None)
+    libc.signal.argtypes, libc.signal.restype = (ctypes.c_int, _ABORT_HANDLER), ctypes.c_void_p
+    libc.signal(int(signal.SIGABRT), _aborted)
+
+
+def end_as_lost(error: BaseException, exit_code: int = ProcessLost.exit_code) -> NoReturn:
+    """Ends this process at once, with the reason why the run is lost: a normal exit would wait.
+
+    The reason is that of the process which ended first, where it could still tell it.
+    """
+    reason = f"process {jax.process_index()}: {' '.join(str(error).split()) or type(error).__name__}"[:500]
+    with contextlib.suppress(jax.errors.JaxRuntimeError):
+        service = _service()
+        with contextlib.suppress(jax.errors.JaxRuntimeError):  # another one told it before
+            service.key_value_set("dpreg/lost", reason)
+        reason = service.key_value_try_get("dpreg/lost")
+    tell(f"the run lost a process ({reason}); start all again to go on from the newest checkpoint")
+    sys.stdout.flush()
+    os._exit(exit_code)
+
+
+_ERROR = "!"
+_exchanges, _sync_signal = itertools.count(), itertools.count()
+
+
+def _service() -> Any:
+    """The client of the coordination service."""
+    return distributed.global_state.client
+
+
+def allgather_text(
+    text: str = "",
+    error: str | None = None,
+    patience: float = MEET_SECONDS,
+    heartbeat: Callable[[], None] = lambda: None,
+) -> list[str]:
+    """Tells all processes a text and returns those of all, in the order of their ids; a meeting of all, too.
+
+    Over the coordination service, not the devices: it works before the first collective. All processes have to call it
+    equally often. A process is waited for while it is `presence.at_work`, and for 120 s without a sign of life from it.
+
+    Args:
+      error: says instead that this process cannot go on; then it ends for all, at whichever meeting they are.
+      patience: seconds to wait for the others at most; heartbeat: called each second of them.
+
+    Raises:
+      AgreedError: with the error of the first process that told one.
+      ProcessLost: when another does not come.
+    """
+    mine = f":{text}" if error is None else _ERROR + error
+    told = [mine]
+    if jax.process_count() > 1:
+        meeting, wait = f"dpreg/exchange/{next(_exchanges)}", Wait(patience)
+        _service().key_value_set(f"{meeting}/{jax.process_index()}", mine)
+        told = [_awaited(f"{meeting}/{process}", process, wait, heartbeat) for process in range(jax.process_count())]
+    for process, answer in enumerate(told):
+        if answer.startswith(_ERROR):
+            where = f"process {process}: " if jax.process_count() > 1 else ""
+            raise AgreedError(where + answer.removeprefix(_ERROR))
+    return [answer.removeprefix(":") for answer in told]
+
+
+def _awaited(key: str, process: int, wait: Wait, heartbeat: Callable[[], None]) -> str:
+    """What the process puts under a key."""
+    signs = presence.Signs()
+    while wait.goes_on(f"process {jax.process_index()} waits for {signs.describe(process)}"):
+        try:
+            told: str = _service().blocking_key_value_get(key, 1000)
+            return told
+        except jax.errors.JaxRuntimeError as error:
+            if "DEADLINE_EXCEEDED" not in str(error):
+                raise
+            heartbeat()
+            signs.look(process)
+        if signs.silence(process) >= presence.SILENT_SECONDS:
+            break
+    raise ProcessLost(
+        f"process {jax.process_index()} waited in vain for {signs.describe(process)}; see what that one says, and "
+        "start all again"
+    )
+
+
+class AgreedError(InputError):
+    """An InputError that all processes know of and raise."""
+
+
+def on_all_processes(function: Callable[[], Result]) -> Result:
+    """Runs it in all processes; an InputError of one becomes that of all, at their next meeting.
+
+    Raises:
+      AgreedError: where a process had an InputError.
+    """
+    try:
+        result = function()
+        allgather_text()
+        return result
+    except AgreedError:
+        raise
+    except InputError as error:
+        allgather_text(error=str(error))
+        raise
+
+
+def together(doing: str = "") -> Callable[[Callable[Arguments, Result]], Callable[Arguments, Result]]:
+    """Makes a function one that all processes call: an InputError of one becomes that of all.
+
+    Args:
+      doing: what it does before its first collective, for the messages of processes that wait for this one meanwhile.
+    """
+
+    def decorate(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
+        @functools.wraps(function)
+        def of_all(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
+            if not presence.is_one_of_several():
+                return function(*args, **kwargs)
+            with presence.at_work(doing) if doing else contextlib.nullcontext():
+                return on_all_processes(functools.partial(function, *args, **kwargs))
+
+        return of_all
+
+    return decorate
+
+
+def exchange_for(call: str, value: Any) -> list[Any]:
+    """`allgather_text` of values that JSON holds, for a call that all processes have to be in.
+
+    Raises:
+      AgreedError: in all processes, when another one is in another call.
+    """
+    found = []
+    for text in allgather_text(json.dumps([call, value])):
+        message = json.loads(text) if text.startswith("[") else []
+        found.append(message if len(message) == 2 else ["another function", None])
+    for process, (other, _) in enumerate(found):
+        if other != found[0][0]:
+            raise AgreedError(
+                f"process 0 calls {found[0][0]} and process {process} calls {other}; let all processes call the same"
+            )
+    return [value for _, value in found]
+
+
+def require_alike(call: str, advice: str, given: Callable[[], Mapping[str, tuple[str, str]]]) -> None:
+    """Compares what all processes give to a call, before its first collective.
+
+    Args:
+      call: its name.
+      advice: what to do where something differs.
+      given: what is compared, by name: as a message shows it, and a digest of its value. Not called in one process.
+
+    Raises:
+      AgreedError: in all processes, when something differs between two of them.
+    """
+    if not presence.is_one_of_several():
+        return
+    with presence.at_work("reading what it was given"):
+        own = given()
+    first, *others = exchange_for(call, own)
+    for process, other in enumerate(others, 1):
+        for name in {**first, **other}:
+            if other.get(name) != first.get(name):
+                here, there = (values.get(name, ["none"])[0] for values in (first, other))
+                found = f"{here} and {there}" if here != there else f"both {here}, with other values"
+                raise AgreedError(f"{call}: processes 0 and {process} have different {name}: {found}; {advice}")
+
+
+@functools.cache
+def _compile_sum(size: int) -> tuple[Any, NamedSharding]:
+    """The compiled sum over processes of [size] uint32, and how its argument [processes, size] lies on devices."""
+    of_each = {device.process_index: device for device in reversed(jax.devices())}
+    mesh = Mesh(np.array([of_each[process] for process in range(jax.process_count())]), ("process",))
+    along, everywhere = (NamedSharding(mesh, PartitionSpec(*axis)) for axis in (("process",), ()))
+    words = jax.ShapeDtypeStruct((mesh.size, size), np.uint32, sharding=along)
+    summed = jax.jit(lambda of_all: of_all.sum(axis=0, dtype=np.uint32), out_shardings=everywhere)
+    with presence.at_work("compiling"):
+        compiled = summed.lower(words).compile()
+    allgather_text()  # before the first collective, which waits for nobody long
+    return compiled, along
+
+
+def sum_words(words: np.ndarray) -> np.ndarray:
+    """The sum over all processes of [n] uint32, in all of them: a collective, of one device of each process."""
+    size = 1 << max(10, (len(words) - 1).bit_length())  # few sizes, as each is compiled
+    compiled, along = _compile_sum(size)
+    padded = np.zeros((1, size), np.uint32)
+    padded[0, : len(words)] = words
+    presence.begin_call()
+    with watchdog.watched():
+        of_all = jax.make_array_from_callback((jax.process_count(), size), along, lambda _: padded)
+        return np.asarray(compiled(of_all))[: len(words)]
+
+
+class SyncSignal:
+    """A word that any process may request, and that all processes receive at the same call of `poll`.
+
+    Process 0 decides which call that is. All processes have to create equally many signals, in the same order.
+    """
+
+    # Processes are held together by their collectives to within the calls in flight and the one to come.
+    _LEAD = CALLS_IN_FLIGHT + 4
+
+    def __init__(self) -> None:
+        self._key, self._calls, self._number = f"dpreg/sync_signal/{next(_sync_signal)}", 0, 0
+        self._wanted: list[str] = []
+        self._announced: tuple[int, str] | None = None  # at which call, and what
+
+    def request(self, what: str) -> None:
+        """Sends a word to all processes, which receive it some calls later. To repeat it before that has no effect."""
+        if what not in self._wanted and (self._announced is None or self._announced[1] != what):
+            self._wanted.append(what)  # a signal handler may call this
+
+    def pending(self, what: str) -> bool:
+        """Whether this process itself has requested the word, and not all have received it."""
+        return what in self._wanted
+
+    def poll(self) -> str:
+        """The word to act on now, or "". All processes have to call it equally often, between the same steps."""
+        self._calls += 1
+        if jax.process_count() == 1:
+            return self._wanted.pop(0) if self._wanted else ""
+        if jax.process_index():
+            while self._wanted:
+                _service().key_value_set(f"{self._key}/wanted/{self._wanted.pop(0)}", "", allow_overwrite=True)
+        elif self._announced is None:
+            self._announce()
+        if self._announced is None:
+            self._announced = self._listen()
+        if self._announced is None or self._calls < self._announced[0]:
+            return ""
+        (_, what), self._announced = self._announced, None
+        self._number += 1
+        return what
+
+    def _announce(self) -> None:
+        """Process 0 announces what any process has requested, and at which call it is received."""
+        for key, _ in _service().key_value_dir_get(f"{self._key}/wanted/"):
+            _service().key_value_delete(key)
+            self.request(key.rpartition("/")[2])
+        if self._wanted:
+            text = f"{self._calls + self._LEAD} {self._wanted.pop(0)}"
+            _service().key_value_set(f"{self._key}/announced/{self._number}", text)
+
+    def _listen(self) -> tuple[int, str] | None:
+        try:
+            at, what = _service().key_value_try_get(f"{self._key}/announced/{self._number}").split()
+        except jax.errors.JaxRuntimeError as error:
+            if "NOT_FOUND" in str(error):
+                return None
+            raise
+        return int(at), what

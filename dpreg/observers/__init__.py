@@ -1,1 +1,0 @@
-"""What watches a run: the display, the curve, the summary, the report, the saved state."""

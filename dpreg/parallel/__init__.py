@@ -1,1 +1,0 @@
-"""Devices, the reduction over them, and the compiled steps."""

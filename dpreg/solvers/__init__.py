@@ -1,0 +1,1 @@
+"""Exact solvers, over all shards and processes."""

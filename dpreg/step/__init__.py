@@ -1,0 +1,1 @@
+"""The compiled step: the algorithm, its reductions, and how it is compiled."""

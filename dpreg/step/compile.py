@@ -1,0 +1,236 @@
+"""Compiles steps ahead of their first call, for either backend."""
+
+import hashlib
+import logging
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+from jax.flatten_util import ravel_pytree
+from jax.sharding import Mesh, PartitionSpec
+
+from dpreg.distributed import devices, processes
+from dpreg.distributed.devices import AXIS
+from dpreg.errors import InputError
+from dpreg.spelling import spell
+from dpreg.step.checks import normalises_over_batch
+from dpreg.step.layout import BatchLayout, CallArgs, ShardRange
+from dpreg.step.reduce import PyTree, from_all_devices, gradient_of_shards, isolated, opaque_loop
+from dpreg.step.state import Model, TrainState, forward
+from dpreg.step.step import Program, Statistics, shard_loss, train_block, updated
+from dpreg.step.tuning import compiler_options, multiplies_vectors_only, schedule_for
+from dpreg.tracing import key_of, pinned_settings
+
+_ALIKE = "give all processes the same model, with the same settings of its loss and its optimizer"
+
+
+def _describe_program(text: str) -> tuple[str, str]:
+    """(a short, a long) digest of a program before it is optimized; addresses of functions are left out of it."""
+    digest = hashlib.sha256(re.sub("[0-9]{12,}", "", text).encode()).hexdigest()
+    return digest[:8], digest
+
+
+def _has_float64(tree: PyTree) -> bool:
+    return any(leaf.dtype == np.float64 for leaf in jax.tree.leaves(tree))
+
+
+def operations_of_step(model: Model, state: TrainState, batches: PyTree) -> float:
+    """Operations of a training step on one device, as XLA counts them before it makes any of them quicker.
+
+    Args:
+      state: and `batches`, the rows of each of its shards, [shards, b, ...]: shapes will do.
+    """
+
+    def step(state: TrainState, batches: PyTree, shards: Array, key: Array) -> tuple[TrainState, Array]:
+        def loss(params: PyTree, batch: PyTree, shard: Array) -> tuple[Array, Statistics]:
+            return shard_loss(model, params, state.batch_stats, batch, jax.random.fold_in(key, shard), "cpu")
+
+        sums = gradient_of_shards(loss, state.params, batches, shards)
+        return updated(state, sums, jnp.asarray(state.step))
+
+    mesh, everywhere = Mesh(np.array(jax.local_devices(backend="cpu")[:1]), (AXIS,)), PartitionSpec()
+    mapped = jax.shard_map(step, mesh=mesh, in_specs=everywhere, out_specs=everywhere, check_vma=False)
+    state, batches = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), (state, batches))
+    shards = jax.ShapeDtypeStruct(batches["weight"].shape[:1], jnp.int32)
+    with pinned_settings(_has_float64(state)):
+        lowered = jax.jit(mapped).lower(state, batches, shards, key_of(0))
+    counted: Any = lowered.cost_analysis()
+    return float(counted["flops"])
+
+
+def compile_train_block(
+    model: Model,
+    state: TrainState,
+    layout: BatchLayout,
+    mesh: Mesh,
+    arguments: tuple[Any, ...],
+    accumulate: int,
+    reduction: str,
+    backend: str,
+) -> Callable[..., tuple[TrainState, Array, Array]]:
+    """Compiles `num_steps` consecutive training steps into one call.
+
+    Args:
+      arguments: (data, shard_range, packed call arguments), as the calls will give them.
+      accumulate: parts of a shard's batch that go through the model one after the other, before they are reduced.
+
+    Returns:
+      `f(state, data, shard_range, call_args) -> (state, sums, used)`; the state given is donated. `sums` is
+      [block_steps, 3]: each step's weighted loss sum and weight sum (under pmean, both divided by the number of
+      devices), and the norm of the gradient of their quotient. `used` is [devices, block_steps, 2] uint32, sharded over
+      the devices: how many tagged rows each step used there, and the sum of their tags. A step whose loss or new
+      parameters are not finite leaves the state as it was, as do all later steps, uses no rows and gives NaN for the
+      loss.
+    """
+    platform = mesh.devices.flat[0].platform
+    together = normalises_over_batch(model, state, arguments[0]["x"].shape[-1])
+    if together and reduction == "ordered":
+        raise InputError(
+            f"{spell('reduction', 'ordered')}: a BatchNorm over the whole batch needs all its shards at once, and "
+            f"ordered computes them one by one; use {spell('reduction', 'pmean')}, or normalise over shards "
+            f"({spell('sync_batch_norm', False)}; no axis_name)"
+        )
+    schedule = schedule_for(model, state, layout, mesh, accumulate, reduction, together)
+
+    shared = not multiplies_vectors_only(model, state)  # also in evaluation, where loops are never whole
+    if reduction == "ordered" and platform == "cpu" and shared and devices.threads() != layout.num_shards:
+        logging.warning(
+            "ordered: products are shared by %d threads of XLA, and other numbers of them have other bits; call "
+            "dpreg.start(threads=%d), as many as shards, before any use of JAX",
+            devices.threads(),
+            layout.num_shards,
+        )
+
+    program = Program(model, layout, mesh, reduction, schedule)
+
+    def block(*arguments: Any) -> tuple[TrainState, Array, Array]:
+        return train_block(program, *arguments)
+
+    options = compiler_options(reduction, platform, schedule.whole_loops)
+    return _compile(block, layout, mesh, (state, *arguments), backend, options, (None, None, 0), donate=True)
+
+
+def compile_eval_block(
+    model: Model,
+    variables: Mapping[str, PyTree],
+    layout: BatchLayout,
+    mesh: Mesh,
+    arguments: tuple[Any, ...],
+    of: Callable[[PyTree, Array, PyTree], PyTree],
+    reduction: str,
+    backend: str,
+) -> tuple[Callable[..., Array], Callable[[np.ndarray], PyTree]]:
+    """Compiles the evaluation of `num_steps` consecutive batches into one call.
+
+    Traced apart from training: the model is told `train=False`.
+
+    Args:
+      variables: "params" and "batch_stats".
+      of: (variables, predictions [b, t], batch of one shard) -> what is wanted of them.
+
+    Returns:
+      `f(variables, data, shard_range, call_args) -> [block_steps, shards, n]`, the raveled results, zero past
+      `num_steps`; and a function that unravels them on the host: each leaf is [block_steps, shards, ...].
+    """
+    platform = mesh.devices.flat[0].platform
+    one: list[PyTree] = []  # what is wanted of a batch of one shard, without its values
+
+    def block(variables: PyTree, data: PyTree, shard_range: ShardRange, packed: Array) -> Array:
+        call_args = CallArgs(*packed)
+        shards = shard_range.first + jnp.arange(layout.slots, dtype=jnp.int32)
+        read = layout.reader(data, shards, call_args.first_step, call_args.seed)
+
+        def wanted(variables: PyTree, batch: PyTree) -> PyTree:
+            return of(variables, forward(model, variables, batch, train=False, platform=platform)[0], batch)
+
+        def raveled(variables: PyTree, batch: PyTree) -> Array:
+            return ravel_pytree(wanted(variables, batch))[0]
+
+        one.append(jax.eval_shape(lambda: wanted(variables, read.of_slot(jnp.int32(0), jnp.int32(0)))))
+        leaves, slots = jax.tree.leaves(one[0]), max(layout.slots, 2)
+
+        def step(k: Array, history: Array) -> Array:
+            def fill(slot: Array, history: Array) -> Array:
+                return history.at[k, slot].set(isolated(raveled, call_args.one, variables, read.of_slot(k, slot)))
+
+            if reduction == "ordered":
+                filled: Array = opaque_loop(fill, shard_range.count, history)
+                return filled
+            return history.at[k, : layout.slots].set(jax.vmap(raveled, (None, 0))(variables, read.of_slots(k)))
+
+        dtype = jnp.result_type(*(leaf.dtype for leaf in leaves))
+        history = jnp.zeros((layout.block_steps, slots, sum(leaf.size for leaf in leaves)), dtype)
+        history = lax.fori_loop(0, call_args.num_steps, step, history)
+        return from_all_devices(history[:, : layout.slots], mesh, axis=1)[:, : layout.num_shards]
+
+    def unpacked(found: np.ndarray) -> PyTree:
+        leaves, structure = jax.tree.flatten(one[0])
+        parts = np.split(found, np.cumsum([leaf.size for leaf in leaves])[:-1], axis=-1)
+        shaped = [
+            part.reshape(*found.shape[:2], *leaf.shape).astype(leaf.dtype, copy=False)
+            for part, leaf in zip(parts, leaves, strict=True)
+        ]
+        return jax.tree.unflatten(structure, shaped)
+
+    options = compiler_options(reduction, platform)
+    return _compile(block, layout, mesh, (variables, *arguments), backend, options, None, donate=False), unpacked
+
+
+def _compile(
+    block: Callable[..., Any],
+    layout: BatchLayout,
+    mesh: Mesh,
+    arguments: tuple[Any, ...],
+    backend: str,
+    options: dict[str, str],
+    outputs: Any,
+    donate: bool,
+) -> Callable[..., Any]:
+    """Compiles `block(state, data, shard_range, call_args)` for the mesh ahead of its first call, on either backend.
+
+    Args:
+      outputs: for each output None where all devices have the same, or 0 to lay theirs along a first axis.
+    """
+    axis, donated = layout.device_axis, (0,) if donate else ()
+    if backend == "pmap":
+        function = jax.pmap(
+            block,
+            axis_name=AXIS,
+            in_axes=(None, axis, 0, None),
+            out_axes=outputs,
+            devices=list(mesh.devices.flat),
+            donate_argnums=donated,
+        )
+    else:
+
+        def local(state: PyTree, data: PyTree, shard_range: ShardRange, call_args: Array) -> Any:
+            data = jax.tree.map(lambda leaf: leaf.squeeze(axis), data)
+            found = block(state, data, jax.tree.map(lambda leaf: leaf.squeeze(0), shard_range), call_args)
+            return (
+                found
+                if outputs is None
+                else tuple(part if axis is None else part[None] for part, axis in zip(found, outputs, strict=True))
+            )
+
+        along, replicated = PartitionSpec(*[None] * axis, AXIS), PartitionSpec()
+        mapped = jax.shard_map(
+            local,
+            mesh=mesh,
+            in_specs=(replicated, along, PartitionSpec(AXIS), replicated),
+            out_specs=jax.tree.map(
+                lambda axis: replicated if axis is None else PartitionSpec(AXIS),
+                outputs,
+                is_leaf=lambda axis: axis is None,
+            ),
+            check_vma=False,
+        )
+        function = jax.jit(mapped, donate_argnums=donated)
+    with pinned_settings(_has_float64(arguments[0])):
+        lowered = function.lower(*arguments)
+    processes.require_alike("compiling", _ALIKE, lambda: {"programs": _describe_program(lowered.as_text())})
+    compiled: Callable[..., Any] = lowered.compile(compiler_options=options)
+    return compiled

@@ -1,0 +1,106 @@
+"""The state that compiled steps consume: only copies of it are given out or taken in."""
+
+import threading
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from dpreg.distributed import processes
+from dpreg.distributed.devices import replicated
+from dpreg.errors import InputError
+from dpreg.step.digest import digest_values
+from dpreg.step.reduce import PyTree
+from dpreg.step.state import TrainState
+
+_VALUES = ("step", "params", "opt_state", "batch_stats")
+
+
+class DonatedState:
+    """The train state of a run, replicated over its devices.
+
+    Each call of the steps donates its arrays, which are deleted then. So others get copies, and what they give is
+    copied; another thread may ask for a copy while a call is dispatched. All processes have to give the same values.
+
+    Args:
+      state: the first state; mesh: the devices.
+
+    Attributes:
+      shapes: the state as `jax.ShapeDtypeStruct`s.
+
+    Raises:
+      InputError: in all processes, where one gives other values than another.
+    """
+
+    def __init__(self, state: TrainState, mesh: Mesh):
+        self.shapes: TrainState = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), state)
+        self._mesh, self._lock = mesh, threading.Lock()
+        self._state: TrainState | None = self._place(state)
+
+    @property
+    def current(self) -> TrainState:
+        """The state itself, until the next call of `step`.
+
+        Raises:
+          InputError: where a second Ctrl-C has ended a call, and with it the state.
+        """
+        if self._state is None:
+            raise InputError("the trained state was lost in a call that a second Ctrl-C ended; call fit again")
+        return self._state
+
+    @property
+    def variables(self) -> dict[str, Any]:
+        """{"params", "batch_stats"} of `current`."""
+        return {"params": self.current.params, "batch_stats": self.current.batch_stats}
+
+    def copy(self) -> TrainState:
+        """A copy of the state, on the devices."""
+        with self._lock, jax.ensure_compile_time_eval():  # also where a function is being traced
+            state: TrainState = replicated(self.current, self._mesh)
+        return state
+
+    def copy_variables(self) -> dict[str, Any]:
+        """A copy of `variables`, on the devices."""
+        with self._lock, jax.ensure_compile_time_eval():
+            variables: dict[str, Any] = replicated(self.variables, self._mesh)
+        return variables
+
+    def step(self, train_block: Any, *arguments: Any) -> list[Any]:
+        """Replaces the state by what `train_block(state, *arguments)` makes of it; gives its other results."""
+        with self._lock:
+            # Not deleted under a reader where the call is interrupted, but gone.
+            state, self._state = self.current, None
+            results: list[Any]
+            self._state, *results = train_block(state, *arguments)
+        return results
+
+    def replace(self, **values: PyTree) -> None:
+        """Takes copies of some of the state's values."""
+        self._state = self.current.replace(**self._place(values))
+
+    def take(self, state: TrainState) -> None:
+        """Takes a copy of the values of another state.
+
+        Raises:
+          InputError: when its arrays are not those of this model and optimizer.
+        """
+        given = {name: getattr(state, name) for name in _VALUES} | {"step": jnp.asarray(state.step, jnp.int32)}
+        if _kinds_of({name: getattr(self.shapes, name) for name in _VALUES}) != _kinds_of(given):
+            raise InputError("trainer.state: its arrays are not those of this model and optimizer; give such a state")
+        self._state = self.shapes.replace(**self._place(given))
+
+    def _place(self, values: PyTree) -> Any:
+        """A copy of the values on all devices."""
+        processes.require_alike(
+            "the state of the trainer",
+            "draw or load them alike in all processes",
+            lambda: {"parameters or optimizer states": ("of the same shapes", digest_values(values))},
+        )
+        return replicated(values, self._mesh)
+
+
+def _kinds_of(tree: PyTree) -> tuple[Any, list[Any]]:
+    kinds = [(np.shape(leaf), getattr(leaf, "dtype", None)) for leaf in jax.tree.leaves(tree)]
+    return jax.tree.structure(tree), kinds

@@ -1,0 +1,80 @@
+"""What a compiled call is given, and how rows reach it."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from dpreg.data.pipeline import BatchReader, Dataset
+from dpreg.distributed.devices import AXIS
+from dpreg.step.reduce import PyTree
+
+
+class CallArgs(NamedTuple):
+    """What a call is told at run time, replicated int32 scalars.
+
+    `one` is 1: the compiler does not know it, which keeps a loop of `one` turn a loop.
+    """
+
+    first_step: Any
+    num_steps: Any
+    seed: Any
+    one: Any = 1
+
+    def packed(self) -> np.ndarray:
+        """As one array: one transfer."""
+        return np.array(self, np.int32)
+
+
+class ShardRange(NamedTuple):
+    """Which logical shards a device carries: [devices] int32 outside a step, scalars inside."""
+
+    first: Any
+    count: Any
+
+
+def example_arguments(dataset: Dataset) -> tuple[Any, ...]:
+    """(data, shard range, packed call arguments) of the calls for a dataset, as shapes without values."""
+    mesh: Mesh = dataset.mesh  # type: ignore[assignment]  # it is sharded
+    shard_range = jax.ShapeDtypeStruct((mesh.size,), jnp.int32, sharding=NamedSharding(mesh, PartitionSpec(AXIS)))
+    call_args = jax.ShapeDtypeStruct((len(CallArgs._fields),), jnp.int32, sharding=NamedSharding(mesh, PartitionSpec()))
+    return dataset.shapes, ShardRange(shard_range, shard_range), call_args
+
+
+class BatchLayout(NamedTuple):
+    """How rows reach the steps: all that is static, besides the model.
+
+    Attributes:
+      reader: (data, shards [slots], first step, seed) -> BatchReader, traced inside the step.
+      device_axis: the axis of the data that devices lie along.
+      block_steps: steps that one call takes at most, K.
+      slots: slots for shards on a device; the last devices may carry fewer shards.
+      num_shards: logical shards of the run, L.
+      shard_batch: rows that a shard gives to a step.
+      row_bytes: of one of them.
+    """
+
+    reader: Callable[[PyTree, Array, Array, Array], BatchReader]
+    device_axis: int
+    block_steps: int
+    slots: int
+    num_shards: int
+    shard_batch: int
+    row_bytes: int
+
+
+def batch_layout(dataset: Dataset) -> BatchLayout:
+    """How the rows of a dataset reach the steps."""
+    return BatchLayout(
+        reader=dataset.reader,
+        device_axis=dataset.device_axis,
+        block_steps=dataset.block_steps,
+        slots=dataset.slots,
+        num_shards=dataset.num_shards,
+        shard_batch=dataset.sampler.shard_batch,
+        row_bytes=dataset.row_bytes,
+    )

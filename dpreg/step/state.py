@@ -1,0 +1,200 @@
+"""A run's state, and the model's way from the rows of a shard to predictions."""
+
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import linen as nn
+from flax.training import train_state
+from jax import Array, lax
+from numpy.typing import ArrayLike
+
+from dpreg.config import Config
+from dpreg.errors import InputError
+from dpreg.step.checks import (
+    is_batch_norm,
+    mode_arguments,
+    require_model,
+    require_modes,
+    traced,
+    uses_running_average,
+)
+from dpreg.step.optimizer import prepare_optimizer
+from dpreg.step.reduce import PyTree, sum_over_batch
+from dpreg.tracing import FULL_PRECISION, key_of, pinned_settings
+
+# The factors of products of bfloat16 features, on chips with such products, which they add up in float32. On a GPU not
+# where all products are with vectors: they are as fast as memory, and the compiler would first copy the rows.
+_BFLOAT16_PRODUCTS = "BF16_BF16_F32"
+
+
+class TrainState(train_state.TrainState):
+    """flax's TrainState with the running statistics of BatchNorm.
+
+    Attributes:
+      step: steps done, int32.
+      params: of the model, a tree of arrays.
+      opt_state: of the optimizer.
+      batch_stats: of the model's `nn.BatchNorm`s; empty without one.
+
+    >>> state = TrainState.create(apply_fn=None, params={"w": jnp.ones(2)}, tx=optax.sgd(0.5), batch_stats={})
+    >>> state.apply_gradients(grads={"w": jnp.array([1.0, 2.0])}).params
+    {'w': Array([0.5, 0. ], dtype=float32)}
+    """
+
+    batch_stats: PyTree
+
+    def apply_gradients(self, *, grads: PyTree, value: Array | None = None, **changes: Any) -> "TrainState":
+        """The state after a step of the optimizer.
+
+        Args:
+          grads: the gradient of the mean loss.
+          value: the mean loss, for the optimizers that look at it, such as `optax.contrib.reduce_on_plateau`.
+          changes: of other attributes.
+        """
+        optimizer, of_loss = optax.with_extra_args_support(self.tx), {} if value is None else {"value": value}
+        updates, opt_state = optimizer.update(grads, self.opt_state, self.params, **of_loss)
+        params = optax.apply_updates(self.params, updates)
+        return self.replace(step=self.step + 1, params=params, opt_state=opt_state, **changes)
+
+
+class Model(Protocol):
+    """A flax module with a loss per row and an optimizer, see `dpreg.Module`."""
+
+    @property
+    def init(self) -> Callable[..., PyTree]:
+        """As of `flax.linen.Module`."""
+
+    @property
+    def apply(self) -> Callable[..., Any]:
+        """As of `flax.linen.Module`."""
+
+    def loss(self, prediction: Array, target: Array) -> Array:
+        """The loss of each row: [n, t], [n, t] -> [n]."""
+
+    def configure_optimizers(self) -> optax.GradientTransformation:
+        """The optimizer."""
+
+
+def initial_state(
+    model: Model,
+    row: ArrayLike,
+    seed: int,
+    dtype: np.dtype,
+    gradient_clip_val: float = Config.gradient_clip_val,
+    from_zero: bool = False,
+) -> TrainState:
+    """The state before the first step, drawn as float32 and kept as `dtype`.
+
+    Args:
+      row: [1, d], any.
+      gradient_clip_val: the largest norm of the global gradient; 0 for no limit.
+      from_zero: whether all parameters start at 0, not as the model draws them.
+
+    Raises:
+      InputError: when the model or its optimizer cannot be trained; see `dpreg.step.checks`.
+    """
+    require_model(model)
+    with pinned_settings(), traced(model):
+        init = jax.jit(lambda key, row: model.init(key, row, **mode_arguments(model, False)))
+        variables = dict(init(key_of(seed), jnp.asarray(row, jnp.float32)))
+    params, batch_stats = variables.pop("params", None), variables.pop("batch_stats", {})
+    if not params:
+        raise InputError("the model has no parameters; give one that has some to train")
+    if variables:
+        raise InputError(
+            f"the model has variables {sorted(variables)}, and only params and batch_stats can be trained; "
+            "keep no others"
+        )
+    for path, leaf in jax.tree_util.tree_leaves_with_path({"params": params, "batch_stats": batch_stats}):
+        if leaf.dtype != jnp.float32:
+            raise InputError(
+                f"the model keeps {jax.tree_util.keystr(path)} as {leaf.dtype}; keep float32, without param_dtype, and "
+                "compute in another type by precision, or by the dtype of a layer"
+            )
+    if from_zero:
+        params = jax.tree.map(jnp.zeros_like, params)
+    with pinned_settings(dtype == np.float64), traced(model):
+        params, batch_stats = jax.tree.map(lambda leaf: leaf.astype(dtype), (params, batch_stats))
+        require_modes(model, {"params": params, "batch_stats": batch_stats}, np.shape(row)[1])
+        optimizer = prepare_optimizer(model, params, gradient_clip_val)
+        state: TrainState = TrainState.create(
+            apply_fn=model.apply, params=params, tx=optimizer, batch_stats=batch_stats
+        ).replace(step=jnp.int32(0))
+    return state
+
+
+def forward(
+    model: Model,
+    variables: Mapping[str, PyTree],
+    batch: PyTree,
+    train: bool,
+    key: Array | None = None,
+    platform: str = "cpu",
+) -> tuple[Array, PyTree]:
+    """Predictions [n, t] for the rows of one shard, and the batch statistics after them.
+
+    `train` reaches models whose `__call__` takes it, by any name of `checks.MODES`. Rows of weight 0 are hidden from
+    every `nn.BatchNorm`; where all rows are, none is hidden: flax would give NaN, and such statistics are weighted with
+    0 anyway. In training, one with an `axis_name` normalises over all rows of the batch: see
+    `checks.normalises_over_batch`.
+    """
+    mode = mode_arguments(model, train)
+    real = batch["weight"] > 0
+    mask = real | ~real.any()
+
+    def hide_padding(next_call: Callable[..., Any], args: Any, kwargs: Any, context: Any) -> Any:
+        if is_batch_norm(context):
+            module, x = context.module, args[0] if args else kwargs["x"]
+            rows = (-1, *[1] * (x.ndim - 1))
+            if module.axis_name is not None and not uses_running_average(module, args, kwargs):
+                return _normalised_over_batch(module, x, real.reshape(rows))
+            kwargs = {"mask": mask.reshape(rows), **kwargs}
+        return next_call(*args, **kwargs)
+
+    x = batch["x"]
+    rounded = x.dtype == jnp.bfloat16 and platform != "cpu"
+    if platform == "gpu":
+        rounded &= not all_are_vectors(variables["params"])
+    products = jax.default_matmul_precision(_BFLOAT16_PRODUCTS if rounded else FULL_PRECISION)
+    with nn.intercept_methods(hide_padding), products:
+        prediction, updated = model.apply(
+            variables,
+            x.astype(batch["weight"].dtype),
+            **mode,
+            mutable=["batch_stats"] if train else [],
+            rngs=None if key is None else {"dropout": key},
+        )
+    return prediction, updated.get("batch_stats", {})
+
+
+def all_are_vectors(params: PyTree) -> bool:
+    """Whether no parameter is a matrix."""
+    return all(sum(n > 1 for n in leaf.shape) <= 1 for leaf in jax.tree.leaves(params))
+
+
+def _normalised_over_batch(module: nn.BatchNorm, x: Array, real: Array) -> Array:
+    """What the module makes of x [n, ...] by the mean and variance of the batch's real rows, of all shards.
+
+    flax would average the means of shards with unequally many rows.
+    """
+    features = {axis % x.ndim for axis in np.atleast_1d(module.axis)}
+    across = tuple(axis for axis in range(x.ndim) if axis not in features)
+    real = jnp.broadcast_to(real, x.shape)
+    count = jnp.maximum(sum_over_batch(real.sum(across, x.dtype)), 1)
+    mean = sum_over_batch(jnp.where(real, x, 0).sum(across)) / count
+    centre = jnp.expand_dims(mean, across)
+    variance = sum_over_batch(jnp.square(jnp.where(real, x, centre) - centre).sum(across)) / count
+    for name, of_batch in (("mean", mean), ("var", variance)):
+        before: Array = module.get_variable("batch_stats", name)
+        module.put_variable("batch_stats", name, module.momentum * before + (1 - module.momentum) * of_batch)
+    factor = lax.rsqrt(variance + module.epsilon)
+    if module.use_scale:
+        factor *= module.get_variable("params", "scale")
+    normalised = (x - centre) * jnp.expand_dims(factor, across)
+    if module.use_bias:
+        normalised += jnp.expand_dims(module.get_variable("params", "bias"), across)
+    return normalised

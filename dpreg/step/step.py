@@ -1,0 +1,219 @@
+"""The training step, as every device computes it: read it from top to bottom. What is fast where: tuning.py."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import Array, lax
+from jax.sharding import Mesh
+
+from dpreg.data.pipeline import BatchReader
+from dpreg.models.losses import row_losses
+from dpreg.step.layout import BatchLayout, CallArgs, ShardRange
+from dpreg.step.reduce import (
+    PyTree,
+    ShardLoss,
+    accumulate,
+    gradient_of_shard,
+    gradient_of_shards,
+    isolated,
+    mean_over_devices,
+    ordered_sum,
+)
+from dpreg.step.state import Model, TrainState, forward
+from dpreg.step.tuning import Schedule, Traversal
+from dpreg.tracing import key_of
+
+TRAINING_KEY = 1  # of the run's random key: the part for dropout, apart from that for the first parameters
+
+
+class Statistics(NamedTuple):
+    """What is summed over shards besides gradients and losses."""
+
+    weight: Array  # of the rows
+    rows: Array | None  # those with a weight, counted; None for models without batch statistics
+    batch_stats: PyTree  # times rows
+
+
+class Variables(NamedTuple):
+    """What the loss of a shard reads besides its rows."""
+
+    params: PyTree
+    batch_stats: PyTree
+    key: Array  # of this step
+
+
+Sums = tuple[PyTree, Array, Statistics]  # over rows: gradient, weighted loss, the rest
+
+
+class Program(NamedTuple):
+    """What is static in a train step."""
+
+    model: Model
+    layout: BatchLayout
+    mesh: Mesh
+    reduction: str
+    schedule: Schedule
+
+    @property
+    def platform(self) -> str:
+        """Of the devices."""
+        name: str = self.mesh.devices.flat[0].platform
+        return name
+
+
+class Call(NamedTuple):
+    """What one compiled call gives its steps on one device."""
+
+    args: CallArgs
+    shard_range: ShardRange
+    shards: Array  # [slots], those of this device
+    read: BatchReader
+    key: Array
+
+    @property
+    def one(self) -> Array:
+        """1, which the compiler does not know."""
+        one: Array = self.args.one
+        return one
+
+
+def train_block(
+    program: Program, state: TrainState, data: PyTree, shard_range: ShardRange, packed: Array
+) -> tuple[TrainState, Array, Array]:
+    """`num_steps` consecutive steps in one call; see `compile_train_block` for what it returns."""
+    call_args, layout = CallArgs(*packed), program.layout
+    shards = shard_range.first + jnp.arange(layout.slots, dtype=jnp.int32)
+    read = layout.reader(data, shards, call_args.first_step, call_args.seed)
+    call = Call(call_args, shard_range, shards, read, jax.random.fold_in(key_of(call_args.seed), TRAINING_KEY))
+
+    def step(k: Array, carry: tuple[TrainState, Array]) -> tuple[TrainState, Array]:
+        state, record = train_step(program, call, carry[0], k)
+        return state, lax.dynamic_update_index_in_dim(carry[1], record, k, 0)
+
+    steps = jnp.arange(layout.block_steps, dtype=jnp.int32)
+    history = jnp.zeros((layout.block_steps, 3), data["weight"].dtype)
+    state, history = lax.fori_loop(0, call_args.num_steps, step, (state, history))
+    return state, history, rows_used(call, state, steps, tagged="tag" in data)
+
+
+def train_step(program: Program, call: Call, state: TrainState, k: Array) -> tuple[TrainState, Array]:
+    """One step: the gradient of the weighted loss sum of all rows, divided once by their weight; then the optimizer.
+
+    Returns:
+      the state, and [3]: the weighted loss sum (NaN where the step was not taken), the weight, the gradient's norm.
+    """
+    step = call.args.first_step + k
+    variables = Variables(state.params, state.batch_stats, jax.random.fold_in(call.key, step))
+    if program.reduction == "ordered":
+        sums = ordered_sum(
+            lambda slot: sums_of_slot(program, call, variables, k, slot),
+            program.layout.slots,
+            call.shard_range.count,
+            program.layout.num_shards,
+            program.mesh,
+        )
+        new, norm = isolated(updated, call.one, state, sums, step)
+    else:
+        sums = mean_over_devices(sums_of_device(program, call, variables, k), program.mesh)
+        new, norm = updated(state, sums, step)
+    loss_sum = jnp.where(new.step > step, sums[1], jnp.nan)
+    return new, jnp.stack([loss_sum, sums[2].weight, norm])
+
+
+def sums_of_device(program: Program, call: Call, variables: Variables, k: Array) -> Sums:
+    """The sums over all rows of this device, as the schedule goes through them."""
+    (traversal, chunks, _), loss = program.schedule, bind_shard_loss(program, variables)
+
+    def of_chunk(c: Array) -> Sums:
+        if traversal is Traversal.ROWS:
+            any_shard = jnp.int32(0)
+            return gradient_of_shard(loss, variables.params, call.read.rows(k, c, chunks), any_shard)
+        numbers = call.shards + c * program.layout.num_shards
+        return gradient_of_shards(loss, variables.params, call.read.of_slots(k, c, chunks), numbers)
+
+    if traversal is Traversal.SHARD_BY_SHARD:
+        sums: Sums = accumulate(lambda slot: sums_of_slot(program, call, variables, k, slot), call.shard_range.count)
+        return sums
+    return in_chunks(chunks, call, of_chunk)
+
+
+def sums_of_slot(program: Program, call: Call, variables: Variables, k: Array, slot: Array) -> Sums:
+    """The sums over the rows of one shard; ordered: whatever the surroundings, by the same instructions."""
+    chunks, layout = program.schedule.num_chunks, program.layout
+    shard = call.shard_range.first + slot  # not shards[slot]: of one slot the compiler would know the shard
+
+    def of_chunk(c: Array) -> Sums:
+        batch, number = call.read.of_slot(k, slot, c, chunks), shard + c * layout.num_shards
+        if program.reduction != "ordered":
+            return gradient_of_shard(bind_shard_loss(program, variables), variables.params, batch, number)
+        # Not the features of row-wise models: their only use is in products, and a copy takes a fifth of a step.
+        kept = {"x": batch.pop("x")} if program.schedule.traversal is Traversal.ROWS else {}
+
+        def gradient(variables: Variables, batch: PyTree, number: Array) -> Sums:
+            return gradient_of_shard(bind_shard_loss(program, variables), variables.params, kept | batch, number)
+
+        sums: Sums = isolated(gradient, call.one, variables, batch, number)
+        return sums
+
+    return in_chunks(chunks, call, of_chunk)
+
+
+def in_chunks(chunks: int, call: Call, of_chunk: Callable[[Array], Sums]) -> Sums:
+    """The sums over so many chunks, one after the other."""
+    if chunks == 1:
+        return of_chunk(jnp.int32(0))
+    sums: Sums = accumulate(of_chunk, call.one * chunks)
+    return sums
+
+
+def bind_shard_loss(program: Program, variables: Variables) -> ShardLoss:
+    """`shard_loss` as a function of the parameters, the batch of one shard and its number."""
+
+    def loss(params: PyTree, batch: PyTree, shard: Array) -> tuple[Array, Statistics]:
+        key = jax.random.fold_in(variables.key, shard)
+        return shard_loss(program.model, params, variables.batch_stats, batch, key, program.platform)
+
+    return loss
+
+
+def shard_loss(
+    model: Model, params: PyTree, batch_stats: PyTree, batch: PyTree, key: Array, platform: str
+) -> tuple[Array, Statistics]:
+    """The weighted loss sum of a shard's batch, and what else is summed."""
+    variables = {"params": params, "batch_stats": batch_stats}
+    prediction, new = forward(model, variables, batch, True, key, platform)
+    weight = batch["weight"]
+    rows = (weight > 0).sum(dtype=weight.dtype) if batch_stats else None
+    losses = row_losses(model, variables, prediction, batch)
+    return jnp.vdot(losses, weight), Statistics(weight.sum(), rows, jax.tree.map(lambda leaf: leaf * rows, new))
+
+
+def updated(state: TrainState, sums: Sums, step: Array) -> tuple[TrainState, Array]:
+    """The state after a step with these sums, or as it was where that is not finite; and the mean gradient's norm."""
+    gradient, value, rest = sums
+    # A multiplication by the inverse, as the compiler would make it anyway in some of the programs.
+    per_weight = 1 / jnp.where(rest.weight > 0, rest.weight, 1)
+    batch_stats = state.batch_stats
+    if rest.rows is not None:
+        any_row, per_row = rest.rows > 0, 1 / jnp.where(rest.rows > 0, rest.rows, 1)
+        batch_stats = jax.tree.map(
+            lambda new, old: jnp.where(any_row, new * per_row, old), rest.batch_stats, batch_stats
+        )
+    gradient = jax.tree.map(lambda leaf: leaf * per_weight, gradient)
+    new = state.apply_gradients(grads=gradient, value=value * per_weight, batch_stats=batch_stats)
+    finite = jnp.isfinite(value) & jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(new.params)]).all()
+    good = finite & (state.step == step)
+    kept: TrainState = jax.tree.map(lambda new, old: jnp.where(good, new, old), new, state)
+    return kept, optax.tree.norm(gradient).astype(value.dtype)
+
+
+def rows_used(call: Call, state: TrainState, steps: Array, tagged: bool) -> Array:
+    """[block_steps, 2] uint32 for the audit: how many tagged rows each step used here, and the sum of their tags."""
+    if not tagged:
+        return jnp.zeros((len(steps), 2), jnp.uint32)
+    tags = jax.vmap(lambda k: call.read.rows(k)["tag"])(steps)
+    tags = jnp.where((call.args.first_step + steps < state.step)[:, None], tags, 0)
+    return jnp.stack([(tags > 0).sum(axis=1, dtype=tags.dtype), tags.sum(axis=1, dtype=tags.dtype)], 1)

@@ -1,0 +1,141 @@
+"""Every decision that depends on the platform, and changes how fast a step is but not what it computes."""
+
+import enum
+from typing import Any, NamedTuple
+
+import jax
+from jax.sharding import Mesh
+
+from dpreg.distributed import devices
+from dpreg.models.linear import LinearRegressionScratch
+from dpreg.models.mlp import LinearRegression
+from dpreg.step.layout import BatchLayout
+from dpreg.step.state import Model, TrainState, all_are_vectors
+
+# CPU: rows of a step are taken in chunks that stay in cache, where the backward pass finds what the forward pass read:
+# the cache of one core, or the last-level cache where cores share an operation (XLA shares large ones alone).
+_CHUNK_BYTES_ONE_CORE, _CHUNK_BYTES_SHARED, _LARGE_SHARD_BYTES = 5 << 16, 5 << 20, 5 << 18
+
+# CPU: a loop compiled as one function is up to twice as fast where its operations are small; otherwise each operation
+# is dispatched, for 60 ns, and may be shared by cores. The bits of the two differ.
+_WHOLE_LOOPS = "small-while-loop-hoisting"
+_MOST_FACTORS_OF_WHOLE_LOOPS = 9 << 9
+
+# GPU: loops become CUDA graphs, and GEMM algorithms are chosen by rule: autotuned, processes would choose differently.
+_GPU_OPTIONS = {
+    "xla_gpu_enable_command_buffer": "FUSION,CUBLAS,CUBLASLT,CUSTOM_CALL,CUDNN,DYNAMIC_SLICE_FUSION,CONDITIONAL,WHILE",
+    "xla_gpu_autotune_level": "0",
+}
+
+# FLOPs of one compiled call, about a second of a CPU and of the slowest chips: signals, checkpoints and progress are
+# handled only between calls. On a chip, a shard that is computed by itself takes at least as long as the last of these.
+_OPERATIONS_OF_CALL, _OPERATIONS_OF_CALL_OF_CHIP, _LEAST_OPERATIONS_OF_SHARD = 1 << 36, 1 << 41, 1 << 26
+
+# ordered: only multi-device programs get CSE before the first algebraic simplification, which rewrites x / s to
+# x * (1 / s) where s has one user. Without CSE, one-device programs are simplified alike.
+_CSE = "cse"
+
+
+class Traversal(enum.Enum):
+    """How a device goes through its rows of a step under pmean."""
+
+    ROWS = "any rows together: the model treats each by itself"
+    SHARDS_TOGETHER = "all shards at once, by vmap"
+    SHARD_BY_SHARD = "one shard after the other"
+
+
+class Schedule(NamedTuple):
+    """How a step is computed on a device: nothing here changes its result but by rounding.
+
+    Attributes:
+      traversal: see there; ordered always goes shard by shard.
+      num_chunks: equal parts of a batch that are accumulated; at least the run's accumulate_steps.
+      whole_loops: whether XLA:CPU makes one function of a loop.
+    """
+
+    traversal: Traversal
+    num_chunks: int
+    whole_loops: bool = False
+
+
+def schedule_for(
+    model: Model,
+    state: TrainState,
+    layout: BatchLayout,
+    mesh: Mesh,
+    accumulate: int,
+    reduction: str,
+    sync_batch_norm: bool,
+) -> Schedule:
+    """The fastest schedule known for a platform, the same in all processes; ordered: on any number of devices."""
+    row_wise = is_row_wise(model, state)
+    together = Traversal.ROWS if row_wise else Traversal.SHARDS_TOGETHER
+    if mesh.devices.flat[0].platform != "cpu":
+        return Schedule(together, accumulate)
+    rows = layout.shard_batch // accumulate
+    if reduction == "ordered":
+        # Shared by cores, an operation has the bits that it has on one, but for products of matrices.
+        by_cores = multiplies_vectors_only(model, state) and rows * layout.row_bytes > _CHUNK_BYTES_ONE_CORE
+    else:
+        rows *= layout.slots
+        by_cores = devices.have_several_cores(mesh)
+    if not row_wise:
+        large = _CHUNK_BYTES_SHARED if by_cores else _LARGE_SHARD_BYTES
+        split = not sync_batch_norm and rows * layout.row_bytes > large
+        return Schedule(Traversal.SHARD_BY_SHARD if split else together, accumulate)
+    width = max(layout.row_bytes // 4, sum(leaf.size for leaf in jax.tree.leaves(state.params)))
+    chunk_bytes = _CHUNK_BYTES_SHARED if by_cores else _CHUNK_BYTES_ONE_CORE
+    return Schedule(
+        together,
+        accumulate * fewest_parts(rows, chunk_bytes // layout.row_bytes),
+        whole_loops=not by_cores or rows * width <= _MOST_FACTORS_OF_WHOLE_LOOPS,
+    )
+
+
+def steps_of_call(platform: str, operations: int, shards: int) -> int:
+    """How many steps one compiled call takes at most.
+
+    Args:
+      operations: of a step; shards: how many of a device are computed one after the other, 0 where all are at once.
+    """
+    if platform == "cpu":
+        return max(1, _OPERATIONS_OF_CALL // operations)
+    return max(1, _OPERATIONS_OF_CALL_OF_CHIP // max(operations, shards * _LEAST_OPERATIONS_OF_SHARD))
+
+
+def compiler_options(reduction: str, platform: str, whole_loops: bool = False) -> dict[str, str]:
+    """What XLA is told: above all the passes to leave out."""
+    disabled = [_CSE] if reduction == "ordered" else []
+    if platform == "cpu" and not (whole_loops and devices.makes_whole_loops()):
+        disabled.append(_WHOLE_LOOPS)
+    options = {"xla_disable_hlo_passes": ",".join(disabled)} if disabled else {}
+    if platform == "gpu":
+        options |= {name: value for name, value in _GPU_OPTIONS.items() if not devices.in_xla_flags(name)}
+    return options
+
+
+def known_class(model: Model) -> type[Any]:
+    """The class whose computation a model has: its own, or the one that it was found to be equal to, `same_as`."""
+    known: type[Any] = getattr(model, "same_as", type(model))
+    return known
+
+
+def is_row_wise(model: Model, state: TrainState) -> bool:
+    """Whether a model says that each row is by itself, and has few gradients to add up."""
+    known = known_class(model)
+    says = next((of for of in known.__mro__ if "row_wise" in vars(of)), None)
+    declared = says is not None and vars(says)["row_wise"] and known.__call__ is says.__call__
+    gradient_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state.params))
+    return declared and gradient_bytes * 4 <= _CHUNK_BYTES_ONE_CORE
+
+
+def multiplies_vectors_only(model: Model, state: TrainState) -> bool:
+    """Whether all products of a model are known to be matrix-vector products."""
+    linear = known_class(model).__call__ in (LinearRegressionScratch.__call__, LinearRegression.__call__)
+    return linear and all_are_vectors(state.params)
+
+
+def fewest_parts(rows: int, most: int) -> int:
+    """Into how many equal parts to cut rows, for one to have at most so many; 1 where that takes many more."""
+    fewest = -(-rows // max(most, 1))
+    return next((parts for parts in range(fewest, 2 * fewest + 1) if rows % parts == 0), 1)

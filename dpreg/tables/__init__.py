@@ -1,0 +1,1 @@
+"""Tables: their files, columns, ingest, statistics and cache."""

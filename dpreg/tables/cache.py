@@ -1,0 +1,305 @@
+"""Rows in files, mapped into memory: whole or not there at all, whoever else reads or writes them."""
+
+import contextlib
+import dataclasses
+import errno
+import fcntl
+import hashlib
+import json
+import pathlib
+import shutil
+import tempfile
+import time
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import DTypeLike
+
+from dpreg.data.schema import Schema
+from dpreg.data.sources import Rows, gathered
+from dpreg.errors import InputError
+from dpreg.files import publish
+from dpreg.tables.standalone import sealed
+
+_MANIFEST, _CHECKSUMS = "manifest.json", "checksums"
+_COLUMNS = ("x", "y", "weight", "row")
+_BLOCK_BYTES = 1 << 17  # of all columns together
+_READ_AT_ONCE_BYTES = 1 << 28  # when it is opened: about 0.1 s
+
+
+class DamagedCacheError(InputError):
+    """The files of a cached table are not those that were written.
+
+    Attributes:
+      damage: what is wrong with them.
+    """
+
+    def __init__(self, folder: pathlib.Path, damage: object):
+        super().__init__(
+            f"{folder}: the cached table is damaged ({damage}) and was deleted; start again to read the table anew"
+        )
+        self.damage = damage
+
+
+def _discard(file: pathlib.Path, inode: int, damage: object) -> DamagedCacheError:
+    """Deletes a cached table, unless another process has written it anew; returns the error to raise.
+
+    Args:
+      file: one of its files; inode: that it had when the table was opened.
+    """
+    with contextlib.suppress(OSError):
+        if file.stat().st_ino == inode:
+            shutil.rmtree(file.parent, ignore_errors=True)
+    return DamagedCacheError(file.parent, damage)
+
+
+class Column:
+    """A column of rows in a file, mapped into memory. Each block is compared with its checksum when it is first read.
+
+    Args:
+      file: the values [n, ...], one row after the other.
+      checksums: [blocks] uint32, CRC-32 of each block.
+      block_rows: rows of a block.
+    """
+
+    def __init__(
+        self, file: pathlib.Path, dtype: DTypeLike, shape: tuple[int, ...], checksums: np.ndarray, block_rows: int
+    ):
+        self._file, self._inode, self._checksums, self._block_rows = file, file.stat().st_ino, checksums, block_rows
+        self._values = np.asarray(np.memmap(file, dtype, "r", shape=shape))
+        self._unread = np.ones(len(checksums), bool)
+        self._whole = False
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the file."""
+        return self._values.nbytes
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+    def values(self, rows: np.ndarray | None = None) -> np.ndarray:
+        """The values of all rows, of which those at `rows` (all by default) are those that were written.
+
+        Raises:
+          DamagedCacheError: when they are not.
+        """
+        if not self._whole:
+            blocks = np.arange(len(self._unread)) if rows is None else rows // self._block_rows
+            for block in np.unique(blocks[self._unread[blocks]]):
+                self._check(int(block))
+            self._whole = not self._unread.any()
+        return self._values
+
+    def _check(self, block: int) -> None:
+        first = block * self._block_rows
+        if zlib.crc32(self._values[first : first + self._block_rows].data) != self._checksums[block]:
+            damage = f"{self._file.name} has other bytes than were written, from row {first + 1:,} on"
+            raise _discard(self._file, self._inode, damage)
+        self._unread[block] = False
+
+
+class ColumnWriter:
+    """Writes a column to a file, with the checksums of its blocks; a context manager.
+
+    Attributes:
+      checksums: of the blocks so far.
+    """
+
+    def __init__(self, file: pathlib.Path, block_rows: int):
+        self._file, self._block_rows = file, block_rows
+        self.checksums, self._room = list[int](), 0
+
+    def __enter__(self) -> "ColumnWriter":
+        self._open = self._file.open("wb")
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._open.close()
+
+    def write(self, values: np.ndarray) -> None:
+        """The next rows, contiguous in memory."""
+        start = 0
+        while start < len(values):
+            if not self._room:
+                self.checksums.append(0)
+                self._room = self._block_rows
+            part = values[start : start + self._room]
+            self.checksums[-1] = zlib.crc32(part.data, self.checksums[-1])
+            self._room -= len(part)
+            start += len(part)
+        self._open.write(values.data)
+
+
+def block_rows(row_bytes: int) -> int:
+    """Rows of a block: few enough for one row to be read fast, many enough for the checksums to be short."""
+    return max(1, _BLOCK_BYTES // row_bytes)
+
+
+@dataclasses.dataclass(frozen=True)
+class MappedSource:
+    """Rows in files, mapped into memory.
+
+    Attributes:
+      columns: "x", "y" and "weight", what the model sees, as `dpreg.data.sources.Source` gives it; and "row", the
+        number of each row in the table, from 0.
+      digest: its fingerprint.
+      schema: by which the columns of the table were encoded.
+    """
+
+    columns: Mapping[str, Column]
+    digest: str
+    schema: Schema
+
+    def __len__(self) -> int:
+        return len(self.columns["weight"])
+
+    def __getitem__(self, indices: np.ndarray) -> Rows:
+        return gathered(indices, **{name: self.columns[name].values(indices) for name in ("x", "y", "weight")})
+
+    @property
+    def x(self) -> np.ndarray:
+        """[n, d] features, all of them read."""
+        return self.columns["x"].values()
+
+    @property
+    def y(self) -> np.ndarray:
+        """[n, t] targets, all of them read."""
+        return self.columns["y"].values()
+
+    @property
+    def weight(self) -> np.ndarray:
+        """[n] weights, all of them read."""
+        return self.columns["weight"].values()
+
+    @property
+    def row(self) -> np.ndarray:
+        """[n] int64 numbers, all of them read."""
+        return self.columns["row"].values()
+
+    def fingerprint(self) -> str:
+        """Of all values, in their order; taken when they were written."""
+        return self.digest
+
+
+@contextlib.contextmanager
+def new_folder(folder: pathlib.Path) -> Iterator[pathlib.Path]:
+    """A folder that gets its name when it is complete, and goes away when that fails.
+
+    What an interrupted ingest has left is taken away, too: it is not of this minute, and nobody holds its lock.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    for left in folder.parent.glob("*.new-*"):
+        with contextlib.suppress(OSError):
+            if time.time() - left.stat().st_mtime < 60:
+                continue
+            with (left / "lock").open("w") as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(left, ignore_errors=True)
+    new = pathlib.Path(tempfile.mkdtemp(prefix=f"{folder.name}.new-", dir=folder.parent))
+    try:
+        with (new / "lock").open("w") as lock:
+            with contextlib.suppress(OSError):  # of some network file systems, which lock nothing
+                fcntl.flock(lock, fcntl.LOCK_EX)
+            yield new
+            (new / "lock").unlink()
+            if folder.exists() and not (folder / _MANIFEST).exists():
+                shutil.rmtree(folder, ignore_errors=True)  # damaged
+            try:
+                publish(new, folder)
+            except OSError as error:
+                if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
+                    raise  # else another process was faster, with the same rows
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """What was written of the rows to fit ("train"), or of those held out ("val").
+
+    Attributes:
+      rows: how many.
+      fingerprint: of their values.
+      checksums: of the blocks of each column, "x", "y", "weight" and "row".
+    """
+
+    rows: int
+    fingerprint: str
+    checksums: Mapping[str, Sequence[int]]
+
+
+def write_manifest(
+    folder: pathlib.Path, table: str, schema: Schema, dtype: np.dtype, block_rows: int, parts: Mapping[str, Part]
+) -> None:
+    """Says what lies in the folder: last, since nothing without it is opened.
+
+    Args:
+      dtype: of the rows.
+      block_rows: rows of a block that has a checksum.
+      parts: "train" and "val".
+    """
+    checksums = [part.checksums.get(name, ()) for part in parts.values() for name in _COLUMNS]
+    text = np.array([number for numbers in checksums for number in numbers], np.uint32).tobytes()
+    (folder / _CHECKSUMS).write_bytes(text)
+    manifest = {
+        "table": table,
+        "dtype": str(dtype),
+        "rows": {name: part.rows for name, part in parts.items()},
+        "digests": {name: part.fingerprint for name, part in parts.items()},
+        "block_rows": block_rows,
+        "checksums": hashlib.sha256(text).hexdigest(),
+        "schema": schema.to_json(),
+    }
+    (folder / _MANIFEST).write_text(json.dumps(sealed(manifest), indent=2) + "\n", encoding="utf-8")
+
+
+def opened(folder: pathlib.Path) -> tuple[MappedSource, MappedSource | None, Schema] | None:
+    """The rows to fit, those held out, and what their columns are; None where there is no such folder.
+
+    Small tables are compared with their checksums here, others as they are read.
+
+    Raises:
+      DamagedCacheError: when they are not those that were written.
+    """
+    file = folder / _MANIFEST
+    if not file.exists():
+        return None
+    inode = file.stat().st_ino
+    try:
+        manifest: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        checksums = (folder / _CHECKSUMS).read_bytes()
+        if manifest != sealed(manifest) or manifest["checksums"] != hashlib.sha256(checksums).hexdigest():
+            raise ValueError(f"{_MANIFEST} or {_CHECKSUMS} has other bytes than were written")
+        schema = Schema.from_json(manifest["schema"])
+        found = _mapped(folder, manifest, schema, np.frombuffer(checksums, np.uint32))
+    except PermissionError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise _discard(file, inode, error) from error
+    columns = [column for source in found.values() for column in source.columns.values()]
+    if sum(column.nbytes for column in columns) <= _READ_AT_ONCE_BYTES:
+        for column in columns:
+            column.values()
+    return found["train"], found.get("val"), schema
+
+
+def _mapped(
+    folder: pathlib.Path, manifest: Mapping[str, Any], schema: Schema, checksums: np.ndarray
+) -> dict[str, MappedSource]:
+    """The sources of the parts that have rows."""
+    dtype, block_rows = np.dtype(manifest["dtype"]), manifest["block_rows"]
+    of_column = {"x": (dtype, len(schema.features)), "y": (dtype, len(schema.targets))}
+    found, start = {}, 0
+    for part, rows in manifest["rows"].items():
+        columns, blocks = {}, -(-rows // block_rows)
+        for name in _COLUMNS if rows else ():
+            kind, *width = of_column.get(name, (np.dtype(np.int64) if name == "row" else dtype,))
+            file, of_blocks = folder / f"{part}.{name}", checksums[start : start + blocks]
+            columns[name] = Column(file, kind, (rows, *width), of_blocks, block_rows)
+            start += blocks
+        if rows:
+            found[part] = MappedSource(columns, manifest["digests"][part], schema)
+    return found

@@ -1,0 +1,367 @@
+"""The columns of a table as numbers: found, converted and checked."""
+
+import collections
+import dataclasses
+import itertools
+import re
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from absl import logging
+from numpy.typing import DTypeLike
+
+from dpreg.config import Columns
+from dpreg.data.schema import NUMBER, ROW, WEIGHT, Category, Schema
+from dpreg.errors import InputError, is_one_line, listed
+from dpreg.spelling import spell
+from dpreg.tables.standalone import spelled, text_of
+from dpreg.tables.table import Part, Table
+from dpreg.tables.values import DATES, NUMBERS, TEXTS, parse, refuse_mixture
+
+LARGEST = 1e150  # of float64: squares of larger values are not finite
+_MOST_CATEGORIES = 1_000_000  # that are held in memory, with their counts
+_MICROSECONDS_A_DAY = 86_400e6
+_NARROW = {pa.bool_(), pa.int8(), pa.uint8(), pa.int16(), pa.uint16(), pa.float16(), pa.float32(), pa.null()}
+_UNNAMED = re.compile(r"(?:Unnamed: \d+)?(?:_level_\d+)?")  # as pandas reads a column without a name
+_BATCH_BYTES = 16 << 20  # of rows as float64, taken in at once
+
+
+def resolve(columns: Columns, table: Table) -> Columns:
+    """With the features named, and groups of columns by their members.
+
+    Raises:
+      InputError: for a column that is not there, or that is asked for twice.
+    """
+    there = set(table.columns)
+
+    def named(names: Sequence[str]) -> tuple[str, ...]:
+        return tuple(c for n in names for c in ((n,) if n in there else table.groups.get(n, (n,))))
+
+    full = dataclasses.replace(
+        columns,
+        target=named(columns.target),
+        exclude=named(columns.exclude),
+        categorical=named(columns.categorical),
+        dates=named(columns.dates),
+    )
+    features = named(columns.features) or _all_features(full, table)
+    full = dataclasses.replace(full, features=features)
+    taken, as_features = full.used_columns, set(features)
+    for name in (*taken, *full.exclude, *full.categorical, *full.dates):
+        if not is_one_line(name):
+            raise InputError(f"{table.name}: column {name!r} has characters that cannot be printed; rename it")
+    table.require((*taken, *full.exclude, *full.categorical, *full.dates))
+    for name, count in collections.Counter(taken).items():
+        if count > 1:
+            raise InputError(f"{table.name}: column {name!r} is asked for twice; name it once")
+    for setting, names in (("categorical", full.categorical), ("dates", full.dates)):
+        for name in names:
+            if name not in as_features:
+                raise InputError(
+                    f"{table.name}: {spell(setting, (name,))} is not a feature; leave it out there, or name it in "
+                    f"{spell('features')}"
+                )
+    for name in sorted({*full.categorical} & {*full.dates}):
+        both = f"{spell('categorical')} and in {spell('dates')}"
+        raise InputError(f"{table.name}: column {name!r} is in {both}; choose one")
+    if not features:
+        raise InputError(
+            f"{table.name}: there is no column to fit on besides the target; take some out of {spell('exclude')}"
+        )
+    return full
+
+
+def _all_features(columns: Columns, table: Table) -> tuple[str, ...]:
+    """The columns that are features where none are named; says what a user may not expect of them."""
+    used = {*columns.target, *columns.exclude, columns.weight_column}
+    left_out = [name for name in table.columns if name in table.index - used - {*columns.categorical, *columns.dates}]
+    features = tuple(name for name in table.columns if name not in used.union(left_out))
+    if left_out:
+        logging.warning(
+            "%s: %s: the index of a pandas DataFrame, and not a feature; to fit on it, name it in %s",
+            *(table.name, listed(left_out), spell("features")),
+        )
+    unnamed = [name for name in features if _UNNAMED.fullmatch(name)]
+    if unnamed:
+        logging.warning(
+            "%s: column %s has no name, as an index that pandas wrote, and is a feature; if it numbers the rows, leave "
+            "it out with %s",
+            *(table.name, listed(unnamed), spell("exclude", (unnamed[0],))),
+        )
+    return features
+
+
+class RawReader:
+    """Reads the columns asked for as float64, and notes what is missing.
+
+    Args:
+      columns: what to take from tables, resolved.
+      schema: of a model, which knows categories and their codes; -1 is any other. None: codes are given in the order
+        of appearance.
+      dtype: what the model sees numbers as.
+
+    Attributes:
+      narrow: for each column of what `read` yields whether float32 holds all values that it had so far.
+      without_weight: how many rows had the weight 0.
+    """
+
+    def __init__(self, columns: Columns, schema: Schema | None = None, dtype: DTypeLike = np.float32):
+        self.columns, self.dtype = columns, np.dtype(dtype)
+        self.names = columns.used_columns
+        known = {c.name: c.values for c in schema.inputs if isinstance(c, Category)} if schema else {}
+        self.codes = {n: {v: code for code, v in enumerate(known.get(n, ()))} for n in columns.categorical}
+        self._kinds = dict.fromkeys(self.names, NUMBERS) | dict.fromkeys(columns.dates, DATES)
+        self._kinds |= dict.fromkeys(columns.categorical, TEXTS)
+        self._predicts = schema is not None
+        # float32 does not hold the numbers of rows.
+        self.narrow = (*[True] * (len(columns.features) + len(columns.target) + 1), False, False)
+        self.without_weight = 0
+        self._missing: dict[str, tuple[int, str]] = {}  # column -> how many values, and where the first is
+        self._booleans: dict[str, str] = {}  # column -> where the first is
+        self._numbers: dict[str, str] = {}  # column -> where the first besides 0 and 1 is
+
+    def read(self, table: Table, rows: int | None = None) -> Iterator[np.ndarray]:
+        """The rows of a table in batches of that many, so that sums over them do not depend on how its parts are cut.
+
+        A row of weight 0 is left out before anything is learned or checked of it, and gets no number: all else is as
+        if the table did not have it.
+
+        Yields:
+          [n, inputs + targets + 3] float64: numbers, codes of categories, NaN where missing; then, as the constants
+          `WEIGHT`, `ROW` and `NUMBER` of `dpreg.data.schema` have it, the row's weight, which row of the table it is,
+          and its number among those with a weight, both from 0.
+
+        Raises:
+          InputError: for what is no number, not finite as `dtype`, or not in the range of weights or logarithms.
+        """
+        seen, first, waiting = 0, 0, list[np.ndarray]()
+        for part in itertools.chain(table.read(self._kinds), (None,)):
+            if part is not None:
+                waiting.append(self._raw(part, seen))
+                seen += part.batch.num_rows
+            if not waiting:
+                continue
+            size = rows or max(1, _BATCH_BYTES // (8 * waiting[0].shape[1]))
+            while (have := sum(map(len, waiting))) >= size or (part is None and have):
+                raw = np.concatenate(waiting) if len(waiting) > 1 else waiting[0]
+                batch, waiting = raw[:size], [raw[size:]]
+                batch[:, NUMBER] = np.arange(first, first + len(batch))  # float64 holds every number below 2**53
+                first += len(batch)
+                yield batch
+
+    def _raw(self, part: Part, seen: int) -> np.ndarray:
+        """The rows of a part that have a weight, not numbered yet; `seen` rows of the table are before it."""
+        columns = self.columns
+        rows = np.arange(part.batch.num_rows)
+        if columns.weight_column:
+            # Of the dtype of the model, in which a small weight may be 0.
+            weight = _numbers(part, columns.weight_column, len(self.names) - 1)
+            rows = np.flatnonzero(weight.astype(self.dtype) != 0)
+            if len(rows) < len(weight):
+                self.without_weight += len(weight) - len(rows)
+                part = part.take(rows)
+        raw = np.ones((len(rows), len(columns.features) + len(columns.target) + 3))
+        raw[:, ROW] = seen + rows
+        numbers = self._fill(raw, part)
+        self._refuse_infinite(part, raw, numbers)
+        self._refuse_mixtures(part, raw, numbers)
+        self.narrow = (*(n and self._is_narrow(part, at) for at, n in enumerate(self.narrow[:ROW])), False, False)
+        gone = np.isnan(raw)
+        for at in map(int, np.flatnonzero(gone.any(axis=0))):
+            name = self.names[at]
+            count, where = self._missing.get(name, (0, part.where(int(gone[:, at].argmax()))))
+            self._missing[name] = count + int(gone[:, at].sum()), where
+        if columns.weight_column and (bad := raw[:, WEIGHT] < 0).any():
+            raise InputError(
+                f"{part.where(int(bad.argmax()))}: column {columns.weight_column!r}: the weight is negative; "
+                "use 0 or more"
+            )
+        if columns.target_transform == "log":
+            for at, name in enumerate(columns.target, len(columns.features)):
+                if (bad := raw[:, at] <= 0).any():
+                    where = part.where(int(bad.argmax()))
+                    raise InputError(
+                        f"{where}: column {name!r} is not above 0, and has no logarithm; use another "
+                        f"{spell('target_transform')}"
+                    )
+                raw[:, at] = np.log(raw[:, at])
+        return raw
+
+    def _fill(self, raw: np.ndarray, part: Part) -> list[int]:
+        """Fills in the columns of a part; gives the positions of those that are numbers."""
+        numbers, plain = list[int](), list[int]()
+        for at, (name, kind) in enumerate(zip(self.names, part.batch.schema.types, strict=True)):
+            wanted = self._kinds[name]
+            if wanted == NUMBERS:
+                numbers.append(at)
+            if wanted == NUMBERS and kind == pa.float64():
+                plain.append(at)
+            elif wanted == TEXTS:
+                raw[:, at] = self._coded(part, name, part.column(at))
+            elif wanted == DATES:
+                raw[:, at] = _days(part, name, part.column(at))
+            else:
+                raw[:, at] = _numbers(part, name, at)
+                if pa.types.is_boolean(part.column(at).type):
+                    self._booleans.setdefault(name, part.where(0))
+        if plain:
+            raw[:, plain] = part.batch.select(plain).to_tensor(null_to_nan=True).to_numpy()
+        return numbers
+
+    def _refuse_infinite(self, part: Part, raw: np.ndarray, numbers: list[int]) -> None:
+        """Raises InputError for a number that is not finite as the model sees it; a schema scales it before that."""
+        most = LARGEST if self._predicts else min(float(np.finfo(self.dtype).max), LARGEST)
+        bad = np.abs(raw[:, numbers]) > most  # False for NaN
+        if bad.any():
+            at = int(bad.any(axis=0).argmax())
+            raise InputError(
+                f"{part.where(int(bad[:, at].argmax()))}: column {self.names[numbers[at]]!r} has a value that is not "
+                f"finite as {self.dtype}"
+                + (f", or beyond {most:g}" if most == LARGEST else "")
+                + f"; correct it, or leave the column out with {spell('exclude', (self.names[numbers[at]],))}"
+            )
+
+    def _refuse_mixtures(self, part: Part, raw: np.ndarray, numbers: list[int]) -> None:
+        """Raises InputError for a column of true and false with other numbers than 0 and 1, wherever they are."""
+        new = [at for at in numbers if self.names[at] not in self._numbers]
+        values = raw[:, new]
+        other = (values != 0) & (values != 1) & ~np.isnan(values)
+        for position in map(int, np.flatnonzero(other.any(axis=0))):
+            self._numbers[self.names[new[position]]] = part.where(int(other[:, position].argmax()))
+        for name, where in self._booleans.items():
+            if name in self._numbers:
+                raise refuse_mixture(name, where, self._numbers[name])
+
+    def _is_narrow(self, part: Part, at: int) -> bool:
+        """Whether float32 holds all values of a column of a part."""
+        if at == len(self.names):
+            return True  # weights of 1
+        name = self.names[at]
+        if name in self.codes:
+            return True  # up to a million
+        as_it_is = at < len(self.columns.features) or self.columns.target_transform != "log"
+        return as_it_is and self._kinds[name] != DATES and part.batch.schema.field(at).type in _NARROW
+
+    def _coded(self, part: Part, name: str, column: pa.Array) -> np.ndarray:
+        """Categories as their codes; NaN where missing: null, NaN or empty."""
+        try:
+            texts, indices = _distinct(column)
+        except (pa.ArrowException, TypeError, ValueError) as error:
+            reason = " ".join(str(error).split())[:100]
+            raise InputError(
+                f"{part.where(0)}: column {name!r} holds no categories but {column.type}: {reason}; take it out of "
+                f"{spell('categorical')}"
+            ) from error
+        codes, own = self.codes[name], np.full(len(texts) + 1, np.nan)
+        for at, text in enumerate(texts):
+            if text:
+                value = spelled(text)
+                own[at] = codes.get(value, -1) if self._predicts else codes.setdefault(value, len(codes))
+        if len(codes) > _MOST_CATEGORIES:
+            raise InputError(
+                f"{part.where(0)}: column {name!r} has more than {_MOST_CATEGORIES:,} categories by here; "
+                f"leave it out with {spell('exclude', (name,))}"
+            )
+        found: np.ndarray = own[indices]
+        return found
+
+    def there(self, raw: np.ndarray) -> np.ndarray:
+        """Which rows are used: with missing="drop" those without missing values."""
+        if self.columns.missing != "drop":
+            return np.ones(len(raw), bool)
+        there: np.ndarray = ~np.isnan(raw).any(axis=1)
+        return there
+
+    def refuse_missing(self, table: str) -> None:
+        """Raises InputError where values are missing that may not be."""
+        columns = self.columns
+        filled = columns.features if columns.missing == "mean" else ()
+        wrong = {name: m for name, m in self._missing.items() if columns.missing != "drop" and name not in filled}
+        if wrong:
+            least = "at least " if self._predicts else ""
+            each = "; ".join(
+                f"column {name!r} has {least}{n:,}, the first in {where}" for name, (n, where) in wrong.items()
+            )
+            remedies = ("drop",) if columns.missing == "mean" or self._predicts else ("drop", "mean")
+            raise InputError(f"{table}: values are missing: {each}; fill them in, or use {spell('missing', *remedies)}")
+
+
+def _distinct(column: pa.Array) -> tuple[list[str | None], np.ndarray]:
+    """The distinct values of a column as text, and for each row its position among them; -1 where it is missing."""
+    kind = column.type
+    if pa.types.is_duration(kind):
+        raise TypeError("its values are spelled differently by each program")
+    if not (pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_decimal(kind)):
+        column = column.cast(pa.string())
+    encoded = pc.dictionary_encode(column)
+    values, texts = encoded.dictionary, list[str | None]()
+    if pa.types.is_floating(kind):
+        texts = [None if np.isnan(value) else text_of(value) for value in values.to_numpy(zero_copy_only=False)]
+    elif pa.types.is_decimal(kind):
+        texts = [text_of(value) for value in values.to_pylist()]
+    else:
+        texts = values.cast(TEXTS).to_pylist()
+    return texts, pc.fill_null(encoded.indices, -1).to_numpy(zero_copy_only=False)
+
+
+def _numbers(part: Part, name: str, at: int) -> np.ndarray:
+    """A column as float64 [n], NaN where missing.
+
+    Raises:
+      InputError: for what is no number.
+    """
+    column = part.column(at)
+    kind = column.type
+    if pa.types.is_boolean(kind):
+        column = column.cast(pa.uint8())
+    elif pa.types.is_decimal(kind):
+        column = column.cast(pa.float64())
+    elif not (pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_null(kind)):
+        raise InputError(_not_numeric(part, name, column))
+    values: np.ndarray = column.to_numpy(zero_copy_only=False).astype(np.float64, copy=False)
+    return values
+
+
+def _days(part: Part, name: str, column: pa.Array) -> np.ndarray:
+    """A column of dates, times or durations as float64 [n]: days, since the beginning of 1970 (UTC)."""
+    if is_text(column.type):
+        column = parse(column.cast(TEXTS), DATES, name, part.where)
+    kind = column.type
+    if pa.types.is_date(kind) or pa.types.is_timestamp(kind):
+        column = column.cast(pa.timestamp("us", getattr(kind, "tz", None)), safe=False).cast(pa.int64())
+    elif pa.types.is_duration(kind):
+        column = column.cast(pa.duration("us"), safe=False).cast(pa.int64())
+    elif not pa.types.is_null(kind):
+        raise InputError(f"{part.where(0)}: column {name!r} holds no dates but {kind}; take it out of {spell('dates')}")
+    days: np.ndarray = column.to_numpy(zero_copy_only=False).astype(np.float64) / _MICROSECONDS_A_DAY
+    return days
+
+
+def is_text(kind: pa.DataType) -> bool:
+    """Whether a type is text, however it is stored."""
+    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind))
+
+
+def _not_numeric(part: Part, name: str, column: pa.Array) -> str:
+    if pa.types.is_temporal(column.type) and not pa.types.is_time(column.type):
+        remedy = f"use {spell('dates', (name,))} or {spell('exclude', (name,))}"
+        return f"{part.where(0)}: column {name!r} is not numeric but {column.type}; {remedy}"
+    hint, category = f"choose columns with {spell('features')} or {spell('exclude')}", spell("categorical", (name,))
+    if not is_text(column.type):
+        return f"{part.where(0)}: column {name!r} is not numeric but {column.type}; {hint}"
+    row = next((i for i, value in enumerate(column.to_pylist()) if value is not None and not _is_number(value)), None)
+    if row is None:
+        return f"{part.where(0)}: column {name!r} holds numbers written as text; store numbers, or use {category}"
+    value = column[row].as_py()
+    remedy = f"{hint}, or use {category}" if value.strip() else "leave no blanks where a value is missing"
+    return f"{part.where(row)}: column {name!r} has {value!r}, which is no number; {remedy}"
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True

@@ -1,0 +1,255 @@
+"""Ingest: a table becomes memory-mapped rows, read once, checked once and shuffled once.
+
+Two passes keep memory bounded whatever the table's size. The first reads the table in a stream, finds what is
+missing or wrong, learns moments and categories from the rows to fit, and shuffles the rows. The second writes what
+the model sees of them, in their new order.
+"""
+
+import contextlib
+import dataclasses
+import errno
+import hashlib
+import json
+import logging
+import pathlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+
+import numpy as np
+from numpy.typing import DTypeLike
+
+from dpreg.config import Columns, Config
+from dpreg.data.prefetch import prefetch
+from dpreg.data.sampler import keyed_hash
+from dpreg.data.schema import NUMBER, ROW, Schema
+from dpreg.data.sources import RegressionData
+from dpreg.distributed.presence import at_work
+from dpreg.errors import InputError, listed, prefix_errors
+from dpreg.spelling import spell
+from dpreg.tables.cache import (
+    ColumnWriter,
+    DamagedCacheError,
+    MappedSource,
+    Part,
+    block_rows,
+    new_folder,
+    opened,
+    write_manifest,
+)
+from dpreg.tables.columns import RawReader, resolve
+from dpreg.tables.shuffle import Shuffle
+from dpreg.tables.statistics import ColumnStatistics
+from dpreg.tables.table import Table, open_table
+from dpreg.tables.tfds import open_tfds
+
+_FORMAT = 7  # of the cache; another one is another key
+_ENCODED_BYTES = 16 << 20  # written at once
+_AHEAD = 2  # batches that are made while others are taken in
+_HELD_OUT = 1  # key of the hash of row numbers
+_MOST_ROWS = 2**31 - 1
+
+Progress = Callable[[str, int], None]  # told what goes on ("reading" or "writing"), and with how many rows so far
+
+
+@at_work("reading a table")
+def read_table(
+    name: str,
+    columns: Columns,
+    *,
+    batch_size: int = Config.batch_size,
+    validation_dataset: str | None = None,
+    data_dir: str | None = None,
+    cache_dir: str | None = None,
+    dtype: DTypeLike = np.float32,
+    progress: Progress = lambda what, rows: None,
+) -> RegressionData:
+    r"""The rows of a table, held out, scaled and shuffled as asked for; read from its files the first time only.
+
+    Args:
+      name: a file, a pattern or a folder, as for `dpreg.tables.table.open_table`; or tfds:NAME.
+      columns: what to take from it.
+      batch_size: rows of a global batch.
+      validation_dataset: another table, all of whose rows are held out.
+      data_dir: where TFDS datasets are prepared.
+      cache_dir: where tables lie once they are read; ~/.cache/dpreg/tables by default.
+      dtype: what they are kept as: float32 or float64.
+      progress: told now and then what goes on, and with how many rows so far.
+
+    Raises:
+      InputError: as `ingest`.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     file = pathlib.Path(folder, "table.csv")
+    ...     _ = file.write_text("height,cost\n1,2\n2,4\n3,6\n")
+    ...     data = read_table(str(file), Columns(target=("cost",), validation_fraction=0), cache_dir=folder)
+    >>> len(data.train), data.schema.features
+    (3, ('height',))
+    """
+    validation = None
+    if name.startswith("tfds:"):
+        table, validation, target, inputs = open_tfds(name.removeprefix("tfds:"), data_dir)
+        if not columns.target:
+            columns = dataclasses.replace(columns, target=target)
+            if not columns.features and not columns.exclude:
+                columns = dataclasses.replace(columns, features=inputs)
+    else:
+        table = open_table(name)
+    if not columns.target:
+        remedy = spell("target", ("COLUMN",))
+        raise InputError(f"{table.name}: say what to predict with {remedy}; it has {listed(table.columns)}")
+    if validation_dataset is not None:
+        validation = open_table(validation_dataset, "validation_dataset")
+    cache = pathlib.Path(cache_dir or "~/.cache/dpreg/tables").expanduser()
+    train, val, schema = ingest(table, columns, cache, validation, dtype, progress)
+    return RegressionData(train, val, batch_size, schema, columns)
+
+
+def ingest(
+    table: Table,
+    columns: Columns,
+    cache: pathlib.Path,
+    validation: Table | None = None,
+    dtype: DTypeLike = np.float32,
+    progress: Progress = lambda what, rows: None,
+) -> tuple[MappedSource, MappedSource | None, Schema]:
+    """The rows of a table to fit, those held out, and what its columns are; from the cache where they are there.
+
+    Args:
+      table: what to fit.
+      columns: what to take from it.
+      cache: the folder of all caches. Processes may share it: what is not complete is not seen.
+      validation: rows to hold out; a share of the table's own by default.
+      dtype: of the rows.
+      progress: told now and then what goes on, and with how many rows so far.
+
+    Raises:
+      InputError: for columns that are not there or not numbers, values that are missing or not finite (names the
+        file, the column and the row), no rows, and a full disk.
+    """
+    columns = resolve(columns, table)
+    if validation is not None:
+        validation.require(columns.used_columns)
+    dtype = np.dtype(dtype)
+    files = [table.signature, validation.signature if validation else None]
+    what = [_FORMAT, str(dtype), *files, dataclasses.asdict(columns)]
+    folder = cache / hashlib.sha256(json.dumps(what).encode()).hexdigest()[:32]
+    try:
+        rows = opened(folder)
+    except DamagedCacheError as error:
+        logging.warning("%s: the cached table is damaged (%s): the table is read anew", folder, error.damage)
+        rows = None
+    if rows is None:
+        try:
+            with new_folder(folder) as new:
+                _write(table, validation, columns, dtype, new, progress)
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise InputError(
+                    f"{spell('cache_dir', cache)}: the disk is full; free some of it, or name another folder"
+                ) from error
+            if error.errno in (errno.EACCES, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.ENOENT, errno.EPERM):
+                raise InputError(
+                    f"{spell('cache_dir', cache)}: cannot be written: {error.strerror}; name another folder"
+                ) from error
+            raise
+        rows = opened(folder)
+    if rows is None:
+        raise InputError(f"{folder}: was taken away while it was written; start again")
+    return rows
+
+
+def _write(
+    table: Table,
+    validation: Table | None,
+    columns: Columns,
+    dtype: np.dtype,
+    folder: pathlib.Path,
+    progress: Progress,
+) -> None:
+    reader = RawReader(columns, dtype=dtype)
+    learned, read = ColumnStatistics(reader), 0
+    with Shuffle(folder / "train") as train, Shuffle(folder / "val") as val:
+        for rows in prefetch(reader.read(table), _AHEAD):
+            held_out = np.zeros(len(rows), bool)
+            if validation is None:
+                held_out = keyed_hash(rows[:, NUMBER], _HELD_OUT) < np.uint32(columns.validation_fraction * 0xFFFFFFFF)
+            there = reader.there(rows)
+            fitted = rows[there & ~held_out]
+            learned.add(fitted)
+            train.add(fitted, reader.narrow)
+            val.add(rows[there & held_out], reader.narrow)
+            progress("reading", read := read + len(rows))
+        without_weight = reader.without_weight
+        if validation is not None:
+            for rows in reader.read(validation):
+                val.add(rows[reader.there(rows)], reader.narrow)
+                progress("reading", read := read + len(rows))
+        reader.refuse_missing(table.name)
+        if not train.rows:
+            besides = " besides those held out" if val.rows else ""
+            if without_weight:
+                raise InputError(
+                    f"{table.name}: all weights in column {columns.weight_column!r} are 0{besides}; give one row at "
+                    "least a weight"
+                )
+            raise InputError(f"{table.name}: there are no rows to fit{besides}; give some")
+        if validation is not None and not val.rows:
+            if reader.without_weight > without_weight:
+                raise InputError(
+                    f"{validation.name}: no row held out has a weight in column {columns.weight_column!r}; hold out "
+                    f"others, or none with {spell('validation_fraction', 0)}"
+                )
+            raise InputError(f"{validation.name}: there are no rows to hold out; give some")
+        if read > _MOST_ROWS:
+            raise InputError(f"{table.name}: {read:,} rows are more than {_MOST_ROWS:,}; give fewer")
+        least = float(np.finfo(dtype).tiny / np.finfo(dtype).eps ** 2)
+        if learned.largest_weight < least:
+            raise InputError(
+                f"{table.name}: the weights in column {columns.weight_column!r} are {learned.largest_weight:.3g} at "
+                f"most, and products with them vanish as {dtype}; multiply all by the same number"
+            )
+        with prefix_errors(table.name):
+            schema, codes = learned.schema()
+        row_bytes = dtype.itemsize * (len(schema.features) + len(schema.targets) + 1) + np.dtype(np.int64).itemsize
+        at_once = block_rows(row_bytes)
+        written = {}
+        for name, shuffled, of in (("train", train, table), ("val", val, validation or table)):
+            with prefix_errors(of.name):
+                written[name] = _encode(shuffled.in_order(), folder / name, schema, dtype, codes, at_once, progress)
+    write_manifest(folder, table.name, schema, dtype, at_once, written)
+
+
+def _encode(
+    parts: Iterable[np.ndarray],
+    prefix: pathlib.Path,
+    schema: Schema,
+    dtype: np.dtype,
+    codes: Sequence[np.ndarray | None],
+    rows_of_block: int,
+    progress: Progress,
+) -> Part:
+    """Writes what the model sees of the rows, in their final order."""
+    at_once = max(1, _ENCODED_BYTES // (dtype.itemsize * len(schema.features)))
+
+    def encoded() -> Iterator[dict[str, np.ndarray]]:
+        for raw in (part[i : i + at_once] for part in parts for i in range(0, len(part), at_once)):
+            for at, place in enumerate(codes):
+                if place is not None:  # the last stands for a missing value
+                    raw[:, at] = place[np.where(np.isnan(raw[:, at]), len(place) - 1, raw[:, at]).astype(np.intp)]
+            yield schema.rows(raw, dtype) | {"row": raw[:, ROW].astype(np.int64)}
+
+    digests = {name: hashlib.blake2b(digest_size=32) for name in ("x", "y", "weight")}
+    with contextlib.ExitStack() as stack:
+        files = {
+            name: stack.enter_context(ColumnWriter(prefix.with_name(f"{prefix.name}.{name}"), rows_of_block))
+            for name in (*digests, "row")
+        }
+        done = 0
+        for rows in prefetch(encoded(), _AHEAD):
+            progress("writing", done := done + len(rows["row"]))
+            for name, values in rows.items():
+                files[name].write(values)
+                if name in digests:
+                    digests[name].update(values.data)
+    fingerprint = " ".join(digest.hexdigest() for digest in digests.values())
+    return Part(done, fingerprint, {name: file.checksums for name, file in files.items()})

@@ -1,0 +1,227 @@
+"""From the columns of a table to what a model with its schema sees: one way for files, data frames and arrays."""
+
+import collections
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import DTypeLike
+
+from dpreg.config import Columns
+from dpreg.data.schema import ROW, Category, Number, Schema
+from dpreg.data.sources import Rows, Source
+from dpreg.errors import InputError, prefix_errors
+from dpreg.spelling import spell
+from dpreg.tables.columns import RawReader
+from dpreg.tables.table import Kinds, Part, Table
+
+_BATCH_ROWS = 1 << 14
+
+
+def columns_of(schema: Schema, columns: Columns | None, targets: bool) -> Columns:
+    """What to take from a table that a model with this schema is to predict.
+
+    Args:
+      columns: what it was trained on; None where that is not known: missing values then have the mean where the schema
+        has one, else their row is left out.
+      targets: whether the targets, and the weights, are needed, too.
+
+    Raises:
+      InputError: when missing values should become the mean, and the model knows none.
+    """
+    numbers = [column for column in schema.inputs if isinstance(column, Number)]
+    if columns is None:
+        columns = Columns(missing="mean" if any(c.fill is not None for c in numbers) else "drop")
+    if columns.missing == "mean" and any(c.fill is None for c in numbers):
+        raise InputError(
+            f"{spell('missing', 'mean')}: the model was trained without it; use {spell('missing', 'drop')}, or train "
+            "it with that"
+        )
+    return dataclasses.replace(
+        columns,
+        features=tuple(column.name for column in schema.inputs),
+        exclude=(),
+        categorical=tuple(column.name for column in schema.inputs if isinstance(column, Category)),
+        dates=tuple(column.name for column in numbers if column.days),
+        target=tuple(target.name for target in schema.targets) if targets else (),
+        target_transform="log" if schema.log_targets else "none",
+        weight_column=columns.weight_column if targets else None,
+    )
+
+
+class RawRows:
+    """The rows of a table as a model sees them, in a stream, and which of them it can predict.
+
+    Args:
+      table: the rows.
+      columns: what to take from it, as `columns_of` gives it.
+      schema: of the model; dtype: what the model sees.
+
+    Attributes:
+      rows, used: how many rows were read so far, and how many of them have all values.
+      there: for each piece that was yielded, [n] bool: which rows have all values.
+      others: by column, how many rows have a category that the model does not know.
+
+    Raises:
+      InputError: for a column that is not there.
+    """
+
+    def __init__(self, table: Table, columns: Columns, schema: Schema, dtype: DTypeLike = np.float32):
+        table.require(columns.used_columns)
+        self.rows = self.used = 0
+        self.there: collections.deque[np.ndarray] = collections.deque()
+        self.others: collections.Counter[str] = collections.Counter()
+        self._table, self._schema, self._reader = table, schema, RawReader(columns, schema, dtype)
+
+    def pieces(self, most: int) -> Iterator[Rows]:
+        """Yields `{"x", "y", "weight"}` of up to `most` rows; a row without all values has zeros, and no weight.
+
+        Raises:
+          InputError: as `RawReader.read`; for values that are missing and may not be; and where there are no rows.
+        """
+        for raw in self._reader.read(self._table, most):
+            there = self._reader.there(raw)
+            self._reader.refuse_missing(self._table.name)
+            raw[~there, :ROW] = 0
+            self.rows, self.used = self.rows + len(raw), self.used + int(there.sum())
+            self.there.append(there)
+            for at, column in enumerate(self._schema.inputs):
+                if isinstance(column, Category) and (unknown := int((raw[there, at] < 0).sum())):
+                    self.others[column.name] += unknown
+            with prefix_errors(self._table.name):
+                rows = self._schema.rows(raw, self._reader.dtype)
+            yield rows
+        if not self.rows:
+            which = " with a weight" if self._reader.without_weight else ""
+            raise InputError(f"{self._table.name}: there are no rows{which}; name a table that has some")
+
+
+def open_columns(x: Any, columns: Columns, name: str = "x") -> Table:
+    """Columns in memory as a table.
+
+    Args:
+      x: columns by their names: a mapping, a pandas DataFrame, an Arrow table, or any object with Arrow's PyCapsule
+        interface; or an array [n, features] with the features in the order of `columns.features`.
+      columns: what will be taken from it.
+      name: of the argument, for messages.
+
+    Raises:
+      InputError: for what is none of these, and for columns that are not of equal length or not of one type.
+    """
+    if isinstance(x, pa.RecordBatch):
+        x = pa.Table.from_batches([x])
+    of_frame = hasattr(x, "iloc") and hasattr(x, "columns")
+    if isinstance(x, Mapping) or of_frame:
+        given = list(x.columns if of_frame else x)
+        keys = {str(key): key for key in given}
+        if len(keys) < len(given):
+            twice = next(key for key, count in collections.Counter(map(str, given)).items() if count > 1)
+            raise InputError(f"{name}: there are two columns {twice!r}; rename one")
+        arrays = {key: _array(name, key, x[keys[key]]) for key in dict.fromkeys(columns.used_columns) if key in keys}
+        unused = [key for key in keys if key not in arrays]
+    elif hasattr(x, "__arrow_c_stream__") or hasattr(x, "__arrow_c_array__"):
+        table = pa.table(x)
+        arrays = {
+            key: table.column(key) for key in dict.fromkeys(columns.used_columns) if table.column_names.count(key) == 1
+        }
+        unused = [key for key in table.column_names if key not in arrays]
+    else:
+        arrays, unused = _columns_of_array(x, columns, name), []
+    sizes = {key: len(array) for key, array in arrays.items()}
+    if len(set(sizes.values())) > 1:
+        each = ", ".join(f"{key!r} has {size:,}" for key, size in sizes.items())
+        raise InputError(f"{name}: the columns are not equally long: {each}; give each row a value in each column")
+    whole = pa.table(arrays)
+
+    def stream(asked: Kinds) -> Iterator[Part]:
+        first = 0
+        for batch in whole.select(list(asked)).to_batches(_BATCH_ROWS):
+            yield Part(name, first, batch)
+            first += batch.num_rows
+
+    return Table(name, (*arrays, *unused), {}, stream)
+
+
+def open_source(source: Source, columns: Columns) -> tuple[Table, Columns]:
+    """The rows of a source that holds the columns of a table as they are, as a table; and what to take from it.
+
+    Args:
+      source: its x are `columns.features`; where there are `columns.target`, its y are those, and its weights hold.
+
+    Raises:
+      InputError: when it has other numbers of features or targets.
+    """
+    kinds = {"x": columns.features}
+    if columns.target:
+        weight = "weight"
+        while weight in (*columns.features, *columns.target):
+            weight += "_"
+        columns = dataclasses.replace(columns, weight_column=weight)
+        kinds["y"] = columns.target
+    for kind, names in kinds.items():
+        if (width := source[np.zeros(1, np.int32)][kind].shape[1]) != len(names):
+            raise _wrong_width(f"the rows have {width:,} columns in {kind}", names)
+
+    def stream(asked: Kinds) -> Iterator[Part]:
+        for first in range(0, len(source), _BATCH_ROWS):
+            rows = source[np.arange(first, min(first + _BATCH_ROWS, len(source)))]
+            values = [
+                *rows["x"].T,
+                *(*rows["y"].T, rows["weight"])[: len(columns.used_columns) - len(columns.features)],
+            ]
+            named = dict(zip(columns.used_columns, values, strict=True))
+            yield Part("the rows", first, pa.RecordBatch.from_pydict({c: pa.array(named[c]) for c in asked}))
+
+    return Table("the rows", columns.used_columns, {}, stream), columns
+
+
+def encoded_schema(source: Any) -> Schema | None:
+    """The schema by which the rows of a source are encoded already; None for rows that are no table's."""
+    while hasattr(source, "source"):  # in another order, or another precision
+        source = source.source
+    schema = getattr(source, "schema", None)
+    return schema if isinstance(schema, Schema) else None
+
+
+def _columns_of_array(x: Any, columns: Columns, name: str) -> dict[str, pa.Array]:
+    try:
+        array = x if isinstance(x, np.ma.MaskedArray) else np.asarray(x)
+    except ValueError as error:  # rows of unequal length
+        raise _wrong_width(f"{name}: no array ({error})", columns.features) from error
+    if array.ndim != 2 or array.shape[1] != len(columns.features) or columns.target or not len(array):
+        raise _wrong_width(f"{name}: shape {list(array.shape)}", columns.used_columns)
+    return {key: _array(name, key, array[:, at]) for at, key in enumerate(columns.features)}
+
+
+def _wrong_width(what: str, names: Sequence[str]) -> InputError:
+    shown = [*map(repr, names[:20]), *([f"and {len(names) - 20:,} more"] if len(names) > 20 else [])]
+    return InputError(
+        f"{what}; the columns of the table, as they are there, are: {', '.join(shown)}; give "
+        "them in that order, or by name, in a mapping or a data frame"
+    )
+
+
+def _array(table: str, name: str, values: Any) -> pa.Array | pa.ChunkedArray:
+    """A column as Arrow has it; NaN is a missing value.
+
+    Raises:
+      InputError: for values that are not one for each row, or not of one type.
+    """
+    if isinstance(values, (pa.Array, pa.ChunkedArray)):
+        return values
+    try:
+        if isinstance(values, np.ma.MaskedArray):
+            return pa.array(np.ma.getdata(values), mask=np.ma.getmaskarray(values), from_pandas=True)
+        if hasattr(values, "__array__") and not hasattr(values, "iloc"):
+            values = np.asarray(values)
+            values = values[:, 0] if values.ndim == 2 and values.shape[1] == 1 else values
+        if getattr(values, "dtype", None) == np.dtype(object) and not hasattr(values, "iloc"):
+            values = values.tolist()
+        return pa.array(values, from_pandas=True)
+    except (pa.ArrowException, TypeError, ValueError, OverflowError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(
+            f"{table}: column {name!r} is no sequence of values of one type ({reason}); give one value for each row"
+        ) from error

@@ -1,0 +1,163 @@
+"""What the rows to fit teach of their columns: moments and categories."""
+
+import collections
+import dataclasses
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from dpreg.data.schema import WEIGHT, Category, Number, Schema
+from dpreg.errors import InputError
+from dpreg.spelling import spell
+from dpreg.tables.columns import RawReader
+
+SMALLEST = 1e-150  # the least deviation that counts as above 0: squares of smaller ones are no normal numbers
+
+_MOST_LOST = 0.05  # of a deviation, by rounding
+_NO_CODE = -1  # of missing values among codes of categories
+
+
+class ColumnStatistics:
+    """What the rows to fit teach of the columns that a reader reads."""
+
+    def __init__(self, reader: RawReader):
+        self._reader, self._columns = reader, reader.columns
+        self._counts = {name: collections.defaultdict[int, float](float) for name in self._columns.categorical}
+        self._moments = Moments.none(len(self._columns.features) + len(self._columns.target))
+        self.weight = self.largest_weight = 0.0  # of all rows, and of one
+
+    def add(self, raw: np.ndarray) -> None:
+        """Takes in rows as `RawReader.read` gives them."""
+        weight = raw[:, WEIGHT].astype(self._reader.dtype).astype(np.float64)  # as the steps have it
+        self._moments.add(raw[:, :WEIGHT], weight)
+        self.weight += float(weight.sum())
+        self.largest_weight = max(self.largest_weight, float(weight.max(initial=0)))
+        for name, counts in self._counts.items():
+            codes, places = np.unique(raw[:, self._columns.features.index(name)], return_inverse=True)
+            for code, count in zip(codes, np.bincount(places, weight, len(codes)), strict=True):
+                counts[_NO_CODE if np.isnan(code) else int(code)] += float(count)
+
+    def schema(self) -> tuple[Schema, list[np.ndarray | None]]:
+        """What the columns are to a model; and for each input the positions of its codes among the categories."""
+        columns, inputs, codes = self._columns, list[Number | Category](), list[np.ndarray | None]()
+        moments, constant = self._moments, self._constant
+        scales = moments.scale(self.weight, columns.standardizes)
+        for at, name in enumerate(columns.features):
+            if name in self._counts:
+                names = list(self._reader.codes[name])
+                counted = {names[code]: count for code, count in self._counts[name].items() if code != _NO_CODE}
+                values, counts, rare = _vocabulary(counted, columns.max_categories)
+                inputs.append(Category(name, values, counts, rare + self._counts[name].get(_NO_CODE, 0.0)))
+                place = {value: position for position, value in enumerate(values)}
+                codes.append(np.array([*(place.get(value, len(values)) for value in names), len(values)], np.float64))
+            else:
+                if not moments.weight[at]:
+                    raise InputError(
+                        f"column {name!r} has no value in the rows to fit; leave it out with "
+                        f"{spell('exclude', (name,))}"
+                    )
+                mean, scale = (float(moments.mean[at]), 1.0) if constant[at] else scales[at]
+                fill = float(moments.mean[at]) if columns.missing == "mean" else None
+                inputs.append(Number(name, mean, scale, fill, name in columns.dates, bool(constant[at])))
+                codes.append(None)
+        scaled = columns.target_transform == "standardize"
+        of_targets = moments.scale(self.weight, True)[len(columns.features) :]
+        targets = [Number(t, *(m if scaled else (0.0, 1.0))) for t, m in zip(columns.target, of_targets, strict=True)]
+        self._refuse_what_cannot_be_told()
+        schema = Schema(tuple(inputs), tuple(targets), log_targets=columns.target_transform == "log")
+        for feature, count in collections.Counter(schema.features).items():
+            if count > 1:
+                raise InputError(f"two features would be called {feature!r}; rename a column or a category")
+        return schema, codes
+
+    @property
+    def _constant(self) -> np.ndarray:
+        """[c] whether a column has one value that the intercept stands for: without an intercept only 0."""
+        moments = self._moments
+        one_value: np.ndarray = ~(moments.least < moments.most)
+        return one_value if self._columns.intercept else one_value & (moments.mean == 0)
+
+    def _refuse_what_cannot_be_told(self) -> None:
+        """Raises InputError for a column that is not scaled, and varies by hardly more than its dtype rounds."""
+        columns, moments, dtype = self._columns, self._moments, self._reader.dtype
+        largest = np.maximum(np.abs(moments.least), np.abs(moments.most))
+        deviation = np.sqrt(moments.squares / self.weight)
+        for at, name in enumerate((*columns.features, *columns.target)):
+            is_target = at >= len(columns.features)
+            scaled = columns.target_transform == "standardize" if is_target else columns.standardizes
+            if scaled or name in self._counts or not moments.least[at] < moments.most[at]:
+                continue
+            rounding = max(largest[at] * float(np.finfo(dtype).eps) / 2, float(np.finfo(dtype).tiny))
+            if rounding > _MOST_LOST * deviation[at]:
+                remedy = f"{spell('standardize', True)} (with an intercept)"
+                if is_target:
+                    remedy = spell("target_transform", "standardize")
+                remedy += "" if dtype == np.float64 else f", or {spell('precision', 'float64')}"
+                raise InputError(
+                    f"column {name!r} varies by {deviation[at]:.3g} around {moments.mean[at]:.6g}, which {dtype} "
+                    f"cannot tell; use {remedy}"
+                )
+
+
+def _vocabulary(counts: Mapping[str, float], most: int) -> tuple[tuple[str, ...], tuple[float, ...], float]:
+    """The most frequent categories, by name where equally so, the weight of each, and that of all others."""
+    ranked = sorted(((count, value) for value, count in counts.items()), key=lambda item: (-item[0], item[1]))
+    values, of_each = tuple(value for _, value in ranked[:most]), tuple(count for count, _ in ranked[:most])
+    return values, of_each, sum(count for count, _ in ranked[most:])
+
+
+@dataclasses.dataclass
+class Moments:
+    """Weights, means and sums of squares around them of columns, [c] float64, a batch at a time (Chan et al. 1983).
+
+    Missing values (NaN) are left out.
+    """
+
+    weight: np.ndarray
+    mean: np.ndarray
+    squares: np.ndarray
+    least: np.ndarray
+    most: np.ndarray
+
+    @classmethod
+    def none(cls, columns: int) -> "Moments":
+        """Of no rows."""
+        zero, inf = np.zeros(columns), np.full(columns, np.inf)
+        return cls(zero, zero, zero, inf, -inf)
+
+    def add(self, values: np.ndarray, weight: np.ndarray) -> None:
+        """Takes in rows [n, c] with weights [n] above 0."""
+        if not len(values):
+            return
+        there = ~np.isnan(values)
+        added = np.einsum("i,ij->j", weight, there)
+        # Around a first guess, so that nothing is lost where values are far from 0.
+        shift = np.where(added > 0, values[there.argmax(axis=0), np.arange(values.shape[1])], 0.0)
+        apart = values - shift
+        least, most = np.fmin.reduce(apart), np.fmax.reduce(apart)
+        missing = None if there.all() else ~there
+        if missing is not None:
+            apart[missing] = 0
+        mean = np.einsum("i,ij->j", weight, apart) / np.where(added > 0, added, 1)
+        apart -= mean
+        if missing is not None:
+            apart[missing] = 0
+        squares = np.einsum("ij,ij->j", apart, weight[:, None] * apart)
+        total = self.weight + added
+        share = added / np.where(total > 0, total, 1)
+        delta = shift + mean - self.mean
+        self.squares = self.squares + squares + np.square(delta) * self.weight * share
+        self.mean = self.mean + delta * share
+        self.weight = total
+        self.least = np.fmin(self.least, least + shift)
+        self.most = np.fmax(self.most, most + shift)
+
+    def scale(self, weight: float, standardize: bool) -> Sequence[tuple[float, float]]:
+        """(mean, scale) of each column over rows of that weight, of which those without a value have the mean."""
+        if not standardize:
+            return [(0.0, 1.0)] * len(self.mean)
+        deviation = np.sqrt(self.squares / weight)
+        return [
+            (float(m), float(s) if low < high and s > SMALLEST else 1.0)
+            for m, s, low, high in zip(self.mean, deviation, self.least, self.most, strict=True)
+        ]
