@@ -56,13 +56,13 @@ def test_no_default_of_a_setting_is_stated_twice():
     assert {*literal} == {
         ("estimator", "l2"),  # of the classifier: another one than that of a run
         ("d2l.module", "sigma"),  # as the book prints it
-        ("data.dataset", "num_shards"),  # until `shard` is called
+        ("data.pipeline", "num_shards"),  # until `shard` is called
         # No settings, in spite of their names.
-        ("models.least_squares", "target"),
+        ("solvers.tsqr", "target"),
         ("models.losses", "num_classes"),
-        ("observers.workdir", "keep"),
-        ("parallel.digest", "optimizer"),
-        ("parallel.state", "platform"),
+        ("outputs.workdir", "keep"),
+        ("step.digest", "optimizer"),
+        ("step.state", "platform"),
     }
     assert inspect.signature(dpreg.Trainer).parameters["num_shards"].default == 8  # as help() shows it
 

@@ -19,7 +19,7 @@ def mesh(num_devices):
 
 def batches(dataset):
     """All batches as [steps, shards, b, ...], read the way the compiled step reads them."""
-    first, count = (np.asarray(part) for part in dataset.carried)
+    first, count = (np.asarray(part) for part in dataset.shard_ranges)
     steps = []
     for block in dataset:
         parts = []
