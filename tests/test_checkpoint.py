@@ -221,7 +221,9 @@ def test_a_model_whose_code_computes_something_else_by_now_is_refused(tmp_path, 
         assert rewritten.loop.computation == was
         assert checkpoints.restore(rewritten)
         # Other versions of the libraries may trace the same computation otherwise.
-        monkeypatch.setattr(type(changed), "computation", was.replace(jax.__version__, "99.0").replace(was[:32], "0"))
+        monkeypatch.setattr(
+            type(changed.loop), "computation", was.replace(jax.__version__, "99.0").replace(was[:32], "0")
+        )
         assert checkpoints.restore(changed)
 
 
