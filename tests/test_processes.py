@@ -412,7 +412,7 @@ def test_the_deadline_grows_with_the_slowest_wait_and_can_be_off(monkeypatch):
     monkeypatch.setattr(brisk._over, "wait", tick)
     brisk.begin()
     brisk._watch()
-    assert ends == ["0.6 s (--step_timeout): it, a file system or another process hangs"]
+    assert ends == ["0.6 s (step_timeout): it, a file system or another process hangs"]
     for some, said in (
         ((None, 2, 0), "give all three"),
         (("127.0.0.1:1", 2, None), "give all three"),
@@ -473,7 +473,7 @@ def test_the_roll_call_tells_all_what_is_wrong(monkeypatch, capfd):
     assert roll(port, (1, 3), (2, 3)) == [None, None, None]
     for error in roll(port, (1, 3), (1, 3)):
         assert isinstance(error, InputError)
-        assert "--process_id=1: two processes have it" in str(error)
+        assert "process_id=1: two processes have it" in str(error)
     monkeypatch.setattr(rendezvous, "JOIN_SECONDS", 2)
     zero, one = roll(port, (1, 3))
     assert isinstance(zero, ProcessLost)

@@ -74,12 +74,13 @@ def test_any_flax_module_with_a_loss_and_an_optimizer_trains():
 class Modes(dpreg.Module):
     """Predicts differently in training: what tells a validation that runs the training trace."""
 
-    lr: float = 0.0
-
     @nn.compact
     def __call__(self, x, train=False):
         w = self.param("w", nn.initializers.zeros, (x.shape[1], 1))
         return jnp.matmul(x, w) + (1000.0 if train else 0.0)
+
+    def configure_optimizers(self):
+        return optax.sgd(0.0)
 
 
 def test_validation_is_not_traced_as_training():
