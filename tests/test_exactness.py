@@ -16,7 +16,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from cluster import ROOT
 from flax import linen as nn
+from jax import lax
 from jax._src import config as jax_config
 from models import Net, Rows
 
@@ -24,8 +26,13 @@ import dpreg
 from dpreg.config import Config
 from dpreg.data.sampler import Sampler
 from dpreg.step import tuning
+from dpreg.step.rounding import round_products
 from dpreg.train.build import build_model
 from dpreg.train.callback import FunctionCallback
+
+sys.path.insert(0, os.path.join(ROOT, "tests", "benchmarks"))
+
+import bits
 
 DEVICES = (1, 2, 3, 4, 6, 8)  # of 8 shards; of six devices the last two have none
 LAYOUTS = list(itertools.product(("jit", "pmap"), ("device", "host")))
@@ -194,6 +201,41 @@ def test_ordered_holds_for_whatever_an_update_computes_of_the_gradient(optimizer
         return digest(trained(model, data, 2, num_devices, gradient_clip_val=clip, reduction="ordered"))
 
     assert len({run(n) for n in (1, 2, 8)}) == 1
+
+
+@pytest.mark.parametrize(("seed", "case"), [(42, 101), (43, 35)])
+def test_ordered_does_not_depend_on_where_the_compiler_contracts_products_and_sums(seed, case):
+    """Cases that tests/benchmarks/bits.py has found: a squared gradient, added to what the optimizer keeps."""
+    with jax.numpy_dtype_promotion("standard"):
+        assert bits.check(seed, case, many=False) == []
+
+
+def test_products_are_rounded_before_they_are_added():
+    """Through all control flow, beside IEEE arithmetic one operation at a time."""
+    random = np.random.default_rng(0)
+    a, b, c = (random.standard_normal(1000).astype(np.float32) for _ in range(3))
+    product = (a * b) + c  # NumPy rounds after each operation
+
+    @jax.custom_jvp
+    def own(a, b, c):
+        return a * b + c
+
+    own.defjvp(lambda primals, tangents: (own(*primals), tangents[0]))
+
+    def repeated(a, b, c):
+        return lax.scan(lambda carry, _: (carry * 0 + (a * b + c), None), c, None, length=2)[0]
+
+    def in_while(a, b, c):
+        return lax.while_loop(lambda carry: carry[0] < 1, lambda carry: (carry[0] + 1, a * b + carry[1]), (0, c))[1]
+
+    def in_branch(a, b, c):
+        return lax.cond(a[0] > -1e9, lambda: a * b + c, lambda: c)
+
+    functions = [own, repeated, in_while, in_branch, jax.jit(own), jax.checkpoint(lambda a, b, c: a * b + c)]
+    for function in functions:
+        traced = jax.make_jaxpr(function)(a, b, c)
+        (found,) = jax.jit(functools.partial(round_products, traced))(jnp.int32(0), a, b, c)
+        assert np.asarray(found).tobytes() == product.tobytes(), function
 
 
 class Drawing(Net):

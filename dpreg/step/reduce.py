@@ -12,6 +12,7 @@ from jax.flatten_util import ravel_pytree
 from jax.sharding import Mesh
 
 from dpreg.distributed.devices import AXIS
+from dpreg.step.rounding import round_products
 
 SLOTS = "slots"  # the axis of those on one device, where they go through the model together
 
@@ -65,19 +66,21 @@ def isolated(function: Callable[..., PyTree], one: Array, *inputs: PyTree) -> Py
     A loop of `one` turn, a number that the compiler does not know, carries the inputs and leaves zeros in their place.
     What `function` computes from them thus changes from turn to turn: none of it is loop-invariant code, which the
     compiler would move out of the loop and fuse with the surroundings. (To select the inputs by the number of the turn
-    is faster, and not enough: LLVM moves operations through a select, and out of the loop.)
+    is faster, and not enough: LLVM moves operations through a select, and out of the loop.) In the loop, products are
+    rounded before they are added: see `round_products`.
 
     Args:
       function: must read no traced value but its arguments.
       one: int32 scalar, 1 at run time.
     """
-    function = jax.jit(function, inline=True)  # traced once, for its shapes and in the loop
+    traced, shapes = jax.make_jaxpr(function, return_shape=True)(*inputs)
 
     def turn(_: Array, carry: tuple[PyTree, PyTree]) -> tuple[PyTree, PyTree]:
-        return _zeros_like(inputs), function(*carry[0])
+        results = round_products(traced, one ^ 1, *jax.tree.leaves(carry[0]))
+        return _zeros_like(inputs), jax.tree.unflatten(jax.tree.structure(shapes), results)
 
     outputs: PyTree
-    _, outputs = opaque_loop(turn, one, (inputs, _zeros_like(jax.eval_shape(function, *inputs))))
+    _, outputs = opaque_loop(turn, one, (inputs, _zeros_like(shapes)))
     return outputs
 
 

@@ -1,0 +1,114 @@
+"""Keeps a compiler from rounding a product and a sum together, as a fused multiply-add does."""
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
+
+# Operations whose result is no product, so that a sum after them has nothing to be fused with.
+_NO_PRODUCTS = """
+  abs add add_any argmax argmin bitcast_convert_type broadcast_in_dim ceil clamp concatenate convert_element_type copy
+  copy_p cummax cummin dynamic_slice dynamic_update_slice expand_dims floor gather iota max min neg optimization_barrier
+  pad real reduce_max reduce_min reduce_sum reshape rev round scatter select_n sign slice sort squeeze stop_gradient sub
+  transpose
+"""
+# Operations that add nothing to an operand.
+_FACTORS_ONLY = "div dot_general eq ge gt is_finite le lt mul ne sign"
+_WORDS = {2: jnp.uint16, 4: jnp.uint32, 8: jnp.uint64}  # by the bytes of a number
+_no_products, _factors_only = frozenset(_NO_PRODUCTS.split()), frozenset(_FACTORS_ONLY.split())
+
+
+def round_products(closed: ClosedJaxpr, zero: Array, *inputs: Array) -> list[Array]:
+    """Evaluates a traced function with each product rounded before it is added to something.
+
+    LLVM contracts a product and a sum into a fused multiply-add where the product has no other use. Which uses it sees
+    depends on how buffers are shared, and so on the number of devices. Here the bits of each product are combined with
+    those of `zero`, which the compiler does not know, so there is nothing to contract. Whatever else LLVM does keeps
+    the results of IEEE arithmetic.
+
+    Args:
+      closed: from `jax.make_jaxpr`.
+      zero: int32 scalar, 0 at run time.
+      inputs: the arguments, as a flat sequence.
+
+    Returns:
+      the results, as a flat list.
+    """
+    return _evaluate(closed.jaxpr, closed.consts, zero, inputs)
+
+
+def _evaluate(jaxpr: Jaxpr, consts: Sequence[Any], zero: Array, inputs: Sequence[Any]) -> list[Any]:
+    values: dict[Any, Any] = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*consts, *inputs], strict=True))
+
+    def read(atom: Any) -> Any:
+        return atom.val if isinstance(atom, Literal) else values[atom]
+
+    added = {atom for atom in jaxpr.outvars if not isinstance(atom, Literal)}
+    for equation in jaxpr.eqns:
+        if equation.primitive.name not in _factors_only:
+            added.update(atom for atom in equation.invars if not isinstance(atom, Literal))
+    for equation in jaxpr.eqns:
+        with jax.named_scope(str(equation.source_info.name_stack)):
+            results = _apply(equation, zero, [read(atom) for atom in equation.invars])
+        if not (equation.primitive.name in _no_products or _parts(equation)):
+            pairs = zip(results, equation.outvars, strict=True)
+            results = [_opaque(result, zero) if var in added else result for result, var in pairs]
+        values.update(zip(equation.outvars, results, strict=True))
+    return [read(atom) for atom in jaxpr.outvars]
+
+
+def _parts(equation: Any) -> bool:
+    """Whether an operation consists of traced ones, whose products are rounded by themselves."""
+    return not {"jaxpr", "call_jaxpr", "branches", "body_jaxpr"}.isdisjoint(equation.params)
+
+
+def _apply(equation: Any, zero: Array, inputs: list[Any]) -> Sequence[Any]:
+    """The results of one operation; control flow is built anew of its parts."""
+    name, params = equation.primitive.name, equation.params
+
+    def part(closed: ClosedJaxpr, *values: Any) -> list[Any]:
+        return _evaluate(closed.jaxpr, closed.consts, zero, values)
+
+    if name == "scan":
+        consts, carry = params["num_consts"], params["num_carry"]
+
+        def turn(carried: list[Any], of_turn: list[Any]) -> tuple[list[Any], list[Any]]:
+            results = part(params["jaxpr"], *inputs[:consts], *carried, *of_turn)
+            return results[:carry], results[carry:]
+
+        options = {option: params[option] for option in ("length", "reverse", "unroll")}
+        carried, stacked = lax.scan(turn, inputs[consts : consts + carry], inputs[consts + carry :], **options)
+        return [*carried, *stacked]
+    if name == "while":
+        of_condition = params["cond_nconsts"]
+        consts = of_condition + params["body_nconsts"]
+        results: list[Any] = lax.while_loop(
+            lambda carried: part(params["cond_jaxpr"], *inputs[:of_condition], *carried)[0],
+            lambda carried: part(params["body_jaxpr"], *inputs[of_condition:consts], *carried),
+            inputs[consts:],
+        )
+        return results
+    if name == "cond":
+        branches = [functools.partial(part, branch) for branch in params["branches"]]
+        return list(lax.switch(inputs[0], branches, *inputs[1:]))
+    inner = params.get("jaxpr", params.get("call_jaxpr"))
+    if isinstance(inner, ClosedJaxpr):
+        return part(inner, *inputs)
+    if isinstance(inner, Jaxpr):  # of `jax.checkpoint`
+        kept = lax.optimization_barrier(inputs) if params.get("prevent_cse") else inputs
+        return _evaluate(inner, [], zero, kept)
+    bound = equation.primitive.bind(*inputs, **params)
+    return bound if equation.primitive.multiple_results else [bound]
+
+
+def _opaque(result: Any, zero: Array) -> Any:
+    """The same numbers, of which the compiler no longer knows where they come from."""
+    dtype = result.dtype
+    if not jnp.issubdtype(dtype, jnp.floating) or dtype.itemsize not in _WORDS:
+        return result
+    word = _WORDS[dtype.itemsize]
+    return lax.bitcast_convert_type(lax.bitcast_convert_type(result, word) | zero.astype(word), dtype)
