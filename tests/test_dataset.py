@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 from models import Rows
 
 import dpreg
+from dpreg.data.reader import read_block
 
 
 def mesh(num_devices):
@@ -28,7 +29,8 @@ def batches(dataset):
                 lambda leaf, d=device: np.take(np.asarray(leaf), d, axis=dataset.device_axis), block.data
             )
             shards = first[device] + np.arange(dataset.slots)
-            read = dataset.reader(jax.tree.map(jnp.asarray, local), jnp.asarray(shards), jnp.int32(block.first_step), 5)
+            held, first_step = jax.tree.map(jnp.asarray, local), jnp.int32(block.first_step)
+            read = read_block(dataset, held, jnp.asarray(shards), first_step, 5)
             stacked = [read.of_slots(k) for k in range(block.num_steps)]
             for k, slot in itertools.product(range(block.num_steps), range(dataset.slots)):
                 for name, column in read.of_slot(k, slot).items():

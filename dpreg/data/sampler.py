@@ -38,7 +38,7 @@ def keyed_hash(index: Integers, *key: int) -> Integers:
 
 
 def row_tag(index: Integers) -> Integers:
-    """A pseudo-random odd uint32 for each row index: sums of them tell sets of rows apart, in any order."""
+    """A pseudo-random odd uint32 for each row index: their sums distinguish sets of rows, in any order."""
     return keyed_hash(index, 0x7A6) | np.uint32(1)
 
 

@@ -1,5 +1,6 @@
 """What a compiled call is given, and how rows reach it."""
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -9,13 +10,14 @@ import numpy as np
 from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from dpreg.data.pipeline import BatchReader, Dataset
+from dpreg.data.pipeline import Dataset
+from dpreg.data.reader import BatchReader, read_block
 from dpreg.distributed.devices import AXIS
 from dpreg.step.reduce import PyTree
 
 
 class CallArgs(NamedTuple):
-    """What a call is told at run time, replicated int32 scalars.
+    """The run-time arguments of a call, replicated int32 scalars.
 
     `one` is 1: the compiler does not know it, which keeps a loop of `one` turn a loop.
     """
@@ -70,7 +72,7 @@ class BatchLayout(NamedTuple):
 def batch_layout(dataset: Dataset) -> BatchLayout:
     """How the rows of a dataset reach the steps."""
     return BatchLayout(
-        reader=dataset.reader,
+        reader=functools.partial(read_block, dataset),
         device_axis=dataset.device_axis,
         block_steps=dataset.block_steps,
         slots=dataset.slots,

@@ -9,7 +9,7 @@ import optax
 from jax import Array, lax
 from jax.sharding import Mesh
 
-from dpreg.data.pipeline import BatchReader
+from dpreg.data.reader import BatchReader
 from dpreg.models.losses import row_losses
 from dpreg.step.layout import BatchLayout, CallArgs, ShardRange
 from dpreg.step.reduce import (

@@ -104,7 +104,7 @@ def steps_of_call(platform: str, operations: int, shards: int) -> int:
 
 
 def compiler_options(reduction: str, platform: str, whole_loops: bool = False) -> dict[str, str]:
-    """What XLA is told: above all the passes to leave out."""
+    """The compiler options of a platform: above all, the passes that are disabled."""
     disabled = [_CSE] if reduction == "ordered" else []
     if platform == "cpu" and not (whole_loops and devices.makes_whole_loops()):
         disabled.append(_WHOLE_LOOPS)
