@@ -92,36 +92,23 @@ class Trainer:
         callbacks: Iterable[Callback] = (),
         observers: Iterable[Callable[[Progress], None]] = (),
     ):
-        check_settings(
-            max_epochs=max_epochs,
-            gradient_clip_val=gradient_clip_val,
-            precision=precision,
-            reduction=reduction,
-            backend=backend,
-            placement=placement,
-            seed=seed,
-            log_every_steps=log_every_steps,
-            accumulate_steps=accumulate_steps,
-            patience=patience,
-            audit=audit,
-        )
+        settings: dict[str, Any] = {
+            "max_epochs": max_epochs,
+            "gradient_clip_val": gradient_clip_val,
+            "precision": precision,
+            "reduction": reduction,
+            "backend": backend,
+            "placement": placement,
+            "seed": seed,
+            "log_every_steps": log_every_steps,
+            "accumulate_steps": accumulate_steps,
+            "patience": patience,
+            "audit": audit,
+        }
+        check_settings(**settings)
         devices.enable(np.dtype(PRECISIONS[precision][1]))
-        self.settings = Settings(
-            mesh or devices.data_mesh(num_shards, platform, num_devices),
-            max_epochs,
-            gradient_clip_val,
-            num_shards,
-            precision,
-            reduction,
-            backend,
-            placement,
-            seed,
-            log_every_steps,
-            steps_per_block,
-            accumulate_steps,
-            patience,
-            audit,
-        )
+        mesh = mesh or devices.data_mesh(num_shards, platform, num_devices)
+        self.settings = Settings(mesh, num_shards=num_shards, steps_per_block=steps_per_block, **settings)
         self.seconds = dict.fromkeys(("ingest", "compile", "train", "eval"), 0.0)
         self._callbacks = [*callbacks]
         if observers := [*observers]:
@@ -176,9 +163,9 @@ class Trainer:
     def fit_epochs(self, number: int | None = None) -> None:
         """Trains to the end of so many epochs, or of all that are left and worth it, and validates after each.
 
-        While it trains, `state` is ahead of what callbacks are told, by the calls in flight. Where nothing is validated
-        it is so at an epoch's end, too: the devices do not wait. A callback that raises leaves it there, and then this
-        trainer has to `fit` anew, or take another `state`.
+        While it trains, `state` is ahead of the steps reported to callbacks, by the calls in flight. Without validation
+        this holds at the end of an epoch as well, since the devices do not wait there.
+        After a callback that raises, the state stays ahead; call `fit` again then, or assign another `state`.
 
         Ctrl-C lets the calls in flight end, about a second, and a validation: then KeyboardInterrupt is raised in all
         processes, the state is that of the last step that was reported, and `fit_epochs` goes on from it. A second
@@ -223,7 +210,7 @@ class Trainer:
         """What the trained model predicts for rows: [n, t] float64, in original units.
 
         Args:
-          x: [n, d]; after training on a table its columns as they are there, see `Predictor.predict`.
+          x: [n, d]; after training on a table, the table's columns in original units, see `Predictor.predict`.
         """
         return self.predictor().predict(x)
 
@@ -283,7 +270,7 @@ class Trainer:
 
     @property
     def state(self) -> TrainState:
-        """A copy of the TrainState, replicated over the devices: it stays as it is while training goes on.
+        """A copy of the TrainState, replicated over the devices: further training does not change it.
 
         A state that is assigned is copied as well: its step, parameters, optimizer state and batch statistics are
         taken, while the model and the optimizer stay the trainer's.
