@@ -104,8 +104,8 @@ def _parse(help: Callable[[], str], of_runs: bool, argv: list[str]) -> list[str]
             sys.exit(0)
         return rest
     except (flags.Error, InputError, UnicodeDecodeError) as error:
-        told = _told(error)
-        _leave(InputError(f"{_flagfile_with(told.partition(': ')[0], argv)}{told}"), InputError.exit_code)
+        message = _message_of(error)
+        _leave(InputError(f"{_flagfile_with(message.partition(': ')[0], argv)}{message}"), InputError.exit_code)
 
 
 def _flagfile_with(given: str, arguments: Sequence[str]) -> str:
@@ -122,7 +122,7 @@ def _flagfile_with(given: str, arguments: Sequence[str]) -> str:
     return ""
 
 
-def _told(error: Exception) -> str:
+def _message_of(error: Exception) -> str:
     """What is wrong with a flag, and what to do, in the words of dpreg where absl has its own."""
     said, cause = str(error), error.__context__
     match error:

@@ -23,6 +23,7 @@ from dpreg.data.pipeline import CastSource
 from dpreg.data.schema import Number
 from dpreg.data.sources import RegressionData
 from dpreg.distributed import devices, presence, processes
+from dpreg.distributed.sync_signal import SyncSignal
 from dpreg.distributed.watchdog import Watchdog
 from dpreg.doctor import agree, examine
 from dpreg.errors import NO_ROOM, AuditFailed, Diverged, InputError, Preempted, ProcessLost
@@ -77,7 +78,7 @@ def run(config: Config) -> None:
         _run_in(workdir, config, sync_signal)
 
 
-def _run_in(workdir: pathlib.Path, config: Config, sync_signal: processes.SyncSignal) -> None:
+def _run_in(workdir: pathlib.Path, config: Config, sync_signal: SyncSignal) -> None:
     first = jax.process_index() == 0
     with contextlib.ExitStack() as stack:
         watchdog = stack.enter_context(Watchdog(config.step_timeout))
@@ -125,10 +126,10 @@ def _run_in(workdir: pathlib.Path, config: Config, sync_signal: processes.SyncSi
         if "gap" in found:
             print(f"loss {found['loss']:.6g}, best possible {found['best']:.6g}{_above(found['gap'])}")
         if config.solver != "sgd":
-            told, of = in_units_of(data, fit), target_names(data, as_fitted=True)
+            in_units, of = in_units_of(data, fit), target_names(data, as_fitted=True)
             for t, name in enumerate(of):
                 show("", *([f"{name}:"] if len(of) > 1 or name.startswith("log(") else []))
-                show(*told.describe([*map(printable, feature_names(data))], t).split("\n"))
+                show(*in_units.describe([*map(printable, feature_names(data))], t).split("\n"))
     write_whole(workdir / "summary.json", to_json(summary, indent=2) + "\n")
     write_report(
         workdir / "report.html",
@@ -160,7 +161,7 @@ def _trained(
     data: RegressionData,
     checkpoints: Checkpoints,
     progress: ProgressDisplay,
-    sync_signal: processes.SyncSignal,
+    sync_signal: SyncSignal,
 ) -> Fit | None:
     """Trains, or solves exactly, and saves; gives the best that could be reached, where that is known."""
     if config.solver == "sgd":
@@ -214,19 +215,19 @@ def _above(gap: float | None) -> str:
 
 
 def _prepared(
-    config: Config, progress: ProgressDisplay, sync_signal: processes.SyncSignal
+    config: Config, progress: ProgressDisplay, sync_signal: SyncSignal
 ) -> tuple[Trainer, RegressionData, float]:
     """The trainer with its rows in place and its steps compiled; its data, and the seconds to read them."""
     trainer = build_trainer(config)
     started = time.perf_counter()
 
-    def told(what: str, rows: int) -> None:
+    def report_rows(what: str, rows: int) -> None:
         _stop_where_asked(sync_signal)
         speed = rows / (time.perf_counter() - started)
         progress.doing(f"{what} {config.dataset}: {rows:,} rows, {speed:,.0f} rows/s")
 
     progress.doing(f"reading {config.dataset}")
-    data = build_data(config, told)
+    data = build_data(config, report_rows)
     reading = time.perf_counter() - started
     trainer.prepare_data(data)
     profiled = config.profiled_steps()
@@ -249,13 +250,13 @@ def _to_go_on_in(unnamed: pathlib.Path | None) -> Iterator[None]:
         raise Preempted(stopped.step, None if unnamed is None else str(unnamed), stopped.interrupted) from stopped
 
 
-def _stop_signals() -> processes.SyncSignal:
+def _stop_signals() -> SyncSignal:
     """SIGTERM asks all processes to save and stop, as does SIGUSR1, which mpirun passes on, and Ctrl-C (SIGINT).
 
     To the end of the process: one that comes while the run ends does no harm, nor does a second one, but of Ctrl-C:
     that ends this process at once, with exit code 130.
     """
-    sync_signal, interrupted = processes.SyncSignal(), threading.Event()
+    sync_signal, interrupted = SyncSignal(), threading.Event()
 
     def interrupt(*_: object) -> None:
         if interrupted.is_set():
@@ -275,7 +276,7 @@ def _stop_signals() -> processes.SyncSignal:
     return sync_signal
 
 
-def _stop_where_asked(sync_signal: processes.SyncSignal, step: int | None = None) -> None:
+def _stop_where_asked(sync_signal: SyncSignal, step: int | None = None) -> None:
     """Raises Preempted where the only process was asked to stop. Several learn of it together, at their first step."""
     interrupted = sync_signal.pending("interrupt")
     if jax.process_count() == 1 and (interrupted or sync_signal.pending("stop")):
@@ -288,7 +289,7 @@ def _checkpoints(
     workdir: pathlib.Path,
     trainer: Trainer,
     data: RegressionData,
-    sync_signal: processes.SyncSignal,
+    sync_signal: SyncSignal,
 ) -> Iterator[Checkpoints]:
     """The run's checkpoints, with the trainer brought to the newest, as the setting `resume` says."""
     with Checkpoints(

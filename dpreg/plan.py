@@ -304,8 +304,8 @@ def _main(argv: list[str]) -> None:
             dataclasses.asdict(one) | {"each_step": one.each_step, "wire_bytes": one.wire_bytes}
             for one in found.collectives
         ]
-        told = dataclasses.asdict(found) | {"collectives": exchanged, "fits": found.fits}
-        (folder / "plan.json").write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
+        values = dataclasses.asdict(found) | {"collectives": exchanged, "fits": found.fits}
+        (folder / "plan.json").write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
         show(f"also in {folder / 'plan.json'}")
     if found.fits is False:
         sys.exit(InputError.exit_code)

@@ -86,8 +86,8 @@ def predict(config: Config) -> None:
             with prefix_errors(table.name):
                 loss, metrics = predictor.evaluate(pieces)
             if first:
-                told = {"loss": loss if math.isfinite(loss) else None, **metrics}
-                print(json.dumps({"dataset": table.name, "rows": read.used, **told}))
+                scores = {"loss": loss if math.isfinite(loss) else None, **metrics}
+                print(json.dumps({"dataset": table.name, "rows": read.used, **scores}))
         else:
             path = pathlib.Path(config.output or "")
             _refuse_input(path, config.dataset, table)

@@ -18,11 +18,11 @@ from dpreg.outputs.report import shown, write_comparison
 from dpreg.terminal import printable, show
 
 _REACHED, _COST = ("epoch", "train_loss", "val_loss"), ("rows_per_second", "device_count", "process_count")
-_DIGITS = 12  # of a digest: enough to tell runs apart
+_DIGITS = 12  # of a digest: enough to distinguish runs
 
 
 class Run(NamedTuple):
-    """A finished run, as its workdir tells it."""
+    """A finished run, as its workdir describes it."""
 
     summary: Mapping[str, Any]
     records: list[Record]

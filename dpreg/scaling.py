@@ -189,9 +189,9 @@ class Laboratory:
         """The sums over so many devices, alone."""
         program = "from dpreg.scaling import time_exchange; import sys; time_exchange(*sys.argv[1:])"
         here = [str(count), "cpu" if self.on_cores else self._config.platform or ""]
-        told = self._python(["-c", program, *here], count if self.on_cores else 1)[0]
+        output = self._python(["-c", program, *here], count if self.on_cores else 1)[0]
         return Exchange.fitted(
-            count, {int(size): seconds for size, seconds in json.loads(told.splitlines()[-1]).items()}
+            count, {int(size): seconds for size, seconds in json.loads(output.splitlines()[-1]).items()}
         )
 
     def _python(self, arguments: list[str], count: int, as_flags: bool = False, cores: bool = True) -> list[str]:
@@ -254,11 +254,11 @@ def time_exchange(count: str, platform: str, port: str, num_processes: str, proc
         print(json.dumps(found))
 
 
-def measure(config: Config, told: Any) -> tuple[list[Measured], list[Exchange], dict[str, Any], bool]:
+def measure(config: Config, report: Any) -> tuple[list[Measured], list[Exchange], dict[str, Any], bool]:
     """Trains on 1, 2, 4, ... devices; gives what came of it, the exchanges, an extrapolation, and whether on cores.
 
     Args:
-      told: what goes on, in words.
+      report: called with a description of each measurement.
 
     Raises:
       InputError: for what cannot be run, or is not run in steps with one sum each.
@@ -273,11 +273,11 @@ def measure(config: Config, told: Any) -> tuple[list[Measured], list[Exchange], 
     counts = [1 << power for power in range(16) if 1 << power <= min(laboratory.most, config.num_shards)]
     exchanges, runs, size = [], list[Measured](), 0
     for count in counts:
-        told(f"timing sums over {count} devices" if count > 1 else "one device")
+        report(f"timing sums over {count} devices" if count > 1 else "one device")
         exchange = laboratory.exchange(count) if count > 1 else None
         exchanges += [exchange] if exchange else []
         for kind, times in zip(KINDS, (1, count), strict=True) if count > 1 else ((KINDS[0], 1),):
-            told(f"training on {count} devices, {kind}")
+            report(f"training on {count} devices, {kind}")
             summary = laboratory.train(count, times)
             rate, steps, size = summary["rows_per_second"], summary["steps_per_second"], summary["exchange_bytes"]
             share = exchange.of(size, count) * steps if exchange else 0.0

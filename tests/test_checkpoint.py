@@ -20,7 +20,7 @@ from flax import linen as nn
 from models import Net, Rows
 
 import dpreg
-from dpreg.distributed.processes import SyncSignal
+from dpreg.distributed.sync_signal import SyncSignal
 from dpreg.errors import Preempted
 from dpreg.outputs.checkpoint import Checkpoints
 from dpreg.outputs.metrics import MetricsWriter, is_start, note_start, read_records

@@ -20,7 +20,7 @@ import pytest
 import dpreg as package
 from dpreg.config import Config
 from dpreg.data.sampler import keyed_hash
-from dpreg.distributed.processes import SyncSignal
+from dpreg.distributed.sync_signal import SyncSignal
 from dpreg.errors import InputError, Preempted
 from dpreg.main import _to_go_on_in, run
 from dpreg.outputs.profile import Profiler

@@ -193,7 +193,7 @@ def test_a_process_waits_for_another_while_that_one_shows_signs_of_life(monkeypa
             raise jax.errors.JaxRuntimeError("NOT_FOUND")
 
     service, beats = Service(), []
-    monkeypatch.setattr(processes, "_service", lambda: service)
+    monkeypatch.setattr(processes, "service", lambda: service)
     monkeypatch.setattr(presence, "_client", lambda: service)
     monkeypatch.setattr(presence, "time", clock)
     monkeypatch.setattr(rendezvous, "time", clock)

@@ -54,7 +54,7 @@ class DeviceSettings(Settings):
         super().__post_init__()
         if self.num_devices is not None and self.num_devices > self.num_shards:
             fewer, more = spell("num_devices", self.num_shards), spell("num_shards", self.num_devices)
-            self._refuse("num_devices", f"each device needs a shard of its own; use {fewer} or {more}")
+            self._refuse("num_devices", f"there must be at least one shard for each device; use {fewer} or {more}")
         check_processes(self.coordinator_address, self.num_processes, self.process_id)
 
     @property

@@ -167,8 +167,8 @@ def data_mesh(num_shards: int, platform: str | None = None, num_devices: int | N
         each = f" in each of {count} processes" if count > 1 else ""
         fewer = f"{spell('num_devices', num_shards // count)} or " if num_shards >= count else ""
         raise InputError(
-            f"{spell('num_devices', wanted)}{each} with {spell('num_shards', num_shards)}: each device needs a shard "
-            f"of its own; use {fewer}{spell('num_shards', wanted * count)}"
+            f"{spell('num_devices', wanted)}{each} with {spell('num_shards', num_shards)}: there must be "
+            f"at least one shard for each device; use {fewer}{spell('num_shards', wanted * count)}"
         )
     if wanted > len(local):
         is_cpu = local[0].platform == "cpu"

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from types import FrameType
 
 from dpreg.distributed import processes
+from dpreg.distributed.sync_signal import SyncSignal
 
 _WORD = "interrupt"
 
@@ -20,7 +21,7 @@ class Interrupts:
 
     def __init__(self) -> None:
         self.pending, self._received = False, False
-        self._sync_signal = processes.SyncSignal()
+        self._sync_signal = SyncSignal()
 
     def poll(self) -> bool:
         """Updates `pending` and returns it. All processes have to call it equally often, between the same steps."""

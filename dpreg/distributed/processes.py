@@ -26,7 +26,7 @@ from dpreg.distributed.rendezvous import (
     answer_roll,
     call_roll,
     is_loopback,
-    tell,
+    log_line,
 )
 from dpreg.errors import InputError, ProcessLost
 from dpreg.spelling import spell
@@ -111,7 +111,7 @@ def _take_turns() -> None:
 
 
 def _asked_of_cluster() -> tuple[str, int, int, list[int] | None]:
-    """(address, number of processes, which this is, its devices) as Slurm, Open MPI, Kubernetes or a TPU pod tell."""
+    """(address, number of processes, which this is, its devices), from Slurm, Open MPI, Kubernetes or a TPU pod."""
     address = count = process = devices = None
     reason = ""
     try:
@@ -138,7 +138,7 @@ def _in_cluster() -> bool:
 
 
 def _end_as_aborted(_: int) -> None:
-    tell(
+    log_line(
         f"process {distributed.global_state.process_id} ends: its runtime lost another process, or failed, as it says "
         "above; start all again to go on from the newest checkpoint"
     )
@@ -163,24 +163,24 @@ def _end_as_lost_when_aborted() -> None:
 def end_as_lost(error: BaseException, exit_code: int = ProcessLost.exit_code) -> NoReturn:
     """Ends this process at once, with the reason why the run is lost: a normal exit would wait.
 
-    The reason is that of the process which ended first, where it could still tell it.
+    The reason is that of the process which ended first, where it could still report it.
     """
     reason = f"process {jax.process_index()}: {' '.join(str(error).split()) or type(error).__name__}"[:500]
     with contextlib.suppress(jax.errors.JaxRuntimeError):
-        service = _service()
-        with contextlib.suppress(jax.errors.JaxRuntimeError):  # another one told it before
-            service.key_value_set("dpreg/lost", reason)
-        reason = service.key_value_try_get("dpreg/lost")
-    tell(f"the run lost a process ({reason}); start all again to go on from the newest checkpoint")
+        client = service()
+        with contextlib.suppress(jax.errors.JaxRuntimeError):  # another process has reported one
+            client.key_value_set("dpreg/lost", reason)
+        reason = client.key_value_try_get("dpreg/lost")
+    log_line(f"the run lost a process ({reason}); start all again to go on from the newest checkpoint")
     sys.stdout.flush()
     os._exit(exit_code)
 
 
 _ERROR = "!"
-_exchanges, _sync_signal = itertools.count(), itertools.count()
+_exchanges = itertools.count()
 
 
-def _service() -> Any:
+def service() -> Any:
     """The client of the coordination service."""
     return distributed.global_state.client
 
@@ -191,30 +191,30 @@ def allgather_text(
     patience: float = MEET_SECONDS,
     heartbeat: Callable[[], None] = lambda: None,
 ) -> list[str]:
-    """Tells all processes a text and returns those of all, in the order of their ids; a meeting of all, too.
+    """Sends a text to all processes and returns those of all, in the order of their ids; also a barrier.
 
     Over the coordination service, not the devices: it works before the first collective. All processes have to call it
     equally often. A process is waited for while it is `presence.at_work`, and for 120 s without a sign of life from it.
 
     Args:
-      error: says instead that this process cannot go on; then it ends for all, at whichever meeting they are.
+      error: reports instead that this process cannot go on; all processes then raise it, at any exchange.
       patience: seconds to wait for the others at most; heartbeat: called each second of them.
 
     Raises:
-      AgreedError: with the error of the first process that told one.
+      AgreedError: with the error of the first process that has one.
       ProcessLost: when another does not come.
     """
     mine = f":{text}" if error is None else _ERROR + error
-    told = [mine]
+    texts = [mine]
     if jax.process_count() > 1:
         meeting, wait = f"dpreg/exchange/{next(_exchanges)}", Wait(patience)
-        _service().key_value_set(f"{meeting}/{jax.process_index()}", mine)
-        told = [_awaited(f"{meeting}/{process}", process, wait, heartbeat) for process in range(jax.process_count())]
-    for process, answer in enumerate(told):
+        service().key_value_set(f"{meeting}/{jax.process_index()}", mine)
+        texts = [_awaited(f"{meeting}/{process}", process, wait, heartbeat) for process in range(jax.process_count())]
+    for process, answer in enumerate(texts):
         if answer.startswith(_ERROR):
             where = f"process {process}: " if jax.process_count() > 1 else ""
             raise AgreedError(where + answer.removeprefix(_ERROR))
-    return [answer.removeprefix(":") for answer in told]
+    return [answer.removeprefix(":") for answer in texts]
 
 
 def _awaited(key: str, process: int, wait: Wait, heartbeat: Callable[[], None]) -> str:
@@ -222,8 +222,8 @@ def _awaited(key: str, process: int, wait: Wait, heartbeat: Callable[[], None]) 
     signs = presence.Signs()
     while wait.goes_on(f"process {jax.process_index()} waits for {signs.describe(process)}"):
         try:
-            told: str = _service().blocking_key_value_get(key, 1000)
-            return told
+            text: str = service().blocking_key_value_get(key, 1000)
+            return text
         except jax.errors.JaxRuntimeError as error:
             if "DEADLINE_EXCEEDED" not in str(error):
                 raise
@@ -344,63 +344,3 @@ def sum_words(words: np.ndarray) -> np.ndarray:
     with watchdog.watched():
         of_all = jax.make_array_from_callback((jax.process_count(), size), along, lambda _: padded)
         return np.asarray(compiled(of_all))[: len(words)]
-
-
-class SyncSignal:
-    """A word that any process may request, and that all processes receive at the same call of `poll`.
-
-    Process 0 decides which call that is. All processes have to create equally many signals, in the same order.
-    """
-
-    # Processes are held together by their collectives to within the calls in flight and the one to come.
-    _LEAD = CALLS_IN_FLIGHT + 4
-
-    def __init__(self) -> None:
-        self._key, self._calls, self._number = f"dpreg/sync_signal/{next(_sync_signal)}", 0, 0
-        self._wanted: list[str] = []
-        self._announced: tuple[int, str] | None = None  # at which call, and what
-
-    def request(self, what: str) -> None:
-        """Sends a word to all processes, which receive it some calls later. To repeat it before that has no effect."""
-        if what not in self._wanted and (self._announced is None or self._announced[1] != what):
-            self._wanted.append(what)  # a signal handler may call this
-
-    def pending(self, what: str) -> bool:
-        """Whether this process itself has requested the word, and not all have received it."""
-        return what in self._wanted
-
-    def poll(self) -> str:
-        """The word to act on now, or "". All processes have to call it equally often, between the same steps."""
-        self._calls += 1
-        if jax.process_count() == 1:
-            return self._wanted.pop(0) if self._wanted else ""
-        if jax.process_index():
-            while self._wanted:
-                _service().key_value_set(f"{self._key}/wanted/{self._wanted.pop(0)}", "", allow_overwrite=True)
-        elif self._announced is None:
-            self._announce()
-        if self._announced is None:
-            self._announced = self._listen()
-        if self._announced is None or self._calls < self._announced[0]:
-            return ""
-        (_, what), self._announced = self._announced, None
-        self._number += 1
-        return what
-
-    def _announce(self) -> None:
-        """Process 0 announces what any process has requested, and at which call it is received."""
-        for key, _ in _service().key_value_dir_get(f"{self._key}/wanted/"):
-            _service().key_value_delete(key)
-            self.request(key.rpartition("/")[2])
-        if self._wanted:
-            text = f"{self._calls + self._LEAD} {self._wanted.pop(0)}"
-            _service().key_value_set(f"{self._key}/announced/{self._number}", text)
-
-    def _listen(self) -> tuple[int, str] | None:
-        try:
-            at, what = _service().key_value_try_get(f"{self._key}/announced/{self._number}").split()
-        except jax.errors.JaxRuntimeError as error:
-            if "NOT_FOUND" in str(error):
-                return None
-            raise
-        return int(at), what

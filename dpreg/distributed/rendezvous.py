@@ -35,7 +35,7 @@ def is_loopback(host: str) -> bool:
 
 
 class Wait:
-    """A wait that ends, and that tells every 10 seconds what for."""
+    """A wait with a limit, which reports every 10 seconds what it waits for."""
 
     def __init__(self, seconds: float):
         self._began = self._told = time.monotonic()
@@ -46,11 +46,11 @@ class Wait:
         now = time.monotonic()
         if now - self._told > _REPORT_SECONDS:
             self._told = now
-            tell(f"{what} (for {now - self._began:.0f} s)")
+            log_line(f"{what} (for {now - self._began:.0f} s)")
         return now - self._began < self._seconds
 
 
-def tell(line: str) -> None:
+def log_line(line: str) -> None:
     """A line on stderr, also from where Python's own stream may be in use."""
     os.write(2, f"dpreg: {printable(line)}\n".encode())
 
@@ -184,7 +184,7 @@ class _Registry:
         self._unknown.remove(caller)
         if not self._reported:
             self._reported = True
-            tell(f"process 0 ignores a connection from {caller.address}, which is no process of this run: {why}")
+            log_line(f"process 0 ignores a connection from {caller.address}, which is no process of this run: {why}")
 
     def send(self, message: dict[str, Any]) -> None:
         """Sends a message to all processes that are connected."""

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 import jax
 
 from dpreg.distributed import presence
-from dpreg.distributed.rendezvous import tell
+from dpreg.distributed.rendezvous import log_line
 from dpreg.errors import ProcessLost
 from dpreg.spelling import spell
 
@@ -102,7 +102,7 @@ class Watchdog:
         signs.look()
         behind = signs.behind()
         whom = "; ".join(map(signs.describe, behind[:_MOST_NAMED]))
-        tell(
+        log_line(
             f"process {jax.process_index()} has no new result for {waited:.0f} s (of {self.limit:g} s)"
             + (f": it waits for {whom}" if behind else "")
         )

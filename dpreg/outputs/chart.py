@@ -204,7 +204,7 @@ def live(
 
 
 def _svg_file(drawing: str, series: Mapping[str, Points], width: int) -> str:
-    """A drawing, which begins behind "<svg", with colours and the names of its lines, as a file of its own."""
+    """A standalone SVG file: `drawing` (all that follows "<svg"), with its colours and the names of its lines."""
     names = "".join(
         f'<tspan style="fill: var(--line{number % _COLOURS})" dx="12">{escape(name)}</tspan>'
         for number, name in enumerate(series)

@@ -17,6 +17,7 @@ import orbax.checkpoint as ocp
 from dpreg.config import Config
 from dpreg.distributed import processes
 from dpreg.distributed.devices import replicated
+from dpreg.distributed.sync_signal import SyncSignal
 from dpreg.errors import InputError, Preempted
 from dpreg.outputs.orbax_errors import quiet, reason_of
 from dpreg.spelling import spell
@@ -36,7 +37,7 @@ class Checkpoints(Callback):
     """The checkpoints of a run: Orbax writes them, in the background and atomically.
 
     A checkpoint is the TrainState, the loss sums and the rows used of the epoch it stands in, and what the run
-    is. It does not depend on devices, processes or backend. Checksums tell a damaged one.
+    is. It does not depend on devices, processes or backend. Checksums detect a damaged one.
 
     Args:
       folder: where they lie, one folder a step.
@@ -53,12 +54,12 @@ class Checkpoints(Callback):
         every_seconds: float = Config.checkpoint_every_seconds,
         every_steps: int = Config.checkpoint_every_steps,
         keep: int = Config.keep,
-        sync_signal: processes.SyncSignal | None = None,
+        sync_signal: SyncSignal | None = None,
     ):
         self._every_steps, self._preempted = every_steps, ""
         self._identity: dict[str, Any] = json.loads(json.dumps(identity))
         self._every_seconds, self._saved_at = every_seconds, time.monotonic()
-        self._sync_signal, self._due = sync_signal or processes.SyncSignal(), False
+        self._sync_signal, self._due = sync_signal or SyncSignal(), False
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=True)
         self._folder, self._saving = folder.absolute(), 0
         if self._folder.exists() and not self._folder.is_dir():  # Orbax would wait for its own threads for ever
@@ -111,7 +112,7 @@ class Checkpoints(Callback):
         if time_is_up and not self._due and jax.process_index() == 0:
             self._sync_signal.request("save")
         what = self._sync_signal.poll()
-        # What was heard holds until it is acted upon.
+        # A request that was received stays until it is carried out.
         self._due = self._due or bool(what)
         if what in ("stop", "interrupt"):
             self._preempted = self._preempted or what
@@ -220,7 +221,7 @@ class Checkpoints(Callback):
             damage = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
         # Orbax lets all wait for each other: where one process alone fails, the others do not come.
         patience = 30.0 if damage else processes.MEET_SECONDS
-        damages = [told for told in processes.allgather_text(damage, patience=patience) if told]
+        damages = [text for text in processes.allgather_text(damage, patience=patience) if text]
         if not damages:
             return content
         # Out of the way, else a later save of the same step would be skipped.

@@ -117,10 +117,10 @@ def _losses(summary: Mapping[str, Any], records: Records, config: Config) -> str
     if best is None or gap is None:
         return body
     above = [] if config.l2 else [(x, y - best) for x, y in losses[_CURVES["train_loss"]] if y > best]
-    told = f"The best possible is {best:.6g}; the trained parameters are {gap:.3%} above it."
+    text = f"The best possible is {best:.6g}; the trained parameters are {gap:.3%} above it."
     if len(above) < 2:
-        return f"{body}<p>{told}</p>"
-    return f"{body}<h2>Optimality gap</h2><p>{told}</p>" + chart(
+        return f"{body}<p>{text}</p>"
+    return f"{body}<h2>Optimality gap</h2><p>{text}</p>" + chart(
         {"training loss above the best possible": above}, "epoch", "training loss less the best possible"
     )
 
@@ -150,8 +150,8 @@ def _fit(name: str, compared: Compared, where: str, config: Config) -> str:
         order = np.argsort(residual, kind="stable")
         normal = scipy.special.ndtri(_shares(weight[order])) * deviation + mean
         drawing = scatter(list(zip(normal, residual[order], strict=True)), "normal", "residual", "quantiles", "equal")
-        told = "Their quantiles over those of a normal distribution: on the line where they are normal."
-        parts.append(f"<h3>Shape of the residuals</h3><p>{told}</p>{drawing}")
+        text = "Their quantiles over those of a normal distribution: on the line where they are normal."
+        parts.append(f"<h3>Shape of the residuals</h3><p>{text}</p>{drawing}")
     if config.loss == "quantile":
         share = float(np.average(residual <= 0, weights=weight)) if count else float("nan")
         parts.append(
@@ -160,9 +160,9 @@ def _fit(name: str, compared: Compared, where: str, config: Config) -> str:
         )
     elif count >= 2 * _GROUPS:
         means = calibration(compared)
-        told = f"Means of {_GROUPS} groups of rows, by prediction: on the line where what is predicted comes true."
+        text = f"Means of {_GROUPS} groups of rows, by prediction: on the line where what is predicted comes true."
         drawing = scatter(means, "predicted", "observed", "calibration", "equal", joined=True)
-        parts.append(f"<h3>Calibration</h3><p>{told}</p>{drawing}")
+        parts.append(f"<h3>Calibration</h3><p>{text}</p>{drawing}")
     sections = "".join(f"<section>{part}</section>" for part in parts)
     return f'<h2>Fit of {escape(name)}</h2><div class="columns">{sections}</div>'
 
@@ -202,8 +202,8 @@ def _audit(records: Records) -> str:
     ]
     if not audited:
         return ""
-    told = "What the steps of each epoch used: every row once, else the run would have ended."
-    return f"<section><h2>Audit</h2><p>{told}</p>{_rows(audited)}</section>"
+    text = "What the steps of each epoch used: every row once, else the run would have ended."
+    return f"<section><h2>Audit</h2><p>{text}</p>{_rows(audited)}</section>"
 
 
 def write_comparison(path: pathlib.Path, records: Mapping[str, Records], rows: Mapping[str, Sequence[Any]]) -> None:

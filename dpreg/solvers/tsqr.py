@@ -364,8 +364,8 @@ class Fit:
             t = estimate / error if error else np.inf
             interval = f"{estimate - reach * error:.6g} .. {estimate + reach * error:.6g}"
             lines.append(f"{name:{wide}} {estimate:>13.6g} {error:>12.6g} {t:>10.4g} {p:>9.3g} {interval:>27}")
-        told = [f"{self.triangle.rows:,} rows, {self.degrees_of_freedom:,} degrees of freedom"]
+        facts = [f"{self.triangle.rows:,} rows, {self.degrees_of_freedom:,} degrees of freedom"]
         if not self.known_variance:
-            told += [f"R2 {self.r2[target]:.6g}", f"residual deviation {self.residual_deviation[target]:.6g}"]
-        lines.append("; ".join([*told, f"condition {self.condition_number:.3g}"]))
+            facts += [f"R2 {self.r2[target]:.6g}", f"residual deviation {self.residual_deviation[target]:.6g}"]
+        lines.append("; ".join([*facts, f"condition {self.condition_number:.3g}"]))
         return "\n".join(lines)

@@ -47,7 +47,7 @@ _AHEAD = 2  # batches that are made while others are taken in
 _HELD_OUT = 1  # key of the hash of row numbers
 _MOST_ROWS = 2**31 - 1
 
-Progress = Callable[[str, int], None]  # told what goes on ("reading" or "writing"), and with how many rows so far
+Progress = Callable[[str, int], None]  # called with "reading" or "writing", and the number of rows so far
 
 
 @at_work("reading a table")
@@ -72,7 +72,7 @@ def read_table(
       data_dir: where TFDS datasets are prepared.
       cache_dir: where tables lie once they are read; ~/.cache/dpreg/tables by default.
       dtype: what they are kept as: float32 or float64.
-      progress: told now and then what goes on, and with how many rows so far.
+      progress: called at intervals with what is being done and the number of rows so far.
 
     Raises:
       InputError: as `ingest`.
@@ -120,7 +120,7 @@ def ingest(
       cache: the folder of all caches. Processes may share it: what is not complete is not seen.
       validation: rows to hold out; a share of the table's own by default.
       dtype: of the rows.
-      progress: told now and then what goes on, and with how many rows so far.
+      progress: called at intervals with what is being done and the number of rows so far.
 
     Raises:
       InputError: for columns that are not there or not numbers, values that are missing or not finite (names the

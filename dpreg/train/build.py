@@ -35,7 +35,7 @@ def build_data(config: Config, progress: Progress = lambda what, rows: None) -> 
     """The rows that the config names; of a table, process 0 reads them, and the others where they see no cache of it.
 
     Args:
-      progress: told what goes on with a table, see `dpreg.tables.ingest.read_table`.
+      progress: reports the reading of a table, see `dpreg.tables.ingest.read_table`.
 
     Raises:
       InputError: for a table that cannot be read, or that is not the same in all processes.

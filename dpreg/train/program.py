@@ -133,7 +133,7 @@ class LaidOutData:
         nothing about, such as the difference of two equal columns, no step would change the initial draw.
 
         Raises:
-          InputError: when a constant column of a table is not used, and the model has no intercept in its place.
+          InputError: when a table has a constant column, which is left out, and the model has no intercept.
         """
         from_zero = False
         if self.schema is not None and isinstance(model, (LinearRegressionScratch, LinearRegression)):
