@@ -58,7 +58,7 @@ class ModelSettings(Settings):
     huber_delta: float = setting(
         1.0,
         "Of the loss huber: errors beyond it count in proportion, smaller ones by their square; in units of the target "
-        "after --target_transform.",
+        "after any target transform.",
         affects_result=True,
         gt=0,
     )
