@@ -231,7 +231,10 @@ def test_products_are_rounded_before_they_are_added():
     def in_branch(a, b, c):
         return lax.cond(a[0] > -1e9, lambda: a * b + c, lambda: c)
 
-    functions = [own, repeated, in_while, in_branch, jax.jit(own), jax.checkpoint(lambda a, b, c: a * b + c)]
+    def reduced(a, b, c):  # by a function that is traced, but not called on the operands
+        return lax.reduce(jnp.stack([a * b, c]), np.float32(0), lambda p, q: jnp.where(p > 1e9, p, p + q), (0,))
+
+    functions = [own, repeated, in_while, in_branch, reduced, jax.jit(own), jax.checkpoint(lambda a, b, c: a * b + c)]
     for function in functions:
         traced = jax.make_jaxpr(function)(a, b, c)
         (found,) = jax.jit(functools.partial(round_products, traced))(jnp.int32(0), a, b, c)

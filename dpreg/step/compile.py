@@ -126,7 +126,7 @@ def compile_eval_block(
 ) -> tuple[Callable[..., Array], Callable[[np.ndarray], PyTree]]:
     """Compiles the evaluation of `num_steps` consecutive batches into one call.
 
-    Traced apart from training: the model is called with `train=False`.
+    The model is called with `train=False`, in a trace separate from that of training.
 
     Args:
       variables: "params" and "batch_stats".

@@ -18,8 +18,12 @@ _NO_PRODUCTS = """
 """
 # Operations that add nothing to an operand.
 _FACTORS_ONLY = "div dot_general eq ge gt is_finite le lt mul ne sign"
+# Operations that evaluate one traced function on their operands. Others that hold one, such as `reduce`, do not.
+_CALLS = "jit pjit closed_call core_call custom_jvp_call custom_vjp_call custom_vjp_call_jaxpr remat remat2 checkpoint"
 _WORDS = {2: jnp.uint16, 4: jnp.uint32, 8: jnp.uint64}  # by the bytes of a number
 _no_products, _factors_only = frozenset(_NO_PRODUCTS.split()), frozenset(_FACTORS_ONLY.split())
+_calls = frozenset(_CALLS.split())
+_of_parts = _calls | {"scan", "while", "cond"}  # their parts' products are rounded by themselves
 
 
 def round_products(closed: ClosedJaxpr, zero: Array, *inputs: Array) -> list[Array]:
@@ -54,16 +58,11 @@ def _evaluate(jaxpr: Jaxpr, consts: Sequence[Any], zero: Array, inputs: Sequence
     for equation in jaxpr.eqns:
         with jax.named_scope(str(equation.source_info.name_stack)):
             results = _apply(equation, zero, [read(atom) for atom in equation.invars])
-        if not (equation.primitive.name in _no_products or _parts(equation)):
+        if equation.primitive.name not in _no_products | _of_parts:
             pairs = zip(results, equation.outvars, strict=True)
             results = [_opaque(result, zero) if var in added else result for result, var in pairs]
         values.update(zip(equation.outvars, results, strict=True))
     return [read(atom) for atom in jaxpr.outvars]
-
-
-def _parts(equation: Any) -> bool:
-    """Whether an operation consists of traced ones, whose products are rounded by themselves."""
-    return not {"jaxpr", "call_jaxpr", "branches", "body_jaxpr"}.isdisjoint(equation.params)
 
 
 def _apply(equation: Any, zero: Array, inputs: list[Any]) -> Sequence[Any]:
@@ -95,11 +94,11 @@ def _apply(equation: Any, zero: Array, inputs: list[Any]) -> Sequence[Any]:
     if name == "cond":
         branches = [functools.partial(part, branch) for branch in params["branches"]]
         return list(lax.switch(inputs[0], branches, *inputs[1:]))
-    inner = params.get("jaxpr", params.get("call_jaxpr"))
-    if isinstance(inner, ClosedJaxpr):
-        return part(inner, *inputs)
-    if isinstance(inner, Jaxpr):  # of `jax.checkpoint`
-        kept = lax.optimization_barrier(inputs) if params.get("prevent_cse") else inputs
+    if name in _calls:
+        inner = params.get("jaxpr", params.get("call_jaxpr"))
+        if isinstance(inner, ClosedJaxpr):
+            return part(inner, *inputs)
+        kept = lax.optimization_barrier(inputs) if params.get("prevent_cse") else inputs  # `jax.checkpoint`
         return _evaluate(inner, [], zero, kept)
     bound = equation.primitive.bind(*inputs, **params)
     return bound if equation.primitive.multiple_results else [bound]
