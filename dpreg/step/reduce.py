@@ -63,24 +63,25 @@ def opaque_loop(turn: Callable[[Array, PyTree], PyTree], count: Array, start: Py
 def isolated(function: Callable[..., PyTree], one: Array, *inputs: PyTree) -> PyTree:
     """`function(*inputs)`, compiled to the same operations whatever surrounds it.
 
-    A loop of `one` turn, a number that the compiler does not know, carries the inputs and leaves zeros in their place.
-    What `function` computes from them thus changes from turn to turn: none of it is loop-invariant code, which the
-    compiler would move out of the loop and fuse with the surroundings. (To select the inputs by the number of the turn
-    is faster, and not enough: LLVM moves operations through a select, and out of the loop.) In the loop, products are
-    rounded before they are added: see `round_products`.
+    It is the body of a loop of `one` turn, a number that the compiler does not know. In that turn, the first, the
+    inputs are selected instead of zeros: what `function` computes from them depends on the number of the turn. So none
+    of it is loop-invariant code, which the compiler would move out of the loop and fuse with the surroundings. LLVM may
+    still move operations through the selection and out of the loop, which changes no result once products are rounded
+    before they are added: see `round_products`.
 
     Args:
       function: must read no traced value but its arguments.
       one: int32 scalar, 1 at run time.
+      inputs: trees of arrays.
     """
     traced, shapes = jax.make_jaxpr(function, return_shape=True)(*inputs)
 
-    def turn(_: Array, carry: tuple[PyTree, PyTree]) -> tuple[PyTree, PyTree]:
-        results = round_products(traced, one ^ 1, *jax.tree.leaves(carry[0]))
-        return _zeros_like(inputs), jax.tree.unflatten(jax.tree.structure(shapes), results)
+    def turn(i: Array, _: PyTree) -> PyTree:
+        of_turn = jax.tree.map(functools.partial(lax.select, i == 0), inputs, _zeros_like(inputs))
+        results = round_products(traced, i, *jax.tree.leaves(of_turn))
+        return jax.tree.unflatten(jax.tree.structure(shapes), results)
 
-    outputs: PyTree
-    _, outputs = opaque_loop(turn, one, (inputs, _zeros_like(shapes)))
+    outputs: PyTree = opaque_loop(turn, one, _zeros_like(shapes))
     return outputs
 
 

@@ -1,6 +1,7 @@
 """Keeps a compiler from rounding a product and a sum together, as a fused multiply-add does."""
 
 import functools
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,7 +18,7 @@ _NO_PRODUCTS = """
   transpose
 """
 # Operations that add nothing to an operand.
-_FACTORS_ONLY = "div dot_general eq ge gt is_finite le lt mul ne sign"
+_FACTORS_ONLY = "div dot_general eq ge gt integer_pow is_finite le lt mul ne rsqrt sign sqrt square"
 # Operations that evaluate one traced function on their operands. Others that hold one, such as `reduce`, do not.
 _CALLS = "jit pjit closed_call core_call custom_jvp_call custom_vjp_call custom_vjp_call_jaxpr remat remat2 checkpoint"
 _WORDS = {2: jnp.uint16, 4: jnp.uint32, 8: jnp.uint64}  # by the bytes of a number
@@ -58,25 +59,38 @@ def _evaluate(jaxpr: Jaxpr, consts: Sequence[Any], zero: Array, inputs: Sequence
     for equation in jaxpr.eqns:
         with jax.named_scope(str(equation.source_info.name_stack)):
             results = _apply(equation, zero, [read(atom) for atom in equation.invars])
-        if equation.primitive.name not in _no_products | _of_parts:
+        if _is_product(equation):
             pairs = zip(results, equation.outvars, strict=True)
             results = [_opaque(result, zero) if var in added else result for result, var in pairs]
         values.update(zip(equation.outvars, results, strict=True))
     return [read(atom) for atom in jaxpr.outvars]
 
 
+def _is_product(equation: Any) -> bool:
+    """Whether what an operation gives may end in a multiplication."""
+    name: str = equation.primitive.name
+    if name == "dot_general":  # a sum, but of one product alone
+        (contracted, _), _ = equation.params["dimension_numbers"]
+        return math.prod(equation.invars[0].aval.shape[axis] for axis in contracted) < 2
+    return not (name in _no_products or name in _of_parts)
+
+
 def _apply(equation: Any, zero: Array, inputs: list[Any]) -> Sequence[Any]:
     """The results of one operation; control flow is built anew of its parts."""
     name, params = equation.primitive.name, equation.params
 
-    def part(closed: ClosedJaxpr, *values: Any) -> list[Any]:
-        return _evaluate(closed.jaxpr, closed.consts, zero, values)
+    def part(traced: Any, *values: Any) -> list[Any]:
+        return _evaluate(getattr(traced, "jaxpr", traced), getattr(traced, "consts", ()), zero, values)
 
     if name == "scan":
-        consts, carry = params["num_consts"], params["num_carry"]
+        # Of the operands, constants come first, then what is carried, then what each turn has one row of. The names of
+        # the parameters that say how many there are of each depend on the version of JAX; ranks do not.
+        body = params["jaxpr"]
+        carry = len(equation.outvars) - _num_stacked(equation.outvars, body.out_avals)
+        consts = len(inputs) - _num_stacked(equation.invars, body.in_avals) - carry
 
         def turn(carried: list[Any], of_turn: list[Any]) -> tuple[list[Any], list[Any]]:
-            results = part(params["jaxpr"], *inputs[:consts], *carried, *of_turn)
+            results = part(body, *inputs[:consts], *carried, *of_turn)
             return results[:carry], results[carry:]
 
         options = {option: params[option] for option in ("length", "reverse", "unroll")}
@@ -95,13 +109,15 @@ def _apply(equation: Any, zero: Array, inputs: list[Any]) -> Sequence[Any]:
         branches = [functools.partial(part, branch) for branch in params["branches"]]
         return list(lax.switch(inputs[0], branches, *inputs[1:]))
     if name in _calls:
-        inner = params.get("jaxpr", params.get("call_jaxpr"))
-        if isinstance(inner, ClosedJaxpr):
-            return part(inner, *inputs)
         kept = lax.optimization_barrier(inputs) if params.get("prevent_cse") else inputs  # `jax.checkpoint`
-        return _evaluate(inner, [], zero, kept)
+        return part(params.get("jaxpr", params.get("call_jaxpr")), *kept)
     bound = equation.primitive.bind(*inputs, **params)
     return bound if equation.primitive.multiple_results else [bound]
+
+
+def _num_stacked(outer: Sequence[Any], inner: Sequence[Any]) -> int:
+    """How many arrays have an axis more outside of a scan than in its turns."""
+    return sum(var.aval.ndim > aval.ndim for var, aval in zip(outer, inner, strict=True))
 
 
 def _opaque(result: Any, zero: Array) -> Any:
