@@ -16,7 +16,7 @@ except ImportError as missing:
     raise ImportError("dpreg.sklearn: needs scikit-learn 1.6 or newer; pip install 'dpreg[sklearn]'") from missing
 
 from dpreg.errors import InputError
-from dpreg.estimator import DEFAULTS, SOLVERS, STANDARDIZE, Estimator, weights_of
+from dpreg.estimators.base import DEFAULTS, SOLVERS, STANDARDIZE, Estimator, weights_of
 from dpreg.step.state import Model
 
 __all__ = ["DataParallelClassifier", "DataParallelRegressor"]

@@ -831,7 +831,7 @@ def test_imports_go_downward():
         ("cli", "data"),
         ("step", "tables"),
         ("solvers", "train"),
-        ("estimator", "outputs"),
+        ("estimators", "outputs"),
         ("d2l", "doctor", "plan", "report", "scaling", "sklearn"),
         ("predict",),
         ("main",),

@@ -71,7 +71,8 @@ def _is_product(equation: Any) -> bool:
     name: str = equation.primitive.name
     if name == "dot_general":  # a sum, but of one product alone
         (contracted, _), _ = equation.params["dimension_numbers"]
-        return math.prod(equation.invars[0].aval.shape[axis] for axis in contracted) < 2
+        products: int = math.prod(equation.invars[0].aval.shape[axis] for axis in contracted)
+        return products < 2
     return not (name in _no_products or name in _of_parts)
 
 

@@ -1,7 +1,6 @@
 """What the estimators of `dpreg.sklearn` have in common: all but the targets."""
 
 import dataclasses
-import functools
 import warnings
 from collections.abc import Sequence
 from typing import Any
@@ -9,7 +8,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
 from numpy.typing import ArrayLike
 from sklearn.base import BaseEstimator
 from sklearn.exceptions import ConvergenceWarning
@@ -21,109 +19,26 @@ from dpreg.data.schema import Number, Schema
 from dpreg.data.sources import ArraySource, PermutedSource, RegressionData, first_outside
 from dpreg.distributed import devices
 from dpreg.errors import InputError
+from dpreg.estimators.fitted import Fitted, moments, moments_of, varying
 from dpreg.models.linear import linear_parameters
-from dpreg.models.losses import Loss
-from dpreg.models.module import Module
 from dpreg.solvers import robust
 from dpreg.solvers.glm import FAMILIES
 from dpreg.solvers.optimality import is_near_optimum
 from dpreg.solvers.solver import Solver
-from dpreg.solvers.tsqr import RFactor
 from dpreg.step.checks import mode_arguments
 from dpreg.step.state import Model
 from dpreg.tables.columns import LARGEST
 from dpreg.tables.statistics import SMALLEST
 from dpreg.tracing import key_of
-from dpreg.train.build import build_model, build_trainer, objective_and_optimizer
-from dpreg.train.predictor import Predictor
+from dpreg.train.build import build_trainer
 from dpreg.train.trainer import Trainer
 
 _MOST_EXACT = 1024  # parameters up to which "auto" is exact: its time grows with their square, or third power
 _LOCATED = ("squared", "huber", "absolute", "quantile")  # losses of which a scaled target is a target, too
 _OF_LOGARITHMS = ("poisson", "gamma")  # losses of which a linear model adds up logarithms
-_TINY = float(np.finfo(np.float64).tiny)
 SOLVERS = ("auto", "exact", "sgd")
 STANDARDIZE = True
 DEFAULTS = Config(optimizer="adam", lr_schedule="linear", max_epochs=100)  # of all other arguments
-
-
-@dataclasses.dataclass
-class _Fitted:
-    """What is kept of training, all in plain values and NumPy arrays.
-
-    Attributes:
-      config: of the run.
-      module: the user's own, if any.
-      targets: columns of y; one_column: whether y was an array with a single axis.
-      schema: the units, by which the model sees the rows.
-      triangle: of all rows so far, where least squares are solved exactly.
-      variables, optimizer: of the trained model, where steps were taken.
-      around: of a linear model the means [d] of features, what it predicts there [p], and w [d, p] and b [p].
-    """
-
-    config: Config
-    module: Model | None
-    targets: int
-    one_column: bool
-    schema: Schema
-    triangle: RFactor | None = None
-    variables: Any = None
-    optimizer: Any = None
-    around: tuple[np.ndarray, ...] = ()
-
-    @property
-    def is_linear(self) -> bool:
-        return self.module is None and self.config.model in ("linear", "concise")
-
-    @property
-    def objective(self) -> Loss:
-        loss: Loss = objective_and_optimizer(self.config)["objective"]
-        return loss
-
-    @property
-    def outputs(self) -> int:
-        """Columns that the model predicts."""
-        return self.objective.outputs(self.targets)
-
-    @property
-    def mesh(self) -> Mesh:
-        return devices.data_mesh(self.config.num_shards, self.config.platform, self.config.num_devices)
-
-    def scaled(self, x: np.ndarray) -> np.ndarray:
-        """Rows [n, d] as the model sees them."""
-        mean, scale = (part[: x.shape[1]] for part in self.schema.units)
-        scaled: np.ndarray = np.where(self.schema.constant, 0.0, (x - mean) / scale)
-        return scaled
-
-    def model(self, config: Config, num_steps: int = 1) -> Model:
-        """The model to train for so many steps, or to predict with."""
-        if self.module is None:
-            return build_model(config, len(self.schema.inputs), self.targets, num_steps)
-        if not isinstance(self.module, Module):
-            return self.module
-        own = objective_and_optimizer(config, num_steps)
-        return self.module.clone(**own | {"optimizer": self.module.optimizer or own["optimizer"]})
-
-    @functools.cached_property
-    def predictor(self) -> Predictor:
-        """Of a model that is not linear; gives what it adds up, before any link."""
-        config, model = self.config, self.model(self.config)
-        if isinstance(model, Module):
-            model = model.clone(objective=dataclasses.replace(model.objective, mean=lambda prediction: prediction))
-        return Predictor(
-            model,
-            self.variables,
-            len(self.schema.inputs),
-            self.targets,
-            mesh=self.mesh,
-            num_shards=config.num_shards,
-            batch_size=config.batch_size,
-            schema=self.schema,
-            reduction=config.reduction,
-        )
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name != "predictor"}  # compiled, on devices
 
 
 class Estimator(BaseEstimator):
@@ -187,13 +102,13 @@ class Estimator(BaseEstimator):
           InputError: for what cannot be trained so.
         """
         module = None if isinstance(self.model, str) else self.model
-        before: _Fitted | None = getattr(self, "_fitted", None) if further else None
+        before: Fitted | None = getattr(self, "_fitted", None) if further else None
         same = y.shape[1], config.model, config.loss, module
         if before and (before.targets, before.config.model, before.config.loss, before.module) != same:
             raise InputError("partial_fit: it goes on with the targets, model and loss that it began with; call fit")
         if before:  # in another order each time
             config = dataclasses.replace(config, seed=(before.config.seed + 1) % 2**31)
-        fitted = _Fitted(config, module, y.shape[1], one_column, Schema((), ()))
+        fitted = Fitted(config, module, y.shape[1], one_column, Schema((), ()))
         if wrong := first_outside(ArraySource(np.zeros(len(y)), y, weight, np.float64), fitted.objective.allowed):
             raise fitted.objective.refusal(*wrong)
         used = np.flatnonzero(weight > 0)
@@ -215,7 +130,7 @@ class Estimator(BaseEstimator):
                 self.__dict__.pop(name, None)
         self._fitted = fitted
 
-    def _is_exact(self, fitted: _Fitted) -> bool:
+    def _is_exact(self, fitted: Fitted) -> bool:
         config = fitted.config
         can = fitted.is_linear and not config.l1 and config.loss in (*_LOCATED, "softmax", *FAMILIES)
         if self.solver == "exact" and not can:
@@ -224,24 +139,24 @@ class Estimator(BaseEstimator):
         return can and (self.solver == "exact" or (self.solver == "auto" and size <= _MOST_EXACT))
 
     def _solve_least_squares(
-        self, fitted: _Fitted, x: np.ndarray, y: np.ndarray, weight: np.ndarray, before: _Fitted | None
+        self, fitted: Fitted, x: np.ndarray, y: np.ndarray, weight: np.ndarray, before: Fitted | None
     ) -> None:
         """Exactly, of these rows and those before."""
         triangle = self._solver(fitted, x, y, weight).triangle()
         if before and before.triangle:
             triangle = before.triangle + triangle
-        fitted.triangle, fitted.schema = triangle, self._schema(fitted, *_moments_of(triangle))
+        fitted.triangle, fitted.schema = triangle, self._schema(fitted, *moments_of(triangle))
         # About the means in any case: a penalty on w is the same there, and large ones cost no digits.
         mean, (_, scale) = triangle.means, fitted.schema.units
         self.n_iter_ = 1
         fit = triangle.standardized(mean, scale).solve(fitted.config.l2)
         self._keep_linear(fitted, *fit.shortest(), mean)
 
-    def _solve_by_newton(self, fitted: _Fitted, x: np.ndarray, y: np.ndarray, weight: np.ndarray) -> None:
+    def _solve_by_newton(self, fitted: Fitted, x: np.ndarray, y: np.ndarray, weight: np.ndarray) -> None:
         """Exactly, of these rows."""
         loss, l2 = fitted.config.loss, fitted.config.l2
         triangle = self._solver(fitted, x, y, weight).triangle()
-        fitted.schema = self._schema(fitted, *_moments_of(triangle))
+        fitted.schema = self._schema(fitted, *moments_of(triangle))
         d, (mean, scale) = x.shape[1], fitted.schema.units
         mean = np.concatenate([triangle.means[:d], mean[d:]])  # about the means in any case, as least squares
         fit = triangle.standardized(mean, scale).solve()
@@ -270,21 +185,21 @@ class Estimator(BaseEstimator):
             w = fit.shared(w)
         self._keep_linear(fitted, w, b, mean)
 
-    def _solver(self, fitted: _Fitted, x: np.ndarray, y: np.ndarray, weight: np.ndarray) -> Solver:
+    def _solver(self, fitted: Fitted, x: np.ndarray, y: np.ndarray, weight: np.ndarray) -> Solver:
         return Solver(ArraySource(x, y, weight, np.float64), fitted.mesh, fitted.config.num_shards)
 
     def _take_steps(
         self,
-        fitted: _Fitted,
+        fitted: Fitted,
         x: np.ndarray,
         y: np.ndarray,
         weight: np.ndarray,
-        before: _Fitted | None,
+        before: Fitted | None,
         further: bool,
     ) -> None:
         """By the optimizer: `max_epochs`, or further one epoch."""
         config = fitted.config
-        fitted.schema = _varying(before.schema, x) if before else self._schema(fitted, *_moments(np.c_[x, y], weight))
+        fitted.schema = varying(before.schema, x) if before else self._schema(fitted, *moments(np.c_[x, y], weight))
         if further:
             steady = config.lr_schedule in ("linear", "cosine")
             config = dataclasses.replace(config, max_epochs=1, lr_schedule="constant" if steady else config.lr_schedule)
@@ -320,7 +235,7 @@ class Estimator(BaseEstimator):
                     stacklevel=4,
                 )
 
-    def _go_on(self, trainer: Trainer, before: _Fitted) -> None:
+    def _go_on(self, trainer: Trainer, before: Fitted) -> None:
         """From the parameters, and the optimizer's state where there is one."""
         if before.is_linear:
             w, b = np.atleast_2d(self.coef_).T, np.ravel(self.intercept_)
@@ -335,7 +250,7 @@ class Estimator(BaseEstimator):
         if same:
             trainer.state = trainer.state.replace(opt_state=devices.replicated(before.optimizer, trainer.mesh))
 
-    def _schema(self, fitted: _Fitted, mean: np.ndarray, deviation: np.ndarray) -> Schema:
+    def _schema(self, fitted: Fitted, mean: np.ndarray, deviation: np.ndarray) -> Schema:
         d, constant = self.n_features_in_, deviation == 0
         names = [*map(str, getattr(self, "feature_names_in_", ()))]
         if len(set(names)) < d:
@@ -357,7 +272,7 @@ class Estimator(BaseEstimator):
             tuple(Number(f"y{k}", *unit) for k, unit in enumerate(units[d:])),
         )
 
-    def _keep_linear(self, fitted: _Fitted, w: np.ndarray, b: np.ndarray, mean: np.ndarray | None = None) -> None:
+    def _keep_linear(self, fitted: Fitted, w: np.ndarray, b: np.ndarray, mean: np.ndarray | None = None) -> None:
         """Gives w [d, p] and b [p] in the units of the rows.
 
         Args:
@@ -397,22 +312,6 @@ def _require_outputs(model: Any, x: np.ndarray, outputs: int) -> None:
         raise InputError(f"model: it predicts {list(shape)} for one row; give one that predicts [1, {outputs}]")
 
 
-def _moments(columns: np.ndarray, weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and deviation of columns [n, m] float64; 0 for the deviation of constants."""
-    first = columns[0]  # a column far from 0 keeps its digits around it
-    mean = first + weight @ (columns - first) / weight.sum()
-    deviation = np.sqrt(weight @ np.square(columns - mean) / weight.sum())
-    return mean, np.where((columns != first).any(axis=0), np.maximum(deviation, _TINY), 0.0)
-
-
-def _moments_of(triangle: RFactor) -> tuple[np.ndarray, np.ndarray]:
-    """The same, to rounding, of the rows of a triangle, whose first row is that of the means."""
-    about = triangle.r[1:, 1:]  # exactly 0 of constants
-    spread = np.sqrt(np.square(about).sum(axis=0))
-    deviation = np.where(spread < SMALLEST, _TINY, spread / np.sqrt(triangle.weight))
-    return triangle.means, np.where(about.any(axis=0), deviation, 0.0)
-
-
 def _require_squares(x: np.ndarray, y: np.ndarray, weight: np.ndarray, row: np.ndarray) -> None:
     """Raises InputError for a value of rows [n, d], [n, t], [n] whose weighted square is not finite in float64.
 
@@ -427,14 +326,6 @@ def _require_squares(x: np.ndarray, y: np.ndarray, weight: np.ndarray, row: np.n
                 f"{name}: column {column + 1} has {values[at, column]:g} in row {row[at] + 1:,}; "
                 f"scale it to {most:g} at most" + (", or use smaller weights" if most < LARGEST else "")
             )
-
-
-def _varying(schema: Schema, x: np.ndarray) -> Schema:
-    """The schema of earlier rows for these [n, d], too: a column that has another value here is not constant."""
-    one_value = (x == schema.units[0][: x.shape[1]]).all(axis=0)
-    columns = zip(schema.inputs, one_value, strict=True)
-    inputs = (dataclasses.replace(c, constant=c.constant and bool(o)) for c, o in columns if isinstance(c, Number))
-    return dataclasses.replace(schema, inputs=tuple(inputs))
 
 
 def weights_of(sample_weight: ArrayLike | None, x: np.ndarray) -> np.ndarray:

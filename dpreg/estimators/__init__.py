@@ -1,0 +1,1 @@
+"""The estimators of `dpreg.sklearn`, all but the targets."""
