@@ -4,15 +4,14 @@ The classes share their curvature, so a step is no problem of least squares as f
 of rows are kept the sums of the loss, of its gradient and of its curvature (Boehning 1992).
 """
 
+import math
 from collections.abc import Callable
 
 import numpy as np
 import scipy
 
 from dpreg.errors import InputError
-
-_EPSILON = float(np.finfo(np.float64).eps)
-_MOST_PASSES = 100
+from dpreg.solvers import newton
 
 
 def sums(x: np.ndarray, y: np.ndarray, weight: np.ndarray, theta: np.ndarray) -> np.ndarray:
@@ -35,44 +34,35 @@ def sums(x: np.ndarray, y: np.ndarray, weight: np.ndarray, theta: np.ndarray) ->
     return np.concatenate([[weight.sum(), weight @ value], gradient.ravel(), curvature.ravel()])
 
 
-def minimum(sums_at: Callable[[np.ndarray], np.ndarray], theta: np.ndarray, l2: float) -> np.ndarray:
+def minimum(sums_at: Callable[[np.ndarray], np.ndarray], shape: tuple[int, int], l2: float) -> np.ndarray:
     """The theta [1 + d, C] of the least mean loss + l2 / 2 sum w^2, intercepts not counted, by Newton's method.
 
     Args:
       sums_at: theta -> what `sums` gives for all rows.
-      theta: where to start.
+      shape: of theta.
 
     Raises:
       InputError: when there is no row with a weight, or no optimum was found.
     """
-    size, classes = theta.size, theta.shape[1]
-    penalty = np.repeat(np.where(np.arange(len(theta)) > 0, l2, 0.0), classes)
+    size, classes = math.prod(shape), shape[1]
+    penalty = np.repeat(np.where(np.arange(shape[0]) > 0, l2, 0.0), classes)
     # What all classes have in common changes no probability: no step goes there.
-    common = np.kron(np.eye(len(theta)), np.ones((classes, classes)))
+    common = np.kron(np.eye(shape[0]), np.ones((classes, classes)))
 
-    def evaluated(theta: np.ndarray) -> tuple[float, np.ndarray, np.ndarray]:
-        weight, *of_rows = sums_at(theta)
+    def evaluated(theta: np.ndarray) -> newton.Point:
+        weight, *of_rows = sums_at(theta.reshape(shape))
         if not weight > 0:
             raise InputError("there is no row with a weight to fit; give one row at least a weight")
-        at, flat = np.array(of_rows) / weight, theta.ravel()
+        at = np.array(of_rows) / weight
         curvature = at[1 + size :].reshape(size, size) + np.diag(penalty)
-        return float(at[0] + (penalty * flat**2).sum() / 2), at[1 : 1 + size] + penalty * flat, curvature
+        gradient = at[1 : 1 + size] + penalty * theta
+        step = -_solved(curvature + common * np.trace(curvature) / size, gradient)
+        moved = 0.0 if l2 else float(np.abs(step[classes:]).max(initial=0.0))  # with a penalty there is an optimum
+        return newton.Point(float(at[0] + (penalty * theta**2).sum() / 2), step, float(-gradient @ step), moved)
 
-    at, length, last = evaluated(theta), 1.0, False
-    value, step, descent = np.inf, np.zeros(size), 0.0
-    for _ in range(_MOST_PASSES):
-        if not last and at[0] > value - 1e-4 * length * descent + 16 * _EPSILON * value:
-            length /= 2
-        else:
-            if last:  # a step is as long as the square of the one before it: this one was to rounding
-                return theta
-            length, (value, gradient, curvature) = 1.0, at
-            start, step = theta, -_solved(curvature + common * np.trace(curvature) / size, gradient)
-            descent = float(-gradient @ step)
-            last = descent <= _EPSILON * max(1.0, value)
-        theta = start + length * step.reshape(theta.shape)
-        at = evaluated(theta)
-    raise InputError(f"no optimum within {_MOST_PASSES} passes; give some l2, such as 0.001")
+    start = np.zeros(size)
+    theta, _ = newton.minimum(evaluated, start, start)
+    return theta.reshape(shape)
 
 
 def _solved(curvature: np.ndarray, gradient: np.ndarray) -> np.ndarray:

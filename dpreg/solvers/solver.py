@@ -16,14 +16,12 @@ from dpreg.distributed import presence, processes, watchdog
 from dpreg.errors import InputError
 from dpreg.solvers import robust, softmax
 from dpreg.solvers.glm import Family
+from dpreg.solvers.newton import Point, minimum
 from dpreg.solvers.tsqr import Fit, RFactor
 from dpreg.spelling import spell
 from dpreg.step.reduce import tree_sum
 
 _BLOCK_VALUES = 1 << 21  # reduced at once
-_MOST_PASSES = 30  # of Newton's method, which takes about 8; after 37 one without an optimum comes to rest by rounding
-_CONVERGED = 1e-10  # of the loss, from one pass to the next; the step after it squares what is left
-_AT_REST = 1e-3  # of the predictions, on the link's scale
 
 
 class Solver:
@@ -82,9 +80,9 @@ class Solver:
         return fit.refined(np.array(of_w), of_b)
 
     def newton(self, family: Family, l2: float = Config.l2, intercept: bool = Config.intercept) -> tuple[Fit, float]:
-        """(the linear model of least mean loss + l2 / 2 sum w^2, that mean loss to 1e-10), by Newton's method.
+        """(the linear model of least mean loss + l2 / 2 sum w^2, that mean loss), by Newton's method.
 
-        Each step is a pass, and a problem of least squares; a step that does not make the loss less is halved.
+        Each step is a pass, and a problem of least squares.
 
         Raises:
           InputError: when there are several targets, or no optimum, such as for classes that a plane separates.
@@ -98,37 +96,35 @@ class Solver:
             raise InputError("there is no row with a weight to fit; give one row at least a weight")
         x = triangle.below(intercept)[:, 1 : 1 + self._inputs]
         spread = np.sqrt(np.square(x).sum(axis=0) / triangle.weight)
-        trial = triangle.solve(l2 * weight / triangle.weight, intercept)
-        accepted, least = dataclasses.replace(trial, w=np.zeros_like(trial.w), b=np.zeros_like(trial.b)), np.inf
-        for _ in range(_MOST_PASSES):
-            triangle, loss, weight = self._around(family, trial)
-            value = loss + l2 / 2 * float(np.square(trial.w).sum())
-            rounding = _CONVERGED * (abs(value) + 0.1)
-            if not (np.isfinite(value) and value <= least + rounding):
-                trial = dataclasses.replace(trial, w=(trial.w + accepted.w) / 2, b=(trial.b + accepted.b) / 2)
-                continue
-            following = triangle.solve(l2 * weight / triangle.weight, intercept)
-            # Where there is no optimum the loss may come to rest, but the parameters go on.
-            moved = float(np.max(np.abs(following.w - trial.w)[:, 0] * spread, initial=0.0))
-            if least - value <= rounding and moved <= _AT_REST:
-                return dataclasses.replace(following, l2=l2, known_variance=True), loss
-            accepted, least, trial = trial, value, following
-        raise InputError(
-            f"no optimum within {_MOST_PASSES} passes: there is none where all targets are alike, or where features "
-            "tell them for certain; for the latter give some l2, such as 0.001"
-        )
+        first = triangle.solve(l2 * weight / triangle.weight, intercept)
+
+        def evaluated(theta: np.ndarray) -> Point:
+            triangle, loss, weight = self._around(family, theta)
+            fit = triangle.solve(l2 * weight / triangle.weight, intercept)
+            step = np.append(fit.b, fit.w) - theta
+            along = np.square(triangle.about(0.0)[:, : step.size] @ step).sum() / weight
+            return Point(
+                loss + l2 / 2 * float(np.square(theta[1:]).sum()),
+                step,
+                decrement=float(along + l2 * np.square(step[1:]).sum()),
+                moved=float(np.max(np.abs(step[1:]) * spread, initial=0.0)),
+                detail=(fit, loss),
+            )
+
+        start = np.append(first.b, first.w)
+        _, (*_, (fit, loss)) = minimum(evaluated, np.zeros_like(start), start)
+        return dataclasses.replace(fit, l2=l2, known_variance=True), loss
 
     def softmax(self, num_classes: int, l2: float = Config.l2) -> tuple[np.ndarray, np.ndarray]:
         """W [d, C] and b [C] of least mean cross-entropy of the labels + l2 / 2 sum w^2, by Newton's method.
 
-        Without a penalty, no column of x may be constant or a combination of others.
+        Without a penalty, columns of x have mean squares of about 1, and none is constant or a combination of others.
 
         Raises:
           InputError: when there are several targets, or no optimum was found.
         """
         if self._targets > 1:
             raise InputError(f"labels are one target, and there are {self._targets}; give one")
-        theta = np.zeros((1 + self._inputs, num_classes))
 
         def sums_at(theta: np.ndarray) -> np.ndarray:
             def of(rows: Rows) -> np.ndarray:
@@ -137,7 +133,7 @@ class Solver:
 
             return self._reduced(2 + theta.size + theta.size**2, of)
 
-        theta = softmax.minimum(sums_at, theta, l2)
+        theta = softmax.minimum(sums_at, (1 + self._inputs, num_classes), l2)
         return theta[1:], theta[0]
 
     def robust(self, slopes: robust.Slopes, l2: float = Config.l2) -> tuple[np.ndarray, np.ndarray]:
@@ -164,12 +160,12 @@ class Solver:
         theta = robust.minimum(sums_at, np.append(fit.b, fit.w[:, 0]), slopes, l2, length)
         return theta[1:, None], theta[:1]
 
-    def _around(self, family: Family, fit: Fit | None) -> tuple[RFactor, float, float]:
-        """(the problem of Newton's next step from a fit, its mean loss, the weight of all rows): one pass."""
+    def _around(self, family: Family, theta: np.ndarray | None) -> tuple[RFactor, float, float]:
+        """(the problem of Newton's next step from b and w [1 + d], their mean loss, the weight of all rows)."""
 
         def of(rows: Rows) -> np.ndarray:
             x, y, weight = (rows[name].astype(np.float64) for name in ("x", "y", "weight"))
-            prediction = family.start(y) if fit is None else x @ fit.w + fit.b
+            prediction = family.start(y) if theta is None else x @ theta[1:, None] + theta[0]
             triangle, loss = family.working(x, y, weight, prediction)
             return np.array([*triangle.packed(), loss, weight.sum()])
 

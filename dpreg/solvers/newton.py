@@ -1,0 +1,62 @@
+"""Newton's method with a line search, on the host in float64: of generalised linear models and softmax regression."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from dpreg.errors import InputError
+
+_EPSILON = float(np.finfo(np.float64).eps)
+_MOST_PASSES = 30  # about 8 are needed; after 37 a model without an optimum comes to rest by rounding
+_ENOUGH = 1e-4  # of the decrease that the slope promises
+_ROUNDING = 1e-10  # of the objective, by which a step may seem to increase it
+_AT_REST = 1e-3  # of the predictions, on the link's scale
+
+
+class Point(NamedTuple):
+    """An objective at one point, and the step of Newton's method from there.
+
+    Attributes:
+      value: of the objective; where it is not finite, the step that led here was too long.
+      step: [m] float64.
+      decrement: the product of the step and the gradient, times -1: twice the decrease that the step promises.
+      moved: at most by how much the step changes a typical prediction, on the link's scale.
+      detail: what else the caller wants to know of the last point.
+    """
+
+    value: float
+    step: np.ndarray
+    decrement: float
+    moved: float
+    detail: Any = None
+
+
+def minimum(evaluate: Callable[[np.ndarray], Point], start: np.ndarray, step: np.ndarray) -> tuple[np.ndarray, Point]:
+    """The minimum of a convex function, by Newton's method with backtracking (Boyd and Vandenberghe 2004, 9.5.2).
+
+    Args:
+      evaluate: what is known of a point [m]: a pass over the rows.
+      start, step: [m], the first point evaluated is `start + step`, or nearer to `start` where that is too far.
+
+    Returns:
+      the minimum [m], and the point from which one step, whose error is the square of that point's, led there.
+
+    Raises:
+      InputError: when no optimum was found.
+    """
+    value, decrement, length = np.inf, 0.0, 1.0
+    for _ in range(_MOST_PASSES):
+        at = evaluate(start + length * step)
+        most = value - _ENOUGH * length * decrement + _ROUNDING * (abs(at.value) + 0.1)
+        if not (np.isfinite(at.value) and at.value <= most):
+            length /= 2
+            continue
+        start, step, value, decrement, length = start + length * step, at.step, at.value, at.decrement, 1.0
+        # Where there is no optimum the objective may come to rest, but the parameters go on.
+        if decrement <= _EPSILON * max(1.0, abs(value)) and at.moved <= _AT_REST:
+            return start + step, at
+    raise InputError(
+        f"no optimum within {_MOST_PASSES} passes: there is none where all targets are alike, or where features tell "
+        "them for certain; for the latter give some l2, such as 0.001"
+    )
