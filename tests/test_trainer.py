@@ -27,7 +27,7 @@ from dpreg.distributed import compilation_cache
 from dpreg.distributed.devices import data_mesh
 from dpreg.planning.programs import collectives
 from dpreg.step.reduce import tree_sum
-from dpreg.step.tuning import fewest_parts, steps_of_call
+from dpreg.step.tuning import fewest_chunks, steps_of_call
 from dpreg.train.build import build_model
 from dpreg.train.callback import FunctionCallback
 from dpreg.train.program import LaidOutData, lay_out
@@ -628,7 +628,7 @@ def test_one_device_meets_nobody(reduction):
     ("rows", "most", "parts"), [(1, 8, 1), (8, 8, 1), (9, 8, 3), (5003, 100, 1), (40, 9, 5), (12, 0, 12), (521, 400, 1)]
 )
 def test_batches_are_cut_into_equal_parts_or_not_at_all(rows, most, parts):
-    assert fewest_parts(rows, most) == parts
+    assert fewest_chunks(rows, most) == parts
 
 
 @pytest.mark.parametrize("placement", ["device", "host"])

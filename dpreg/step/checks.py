@@ -1,4 +1,4 @@
-"""What dpreg asks of a model, checked by tracing it, before anything is compiled."""
+"""Requirements on a model, checked by tracing it before anything is compiled."""
 
 import contextlib
 import functools
@@ -22,15 +22,15 @@ from dpreg.tracing import key_of, pinned_settings
 # The arguments of `__call__` that say whether the model trains, each with its value in training.
 MODES = {"train": True, "training": True, "is_training": True, "deterministic": False, "use_running_average": False}
 _LIKE_A_MODE = re.compile(r"train|eval|test|infer|predict|determin|running|mode|phase|dropout|stochastic|sampl", re.I)
-_STREAM = "dropout"  # of random numbers, the one that a model is given
+_STREAM = "dropout"  # the only random stream that models are given
 
 
 def require_model(model: Any) -> None:
-    """Raises InputError for what is no flax module with a loss per row and an optimizer."""
+    """Raises InputError for anything but a flax module with a loss per row and an optimizer."""
     name = type(model).__name__
     if isinstance(model, type):
         raise InputError(f"model: {model.__name__} is a class; give an instance, {model.__name__}(...)")
-    nnx = sys.modules.get("flax.nnx")  # slow to import, and no model is of it where nobody has imported it
+    nnx = sys.modules.get("flax.nnx")  # slow to import; a model can only be an nnx module if it has been imported
     if nnx is not None and isinstance(model, nnx.Module):
         raise InputError(f"model: {name} is a module of flax.nnx; give one of flax.linen, derived from dpreg.Module")
     if not (hasattr(model, "init") and hasattr(model, "apply")):
@@ -46,10 +46,10 @@ def require_model(model: Any) -> None:
 
 
 def mode_arguments(model: Any, train: bool) -> dict[str, bool]:
-    """The arguments of the model's `__call__` that say whether it trains; none where it has none of `MODES`.
+    """The arguments of the model's `__call__` that select training or evaluation; empty where it has none of `MODES`.
 
     Raises:
-      InputError: for other arguments that it needs, or that look as if they said so.
+      InputError: for other required arguments, and for arguments whose names resemble a mode.
     """
     of = model.__class__
     return {name: value == train for name, value in _modes_of(of, of.__call__, getattr(of, "forward", None)).items()}
@@ -57,10 +57,10 @@ def mode_arguments(model: Any, train: bool) -> dict[str, bool]:
 
 @functools.cache
 def _modes_of(of: type, call: Any, forward: Any) -> dict[str, bool]:
-    """The modes among the arguments of a class's `__call__`, its present one, and `forward`."""
+    """The modes among the arguments of a class's `__call__`, of its current `call`, and of its `forward`."""
     arguments = dict[str, inspect.Parameter]()
     calls = [vars(base).get("__call__") for base in of.__mro__ if base is not nn.Module]
-    # Where it passes **kwargs on, those of the classes that it derives from as well, and of its `forward`.
+    # Where `__call__` takes **kwargs, the arguments of its base classes and of `forward` count as well.
     for call in [*calls, forward]:
         if call is None:
             continue
@@ -86,13 +86,13 @@ def _modes_of(of: type, call: Any, forward: Any) -> dict[str, bool]:
 
 
 def comes_with_dpreg(model: Any) -> bool:
-    """Whether the code of a model is dpreg's, and not the user's own."""
+    """Whether the code of a model belongs to dpreg rather than to the user."""
     return type(model).__module__.split(".")[0] == "dpreg"
 
 
 @contextlib.contextmanager
 def traced(model: Any) -> Iterator[None]:
-    """Makes one line of what goes wrong while a model of the user's own is traced."""
+    """Turns an error that is raised while a user's model is traced into an InputError of one line."""
     try:
         yield
     except (InputError, Preempted, ProcessLost, OSError, MemoryError, jax.errors.JaxRuntimeError):
@@ -109,12 +109,12 @@ def traced(model: Any) -> Iterator[None]:
 
 
 def reason_of(error: BaseException) -> str:
-    """What an error says, in one line and without the addresses of pages."""
+    """The message of an error in one line, without links to web pages."""
     return re.sub(r"(?: See)? *\(?https?://\S*", "", " ".join(str(error).split()))[:300].rstrip(" .")
 
 
 class _Layer(NamedTuple):
-    """A layer that differs in training: where it is, what it is, whether it trains, and a BatchNorm's axis."""
+    """A layer that differs in training: its path, its type, whether it trains, and the axis name of a BatchNorm."""
 
     path: str
     kind: type
@@ -123,10 +123,11 @@ class _Layer(NamedTuple):
 
 
 def _layers(model: Any, variables: Mapping[str, PyTree], num_inputs: int, train: bool) -> list[_Layer]:
-    """The BatchNorms and Dropouts (also of attention) that the model calls, in order.
+    """The BatchNorms and Dropouts (including those of attention) that the model calls, in order.
 
     Raises:
-      InputError: where the model cannot be traced, or draws from another stream than "dropout", or in evaluation.
+      InputError: when the model cannot be traced, draws from another random stream than "dropout", or draws random
+        numbers in evaluation.
     """
     found, streams = list[_Layer](), list[str]()
     has_rng = flax.core.Scope.has_rng
@@ -183,9 +184,10 @@ def _layers(model: Any, variables: Mapping[str, PyTree], num_inputs: int, train:
 
 
 def require_modes(model: Any, variables: Mapping[str, PyTree], num_inputs: int) -> None:
-    """Raises InputError for a Dropout or a BatchNorm that is the same in training as in evaluation.
+    """Raises InputError for a Dropout or a BatchNorm that behaves the same in training and in evaluation.
 
-    A BatchNorm that never trains, in a model that takes the mode, is frozen on purpose.
+    A BatchNorm that always uses its running statistics is accepted in a model that takes the mode: it is frozen on
+    purpose.
     """
     modes = mode_arguments(model, True)
     training = {layer.path: layer for layer in _layers(model, variables, num_inputs, True)}
@@ -205,9 +207,9 @@ def require_modes(model: Any, variables: Mapping[str, PyTree], num_inputs: int) 
 
 
 def normalises_over_batch(model: Any, state: Any, num_inputs: int) -> bool:
-    """Whether a `nn.BatchNorm` of the model has any `axis_name`, to normalise over all rows of a batch in training.
+    """Whether a `nn.BatchNorm` of the model has an `axis_name`: in training it normalises over all rows of a batch.
 
-    Others normalise over those of a shard.
+    A BatchNorm without one normalises over the rows of a shard.
     """
     if not state.batch_stats:
         return False
@@ -216,11 +218,11 @@ def normalises_over_batch(model: Any, state: Any, num_inputs: int) -> bool:
 
 
 def is_batch_norm(context: Any) -> bool:
-    """Whether an intercepted method is the call of a BatchNorm."""
+    """Whether an intercepted method is `BatchNorm.__call__`."""
     return isinstance(context.module, nn.BatchNorm) and context.method_name == "__call__"
 
 
 def uses_running_average(module: nn.BatchNorm, args: Any, kwargs: Any) -> bool:
-    """Whether a call of a BatchNorm takes the running statistics."""
+    """Whether a call of a BatchNorm uses the running statistics."""
     given = args[1] if len(args) > 1 else kwargs.get("use_running_average")
     return bool(nn.merge_param("use_running_average", module.use_running_average, given))

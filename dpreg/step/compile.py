@@ -1,4 +1,4 @@
-"""Compiles steps ahead of their first call, for either backend."""
+"""Ahead-of-time compilation of the training and evaluation steps, by jit with shard_map or by pmap."""
 
 import hashlib
 import logging
@@ -29,7 +29,7 @@ _ALIKE = "give all processes the same model, with the same settings of its loss 
 
 
 def _describe_program(text: str) -> tuple[str, str]:
-    """(a short, a long) digest of a program before it is optimized; addresses of functions are left out of it."""
+    """A short and a long digest of a program before it is optimized, without the addresses of Python functions."""
     digest = hashlib.sha256(re.sub("[0-9]{12,}", "", text).encode()).hexdigest()
     return digest[:8], digest
 
@@ -39,10 +39,11 @@ def _has_float64(tree: PyTree) -> bool:
 
 
 def operations_of_step(model: Model, state: TrainState, batches: PyTree) -> float:
-    """Operations of a training step on one device, as XLA counts them before it makes any of them quicker.
+    """FLOPs of a training step on one device, as XLA counts them before optimization.
 
     Args:
-      state: and `batches`, the rows of each of its shards, [shards, b, ...]: shapes will do.
+      state: the train state; shapes suffice.
+      batches: the rows of each shard of the device, [shards, b, ...]; shapes suffice.
     """
 
     def step(state: TrainState, batches: PyTree, shards: Array, key: Array) -> tuple[TrainState, Array]:
@@ -75,16 +76,16 @@ def compile_train_block(
     """Compiles `num_steps` consecutive training steps into one call.
 
     Args:
-      arguments: (data, shard_range, packed call arguments), as the calls will give them.
-      accumulate: parts of a shard's batch that go through the model one after the other, before they are reduced.
+      arguments: (data, shard_range, packed call arguments) with the shapes of the calls.
+      accumulate: the number of chunks of a shard's batch whose gradients are accumulated one after the other.
 
     Returns:
-      `f(state, data, shard_range, call_args) -> (state, sums, used)`; the state given is donated. `sums` is
-      [block_steps, 3]: each step's weighted loss sum and weight sum (under pmean, both divided by the number of
-      devices), and the norm of the gradient of their quotient. `used` is [devices, block_steps, 2] uint32, sharded over
-      the devices: how many tagged rows each step used there, and the sum of their tags. A step whose loss or new
-      parameters are not finite leaves the state as it was, as do all later steps, uses no rows and gives NaN for the
-      loss.
+      `f(state, data, shard_range, call_args) -> (state, sums, used)`, which donates `state`. `sums` is
+      [block_steps, 3]: for each step the weighted loss sum and the weight sum (under pmean, both divided by the number
+      of devices), and the norm of the mean gradient. `used` is [devices, block_steps, 2] uint32, sharded over the
+      devices: the number of tagged rows that each step used on a device, and the sum of their tags. If the loss or the
+      new parameters of a step are not finite, that step and all later ones leave the state unchanged, use no rows and
+      have a loss of NaN.
     """
     platform = mesh.devices.flat[0].platform
     together = normalises_over_batch(model, state, arguments[0]["x"].shape[-1])
@@ -96,7 +97,7 @@ def compile_train_block(
         )
     schedule = schedule_for(model, state, layout, mesh, accumulate, reduction, together)
 
-    shared = not multiplies_vectors_only(model, state)  # also in evaluation, where loops are never whole
+    shared = not multiplies_vectors_only(model, state)  # evaluation as well, where whole loops are never used
     if reduction == "ordered" and platform == "cpu" and shared and devices.threads() != layout.num_shards:
         logging.warning(
             "ordered: products are shared by %d threads of XLA, and other numbers of them have other bits; call "
@@ -130,14 +131,14 @@ def compile_eval_block(
 
     Args:
       variables: "params" and "batch_stats".
-      of: (variables, predictions [b, t], batch of one shard) -> what is wanted of them.
+      of: (variables, predictions [b, t], batch of one shard) -> a tree of results.
 
     Returns:
-      `f(variables, data, shard_range, call_args) -> [block_steps, shards, n]`, the raveled results, zero past
-      `num_steps`; and a function that unravels them on the host: each leaf is [block_steps, shards, ...].
+      `f(variables, data, shard_range, call_args) -> [block_steps, shards, n]`, the raveled results, which are zero
+      beyond `num_steps`; and a function that unravels them on the host into leaves [block_steps, shards, ...].
     """
     platform = mesh.devices.flat[0].platform
-    one: list[PyTree] = []  # what is wanted of a batch of one shard, without its values
+    one: list[PyTree] = []  # shapes of the results for a batch of one shard
 
     def block(variables: PyTree, data: PyTree, shard_range: ShardRange, packed: Array) -> Array:
         call_args = CallArgs(*packed)
@@ -193,7 +194,8 @@ def _compile(
     """Compiles `block(state, data, shard_range, call_args)` for the mesh ahead of its first call, on either backend.
 
     Args:
-      outputs: for each output None where all devices have the same, or 0 to lay theirs along a first axis.
+      outputs: for each output, None if it is the same on all devices, or 0 to stack the outputs of the devices along a
+        first axis.
     """
     axis, donated = layout.device_axis, (0,) if donate else ()
     if backend == "pmap":

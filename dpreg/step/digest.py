@@ -1,4 +1,4 @@
-"""Digests of what a model computes: of its traced programs, so that its code may be rewritten to the same effect."""
+"""Digests of a model's traced programs: they stay the same when its code is rewritten to compute the same."""
 
 import hashlib
 import importlib.metadata
@@ -19,7 +19,7 @@ from dpreg.step.state import Model, TrainState, forward
 from dpreg.step.step import Statistics, shard_loss, updated
 from dpreg.tracing import key_of, pinned_settings
 
-_ROWS = 2  # of the batch that is traced; what a model computes of it stands for any other
+_ROWS = 2  # rows of the traced batch; the digest does not depend on how many rows a run has
 
 
 def digest_values(tree: PyTree) -> str:
@@ -34,15 +34,15 @@ def digest_values(tree: PyTree) -> str:
 def digest_training(
     model: Model, state: TrainState, num_inputs: int, num_targets: int, optimizer: str = ""
 ) -> str | None:
-    """A digest of the initial parameters, the gradient of the loss and the update: the same on any devices.
+    """A digest of the initial parameters, the gradient of the loss and the update, whatever the devices.
 
     Args:
-      state: shapes will do.
+      state: shapes suffice.
       optimizer: the `digest_values` of its initial state, which holds settings such as an injected learning rate.
 
     Returns:
-      It, and in parentheses the versions of the libraries that it depends on besides, see `differ`; None for the models
-      of dpreg, whose flags say what they compute.
+      the digest, followed in parentheses by the versions of the libraries that it depends on (see `differ`); None for
+      dpreg's own models, which their settings define.
     """
     if comes_with_dpreg(model):
         return None
@@ -73,7 +73,7 @@ def digest_training(
 
 
 def digest_prediction(model: Model, variables: Mapping[str, PyTree], num_inputs: int, num_targets: int) -> str | None:
-    """A digest of the predictions and of their losses, as `digest_training`."""
+    """A digest of the predictions and of their losses, in the form of `digest_training`."""
     if comes_with_dpreg(model):
         return None
 
@@ -90,7 +90,7 @@ def digest_prediction(model: Model, variables: Mapping[str, PyTree], num_inputs:
 
 
 def differ(one: str | None, other: str | None) -> bool:
-    """Whether two digests are of different computations; not where they were traced by other versions of libraries."""
+    """Whether two digests show different computations. Digests made by different library versions never do."""
     if one is None or other is None:
         return False
     (digest, versions), (other_digest, other_versions) = (text.split(" ", 1) for text in (one, other))
@@ -98,7 +98,7 @@ def differ(one: str | None, other: str | None) -> bool:
 
 
 def _program(function: Any, *arguments: Any) -> str:
-    """The StableHLO of a function, of whatever platform the process has."""
+    """The StableHLO of a function, lowered for the platform of this process."""
     return str(jax.jit(function).trace(*arguments).lower(lowering_platforms=("cpu",)).as_text())
 
 

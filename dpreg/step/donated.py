@@ -1,4 +1,4 @@
-"""The state that compiled steps consume: only copies of it are given out or taken in."""
+"""The train state that compiled steps donate: users read and assign copies of it."""
 
 import threading
 from typing import Any
@@ -21,8 +21,9 @@ _VALUES = ("step", "params", "opt_state", "batch_stats")
 class DonatedState:
     """The train state of a run, replicated over its devices.
 
-    Each call of the steps donates its arrays, which are deleted then. So others get copies, and what they give is
-    copied; another thread may ask for a copy while a call is dispatched. All processes have to give the same values.
+    Each call of the compiled steps donates the arrays of the state, which deletes them. Users therefore get copies, and
+    values that they assign are copied. Another thread may request a copy while a call is dispatched. All processes must
+    assign the same values.
 
     Args:
       state: the first state; mesh: the devices.
@@ -31,7 +32,7 @@ class DonatedState:
       shapes: the state as `jax.ShapeDtypeStruct`s.
 
     Raises:
-      InputError: in all processes, where one gives other values than another.
+      InputError: in all processes, if their values differ.
     """
 
     def __init__(self, state: TrainState, mesh: Mesh):
@@ -41,10 +42,10 @@ class DonatedState:
 
     @property
     def current(self) -> TrainState:
-        """The state itself, until the next call of `step`.
+        """The state itself, which is valid until the next call of `step`.
 
         Raises:
-          InputError: where a second Ctrl-C has ended a call, and with it the state.
+          InputError: if a second Ctrl-C has interrupted a call, which has lost the state.
         """
         if self._state is None:
             raise InputError("the trained state was lost in a call that a second Ctrl-C ended; call fit again")
@@ -57,7 +58,7 @@ class DonatedState:
 
     def copy(self) -> TrainState:
         """A copy of the state, on the devices."""
-        with self._lock, jax.ensure_compile_time_eval():  # also where a function is being traced
+        with self._lock, jax.ensure_compile_time_eval():  # works while a function is being traced, too
             state: TrainState = replicated(self.current, self._mesh)
         return state
 
@@ -68,23 +69,23 @@ class DonatedState:
         return variables
 
     def step(self, train_block: Any, *arguments: Any) -> list[Any]:
-        """Replaces the state by what `train_block(state, *arguments)` makes of it; gives its other results."""
+        """Replaces the state by the first result of `train_block(state, *arguments)`, and returns the other results."""
         with self._lock:
-            # Not deleted under a reader where the call is interrupted, but gone.
+            # If the call is interrupted, readers then get an error rather than deleted arrays.
             state, self._state = self.current, None
             results: list[Any]
             self._state, *results = train_block(state, *arguments)
         return results
 
     def replace(self, **values: PyTree) -> None:
-        """Takes copies of some of the state's values."""
+        """Assigns copies of the given values to attributes of the state."""
         self._state = self.current.replace(**self._place(values))
 
     def take(self, state: TrainState) -> None:
-        """Takes a copy of the values of another state.
+        """Assigns a copy of another state.
 
         Raises:
-          InputError: when its arrays are not those of this model and optimizer.
+          InputError: when its arrays do not fit this model and optimizer.
         """
         given = {name: getattr(state, name) for name in _VALUES} | {"step": jnp.asarray(state.step, jnp.int32)}
         if _kinds_of({name: getattr(self.shapes, name) for name in _VALUES}) != _kinds_of(given):

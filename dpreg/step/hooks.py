@@ -1,4 +1,4 @@
-"""Methods of other training loops that dpreg does not call: a class that brings its own is refused, not ignored."""
+"""Methods of other training loops that dpreg does not call: a class that defines one is refused, not ignored."""
 
 import re
 from collections.abc import Collection, Iterator
@@ -13,10 +13,10 @@ _ROWS = "give rows by a dpreg.Source, in dpreg.RegressionData(train, val, batch_
 _LOADERS = r"get_(data|tensor)loader|(train|val|test|predict)_dataloader"
 _EVENTS = r"plot|on_(fit|train|validation|test|predict|epoch|batch|before|after|save|load)\w*|\w+_(epoch|step)_end"
 
-# Names that a loss of the user's may call as well: refused where no other method of the class reads them.
+# Names that a user's loss may call: refused only if no other method of the class reads them.
 _PARTS_OF_LOSS = r"compute_loss|loss_fn|criterion|l1_penalty|l2_penalty|regulari[sz](er|ation)(_loss)?|weight_decay"
 
-# Names of D2L's, Lightning's and Keras' loops, as regular expressions; and what has the effect here.
+# Names from the training loops of D2L, Lightning and Keras, as regular expressions, with the equivalent in dpreg.
 OF_MODEL = {
     r"(training|train)_step|optimizer_step|optimizer_zero_grad|configure_gradient_clipping|lr_scheduler_step": _STEP,
     r"(validation|val|eval|test|predict|prediction)_step": _EVALUATION,
@@ -42,11 +42,11 @@ OF_DATA = {
 
 
 def require_no_hooks(what: Any, hooks: dict[str, str], called: Collection[str] = ()) -> None:
-    """Raises InputError where a user's class or object, or a class of dpreg that the user has added to, brings a hook.
+    """Raises InputError if a user's class or object, or a class of dpreg that the user has extended, defines a hook.
 
     Args:
       hooks: one of `OF_MODEL`, `OF_TRAINER` and `OF_DATA`.
-      called: names that are called after all.
+      called: names that are called here, and so are allowed.
     """
     for owner, name in user_methods(what):
         for hook, remedy in () if name in called else hooks.items():
@@ -55,7 +55,7 @@ def require_no_hooks(what: Any, hooks: dict[str, str], called: Collection[str] =
 
 
 def user_methods(what: Any) -> Iterator[tuple[str, str]]:
-    """(class, name) of each method of an object, or of its classes, that is the user's and not dpreg's or flax's."""
+    """(class, name) of each method of an object or its classes that neither dpreg nor flax defines."""
     bases = [(base.__name__, vars(base)) for base in type(what).__mro__]
     for owner, members in [(type(what).__name__, getattr(what, "__dict__", {})), *bases]:
         for name, method in members.items():
@@ -65,6 +65,6 @@ def user_methods(what: Any) -> Iterator[tuple[str, str]]:
 
 
 def _is_read(name: str, what: Any) -> bool:
-    """Whether a method of an object's classes reads the attribute of that name."""
+    """Whether a method of the object's classes reads the attribute `name`."""
     methods = (getattr(method, "__wrapped__", method) for base in type(what).__mro__ for method in vars(base).values())
     return any(name in code.co_names for method in methods if (code := getattr(method, "__code__", None)))

@@ -1,4 +1,4 @@
-"""What a compiled call is given, and how rows reach it."""
+"""The arguments of a compiled call, and the layout of its rows."""
 
 import functools
 from collections.abc import Callable
@@ -19,7 +19,7 @@ from dpreg.step.reduce import PyTree
 class CallArgs(NamedTuple):
     """The run-time arguments of a call, replicated int32 scalars.
 
-    `one` is 1: the compiler does not know it, which keeps a loop of `one` turn a loop.
+    `one` is 1 at run time. The compiler does not know its value, so it cannot unroll a loop of `one` iteration.
     """
 
     first_step: Any
@@ -28,12 +28,12 @@ class CallArgs(NamedTuple):
     one: Any = 1
 
     def packed(self) -> np.ndarray:
-        """As one array: one transfer."""
+        """All of them in one array, which takes a single transfer."""
         return np.array(self, np.int32)
 
 
 class ShardRange(NamedTuple):
-    """Which logical shards a device carries: [devices] int32 outside a step, scalars inside."""
+    """The range of logical shards on each device: [devices] int32 outside a step, scalars inside."""
 
     first: Any
     count: Any
@@ -48,16 +48,16 @@ def example_arguments(dataset: Dataset) -> tuple[Any, ...]:
 
 
 class BatchLayout(NamedTuple):
-    """How rows reach the steps: all that is static, besides the model.
+    """The static shapes and functions by which rows reach the steps.
 
     Attributes:
       reader: (data, shards [slots], first step, seed) -> BatchReader, traced inside the step.
-      device_axis: the axis of the data that devices lie along.
-      block_steps: steps that one call takes at most, K.
-      slots: slots for shards on a device; the last devices may carry fewer shards.
+      device_axis: the axis of the data that is sharded over devices.
+      block_steps: the largest number of steps of one call, K.
+      slots: slots for shards on a device; the last devices may hold fewer shards.
       num_shards: logical shards of the run, L.
-      shard_batch: rows that a shard gives to a step.
-      row_bytes: of one of them.
+      shard_batch: rows of a shard in each step.
+      row_bytes: bytes of a row.
     """
 
     reader: Callable[[PyTree, Array, Array, Array], BatchReader]
@@ -70,7 +70,7 @@ class BatchLayout(NamedTuple):
 
 
 def batch_layout(dataset: Dataset) -> BatchLayout:
-    """How the rows of a dataset reach the steps."""
+    """The layout of the rows of a dataset."""
     return BatchLayout(
         reader=functools.partial(read_block, dataset),
         device_axis=dataset.device_axis,

@@ -1,4 +1,4 @@
-"""The optimizer of a model as the compiled step takes it, or an error that says what is possible."""
+"""Prepares the optimizer of a model for the compiled step, or refuses it with the alternatives."""
 
 import contextlib
 from collections.abc import Iterator
@@ -18,7 +18,7 @@ _ACCUMULATE = (
     "run, which does neither"
 )
 _OF_ROWS = "it needs the gradient of each row, and dpreg gives that of the mean loss; use another"
-# Transformations of optax that would be used otherwise than their documentation says, by the type of their state.
+# Transformations of optax that a compiled step cannot use as they are documented, by the type of their state.
 _REFUSED = {
     "MultiStepsState": _ACCUMULATE,
     "ApplyEvery": _ACCUMULATE,
@@ -33,16 +33,16 @@ _REFUSED = {
 def prepare_optimizer(
     model: Any, params: PyTree, gradient_clip_val: float = Config.gradient_clip_val
 ) -> optax.GradientTransformation:
-    """The optimizer that the model configures, behind the clipping of the global gradient; its state holds no keys.
+    """The optimizer that the model configures, preceded by clipping of the global gradient norm.
 
-    Typed random keys in its state are kept as their uint32 data, which devices and checkpoints take as any array.
+    Typed random keys in its state are stored as their uint32 data, so that the state consists of plain arrays.
 
     Args:
       params: of the model.
       gradient_clip_val: the largest norm of the global gradient; 0 for no limit.
 
     Raises:
-      InputError: for what is no optax transformation, or one that cannot be used as it is documented.
+      InputError: for anything but an optax transformation, and for one that cannot be used as it is documented.
     """
     name = type(model).__name__
     made: Any = model.configure_optimizers()
@@ -73,7 +73,10 @@ def prepare_optimizer(
 
 
 def _require_two_results(name: str, optimizer: optax.GradientTransformationExtraArgs, params: PyTree) -> None:
-    """Raises InputError for an `update` that does not give (updates, state): two parameters unpack as well as those."""
+    """Raises InputError for an `update` that does not return (updates, state).
+
+    The updates of a model with two parameters alone would be unpacked without an error.
+    """
     given: list[Any] = []
 
     def update(params: PyTree) -> None:
@@ -107,7 +110,7 @@ def _usable(name: str) -> Iterator[None]:
 
 
 def _require_a_fixed_state(name: str, optimizer: optax.GradientTransformationExtraArgs, params: PyTree) -> None:
-    """Raises InputError where a step would change the types of parameters or state: steps run in a compiled loop."""
+    """Raises InputError if a step changes the types of the parameters or the state, which a compiled loop forbids."""
 
     def step(params: PyTree, state: PyTree) -> tuple[PyTree, PyTree]:
         value = jnp.zeros((), jax.tree.leaves(params)[0].dtype)
@@ -131,16 +134,16 @@ def _require_a_fixed_state(name: str, optimizer: optax.GradientTransformationExt
 def _with_key_data(
     optimizer: optax.GradientTransformationExtraArgs, state: PyTree
 ) -> optax.GradientTransformationExtraArgs:
-    """The same with the data of typed random keys in its state.
+    """The same optimizer with the uint32 data of typed random keys in its state.
 
     Args:
-      state: that it begins with.
+      state: its initial state.
     """
 
     def is_key(leaf: Any) -> bool:
         return isinstance(leaf, jax.Array) and bool(jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key))
 
-    # By their place, since the state of a wrapped optimizer has arrays there.
+    # Keys are found by their position, since in the state of a wrapped optimizer they are plain arrays.
     kinds = [jax.random.key_impl(leaf) if is_key(leaf) else None for leaf in jax.tree.leaves(state)]
     if not any(kinds):
         return optimizer

@@ -1,4 +1,4 @@
-"""From the losses of logical shards to the sums over the global batch: where devices meet."""
+"""From the losses of logical shards to sums over the global batch: the only communication between devices."""
 
 import functools
 import operator
@@ -14,19 +14,20 @@ from jax.sharding import Mesh
 from dpreg.distributed.devices import AXIS
 from dpreg.step.rounding import round_products
 
-SLOTS = "slots"  # the axis of those on one device, where they go through the model together
+SLOTS = "slots"  # the vmapped axis of the shards on one device
 
-# Between processes on CPU, each device sends all others what comes to so many bytes of all devices together at most: it
-# takes 0.24 to 0.64 of the time of Gloo's all-reduce (2 to 4 processes on one machine), which sends less of more bytes.
+# Between processes on CPU, sums of up to this many bytes over all devices are exchanged by one all-to-all, which takes
+# 0.24 to 0.64 of the time of Gloo's all-reduce (2 to 4 processes on one machine). Larger ones are all-reduced, which
+# sends fewer bytes.
 _SENT_TO_ALL_BYTES = 1 << 18
 
 PyTree = Any
-# (params, batch of one shard, shard number) -> (weighted loss sum, whatever else is to be summed)
+# (params, batch of one shard, shard number) -> (weighted loss sum, further sums)
 ShardLoss = Callable[[PyTree, PyTree, Array], tuple[Array, PyTree]]
 
 
 def gradient_of_shard(loss: ShardLoss, params: PyTree, batch: PyTree, shard: Array) -> tuple[PyTree, Array, PyTree]:
-    """The sums of one shard: (gradient, loss, the rest)."""
+    """The sums of one shard: (gradient, loss, further sums)."""
     with jax.named_scope("gradient"):
         (value, rest), gradient = jax.value_and_grad(loss, has_aux=True)(params, batch, shard)
     return gradient, value, rest
@@ -45,17 +46,17 @@ def gradient_of_shards(loss: ShardLoss, params: PyTree, batches: PyTree, shards:
 
 
 def sum_over_batch(of_shard: Array) -> Array:
-    """The sum over all shards of a batch, within the loss of one of them as `gradient_of_shards` takes it."""
-    # Of one device, the compiler would still call a meeting.
+    """The sum over all shards of a batch, for use inside the loss of one shard under `gradient_of_shards`."""
+    # XLA emits a collective even for one device; skip it.
     total: Array = lax.psum(of_shard, SLOTS if lax.axis_size(AXIS) == 1 else (SLOTS, AXIS))
     return total
 
 
 def opaque_loop(turn: Callable[[Array, PyTree], PyTree], count: Array, start: PyTree) -> PyTree:
-    """Applies `turn(i, value)` for i in [0, count) in a loop whose trip count the compiler cannot know.
+    """Applies `turn(i, value)` for i in [0, count) in a loop whose trip count the compiler does not know.
 
-    So it can neither unroll the loop nor fuse its body with the surrounding operations, which differ with the number of
-    devices. It may still move out of the loop what is the same in every turn: see `isolated`.
+    The compiler can therefore neither unroll the loop nor fuse its body with the surrounding operations, which depend
+    on the number of devices. It may still move loop-invariant code out of the loop: see `isolated`.
     """
     return lax.fori_loop(0, count, turn, start)
 
@@ -63,14 +64,14 @@ def opaque_loop(turn: Callable[[Array, PyTree], PyTree], count: Array, start: Py
 def isolated(function: Callable[..., PyTree], one: Array, *inputs: PyTree) -> PyTree:
     """`function(*inputs)`, compiled to the same operations whatever surrounds it.
 
-    It is the body of a loop of `one` turn, a number that the compiler does not know. In that turn, the first, the
-    inputs are selected instead of zeros: what `function` computes from them depends on the number of the turn. So none
-    of it is loop-invariant code, which the compiler would move out of the loop and fuse with the surroundings. LLVM may
-    still move operations through the selection and out of the loop, which changes no result once products are rounded
-    before they are added: see `round_products`.
+    It becomes the body of a loop of `one` iteration, a number that the compiler does not know. The body selects between
+    the inputs and zeros by the number of the iteration, so that everything that it computes depends on that number. XLA
+    then finds no loop-invariant code to move out of the loop, where it would be fused with the surrounding operations.
+    LLVM may still move operations across the selection and out of the loop. This does not change a result, because each
+    product is rounded before it is added to something: see `round_products`.
 
     Args:
-      function: must read no traced value but its arguments.
+      function: traced values that it closes over are not isolated.
       one: int32 scalar, 1 at run time.
       inputs: trees of arrays.
     """
@@ -86,7 +87,7 @@ def isolated(function: Callable[..., PyTree], one: Array, *inputs: PyTree) -> Py
 
 
 def accumulate(sums_of: Callable[[Array], PyTree], count: Array) -> PyTree:
-    """The sum of `sums_of(i)` for i in [0, count), one after the other, in an `opaque_loop`."""
+    """The sum of `sums_of(i)` for i in [0, count), added in this order in an `opaque_loop`."""
     sums_of = jax.jit(sums_of, inline=True)
     zeros = _zeros_like(jax.eval_shape(sums_of, jnp.int32(0)))
     return opaque_loop(lambda i, total: jax.tree.map(jnp.add, total, sums_of(i)), count, zeros)
@@ -106,17 +107,18 @@ def _zeros_like(tree: PyTree) -> PyTree:
 
 
 def _sent_to_all(of_device: Array, mesh: Mesh) -> bool:
-    """Whether a device's array goes from each to all others at once."""
+    """Whether arrays of this size are exchanged by one all-to-all."""
     few = mesh.size * of_device.size * of_device.dtype.itemsize <= _SENT_TO_ALL_BYTES
     return few and bool(mesh.is_multi_process) and mesh.devices.flat[0].platform == "cpu"
 
 
 def from_all_devices(of_device: Array, mesh: Mesh, axis: int = 0) -> Array:
-    """What all devices have of it, one after the other along an axis: an all-gather.
+    """The arrays of all devices, concatenated along an axis: an all-gather.
 
-    Or, for few bytes between processes on CPU, an all-to-all of copies: Gloo sends them at once, and gathers in rounds.
+    For few bytes between processes on CPU it is an all-to-all of copies instead: Gloo sends those at once, whereas its
+    all-gather takes several rounds.
     """
-    if mesh.size == 1:  # of one, the compiler would still call a meeting
+    if mesh.size == 1:  # XLA emits a collective even for one device
         return of_device
     if _sent_to_all(of_device, mesh):
         copies = jnp.tile(of_device, [mesh.size if i == axis else 1 for i in range(of_device.ndim)])
@@ -127,11 +129,12 @@ def from_all_devices(of_device: Array, mesh: Mesh, axis: int = 0) -> Array:
 
 
 def mean_over_devices(sums: PyTree, mesh: Mesh) -> PyTree:
-    """`lax.pmean` of all leaves in one buffer: one exchange a step, whatever the compiler would combine.
+    """`lax.pmean` of all leaves in one buffer, so that a step has one collective whatever the compiler would combine.
 
-    It is an all-reduce; or, for few bytes between processes on CPU, each device averages those of all.
+    It is an all-reduce. For few bytes between processes on CPU, each device receives the sums of all others and
+    computes the mean itself.
     """
-    if mesh.size == 1:  # of one, the compiler would still call a meeting
+    if mesh.size == 1:  # XLA emits a collective even for one device
         return sums
     flat, unravel = ravel_pytree(sums)
     with jax.named_scope("exchange"):
@@ -141,34 +144,34 @@ def mean_over_devices(sums: PyTree, mesh: Mesh) -> PyTree:
 
 
 def ordered_sum(sums_of: Callable[[Array], PyTree], slots: int, count: Array, num_shards: int, mesh: Mesh) -> PyTree:
-    """The sum over all logical shards, to the same bits on any number of devices.
+    """The sum over all logical shards, with the same bits on any number of devices.
 
-    Each device computes its shards one by one; the partial sums of all shards are gathered and added in one
-    fixed binary tree over the shards.
+    Each device computes its shards one by one. Then the sums of all shards are gathered on every device and added in
+    one fixed binary tree over the shards.
 
     Args:
       sums_of: the sums of the shard in a slot of this device.
       slots: slots of a device (static); num_shards: logical shards of the run (static).
-      count: how many slots of this device hold a shard: int32, known only at run time.
+      count: the number of slots of this device that hold a shard: int32, known only at run time.
     """
     sums_of = jax.jit(sums_of, inline=True)
     flat, unravel = ravel_pytree(jax.tree.map(jnp.zeros_like, jax.eval_shape(sums_of, jnp.int32(0))))
 
     def fill(slot: Array, buffer: Array) -> Array:
-        # Or a GPU would finish sums while it lays them side by side: one thread all of a column.
+        # Keeps XLA:GPU from fusing the reductions into this concatenation, where one thread would reduce a column.
         sums = lax.optimization_barrier(sums_of(slot))
         filled: Array = lax.dynamic_update_index_in_dim(buffer, ravel_pytree(sums)[0], slot, 0)
         return filled
 
-    # Two rows at least: with one, the compiler knows where the loop writes, and fuses otherwise.
+    # At least two rows: with one, the compiler would know where the loop writes, and fuse differently.
     buffer = opaque_loop(fill, count, jnp.zeros((max(slots, 2), flat.size), flat.dtype))
     with jax.named_scope("exchange"):
         of_shards = from_all_devices(buffer[:slots], mesh)
     return unravel(tree_sum(list(of_shards[:num_shards])))
 
 
-def tree_sum(parts: Sequence[Any], add: Callable[[Any, Any], Any] = operator.add) -> Any:
-    """The sum of neighbours, of neighbouring pairs, and so on: an order that depends on `len(parts)` alone."""
-    while len(parts) > 1:
-        parts = [functools.reduce(add, parts[i : i + 2]) for i in range(0, len(parts), 2)]
-    return parts[0]
+def tree_sum(terms: Sequence[Any], add: Callable[[Any, Any], Any] = operator.add) -> Any:
+    """Adds neighbours, then the sums of neighbours, and so on, in an order that depends on `len(terms)` alone."""
+    while len(terms) > 1:
+        terms = [functools.reduce(add, terms[i : i + 2]) for i in range(0, len(terms), 2)]
+    return terms[0]

@@ -1,4 +1,4 @@
-"""Keeps a compiler from rounding a product and a sum together, as a fused multiply-add does."""
+"""Keeps the compiler from contracting a product and a sum into a fused multiply-add, which rounds only once."""
 
 import functools
 import math
@@ -10,38 +10,38 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
 
-# Operations whose result is no product, so that a sum after them has nothing to be fused with.
+# Operations whose result is not a product, so that an addition of it cannot be contracted.
 _NO_PRODUCTS = """
   abs add add_any argmax argmin bitcast_convert_type broadcast_in_dim ceil clamp concatenate convert_element_type copy
   copy_p cummax cummin dynamic_slice dynamic_update_slice expand_dims floor gather iota max min neg optimization_barrier
   pad real reduce_max reduce_min reduce_sum reshape rev round scatter select_n sign slice sort squeeze stop_gradient sub
   transpose
 """
-# Operations that add nothing to an operand.
+# Operations that add nothing to their operands.
 _FACTORS_ONLY = "div dot_general eq ge gt integer_pow is_finite le lt mul ne rsqrt sign sqrt square"
-# Operations that evaluate one traced function on their operands. Others that hold one, such as `reduce`, do not.
+# Operations that evaluate a traced function on their operands. Others have one as a parameter only, such as `reduce`.
 _CALLS = "jit pjit closed_call core_call custom_jvp_call custom_vjp_call custom_vjp_call_jaxpr remat remat2 checkpoint"
-_WORDS = {2: jnp.uint16, 4: jnp.uint32, 8: jnp.uint64}  # by the bytes of a number
+_WORDS = {2: jnp.uint16, 4: jnp.uint32, 8: jnp.uint64}  # by the size of a number in bytes
 _no_products, _factors_only = frozenset(_NO_PRODUCTS.split()), frozenset(_FACTORS_ONLY.split())
 _calls = frozenset(_CALLS.split())
-_of_parts = _calls | {"scan", "while", "cond"}  # their parts' products are rounded by themselves
+_nested = _calls | {"scan", "while", "cond"}  # products within them are rounded when they are evaluated
 
 
 def round_products(closed: ClosedJaxpr, zero: Array, *inputs: Array) -> list[Array]:
-    """Evaluates a traced function with each product rounded before it is added to something.
+    """Evaluates a traced function, with each product rounded before it is added to something.
 
-    LLVM contracts a product and a sum into a fused multiply-add where the product has no other use. Which uses it sees
-    depends on how buffers are shared, and so on the number of devices. Here the bits of each product are combined with
-    those of `zero`, which the compiler does not know, so there is nothing to contract. Whatever else LLVM does keeps
-    the results of IEEE arithmetic.
+    LLVM contracts a product and a sum into a fused multiply-add if the product has no other use. Which uses LLVM sees
+    depends on how buffers are shared, and thereby on the number of devices. Here the bits of each product are combined
+    by OR with those of `zero`, whose value the compiler does not know, so that it cannot contract them. All other
+    optimizations of LLVM preserve the results of IEEE arithmetic.
 
     Args:
       closed: from `jax.make_jaxpr`.
       zero: int32 scalar, 0 at run time.
-      inputs: the arguments, as a flat sequence.
+      inputs: the flattened arguments.
 
     Returns:
-      the results, as a flat list.
+      the flattened results.
     """
     return _evaluate(closed.jaxpr, closed.consts, zero, inputs)
 
@@ -67,31 +67,31 @@ def _evaluate(jaxpr: Jaxpr, consts: Sequence[Any], zero: Array, inputs: Sequence
 
 
 def _is_product(equation: Any) -> bool:
-    """Whether what an operation gives may end in a multiplication."""
+    """Whether the last operation in computing a result may be a multiplication."""
     name: str = equation.primitive.name
-    if name == "dot_general":  # a sum, but of one product alone
+    if name == "dot_general":  # a sum, unless it has a single term
         (contracted, _), _ = equation.params["dimension_numbers"]
         products: int = math.prod(equation.invars[0].aval.shape[axis] for axis in contracted)
         return products < 2
-    return not (name in _no_products or name in _of_parts)
+    return not (name in _no_products or name in _nested)
 
 
 def _apply(equation: Any, zero: Array, inputs: list[Any]) -> Sequence[Any]:
-    """The results of one operation; control flow is built anew of its parts."""
+    """The results of one operation; control flow is rebuilt around its evaluated bodies."""
     name, params = equation.primitive.name, equation.params
 
-    def part(traced: Any, *values: Any) -> list[Any]:
+    def evaluated(traced: Any, *values: Any) -> list[Any]:
         return _evaluate(getattr(traced, "jaxpr", traced), getattr(traced, "consts", ()), zero, values)
 
     if name == "scan":
-        # Of the operands, constants come first, then what is carried, then what each turn has one row of. The names of
-        # the parameters that say how many there are of each depend on the version of JAX; ranks do not.
+        # The operands are constants, then the carry, then arrays that are scanned over. The parameters that count them
+        # differ between versions of JAX, so they are counted by rank.
         body = params["jaxpr"]
         carry = len(equation.outvars) - _num_stacked(equation.outvars, body.out_avals)
         consts = len(inputs) - _num_stacked(equation.invars, body.in_avals) - carry
 
         def turn(carried: list[Any], of_turn: list[Any]) -> tuple[list[Any], list[Any]]:
-            results = part(body, *inputs[:consts], *carried, *of_turn)
+            results = evaluated(body, *inputs[:consts], *carried, *of_turn)
             return results[:carry], results[carry:]
 
         options = {option: params[option] for option in ("length", "reverse", "unroll")}
@@ -101,28 +101,28 @@ def _apply(equation: Any, zero: Array, inputs: list[Any]) -> Sequence[Any]:
         of_condition = params["cond_nconsts"]
         consts = of_condition + params["body_nconsts"]
         results: list[Any] = lax.while_loop(
-            lambda carried: part(params["cond_jaxpr"], *inputs[:of_condition], *carried)[0],
-            lambda carried: part(params["body_jaxpr"], *inputs[of_condition:consts], *carried),
+            lambda carried: evaluated(params["cond_jaxpr"], *inputs[:of_condition], *carried)[0],
+            lambda carried: evaluated(params["body_jaxpr"], *inputs[of_condition:consts], *carried),
             inputs[consts:],
         )
         return results
     if name == "cond":
-        branches = [functools.partial(part, branch) for branch in params["branches"]]
+        branches = [functools.partial(evaluated, branch) for branch in params["branches"]]
         return list(lax.switch(inputs[0], branches, *inputs[1:]))
     if name in _calls:
         kept = lax.optimization_barrier(inputs) if params.get("prevent_cse") else inputs  # `jax.checkpoint`
-        return part(params.get("jaxpr", params.get("call_jaxpr")), *kept)
+        return evaluated(params.get("jaxpr", params.get("call_jaxpr")), *kept)
     bound = equation.primitive.bind(*inputs, **params)
     return bound if equation.primitive.multiple_results else [bound]
 
 
 def _num_stacked(outer: Sequence[Any], inner: Sequence[Any]) -> int:
-    """How many arrays have an axis more outside of a scan than in its turns."""
+    """How many arrays have one axis more outside of a scan than in its body."""
     return sum(var.aval.ndim > aval.ndim for var, aval in zip(outer, inner, strict=True))
 
 
 def _opaque(result: Any, zero: Array) -> Any:
-    """The same numbers, of which the compiler no longer knows where they come from."""
+    """The same numbers, whose origin is hidden from the compiler."""
     dtype = result.dtype
     if not jnp.issubdtype(dtype, jnp.floating) or dtype.itemsize not in _WORDS:
         return result

@@ -1,4 +1,4 @@
-"""A run's state, and the model's way from the rows of a shard to predictions."""
+"""The train state of a run, and the forward pass of a model on the rows of a shard."""
 
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
@@ -26,8 +26,8 @@ from dpreg.step.optimizer import prepare_optimizer
 from dpreg.step.reduce import PyTree, sum_over_batch
 from dpreg.tracing import FULL_PRECISION, key_of, pinned_settings
 
-# The factors of products of bfloat16 features, on chips with such products, which they add up in float32. On a GPU not
-# where all products are with vectors: they are as fast as memory, and the compiler would first copy the rows.
+# Platforms that multiply bfloat16 features in bfloat16 and accumulate in float32. A GPU does not if all parameters are
+# vectors: such products are bound by memory, and XLA would first copy the rows.
 _BFLOAT16_PRODUCTS = "BF16_BF16_F32"
 
 
@@ -35,10 +35,10 @@ class TrainState(train_state.TrainState):
     """flax's TrainState with the running statistics of BatchNorm.
 
     Attributes:
-      step: steps done, int32.
-      params: of the model, a tree of arrays.
-      opt_state: of the optimizer.
-      batch_stats: of the model's `nn.BatchNorm`s; empty without one.
+      step: the number of completed steps, int32.
+      params: the parameters of the model, a tree of arrays.
+      opt_state: the state of the optimizer.
+      batch_stats: the running statistics of the model's `nn.BatchNorm`s; empty without one.
 
     >>> state = TrainState.create(apply_fn=None, params={"w": jnp.ones(2)}, tx=optax.sgd(0.5), batch_stats={})
     >>> state.apply_gradients(grads={"w": jnp.array([1.0, 2.0])}).params
@@ -52,8 +52,8 @@ class TrainState(train_state.TrainState):
 
         Args:
           grads: the gradient of the mean loss.
-          value: the mean loss, for the optimizers that look at it, such as `optax.contrib.reduce_on_plateau`.
-          changes: of other attributes.
+          value: the mean loss, for optimizers that read it, such as `optax.contrib.reduce_on_plateau`.
+          changes: new values of other attributes.
         """
         optimizer, of_loss = optax.with_extra_args_support(self.tx), {} if value is None else {"value": value}
         updates, opt_state = optimizer.update(grads, self.opt_state, self.params, **of_loss)
@@ -90,9 +90,9 @@ def initial_state(
     """The state before the first step, drawn as float32 and kept as `dtype`.
 
     Args:
-      row: [1, d], any.
+      row: any row [1, d].
       gradient_clip_val: the largest norm of the global gradient; 0 for no limit.
-      from_zero: whether all parameters start at 0, not as the model draws them.
+      from_zero: whether all parameters start at 0 rather than as the model draws them.
 
     Raises:
       InputError: when the model or its optimizer cannot be trained; see `dpreg.step.checks`.
@@ -137,10 +137,10 @@ def forward(
 ) -> tuple[Array, PyTree]:
     """Predictions [n, t] for the rows of one shard, and the batch statistics after them.
 
-    `train` reaches models whose `__call__` takes it, by any name of `checks.MODES`. Rows of weight 0 are hidden from
-    every `nn.BatchNorm`; where all rows are, none is hidden: flax would give NaN, and such statistics are weighted with
-    0 anyway. In training, one with an `axis_name` normalises over all rows of the batch: see
-    `checks.normalises_over_batch`.
+    `train` is passed to models whose `__call__` has an argument for it, by any name of `checks.MODES`. Rows of weight 0
+    are masked in every `nn.BatchNorm`. If all rows of the shard have weight 0, none is masked: flax would compute NaN,
+    and the statistics of such a shard have weight 0. In training, a BatchNorm with an `axis_name` normalises over all
+    rows of the batch: see `checks.normalises_over_batch`.
     """
     mode = mode_arguments(model, train)
     real = batch["weight"] > 0
@@ -177,9 +177,9 @@ def all_are_vectors(params: PyTree) -> bool:
 
 
 def _normalised_over_batch(module: nn.BatchNorm, x: Array, real: Array) -> Array:
-    """What the module makes of x [n, ...] by the mean and variance of the batch's real rows, of all shards.
+    """Normalises x [n, ...] by the mean and variance of all rows with a weight in the batch, over all shards.
 
-    flax would average the means of shards with unequally many rows.
+    flax would average the means of shards without regard to how many rows each has.
     """
     features = {axis % x.ndim for axis in np.atleast_1d(module.axis)}
     across = tuple(axis for axis in range(x.ndim) if axis not in features)

@@ -1,4 +1,4 @@
-"""The training step, as every device computes it: read it from top to bottom. What is fast where: tuning.py."""
+"""The training step as every device computes it, to be read from top to bottom; tuning.py chooses its schedule."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -26,30 +26,30 @@ from dpreg.step.state import Model, TrainState, forward
 from dpreg.step.tuning import Schedule, Traversal
 from dpreg.tracing import key_of
 
-TRAINING_KEY = 1  # of the run's random key: the part for dropout, apart from that for the first parameters
+TRAINING_KEY = 1  # folded into the run's random key for dropout, so that it differs from the key of the parameters
 
 
 class Statistics(NamedTuple):
-    """What is summed over shards besides gradients and losses."""
+    """The further sums over shards, besides the gradient and the loss."""
 
     weight: Array  # of the rows
-    rows: Array | None  # those with a weight, counted; None for models without batch statistics
-    batch_stats: PyTree  # times rows
+    rows: Array | None  # the number of rows with a weight; None for models without batch statistics
+    batch_stats: PyTree  # times the number of rows
 
 
 class Variables(NamedTuple):
-    """What the loss of a shard reads besides its rows."""
+    """What the loss of a shard depends on besides its rows."""
 
     params: PyTree
     batch_stats: PyTree
     key: Array  # of this step
 
 
-Sums = tuple[PyTree, Array, Statistics]  # over rows: gradient, weighted loss, the rest
+Sums = tuple[PyTree, Array, Statistics]  # over rows: of the gradient, of the weighted loss, and further ones
 
 
 class Program(NamedTuple):
-    """What is static in a train step."""
+    """The static part of a train step."""
 
     model: Model
     layout: BatchLayout
@@ -59,23 +59,23 @@ class Program(NamedTuple):
 
     @property
     def platform(self) -> str:
-        """Of the devices."""
+        """The platform of the devices."""
         name: str = self.mesh.devices.flat[0].platform
         return name
 
 
 class Call(NamedTuple):
-    """What one compiled call gives its steps on one device."""
+    """The run-time arguments that all steps of a compiled call share on one device."""
 
     args: CallArgs
     shard_range: ShardRange
-    shards: Array  # [slots], those of this device
+    shards: Array  # [slots], the shard numbers of this device
     read: BatchReader
     key: Array
 
     @property
     def one(self) -> Array:
-        """1, which the compiler does not know."""
+        """1, a value that the compiler does not know."""
         one: Array = self.args.one
         return one
 
@@ -83,7 +83,7 @@ class Call(NamedTuple):
 def train_block(
     program: Program, state: TrainState, data: PyTree, shard_range: ShardRange, packed: Array
 ) -> tuple[TrainState, Array, Array]:
-    """`num_steps` consecutive steps in one call; see `compile_train_block` for what it returns."""
+    """Runs `num_steps` consecutive steps; `compile_train_block` documents what it returns."""
     call_args, layout = CallArgs(*packed), program.layout
     shards = shard_range.first + jnp.arange(layout.slots, dtype=jnp.int32)
     read = layout.reader(data, shards, call_args.first_step, call_args.seed)
@@ -100,10 +100,11 @@ def train_block(
 
 
 def train_step(program: Program, call: Call, state: TrainState, k: Array) -> tuple[TrainState, Array]:
-    """One step: the gradient of the weighted loss sum of all rows, divided once by their weight; then the optimizer.
+    """One step: the gradient of the weighted loss sum over all rows, divided once by their weight; then the optimizer.
 
     Returns:
-      the state, and [3]: the weighted loss sum (NaN where the step was not taken), the weight, the gradient's norm.
+      the new state, and [3]: the weighted loss sum (NaN if the state is unchanged), the weight sum, and the norm of the
+      mean gradient.
     """
     step = call.args.first_step + k
     variables = Variables(state.params, state.batch_stats, jax.random.fold_in(call.key, step))
@@ -124,7 +125,7 @@ def train_step(program: Program, call: Call, state: TrainState, k: Array) -> tup
 
 
 def sums_of_device(program: Program, call: Call, variables: Variables, k: Array) -> Sums:
-    """The sums over all rows of this device, as the schedule goes through them."""
+    """The sums over all rows of this device, in the order of the schedule."""
     (traversal, chunks, _), loss = program.schedule, bind_shard_loss(program, variables)
 
     def of_chunk(c: Array) -> Sums:
@@ -141,15 +142,15 @@ def sums_of_device(program: Program, call: Call, variables: Variables, k: Array)
 
 
 def sums_of_slot(program: Program, call: Call, variables: Variables, k: Array, slot: Array) -> Sums:
-    """The sums over the rows of one shard; ordered: whatever the surroundings, by the same instructions."""
+    """The sums over the rows of one shard; under `ordered` isolated from the surrounding operations."""
     chunks, layout = program.schedule.num_chunks, program.layout
-    shard = call.shard_range.first + slot  # not shards[slot]: of one slot the compiler would know the shard
+    shard = call.shard_range.first + slot  # not shards[slot]: with one slot, the compiler would know its value
 
     def of_chunk(c: Array) -> Sums:
         batch, number = call.read.of_slot(k, slot, c, chunks), shard + c * layout.num_shards
         if program.reduction != "ordered":
             return gradient_of_shard(bind_shard_loss(program, variables), variables.params, batch, number)
-        # Not the features of row-wise models: their only use is in products, and a copy takes a fifth of a step.
+        # Features of row-wise models are not isolated: they only enter products, and a copy takes a fifth of a step.
         kept = {"x": batch.pop("x")} if program.schedule.traversal is Traversal.ROWS else {}
 
         def gradient(variables: Variables, batch: PyTree, number: Array) -> Sums:
@@ -162,7 +163,7 @@ def sums_of_slot(program: Program, call: Call, variables: Variables, k: Array, s
 
 
 def in_chunks(chunks: int, call: Call, of_chunk: Callable[[Array], Sums]) -> Sums:
-    """The sums over so many chunks, one after the other."""
+    """The sums over `chunks` chunks, one after the other."""
     if chunks == 1:
         return of_chunk(jnp.int32(0))
     sums: Sums = accumulate(of_chunk, call.one * chunks)
@@ -170,7 +171,7 @@ def in_chunks(chunks: int, call: Call, of_chunk: Callable[[Array], Sums]) -> Sum
 
 
 def bind_shard_loss(program: Program, variables: Variables) -> ShardLoss:
-    """`shard_loss` as a function of the parameters, the batch of one shard and its number."""
+    """`shard_loss` as a function of the parameters, the batch of one shard, and the shard's number."""
 
     def loss(params: PyTree, batch: PyTree, shard: Array) -> tuple[Array, Statistics]:
         key = jax.random.fold_in(variables.key, shard)
@@ -182,7 +183,7 @@ def bind_shard_loss(program: Program, variables: Variables) -> ShardLoss:
 def shard_loss(
     model: Model, params: PyTree, batch_stats: PyTree, batch: PyTree, key: Array, platform: str
 ) -> tuple[Array, Statistics]:
-    """The weighted loss sum of a shard's batch, and what else is summed."""
+    """The weighted loss sum of a shard's batch, and the further sums."""
     variables = {"params": params, "batch_stats": batch_stats}
     prediction, new = forward(model, variables, batch, True, key, platform)
     weight = batch["weight"]
@@ -192,9 +193,12 @@ def shard_loss(
 
 
 def updated(state: TrainState, sums: Sums, step: Array) -> tuple[TrainState, Array]:
-    """The state after a step with these sums, or as it was where that is not finite; and the mean gradient's norm."""
+    """The state after a step with these sums, and the norm of the mean gradient.
+
+    If the loss or the new parameters are not finite, the state is unchanged.
+    """
     gradient, value, rest = sums
-    # A multiplication by the inverse, as the compiler would make it anyway in some of the programs.
+    # A multiplication by the inverse: the compiler would rewrite a division to it in some of the programs only.
     per_weight = 1 / jnp.where(rest.weight > 0, rest.weight, 1)
     batch_stats = state.batch_stats
     if rest.rows is not None:
@@ -211,7 +215,7 @@ def updated(state: TrainState, sums: Sums, step: Array) -> tuple[TrainState, Arr
 
 
 def rows_used(call: Call, state: TrainState, steps: Array, tagged: bool) -> Array:
-    """[block_steps, 2] uint32 for the audit: how many tagged rows each step used here, and the sum of their tags."""
+    """[block_steps, 2] uint32: how many tagged rows each step used on this device, and the sum of their tags."""
     if not tagged:
         return jnp.zeros((len(steps), 2), jnp.uint32)
     tags = jax.vmap(lambda k: call.read.rows(k)["tag"])(steps)

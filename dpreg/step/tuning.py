@@ -1,4 +1,4 @@
-"""Every decision that depends on the platform, and changes how fast a step is but not what it computes."""
+"""All decisions that depend on the platform, and change how fast a step is but not what it computes."""
 
 import enum
 from typing import Any, NamedTuple
@@ -12,12 +12,13 @@ from dpreg.models.mlp import LinearRegression
 from dpreg.step.layout import BatchLayout
 from dpreg.step.state import Model, TrainState, all_are_vectors
 
-# CPU: rows of a step are taken in chunks that stay in cache, where the backward pass finds what the forward pass read:
-# the cache of one core, or the last-level cache where cores share an operation (XLA shares large ones alone).
+# CPU: a step processes its rows in chunks that fit into a cache, so that the backward pass finds there what the forward
+# pass has read: the cache of one core, or the last-level cache if several cores share an operation, as XLA does for
+# large operations only.
 _CHUNK_BYTES_ONE_CORE, _CHUNK_BYTES_SHARED, _LARGE_SHARD_BYTES = 5 << 16, 5 << 20, 5 << 18
 
-# CPU: a loop compiled as one function is up to twice as fast where its operations are small; otherwise each operation
-# is dispatched, for 60 ns, and may be shared by cores. The bits of the two differ.
+# CPU: a loop compiled as one function is up to twice as fast if its operations are small. Otherwise each operation is
+# dispatched, which takes 60 ns, and may be shared by cores. The bits of the two differ.
 _WHOLE_LOOPS = "small-while-loop-hoisting"
 _MOST_FACTORS_OF_WHOLE_LOOPS = 9 << 9
 
@@ -37,7 +38,7 @@ _CSE = "cse"
 
 
 class Traversal(enum.Enum):
-    """How a device goes through its rows of a step under pmean."""
+    """The order in which a device processes its rows of a step under pmean."""
 
     ROWS = "any rows together: the model treats each by itself"
     SHARDS_TOGETHER = "all shards at once, by vmap"
@@ -45,12 +46,12 @@ class Traversal(enum.Enum):
 
 
 class Schedule(NamedTuple):
-    """How a step is computed on a device: nothing here changes its result but by rounding.
+    """How a step is computed on a device, which changes its result by rounding at most.
 
     Attributes:
-      traversal: see there; ordered always goes shard by shard.
-      num_chunks: equal parts of a batch that are accumulated; at least the run's accumulate_steps.
-      whole_loops: whether XLA:CPU makes one function of a loop.
+      traversal: the order of the rows; `ordered` always goes shard by shard.
+      num_chunks: the number of equal chunks of a batch whose sums are accumulated; at least the run's accumulate_steps.
+      whole_loops: whether XLA:CPU compiles a loop as one function.
     """
 
     traversal: Traversal
@@ -67,14 +68,17 @@ def schedule_for(
     reduction: str,
     sync_batch_norm: bool,
 ) -> Schedule:
-    """The fastest schedule known for a platform, the same in all processes; ordered: on any number of devices."""
+    """The fastest known schedule for a platform.
+
+    It is the same in all processes, and under `ordered` the same on any number of devices.
+    """
     row_wise = is_row_wise(model, state)
     together = Traversal.ROWS if row_wise else Traversal.SHARDS_TOGETHER
     if mesh.devices.flat[0].platform != "cpu":
         return Schedule(together, accumulate)
     rows = layout.shard_batch // accumulate
     if reduction == "ordered":
-        # Shared by cores, an operation has the bits that it has on one, but for products of matrices.
+        # An operation that cores share has the same bits as on one core, except for matrix-matrix products.
         by_cores = multiplies_vectors_only(model, state) and rows * layout.row_bytes > _CHUNK_BYTES_ONE_CORE
     else:
         rows *= layout.slots
@@ -87,16 +91,17 @@ def schedule_for(
     chunk_bytes = _CHUNK_BYTES_SHARED if by_cores else _CHUNK_BYTES_ONE_CORE
     return Schedule(
         together,
-        accumulate * fewest_parts(rows, chunk_bytes // layout.row_bytes),
+        accumulate * fewest_chunks(rows, chunk_bytes // layout.row_bytes),
         whole_loops=not by_cores or rows * width <= _MOST_FACTORS_OF_WHOLE_LOOPS,
     )
 
 
 def steps_of_call(platform: str, operations: int, shards: int) -> int:
-    """How many steps one compiled call takes at most.
+    """The largest number of steps of one compiled call.
 
     Args:
-      operations: of a step; shards: how many of a device are computed one after the other, 0 where all are at once.
+      operations: FLOPs of a step.
+      shards: the number of shards that a device computes one after the other; 0 if it computes all of them together.
     """
     if platform == "cpu":
         return max(1, _OPERATIONS_OF_CALL // operations)
@@ -104,7 +109,7 @@ def steps_of_call(platform: str, operations: int, shards: int) -> int:
 
 
 def compiler_options(reduction: str, platform: str, whole_loops: bool = False) -> dict[str, str]:
-    """The compiler options of a platform: above all, the passes that are disabled."""
+    """The compiler options of a platform, above all the passes to disable."""
     disabled = [_CSE] if reduction == "ordered" else []
     if platform == "cpu" and not (whole_loops and devices.makes_whole_loops()):
         disabled.append(_WHOLE_LOOPS)
@@ -115,13 +120,13 @@ def compiler_options(reduction: str, platform: str, whole_loops: bool = False) -
 
 
 def known_class(model: Model) -> type[Any]:
-    """The class whose computation a model has: its own, or the one that it was found to be equal to, `same_as`."""
+    """The class that defines a model's computation: its own, or the `same_as` that it was found to be equal to."""
     known: type[Any] = getattr(model, "same_as", type(model))
     return known
 
 
 def is_row_wise(model: Model, state: TrainState) -> bool:
-    """Whether a model says that each row is by itself, and has few gradients to add up."""
+    """Whether a model declares that it treats each row independently, and its gradient is small."""
     known = known_class(model)
     says = next((of for of in known.__mro__ if "row_wise" in vars(of)), None)
     declared = says is not None and vars(says)["row_wise"] and known.__call__ is says.__call__
@@ -135,7 +140,7 @@ def multiplies_vectors_only(model: Model, state: TrainState) -> bool:
     return linear and all_are_vectors(state.params)
 
 
-def fewest_parts(rows: int, most: int) -> int:
-    """Into how many equal parts to cut rows, for one to have at most so many; 1 where that takes many more."""
+def fewest_chunks(rows: int, most: int) -> int:
+    """The least number of equal chunks of at most `most` rows each; 1 if that would take many more chunks."""
     fewest = -(-rows // max(most, 1))
-    return next((parts for parts in range(fewest, 2 * fewest + 1) if rows % parts == 0), 1)
+    return next((chunks for chunks in range(fewest, 2 * fewest + 1) if rows % chunks == 0), 1)
