@@ -54,7 +54,7 @@ def test_no_default_of_a_setting_is_stated_twice():
         if not (isinstance(default, ast.Constant) and default.value is None)
     ]
     assert {*literal} == {
-        ("estimator", "l2"),  # of the classifier: another one than that of a run
+        ("estimators.base", "l2"),  # of the classifier: another one than that of a run
         ("d2l.module", "sigma"),  # as the book prints it
         ("data.pipeline", "num_shards"),  # until `shard` is called
         # No settings, in spite of their names.

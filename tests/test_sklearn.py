@@ -366,7 +366,8 @@ def test_all_weights_times_a_number_change_nothing(weight):
 
 
 def test_no_weight_at_all_is_said_before_there_are_no_classes(monkeypatch):
-    monkeypatch.setattr("dpreg.estimators.base._check_sample_weight", lambda weight, *_, **__: weight)  # as of old versions
+    # As old versions of scikit-learn.
+    monkeypatch.setattr("dpreg.estimators.base._check_sample_weight", lambda weight, *_, **__: weight)
     with pytest.raises(ValueError, match="zero in every row"):
         DataParallelClassifier().fit(X, Z > 0, np.zeros(ROWS))
 

@@ -1,4 +1,4 @@
-"""Keeps the compiler from contracting a product and a sum into a fused multiply-add, which rounds only once."""
+"""Keeps the compiler from rounding differently on different numbers of devices."""
 
 import functools
 import math
@@ -17,13 +17,19 @@ _NO_PRODUCTS = """
   pad real reduce_max reduce_min reduce_sum reshape rev round scatter select_n sign slice sort squeeze stop_gradient sub
   transpose
 """
+# Those of them that only move the elements of their operands, or change a sign or a type.
+_MOVES = """
+  broadcast_in_dim concatenate convert_element_type copy copy_p dynamic_slice expand_dims gather neg
+  optimization_barrier pad real reshape rev select_n slice squeeze stop_gradient transpose
+"""
 # Operations that add nothing to their operands.
 _FACTORS_ONLY = "div dot_general eq ge gt integer_pow is_finite le lt mul ne rsqrt sign sqrt square"
 # Operations that evaluate a traced function on their operands. Others have one as a parameter only, such as `reduce`.
 _CALLS = "jit pjit closed_call core_call custom_jvp_call custom_vjp_call custom_vjp_call_jaxpr remat remat2 checkpoint"
 _WORDS = {2: jnp.uint16, 4: jnp.uint32, 8: jnp.uint64}  # by the size of a number in bytes
-_no_products, _factors_only = frozenset(_NO_PRODUCTS.split()), frozenset(_FACTORS_ONLY.split())
-_calls = frozenset(_CALLS.split())
+_no_products, _moves, _factors_only, _calls = (
+    frozenset(names.split()) for names in (_NO_PRODUCTS, _MOVES, _FACTORS_ONLY, _CALLS)
+)
 _nested = _calls | {"scan", "while", "cond"}  # products within them are rounded when they are evaluated
 
 
@@ -35,6 +41,9 @@ def round_products(closed: ClosedJaxpr, zero: Array, *inputs: Array) -> list[Arr
     by OR with those of `zero`, whose value the compiler does not know, so that it cannot contract them. All other
     optimizations of LLVM preserve the results of IEEE arithmetic.
 
+    XLA rewrites `x / s` to `x * (1 / s)` if the scalar s has a single use, and Shardy merges equal broadcasts of a
+    scalar, but only in programs for several devices. So equal broadcasts are merged here in any case.
+
     Args:
       closed: from `jax.make_jaxpr`.
       zero: int32 scalar, 0 at run time.
@@ -43,22 +52,25 @@ def round_products(closed: ClosedJaxpr, zero: Array, *inputs: Array) -> list[Arr
     Returns:
       the flattened results.
     """
-    return _evaluate(closed.jaxpr, closed.consts, zero, inputs)
+    return _evaluate(closed.jaxpr, closed.consts, zero, inputs, {})
 
 
-def _evaluate(jaxpr: Jaxpr, consts: Sequence[Any], zero: Array, inputs: Sequence[Any]) -> list[Any]:
+def _evaluate(
+    jaxpr: Jaxpr, consts: Sequence[Any], zero: Array, inputs: Sequence[Any], broadcasts: dict[Any, Any]
+) -> list[Any]:
     values: dict[Any, Any] = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*consts, *inputs], strict=True))
 
     def read(atom: Any) -> Any:
         return atom.val if isinstance(atom, Literal) else values[atom]
 
     added = {atom for atom in jaxpr.outvars if not isinstance(atom, Literal)}
-    for equation in jaxpr.eqns:
-        if equation.primitive.name not in _factors_only:
+    for equation in reversed(jaxpr.eqns):
+        moved_only = equation.primitive.name in _moves and added.isdisjoint(equation.outvars)
+        if not (moved_only or equation.primitive.name in _factors_only):
             added.update(atom for atom in equation.invars if not isinstance(atom, Literal))
     for equation in jaxpr.eqns:
         with jax.named_scope(str(equation.source_info.name_stack)):
-            results = _apply(equation, zero, [read(atom) for atom in equation.invars])
+            results = _apply(equation, zero, [read(atom) for atom in equation.invars], broadcasts)
         if _is_product(equation):
             pairs = zip(results, equation.outvars, strict=True)
             results = [_opaque(result, zero) if var in added else result for result, var in pairs]
@@ -76,13 +88,23 @@ def _is_product(equation: Any) -> bool:
     return not (name in _no_products or name in _nested)
 
 
-def _apply(equation: Any, zero: Array, inputs: list[Any]) -> Sequence[Any]:
-    """The results of one operation; control flow is rebuilt around its evaluated bodies."""
+def _apply(equation: Any, zero: Array, inputs: list[Any], broadcasts: dict[Any, Any]) -> Sequence[Any]:
+    """The results of one operation; control flow is rebuilt around its evaluated bodies.
+
+    Args:
+      broadcasts: those made so far, with their operands, for operations within the same body to use again.
+    """
     name, params = equation.primitive.name, equation.params
 
-    def evaluated(traced: Any, *values: Any) -> list[Any]:
-        return _evaluate(getattr(traced, "jaxpr", traced), getattr(traced, "consts", ()), zero, values)
+    def evaluated(traced: Any, *values: Any, broadcasts: dict[Any, Any] | None = None) -> list[Any]:
+        jaxpr, consts = getattr(traced, "jaxpr", traced), getattr(traced, "consts", ())
+        return _evaluate(jaxpr, consts, zero, values, {} if broadcasts is None else broadcasts)
 
+    if name == "broadcast_in_dim":
+        key = id(inputs[0]), params["shape"], params["broadcast_dimensions"]
+        if key not in broadcasts:
+            broadcasts[key] = inputs[0], equation.primitive.bind(*inputs, **params)
+        return [broadcasts[key][1]]
     if name == "scan":
         # The operands are constants, then the carry, then arrays that are scanned over. The parameters that count them
         # differ between versions of JAX, so they are counted by rank.
@@ -111,7 +133,7 @@ def _apply(equation: Any, zero: Array, inputs: list[Any]) -> Sequence[Any]:
         return list(lax.switch(inputs[0], branches, *inputs[1:]))
     if name in _calls:
         kept = lax.optimization_barrier(inputs) if params.get("prevent_cse") else inputs  # `jax.checkpoint`
-        return evaluated(params.get("jaxpr", params.get("call_jaxpr")), *kept)
+        return evaluated(params.get("jaxpr", params.get("call_jaxpr")), *kept, broadcasts=broadcasts)
     bound = equation.primitive.bind(*inputs, **params)
     return bound if equation.primitive.multiple_results else [bound]
 
