@@ -50,7 +50,7 @@ def predict(config: Config) -> None:
         first = jax.process_index() == 0
         watchdog = stack.enter_context(Watchdog(config.step_timeout))
         progress = stack.enter_context(ProgressDisplay(Console(stderr=True, quiet=not first)))
-        # Heard between pieces: what a handler raises is lost where it meets a callback of the garbage collector.
+        # Heard between chunks: what a handler raises is lost where it meets a callback of the garbage collector.
         asked = threading.Event()
         for number in (signal.SIGTERM, signal.SIGUSR1):  # which mpirun passes on
             stack.callback(signal.signal, number, signal.signal(number, lambda *_: asked.set()))
@@ -80,18 +80,18 @@ def predict(config: Config) -> None:
             on_result=watchdog.progress,
         )
         read = RawRows(table, columns, schema, predictor.dtype)
-        pieces = _pieces(read, table.name, predictor.piece_rows, progress, asked)
+        chunks = _chunks(read, table.name, predictor.chunk_rows, progress, asked)
         watchdog.begin()
         if evaluating:
             with prefix_errors(table.name):
-                loss, metrics = predictor.evaluate(pieces)
+                loss, metrics = predictor.evaluate(chunks)
             if first:
                 scores = {"loss": loss if math.isfinite(loss) else None, **metrics}
                 print(json.dumps({"dataset": table.name, "rows": read.used, **scores}))
         else:
             path = pathlib.Path(config.output or "")
             _refuse_input(path, config.dataset, table)
-            _write(PredictionWriter(path if first else None, [t.name for t in schema.targets]), predictor, pieces, read)
+            _write(PredictionWriter(path if first else None, [t.name for t in schema.targets]), predictor, chunks, read)
             if first:
                 missing = read.rows - read.used
                 without = f"; {missing:,} have none, since values are missing" if missing else ""
@@ -119,12 +119,12 @@ def _require_fit(model: Model, exported: Exported, workdir: str | None) -> None:
 
     row = jax.ShapeDtypeStruct((1, exported.num_inputs), np.float32)
     init = functools.partial(model.init, **mode_arguments(model, False))
-    asked, there = shapes(jax.eval_shape(init, jax.random.key(0), row)), shapes(exported.variables)
-    for name in sorted({*asked, *there}):
-        if asked.get(name) != there.get(name):
+    expected, found = shapes(jax.eval_shape(init, jax.random.key(0), row)), shapes(exported.variables)
+    for name in sorted({*expected, *found}):
+        if expected.get(name) != found.get(name):
             raise InputError(
-                f"{workdir}/model: the model cannot be used (parameter {name} has shape {there.get(name)}, and its "
-                f"code asks for {asked.get(name)}); run the training command again"
+                f"{workdir}/model: the model cannot be used (parameter {name} has shape {found.get(name)}, and its "
+                f"code asks for {expected.get(name)}); run the training command again"
             )
     now = digest_prediction(model, exported.variables, exported.num_inputs, exported.num_targets)
     if differ(exported.computation, now):
@@ -156,15 +156,15 @@ def _refuse_input(output: pathlib.Path, dataset: str, table: Table) -> None:
         )
 
 
-def _write(writer: PredictionWriter, predictor: Predictor, pieces: Iterator[Rows], read: RawRows) -> None:
+def _write(writer: PredictionWriter, predictor: Predictor, chunks: Iterator[Rows], read: RawRows) -> None:
     """Writes all predictions. What keeps one process from writing is told when no other waits for its devices."""
     failed: InputError | None = None
     with writer:
-        for prediction in predictor.predictions(pieces):
-            there = read.there.popleft()
+        for prediction in predictor.predictions(chunks):
+            valid = read.valid.popleft()
             try:
                 if failed is None:
-                    writer.write(prediction, there)
+                    writer.write(prediction, valid)
             except InputError as error:
                 failed = error
                 if jax.process_count() == 1:
@@ -173,12 +173,12 @@ def _write(writer: PredictionWriter, predictor: Predictor, pieces: Iterator[Rows
             raise failed
 
 
-def _pieces(
+def _chunks(
     read: RawRows, name: str, most: int, progress: ProgressDisplay, asked_to_stop: threading.Event
 ) -> Iterator[Rows]:
     """The rows of the table as the model sees them; says how many were read, and stops where that is asked for."""
     started = time.perf_counter()
-    for rows in read.pieces(most):
+    for rows in read.chunks(most):
         if asked_to_stop.is_set():
             sys.exit(143)  # by way of what closes files and takes away what is not complete
         yield rows

@@ -131,7 +131,7 @@ def test_a_predictor_of_float64():
     model = dpreg.LinearRegressionScratch(3, 0.03)
     variables = {"params": {"w": w, "b": np.array([0.1])}, "batch_stats": {}}
     predictor = Predictor(model, variables, 3, 1, mesh=mesh, precision="float64")
-    found = predictor.predictions(predictor.pieces(dpreg.ArraySource(x, np.zeros(1001), dtype=np.float64)))
+    found = predictor.predictions(predictor.chunks(dpreg.ArraySource(x, np.zeros(1001), dtype=np.float64)))
     np.testing.assert_allclose(np.concatenate(list(found)), x @ w + 0.1, rtol=1e-14, atol=1e-14)
 
 

@@ -178,12 +178,12 @@ def test_a_predictor_predicts_what_it_did_after_further_steps():
 
 
 def test_a_predictor_takes_as_many_rows_at_once_as_training():
-    pieces = []
+    rows = []
     for accumulate in (1, 16):
         trainer = dpreg.Trainer(1, 2, accumulate_steps=accumulate)
         trainer.fit(dpreg.LinearRegressionScratch(3, 0.1), Rows(400).data(8))
-        pieces.append(trainer.predictor().piece_rows)
-    assert pieces[0] == pieces[1]
+        rows.append(trainer.predictor().chunk_rows)
+    assert rows[0] == rows[1]
 
 
 class Relative(dpreg.Module):

@@ -45,12 +45,12 @@ class PredictionWriter:
                 raise self._wrong(error) from error
         return self
 
-    def write(self, prediction: np.ndarray, there: np.ndarray) -> None:
+    def write(self, prediction: np.ndarray, valid: np.ndarray) -> None:
         """The next rows: [n, t], and which of them [n] have a prediction; the others get none."""
         number = np.arange(self._rows + 1, self._rows + 1 + len(prediction))
         self._rows += len(prediction)
         if self._path:
-            columns = [pa.array(column, mask=~there) for column in prediction.T]
+            columns = [pa.array(column, mask=~valid) for column in prediction.T]
             try:
                 self._writer.write_batch(pa.RecordBatch.from_arrays([pa.array(number), *columns], schema=self._schema))
             except OSError as error:

@@ -34,10 +34,10 @@ def resolve(columns: Columns, table: Table) -> Columns:
     Raises:
       InputError: for a column that is not there, or that is asked for twice.
     """
-    there = set(table.columns)
+    known = set(table.columns)
 
     def named(names: Sequence[str]) -> tuple[str, ...]:
-        return tuple(c for n in names for c in ((n,) if n in there else table.groups.get(n, (n,))))
+        return tuple(c for n in names for c in ((n,) if n in known else table.groups.get(n, (n,))))
 
     full = dataclasses.replace(
         columns,
@@ -267,12 +267,12 @@ class RawReader:
         found: np.ndarray = own[indices]
         return found
 
-    def there(self, raw: np.ndarray) -> np.ndarray:
+    def valid(self, raw: np.ndarray) -> np.ndarray:
         """Which rows are used: with missing="drop" those without missing values."""
         if self.columns.missing != "drop":
             return np.ones(len(raw), bool)
-        there: np.ndarray = ~np.isnan(raw).any(axis=1)
-        return there
+        valid: np.ndarray = ~np.isnan(raw).any(axis=1)
+        return valid
 
     def refuse_missing(self, table: str) -> None:
         """Raises InputError where values are missing that may not be."""

@@ -173,16 +173,16 @@ def _write(
             held_out = np.zeros(len(rows), bool)
             if validation is None:
                 held_out = keyed_hash(rows[:, NUMBER], _HELD_OUT) < np.uint32(columns.validation_fraction * 0xFFFFFFFF)
-            there = reader.there(rows)
-            fitted = rows[there & ~held_out]
+            valid = reader.valid(rows)
+            fitted = rows[valid & ~held_out]
             learned.add(fitted)
             train.add(fitted, reader.narrow)
-            val.add(rows[there & held_out], reader.narrow)
+            val.add(rows[valid & held_out], reader.narrow)
             progress("reading", read := read + len(rows))
         without_weight = reader.without_weight
         if validation is not None:
             for rows in reader.read(validation):
-                val.add(rows[reader.there(rows)], reader.narrow)
+                val.add(rows[reader.valid(rows)], reader.narrow)
                 progress("reading", read := read + len(rows))
         reader.refuse_missing(table.name)
         if not train.rows:

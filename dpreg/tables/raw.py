@@ -61,7 +61,7 @@ class RawRows:
 
     Attributes:
       rows, used: how many rows were read so far, and how many of them have all values.
-      there: for each piece that was yielded, [n] bool: which rows have all values.
+      valid: for each chunk that was yielded, [n] bool: which rows have all values.
       others: by column, how many rows have a category that the model does not know.
 
     Raises:
@@ -71,24 +71,24 @@ class RawRows:
     def __init__(self, table: Table, columns: Columns, schema: Schema, dtype: DTypeLike = np.float32):
         table.require(columns.used_columns)
         self.rows = self.used = 0
-        self.there: collections.deque[np.ndarray] = collections.deque()
+        self.valid: collections.deque[np.ndarray] = collections.deque()
         self.others: collections.Counter[str] = collections.Counter()
         self._table, self._schema, self._reader = table, schema, RawReader(columns, schema, dtype)
 
-    def pieces(self, most: int) -> Iterator[Rows]:
+    def chunks(self, most: int) -> Iterator[Rows]:
         """Yields `{"x", "y", "weight"}` of up to `most` rows; a row without all values has zeros, and no weight.
 
         Raises:
           InputError: as `RawReader.read`; for values that are missing and may not be; and where there are no rows.
         """
         for raw in self._reader.read(self._table, most):
-            there = self._reader.there(raw)
+            valid = self._reader.valid(raw)
             self._reader.refuse_missing(self._table.name)
-            raw[~there, :ROW] = 0
-            self.rows, self.used = self.rows + len(raw), self.used + int(there.sum())
-            self.there.append(there)
+            raw[~valid, :ROW] = 0
+            self.rows, self.used = self.rows + len(raw), self.used + int(valid.sum())
+            self.valid.append(valid)
             for at, column in enumerate(self._schema.inputs):
-                if isinstance(column, Category) and (unknown := int((raw[there, at] < 0).sum())):
+                if isinstance(column, Category) and (unknown := int((raw[valid, at] < 0).sum())):
                     self.others[column.name] += unknown
             with prefix_errors(self._table.name):
                 rows = self._schema.rows(raw, self._reader.dtype)

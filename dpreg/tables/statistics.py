@@ -129,13 +129,13 @@ class Moments:
         """Takes in rows [n, c] with weights [n] above 0."""
         if not len(values):
             return
-        there = ~np.isnan(values)
-        added = np.einsum("i,ij->j", weight, there)
+        valid = ~np.isnan(values)
+        added = np.einsum("i,ij->j", weight, valid)
         # Around a first guess, so that nothing is lost where values are far from 0.
-        shift = np.where(added > 0, values[there.argmax(axis=0), np.arange(values.shape[1])], 0.0)
+        shift = np.where(added > 0, values[valid.argmax(axis=0), np.arange(values.shape[1])], 0.0)
         apart = values - shift
         least, most = np.fmin.reduce(apart), np.fmax.reduce(apart)
-        missing = None if there.all() else ~there
+        missing = None if valid.all() else ~valid
         if missing is not None:
             apart[missing] = 0
         mean = np.einsum("i,ij->j", weight, apart) / np.where(added > 0, added, 1)

@@ -1,1 +1,1 @@
-"""Training: the loop over compiled steps, and what goes on between them."""
+"""Training: the trainer, its loop over compiled steps, and the callbacks between them."""

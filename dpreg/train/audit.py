@@ -1,4 +1,4 @@
-"""Proof that an epoch used every row exactly once, on whatever devices of whatever processes."""
+"""Checks that an epoch used every row exactly once, over all devices and processes."""
 
 import numpy as np
 
@@ -8,13 +8,13 @@ _NOTHING = np.zeros(2, np.uint32)
 
 
 class Audit:
-    """Counts the rows that the steps of an epoch used, and adds up their tags: [2] uint32, as `Dataset.tags`.
+    """Counts the rows that the steps of an epoch used and sums their tags: [2] uint32, as `Dataset.tags`.
 
     Args:
-      on: whether to; else nothing is counted, and all is well.
+      on: whether to audit; if not, nothing is counted and no epoch fails.
 
     Attributes:
-      used: by this epoch so far; None where nobody knows.
+      used: the count and the sum for this epoch so far; None if unknown.
     """
 
     used: np.ndarray | None
@@ -24,19 +24,19 @@ class Audit:
         self.begin()
 
     def begin(self, used: np.ndarray | None = _NOTHING) -> None:
-        """Starts an epoch, of which so much is used already; None where nobody knows: it is not audited then."""
+        """Starts an epoch, part of which is already used; if that part is unknown (None), the epoch is not audited."""
         self.used = used if self.on else None
 
     def add(self, used: np.ndarray) -> None:
-        """Takes in what steps of the epoch used, on whatever devices: [..., 2] uint32."""
+        """Adds what steps of the epoch used: [..., 2] uint32, over any devices."""
         if self.used is not None:
             self.used = self.used + used.reshape(-1, 2).sum(axis=0, dtype=np.uint32)
 
     def check(self, step: int, due: np.ndarray) -> np.ndarray | None:
-        """What the epoch that ends at a step used, once it is known to be what was due.
+        """Checks what the epoch that ends at `step` used against what was due, and returns it.
 
         Raises:
-          AuditFailed: when it is not.
+          AuditFailed: when they differ.
         """
         if self.used is not None and (self.used != due).any():
             what, right = (f"{rows:,} rows with tags {tags:08x}" for rows, tags in (self.used, due))

@@ -1,4 +1,4 @@
-"""From a Config to the parts of a run, for every door."""
+"""Builds the data, the model and the trainer of a run from a Config, for all entry points."""
 
 import importlib
 from collections.abc import Callable
@@ -28,11 +28,11 @@ from dpreg.tables.table import Table, open_table
 from dpreg.tables.tfds import open_tfds
 from dpreg.train.trainer import Trainer
 
-_INGEST_SECONDS = 24 * 3600.0  # that the others wait for process 0; they say so now and then
+_INGEST_SECONDS = 24 * 3600.0  # for which the others wait for process 0; they log it now and then
 
 
 def build_data(config: Config, progress: Progress = lambda what, rows: None) -> RegressionData:
-    """The rows that the config names; of a table, process 0 reads them, and the others where they see no cache of it.
+    """The rows that the config names. Process 0 reads a table first; the others use its cache if they can see it.
 
     Args:
       progress: reports the reading of a table, see `dpreg.tables.ingest.read_table`.
@@ -78,12 +78,12 @@ def build_data(config: Config, progress: Progress = lambda what, rows: None) -> 
 
 
 def dtype_of(config: Config) -> np.dtype:
-    """What rows are kept as, on the host."""
+    """The dtype of the rows on the host."""
     return np.dtype(PRECISIONS[config.precision][1])
 
 
 def open_dataset(config: Config) -> Table:
-    """The table that the config names; of a TFDS dataset the split to hold out, where there is one."""
+    """The table that the config names; for a TFDS dataset with a split to hold out, that split as well."""
     if not config.dataset.startswith("tfds:"):
         return open_table(config.dataset)
     train, held_out, *_ = open_tfds(config.dataset.removeprefix("tfds:"), config.data_dir)
@@ -91,10 +91,10 @@ def open_dataset(config: Config) -> Table:
 
 
 def build_model(config: Config, num_inputs: int, num_targets: int, num_steps: int = 1) -> Model:
-    """The model for rows of so many columns, with its loss and the optimizer of a run of so many steps.
+    """The model for rows with these numbers of columns, with its loss and the optimizer of a run of `num_steps` steps.
 
     Raises:
-      InputError: when a module of the user's own cannot be imported or made.
+      InputError: when a user's module cannot be imported or constructed.
     """
     own = objective_and_optimizer(config, num_steps)
     outputs = own["objective"].outputs(num_targets)
@@ -125,12 +125,12 @@ def build_model(config: Config, num_inputs: int, num_targets: int, num_steps: in
 
 
 def identity_of(config: Config, data: RegressionData) -> dict[str, Any]:
-    """What decides the answer of a run on these rows: it is only continued by one of the same."""
+    """All settings and data that the result of a run depends on: a run is continued only with the same identity."""
     return config.identity() | {"data": data.fingerprint(), "order": ORDER}
 
 
 def learning_rates(config: Config, num_steps: int) -> Callable[[int], float] | None:
-    """The learning rate of each global step, from 0; None where the model is the user's own, or nothing is stepped."""
+    """The learning rate by global step, from 0; None for a user's model, and for solvers that take no steps."""
     if config.model not in MODELS or config.solver != "sgd":
         return None
     schedule = make_schedule(config.lr_schedule, config.lr, num_steps, config.warmup_steps)
@@ -138,7 +138,7 @@ def learning_rates(config: Config, num_steps: int) -> Callable[[int], float] | N
 
 
 def objective_and_optimizer(config: Config, num_steps: int = 1) -> dict[str, Any]:
-    """What a `dpreg.Module` is given besides its own fields, for a run of so many steps."""
+    """The fields `objective` and `optimizer` of a `dpreg.Module`, for a run of `num_steps` steps."""
     steady = config.lr_schedule == "constant" and not config.warmup_steps
     schedule = config.lr if steady else make_schedule(config.lr_schedule, config.lr, num_steps, config.warmup_steps)
     return {

@@ -12,16 +12,17 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class Progress:
-    """Where a run is.
+    """The progress of a run.
 
     Attributes:
-      step, num_steps: steps done, steps of the run.
-      epoch, max_epochs: epochs done, with a fraction; epochs of the run.
-      train_loss: mean loss per weight over the steps since the last log point; None between log points.
-      gradient_norm: of the mean loss in the last of these steps, before it is clipped; None between log points.
+      step, num_steps: the number of steps done, and of the run.
+      epoch, max_epochs: the number of epochs done, with a fraction, and of the run.
+      train_loss: the mean loss per weight over the steps since the last log point; None between log points.
+      gradient_norm: the norm of the gradient in the last of these steps, before clipping; None between log points.
       val_loss, metrics: the mean loss and the metrics on the validation rows; only at the end of an epoch.
-      rows_per_second: training speed since the last validation, checkpoint or other sync point.
-      audit: [2] uint32, how many rows this epoch used and the sum of their tags; only at the end of an audited one.
+      rows_per_second: the training speed since the last validation, checkpoint or other sync point.
+      audit: [2] uint32, the number of rows that this epoch used and the sum of their tags; only at the end of an
+        audited epoch.
 
     >>> Progress(step=32, num_steps=96, epoch=1.0, max_epochs=3, val_loss=0.5, metrics={"r2": 0.9}).epoch_ended
     True
@@ -40,15 +41,15 @@ class Progress:
 
     @property
     def epoch_ended(self) -> bool:
-        """Whether this closes an epoch: validation is done."""
+        """Whether this is the end of an epoch, after its validation."""
         return self.metrics is not None
 
 
 class Callback:
-    """Receives the events of `Loop`: a subclass overrides the methods of those that it needs.
+    """Receives the events of `Loop`: a subclass overrides the methods of the events that it needs.
 
-    Up to a sync point some steps are in flight, so `trainer.state` may be ahead of the progress that is reported. A
-    method that raises ends `fit_epochs` there.
+    Between sync points some steps are in flight, so `trainer.state` may be ahead of the progress that is reported. An
+    exception in a method ends `fit_epochs`.
 
     >>> import dpreg
     >>> class PrintLoss(dpreg.Callback):
@@ -61,33 +62,33 @@ class Callback:
     """
 
     def next_sync(self, step: int) -> int | None:
-        """The next sync point after `step`, before which all steps are done; None for none.
+        """The next step after `step` at which a sync point is needed; None for none.
 
-        It has to be the same in all processes.
+        It must be the same in all processes.
         """
         return None
 
     def requests_sync(self) -> bool:
-        """Whether the next compiled call is to be the last before a sync point.
+        """Whether to insert a sync point after the next compiled call.
 
-        All processes ask it equally often, between the same calls, and have to get the same answer.
+        It is called equally often in all processes, between the same compiled calls, and must return the same value.
         """
         return False
 
     def on_steps(self, progress: Progress) -> None:
-        """The sums of some steps have come from the devices."""
+        """Called when the sums of some steps have arrived from the devices."""
 
     def on_log(self, progress: Progress) -> None:
-        """A log point within an epoch, every `log_every_steps`: `progress` has the loss and the gradient's norm."""
+        """Called at log points within an epoch, every `log_every_steps`, with the loss and the norm of the gradient."""
 
     def on_epoch(self, progress: Progress) -> None:
-        """The end of an epoch, after its validation: `progress` has all of its values."""
+        """Called at the end of an epoch, after its validation: all attributes of `progress` are set."""
 
     def on_sync(self, trainer: "Trainer") -> None:
-        """A sync point: no step is in flight, and the trainer's state is that of `trainer.step`."""
+        """Called at a sync point: no step is in flight, and the trainer's state is that of `trainer.step`."""
 
     def on_result(self) -> None:
-        """Results have come from the devices, of training, validation or prediction, or a sync point is over."""
+        """Called when results of training, validation or prediction have arrived, and after a sync point."""
 
 
 class FunctionCallback(Callback):

@@ -1,4 +1,4 @@
-"""The training loop: takes blocks of steps through the compiled program, and calls the callbacks."""
+"""The training loop: dispatches blocks of steps to the compiled program, and calls the callbacks."""
 
 import contextlib
 import dataclasses
@@ -23,16 +23,16 @@ from dpreg.train.callback import Callback, Progress
 from dpreg.train.predictor import metrics_of
 from dpreg.train.program import Program
 
-_LOG_POINTS = 8  # of an epoch, where log_every_steps is 0
+_LOG_POINTS = 8  # in an epoch if log_every_steps is 0
 
 
 @dataclasses.dataclass(frozen=True)
 class Best:
-    """The epoch of least validation loss so far, on the host.
+    """The epoch with the least validation loss so far, on the host.
 
     Attributes:
-      val_loss: infinite before the first.
-      step: at its end.
+      val_loss: the least validation loss; infinite before the first epoch.
+      step: the step at the end of that epoch.
       variables: {"params", "batch_stats"} as NumPy arrays.
     """
 
@@ -46,7 +46,7 @@ class Loop:
 
         while step < stop and patience is left:
             until the next sync point:        # `stop`, the end of an epoch with validation, or `callback.next_sync`
-                dispatch a block of steps     # while the sums of earlier ones are on their way
+                dispatch a block of steps     # while earlier blocks are computed
                 wait for the sums of the oldest block:         callback.on_result()
                 at each log point in it:                       callback.on_log(progress)
                 after it, and at the end of an epoch in it:    callback.on_steps(progress)
@@ -55,18 +55,20 @@ class Loop:
             no step is in flight:                              callback.on_sync(trainer)
 
     Args:
-      program: what is computed; state: what is trained, which the loop changes.
-      callbacks: in the order in which they are called.
-      seconds: to which the time of "train" and "eval" is added.
+      program: the rows and the compiled steps.
+      state: the train state, which the loop replaces.
+      callbacks: called in this order.
+      seconds: the loop adds the seconds of "train" and "eval" to it.
 
     Attributes:
       program, state, callbacks: as given.
-      step, steps_trained: steps done and reported; those of them that this loop did, not one that it goes on from.
-      audit: the rows used in this epoch.
+      step: the number of steps done and reported.
+      steps_trained: how many of them this loop did, without those of a state that it has loaded.
+      audit: counts the rows used in this epoch.
       best: with patience, the best epoch so far.
-      epoch_sums: [steps of an epoch, 3] weighted loss sum, weight sum and norm of the gradient of each step of this
-        epoch so far.
-      train_loss, val_loss, metrics: of the last epoch.
+      epoch_sums: [steps of an epoch, 3], for each step of this epoch so far the weighted loss sum, the weight sum and
+        the norm of the gradient.
+      train_loss, val_loss, metrics: the results of the last epoch.
     """
 
     def __init__(self, program: Program, state: DonatedState, callbacks: Sequence[Callback], seconds: dict[str, float]):
@@ -78,34 +80,34 @@ class Loop:
         self.val_loss: float | None = None
         self.metrics: dict[str, float] = {}
         self.step, self.epoch_sums, self.best = 0, np.zeros((program.steps_per_epoch, 3)), Best(math.inf, 0, {})
-        self._training, self._all_reported = False, True  # in `run`; whether callbacks know of all of the state
-        self._in_flight: Any = None  # results of the latest call
+        self._training, self._all_reported = False, True  # whether `run` is active; whether all steps are reported
+        self._in_flight: Any = None  # results of the latest compiled call
         self._digest: str | None = None
         self._go_to(0)
 
     @property
     def num_steps(self) -> int:
-        """Steps of the run."""
+        """The number of steps of the run."""
         return int(self.program.data.train.num_steps)
 
     @property
     def done(self) -> bool:
-        """Whether all epochs are trained, or no more are worth it."""
+        """Whether all epochs are trained, or `patience` has run out."""
         patience = self._settings.patience * self.program.steps_per_epoch
         return self.step >= self.num_steps or bool(patience and self.step - self.best.step >= patience)
 
     @property
     def computation(self) -> str | None:
-        """What the model computes, see `dpreg.step.digest.digest_training`."""
+        """A digest of what the model computes, see `dpreg.step.digest.digest_training`."""
         if self._digest is None:
             self._digest = self.program.digest(self.state.shapes)
         return self._digest
 
     def run(self, number: int | None, on_sync: Callable[[], None]) -> None:
-        """Trains to the end of so many epochs, or of all that are left and worth it: see `Trainer.fit_epochs`.
+        """Trains `number` epochs, or until `done`: see `Trainer.fit_epochs`.
 
         Args:
-          number: of epochs, the one under way included.
+          number: the number of epochs, including one that is partly trained; None for all.
           on_sync: called at each sync point.
         """
         self.require_idle()
@@ -120,7 +122,7 @@ class Loop:
                 try:
                     self._train_to(self._next_sync(stop), interrupts)
                     self._all_reported = True
-                except (Diverged, AuditFailed):  # in all processes: none may leave while calls need it
+                except (Diverged, AuditFailed):  # raised in all processes; none may leave while calls are in flight
                     jax.block_until_ready(self._in_flight)
                     self._all_reported = True
                     raise
@@ -132,7 +134,7 @@ class Loop:
                     raise KeyboardInterrupt
 
     def require_idle(self) -> None:
-        """Raises InputError while callbacks are called, or where one raised, and the state is ahead of the reports."""
+        """Raises InputError during a callback, and after one has raised: the state is ahead of what was reported."""
         step = int(self.state.current.step)
         if step != self.step:
             raise InputError(
@@ -141,19 +143,19 @@ class Loop:
             )
 
     def report_result(self) -> None:
-        """Calls `on_result` of all callbacks."""
+        """Calls `on_result` of every callback."""
         for callback in self.callbacks:
             callback.on_result()
 
     def _next_sync(self, stop: int) -> int:
-        """The next sync point up to a step, unless a callback requests an earlier one."""
+        """The next scheduled sync point, at most `stop`."""
         asked = [callback.next_sync(self.step) for callback in self.callbacks]
         steps = self.program.steps_per_epoch
         validation = [self.step - self.step % steps + steps] if self.program.data.val else []
         return min([stop, *validation, *(step for step in asked if step is not None and step > self.step)])
 
     def _train_to(self, stop: int, interrupts: Interrupts) -> None:
-        """Trains up to a step, or until a sync point is requested, and reports it."""
+        """Trains up to step `stop`, or until a sync point is requested, and reports the steps."""
         first, rows_per_step = self.step, len(self.program.data.train.source) / self.program.steps_per_epoch
         began, evaluated = time.perf_counter(), self._seconds["eval"]
         with contextlib.closing(self._dispatch(stop, interrupts)) as calls:
@@ -169,11 +171,11 @@ class Loop:
         self.steps_trained += self.step - first
 
     def _dispatch(self, stop: int, interrupts: Interrupts) -> Generator[tuple[Block, Any]]:
-        """Dispatches blocks up to a step, or until a sync point is requested."""
+        """Dispatches blocks up to step `stop`, or until a sync point is requested."""
         first, data = self.step, self.program.data
         for block in data.train.blocks(first, stop, data.steps_per_call):
             if block.first_step > first:
-                # All are asked in any case: processes meet there equally often.
+                # Calls all of them, without short-circuiting: they may communicate between processes.
                 requested = [interrupts.poll(), *(callback.requests_sync() for callback in self.callbacks)]
                 if any(requested):
                     return
@@ -184,7 +186,7 @@ class Loop:
             yield block._replace(data=None), self._in_flight
 
     def _report(self, sums: np.ndarray, used: np.ndarray) -> None:
-        """Reports the next steps from their [n, 3] sums and [devices, n, 2] what they used."""
+        """Reports the next n steps, whose sums are [n, 3], and what they used [devices, n, 2]."""
         taken, steps = 0, self.program.steps_per_epoch
         while taken < len(sums):
             end = min(taken + steps - self.step % steps, len(sums))
@@ -192,7 +194,7 @@ class Loop:
             taken = end
 
     def _report_in_epoch(self, sums: np.ndarray, used: np.ndarray) -> None:
-        """Reports the next steps of an epoch."""
+        """Reports the next steps, all of one epoch."""
         steps, every = self.program.steps_per_epoch, self._log_every
         before = self.step % steps
         start, done = self.step - before, before + len(sums)
@@ -210,12 +212,12 @@ class Loop:
         progress = self._progress(start + done)
         for callback in self.callbacks:
             callback.on_steps(progress)
-        self.step = start + done  # not before: a callback that raises leaves a step that is not the state's
+        self.step = start + done  # only now: if a callback has raised, the step is not that of the state
         if done == steps:
             self._end_epoch()
 
     def _end_epoch(self) -> None:
-        """Checks the epoch that the last step ended, validates, and reports it."""
+        """Audits the epoch that the last step has ended, validates, and reports it."""
         self.train_loss, tags = mean_loss(self.epoch_sums), self.program.tags
         used = None if tags is None else self.audit.check(self.step, tags)
         self._validate_finitely()
@@ -246,7 +248,7 @@ class Loop:
             raise Diverged(self.step, validation=True)
 
     def validate(self) -> None:
-        """Sets `val_loss` and `metrics`: exact weighted means over all validation rows, whatever their batches."""
+        """Sets `val_loss` and `metrics`: weighted means over all validation rows, independent of their batches."""
         data = self.program.data
         if data.val is None or self.program.eval_block is None:
             self.val_loss, self.metrics = None, {}
@@ -270,7 +272,7 @@ class Loop:
         self._seconds["eval"] += time.perf_counter() - started
 
     def restore_best(self) -> bool:
-        """With patience, goes back to the parameters of the best epoch; whether that is not the last one."""
+        """With `patience`, restores the parameters of the best epoch, and returns whether it is not the last one."""
         if not (self._settings.patience and 0 < self.best.step < self.step):
             return False
         self.state.replace(**self.best.variables)
@@ -280,10 +282,10 @@ class Loop:
     def load_state(
         self, state: TrainState, epoch_sums: np.ndarray, rows_used: np.ndarray | None = None, best: Best | None = None
     ) -> None:
-        """Goes on from a state: its step, the sums of the steps of its epoch so far, the rows they used, the best.
+        """Continues from a saved state, with the sums of its epoch so far, the rows used in it, and the best epoch.
 
         Raises:
-          Diverged: when it is of the end of an epoch, and the loss on validation rows is not finite.
+          Diverged: when the state is at the end of an epoch, and its validation loss is not finite.
         """
         self.state.take(state)
         self._go_to(int(state.step))
@@ -294,10 +296,10 @@ class Loop:
             self._validate_finitely()
 
     def replace_state(self, state: TrainState) -> None:
-        """Takes a copy of another state's values, and goes on from its step.
+        """Continues from a copy of another state.
 
         Raises:
-          InputError: where its step is neither that of the loop nor the end of an epoch.
+          InputError: if its step is neither the step of the loop nor the end of an epoch.
         """
         steps, step = self.program.steps_per_epoch, int(state.step)
         if self._training:
@@ -313,14 +315,14 @@ class Loop:
             self._go_to(step)
 
     def set_params(self, params: Any, train_loss: float) -> None:
-        """Takes a copy of parameters that were found elsewhere, validates, and reports them as an epoch."""
+        """Assigns a copy of parameters that a solver has found, validates, and reports them as an epoch."""
         self.state.replace(params=params)
         self.train_loss = train_loss
         self.validate()
         self._report_epoch(train_loss)
 
     def _go_to(self, step: int) -> None:
-        """Goes to the end of an epoch, whose state has been taken."""
+        """Sets the step to the end of an epoch, after its state was assigned."""
         self.step, self._all_reported = step, True
         self.epoch_sums = np.zeros((self.program.steps_per_epoch, 3))
         self.audit.begin()
@@ -329,6 +331,6 @@ class Loop:
 
 
 def mean_loss(sums: np.ndarray) -> float:
-    """The mean loss per weight of steps, from their [steps, 3] sums; 0 where nothing has a weight."""
+    """The mean loss per weight of steps, from their [steps, 3] sums; 0 if no row has a weight."""
     loss, weight = sums[:, :2].sum(axis=0)
     return float(loss / weight) if weight > 0 else 0.0

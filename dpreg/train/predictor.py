@@ -1,4 +1,4 @@
-"""A trained model on all devices: what it predicts for rows in their order, and how well."""
+"""Prediction and evaluation by a trained model on all devices."""
 
 import dataclasses
 import functools
@@ -25,8 +25,8 @@ from dpreg.step.layout import CallArgs, ShardRange, batch_layout
 from dpreg.step.state import Model
 from dpreg.tables.raw import RawRows, columns_of, encoded_schema, open_columns, open_source
 
-_PIECE_BYTES = 16 << 20  # of rows, on their way at once
-_PIECE_STEPS = 1 << 8
+_CHUNK_BYTES = 16 << 20  # rows of one compiled call
+_CHUNK_STEPS = 1 << 8
 ROWS_IN_PARTS = (
     "give the same to all processes; rows of which each process has its own part go through "
     "dpreg.RegressionData.from_parts(train=own_rows)"
@@ -34,12 +34,12 @@ ROWS_IN_PARTS = (
 
 
 def errors_of(model: Model, schema: Schema | None) -> Callable[[Any, Any, Any], Errors]:
-    """What evaluation asks of the predictions of a batch."""
+    """The function from the predictions of a batch to the sums that evaluation needs."""
     return functools.partial(errors, model, schema is not None and schema.log_targets)
 
 
 def metrics_of(model: Model, schema: Schema | None, found: Sequence[Errors]) -> tuple[float, dict[str, float]]:
-    """(mean loss, metrics that fit the loss, in original units) of what `errors_of` has found."""
+    """The mean loss, and the metrics that fit the loss in original units, from the results of `errors_of`."""
     scale = 1.0 if schema is None else np.array([target.scale for target in schema.targets])
     own_loss = not isinstance(model, Module) or type(model).loss is not Module.loss
     of_squares = not own_loss and loss_of(model) == SQUARED and not (schema is not None and schema.log_targets)
@@ -47,20 +47,22 @@ def metrics_of(model: Model, schema: Schema | None, found: Sequence[Errors]) -> 
 
 
 class Predictor:
-    """Takes rows in pieces of one size through one compiled program, sharded over the devices.
+    """Predicts rows in chunks of one size by one compiled program, sharded over the devices.
 
-    What a row is predicted to be does not depend on the number of devices: as for training, to float rounding, or to
-    the last bit with the reduction "ordered".
+    As in training, predictions do not depend on the number of devices: up to rounding, or to the last bit with the
+    reduction "ordered".
 
     Args:
-      model: as `Trainer.fit` takes it.
+      model: as for `Trainer.fit`.
       variables: {"params", "batch_stats"} of the trained model; the attribute may be replaced.
-      num_inputs, num_targets: columns of the rows.
-      mesh: the devices; num_shards: the logical shards, L.
-      batch_size: rows of a global batch.
-      schema: of the table that the model was trained on, if any; columns: what was taken from it.
-      precision, reduction, backend: as of `Trainer`.
-      on_result: called whenever results have come from the devices.
+      num_inputs, num_targets: the numbers of columns of x and y.
+      mesh: the devices.
+      num_shards: the number of logical shards, L.
+      batch_size: the number of rows of a global batch.
+      schema: the schema of the table that the model was trained on, if any.
+      columns: the columns that were read from that table.
+      precision, reduction, backend: as for `Trainer`.
+      on_result: called whenever results have arrived from the devices.
     """
 
     def __init__(
@@ -92,24 +94,25 @@ class Predictor:
         self._errors = errors_of(model, schema)
         self._compiled = dict[Callable[..., Any], tuple[Callable[..., Array], Callable[[np.ndarray], Any]]]()
         row_bytes = self.dtype.itemsize * (num_inputs + num_targets + 1)
-        self._steps = max(2, min(_PIECE_STEPS, _PIECE_BYTES // (row_bytes * batch_size)))
+        self._steps = max(2, min(_CHUNK_STEPS, _CHUNK_BYTES // (row_bytes * batch_size)))
 
     @property
-    def piece_rows(self) -> int:
-        """Rows of a piece: all but the last have as many."""
+    def chunk_rows(self) -> int:
+        """The number of rows of a chunk; the last one may have fewer."""
         return self._steps * self._batch_size
 
     @processes.together()
     def predict(self, x: Any) -> np.ndarray:
-        """What the model predicts for rows: [n, t] float64, in original units.
+        """The predictions for rows: [n, t] float64, in original units.
 
         Args:
-          x: [n, d], as the model was trained on it. Of a model that was trained on a table: the table's columns as
-            they are there, by their names (a mapping, a pandas DataFrame, an Arrow table), or [n, columns] in their
-            order; a row with a missing value is predicted as NaN, unless the model was trained with missing="mean".
+          x: the features [n, d] in the units of training. For a model that was trained on a table, the columns of such
+            a table in their original units: by name (a mapping, a pandas DataFrame, an Arrow table), or as an array
+            [n, columns] in the table's order. The prediction of a row with a missing value is NaN, unless the model was
+            trained with missing="mean".
 
         Raises:
-          InputError: for rows of another shape, columns that are not there, and values that are no finite numbers.
+          InputError: for rows of another shape, missing columns, and values that are not finite numbers.
         """
         processes.require_alike("predict", ROWS_IN_PARTS, lambda: {"rows": describe_rows(x)})
         if hasattr(x, "fingerprint"):
@@ -121,22 +124,22 @@ class Predictor:
         return np.concatenate(list(self._predict_raw(rows)))
 
     def _columns_of(self, schema: Schema) -> Columns:
-        """What to take from a table to predict its rows; those with missing values get no prediction."""
+        """The columns to read from a table to predict its rows; rows with missing values get no prediction."""
         columns = columns_of(schema, self.columns, targets=False)
         return dataclasses.replace(columns, missing="drop") if columns.missing == "error" else columns
 
     def _predict_raw(self, rows: RawRows) -> Iterator[np.ndarray]:
-        """The predictions of each piece of a table; NaN for a row with missing values."""
-        for predicted in self.predictions(rows.pieces(self.piece_rows)):
-            predicted[~rows.there.popleft()] = np.nan
+        """The predictions of each chunk of a table; NaN for a row with missing values."""
+        for predicted in self.predictions(rows.chunks(self.chunk_rows)):
+            predicted[~rows.valid.popleft()] = np.nan
             yield predicted
 
     def _predict_encoded(self, x: np.ndarray) -> np.ndarray:
         rows = ArraySource(x, np.zeros((len(x), self.num_targets)), dtype=self.dtype)
-        return np.concatenate(list(self.predictions(self.pieces(rows, encoded=True))))
+        return np.concatenate(list(self.predictions(self.chunks(rows, encoded=True))))
 
     def _array(self, x: Any) -> np.ndarray:
-        """The rows [n, d] of a model that was trained on no table."""
+        """The features [n, d] for a model that was not trained on a table."""
         if isinstance(x, Mapping):
             raise InputError(f"x is a {type(x).__name__}, and the model was trained on no table; give an array of rows")
         try:
@@ -150,14 +153,14 @@ class Predictor:
         return array
 
     def _predict_source(self, source: Source) -> np.ndarray:
-        """The predictions of the rows of a source; of rows in parts, those of this process's part."""
+        """The predictions for the rows of a source; with `from_parts`, for this process's rows."""
         own: range = getattr(source, "own", range(len(source)))
         first, found = 0, []
-        if self.schema is not None and encoded_schema(source) is None:  # also the rows of weight 0
+        if self.schema is not None and encoded_schema(source) is None:  # includes rows of weight 0
             table, columns = open_source(source, self._columns_of(self.schema))
             predictions = self._predict_raw(RawRows(table, columns, self.schema, self.dtype))
         else:
-            predictions = self.predictions(self.pieces(source))
+            predictions = self.predictions(self.chunks(source))
         for predicted in predictions:
             found.append(predicted[max(own.start - first, 0) : max(own.stop - first, 0)])
             first += len(predicted)
@@ -166,53 +169,53 @@ class Predictor:
     def compared(self, source: Source, most: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """(predicted, observed, weight) of rows evenly spaced over a source: [n, t], [n, t] and [n] float64.
 
-        In original units.
+        Values are in original units. Rows of weight 0 are left out.
 
         Args:
-          source: rows as the model sees them.
-          most: rows; those without weight are left out.
+          source: rows in the units of training.
+          most: the largest number of rows.
         """
         rows = rows_everywhere(source, np.arange(0, len(source), -(-len(source) // most)))
-        there = rows["weight"] > 0
-        predicted, observed = self._predict_encoded(rows["x"])[there], rows["y"][there].astype(np.float64)
+        valid = rows["weight"] > 0
+        predicted, observed = self._predict_encoded(rows["x"])[valid], rows["y"][valid].astype(np.float64)
         observed = observed if self.schema is None else self.schema.prediction(observed)
-        return predicted, observed, rows["weight"][there].astype(np.float64)
+        return predicted, observed, rows["weight"][valid].astype(np.float64)
 
-    def predictions(self, pieces: Iterable[Rows]) -> Iterator[np.ndarray]:
-        """What the model predicts for each piece, in the order of its rows: [n, t] float64, in original units.
+    def predictions(self, chunks: Iterable[Rows]) -> Iterator[np.ndarray]:
+        """The predictions for each chunk in the order of its rows: [n, t] float64, in original units.
 
         Args:
-          pieces: {"x": [n, d], "y": [n, t], "weight": [n]}, of at most `piece_rows` rows; y is not looked at.
+          chunks: {"x": [n, d], "y": [n, t], "weight": [n]}, of at most `chunk_rows` rows; y is ignored.
         """
-        for rows, found in self._evaluated(pieces, self._mean):
+        for rows, found in self._evaluated(chunks, self._mean):
             # [steps, shards, rows, t]: a shard has consecutive rows.
-            prediction = np.moveaxis(found, 1, 0).reshape(self.piece_rows, -1)[:rows]
+            prediction = np.moveaxis(found, 1, 0).reshape(self.chunk_rows, -1)[:rows]
             yield prediction.astype(np.float64) if self.schema is None else self.schema.prediction(prediction)
 
-    def evaluate(self, pieces: Iterable[Rows]) -> tuple[float, dict[str, float]]:
-        """(mean loss, metrics) over the rows of all pieces, as `metrics_of`.
+    def evaluate(self, chunks: Iterable[Rows]) -> tuple[float, dict[str, float]]:
+        """The mean loss and the metrics over the rows of all chunks, as `metrics_of`.
 
         Raises:
           InputError: when no row has a weight, and for a target that the loss is not defined for.
         """
-        found = [errors for _, errors in self._evaluated(self._allowed(pieces), self._errors)]
+        found = [errors for _, errors in self._evaluated(self._allowed(chunks), self._errors)]
         if not any(errors.weight.sum() > 0 for errors in found):
             raise InputError(
                 "there are no rows with a weight, and without missing values, to evaluate; name a table that has some"
             )
         return metrics_of(self._model, self.schema, found)
 
-    def pieces(self, rows: Any, encoded: bool = False) -> Iterator[Rows]:
-        """Rows with their targets, as the model sees them, in pieces.
+    def chunks(self, rows: Any, encoded: bool = False) -> Iterator[Rows]:
+        """Rows with their targets, in the units of training, in chunks.
 
         Args:
-          rows: a source. Of a model that was trained on a table also the table's columns, as `predict` takes them but
-            with the targets; and a source of x and y in the columns' order and units. Rows that were read with the
-            same schema, such as `data.val`, are recognised.
-          encoded: whether a source is known to hold what the model sees.
+          rows: a source. For a model that was trained on a table, also the columns of such a table as in `predict`,
+            with the targets; and a source of x and y in the order and units of the table's columns. Rows that were read
+            with the same schema, such as `data.val`, are recognised.
+          encoded: whether a source is known to be in the units of training.
 
         Raises:
-          InputError: for what is neither; for columns that are not there; and for rows of another table's encoding.
+          InputError: for other types, missing columns, and rows that were encoded by the schema of another table.
         """
         is_source = hasattr(rows, "fingerprint") and hasattr(rows, "__getitem__")
         if self.schema is None and not is_source:
@@ -220,8 +223,8 @@ class Predictor:
                 f"{type(rows).__name__} is not a source of rows; give one, such as dpreg.ArraySource(x, y)"
             )
         if self.schema is None or encoded or (is_source and encoded_schema(rows) == self.schema):
-            for first in range(0, len(rows), self.piece_rows):
-                yield rows_everywhere(rows, np.arange(first, min(first + self.piece_rows, len(rows))))
+            for first in range(0, len(rows), self.chunk_rows):
+                yield rows_everywhere(rows, np.arange(first, min(first + self.chunk_rows, len(rows))))
             return
         columns = columns_of(self.schema, self.columns, targets=True)
         if not is_source:
@@ -233,26 +236,26 @@ class Predictor:
                 "the rows were scaled and coded by the columns of another table; give the table's columns, in a "
                 "mapping or a data frame"
             )
-        yield from RawRows(table, columns, self.schema, self.dtype).pieces(self.piece_rows)
+        yield from RawRows(table, columns, self.schema, self.dtype).chunks(self.chunk_rows)
 
-    def _allowed(self, pieces: Iterable[Rows]) -> Iterator[Rows]:
-        """The pieces, whose targets have been looked at."""
+    def _allowed(self, chunks: Iterable[Rows]) -> Iterator[Rows]:
+        """The chunks, after a check of their targets."""
         loss, before = loss_of(self._model), 0
-        for piece in pieces:
+        for chunk in chunks:
             if loss.domain:
-                wrong = ~loss.allowed(piece["y"]).all(axis=1) & (piece["weight"] > 0)
+                wrong = ~loss.allowed(chunk["y"]).all(axis=1) & (chunk["weight"] > 0)
                 for at in np.flatnonzero(wrong)[:1]:
-                    raise loss.refusal(before + int(at) + 1, piece["y"][at], "give the row no weight")
-            before += len(piece["weight"])
-            yield piece
+                    raise loss.refusal(before + int(at) + 1, chunk["y"][at], "give the row no weight")
+            before += len(chunk["weight"])
+            yield chunk
 
-    def _evaluated(self, pieces: Iterable[Rows], of: Callable[..., Any]) -> Iterator[tuple[int, Any]]:
-        """(rows, what is wanted of their predictions) of each piece."""
+    def _evaluated(self, chunks: Iterable[Rows], of: Callable[..., Any]) -> Iterator[tuple[int, Any]]:
+        """(the number of rows, the results of a compiled evaluation `of`) for each chunk."""
 
         def calls() -> Iterator[tuple[int, Array]]:
-            for piece in pieces:
-                rows = len(piece["weight"])
-                dataset = self._dataset(piece)
+            for chunk in chunks:
+                rows = len(chunk["weight"])
+                dataset = self._dataset(chunk)
                 (block,) = dataset
                 call_args = CallArgs(0, self._steps, 0).packed()
                 arguments = block.data, ShardRange(*dataset.shard_ranges), call_args
@@ -268,22 +271,22 @@ class Predictor:
                             self._reduction,
                             self._backend,
                         )
-                    processes.allgather_text()  # before the first collective, which waits for nobody long
+                    processes.allgather_text()  # barrier: compile times differ, and the first collective would time out
                 yield rows, self._compiled[of][0](self.variables, *arguments)
 
         return (
             (rows, self._compiled[of][1](found)) for rows, found in devices.fetch_in_order(calls(), self._on_result)
         )
 
-    def _dataset(self, piece: Rows) -> Dataset:
-        """The rows, with rows of weight 0 behind them up to the size of a piece."""
-        if (width := piece["x"].shape[1]) != self.num_inputs:
+    def _dataset(self, chunk: Rows) -> Dataset:
+        """The rows, padded with rows of weight 0 to the size of a chunk."""
+        if (width := chunk["x"].shape[1]) != self.num_inputs:
             raise InputError(
                 f"the rows have {width:,} features, and the model was trained on {self.num_inputs:,}; give that number"
             )
-        missing = self.piece_rows - len(piece["weight"])
+        missing = self.chunk_rows - len(chunk["weight"])
         if missing:
-            piece = {k: np.pad(v, [(0, missing), *[(0, 0)] * (v.ndim - 1)]) for k, v in piece.items()}
-        rows = ArraySource(piece["x"], piece["y"], piece["weight"], self.dtype)
+            chunk = {k: np.pad(v, [(0, missing), *[(0, 0)] * (v.ndim - 1)]) for k, v in chunk.items()}
+        rows = ArraySource(chunk["x"], chunk["y"], chunk["weight"], self.dtype)
         dataset = Dataset(rows).batch(self._batch_size).cast(self._precision)
         return dataset.shard(self._mesh, self._num_shards).place("host", self._steps)

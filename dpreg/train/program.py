@@ -1,4 +1,4 @@
-"""What a run computes with: its rows laid out over the devices, and its steps compiled."""
+"""The rows of a run, laid out over the devices, and its compiled steps."""
 
 import dataclasses
 import functools
@@ -29,13 +29,13 @@ from dpreg.step.state import Model, TrainState, initial_state
 from dpreg.step.tuning import steps_of_call
 from dpreg.train.predictor import ROWS_IN_PARTS, errors_of
 
-_FEW_ROWS = 16  # fewer make poor batch statistics
-_MOST_STEPS = 2**31 - 1  # an int32 on the devices
+_FEW_ROWS = 16  # of a shard; batch statistics of fewer rows are poor
+_MOST_STEPS = 2**31 - 1  # steps are counted in int32 on the devices
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """How a trainer trains: each field is the argument of `Trainer` of the same name, but for `mesh`.
+    """The settings of a trainer: each field but `mesh` is the argument of `Trainer` with the same name.
 
     Attributes:
       mesh: the devices, with the single axis "data".
@@ -61,11 +61,11 @@ class Settings:
 
     @property
     def dtype(self) -> np.dtype:
-        """Of targets, weights and sums, and of parameters that models have as float32: float32, or float64."""
+        """The dtype of targets, weights, sums and float32 parameters of models: float32 or float64."""
         return np.dtype(PRECISIONS[self.precision][1])
 
     def describe(self) -> dict[str, str]:
-        """All settings as text: processes have to give the same to train together."""
+        """All settings as text, which must be equal in processes that train together."""
         names = [field.name for field in dataclasses.fields(self) if field.name != "mesh"]
         texts = {name: str(getattr(self, name)) for name in names}
         return texts | {"devices": devices.describe(self.mesh.devices.flat)}
@@ -73,13 +73,14 @@ class Settings:
 
 @dataclasses.dataclass(frozen=True)
 class LaidOutData:
-    """The rows of a run, cut into shards and batches for its devices.
+    """The rows of a run, split into shards and batches for its devices.
 
     Attributes:
-      settings: of the trainer.
-      train, val: the pipelines of the rows to fit and of those held out.
-      schema: of the table that the rows come from, if any; columns: what was taken from it.
-      steps_per_call: how many steps one compiled call takes at most; None until the model is known.
+      settings: the settings of the trainer.
+      train, val: the pipelines of the rows to fit and of the validation rows.
+      schema: the schema of the table that the rows come from, if any.
+      columns: the columns that were read from that table.
+      steps_per_call: the largest number of steps of one compiled call; None until the model is known.
     """
 
     settings: Settings
@@ -91,21 +92,21 @@ class LaidOutData:
 
     @property
     def num_inputs(self) -> int:
-        """Features of a row, d."""
+        """The number of features of a row, d."""
         return int(self.first_row["x"].shape[1])
 
     @property
     def num_targets(self) -> int:
-        """Targets of a row, t."""
+        """The number of targets of a row, t."""
         return int(self.first_row["y"].shape[1])
 
     @property
     def first_row(self) -> dict[str, np.ndarray]:
-        """The first row to fit, of each column [1, ...]."""
+        """The first row to fit: for each column an array [1, ...]."""
         return dict(self.train.source[np.zeros(1, np.int32)])
 
     def bound_calls(self, state: TrainState) -> "LaidOutData":
-        """The same rows with calls of a bounded number of steps, for a model with such a state."""
+        """The same rows with `steps_per_call` bounded for a model with this state."""
         mesh, ordered = self.settings.mesh, self.settings.reduction == "ordered"
         parameters = sum(leaf.size for leaf in jax.tree.leaves(state.params))
         operations = 6 * parameters * self.train.global_batch
@@ -127,13 +128,13 @@ class LaidOutData:
                 raise loss.refusal(*wrong)
 
     def initial_state(self, model: Model) -> TrainState:
-        """The state before the first step, a function of model and seed.
+        """The state before the first step, a function of the model and the seed.
 
-        On a table, dpreg's linear models start at 0 where they name no `sigma`: in a direction that the rows say
-        nothing about, such as the difference of two equal columns, no step would change the initial draw.
+        On a table, dpreg's linear models start at 0 unless they set `sigma`: no step would change the initial draw in a
+        direction that the rows do not determine, such as the difference of two equal columns.
 
         Raises:
-          InputError: when a table has a constant column, which is left out, and the model has no intercept.
+          InputError: when a constant column of a table is left out, and the model has no intercept.
         """
         from_zero = False
         if self.schema is not None and isinstance(model, (LinearRegressionScratch, LinearRegression)):
@@ -148,7 +149,7 @@ class LaidOutData:
         return initial_state(model, x, settings.seed, settings.dtype, settings.gradient_clip_val, from_zero)
 
     def compile_train(self, model: Model, state: TrainState) -> Callable[..., Any]:
-        """The compiled training steps; with the backend "jit" also of a state without values, before any rows move."""
+        """The compiled training steps. With the backend "jit", shapes of the state suffice, and no rows are moved."""
         settings = self.settings
         return compile_train_block(
             model,
@@ -162,7 +163,7 @@ class LaidOutData:
         )
 
     def compile_eval(self, model: Model, variables: Any) -> tuple[Callable[..., Any], Callable[[Any], Any]] | None:
-        """The compiled evaluation over the rows held out, and what unpacks its results; None without such rows."""
+        """The compiled evaluation on validation rows and the function that unpacks its results; None without rows."""
         if self.val is None:
             return None
         settings = self.settings
@@ -178,20 +179,20 @@ class LaidOutData:
         )
 
     def arguments(self, block: Block) -> tuple[Any, ShardRange, np.ndarray]:
-        """What the compiled steps take for a block: rows, shard ranges and call arguments."""
+        """The arguments of the compiled steps for a block: rows, shard ranges and call arguments."""
         call_args = CallArgs(block.first_step, block.num_steps, self.settings.seed)
         return block.data, ShardRange(*self.train.shard_ranges), call_args.packed()
 
     def _example(self, dataset: Dataset) -> tuple[Any, ...]:
-        """What to compile by: pmap takes shapes for those of this process alone."""
+        """Example arguments for compilation; pmap takes the shapes of this process's arrays."""
         return example_arguments(dataset) if self.settings.backend == "jit" else self.arguments(next(iter(dataset)))
 
 
 def lay_out(data: RegressionData, settings: Settings) -> LaidOutData:
-    """Decides where the rows are to be, and moves none but those in parts, see `RegressionData.from_parts`.
+    """Decides the placement of the rows. Only rows of `RegressionData.from_parts` are moved here.
 
     Raises:
-      InputError: when the data cannot be cut into the run's shards and batches, or differs between processes.
+      InputError: when the data cannot be split into the run's shards and batches, or differs between processes.
     """
 
     def describe_run() -> dict[str, tuple[str, str]]:
@@ -206,7 +207,7 @@ def lay_out(data: RegressionData, settings: Settings) -> LaidOutData:
     if settings.dtype == np.float64 and data.train[np.zeros(1, np.int32)]["x"].dtype != np.float64:
         precision = spell("precision", settings.precision)
         logging.warning("%s: the rows are float32, and have its digits; give them as float64", precision)
-    Sampler(len(data.train), settings.num_shards, data.batch_size)  # raises: shards divide each batch, not their sum
+    Sampler(len(data.train), settings.num_shards, data.batch_size)  # InputError unless shards divide each batch
     batch_size, epochs = data.batch_size * settings.accumulate_steps, settings.max_epochs
     rows = Dataset(data.train).shuffle(settings.seed).batch(batch_size).repeat(epochs, across=not data.val)
     train = _place(rows.tag(settings.audit), settings)
@@ -224,11 +225,11 @@ def lay_out(data: RegressionData, settings: Settings) -> LaidOutData:
 
 
 def _place(dataset: Dataset, settings: Settings) -> Dataset:
-    """The dataset on the devices of the run, placed alike in all processes."""
+    """The dataset on the devices of the run, with the same placement in all processes."""
     sharded = dataset.cast(settings.precision).shard(settings.mesh, settings.num_shards).prefetch(2)
     placed = sharded.place(settings.placement, settings.steps_per_block)
     if jax.process_count() > 1 and len({*processes.allgather_text(placed.resolved_placement)}) > 1:
-        return sharded.place("host", settings.steps_per_block)  # one process has less memory than others
+        return sharded.place("host", settings.steps_per_block)  # if one process has less memory than others
     return placed
 
 
@@ -238,11 +239,11 @@ class Program:
 
     Attributes:
       data: the rows.
-      model: as `Trainer.fit` takes it.
+      model: as for `Trainer.fit`.
       train_block: see `dpreg.step.compile.compile_train_block`.
-      eval_block: see `compile_eval_block`; None without rows held out.
-      gather_used: brings what each device's steps used, for the audit, to all processes.
-      optimizer_start: digest of the optimizer's first state; "" for a model that comes with dpreg.
+      eval_block: see `compile_eval_block`; None without validation rows.
+      gather_used: gathers the counts of the audit from all devices in all processes.
+      optimizer_start: a digest of the optimizer's initial state; "" for a model of dpreg.
     """
 
     data: LaidOutData
@@ -254,24 +255,24 @@ class Program:
 
     @property
     def steps_per_epoch(self) -> int:
-        """Steps of an epoch."""
+        """The number of steps of an epoch."""
         return int(self.data.train.sampler.steps_per_epoch)
 
     @functools.cached_property
     def tags(self) -> np.ndarray | None:
-        """What an epoch has to use, see `Dataset.tags`; None without an audit."""
+        """The count and the sum that the audit expects of an epoch, see `Dataset.tags`; None without an audit."""
         return self.data.train.tags if self.data.settings.audit else None
 
     def digest(self, shapes: TrainState) -> str | None:
-        """What the model computes, see `dpreg.step.digest.digest_training`."""
+        """A digest of what the model computes, see `dpreg.step.digest.digest_training`."""
         return digest_training(self.model, shapes, self.data.num_inputs, self.data.num_targets, self.optimizer_start)
 
 
 def first_state(model: Model, data: LaidOutData) -> TrainState:
-    """The state before the first step of a model that can be trained on the rows.
+    """The state before the first step, after a check that the model can be trained on the rows.
 
     Raises:
-      InputError: where it cannot.
+      InputError: when the model cannot be trained on them.
     """
     require_model(model)
     data.check_targets(model)
@@ -287,7 +288,7 @@ def first_state(model: Model, data: LaidOutData) -> TrainState:
 
 
 def compile_program(model: Model, data: LaidOutData, state: TrainState) -> Program:
-    """Compiles the steps of a run, from a state that lies on its devices."""
+    """Compiles the steps of a run for a state that is on its devices."""
     settings = data.settings
     jax.block_until_ready(data.train.shard_ranges)  # cached, and transferred before the first call
     optimizer_start = "" if comes_with_dpreg(model) else digest_values(state.opt_state)

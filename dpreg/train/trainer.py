@@ -1,4 +1,4 @@
-"""The trainer: what a person holds."""
+"""The trainer, the object that users work with."""
 
 import copy
 import time
@@ -25,38 +25,39 @@ from dpreg.train.program import LaidOutData, Settings, compile_program, first_st
 
 
 class Trainer:
-    """Trains a model on all devices, to the same result on any number of them (D2L section 3.2.3).
+    """Trains a model on all devices, with the same result on any number of them (D2L section 3.2.3).
 
-    After `fit`, `state` is the trained state; the other attributes say how the run went. Those that depend on rows or
-    on a model raise InputError before there are any.
+    After `fit`, `state` is the trained state, and the other attributes describe the run. Attributes that depend on rows
+    or on a model raise InputError before these are given.
 
     Args:
-      max_epochs: how often every row is used.
-      num_devices: devices to use; None takes all there are, but not more than `num_shards`.
-      gradient_clip_val: the largest norm of the global gradient; larger ones are scaled to it. 0: no limit.
-      mesh: the devices, with the single axis "data", where they are not to be found by `num_devices` and `platform`.
-      num_shards: logical shards, L: a property of the run, which its result depends on (by rounding at least).
-      precision: "float32"; "bfloat16" for features and, where a chip is faster so, the factors of products, with sums
-        in float32; or "float64", of rows that are float64, which switches all of JAX in this process to
-        `jax_enable_x64`.
+      max_epochs: the number of times that every row is used.
+      num_devices: the number of devices; None takes all available ones, but not more than `num_shards`.
+      gradient_clip_val: the largest norm of the global gradient, to which larger ones are scaled; 0 for no limit.
+      mesh: the devices, with the single axis "data", instead of those chosen by `num_devices` and `platform`.
+      num_shards: the number of logical shards, L, on which the result depends (by rounding at least).
+      precision: "float32"; "bfloat16" for features and, on chips that are faster with it, the factors of products,
+        which are summed in float32; or "float64" for float64 rows, which enables `jax_enable_x64` in this process.
       reduction: "pmean", or "ordered" for the same bits on any number of devices.
       backend: "jit" (shard_map) or "pmap": the same results.
-      placement: where rows wait for their step: "device", "host" or "auto".
-      seed: of the initial parameters, the order of rows and dropout.
+      placement: where rows are stored: "device", "host" or "auto".
+      seed: the seed of the initial parameters, the order of rows and dropout.
       platform: "cpu", "gpu" or "tpu"; None takes JAX's default.
-      log_every_steps: steps between log points; 0 for eight an epoch.
-      steps_per_block: steps of one compiled call; None chooses by bytes. The result does not depend on it.
-      accumulate_steps: batches whose gradients are added up for one step: the same step as with a batch that many
-        times as large, with the activations of one. (BatchNorm and Dropout see them one by one.)
-      patience: epochs in a row without a lower validation loss after which training ends; the parameters of the best
-        epoch are taken. 0: no such end.
-      audit: whether to count the rows that the steps used, and to check each epoch that it used every row once.
-      callbacks: called while it trains, see `dpreg.Callback`; `add_callback` adds others.
+      log_every_steps: the number of steps between log points; 0 for eight log points an epoch.
+      steps_per_block: the number of steps of one compiled call; None chooses it by size. The result does not depend on
+        it.
+      accumulate_steps: the number of batches whose gradients are accumulated for one step. The step equals that of a
+        batch this many times as large, with the memory for the activations of one. (BatchNorm and Dropout process the
+        batches one by one.)
+      patience: the number of consecutive epochs without a lower validation loss after which training ends, and the
+        parameters of the best epoch are restored; 0 for no early end.
+      audit: whether to check at the end of each epoch that its steps used every row exactly once.
+      callbacks: called while the trainer trains, see `dpreg.Callback`; `add_callback` adds others.
       observers: deprecated: functions that are called with a `Progress` after every block, log point and epoch.
 
     Attributes:
       settings: these arguments, with the devices.
-      seconds: where the time went: "ingest" (rows to the devices), "compile", "train", "eval".
+      seconds: the seconds spent in "ingest" (rows to the devices), "compile", "train" and "eval".
 
     Raises:
       InputError: for arguments out of range.
@@ -119,17 +120,17 @@ class Trainer:
         self._predictor: Predictor | None = None
 
     def fit(self, model: Model, data: RegressionData) -> None:
-        """Trains the model for `max_epochs`, validating after each.
+        """Trains the model for `max_epochs`, with a validation after each.
 
         Args:
-          model: a `dpreg.Module`, or any flax module with its `loss` and `configure_optimizers`.
-          data: the rows; also anything with `train`, `val` and `batch_size`.
+          model: a `dpreg.Module`, or any flax module that has its `loss` and `configure_optimizers`.
+          data: the rows, or any object with `train`, `val` and `batch_size`.
 
         Raises:
-          InputError: when the data cannot be cut into the run's shards and batches, or a target is none that the loss
-            is defined for.
-          Diverged: when the loss is no longer finite; `state` is then the last good one.
-          KeyboardInterrupt: as `fit_epochs`, which then goes on with this fit.
+          InputError: when the data cannot be split into the run's shards and batches, or the loss is not defined for a
+            target.
+          Diverged: when the loss is no longer finite; `state` is then the last finite one.
+          KeyboardInterrupt: as `fit_epochs`, which then continues this fit.
         """
         self.prepare_data(data)
         self.prepare_model(model)
@@ -138,7 +139,7 @@ class Trainer:
 
     @processes.together("laying out rows")
     def prepare_data(self, data: RegressionData) -> None:
-        """Brings the rows to where the steps read them. A state that was trained on other rows is given up."""
+        """Moves the rows to where the steps read them, and drops a state that was trained on other rows."""
         require_no_hooks(self, OF_TRAINER)
         require_no_hooks(data, OF_DATA)
         self._data = self._loop = None
@@ -161,23 +162,23 @@ class Trainer:
         self.seconds["compile"] += time.perf_counter() - started
 
     def fit_epochs(self, number: int | None = None) -> None:
-        """Trains to the end of so many epochs, or of all that are left and worth it, and validates after each.
+        """Trains `number` epochs, or until `done`, with a validation after each.
 
-        While it trains, `state` is ahead of the steps reported to callbacks, by the calls in flight. Without validation
-        this holds at the end of an epoch as well, since the devices do not wait there.
-        After a callback that raises, the state stays ahead; call `fit` again then, or assign another `state`.
+        During training, `state` is ahead of the steps reported to callbacks by the calls in flight. Without validation
+        this also holds at the end of an epoch, because the devices do not wait. If a callback raises, the state remains
+        ahead; call `fit` again, or assign another `state`.
 
-        Ctrl-C lets the calls in flight end, about a second, and a validation: then KeyboardInterrupt is raised in all
-        processes, the state is that of the last step that was reported, and `fit_epochs` goes on from it. A second
-        Ctrl-C raises at once, and leaves the trainer as a callback that raises does.
+        After Ctrl-C, calls in flight (about a second) and a validation finish. Then KeyboardInterrupt is raised in all
+        processes, the state is that of the last reported step, and `fit_epochs` continues from it. A second Ctrl-C
+        raises at once; the trainer is then as after a callback that raised.
 
         Args:
-          number: the epoch under way is one.
+          number: the number of epochs, including one that is partly trained; None for all.
 
         Raises:
           Diverged: when the loss is no longer finite.
           Preempted: when the run was asked to stop; its state is saved.
-          AuditFailed: when an epoch did not use every row once.
+          AuditFailed: when an epoch did not use every row exactly once.
           KeyboardInterrupt: after Ctrl-C.
         """
         alike = {"number of epochs": (str(number), ""), "step": (f"{self.step:,}", "")}
@@ -185,7 +186,7 @@ class Trainer:
         self.loop.run(number, self._sync)
 
     def fit_epoch(self) -> None:
-        """Trains one epoch and validates (D2L section 3.4.4): `fit_epochs(1)`, or nothing where all are trained."""
+        """Trains one epoch and validates (D2L section 3.4.4): `fit_epochs(1)`, or nothing if all are trained."""
         self.fit_epochs(1)
 
     def _sync(self) -> None:
@@ -193,21 +194,21 @@ class Trainer:
             callback.on_sync(self)
 
     def add_callback(self, callback: Callback) -> None:
-        """Lets a callback receive the events from now on, after those that do already."""
+        """Adds a callback, which is called after those added before."""
         self._callbacks.append(callback)
 
     def restore_best(self) -> bool:
-        """With `patience`, goes back to the parameters of the best epoch; whether that is not the last one."""
+        """With `patience`, restores the parameters of the best epoch, and returns whether it is not the last one."""
         return self.loop.restore_best()
 
     def set_linear_params(self, w: np.ndarray, b: np.ndarray, train_loss: float) -> None:
-        """Takes copies of the parameters w [d, t] and b [t] of a linear model, validates, and reports an epoch."""
+        """Assigns copies of w [d, t] and b [t] to a linear model, validates, and reports this as an epoch."""
         leaves, structure = jax.tree.flatten(self.loop.state.shapes.params)
         given = [np.asarray(w if leaf.ndim > 1 else b, leaf.dtype) for leaf in leaves]
         self.loop.set_params(jax.tree.unflatten(structure, given), train_loss)
 
     def predict(self, x: Any) -> np.ndarray:
-        """What the trained model predicts for rows: [n, t] float64, in original units.
+        """The predictions of the trained model for rows: [n, t] float64, in original units.
 
         Args:
           x: [n, d]; after training on a table, the table's columns in original units, see `Predictor.predict`.
@@ -216,17 +217,17 @@ class Trainer:
 
     @processes.together()
     def evaluate(self, rows: Any) -> tuple[float, dict[str, float]]:
-        """(mean loss, metrics in original units) of the trained model over rows.
+        """The mean loss and the metrics (in original units) of the trained model on rows.
 
         Args:
-          rows: a `Source`; after training on a table also its columns, with the targets, see `Predictor.pieces`.
+          rows: a `Source`; after training on a table also its columns, with the targets, see `Predictor.chunks`.
         """
         processes.require_alike("evaluate", ROWS_IN_PARTS, lambda: {"rows": describe_rows(rows)})
         predictor = self.predictor()
-        return predictor.evaluate(predictor.pieces(rows))
+        return predictor.evaluate(predictor.chunks(rows))
 
     def predictor(self) -> Predictor:
-        """The trained model, as it is now, on the trainer's devices; compiled once."""
+        """A predictor with a copy of the current model, on the trainer's devices; it is compiled once."""
         variables, settings, data = self.variables, self.settings, self._laid_out
         if self._predictor is None:
             self._predictor = Predictor(
@@ -260,23 +261,23 @@ class Trainer:
 
     @property
     def val(self) -> Dataset | None:
-        """The pipeline of the rows held out."""
+        """The pipeline of the validation rows."""
         return self._laid_out.val
 
     @property
     def model(self) -> Model:
-        """The model that is trained."""
+        """The model."""
         return self.loop.program.model
 
     @property
     def state(self) -> TrainState:
-        """A copy of the TrainState, replicated over the devices: further training does not change it.
+        """A copy of the train state, replicated over the devices, which further training does not change.
 
-        A state that is assigned is copied as well: its step, parameters, optimizer state and batch statistics are
-        taken, while the model and the optimizer stay the trainer's.
+        Assigning a state copies its step, parameters, optimizer state and batch statistics; the model and the optimizer
+        remain those of the trainer.
 
         Raises:
-          InputError: where nothing is trained yet, or a second Ctrl-C ended a call of the steps.
+          InputError: before a model is given, and after a second Ctrl-C has interrupted a compiled call.
         """
         return self.loop.state.copy()
 
@@ -286,22 +287,22 @@ class Trainer:
 
     @property
     def variables(self) -> dict[str, Any]:
-        """A copy of what the model predicts with: "params" and "batch_stats"."""
+        """A copy of "params" and "batch_stats", with which the model predicts."""
         return self.loop.state.copy_variables()
 
     @property
     def step(self) -> int:
-        """Steps that are done and reported."""
+        """The number of steps done and reported."""
         return self.loop.step
 
     @property
     def done(self) -> bool:
-        """Whether all epochs are trained, or no more are worth it."""
+        """Whether all epochs are trained, or `patience` has run out."""
         return self.loop.done
 
     @property
     def train_loss(self) -> float:
-        """The mean loss of the last epoch; NaN before its end."""
+        """The mean loss of the last epoch; NaN before the end of the first."""
         return self.loop.train_loss
 
     @property
@@ -316,9 +317,10 @@ class Trainer:
 
     @property
     def exchange_bytes(self) -> int:
-        """Bytes of what a step sums over devices: gradients, batch statistics and their rows, loss and weight.
+        """The bytes that a step sums over devices: gradients, batch statistics with their row counts, loss and weight.
 
-        Ordered, those of each shard. What a BatchNorm over the batch exchanges in its layer is not among them.
+        Under `ordered` they are those of each shard. Exchanges within the layers of a BatchNorm over the batch are not
+        included.
         """
         shapes, settings = self.loop.state.shapes, self.settings
         leaves = jax.tree.leaves((shapes.params, shapes.batch_stats))
@@ -334,7 +336,7 @@ class Trainer:
 
     @property
     def loop(self) -> Loop:
-        """The run: what is trained, how far it is, and the program that computes it.
+        """The training loop, with the state and the progress of the run, and its program.
 
         Raises:
           InputError: before rows and a model are prepared.

@@ -223,14 +223,14 @@ def by_dpreg(folder, missing):
         if not raws:
             return None
         raw = np.concatenate(raws)
-        there = reader.there(raw)
+        valid = reader.valid(raw)
         reader.refuse_missing(table.name)
-        raw[~there, :-1] = 0
+        raw[~valid, :-1] = 0
         x = schema.rows(raw, np.float64)["x"]
     except InputError as error:
         check_line(str(error), str(folder / "new.csv"))
         return None
-    return np.where(there[:, None], schema.prediction(x @ W.astype(float) + B), np.nan)
+    return np.where(valid[:, None], schema.prediction(x @ W.astype(float) + B), np.nan)
 
 
 def parsed(text):
