@@ -1,4 +1,4 @@
-"""Rows of which each process holds a part: the whole is the parts, in the order of the processes' ids."""
+"""Rows that are distributed over processes: the parts are concatenated in the order of the process ids."""
 
 import dataclasses
 import hashlib
@@ -17,16 +17,16 @@ from dpreg.errors import InputError
 if TYPE_CHECKING:
     from dpreg.data.sources import Rows, Source
 
-_CHUNK_BYTES = 4 << 20  # of rows, sent from the processes that hold them at once
-_Columns = dict[str, tuple[str, int]]  # of x, y and weight the dtype, and how many numbers a row has
+_CHUNK_BYTES = 4 << 20  # rows that are sent between processes at a time
+_Columns = dict[str, tuple[str, int]]  # dtype and width of x, y and weight
 
 
 @dataclasses.dataclass(frozen=True)
 class _Segment:
-    """Consecutive rows that this process holds, from row `first` of the whole on."""
+    """Consecutive rows in this process, starting with row `first` of all rows."""
 
     first: int
-    rows: Any  # a source, or the columns of rows that another process has sent
+    rows: Any  # a source, or columns that another process has sent
 
     def __len__(self) -> int:
         return len(self.rows["weight"] if isinstance(self.rows, dict) else self.rows)
@@ -40,15 +40,15 @@ class _Segment:
 
 @dataclasses.dataclass(frozen=True)
 class PartedRows:
-    """A source of which each process holds a part. `RegressionData.from_parts` makes it.
+    """A source that is distributed over processes, made by `RegressionData.from_parts`.
 
-    It gives the rows that this process holds: its own part, the first and the last row of the whole, and, once
-    `with_shards_of` has sent them, those of its logical shards.
+    A process can read the rows that it holds: its own part, the first and the last of all rows, and, after
+    `with_shards_of` has sent them, the rows of its logical shards.
 
     Attributes:
-      starts: [processes + 1] where the part of each process begins.
+      starts: [processes + 1], the first row of each process's part, and the number of rows.
       columns: dtype and width of x, y and weight.
-      segments: what this process holds.
+      segments: the rows that this process holds.
       digest: the fingerprint, a function of the fingerprints of all parts.
     """
 
@@ -62,11 +62,11 @@ class PartedRows:
 
     @property
     def own(self) -> range:
-        """The rows of this process's part, as they are counted in the whole."""
+        """The range of this process's part within all rows."""
         return range(*self.starts[jax.process_index() : jax.process_index() + 2])
 
     def fingerprint(self) -> str:
-        """The same in all processes, for the same parts."""
+        """A fingerprint of all rows, the same in all processes."""
         return self.digest
 
     def __getitem__(self, indices: np.ndarray) -> "Rows":
@@ -95,14 +95,14 @@ class PartedRows:
         }
 
     def everywhere(self, indices: np.ndarray) -> "Rows":
-        """Rows in all processes, whichever holds them. All processes have to ask for the same."""
+        """Rows in all processes, whichever of them holds the rows. All processes must call it with equal indices."""
         own = self.own
         here = (indices >= own.start) & (indices < own.stop)
         rows = self._blank(len(indices))
         if here.any():
             for name, column in self[indices[here]].items():
                 rows[name][here] = column
-        # As words, of which all but one process has zeros: sums of numbers would turn -0 into 0.
+        # Summed as integers, since all but one process contribute zeros: a sum of floats would turn -0 into 0.
         flat = [column.reshape(-1).view(np.uint8) for column in rows.values()]
         sizes = [len(column) for column in flat]
         packed = np.concatenate([*flat, np.zeros(-sum(sizes) % 4, np.uint8)])
@@ -115,11 +115,11 @@ class PartedRows:
 
     @at_work("exchanging rows")
     def with_shards_of(self, mesh: Mesh, num_shards: int) -> "PartedRows":
-        """The same rows, with those of the shards of this process's devices. All processes have to call it alike.
+        """The same rows, including those of the shards on this process's devices. All processes must call it.
 
-        Only rows that lie with another process than the one whose devices carry them are sent, a few MB at a time.
+        Only rows that are not yet in the process whose devices need them are sent, a few MB at a time.
         """
-        allgather_text()  # before a collective, which waits for nobody long
+        allgather_text()  # barrier: the collective that follows would time out
         received, row_bytes = [], sum(np.dtype(dtype).itemsize * width for dtype, width in self.columns.values())
         at_once = max(1, _CHUNK_BYTES // row_bytes)
         for process, first, stop in self._misplaced(mesh, num_shards):
@@ -130,7 +130,7 @@ class PartedRows:
         return dataclasses.replace(self, segments=(*self.segments, *received))
 
     def _misplaced(self, mesh: Mesh, num_shards: int) -> list[tuple[int, int, int]]:
-        """(process, first row, row after the last) of what the shards of a process need and others hold."""
+        """(process, first row, row after the last) of rows that a process needs for its shards and does not hold."""
         sampler, slots = Sampler(len(self), num_shards, num_shards, shuffle=False), -(-num_shards // mesh.size)
         found = []
         for device, of in enumerate(mesh.devices.flat):
@@ -143,11 +143,11 @@ class PartedRows:
 
 
 def put_together(own: "Source | None", what: str) -> "Source | None":
-    """The whole of which each process gives a part; None where no process has rows.
+    """The rows of all processes as one source; None if no process has any.
 
     Args:
       own: the rows of this process, or None.
-      what: which rows these are, for messages.
+      what: a name of these rows, for messages.
 
     Raises:
       AgreedError: in all processes, when the columns or dtypes of two parts differ.
@@ -174,7 +174,7 @@ def put_together(own: "Source | None", what: str) -> "Source | None":
     digest = hashlib.sha256(json.dumps([[p["rows"], p.get("fingerprint")] for p in parts]).encode()).hexdigest()
     segments = (_Segment(starts[jax.process_index()], own),) if mine["rows"] else ()
     whole = PartedRows(starts, columns, segments, digest)
-    ends = whole.everywhere(np.array([0, len(whole) - 1]))  # which tell shapes, and pad shards without rows
+    ends = whole.everywhere(np.array([0, len(whole) - 1]))  # give the shapes, and pad shards without rows
     held = [_Segment(at, {k: v[i : i + 1] for k, v in ends.items()}) for i, at in enumerate((0, len(whole) - 1))]
     return dataclasses.replace(whole, segments=(*segments, *held))
 
@@ -184,7 +184,7 @@ def _describe(part: dict[str, Any]) -> str:
 
 
 def hold_shards(source: Any, mesh: Mesh, num_shards: int) -> Any:
-    """The source, able to give the rows of the shards of this process's devices, also where they are in parts."""
+    """The source, from which the rows of the shards on this process's devices can be read, even from `PartedRows`."""
     if isinstance(source, PartedRows):
         return source.with_shards_of(mesh, num_shards)
     if dataclasses.is_dataclass(source) and hasattr(source, "source"):
@@ -195,5 +195,5 @@ def hold_shards(source: Any, mesh: Mesh, num_shards: int) -> Any:
 
 
 def rows_everywhere(source: "Source", indices: np.ndarray) -> "Rows":
-    """Rows of a source in all processes, also where they are in parts."""
+    """Rows of a source in all processes, even from `PartedRows`."""
     return source.everywhere(indices) if isinstance(source, PartedRows) else source[indices]

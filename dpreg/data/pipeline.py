@@ -22,23 +22,23 @@ from dpreg.data.sampler import Sampler, row_tag
 from dpreg.data.sources import Rows, Source
 from dpreg.errors import InputError
 
-PRECISIONS = {  # what features are, on the devices; and targets, weights, and what is computed
+PRECISIONS = {  # the dtypes on the devices: of features; and of targets, weights and sums
     "float32": (np.float32, np.float32),
     "bfloat16": (jnp.bfloat16, np.float32),
     "float64": (np.float64, np.float64),
 }
 
-# Of a block. To be transferred, larger ones were slower and smaller ones are dominated by the call; rows that lie on
-# the devices are only to be gone through in less than a second (on chips: all that fit), and their numbers to take
-# little memory.
+# The size of a block. Transfers of larger blocks were slower, and smaller ones are dominated by the call. With rows on
+# the devices, a call should take less than a second (on chips: all rows that fit), and the row numbers little memory.
 _BLOCK_BYTES, _RESIDENT_BLOCK_BYTES_OF_CPU, _RESIDENT_BLOCK_ROWS = 16 << 20, 1 << 30, 1 << 22
-# Signals are handled between blocks. Several processes need some more blocks until all have received one, and their
-# steps are slow enough for the overhead of a call to be small.
+# Signals are handled between blocks. Several processes need a few blocks until all of them know of a signal; their
+# steps are slow enough that the overhead of a call is small.
 _BLOCK_STEPS, _BLOCK_STEPS_AMONG_PROCESSES = 1 << 12, 1 << 8
-# Of several epochs: so many that the call weighs little, few enough for one that takes a part of them.
+# A block of several short epochs: enough steps that the overhead of a call is small, and few enough to be interrupted.
 _BLOCK_STEPS_ACROSS_EPOCHS = 1 << 9
-_TAG_ROWS = 1 << 18  # at a time: they stay in cache
-# Of a device's memory: rows up to this size are kept there. CPU devices have the host's own, where rows lie already.
+_TAG_ROWS = 1 << 18  # hashed at a time, so that they stay in cache
+# The share of a device's memory up to which all rows are kept there. CPU devices use the host's memory, which holds the
+# rows already.
 RESIDENT_FRACTION, _RESIDENT_FRACTION_OF_HOST = 1 / 4, 1 / 32
 _CONTAINER_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
 
@@ -46,11 +46,11 @@ Batch = dict[str, Array]
 
 
 class Block(NamedTuple):
-    """The batches of `num_steps` consecutive steps, from `first_step` on.
+    """The batches of `num_steps` consecutive steps, starting with `first_step`.
 
-    `data` is what lies on the devices: with placement "host" the batches themselves,
-    `[K, devices, slots, shard_batch, ...]`; with "device" all rows of the run's shards,
-    `[devices, slots, rows, ...]`, from which the compiled call gathers.
+    `data` is on the devices. With placement "host" it has the batches themselves, `[K, devices, slots, shard_batch,
+    ...]`; with "device" it has all rows of the run's shards, `[devices, slots, rows, ...]`, from which the compiled
+    call gathers the batches.
 
     >>> import dpreg
     >>> trainer = dpreg.Trainer(max_epochs=3)
@@ -66,7 +66,7 @@ class Block(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class CastSource:
-    """A source whose rows are as they will be on the devices, in a precision."""
+    """A source whose rows have the dtypes of a precision, as they are on the devices."""
 
     source: Source
     precision: str
@@ -80,27 +80,29 @@ class CastSource:
         return {name: v.astype(of_features if name == "x" else of_rest, copy=False) for name, v in rows.items()}
 
     def fingerprint(self) -> str:
-        """Of the source's rows."""
+        """The fingerprint of the source's rows."""
         return self.source.fingerprint()
 
 
 @dataclasses.dataclass(frozen=True)
 class Dataset:
-    """Rows of a source on their way to the devices, in the manner of tf.data.
+    """A pipeline from a source to the devices, in the style of tf.data.
 
-    Batch sizes are global and sharding comes last, so the batches do not depend on the devices:
+    Batch sizes are global and sharding comes last, so that the batches do not depend on the devices:
 
         dataset = Dataset(source).shuffle(seed).batch(32).repeat(3).shard(mesh, num_shards=8)
         for block in dataset.prefetch(2): ...
 
-    It is random access: a block is a function of its first step. Each device, and so each process, asks the
-    source for the rows of its own shards only.
+    It has random access: a block is a function of its first step. Each device, and so each process, reads only the
+    rows of its own shards from the source.
 
     Attributes:
       source: the rows.
-      seed, global_batch: the arguments of `shuffle` and `batch`; epochs, across: as `repeat` was.
-      mesh, num_shards: as `shard` was; placement, steps_per_block: as `place` was.
-      prefetched, tagged, precision: as `prefetch`, `tag` and `cast` were.
+      seed, global_batch: the arguments of `shuffle` and `batch`.
+      epochs, across: the arguments of `repeat`.
+      mesh, num_shards: the arguments of `shard`.
+      placement, steps_per_block: the arguments of `place`.
+      prefetched, tagged, precision: the arguments of `prefetch`, `tag` and `cast`.
 
     >>> from dpreg.data.sources import ArraySource
     >>> from dpreg.distributed.devices import data_mesh
@@ -128,36 +130,36 @@ class Dataset:
         check_settings(seed=self.seed or 0, placement=self.placement, precision=self.precision)
 
     def shuffle(self, seed: int) -> "Dataset":
-        """Each epoch in an order of its own, a function of (seed, epoch, shard). Without: the source's order."""
+        """Shuffles each epoch, in an order that depends on (seed, epoch, shard). By default rows keep their order."""
         return dataclasses.replace(self, seed=seed)
 
     def batch(self, global_batch: int) -> "Dataset":
-        """Rows of one step, over all devices and processes."""
+        """Sets the number of rows of a step, over all devices and processes."""
         return dataclasses.replace(self, global_batch=global_batch)
 
     def repeat(self, epochs: int, across: bool = False) -> "Dataset":
-        """How often every row is used, and whether blocks may be as long as several short epochs."""
+        """Sets how often every row is used, and whether a block may span several short epochs."""
         return dataclasses.replace(self, epochs=epochs, across=across)
 
     def shard(self, mesh: Mesh, num_shards: int) -> "Dataset":
-        """Cuts the rows into logical shards and gives each device of the mesh a contiguous range of them."""
+        """Splits the rows into logical shards, and assigns a contiguous range of them to each device of the mesh."""
         source = hold_shards(self.source, mesh, num_shards)
         return dataclasses.replace(self, source=source, mesh=mesh, num_shards=num_shards)
 
     def place(self, placement: str, steps_per_block: int | None = None) -> "Dataset":
-        """Where the rows wait: on the "device", on the "host", or ("auto") on the device where they fit."""
+        """Sets where the rows are stored: on the "device", on the "host", or ("auto") on the device if they fit."""
         return dataclasses.replace(self, placement=placement, steps_per_block=steps_per_block)
 
     def prefetch(self, blocks: int) -> "Dataset":
-        """Lets a background thread gather this many blocks ahead, where that helps (not on CPU devices)."""
+        """Gathers this many blocks ahead in a background thread, except on CPU devices, where it would not help."""
         return dataclasses.replace(self, prefetched=blocks)
 
     def tag(self, tagged: bool = True) -> "Dataset":
-        """Lets each row carry a tag, by which those can be counted that a step used: see `tags`."""
+        """Adds a tag to each row, by which the audit counts the rows that a step used: see `tags`."""
         return dataclasses.replace(self, tagged=tagged)
 
     def cast(self, precision: str) -> "Dataset":
-        """What rows are on the devices: "float32", "float64", or "bfloat16" for their features."""
+        """Sets the precision of rows on the devices: "float32", "float64", or "bfloat16" for features."""
         return dataclasses.replace(self, precision=precision)
 
     def __iter__(self) -> Iterator[Block]:
@@ -170,24 +172,24 @@ class Dataset:
 
     @functools.cached_property
     def tags(self) -> np.ndarray:
-        """What an epoch has to use: how many rows, and the sum of their tags: [2] uint32, whatever their order."""
+        """What the audit expects of an epoch: the number of rows and the sum of their tags, [2] uint32."""
         rows = len(self.source)
         sums = [row_tag(np.arange(i, min(i + _TAG_ROWS, rows))).sum(dtype=np.uint32) for i in range(0, rows, _TAG_ROWS)]
         return np.array([rows, np.array(sums).sum(dtype=np.uint32)], np.uint32)
 
     @property
     def num_steps(self) -> int:
-        """Steps of all epochs."""
+        """The number of steps of all epochs."""
         return self.epochs * self.sampler.steps_per_epoch
 
     @property
     def slots(self) -> int:
-        """Slots for shards on a device: the last devices may carry fewer."""
+        """The number of slots for shards on a device; the last devices may hold fewer shards."""
         return -(-self.num_shards // self._mesh.size)
 
     @functools.cached_property
     def row_bytes(self) -> int:
-        """Bytes of one row: features, targets and weight."""
+        """The bytes of a row: features, targets and weight."""
         return sum(column.nbytes for column in self._read(np.zeros(1, np.int32)).values())
 
     def _read(self, indices: np.ndarray) -> Rows:
@@ -196,7 +198,7 @@ class Dataset:
 
     @functools.cached_property
     def block_steps(self) -> int:
-        """Steps of one block, K: chosen by bytes. 2 at least, since K = 1 would be compiled to other bits."""
+        """The steps of a block, K, chosen by bytes. At least 2, since K = 1 would compile to other bits."""
         rows = _BLOCK_BYTES // self.row_bytes
         if self.resolved_placement == "device":
             rows = _RESIDENT_BLOCK_ROWS
@@ -209,26 +211,26 @@ class Dataset:
         most = max(1, min(steps, most))
         if self.across and (epochs := min(most, _BLOCK_STEPS_ACROSS_EPOCHS) // epoch) > 1:
             return max(2, min(epochs, self.epochs) * epoch)
-        return max(2, -(-epoch // -(-epoch // most)))  # evenly, since all blocks are gathered whole
+        return max(2, -(-epoch // -(-epoch // most)))  # of even sizes, since every block is gathered whole
 
     @property
     def resolved_placement(self) -> str:
-        """What "auto" became: "device" or "host"."""
+        """The placement that "auto" resolves to: "device" or "host"."""
         return self._chosen_placement[0]
 
     @property
     def placement_reason(self) -> str:
-        """Why, in words; empty where "auto" was not asked for."""
+        """The reason for it, in words; empty unless the placement is "auto"."""
         return self._chosen_placement[1]
 
     @property
     def resident_bytes(self) -> int:
-        """Bytes on a device with placement "device"."""
+        """The bytes of rows on a device with placement "device"."""
         return self.slots * self._shard_rows * self.row_bytes
 
     @property
     def _shard_rows(self) -> int:
-        """Rows that a shard takes on a device: its runs, filled up with padding, and one of padding alone."""
+        """The rows of a shard on a device: its runs, the last one padded, and a run of padding alone."""
         return (self.sampler.shard_runs + 1) * self.sampler.run
 
     @functools.cached_property
@@ -242,9 +244,9 @@ class Dataset:
 
     @functools.cached_property
     def data(self) -> Batch | None:
-        """What stays on the devices for the whole run: all rows with placement "device", else nothing.
+        """With placement "device", all rows, which stay on the devices for the whole run; otherwise None.
 
-        `[devices, slots, rows, ...]`: behind the rows of each shard lie rows of weight 0, its padding.
+        They are `[devices, slots, rows, ...]`. The rows of each shard are followed by padding, rows of weight 0.
         """
         if self.resolved_placement != "device":
             return None
@@ -253,7 +255,7 @@ class Dataset:
 
     @property
     def shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
-        """What `Block.data` are, with their sharding and without their values."""
+        """The shapes, dtypes and shardings of `Block.data`."""
         lead: tuple[int, ...] = (self.block_steps, self._mesh.size, self.slots, self.sampler.shard_batch)
         if self.resolved_placement == "device":
             lead = (self._mesh.size, self.slots, self._shard_rows)
@@ -265,12 +267,12 @@ class Dataset:
 
     @property
     def device_axis(self) -> int:
-        """The axis of a block's data that devices lie along."""
+        """The axis of a block's data that is sharded over devices."""
         return 0 if self.resolved_placement == "device" else 1
 
     @functools.cached_property
     def shard_ranges(self) -> tuple[Array, Array]:
-        """For each device its first shard and how many it carries: two [devices] int32 arrays."""
+        """The first shard and the number of shards of each device: two [devices] int32 arrays."""
         first = np.arange(self._mesh.size, dtype=np.int32) * self.slots
         count = np.clip(self.num_shards - first, 0, self.slots).astype(np.int32)
         return self._put(first.shape, 0, lambda d: first[d : d + 1]), self._put(
@@ -278,11 +280,11 @@ class Dataset:
         )
 
     def steps_at_once(self, most: int | None = None) -> int:
-        """Steps of a block; of rows that lie on the devices so many at most."""
+        """The steps of a block; with placement "device", at most `most`."""
         return min(self.block_steps, most) if most and self.resolved_placement == "device" else self.block_steps
 
     def blocks(self, start: int, stop: int, most: int | None = None) -> Iterator[Block]:
-        """The blocks of steps [start, stop), each of `steps_at_once`."""
+        """The blocks of steps [start, stop), each of `steps_at_once(most)` steps."""
         steps = self.steps_at_once(most)
         firsts = range(start, stop, steps)
         if self.data is not None:
@@ -300,11 +302,12 @@ class Dataset:
         return self._assemble(1, lambda shards: self.sampler.positions(steps, shards[None], self.seed or 0))
 
     def _assemble(self, axis: int, positions_of: Callable[[np.ndarray], np.ndarray]) -> Batch:
-        """Global arrays whose part on each device is gathered from the source for that device alone.
+        """Global arrays, for which each device's rows are gathered from the source separately.
 
         Args:
-          axis: where the axis of devices goes.
-          positions_of: for shard numbers [slots], which of their rows: [..., slots, rows], as `Sampler.positions`.
+          axis: the position of the axis of devices.
+          positions_of: for shard numbers [slots], the positions of their rows: [..., slots, rows], as
+            `Sampler.positions`.
         """
         sampler = self.sampler
 
@@ -314,7 +317,7 @@ class Dataset:
             positions, size = positions_of(shards), sampler.shard_size(shards)[:, None]
             start = sampler.shard_start(shards)[:, None]
             padding = (positions >= size).ravel()
-            # Padding is a row of the device's own without weight: any model takes it, and no other is read.
+            # Padding repeats a row of the same device with weight 0: models accept it, and no other row is read.
             indices = np.minimum(start + np.minimum(positions, np.maximum(size - 1, 0)), sampler.num_rows - 1)
             rows = self._read(indices.ravel())
             rows["weight"] = np.where(padding, rows["weight"].dtype.type(0), rows["weight"])
@@ -333,7 +336,7 @@ class Dataset:
         return {name: whole(name) for name in ("x", "y", "weight", *(["tag"] if self.tagged else []))}
 
     def _put(self, shape: tuple[int, ...], axis: int, part: Callable[[int], np.ndarray]) -> Array:
-        """A global array of which `part(d)` is what device d holds; devices lie along `axis`."""
+        """A global array, sharded over devices along `axis`, where `part(d)` is the data of device d."""
 
         def local(index: Any) -> np.ndarray:
             return part(index[axis].start or 0)
@@ -341,7 +344,7 @@ class Dataset:
         return jax.make_array_from_callback(shape, self._along(axis), local)
 
     def _along(self, axis: int) -> NamedSharding:
-        """Devices along an axis."""
+        """The sharding over devices along an axis."""
         return NamedSharding(self._mesh, PartitionSpec(*[None] * axis, "data"))
 
     @property
@@ -352,7 +355,7 @@ class Dataset:
 
 
 def _resident_bytes(mesh: Mesh) -> int:
-    """How many bytes of rows may stay on a device."""
+    """The largest number of bytes of rows to keep on a device."""
     device = mesh.local_devices[0]
     stats = device.memory_stats() or {}
     if device.platform != "cpu" and "bytes_limit" in stats:
@@ -361,7 +364,7 @@ def _resident_bytes(mesh: Mesh) -> int:
 
 
 def _host_bytes() -> int:
-    """The memory of this machine, or of the container that this process is in."""
+    """The bytes of memory of this machine, or of the container that this process runs in."""
     sizes = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
     for limit in _CONTAINER_LIMITS:
         with contextlib.suppress(OSError, ValueError):  # there is none, or it is "max"

@@ -1,4 +1,4 @@
-"""Which row a shard reads at which position: arithmetic on (seed, epoch, shard, position), nothing stored."""
+"""The order of rows, computed from (seed, epoch, shard, position) without any stored state."""
 
 import dataclasses
 import math
@@ -13,11 +13,11 @@ from dpreg.spelling import spell
 
 Integers = Any  # a NumPy or a JAX array of integers, or an int
 
-ORDER = 2  # raised with each change to which row is where: a run is only taken up in the order that it began with
+ORDER = 2  # version of the order of rows; a run is only continued with the version that it began with
 _ROUNDS = 6
-_SMALLEST_DOMAIN = 64  # with fewer, orders of a few elements are measurably unequal in frequency
-# Rows that lie together are read several times as fast. They stay together where a shard and a global batch have many
-# such runs, so that its order and they are hardly less random.
+_SMALLEST_DOMAIN = 64  # in smaller domains, the permutations of a few elements are measurably not uniform
+# Neighbouring rows are read several times as fast. They stay together in runs if a shard and a global batch have so
+# many runs that their order is hardly less random.
 _LARGEST_RUN, _FEWEST_RUNS, _FEWEST_RUNS_OF_BATCH = 32, 128, 8
 
 
@@ -30,7 +30,7 @@ def _mix(word: Integers, key: Integers) -> Integers:
 
 
 def keyed_hash(index: Integers, *key: int) -> Integers:
-    """A pseudo-random uint32 for each index: a function of it and the key. NumPy or JAX, as `index` is."""
+    """A pseudo-random uint32 for each index, a function of the index and the key, in NumPy or JAX as `index` is."""
     word = np.zeros(1, np.uint32)
     for part in key:
         word = _mix(np.full(1, part, np.uint32), word + np.uint32(1))
@@ -38,7 +38,7 @@ def keyed_hash(index: Integers, *key: int) -> Integers:
 
 
 def row_tag(index: Integers) -> Integers:
-    """A pseudo-random odd uint32 for each row index: their sums distinguish sets of rows, in any order."""
+    """A pseudo-random odd uint32 for each row index. Sums of tags distinguish sets of rows, whatever their order."""
     return keyed_hash(index, 0x7A6) | np.uint32(1)
 
 
@@ -52,15 +52,15 @@ def permute(position: Integers, size: Integers, *key: Integers) -> Integers:
 
     Args:
       position: integers in `[0, size)`. Positions outside are returned unchanged.
-      size: number of elements, at most 2**31.
-      *key: non-negative integers, such as (seed, epoch, shard); each different tuple is another order.
+      size: the number of elements, at most 2**31.
+      *key: non-negative integers, such as (seed, epoch, shard); each tuple gives another permutation.
 
     Returns:
       int32 array: a bijection of `range(size)` for each size and key.
     """
     xp = jnp if any(isinstance(v, Array) for v in (position, size, *key)) else np
     shape = np.broadcast_shapes(*(np.shape(v) for v in (position, size, *key)))
-    rank = max(len(shape), 1)  # of arrays, also where scalars are given: NumPy warns when a scalar wraps around
+    rank = max(len(shape), 1)  # scalars become arrays, since NumPy warns when a scalar overflows
 
     def word_of(value: Integers) -> Integers:
         return xp.asarray(value).astype(np.uint32).reshape((1,) * (rank - np.ndim(value)) + np.shape(value))
@@ -81,7 +81,7 @@ def permute(position: Integers, size: Integers, *key: Integers) -> Integers:
         high, low = value >> low_width, value & low_mask
         for r in range(0, _ROUNDS, 2):
             high = high + _scaled(_mix(low, keys[r]), highs)
-            high = xp.minimum(high, high - highs)  # modulo `highs`: what is below it wraps around, to more
+            high = xp.minimum(high, high - highs)  # modulo `highs`: a negative difference wraps to a large uint32
             low = (low ^ _mix(high, keys[r + 1])) & low_mask
         return (high << low_width) | low
 
@@ -94,12 +94,12 @@ def permute(position: Integers, size: Integers, *key: Integers) -> Integers:
             value = jnp.where(outside, network(value, *of_all, *round_keys), value)
             return value, outside & (value >= size)
 
-        # The first time, too, within the loop: the network is compiled once, and the keys are mixed before it.
+        # The first pass is inside the loop as well, so that the network is compiled once, after the keys are mixed.
         start = jnp.broadcast_to(position, shape or (1,)), jnp.broadcast_to(inside, shape or (1,))
         value, _ = lax.while_loop(lambda walk: walk[1].any(), once_more, start)
     else:
         value = xp.where(inside, network(position, *of_all, *round_keys), position)
-        # Of those outside alone: they are few. Each takes its part of what belongs to its shard and epoch.
+        # Cycle-walk only the few values outside the range, each with the keys of its own shard and epoch.
         parts = np.broadcast_arrays(size, *of_all, *round_keys)
         which = np.broadcast_to(np.arange(parts[0].size).reshape(parts[0].shape), value.shape).ravel()
         value, outside = value.ravel(), np.flatnonzero(inside & (value >= size))
@@ -111,7 +111,7 @@ def permute(position: Integers, size: Integers, *key: Integers) -> Integers:
 
 
 def _divided(number: Integers, by: int) -> tuple[Integers, Integers]:
-    """(quotient, remainder) of numbers from 0 on: no signs for the compiler to look after."""
+    """(quotient, remainder) of non-negative numbers, computed as unsigned integers, which is cheaper."""
     if isinstance(number, Array):
         return lax.div(number, number.dtype.type(by)), lax.rem(number, number.dtype.type(by))
     quotient, remainder = divmod(number, by)
@@ -131,15 +131,15 @@ def _leading_zeros(word: np.ndarray) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True)
 class Sampler:
-    """The rows of every batch of a run: stateless, so a step number is the whole position in the data.
+    """The rows of every batch of a run. It is stateless: the step number is the whole position in the data.
 
-    Rows `[0, num_rows)` are cut into `num_shards` contiguous logical shards whose sizes differ by one at
-    most. At each step every shard gives `shard_batch` rows; an epoch uses every row exactly once and pads
-    the ragged ends. PermutedSource are runs of `run` neighbouring rows. None of it knows of devices.
+    The rows `[0, num_rows)` are split into `num_shards` contiguous logical shards whose sizes differ by at most one. In
+    each step every shard contributes `shard_batch` rows. An epoch uses every row once and pads the last batches.
+    Runs of `run` neighbouring rows are shuffled. Nothing here depends on the devices.
 
     Raises:
-      InputError: when `num_shards` does not divide `global_batch`, which names the nearest values that work; or a shard
-        has more rows than int32 counts, with the padding of its last batch.
+      InputError: when `num_shards` does not divide `global_batch` (the message names the nearest valid values), or when
+        a shard with the padding of its last batch has more rows than an int32 can count.
     """
 
     num_rows: int
@@ -162,52 +162,52 @@ class Sampler:
 
     @property
     def shard_batch(self) -> int:
-        """Rows that one shard gives to one step."""
+        """The number of rows of a shard in each step."""
         return self.global_batch // self.num_shards
 
     @property
     def shard_capacity(self) -> int:
-        """Rows of the largest shard."""
+        """The number of rows of the largest shard."""
         return -(-self.num_rows // self.num_shards)
 
     @property
     def steps_per_epoch(self) -> int:
-        """Steps that use every row once."""
+        """The number of steps of an epoch, which uses every row once."""
         return -(-self.shard_capacity // self.shard_batch)
 
     @property
     def run(self) -> int:
-        """Neighbouring rows that stay together in every epoch: a power of two that divides `shard_batch`.
+        """The number of neighbouring rows that stay together: a power of two up to 32 that divides `shard_batch`.
 
-        1 where a shard has few rows, 32 at most.
+        It is 1 if a shard has few rows.
         """
         most = min(_LARGEST_RUN, self.shard_capacity // _FEWEST_RUNS, self.global_batch // _FEWEST_RUNS_OF_BATCH)
         return math.gcd(self.shard_batch, 1 << max(1, most).bit_length() - 1)
 
     @property
     def shard_runs(self) -> int:
-        """Runs of the largest shard, of which the last may be shorter."""
+        """The number of runs of the largest shard; the last run may be shorter."""
         return -(-self.shard_capacity // self.run)
 
     def shard_size(self, shard: Integers) -> Integers:
-        """Rows of a shard: 0 for shards at or past `num_shards`, the empty slots of the last devices."""
+        """The number of rows of a shard; 0 for shards from `num_shards` on, the empty slots of the last devices."""
         shard = shard if isinstance(shard, Array) else np.asarray(shard, np.int32)
         size = self.num_rows // self.num_shards + (shard < self.num_rows % self.num_shards).astype(np.int32)
         return size * (shard < self.num_shards).astype(np.int32)
 
     def shard_start(self, shard: np.ndarray | int) -> np.ndarray:
-        """The first row of a shard, or of each; `num_rows` for shards past the last. int64."""
+        """The first row of each shard, int64; `num_rows` for shards from `num_shards` on."""
         quotient, remainder = divmod(self.num_rows, self.num_shards)
         shard = np.asarray(shard, np.int64)
         start: np.ndarray = np.minimum(quotient * shard + np.minimum(shard, remainder), self.num_rows)
         return start
 
     def runs(self, step: Integers, shard: Integers, seed: Integers) -> Integers:
-        """Which runs of its shard a batch is made of. `step` and `shard` broadcast, NumPy or JAX.
+        """The runs of a shard that form a batch. `step` and `shard` broadcast, and may be of NumPy or JAX.
 
         Returns:
-          int32 [..., shard_batch // run]: run i is the rows from `i * run` on. Those of `run` rows of the shard are
-          permuted, a shorter one is the epoch's last; where the batch is padded, runs are past the shard's end.
+          int32 [..., shard_batch // run]: run i consists of the rows from `i * run` on. Complete runs are permuted; a
+          shorter run is the last of the epoch. Padding is given as runs beyond the end of the shard.
         """
         full = _divided(self.shard_size(shard), self.run)[0][..., None]
         runs = self.shard_batch // self.run
@@ -218,14 +218,14 @@ class Sampler:
         if self.shuffle:
             position = permute(position, full, seed, epoch[..., None], shard[..., None])
         xp = jnp if isinstance(position, Array) else np
-        # A shorter run is the last, if there is one: where there is none, there is one of padding alone.
+        # The last run is a shorter one if there is one, and otherwise a run of padding.
         return xp.minimum(position, self.shard_runs).astype(np.int32)
 
     def positions(self, step: np.ndarray, shard: np.ndarray, seed: int) -> np.ndarray:
-        """Where in its shard each row of a batch lies. `step` and `shard` broadcast.
+        """The position of each row of a batch in its shard. `step` and `shard` broadcast.
 
         Returns:
-          int32 [..., shard_batch]: in `[0, shard_size)`, or `shard_size` where the batch is padded.
+          int32 [..., shard_batch] in `[0, shard_size)`, or `shard_size` for padding.
         """
         runs = self.runs(step, shard, seed)
         rows = runs[..., None] * np.int32(self.run) + np.arange(self.run, dtype=np.int32)
