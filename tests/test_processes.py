@@ -449,7 +449,7 @@ def test_what_several_processes_cannot_do_is_one_line_in_each(tmp_path, first, s
 
 
 def roll(port, *others, num_processes=3):
-    """What process 0 and the others make of a roll call: None where all is well."""
+    """What process 0 and the others make of a rendezvous: None if it succeeds."""
     results = {}
 
     def run(name, function, *arguments):
@@ -458,9 +458,9 @@ def roll(port, *others, num_processes=3):
         except (InputError, ProcessLost) as error:
             results[name] = error
 
-    threads = [threading.Thread(target=run, args=(-1, rendezvous.call_roll, num_processes))]
+    threads = [threading.Thread(target=run, args=(-1, rendezvous.serve_rendezvous, num_processes))]
     for name, (process, claimed) in enumerate(others):
-        threads.append(threading.Thread(target=run, args=(name, rendezvous.answer_roll, claimed, process)))
+        threads.append(threading.Thread(target=run, args=(name, rendezvous.join_rendezvous, claimed, process)))
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -480,7 +480,7 @@ def test_the_roll_call_tells_all_what_is_wrong(monkeypatch, capfd):
     assert "process 2 did not come to process 0 at 127.0.0.1" in str(zero)
     assert str(one) == str(zero)
     with pytest.raises(ProcessLost, match=r"process 1 found no process 0 at 127\.0\.0\.1:.*Connection refused"):
-        rendezvous.answer_roll("127.0.0.1", port, 2, 1)
+        rendezvous.join_rendezvous("127.0.0.1", port, 2, 1)
 
 
 def test_a_process_0_that_stops_during_the_roll_call_is_noticed(monkeypatch, capfd):
@@ -489,12 +489,12 @@ def test_a_process_0_that_stops_during_the_roll_call_is_noticed(monkeypatch, cap
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
         with pytest.raises(ProcessLost, match=r"found no process 0 .*it says nothing for 0\.5 s"):
-            rendezvous.answer_roll("127.0.0.1", port, 2, 1)
+            rendezvous.join_rendezvous("127.0.0.1", port, 2, 1)
     with (
         answering(b'{"missing": [2]}\n') as port,
         pytest.raises(ProcessLost, match=r"says nothing for 0.5 s: it is stuck"),
     ):
-        rendezvous.answer_roll("127.0.0.1", port, 3, 1)
+        rendezvous.join_rendezvous("127.0.0.1", port, 3, 1)
 
 
 @contextlib.contextmanager
@@ -554,7 +554,7 @@ def test_no_stranger_at_the_port_costs_a_run_more_than_a_line(monkeypatch, capfd
     port, results = int(free_address().rpartition(":")[2]), []
     monkeypatch.setattr(rendezvous, "_MOST_UNKNOWN", 20)
     monkeypatch.setattr(rendezvous, "_HELLO_SECONDS", 1000)  # who waits for those that say nothing, does not end
-    zero = threading.Thread(target=lambda: results.append(rendezvous.call_roll("127.0.0.1", port, 3)))
+    zero = threading.Thread(target=lambda: results.append(rendezvous.serve_rendezvous("127.0.0.1", port, 3)))
     zero.start()
 
     silent, over = [connected(port) for _ in range(12)], threading.Event()
@@ -572,7 +572,7 @@ def test_no_stranger_at_the_port_costs_a_run_more_than_a_line(monkeypatch, capfd
     with connected(port) as connection:  # one of ours, which dies, and is started again below
         connection.sendall(b'{"process_id": 1, "num_processes": 3}\n')
     assert zero.is_alive()
-    others = [threading.Thread(target=rendezvous.answer_roll, args=("127.0.0.1", port, 3, i)) for i in (1, 2)]
+    others = [threading.Thread(target=rendezvous.join_rendezvous, args=("127.0.0.1", port, 3, i)) for i in (1, 2)]
     for thread in others:
         thread.start()
     for thread in (zero, *others):
@@ -590,12 +590,12 @@ def test_no_stranger_at_the_port_costs_a_run_more_than_a_line(monkeypatch, capfd
 def test_process_0_closes_a_connection_that_says_nothing_in_time(monkeypatch, capfd):
     monkeypatch.setattr(rendezvous, "_HELLO_SECONDS", 0.3)
     port, results = int(free_address().rpartition(":")[2]), []
-    zero = threading.Thread(target=lambda: results.append(rendezvous.call_roll("127.0.0.1", port, 2)))
+    zero = threading.Thread(target=lambda: results.append(rendezvous.serve_rendezvous("127.0.0.1", port, 2)))
     zero.start()
     with connected(port) as connection:
         connection.settimeout(60)
         assert connection.recv(1) == b""
-    rendezvous.answer_roll("127.0.0.1", port, 2, 1)  # which process 0 still waits for
+    rendezvous.join_rendezvous("127.0.0.1", port, 2, 1)  # which process 0 still waits for
     zero.join(60)
     assert results == [None]
     assert "it sends no whole message within 0.3 s" in capfd.readouterr().err
@@ -615,7 +615,7 @@ def test_process_0_closes_a_connection_that_says_nothing_in_time(monkeypatch, ca
 def test_a_process_that_finds_a_stranger_for_process_0_tries_again_and_then_says_so(monkeypatch, said):
     monkeypatch.setattr(rendezvous, "JOIN_SECONDS", 0.5)
     with answering(said) as port, pytest.raises(ProcessLost, match="what answers there is no process 0 that waits"):
-        rendezvous.answer_roll("127.0.0.1", port, 2, 1)
+        rendezvous.join_rendezvous("127.0.0.1", port, 2, 1)
 
 
 def test_a_port_that_is_taken_is_noticed():

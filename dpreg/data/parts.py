@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 
 from dpreg.data.sampler import Sampler
 from dpreg.distributed.presence import at_work
-from dpreg.distributed.processes import AgreedError, allgather_text, exchange_for, sum_words
+from dpreg.distributed.processes import AgreedError, allgather_for, allgather_text, sum_words
 from dpreg.errors import InputError
 
 if TYPE_CHECKING:
@@ -159,7 +159,7 @@ def put_together(own: "Source | None", what: str) -> "Source | None":
         row = own[np.zeros(1, np.int32)]
         columns = {name: (str(row[name].dtype), row[name].size) for name in ("x", "y", "weight")}
         mine |= {"columns": columns, "fingerprint": own.fingerprint()}
-    parts = exchange_for(f"from_parts ({what} rows)", mine)
+    parts = allgather_for(f"from_parts ({what} rows)", mine)
     filled = [process for process, part in enumerate(parts) if part["rows"]]
     if not filled:
         return None

@@ -1,1 +1,1 @@
-"""Devices and processes: how they start, meet, and end together."""
+"""Devices and processes: how they start, communicate, and end together."""

@@ -1,4 +1,4 @@
-"""JAX's persistent compilation cache in a folder of dpreg's, with a checksum in each entry."""
+"""JAX's persistent compilation cache in a folder of dpreg, with a checksum for each entry."""
 
 import hashlib
 import logging
@@ -11,15 +11,15 @@ _DIGEST_BYTES = 16
 
 
 class _CheckedCache(lru_cache.LRUCache):
-    """Entries that are not whole are deleted when they are read, and written again once the program is compiled.
+    """A cache that deletes incomplete entries when they are read, so that they are written again.
 
-    JAX itself writes entries in place, warns of one that was cut short at every start, and replaces none.
+    JAX writes entries in place. It warns of a truncated entry at every start, and never replaces it.
     """
 
     _warned = False
 
     def get(self, key: str) -> bytes | None:
-        """The entry; None where there is none that is whole and can be read."""
+        """The entry; None if it is missing, incomplete or unreadable."""
         try:
             entry: bytes | None = super().get(key)
             if entry is None:
@@ -33,7 +33,7 @@ class _CheckedCache(lru_cache.LRUCache):
         return None
 
     def put(self, key: str, value: bytes) -> None:
-        """Adds an entry; warns the first time that this is not possible."""
+        """Adds an entry; warns once if this fails."""
         try:
             super().put(key, value + _digest(value))
         except OSError as error:
@@ -51,7 +51,7 @@ def _digest(value: bytes) -> bytes:
 
 
 def use(folder: str) -> None:
-    """Keeps compiled programs in a folder, however short it took to compile them. Before JAX compiles the first."""
+    """Stores all compiled programs in a folder, even those that compile quickly. Call it before JAX compiles any."""
     before = compilation_cache.get_file_cache
 
     def get_file_cache(path: str) -> Any:

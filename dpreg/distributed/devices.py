@@ -1,4 +1,4 @@
-"""The devices of a run: processes joined and devices chosen before JAX starts, then a mesh of them."""
+"""The devices of a run: prepares JAX and joins the processes, then makes a mesh of the devices."""
 
 import collections
 import functools
@@ -18,8 +18,8 @@ from dpreg.distributed import compilation_cache, presence, processes, watchdog
 from dpreg.errors import InputError
 from dpreg.spelling import spell
 
-AXIS = "data"  # of the mesh
-# XLA's own limit, in bytes, to what a loop may read that becomes one function is 1 kB: step.py says which loops do.
+AXIS = "data"  # the axis of the mesh
+# XLA compiles a loop as one function if it reads at most 1 kB. This replaces the limit; tuning.py chooses the loops.
 _ALL_LOOPS = f"--xla_backend_extra_options=xla_cpu_small_while_loop_byte_threshold={2**63 - 1}"
 
 Item = TypeVar("Item")
@@ -35,17 +35,18 @@ def start(
 ) -> None:
     """Prepares JAX, before anything else uses it: platform, simulated devices, compilation cache, processes.
 
-    With `coordinator_address`, or where Slurm or Open MPI have started several processes, this one joins
-    the others by JAX's coordination service.
+    With `coordinator_address`, or if Slurm or Open MPI have started several processes, this process joins the others by
+    JAX's coordination service.
 
     Args:
       platform: "cpu", "gpu" or "tpu"; None leaves the choice to JAX.
-      num_devices: on CPU, this many host devices are made in this process.
+      num_devices: on CPU, the number of host devices to simulate in this process.
       coordinator_address: HOST:PORT at which process 0 serves; "auto" leaves it to JAX to ask the cluster
         (also Kubernetes and TPU pods).
-      num_processes: how many there are; process_id: which this is, from 0.
-      threads: that XLA computes with on CPU, all devices of this process together; None: as many as it has cores. How
-        a product is added up depends on it: "ordered" has the same bits with as many threads as shards.
+      num_processes: the number of processes.
+      process_id: the number of this process, from 0.
+      threads: the number of threads of XLA on CPU, for all devices of this process together; None for one per core.
+        The order of the sums in products depends on it: "ordered" has the same bits with as many threads as shards.
 
     Raises:
       InputError: when JAX has already started with fewer devices, or two processes have the same id.
@@ -64,7 +65,7 @@ def start(
     check_settings(platform=platform, num_devices=num_devices)
     if num_devices is not None:
         try:
-            # Asked for on every platform, as JAX may yet turn out to have no other than the CPU.
+            # Set on every platform, since JAX may find no other devices than the CPU.
             jax.config.update("jax_num_cpu_devices", num_devices)
         except RuntimeError as error:
             if len(jax.local_devices()) < num_devices:
@@ -74,7 +75,7 @@ def start(
                 ) from error
     if not jax.config.values["jax_compilation_cache_dir"]:
         home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-        if not home.startswith("~"):  # where there is no home, there is no cache
+        if not home.startswith("~"):  # without a home folder, there is no cache
             compilation_cache.use(os.path.join(home, "dpreg", "xla"))
     processes.join(coordinator_address, num_processes, process_id)
     try:
@@ -89,29 +90,29 @@ def start(
 
 
 def in_xla_flags(option: str) -> bool:
-    """Whether XLA_FLAGS names an option, which then holds."""
+    """Whether XLA_FLAGS sets an option, which then takes precedence."""
     return option in os.environ.get("XLA_FLAGS", "")
 
 
 def cores() -> int:
-    """Cores that this process may run on."""
+    """The number of cores that this process may run on."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def have_several_cores(mesh: Mesh) -> bool:
-    """Whether each device has cores of its own, more than one, in all processes: they meet to agree."""
+    """Whether each device has more than one core of its own in all processes, which exchange this information."""
     of_all = processes.allgather_text("several" if cores() > len(mesh.local_devices) else "one")
     return "one" not in of_all
 
 
 def threads() -> int:
-    """Threads that XLA computes with on CPU, for all devices of this process: a device at least has one."""
+    """The number of threads of XLA on CPU for all devices of this process, at least one per device."""
     return max(int(os.environ.get("NPROC") or cores()), len(jax.local_devices(backend="cpu")))
 
 
 @functools.cache
 def makes_whole_loops() -> bool:
-    """Whether the compiler has been asked, by `start`, to make one function of a loop on CPU, whatever that reads."""
+    """Whether `start` has enabled loops that are compiled as one function on CPU, whatever they read."""
 
     def loop(x: Array) -> Array:
         last: Array = lax.fori_loop(0, jnp.int32(x[0]), lambda _, y: y * x, x)
@@ -123,28 +124,28 @@ def makes_whole_loops() -> bool:
 
 
 def keep_to_core(process: int, number: int) -> None:
-    """Lets a process that has just been started run on one core alone, by its number among those of this one."""
+    """Pins a process that has just been started to one core, numbered among the cores of this process."""
     if hasattr(os, "sched_setaffinity"):
         of_this = sorted(os.sched_getaffinity(0))
         os.sched_setaffinity(process, {of_this[number % len(of_this)]})
 
 
 def enable(dtype: np.dtype) -> None:
-    """Lets JAX compute in a dtype: float64 is off, in the whole process, until it is asked for."""
+    """Enables a dtype in JAX: float64 is disabled in the whole process until this call."""
     if dtype == np.float64:
         jax.config.update("jax_enable_x64", True)
 
 
 def data_mesh(num_shards: int, platform: str | None = None, num_devices: int | None = None) -> Mesh:
-    """A mesh of the devices that carry the run's shards, those of all processes, with the single axis "data".
+    """A mesh of the devices of all processes that hold the run's shards, with the single axis "data".
 
     Args:
-      num_shards: logical shards of the run; a device without one would have nothing to do.
+      num_shards: the number of logical shards of the run; each device needs at least one.
       platform: as for `start`; None takes JAX's default.
-      num_devices: how many of each process; None takes all there are, but not more than `num_shards`.
+      num_devices: the number of devices of each process; None takes all available ones, but not more than `num_shards`.
 
     Raises:
-      InputError: when the platform or that many devices are not there, or there are fewer shards than devices.
+      InputError: when the platform or so many devices are not available, or there are fewer shards than devices.
     """
     check_settings(num_shards=num_shards, platform=platform, num_devices=num_devices)
     try:
@@ -181,9 +182,9 @@ def data_mesh(num_shards: int, platform: str | None = None, num_devices: int | N
 
 
 def replicated(tree: Any, mesh: Mesh) -> Any:
-    """A copy of the values on every device of every process; each process has to give the same.
+    """A copy of the values on every device of every process. All processes must give the same values.
 
-    It shares memory with nothing that is given, so either of the two can be donated or changed.
+    The copy shares no memory with the argument, so that either of them can be donated or changed.
     """
     sharding = NamedSharding(mesh, PartitionSpec())
 
@@ -198,7 +199,7 @@ def replicated(tree: Any, mesh: Mesh) -> Any:
 
 
 def compile_gather(mesh: Mesh, shape: tuple[int, ...], dtype: DTypeLike) -> Callable[[Array], Array]:
-    """Compiles what gives all processes an array that lies along the devices: a call in order with others."""
+    """Compiles a function that replicates an array that is sharded over devices; it is dispatched as any other call."""
     if not mesh.is_multi_process:
         return lambda array: array
     along = jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, PartitionSpec(AXIS)))
@@ -207,11 +208,11 @@ def compile_gather(mesh: Mesh, shape: tuple[int, ...], dtype: DTypeLike) -> Call
 
 
 def fetch_in_order(calls: Iterable[tuple[Item, Any]], on_result: Callable[[], None]) -> Iterator[tuple[Item, Any]]:
-    """Results on the host, in order, while a bounded number of later calls is under way.
+    """Fetches results to the host in order, while a bounded number of later calls is in flight.
 
     Args:
-      calls: (what it is, arrays that are being computed); each is dispatched when it is taken.
-      on_result: called for each that has come.
+      calls: (item, arrays that are being computed) of each call, which is dispatched when the iterator yields it.
+      on_result: called whenever a result has arrived.
     """
     under_way: collections.deque[tuple[Item, Any]] = collections.deque()
     remaining, more = iter(calls), True

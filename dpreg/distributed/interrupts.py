@@ -1,4 +1,4 @@
-"""Ctrl-C while a loop runs: KeyboardInterrupt is raised between its calls, where the state is whole."""
+"""Handles Ctrl-C during a loop: KeyboardInterrupt is raised between its calls, where the state is consistent."""
 
 import contextlib
 import signal
@@ -13,10 +13,10 @@ _WORD = "interrupt"
 
 
 class Interrupts:
-    """Whether a SIGINT has come since the loop began, in any process.
+    """Records whether any process has received a SIGINT since the loop began.
 
     Attributes:
-      pending: whether the loop is to stop: the same in all processes between the same calls of `poll`.
+      pending: whether the loop should stop; the same in all processes between the same calls of `poll`.
     """
 
     def __init__(self) -> None:
@@ -24,7 +24,7 @@ class Interrupts:
         self._sync_signal = SyncSignal()
 
     def poll(self) -> bool:
-        """Updates `pending` and returns it. All processes have to call it equally often, between the same steps."""
+        """Updates and returns `pending`. All processes must call it equally often, between the same steps."""
         self.pending = bool(self._sync_signal.poll()) or self.pending
         return self.pending
 
@@ -36,17 +36,16 @@ class Interrupts:
         self._sync_signal.request(_WORD)
 
     def raise_received(self) -> None:
-        """Raises KeyboardInterrupt in all processes where any of them has received a SIGINT. They meet for it."""
+        """Raises KeyboardInterrupt in all processes if any of them has received a SIGINT. It is a barrier."""
         if _WORD in processes.allgather_text(_WORD if self._received else ""):
             raise KeyboardInterrupt
 
 
 @contextlib.contextmanager
 def deferred() -> Iterator[Interrupts]:
-    """Defers KeyboardInterrupt to where the body raises it for `Interrupts.pending`, or else to its end.
+    """Defers KeyboardInterrupt until the body raises it for `Interrupts.pending`, or to the end of the body.
 
-    Only in the main thread, and where Python's own handler of SIGINT is installed; otherwise signals are left to the
-    handler that is there.
+    It does so only in the main thread, and only if Python's own handler of SIGINT is installed.
     """
     interrupts, installed = Interrupts(), False
     if threading.current_thread() is threading.main_thread():

@@ -1,4 +1,4 @@
-"""Several processes of one run: how they find each other, agree, and end when one of them is lost."""
+"""The processes of a run: how they join, exchange text, and end when one of them is lost."""
 
 import contextlib
 import ctypes
@@ -23,10 +23,10 @@ from dpreg.distributed.rendezvous import (
     HEARTBEAT_SECONDS,
     JOIN_SECONDS,
     Wait,
-    answer_roll,
-    call_roll,
     is_loopback,
+    join_rendezvous,
     log_line,
+    serve_rendezvous,
 )
 from dpreg.errors import InputError, ProcessLost
 from dpreg.spelling import spell
@@ -34,11 +34,11 @@ from dpreg.spelling import spell
 Result = TypeVar("Result")
 Arguments = ParamSpec("Arguments")
 
-# Calls dispatched and not yet finished, besides one: enough for a device not to wait for what the host does between
-# calls, and few to be finished when it is time to stop. Simulated CPU devices deadlock when a program runs far ahead.
+# The number of calls in flight besides the oldest one: enough that a device does not wait for the host, and few to
+# finish when the run should stop. Simulated CPU devices deadlock if many calls are in flight.
 CALLS_IN_FLIGHT = 2
-MEET_SECONDS = 1800  # for all to have read their rows and compiled
-# More than 1 where a launcher has started several processes; JAX finds out the rest by itself.
+MEET_SECONDS = 1800  # the limit for all processes to read their rows and compile
+# Variables above 1 if a launcher has started several processes; JAX determines the rest by itself.
 _CLUSTER_SIZES = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE")
 
 
@@ -48,7 +48,8 @@ def join(address: str | None, num_processes: int | None, process_id: int | None)
     Args:
       address: HOST:PORT at which process 0 serves; "auto" asks the cluster; None does so where Slurm or
         Open MPI have started several processes.
-      num_processes: how many there are; process_id: which this is, from 0.
+      num_processes: the number of processes.
+      process_id: the number of this process, from 0.
 
     Raises:
       InputError: when one of the three is missing, two processes have the same id, the port is taken, or there is no
@@ -57,20 +58,20 @@ def join(address: str | None, num_processes: int | None, process_id: int | None)
     """
     local_device_ids = None
     if address == "auto" or (address is None and _in_cluster()):
-        address, num_processes, process_id, local_device_ids = _asked_of_cluster()
+        address, num_processes, process_id, local_device_ids = _ask_cluster()
     check_processes(address, num_processes, process_id)
     if address is None or num_processes is None or process_id is None:
         return  # a single process
-    _take_turns()
+    _never_preempt()
     host, port = split_address(address)
     if process_id == 0:
-        call_roll(host, port, num_processes)
+        serve_rendezvous(host, port, num_processes)
     else:
-        answer_roll(host, port, num_processes, process_id)
+        join_rendezvous(host, port, num_processes, process_id)
     _end_as_lost_when_aborted()
     if is_loopback(host):
         _keep_collectives_on(host)
-    # SIGTERM is ours: Orbax asks JAX's own preemption service with numbers of its own, and it then misses the moment.
+    # dpreg handles SIGTERM: Orbax polls JAX's preemption service with its own step numbers, and would miss the signal.
     jax.config.update("jax_enable_preemption_service", False)
     jax.distributed.initialize(
         address,
@@ -78,17 +79,17 @@ def join(address: str | None, num_processes: int | None, process_id: int | None)
         process_id,
         local_device_ids=local_device_ids,
         cluster_detection_method="deactivate",
-        # The service has no authentication: what runs on this machine alone stays on its loopback.
+        # The service has no authentication: a run on one machine listens on the loopback interface only.
         coordinator_bind_address=address if is_loopback(host) else None,
-        initialization_timeout=3 * HEARTBEAT_SECONDS,  # all were there a moment ago
+        initialization_timeout=3 * HEARTBEAT_SECONDS,  # all processes have just been connected
         heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
         shutdown_timeout_seconds=HEARTBEAT_SECONDS,
     )
 
 
 def _keep_collectives_on(host: str) -> None:
-    """Lets the collectives of a run on this machine listen on its loopback, not where its host name resolves to."""
-    os.environ.setdefault("NCCL_SOCKET_IFNAME", "lo")  # of GPUs
+    """Makes the collectives of a run on one machine listen on loopback instead of the address of its host name."""
+    os.environ.setdefault("NCCL_SOCKET_IFNAME", "lo")  # for GPUs
     if jax.config.values["jax_cpu_collectives_implementation"] != "gloo":
         return
 
@@ -99,18 +100,18 @@ def _keep_collectives_on(host: str) -> None:
     xla_bridge.register_backend_factory("cpu", make_client, fail_quietly=False)
 
 
-def _take_turns() -> None:
-    """Lets this thread, and those that it starts from now on, take no core from another one on waking, on Linux.
+def _never_preempt() -> None:
+    """On Linux, keeps this thread and those that it starts later from preempting another thread when they wake.
 
-    Gloo's thread would: it wakes while a sum is being sent, takes the core from the thread that sends, spins for the
-    lock which that one holds, and does so for a time slice of 3 ms, where a sum takes 0.2 ms.
+    Gloo's thread wakes while a sum is being sent, preempts the sending thread, and spins for a lock which that thread
+    holds, for a time slice of 3 ms; the sum takes 0.2 ms.
     """
     if hasattr(os, "SCHED_BATCH") and os.sched_getscheduler(0) == os.SCHED_OTHER:
-        with contextlib.suppress(OSError):  # forbidden in some containers: it is slower then, no more
+        with contextlib.suppress(OSError):  # forbidden in some containers, where sums are slower
             os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
 
 
-def _asked_of_cluster() -> tuple[str, int, int, list[int] | None]:
+def _ask_cluster() -> tuple[str, int, int, list[int] | None]:
     """(address, number of processes, which this is, its devices), from Slurm, Open MPI, Kubernetes or a TPU pod."""
     address = count = process = devices = None
     reason = ""
@@ -146,14 +147,14 @@ def _end_as_aborted(_: int) -> None:
 
 
 _ABORT_HANDLER = ctypes.CFUNCTYPE(None, ctypes.c_int)
-_aborted = _ABORT_HANDLER(_end_as_aborted)  # for the life of the process, as C does not keep it
+_aborted = _ABORT_HANDLER(_end_as_aborted)  # referenced for the life of the process, since C does not own it
 
 
 def _end_as_lost_when_aborted() -> None:
-    """Makes exit code 76 of SIGABRT, by which JAX's runtime ends a process when another one is lost.
+    """Turns SIGABRT, by which JAX's runtime ends a process when another one is lost, into exit code 76.
 
-    A handler in Python would come too late, as abort() ends the process once the C handler has returned; and the
-    runtime's own callback for the case cannot be used from Python (std::bad_cast, jaxlib 0.10 and 0.12).
+    A Python handler would run too late, because abort() ends the process as soon as the C handler has returned. The
+    runtime's own callback for this case cannot be used from Python (std::bad_cast, jaxlib 0.10 and 0.12).
     """
     libc = ctypes.CDLL(None)
     libc.signal.argtypes, libc.signal.restype = (ctypes.c_int, _ABORT_HANDLER), ctypes.c_void_p
@@ -161,14 +162,14 @@ def _end_as_lost_when_aborted() -> None:
 
 
 def end_as_lost(error: BaseException, exit_code: int = ProcessLost.exit_code) -> NoReturn:
-    """Ends this process at once, with the reason why the run is lost: a normal exit would wait.
+    """Ends this process at once and logs why the run is lost; a normal exit would wait for the other processes.
 
-    The reason is that of the process which ended first, where it could still report it.
+    The reason is the one that the first process to end has reported, if it could.
     """
     reason = f"process {jax.process_index()}: {' '.join(str(error).split()) or type(error).__name__}"[:500]
     with contextlib.suppress(jax.errors.JaxRuntimeError):
         client = service()
-        with contextlib.suppress(jax.errors.JaxRuntimeError):  # another process has reported one
+        with contextlib.suppress(jax.errors.JaxRuntimeError):  # another process has reported a reason already
             client.key_value_set("dpreg/lost", reason)
         reason = client.key_value_try_get("dpreg/lost")
     log_line(f"the run lost a process ({reason}); start all again to go on from the newest checkpoint")
@@ -191,18 +192,21 @@ def allgather_text(
     patience: float = MEET_SECONDS,
     heartbeat: Callable[[], None] = lambda: None,
 ) -> list[str]:
-    """Sends a text to all processes and returns those of all, in the order of their ids; also a barrier.
+    """Gathers a text from all processes, in the order of their ids. It is also a barrier.
 
-    Over the coordination service, not the devices: it works before the first collective. All processes have to call it
-    equally often. A process is waited for while it is `presence.at_work`, and for 120 s without a sign of life from it.
+    It uses the coordination service rather than the devices, so that it works before the first collective. All
+    processes must call it equally often. It waits for a process while that is `presence.at_work`, and otherwise up to
+    120 s since its last sign of life.
 
     Args:
-      error: reports instead that this process cannot go on; all processes then raise it, at any exchange.
-      patience: seconds to wait for the others at most; heartbeat: called each second of them.
+      text: the text of this process.
+      error: sent instead of the text if this process cannot continue; all processes then raise it.
+      patience: the largest number of seconds to wait for the others.
+      heartbeat: called every second of the wait.
 
     Raises:
       AgreedError: with the error of the first process that has one.
-      ProcessLost: when another does not come.
+      ProcessLost: when another process does not call it in time.
     """
     mine = f":{text}" if error is None else _ERROR + error
     texts = [mine]
@@ -218,7 +222,7 @@ def allgather_text(
 
 
 def _awaited(key: str, process: int, wait: Wait, heartbeat: Callable[[], None]) -> str:
-    """What the process puts under a key."""
+    """Waits for the value that a process stores under a key."""
     signs = presence.Signs()
     while wait.goes_on(f"process {jax.process_index()} waits for {signs.describe(process)}"):
         try:
@@ -242,10 +246,10 @@ class AgreedError(InputError):
 
 
 def on_all_processes(function: Callable[[], Result]) -> Result:
-    """Runs it in all processes; an InputError of one becomes that of all, at their next meeting.
+    """Runs a function in all processes; if one of them raises an InputError, all raise it at the next barrier.
 
     Raises:
-      AgreedError: where a process had an InputError.
+      AgreedError: if a process has raised an InputError.
     """
     try:
         result = function()
@@ -259,10 +263,10 @@ def on_all_processes(function: Callable[[], Result]) -> Result:
 
 
 def together(doing: str = "") -> Callable[[Callable[Arguments, Result]], Callable[Arguments, Result]]:
-    """Makes a function one that all processes call: an InputError of one becomes that of all.
+    """Decorates a function that all processes call: an InputError of one is raised in all of them.
 
     Args:
-      doing: what it does before its first collective, for the messages of processes that wait for this one meanwhile.
+      doing: the activity before its first collective, for the messages of processes that wait for this one.
     """
 
     def decorate(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
@@ -278,11 +282,11 @@ def together(doing: str = "") -> Callable[[Callable[Arguments, Result]], Callabl
     return decorate
 
 
-def exchange_for(call: str, value: Any) -> list[Any]:
-    """`allgather_text` of values that JSON holds, for a call that all processes have to be in.
+def allgather_for(call: str, value: Any) -> list[Any]:
+    """`allgather_text` of JSON values, within a call that all processes must be in.
 
     Raises:
-      AgreedError: in all processes, when another one is in another call.
+      AgreedError: in all processes, when one of them is in another call.
     """
     found = []
     for text in allgather_text(json.dumps([call, value])):
@@ -297,12 +301,12 @@ def exchange_for(call: str, value: Any) -> list[Any]:
 
 
 def require_alike(call: str, advice: str, given: Callable[[], Mapping[str, tuple[str, str]]]) -> None:
-    """Compares what all processes give to a call, before its first collective.
+    """Compares the arguments of a call between processes, before its first collective.
 
     Args:
-      call: its name.
-      advice: what to do where something differs.
-      given: what is compared, by name: as a message shows it, and a digest of its value. Not called in one process.
+      call: the name of the call.
+      advice: what the user should do if something differs.
+      given: returns for each name what a message shows, and a digest of the value; not called in a single process.
 
     Raises:
       AgreedError: in all processes, when something differs between two of them.
@@ -311,7 +315,7 @@ def require_alike(call: str, advice: str, given: Callable[[], Mapping[str, tuple
         return
     with presence.at_work("reading what it was given"):
         own = given()
-    first, *others = exchange_for(call, own)
+    first, *others = allgather_for(call, own)
     for process, other in enumerate(others, 1):
         for name in {**first, **other}:
             if other.get(name) != first.get(name):
@@ -322,7 +326,7 @@ def require_alike(call: str, advice: str, given: Callable[[], Mapping[str, tuple
 
 @functools.cache
 def _compile_sum(size: int) -> tuple[Any, NamedSharding]:
-    """The compiled sum over processes of [size] uint32, and how its argument [processes, size] lies on devices."""
+    """The compiled sum of [size] uint32 over processes, and the sharding of its argument [processes, size]."""
     of_each = {device.process_index: device for device in reversed(jax.devices())}
     mesh = Mesh(np.array([of_each[process] for process in range(jax.process_count())]), ("process",))
     along, everywhere = (NamedSharding(mesh, PartitionSpec(*axis)) for axis in (("process",), ()))
@@ -330,13 +334,13 @@ def _compile_sum(size: int) -> tuple[Any, NamedSharding]:
     summed = jax.jit(lambda of_all: of_all.sum(axis=0, dtype=np.uint32), out_shardings=everywhere)
     with presence.at_work("compiling"):
         compiled = summed.lower(words).compile()
-    allgather_text()  # before the first collective, which waits for nobody long
+    allgather_text()  # barrier: the first collective would time out
     return compiled, along
 
 
 def sum_words(words: np.ndarray) -> np.ndarray:
-    """The sum over all processes of [n] uint32, in all of them: a collective, of one device of each process."""
-    size = 1 << max(10, (len(words) - 1).bit_length())  # few sizes, as each is compiled
+    """The sum of [n] uint32 over all processes, by a collective over one device of each process."""
+    size = 1 << max(10, (len(words) - 1).bit_length())  # few sizes, since each is compiled
     compiled, along = _compile_sum(size)
     padded = np.zeros((1, size), np.uint32)
     padded[0, : len(words)] = words

@@ -1,9 +1,9 @@
-"""The roll call: the processes of a run find each other, before JAX's runtime starts.
+"""The rendezvous of the processes of a run, before JAX's runtime starts.
 
-Process 0 calls it at the address where it will serve. The runtime would abort a process that waits in vain for
-another, and one whose id another has, too. Each other process sends a line of JSON, and gets lines of JSON: which
-processes are missing, again and again, and at the end that all are there, or what is wrong. Whatever else reaches the
-port on either side is bounded in bytes and in time, and costs a line on stderr.
+JAX's runtime would abort a process if another one is missing or has the same id. So process 0 first listens at the
+address of the coordination service. Each other process sends it a line of JSON and receives lines of JSON: which
+processes are missing, repeatedly, and finally that all are connected, or an error. Anything else that reaches the port,
+on either side, is limited in bytes and in time, and is logged in one line.
 """
 
 import contextlib
@@ -18,31 +18,31 @@ from dpreg.errors import InputError, ProcessLost
 from dpreg.spelling import spell
 from dpreg.terminal import printable
 
-HEARTBEAT_SECONDS = 10  # a process silent for as long is lost, and all others end
-JOIN_SECONDS = 120  # for processes to find each other
+HEARTBEAT_SECONDS = 10  # a process without heartbeats for so long is lost, and all others end
+JOIN_SECONDS = 120  # the limit for all processes to connect
 
-# A process of a run sends one short line as soon as it is connected.
+# A process of a run sends one short line as soon as it is connected; limits for other connections:
 _HELLO_BYTES, _HELLO_SECONDS, _MOST_UNKNOWN, _MOST_PROCESSES = 128, 5.0, 128, 1 << 24
 _ANSWER_BYTES, _MOST_NAMED, _MOST_ERROR = 4096, 8, 1000
-_REPORT_SECONDS = 10.0  # between the lines of a process that waits
-_STATUS_SECONDS = 1.0  # between the messages of process 0 to those that wait
+_REPORT_SECONDS = 10.0  # between the log lines of a process that waits
+_STATUS_SECONDS = 1.0  # between the messages of process 0 to the processes that wait
 _MISSING, _ALL_ARE_THERE = "missing", "all_are_there"
 
 
 def is_loopback(host: str) -> bool:
-    """Whether only this machine reaches the host."""
+    """Whether a host name or address is reachable from this machine only."""
     return host in ("localhost", "::1") or host.startswith("127.")
 
 
 class Wait:
-    """A wait with a limit, which reports every 10 seconds what it waits for."""
+    """A wait with a limit, which logs every 10 seconds what it waits for."""
 
     def __init__(self, seconds: float):
         self._began = self._told = time.monotonic()
         self._seconds = seconds
 
     def goes_on(self, what: str) -> bool:
-        """False when it has been long enough."""
+        """Whether the limit is not yet reached; logs `what` when a report is due."""
         now = time.monotonic()
         if now - self._told > _REPORT_SECONDS:
             self._told = now
@@ -51,12 +51,12 @@ class Wait:
 
 
 def log_line(line: str) -> None:
-    """A line on stderr, also from where Python's own stream may be in use."""
+    """Writes a line to stderr, even while Python's own stream is in use, as in a signal handler."""
     os.write(2, f"dpreg: {printable(line)}\n".encode())
 
 
 class _Caller:
-    """A connection to process 0: a stranger's, until it has sent the one message that a process of a run sends."""
+    """A connection to process 0, which is a stranger until it has sent the message of a process of the run."""
 
     def __init__(self, connection: socket.socket, address: str):
         self.connection, self.address, self._since, self._received = connection, address, time.monotonic(), b""
@@ -65,10 +65,10 @@ class _Caller:
         connection.setblocking(False)
 
     def read(self) -> None:
-        """Takes in what has arrived, without waiting.
+        """Reads the data that have arrived, without waiting.
 
         Raises:
-          _StrangerError: when the connection is closed, or what it sends is no message of a process of a run.
+          _StrangerError: when the connection is closed, or its data are not the message of a process of a run.
         """
         try:
             received = self.connection.recv(_HELLO_BYTES + 1)
@@ -85,19 +85,19 @@ class _Caller:
             self.process, self.num_processes = _parse_hello(self._received)
 
     def is_late(self) -> bool:
-        """Whether a process of a run would have sent its message by now."""
+        """Whether the message of a process of the run is overdue."""
         return self.process is None and time.monotonic() - self._since > _HELLO_SECONDS
 
 
 class _StrangerError(Exception):
-    """A connection is not one of a process of this run; the text says why."""
+    """A connection does not belong to a process of this run; the text gives the reason."""
 
 
 class _Registry:
-    """The connections to process 0 while it waits for the others: all are read as they come, by one thread.
+    """The connections to process 0 while it waits for the others, all read by one thread.
 
-    Whoever reaches the port may connect: a connection that sends something else than a process does, or nothing, is
-    closed, and none of them delays the others.
+    Anyone who can reach the port may connect. A connection that sends anything but the message of a process, or
+    nothing, is closed, and does not delay the others.
     """
 
     def __init__(self, listener: socket.socket, num_processes: int):
@@ -115,21 +115,21 @@ class _Registry:
         self._selector.close()
 
     def missing(self) -> list[int]:
-        """The processes that are not there yet."""
+        """The processes that have not connected yet."""
         return [process for process in range(1, self._num_processes) if process not in self.present]
 
     def serve(self, seconds: float) -> None:
-        """Takes in what comes within so many seconds.
+        """Accepts and reads connections for some seconds.
 
         Raises:
-          InputError: when a process was started with another number of processes, or another one's id.
+          InputError: when a process was started with another number of processes, or with the id of another one.
         """
         for key, _ in self._selector.select(seconds):
             if key.fileobj is self._listener:
                 self._accept()
                 continue
             if not self._knows(key.data):
-                continue  # closed a moment ago
+                continue  # was closed in this loop
             if self._read(key.data):
                 self._enter(key.data)
         for caller in [caller for caller in self._unknown if caller.is_late()]:
@@ -139,7 +139,7 @@ class _Registry:
         try:
             connection, address = self._listener.accept()
         except OSError:
-            return  # it was closed meanwhile, or there are too many open files
+            return  # the connection was closed, or there are too many open files
         if len(self._unknown) >= _MOST_UNKNOWN:
             self._drop(self._unknown[0], "too many others wait")
         caller = _Caller(connection, str(address[0]))
@@ -150,7 +150,7 @@ class _Registry:
         return caller in self._unknown or caller in self.present.values()
 
     def _read(self, caller: _Caller) -> bool:
-        """Takes in what a connection has sent; whether that is the message of a process."""
+        """Reads a connection, and returns whether it has sent the message of a process."""
         known = caller.process
         try:
             caller.read()
@@ -168,18 +168,18 @@ class _Registry:
             )
         assert process is not None
         if process in self.present:
-            self._read(self.present[process])  # which notices where that one has ended
+            self._read(self.present[process])  # drops that connection if its process has ended
         if process in self.present:
             raise InputError(f"{spell('process_id', process)}: two processes have it; give each a different one")
         self._unknown.remove(caller)
         self.present[process] = caller
 
     def _drop(self, caller: _Caller, why: str, process: int | None = None) -> None:
-        """Closes a connection; the first stranger is reported."""
+        """Closes a connection; the first stranger is logged."""
         self._selector.unregister(caller.connection)
         caller.connection.close()
         if process is not None:
-            del self.present[process]  # it has ended, and may be started again
+            del self.present[process]  # the process has ended, and may be started again
             return
         self._unknown.remove(caller)
         if not self._reported:
@@ -187,20 +187,20 @@ class _Registry:
             log_line(f"process 0 ignores a connection from {caller.address}, which is no process of this run: {why}")
 
     def send(self, message: dict[str, Any]) -> None:
-        """Sends a message to all processes that are connected."""
+        """Sends a message to all connected processes."""
         line = json.dumps(message).encode() + b"\n"
         for caller in (*self._unknown, *self.present.values()):
             if caller.process is not None:
-                with contextlib.suppress(OSError):  # a process that is gone will be missed by the runtime
+                with contextlib.suppress(OSError):  # the runtime will notice a process that has ended
                     caller.connection.send(line)
 
 
-def call_roll(host: str, port: int, num_processes: int) -> None:
-    """Process 0 waits until all others are connected, and lets them go on, or sends what is wrong.
+def serve_rendezvous(host: str, port: int, num_processes: int) -> None:
+    """Waits in process 0 until all other processes are connected, and notifies them, or sends them an error.
 
     Raises:
-      InputError: when a process was started otherwise than this one, or another listens at the port.
-      ProcessLost: when a process does not come in time.
+      InputError: when a process was started with other settings, or the port is in use.
+      ProcessLost: when a process does not connect in time.
     """
     with _listen(host, port) as listener, contextlib.closing(_Registry(listener, num_processes)) as registry:
         wait, status_due = Wait(JOIN_SECONDS), 0.0
@@ -219,16 +219,16 @@ def call_roll(host: str, port: int, num_processes: int) -> None:
         except (InputError, ProcessLost) as error:
             registry.send({type(error).__name__: str(error)[:_MOST_ERROR]})
             raise
-        listener.close()  # JAX's service takes its place
+        listener.close()  # JAX's service will listen at this port
         registry.send({_ALL_ARE_THERE: True})
 
 
-def answer_roll(host: str, port: int, num_processes: int, process_id: int) -> None:
-    """Another process connects to process 0, and waits until all are connected.
+def join_rendezvous(host: str, port: int, num_processes: int, process_id: int) -> None:
+    """Connects to process 0 from another process, and waits until all are connected.
 
     Raises:
-      InputError: as process 0 sends it.
-      ProcessLost: when there is no process 0, it falls silent, or another process does not come.
+      InputError: when process 0 sends one.
+      ProcessLost: when process 0 is not reachable or stops sending, or another process does not connect.
     """
     hello = json.dumps({"process_id": process_id, "num_processes": num_processes}).encode() + b"\n"
     wait, reason = Wait(JOIN_SECONDS), "no answer"
@@ -252,7 +252,7 @@ def answer_roll(host: str, port: int, num_processes: int, process_id: int) -> No
 
 
 def _await_all(connection: socket.socket, own: str, zero: str) -> None:
-    """Reads what process 0 sends until all are there.
+    """Reads the messages of process 0 until all processes are connected.
 
     Raises:
       InputError: as process 0 sends it.

@@ -7,7 +7,7 @@ import socket
 import threading
 import time
 
-from dpreg.distributed.rendezvous import answer_roll, call_roll
+from dpreg.distributed.rendezvous import join_rendezvous, serve_rendezvous
 from dpreg.errors import InputError
 
 from .mutate import TOKENS, damage_bytes
@@ -29,10 +29,10 @@ def meet_strangers(rng, port):
     claims = any(is_hello(text) for text, _ in payloads)
     outcome = {}
     with quiet():
-        processes = [thread(outcome, 0, call_roll, "127.0.0.1", port, 3)]
+        processes = [thread(outcome, 0, serve_rendezvous, "127.0.0.1", port, 3)]
         strangers = [thread(None, None, disturb, port, *each) for each in payloads]
         time.sleep(0.05 * rng.random())
-        processes += [thread(outcome, i, answer_roll, "127.0.0.1", port, 3, i) for i in (1, 2)]
+        processes += [thread(outcome, i, join_rendezvous, "127.0.0.1", port, 3, i) for i in (1, 2)]
         for running in processes[:1] if claims else processes:
             running.join(10)
         for running in strangers:
@@ -53,7 +53,7 @@ def find_a_stranger(rng, port):
     answer = damage_bytes(ANSWERS[rng.integers(len(ANSWERS))], rng) if rng.random() < 0.8 else payload(rng)[0]
     outcome = {}
     with quiet(), socket.create_server(("127.0.0.1", port)) as stranger:
-        other = thread(outcome, 1, answer_roll, "127.0.0.1", port, 2, 1)
+        other = thread(outcome, 1, join_rendezvous, "127.0.0.1", port, 2, 1)
         stranger.settimeout(5)
         connection = stranger.accept()[0]
         with contextlib.suppress(OSError):
@@ -61,7 +61,7 @@ def find_a_stranger(rng, port):
         connection.close()
         stranger.close()
         if not_over(other, 0.2):
-            thread(outcome, 0, call_roll, "127.0.0.1", port, 2).join(10)
+            thread(outcome, 0, serve_rendezvous, "127.0.0.1", port, 2).join(10)
         other.join(10)
     assert 1 in outcome, f"process 1 waits after {answer!r:.300}"
     error = outcome[1]
