@@ -1,4 +1,4 @@
-"""Rows in files, mapped into memory: whole or not there at all, whoever else reads or writes them."""
+"""Memory-mapped rows in files, which are either complete or absent, even with several readers and writers."""
 
 import contextlib
 import dataclasses
@@ -25,15 +25,15 @@ from dpreg.tables.standalone import sealed
 
 _MANIFEST, _CHECKSUMS = "manifest.json", "checksums"
 _COLUMNS = ("x", "y", "weight", "row")
-_BLOCK_BYTES = 1 << 17  # of all columns together
-_READ_AT_ONCE_BYTES = 1 << 28  # when it is opened: about 0.1 s
+_BLOCK_BYTES = 1 << 17  # of a block with a checksum, over all columns
+_READ_AT_ONCE_BYTES = 1 << 28  # checked when a table is opened, which takes about 0.1 s
 
 
 class DamagedCacheError(InputError):
-    """The files of a cached table are not those that were written.
+    """The files of a cached table differ from those that were written.
 
     Attributes:
-      damage: what is wrong with them.
+      damage: a description of the difference.
     """
 
     def __init__(self, folder: pathlib.Path, damage: object):
@@ -44,10 +44,11 @@ class DamagedCacheError(InputError):
 
 
 def _discard(file: pathlib.Path, inode: int, damage: object) -> DamagedCacheError:
-    """Deletes a cached table, unless another process has written it anew; returns the error to raise.
+    """Deletes a cached table unless another process has replaced it, and returns the error to raise.
 
     Args:
-      file: one of its files; inode: that it had when the table was opened.
+      file: one of its files.
+      inode: the inode of that file when the table was opened.
     """
     with contextlib.suppress(OSError):
         if file.stat().st_ino == inode:
@@ -56,12 +57,12 @@ def _discard(file: pathlib.Path, inode: int, damage: object) -> DamagedCacheErro
 
 
 class Column:
-    """A column of rows in a file, mapped into memory. Each block is compared with its checksum when it is first read.
+    """A memory-mapped column in a file. Each block is compared with its checksum when it is first read.
 
     Args:
-      file: the values [n, ...], one row after the other.
-      checksums: [blocks] uint32, CRC-32 of each block.
-      block_rows: rows of a block.
+      file: the values [n, ...], row by row.
+      checksums: [blocks] uint32, the CRC-32 of each block.
+      block_rows: the number of rows of a block.
     """
 
     def __init__(
@@ -74,17 +75,17 @@ class Column:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the file."""
+        """The size of the file in bytes."""
         return self._values.nbytes
 
     def __len__(self) -> int:
         return len(self._values)
 
     def values(self, rows: np.ndarray | None = None) -> np.ndarray:
-        """The values of all rows, of which those at `rows` (all by default) are those that were written.
+        """The values of all rows, after a check of those at `rows` (all by default).
 
         Raises:
-          DamagedCacheError: when they are not.
+          DamagedCacheError: when a value that is checked differs from what was written.
         """
         if not self._whole:
             blocks = np.arange(len(self._unread)) if rows is None else rows // self._block_rows
@@ -102,10 +103,10 @@ class Column:
 
 
 class ColumnWriter:
-    """Writes a column to a file, with the checksums of its blocks; a context manager.
+    """A context manager that writes a column to a file and computes the checksums of its blocks.
 
     Attributes:
-      checksums: of the blocks so far.
+      checksums: the checksums of the blocks written so far.
     """
 
     def __init__(self, file: pathlib.Path, block_rows: int):
@@ -120,7 +121,7 @@ class ColumnWriter:
         self._open.close()
 
     def write(self, values: np.ndarray) -> None:
-        """The next rows, contiguous in memory."""
+        """Writes the next rows, which are contiguous in memory."""
         start = 0
         while start < len(values):
             if not self._room:
@@ -134,19 +135,19 @@ class ColumnWriter:
 
 
 def block_rows(row_bytes: int) -> int:
-    """Rows of a block: few enough for one row to be read fast, many enough for the checksums to be short."""
+    """The number of rows of a block: small enough to read one row fast, and large enough to have few checksums."""
     return max(1, _BLOCK_BYTES // row_bytes)
 
 
 @dataclasses.dataclass(frozen=True)
 class MappedSource:
-    """Rows in files, mapped into memory.
+    """A source of memory-mapped rows.
 
     Attributes:
-      columns: "x", "y" and "weight", what the model sees, as `dpreg.data.sources.Source` gives it; and "row", the
-        number of each row in the table, from 0.
-      digest: its fingerprint.
-      schema: by which the columns of the table were encoded.
+      columns: "x", "y" and "weight" in the units of training, as for `dpreg.data.sources.Source`, and "row", the number
+        of each row in the table, from 0.
+      digest: the fingerprint of the rows.
+      schema: the schema by which the columns of the table were encoded.
     """
 
     columns: Mapping[str, Column]
@@ -161,34 +162,34 @@ class MappedSource:
 
     @property
     def x(self) -> np.ndarray:
-        """[n, d] features, all of them read."""
+        """All features [n, d], read into memory."""
         return self.columns["x"].values()
 
     @property
     def y(self) -> np.ndarray:
-        """[n, t] targets, all of them read."""
+        """All targets [n, t], read into memory."""
         return self.columns["y"].values()
 
     @property
     def weight(self) -> np.ndarray:
-        """[n] weights, all of them read."""
+        """All weights [n], read into memory."""
         return self.columns["weight"].values()
 
     @property
     def row(self) -> np.ndarray:
-        """[n] int64 numbers, all of them read."""
+        """The numbers of all rows in the table, [n] int64, read into memory."""
         return self.columns["row"].values()
 
     def fingerprint(self) -> str:
-        """Of all values, in their order; taken when they were written."""
+        """A fingerprint of all values in their order, computed when they were written."""
         return self.digest
 
 
 @contextlib.contextmanager
 def new_folder(folder: pathlib.Path) -> Iterator[pathlib.Path]:
-    """A folder that gets its name when it is complete, and goes away when that fails.
+    """A folder that is renamed to its final name when it is complete, and deleted if that fails.
 
-    What an interrupted ingest has left is taken away, too: it is not of this minute, and nobody holds its lock.
+    It also deletes what an interrupted ingest has left: folders that are older than a minute, and not locked.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     for left in folder.parent.glob("*.new-*"):
@@ -201,7 +202,7 @@ def new_folder(folder: pathlib.Path) -> Iterator[pathlib.Path]:
     new = pathlib.Path(tempfile.mkdtemp(prefix=f"{folder.name}.new-", dir=folder.parent))
     try:
         with (new / "lock").open("w") as lock:
-            with contextlib.suppress(OSError):  # of some network file systems, which lock nothing
+            with contextlib.suppress(OSError):  # some network file systems have no locks
                 fcntl.flock(lock, fcntl.LOCK_EX)
             yield new
             (new / "lock").unlink()
@@ -211,19 +212,19 @@ def new_folder(folder: pathlib.Path) -> Iterator[pathlib.Path]:
                 publish(new, folder)
             except OSError as error:
                 if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
-                    raise  # else another process was faster, with the same rows
+                    raise  # otherwise another process has written the same rows first
     finally:
         shutil.rmtree(new, ignore_errors=True)
 
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """What was written of the rows to fit ("train"), or of those held out ("val").
+    """Describes the written rows to fit ("train") or validation rows ("val").
 
     Attributes:
-      rows: how many.
-      fingerprint: of their values.
-      checksums: of the blocks of each column, "x", "y", "weight" and "row".
+      rows: the number of rows.
+      fingerprint: the fingerprint of their values.
+      checksums: the checksums of the blocks of each column, "x", "y", "weight" and "row".
     """
 
     rows: int
@@ -234,12 +235,12 @@ class Part:
 def write_manifest(
     folder: pathlib.Path, table: str, schema: Schema, dtype: np.dtype, block_rows: int, parts: Mapping[str, Part]
 ) -> None:
-    """Says what lies in the folder: last, since nothing without it is opened.
+    """Writes the description of the folder, as the last file: a folder without it is not opened.
 
     Args:
-      dtype: of the rows.
-      block_rows: rows of a block that has a checksum.
-      parts: "train" and "val".
+      dtype: the dtype of the rows.
+      block_rows: the number of rows of a block with a checksum.
+      parts: descriptions of "train" and "val".
     """
     checksums = [part.checksums.get(name, ()) for part in parts.values() for name in _COLUMNS]
     text = np.array([number for numbers in checksums for number in numbers], np.uint32).tobytes()
@@ -257,12 +258,12 @@ def write_manifest(
 
 
 def opened(folder: pathlib.Path) -> tuple[MappedSource, MappedSource | None, Schema] | None:
-    """The rows to fit, those held out, and what their columns are; None where there is no such folder.
+    """The rows to fit, the validation rows, and their schema; None if there is no such folder.
 
-    Small tables are compared with their checksums here, others as they are read.
+    Small tables are compared with their checksums here, and larger ones when they are read.
 
     Raises:
-      DamagedCacheError: when they are not those that were written.
+      DamagedCacheError: when they differ from what was written.
     """
     file = folder / _MANIFEST
     if not file.exists():

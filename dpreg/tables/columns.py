@@ -1,4 +1,4 @@
-"""The columns of a table as numbers: found, converted and checked."""
+"""Finds, converts and checks the columns of a table."""
 
 import collections
 import dataclasses
@@ -20,19 +20,19 @@ from dpreg.tables.standalone import spelled, text_of
 from dpreg.tables.table import Part, Table
 from dpreg.tables.values import DATES, NUMBERS, TEXTS, parse, refuse_mixture
 
-LARGEST = 1e150  # of float64: squares of larger values are not finite
-_MOST_CATEGORIES = 1_000_000  # that are held in memory, with their counts
+LARGEST = 1e150  # the largest value: squares of larger ones overflow in float64
+_MOST_CATEGORIES = 1_000_000  # kept in memory with their counts
 _MICROSECONDS_A_DAY = 86_400e6
 _NARROW = {pa.bool_(), pa.int8(), pa.uint8(), pa.int16(), pa.uint16(), pa.float16(), pa.float32(), pa.null()}
 _UNNAMED = re.compile(r"(?:Unnamed: \d+)?(?:_level_\d+)?")  # as pandas reads a column without a name
-_BATCH_BYTES = 16 << 20  # of rows as float64, taken in at once
+_BATCH_BYTES = 16 << 20  # of a batch of rows as float64
 
 
 def resolve(columns: Columns, table: Table) -> Columns:
-    """With the features named, and groups of columns by their members.
+    """Resolves the names of the features, and groups of columns to their members.
 
     Raises:
-      InputError: for a column that is not there, or that is asked for twice.
+      InputError: for a missing column, and for one that is named twice.
     """
     known = set(table.columns)
 
@@ -74,7 +74,7 @@ def resolve(columns: Columns, table: Table) -> Columns:
 
 
 def _all_features(columns: Columns, table: Table) -> tuple[str, ...]:
-    """The columns that are features where none are named; says what a user may not expect of them."""
+    """The features if none are named; logs those columns whose treatment a user may not expect."""
     used = {*columns.target, *columns.exclude, columns.weight_column}
     left_out = [name for name in table.columns if name in table.index - used - {*columns.categorical, *columns.dates}]
     features = tuple(name for name in table.columns if name not in used.union(left_out))
@@ -94,17 +94,17 @@ def _all_features(columns: Columns, table: Table) -> tuple[str, ...]:
 
 
 class RawReader:
-    """Reads the columns asked for as float64, and notes what is missing.
+    """Reads columns as float64, and records missing values.
 
     Args:
-      columns: what to take from tables, resolved.
-      schema: of a model, which knows categories and their codes; -1 is any other. None: codes are given in the order
-        of appearance.
-      dtype: what the model sees numbers as.
+      columns: the columns to read, with resolved names.
+      schema: the schema of a model with its categories and their codes, where -1 stands for other values. None assigns
+        codes in the order of appearance.
+      dtype: the dtype of numbers in the model.
 
     Attributes:
-      narrow: for each column of what `read` yields whether float32 holds all values that it had so far.
-      without_weight: how many rows had the weight 0.
+      narrow: for each column that `read` yields, whether float32 represents all its values so far exactly.
+      without_weight: the number of rows with weight 0.
     """
 
     def __init__(self, columns: Columns, schema: Schema | None = None, dtype: DTypeLike = np.float32):
@@ -115,7 +115,7 @@ class RawReader:
         self._kinds = dict.fromkeys(self.names, NUMBERS) | dict.fromkeys(columns.dates, DATES)
         self._kinds |= dict.fromkeys(columns.categorical, TEXTS)
         self._predicts = schema is not None
-        # float32 does not hold the numbers of rows.
+        # float32 does not represent all row numbers.
         self.narrow = (*[True] * (len(columns.features) + len(columns.target) + 1), False, False)
         self.without_weight = 0
         self._missing: dict[str, tuple[int, str]] = {}  # column -> how many values, and where the first is
@@ -123,18 +123,18 @@ class RawReader:
         self._numbers: dict[str, str] = {}  # column -> where the first besides 0 and 1 is
 
     def read(self, table: Table, rows: int | None = None) -> Iterator[np.ndarray]:
-        """The rows of a table in batches of that many, so that sums over them do not depend on how its parts are cut.
+        """The rows of a table in batches of equal size, so that sums over them do not depend on its files.
 
-        A row of weight 0 is left out before anything is learned or checked of it, and gets no number: all else is as
-        if the table did not have it.
+        A row of weight 0 is skipped before anything is learned from it or checked, and is not counted, as if the table
+        did not have it.
 
         Yields:
-          [n, inputs + targets + 3] float64: numbers, codes of categories, NaN where missing; then, as the constants
-          `WEIGHT`, `ROW` and `NUMBER` of `dpreg.data.schema` have it, the row's weight, which row of the table it is,
-          and its number among those with a weight, both from 0.
+          [n, inputs + targets + 3] float64: numbers, and codes of categories, with NaN for missing values; then, at
+          `WEIGHT`, `ROW` and `NUMBER` of `dpreg.data.schema`, the weight of the row, its number in the table, and its
+          number among the rows with a weight, both from 0.
 
         Raises:
-          InputError: for what is no number, not finite as `dtype`, or not in the range of weights or logarithms.
+          InputError: for values that are not numbers, not finite as `dtype`, or out of range for weights or logarithms.
         """
         seen, first, waiting = 0, 0, list[np.ndarray]()
         for part in itertools.chain(table.read(self._kinds), (None,)):
@@ -147,16 +147,16 @@ class RawReader:
             while (have := sum(map(len, waiting))) >= size or (part is None and have):
                 raw = np.concatenate(waiting) if len(waiting) > 1 else waiting[0]
                 batch, waiting = raw[:size], [raw[size:]]
-                batch[:, NUMBER] = np.arange(first, first + len(batch))  # float64 holds every number below 2**53
+                batch[:, NUMBER] = np.arange(first, first + len(batch))  # exact in float64 below 2**53
                 first += len(batch)
                 yield batch
 
     def _raw(self, part: Part, seen: int) -> np.ndarray:
-        """The rows of a part that have a weight, not numbered yet; `seen` rows of the table are before it."""
+        """The rows of a batch of the table that have a weight, not numbered yet; `seen` rows precede the batch."""
         columns = self.columns
         rows = np.arange(part.batch.num_rows)
         if columns.weight_column:
-            # Of the dtype of the model, in which a small weight may be 0.
+            # In the dtype of the model, in which a small weight may underflow to 0.
             weight = _numbers(part, columns.weight_column, len(self.names) - 1)
             rows = np.flatnonzero(weight.astype(self.dtype) != 0)
             if len(rows) < len(weight):
@@ -190,7 +190,7 @@ class RawReader:
         return raw
 
     def _fill(self, raw: np.ndarray, part: Part) -> list[int]:
-        """Fills in the columns of a part; gives the positions of those that are numbers."""
+        """Fills in the columns of a batch, and returns the positions of the numeric ones."""
         numbers, plain = list[int](), list[int]()
         for at, (name, kind) in enumerate(zip(self.names, part.batch.schema.types, strict=True)):
             wanted = self._kinds[name]
@@ -211,7 +211,7 @@ class RawReader:
         return numbers
 
     def _refuse_infinite(self, part: Part, raw: np.ndarray, numbers: list[int]) -> None:
-        """Raises InputError for a number that is not finite as the model sees it; a schema scales it before that."""
+        """Raises InputError for a number that is not finite in the dtype of the model, after scaling by the schema."""
         most = LARGEST if self._predicts else min(float(np.finfo(self.dtype).max), LARGEST)
         bad = np.abs(raw[:, numbers]) > most  # False for NaN
         if bad.any():
@@ -224,7 +224,7 @@ class RawReader:
             )
 
     def _refuse_mixtures(self, part: Part, raw: np.ndarray, numbers: list[int]) -> None:
-        """Raises InputError for a column of true and false with other numbers than 0 and 1, wherever they are."""
+        """Raises InputError for a column that has booleans, and numbers other than 0 and 1, anywhere in the table."""
         new = [at for at in numbers if self.names[at] not in self._numbers]
         values = raw[:, new]
         other = (values != 0) & (values != 1) & ~np.isnan(values)
@@ -235,17 +235,17 @@ class RawReader:
                 raise refuse_mixture(name, where, self._numbers[name])
 
     def _is_narrow(self, part: Part, at: int) -> bool:
-        """Whether float32 holds all values of a column of a part."""
+        """Whether float32 represents all values of a column in a batch exactly."""
         if at == len(self.names):
-            return True  # weights of 1
+            return True  # all weights are 1
         name = self.names[at]
         if name in self.codes:
-            return True  # up to a million
+            return True  # codes are at most a million
         as_it_is = at < len(self.columns.features) or self.columns.target_transform != "log"
         return as_it_is and self._kinds[name] != DATES and part.batch.schema.field(at).type in _NARROW
 
     def _coded(self, part: Part, name: str, column: pa.Array) -> np.ndarray:
-        """Categories as their codes; NaN where missing: null, NaN or empty."""
+        """The codes of categories; NaN for missing values, which are null, NaN or empty."""
         try:
             texts, indices = _distinct(column)
         except (pa.ArrowException, TypeError, ValueError) as error:
@@ -268,14 +268,14 @@ class RawReader:
         return found
 
     def valid(self, raw: np.ndarray) -> np.ndarray:
-        """Which rows are used: with missing="drop" those without missing values."""
+        """[n] bool: which rows are used; with missing="drop", those without missing values."""
         if self.columns.missing != "drop":
             return np.ones(len(raw), bool)
         valid: np.ndarray = ~np.isnan(raw).any(axis=1)
         return valid
 
     def refuse_missing(self, table: str) -> None:
-        """Raises InputError where values are missing that may not be."""
+        """Raises InputError if values are missing and `missing` does not allow it."""
         columns = self.columns
         filled = columns.features if columns.missing == "mean" else ()
         wrong = {name: m for name, m in self._missing.items() if columns.missing != "drop" and name not in filled}
@@ -289,7 +289,7 @@ class RawReader:
 
 
 def _distinct(column: pa.Array) -> tuple[list[str | None], np.ndarray]:
-    """The distinct values of a column as text, and for each row its position among them; -1 where it is missing."""
+    """The distinct values of a column as text, and for each row the position of its value; -1 if it is missing."""
     kind = column.type
     if pa.types.is_duration(kind):
         raise TypeError("its values are spelled differently by each program")
@@ -307,10 +307,10 @@ def _distinct(column: pa.Array) -> tuple[list[str | None], np.ndarray]:
 
 
 def _numbers(part: Part, name: str, at: int) -> np.ndarray:
-    """A column as float64 [n], NaN where missing.
+    """A column as float64 [n], with NaN for missing values.
 
     Raises:
-      InputError: for what is no number.
+      InputError: for a value that is not a number.
     """
     column = part.column(at)
     kind = column.type
@@ -340,7 +340,7 @@ def _days(part: Part, name: str, column: pa.Array) -> np.ndarray:
 
 
 def is_text(kind: pa.DataType) -> bool:
-    """Whether a type is text, however it is stored."""
+    """Whether a type is a kind of text."""
     return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind))
 
 

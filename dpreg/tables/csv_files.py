@@ -1,4 +1,4 @@
-"""CSV files, also compressed, as batches of columns of chosen types."""
+"""Reads plain and compressed CSV files as batches of columns of chosen types."""
 
 import codecs
 import contextlib
@@ -12,16 +12,16 @@ import pyarrow.csv
 
 from dpreg.tables.values import NUMBERS, TEXTS, parse
 
-_BLOCK_BYTES = 8 << 20  # read at once
-_HEADER_BYTES = 1 << 16  # read at first for the names of the columns
-_BLOCK_ROWS = 100  # at least, of rows as long as the header
+_BLOCK_BYTES = 8 << 20  # read at a time
+_HEADER_BYTES = 1 << 16  # read first, for the names of the columns
+_BLOCK_ROWS = 100  # the least number of rows of a block, for rows as long as the header
 _COMPRESSIONS = {".gz": "gzip", ".bz2": "bz2", ".zst": "zstd"}
 
 Kinds = Mapping[str, pa.DataType]
 
 
 def read_header(file: str) -> list[str]:
-    """The names of the columns, as they are written; none of a file without a byte.
+    """The names of the columns as they are written; none for an empty file.
 
     Raises:
       ValueError, OSError: when there is no header in UTF-8.
@@ -32,13 +32,13 @@ def read_header(file: str) -> list[str]:
             content: bytes = stream.read(size)
         if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
             raise ValueError("it is written in UTF-16; save it in UTF-8")
-        # Arrow would make a column of each name, and take seconds for as many names as there may be.
+        # Arrow would create a column for each name, which takes seconds for the largest number of names.
         text = content.removeprefix(codecs.BOM_UTF8).decode(errors="surrogateescape")
         rows = (row for row in csv.reader(io.StringIO(text, newline="")) if row)
         try:
             names = next(rows, [])
             if len(content) < size or next(rows, None) is not None:
-                "".join(names).encode()  # no surrogates
+                "".join(names).encode()  # raises for unpaired surrogates
                 return names
         except csv.Error as error:
             raise ValueError(f"its header cannot be read: {error}") from error
@@ -50,17 +50,17 @@ def read_header(file: str) -> list[str]:
 def read_csv(file: str, kinds: Kinds) -> Iterator[pa.RecordBatch]:
     """The rows in batches.
 
-    In quotes, what is written for a missing value is text to a category, but never a number or a date.
+    A spelling of a missing value in quotes is text in a category, but never a number or a date.
 
     Args:
-      kinds: by column, as its name is written: `NUMBERS`, `DATES` or `TEXTS` of `dpreg.tables.values`.
+      kinds: by the name of the column: `NUMBERS`, `DATES` or `TEXTS` of `dpreg.tables.values`.
 
     Yields:
-      Batches of those columns; one of numbers is bool where it holds booleans.
+      Batches of these columns. A numeric column has the type bool in batches where it holds booleans.
 
     Raises:
-      InputError: for a value that is not of its column's kind, by its row.
-      ValueError, OSError: for what is no CSV file.
+      InputError: for a value that does not have its column's kind; names the row.
+      ValueError, OSError: for a file that is not CSV.
     """
     if _is_empty(file):
         return
@@ -74,7 +74,7 @@ def read_csv(file: str, kinds: Kinds) -> Iterator[pa.RecordBatch]:
                 yield batch
                 done, rows = done + 1, rows + batch.num_rows
             return
-        # Some value is not as Arrow expects it: all are read again as text, in the same batches, and parsed here.
+        # Arrow cannot parse some value: all are read again as text, in the same batches, and parsed here.
         streams = [
             _open(file, dict.fromkeys(names, TEXTS), quoted_missing, block_bytes)
             for names, quoted_missing in ((texts, False), (others, True))
@@ -98,7 +98,7 @@ def read_csv(file: str, kinds: Kinds) -> Iterator[pa.RecordBatch]:
 
 
 def _open_with_booleans(file: str, kinds: Kinds, quoted_missing: bool, block_bytes: int) -> pa.csv.CSVStreamingReader:
-    """A reader; numbers are bool that are true and false in the first block."""
+    """A reader, for which numeric columns with true and false in the first block are bool."""
     try:
         return _open(file, kinds, quoted_missing, block_bytes)
     except pa.ArrowInvalid:
@@ -116,7 +116,7 @@ def _open(
     quoted_missing: bool,
     block_bytes: int,
 ) -> pa.csv.CSVStreamingReader:
-    """A reader of some columns, those without a type as it infers."""
+    """A reader of some columns, which infers the types of those without one."""
     return pyarrow.csv.open_csv(
         _stream(file),
         read_options=pyarrow.csv.ReadOptions(block_size=block_bytes, use_threads=False),  # messages name the row
@@ -141,7 +141,7 @@ def _is_empty(file: str) -> bool:
 
 
 def _with_row(error: pa.ArrowInvalid) -> ValueError:
-    """Arrow counts rows from the header on; we from 1, after it."""
+    """Arrow counts the header as a row; dpreg counts from 1 after it."""
     if "straddling" in str(error):
         return _too_long(_BLOCK_BYTES)
     return ValueError(re.sub(r"Row #(\d+):", lambda found: f"row {int(found[1]) - 1}:", str(error)))

@@ -1,8 +1,8 @@
 """Ingest: a table becomes memory-mapped rows, read once, checked once and shuffled once.
 
-Two passes keep memory bounded whatever the table's size. The first reads the table in a stream, finds what is
-missing or wrong, learns moments and categories from the rows to fit, and shuffles the rows. The second writes what
-the model sees of them, in their new order.
+Two passes keep memory bounded whatever the table's size. The first streams the table, finds missing and invalid values,
+learns moments and categories from the rows to fit, and shuffles the rows. The second writes the encoded rows in their
+new order.
 """
 
 import contextlib
@@ -41,10 +41,10 @@ from dpreg.tables.statistics import ColumnStatistics
 from dpreg.tables.table import Table, open_table
 from dpreg.tables.tfds import open_tfds
 
-_FORMAT = 7  # of the cache; another one is another key
-_ENCODED_BYTES = 16 << 20  # written at once
-_AHEAD = 2  # batches that are made while others are taken in
-_HELD_OUT = 1  # key of the hash of row numbers
+_FORMAT = 7  # version of the cache, a part of its key
+_ENCODED_BYTES = 16 << 20  # written at a time
+_AHEAD = 2  # batches that are read ahead in a thread
+_HELD_OUT = 1  # key of the hash of row numbers that selects validation rows
 _MOST_ROWS = 2**31 - 1
 
 Progress = Callable[[str, int], None]  # called with "reading" or "writing", and the number of rows so far
@@ -62,17 +62,17 @@ def read_table(
     dtype: DTypeLike = np.float32,
     progress: Progress = lambda what, rows: None,
 ) -> RegressionData:
-    r"""The rows of a table, held out, scaled and shuffled as asked for; read from its files the first time only.
+    r"""The rows of a table, split, scaled and shuffled; its files are read the first time only.
 
     Args:
       name: a file, a pattern or a folder, as for `dpreg.tables.table.open_table`; or tfds:NAME.
-      columns: what to take from it.
-      batch_size: rows of a global batch.
-      validation_dataset: another table, all of whose rows are held out.
-      data_dir: where TFDS datasets are prepared.
-      cache_dir: where tables lie once they are read; ~/.cache/dpreg/tables by default.
-      dtype: what they are kept as: float32 or float64.
-      progress: called at intervals with what is being done and the number of rows so far.
+      columns: the columns to read, and how to encode them.
+      batch_size: the number of rows of a global batch.
+      validation_dataset: another table, all rows of which are validation rows.
+      data_dir: the folder of prepared TFDS datasets.
+      cache_dir: the folder of cached tables; ~/.cache/dpreg/tables by default.
+      dtype: the dtype of the rows on the host, float32 or float64.
+      progress: called at intervals with the activity and the number of rows so far.
 
     Raises:
       InputError: as `ingest`.
@@ -112,19 +112,19 @@ def ingest(
     dtype: DTypeLike = np.float32,
     progress: Progress = lambda what, rows: None,
 ) -> tuple[MappedSource, MappedSource | None, Schema]:
-    """The rows of a table to fit, those held out, and what its columns are; from the cache where they are there.
+    """The rows to fit of a table, its validation rows, and its schema; from the cache if they are in it.
 
     Args:
-      table: what to fit.
-      columns: what to take from it.
-      cache: the folder of all caches. Processes may share it: what is not complete is not seen.
-      validation: rows to hold out; a share of the table's own by default.
-      dtype: of the rows.
-      progress: called at intervals with what is being done and the number of rows so far.
+      table: the table.
+      columns: the columns to read, and how to encode them.
+      cache: the folder of all caches. Processes may share it, since incomplete entries are not visible.
+      validation: a table of validation rows; by default, a fraction of `table`.
+      dtype: the dtype of the rows.
+      progress: called at intervals with the activity and the number of rows so far.
 
     Raises:
-      InputError: for columns that are not there or not numbers, values that are missing or not finite (names the
-        file, the column and the row), no rows, and a full disk.
+      InputError: for missing columns, values that are not numbers, missing or not finite (names the file, the column
+        and the row), a table without rows, and a full disk.
     """
     columns = resolve(columns, table)
     if validation is not None:
@@ -228,13 +228,13 @@ def _encode(
     rows_of_block: int,
     progress: Progress,
 ) -> Part:
-    """Writes what the model sees of the rows, in their final order."""
+    """Writes the encoded rows in their final order."""
     at_once = max(1, _ENCODED_BYTES // (dtype.itemsize * len(schema.features)))
 
     def encoded() -> Iterator[dict[str, np.ndarray]]:
         for raw in (part[i : i + at_once] for part in parts for i in range(0, len(part), at_once)):
             for at, place in enumerate(codes):
-                if place is not None:  # the last stands for a missing value
+                if place is not None:  # the last category stands for a missing value
                     raw[:, at] = place[np.where(np.isnan(raw[:, at]), len(place) - 1, raw[:, at]).astype(np.intp)]
             yield schema.rows(raw, dtype) | {"row": raw[:, ROW].astype(np.int64)}
 

@@ -1,4 +1,4 @@
-"""From the columns of a table to what a model with its schema sees: one way for files, data frames and arrays."""
+"""Encodes the columns of a table by a model's schema, alike for files, data frames and arrays."""
 
 import collections
 import dataclasses
@@ -21,15 +21,15 @@ _BATCH_ROWS = 1 << 14
 
 
 def columns_of(schema: Schema, columns: Columns | None, targets: bool) -> Columns:
-    """What to take from a table that a model with this schema is to predict.
+    """The columns to read from a table for prediction by a model with this schema.
 
     Args:
-      columns: what it was trained on; None where that is not known: missing values then have the mean where the schema
-        has one, else their row is left out.
-      targets: whether the targets, and the weights, are needed, too.
+      columns: the columns that the model was trained on. If None, a missing value becomes the mean if the schema has
+        one, and otherwise its row is left out.
+      targets: whether to read the targets and the weights as well.
 
     Raises:
-      InputError: when missing values should become the mean, and the model knows none.
+      InputError: when missing values should become the mean, and the schema has none.
     """
     numbers = [column for column in schema.inputs if isinstance(column, Number)]
     if columns is None:
@@ -52,20 +52,21 @@ def columns_of(schema: Schema, columns: Columns | None, targets: bool) -> Column
 
 
 class RawRows:
-    """The rows of a table as a model sees them, in a stream, and which of them it can predict.
+    """A stream of the encoded rows of a table, which records which of them can be predicted.
 
     Args:
-      table: the rows.
-      columns: what to take from it, as `columns_of` gives it.
-      schema: of the model; dtype: what the model sees.
+      table: the table.
+      columns: the columns to read, from `columns_of`.
+      schema: the schema of the model.
+      dtype: the dtype of the encoded rows.
 
     Attributes:
-      rows, used: how many rows were read so far, and how many of them have all values.
-      valid: for each chunk that was yielded, [n] bool: which rows have all values.
-      others: by column, how many rows have a category that the model does not know.
+      rows, used: the number of rows read so far, and of those among them without missing values.
+      valid: for each chunk that was yielded, [n] bool: which rows have no missing value.
+      others: by column, the number of rows with a category that the model does not know.
 
     Raises:
-      InputError: for a column that is not there.
+      InputError: for a missing column.
     """
 
     def __init__(self, table: Table, columns: Columns, schema: Schema, dtype: DTypeLike = np.float32):
@@ -76,10 +77,10 @@ class RawRows:
         self._table, self._schema, self._reader = table, schema, RawReader(columns, schema, dtype)
 
     def chunks(self, most: int) -> Iterator[Rows]:
-        """Yields `{"x", "y", "weight"}` of up to `most` rows; a row without all values has zeros, and no weight.
+        """Yields `{"x", "y", "weight"}` of up to `most` rows; a row with a missing value has zeros and weight 0.
 
         Raises:
-          InputError: as `RawReader.read`; for values that are missing and may not be; and where there are no rows.
+          InputError: as `RawReader.read`; for missing values that are not allowed; and for a table without rows.
         """
         for raw in self._reader.read(self._table, most):
             valid = self._reader.valid(raw)
@@ -104,11 +105,11 @@ def open_columns(x: Any, columns: Columns, name: str = "x") -> Table:
     Args:
       x: columns by their names: a mapping, a pandas DataFrame, an Arrow table, or any object with Arrow's PyCapsule
         interface; or an array [n, features] with the features in the order of `columns.features`.
-      columns: what will be taken from it.
-      name: of the argument, for messages.
+      columns: the columns that will be read.
+      name: the name of the argument, for messages.
 
     Raises:
-      InputError: for what is none of these, and for columns that are not of equal length or not of one type.
+      InputError: for other types, and for columns of different lengths or of mixed types.
     """
     if isinstance(x, pa.RecordBatch):
         x = pa.Table.from_batches([x])
@@ -145,10 +146,10 @@ def open_columns(x: Any, columns: Columns, name: str = "x") -> Table:
 
 
 def open_source(source: Source, columns: Columns) -> tuple[Table, Columns]:
-    """The rows of a source that holds the columns of a table as they are, as a table; and what to take from it.
+    """A source with the unencoded columns of a table, as a table, and the columns to read from it.
 
     Args:
-      source: its x are `columns.features`; where there are `columns.target`, its y are those, and its weights hold.
+      source: its x are `columns.features`; if there are `columns.target`, they are its y, and its weights are used.
 
     Raises:
       InputError: when it has other numbers of features or targets.
@@ -178,7 +179,7 @@ def open_source(source: Source, columns: Columns) -> tuple[Table, Columns]:
 
 
 def encoded_schema(source: Any) -> Schema | None:
-    """The schema by which the rows of a source are encoded already; None for rows that are no table's."""
+    """The schema by which the rows of a source are already encoded; None for rows that do not come from a table."""
     while hasattr(source, "source"):  # in another order, or another precision
         source = source.source
     schema = getattr(source, "schema", None)
@@ -204,10 +205,10 @@ def _wrong_width(what: str, names: Sequence[str]) -> InputError:
 
 
 def _array(table: str, name: str, values: Any) -> pa.Array | pa.ChunkedArray:
-    """A column as Arrow has it; NaN is a missing value.
+    """A column as an Arrow array; NaN is a missing value.
 
     Raises:
-      InputError: for values that are not one for each row, or not of one type.
+      InputError: for columns with more than one axis, and for values of mixed types.
     """
     if isinstance(values, (pa.Array, pa.ChunkedArray)):
         return values

@@ -1,4 +1,4 @@
-"""What the rows to fit teach of their columns: moments and categories."""
+"""Moments and categories of columns, learned from the rows to fit."""
 
 import collections
 import dataclasses
@@ -11,23 +11,23 @@ from dpreg.errors import InputError
 from dpreg.spelling import spell
 from dpreg.tables.columns import RawReader
 
-SMALLEST = 1e-150  # the least deviation that counts as above 0: squares of smaller ones are no normal numbers
+SMALLEST = 1e-150  # the least deviation that counts as nonzero: squares of smaller ones are subnormal
 
-_MOST_LOST = 0.05  # of a deviation, by rounding
-_NO_CODE = -1  # of missing values among codes of categories
+_MOST_LOST = 0.05  # the largest relative error of a deviation by rounding
+_NO_CODE = -1  # the code of missing values of a category
 
 
 class ColumnStatistics:
-    """What the rows to fit teach of the columns that a reader reads."""
+    """The statistics of the columns that a reader reads, over the rows to fit."""
 
     def __init__(self, reader: RawReader):
         self._reader, self._columns = reader, reader.columns
         self._counts = {name: collections.defaultdict[int, float](float) for name in self._columns.categorical}
         self._moments = Moments.none(len(self._columns.features) + len(self._columns.target))
-        self.weight = self.largest_weight = 0.0  # of all rows, and of one
+        self.weight = self.largest_weight = 0.0  # the sum of the weights, and the largest one
 
     def add(self, raw: np.ndarray) -> None:
-        """Takes in rows as `RawReader.read` gives them."""
+        """Adds rows from `RawReader.read`."""
         weight = raw[:, WEIGHT].astype(self._reader.dtype).astype(np.float64)  # as the steps have it
         self._moments.add(raw[:, :WEIGHT], weight)
         self.weight += float(weight.sum())
@@ -38,7 +38,7 @@ class ColumnStatistics:
                 counts[_NO_CODE if np.isnan(code) else int(code)] += float(count)
 
     def schema(self) -> tuple[Schema, list[np.ndarray | None]]:
-        """What the columns are to a model; and for each input the positions of its codes among the categories."""
+        """The schema of the columns, and for each input the positions of its codes among the categories."""
         columns, inputs, codes = self._columns, list[Number | Category](), list[np.ndarray | None]()
         moments, constant = self._moments, self._constant
         scales = moments.scale(self.weight, columns.standardizes)
@@ -72,7 +72,7 @@ class ColumnStatistics:
 
     @property
     def _constant(self) -> np.ndarray:
-        """[c] whether a column has one value that the intercept stands for: without an intercept only 0."""
+        """[c] bool: whether a column has one value, which the intercept represents; without an intercept only 0."""
         moments = self._moments
         one_value: np.ndarray = ~(moments.least < moments.most)
         return one_value if self._columns.intercept else one_value & (moments.mean == 0)
