@@ -14,7 +14,7 @@ from dpreg.models.module import Module
 
 
 def linear_parameters(params: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray] | None:
-    """W [d, t] and b [t] of a linear model, the scratch or the concise one (0 without one); None for any other."""
+    """w [d, t] and b [t] of dpreg's linear models, with b = 0 if the model has no intercept; None for other models."""
     layer = params["Dense_0"] if set(params) == {"Dense_0"} else params
     for of_w, of_b in (("w", "b"), ("kernel", "bias")):
         if of_w in layer and not set(layer) - {of_w, of_b}:
@@ -24,7 +24,7 @@ def linear_parameters(params: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray
 
 
 def initial_weights(sigma: float | None) -> nn.initializers.Initializer:
-    """N(0, sigma^2), of sigma 0.01 by default (D2L section 3.4.1)."""
+    """An initializer for N(0, sigma^2), with sigma 0.01 by default (D2L section 3.4.1)."""
     return nn.initializers.normal(0.01 if sigma is None else sigma)
 
 
@@ -34,12 +34,12 @@ class LinearRegressionScratch(Module):
     `w` [num_inputs, num_targets] starts as N(0, sigma^2), or on a table as zero; `b` [num_targets] starts as zero.
 
     Attributes:
-      num_inputs: features per row, d.
-      lr: learning rate of minibatch SGD.
-      sigma: standard deviation of the initial weights; by default 0.01, and 0 for rows of a table: see
-        `dpreg.Trainer.initial_state`.
-      num_targets: targets per row, t; D2L has one.
-      intercept: whether there is a `b`; else the predictions are x w.
+      num_inputs: the number of features of a row, d.
+      lr: the learning rate of minibatch SGD.
+      sigma: the standard deviation of the initial weights; by default 0.01, and 0 for rows of a table, where no step
+        would change the initial draw in a direction that the rows do not determine.
+      num_targets: the number of targets of a row, t; D2L has one.
+      intercept: whether the model has a `b`; without it, the predictions are x w.
 
     >>> model = LinearRegressionScratch(num_inputs=2, lr=0.03)
     >>> params = {"w": jnp.array([[2.0], [-3.0]]), "b": jnp.array([4.0])}

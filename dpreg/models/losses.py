@@ -1,8 +1,8 @@
-"""Losses: functions of (prediction, target) that give one value per row, and what belongs to each.
+"""Losses: functions of (prediction, target) with one value per row, and their links, domains and metrics.
 
-Predictions are [n, t] float, on the scale that the model adds up (the link's, for those that have one); targets [n, t].
-Rows have weights, so no loss here is a mean. Those named "half deviance" are 0 for a perfect prediction; twice their
-mean is the deviance that R and scikit-learn report.
+Predictions are [n, t] float, on the scale of the link if the loss has one; targets are [n, t]. Rows have weights, so
+no loss here is a mean. A loss that is a "half deviance" is 0 for a perfect prediction; twice its mean is the deviance
+that R and scikit-learn report.
 """
 
 import dataclasses
@@ -88,7 +88,7 @@ def softmax_loss(prediction: Array, target: Array) -> Array:
 def poisson_loss(prediction: Array, target: Array) -> Array:
     """Half the deviance of counts with log link, y log(y / m) - y + m with m = e^z (McCullagh and Nelder). -> [n].
 
-    As y (e^t - 1 - t) with t = log(m / y), since the difference of large counts would keep no digits.
+    It is computed as y (e^t - 1 - t) with t = log(m / y), since a difference of large counts would lose its digits.
     """
     _refuse_broadcasts(prediction, target)
     some = target > 0
@@ -120,13 +120,13 @@ class Loss:
     """A loss with its link, its metrics and the targets that it is defined for.
 
     Attributes:
-      name: as of `Config.loss`.
-      rows: (prediction, target) -> [n].
-      mean: prediction [n, p] -> what it says of the targets [n, t]: the inverse of the link, or the likeliest label.
-      metrics: the names of those that fit, of `dpreg.models.metrics.metrics`.
-      domain: what targets have to be, in words; allowed: which of them are.
-      num_classes: the predictions that one target takes, with labels as targets; else 0.
-      quantile: that "pinball" measures.
+      name: the name, as in `Config.loss`.
+      rows: (prediction, target) -> [n], the loss of each row.
+      mean: prediction [n, p] -> predicted targets [n, t]: the inverse of the link, or the most probable label.
+      metrics: the names of the metrics of `dpreg.models.metrics.metrics` that fit the loss.
+      domain: a description of valid targets; allowed: target [n, t] -> bool, which targets are valid.
+      num_classes: the number of classes if targets are labels, for each of which the model predicts a column; else 0.
+      quantile: the quantile of the metric "pinball".
     """
 
     name: str
@@ -139,10 +139,10 @@ class Loss:
     quantile: float = Config.quantile
 
     def outputs(self, num_targets: int) -> int:
-        """How many columns a model has to predict.
+        """The number of columns that a model has to predict.
 
         Raises:
-          InputError: for several targets where one is labels.
+          InputError: for several targets if targets are labels.
         """
         if self.num_classes and num_targets > 1:
             raise InputError(
@@ -151,7 +151,7 @@ class Loss:
         return self.num_classes or num_targets
 
     def refusal(self, row: int, target: Iterable[float], remedy: str | None = None) -> InputError:
-        """What to say of a target that is not allowed, in a row as the user numbers them from 1."""
+        """The error for a target outside the domain, in a row that is numbered from 1."""
         is_now, remedy = ", ".join(f"{value:g}" for value in target), remedy or self._another_loss()
         return InputError(
             f"{spell('loss', self.name)}: the target in row {row:,} is {is_now} and has to be {self.domain}; "
@@ -172,12 +172,13 @@ def make_loss(
     quantile: float = Config.quantile,
     num_classes: int = Config.num_classes,
 ) -> Loss:
-    """The loss of that name, as of `Config.loss`.
+    """The loss of a name in `Config.loss`.
 
     Args:
-      huber_delta: of "huber", in units of the target.
-      quantile: of "quantile", in (0, 1).
-      num_classes: of "softmax", C.
+      name: such as "squared".
+      huber_delta: the delta of "huber", in units of the target.
+      quantile: the quantile of "quantile", in (0, 1).
+      num_classes: the number of classes of "softmax", C.
     """
 
     def labels_below(target: np.ndarray, classes: int) -> np.ndarray:
@@ -211,7 +212,7 @@ def make_loss(
 
 
 def loss_of(model: Any) -> Loss:
-    """The loss that a model has; of one that brings nothing but a method `loss`, that, without a link."""
+    """The loss of a model; for a model with nothing but a method `loss`, that method, without a link."""
     objective = getattr(model, "objective", None)
     return objective if isinstance(objective, Loss) else Loss("own", model.loss)
 
@@ -222,13 +223,14 @@ def row_losses(model: Any, variables: Mapping[str, Any], prediction: Array, batc
     A model whose loss reads more than prediction and target has a method `row_losses(variables, prediction, batch)`.
 
     Args:
+      model: the model, whose `loss` or `row_losses` is applied.
       variables: "params" and "batch_stats" of the model.
-      prediction: [n, p], of the batch.
+      prediction: [n, p], the predictions for the batch.
       batch: {"x": [n, d], "y": [n, t], "weight": [n]}.
 
     Raises:
-      InputError: when there is no prediction for each row, or the model's loss gives anything but one value a row, such
-        as their mean.
+      InputError: when there is not one prediction for each row, or the model's loss does not give one value per row
+        but, for example, their mean.
     """
     counts = batch["weight"] > 0
     if prediction.shape[:1] != counts.shape:
@@ -236,7 +238,7 @@ def row_losses(model: Any, variables: Mapping[str, Any], prediction: Array, batc
             f"the model predicts {list(prediction.shape)} for {len(counts)} rows; give a prediction for each row, "
             "[rows, targets]"
         )
-    # Not only the loss: its derivative may be infinite, and infinity times nothing is not a number.
+    # The predictions are replaced as well as the loss: its derivative may be infinite, and infinity times 0 is NaN.
     along = counts.reshape(-1, *[1] * (prediction.ndim - 1))
     prediction = jnp.where(along, prediction, 0)
     own = getattr(model, "row_losses", None)

@@ -1,4 +1,4 @@
-"""How well a model predicts: losses and errors of rows, added up exactly."""
+"""Metrics of predictions, from sums of losses and errors that do not depend on how rows are distributed."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -11,17 +11,17 @@ from jax import Array
 from dpreg.errors import InputError
 from dpreg.models.losses import loss_of, row_losses
 
-_ROUNDINGS_OF_MEAN = 4  # by which the mean of equal targets may be off, in units of their last digit
+_ROUNDINGS_OF_MEAN = 4  # the error of the mean of equal targets, in units in the last place
 
 
 class Errors(NamedTuple):
-    """What evaluation keeps of the rows of a shard's batch, weighted: enough for all metrics, exactly.
+    """Weighted sums over the rows of a shard's batch, from which all metrics are computed.
 
-    Targets have an axis of their own: [t]. `mean` and `spread` are those of the targets: their weighted mean
-    and the weighted sum of squares around it. `right` is the weight of what was predicted to the nearest integer.
+    Sums of targets are [t]. `mean` and `spread` are the weighted mean of the targets and the weighted sum of squares
+    around it. `right` is the weight of the targets that are predicted to the nearest integer.
 
-    Squares of tiny values would be 0 and those of huge ones infinite: sums are of values times a power of two, 2**-e,
-    that brings the largest of the batch near 1, which changes none of their digits. The exponents e [t] are
+    Squares of tiny values would underflow and those of huge ones overflow. So values are multiplied by a power of two,
+    2**-e, that brings the largest of the batch near 1, which changes none of their digits. The exponents e [t] are
     `error_exponent` for `absolute_error`, `squared_error` (in units of 4**e) and `pinball`; `mean_exponent` for `mean`;
     and `spread_exponent` for `spread` (in units of 4**e).
     """
@@ -45,11 +45,11 @@ def errors(
     """The errors of one shard's batch, traced.
 
     Args:
-      model: with a `loss`.
-      log_targets: whether the model sees logarithms of the targets. The errors are those of the targets then; the
-        loss is the model's own.
-      variables: of the model.
-      prediction: [b, p], of the batch.
+      model: a model with a `loss`.
+      log_targets: whether the model predicts logarithms of the targets. The errors are those of the targets
+        themselves, while the loss is that of the logarithms.
+      variables: "params" and "batch_stats" of the model.
+      prediction: [b, p], the predictions for the batch.
       batch: {"x": [b, d], "y": [b, t], "weight": [b]}.
 
     Raises:
@@ -91,13 +91,13 @@ def _scaled(values: Array) -> tuple[Array, Array]:
     """(values [b, t] times 2**-e, e [t] of their dtype): the largest becomes 1/2 or more, and less than 1."""
     limits = np.finfo(np.dtype(values.dtype))
     largest = jnp.abs(values).max(axis=0)
-    # Zeros, and what is not finite, take the exponent of what is as small, or as large, as can be.
+    # Zeros take the exponent of the smallest number, and values that are not finite that of the largest.
     exponent = jnp.frexp(jnp.clip(largest, limits.tiny, limits.max))[1].astype(values.dtype)
     return _times_power(values, -exponent[None]), exponent
 
 
 def _times_power(values: Array, exponent: Array) -> Array:
-    """Values times 2**exponent, in two steps: the power may be none that the dtype has."""
+    """Values times 2**exponent, in two steps, since the dtype may not represent that power."""
     one, whole = jnp.ones((), values.dtype), exponent.astype(jnp.int32)
     half = whole // 2
     return values * jnp.ldexp(one, half) * jnp.ldexp(one, whole - half)
@@ -109,21 +109,21 @@ def metrics(
     named: Sequence[str] = ("rmse", "mae", "r2"),
     of_squares: bool = False,
 ) -> tuple[float, dict[str, float]]:
-    """(mean loss, metrics) from the errors of all batches, added in float64 in one fixed order.
+    """The mean loss and the metrics from the errors of all batches, summed in float64 in one fixed order.
 
-    rmse, mae, pinball, and accuracy (the share within 1/2 of the target) are over all values of all targets, r2 is the
-    mean of the targets'; deviance is twice the mean loss. The spread of all targets is put together from that
-    within the batches and that of their means (Chan, Golub and LeVeque 1983). What cannot be said, such as r2 without
-    spread, is left out.
+    rmse, mae, pinball and accuracy (the share within 1/2 of the target) are over all values of all targets; r2 is the
+    mean over targets; deviance is twice the mean loss. The spread of the targets is combined from the spreads within
+    batches and the spread of their means (Chan, Golub and LeVeque 1983). Undefined metrics, such as r2 without spread,
+    are left out.
 
     Args:
-      blocks: each [steps, shards, ...].
-      scale: [t], of the targets in their own units; the loss is not scaled.
-      named: the metrics wanted.
-      of_squares: whether the loss of a row is half its squared error, so that those say what a loss too small for the
-        dtype is.
+      blocks: errors [steps, shards, ...] of blocks.
+      scale: [t], the unit of each target; the loss is not scaled.
+      named: the names of the metrics to compute.
+      of_squares: whether the loss of a row is half its squared error; a mean loss that underflows in the dtype is then
+        computed from the squared errors.
     """
-    # Without what has no weight, such as the steps that fill up a block: sums depend on how many there are.
+    # Without entries of weight 0, such as steps that fill up a block: the order of a sum depends on their number.
     counted = [np.asarray(block.weight) > 0 for block in blocks]
     every = Errors(
         *(
@@ -135,7 +135,7 @@ def metrics(
     if weight == 0:
         return 0.0, {}
     limits = np.finfo(np.asarray(blocks[0].mean).dtype)
-    with np.errstate(over="ignore", invalid="ignore", divide="ignore"):  # what is not finite is left out below
+    with np.errstate(over="ignore", invalid="ignore", divide="ignore"):  # values that are not finite are left out below
         # In units of the largest power of two of all batches, of each target: [t].
         (of_errors,), unit = _powers(every.weight, every.error_exponent)
         (of_means, of_spreads), unit_of_targets = _powers(every.weight, every.mean_exponent, every.spread_exponent)

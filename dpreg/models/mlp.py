@@ -1,4 +1,4 @@
-"""Models beside the one from scratch: the concise linear one, and multilayer perceptrons."""
+"""The concise linear model and multilayer perceptrons."""
 
 from collections.abc import Sequence
 from typing import ClassVar
@@ -15,10 +15,10 @@ class LinearRegression(Module):
     """Linear regression by flax's own layer (D2L section 3.5): `Dense_0` with `kernel` and `bias`.
 
     Attributes:
-      num_outputs: columns of the prediction.
-      lr: learning rate of minibatch SGD.
-      sigma: standard deviation of the initial weights, as of `dpreg.LinearRegressionScratch`.
-      intercept: whether there is a bias.
+      num_outputs: the number of columns of the prediction.
+      lr: the learning rate of minibatch SGD.
+      sigma: the standard deviation of the initial weights, as in `dpreg.LinearRegressionScratch`.
+      intercept: whether the model has a bias.
     """
 
     num_outputs: int = 1
@@ -41,17 +41,17 @@ class LinearRegression(Module):
 class MLP(Module):
     """A multilayer perceptron (D2L section 5.1), with Dropout (5.6) and BatchNorm (8.5) after each hidden layer.
 
-    BatchNorm normalises within a logical shard, so it does not depend on the number of devices; or over all rows of
-    the batch, which needs devices to meet in every layer.
+    BatchNorm normalises over the rows of a logical shard, so that it does not depend on the number of devices, or over
+    all rows of the batch, which needs a collective in every layer.
 
     Attributes:
-      hidden: widths of the hidden layers.
-      num_outputs: columns of the prediction.
-      lr: learning rate of minibatch SGD.
-      dropout: share of hidden values that training leaves out.
+      hidden: the widths of the hidden layers.
+      num_outputs: the number of columns of the prediction.
+      lr: the learning rate of minibatch SGD.
+      dropout: the fraction of hidden values that are set to 0 in training.
       batch_norm: whether hidden values are normalised.
-      activation: a function of `flax.linen` by its name, such as "relu".
-      sync_batch_norm: whether that is done over all rows of the batch, not only those of a shard.
+      activation: the name of a function of `flax.linen`, such as "relu".
+      sync_batch_norm: whether BatchNorm normalises over all rows of the batch instead of those of a shard.
     """
 
     hidden: Sequence[int]

@@ -1,4 +1,4 @@
-"""What the trainer asks of a model."""
+"""The base class of models."""
 
 import warnings
 from typing import Any, ClassVar
@@ -13,21 +13,21 @@ from dpreg.models.sgd import SGD
 
 
 class Module(nn.Module, kw_only=True):
-    """A flax module that knows its loss and its optimizer, like D2L's `Module`.
+    """A flax module with a loss and an optimizer, like D2L's `Module`.
 
-    A subclass gives `__call__(x)`, or `__call__(x, train)` where training differs from evaluation, as with
-    Dropout and BatchNorm: x is [n, d] float32 and the result [n, t]. It may replace `loss`, and
-    `configure_optimizers` where it has no field `lr`. A flax module that is no subclass but has these
-    two methods trains as well. Padding rows are hidden from every `nn.BatchNorm`, which normalises over the rows of a
-    logical shard, and over all of the batch where it has an `axis_name`, such as "batch".
+    A subclass defines `__call__(x)`, or `__call__(x, train)` if training differs from evaluation, as with Dropout and
+    BatchNorm. x is [n, d] float32, and the result is [n, t]. A subclass may override `loss` and
+    `configure_optimizers`, and must override the latter if it has no field `lr`. Any other flax module with these two
+    methods can be trained as well. Padding rows are masked in every `nn.BatchNorm`, which normalises over the rows of
+    a logical shard, or over all rows of the batch if it has an `axis_name`, such as "batch".
 
-    With `row_wise = True` a class says that what its `__call__` makes of a row depends on no other row and on no
-    random number: batches may then be taken in parts that stay in cache.
+    A class with `row_wise = True` declares that its `__call__` computes each row independently of other rows and of
+    random numbers. Batches may then be processed in chunks that stay in cache.
 
     Attributes:
       objective: the loss, with its link and its metrics; keyword only.
       optimizer: an optax transformation instead of `SGD(lr)`; keyword only.
-      row_wise: see above.
+      row_wise: whether each row is computed independently, see above.
 
     >>> class Net(Module):
     ...     lr: float
@@ -49,11 +49,11 @@ class Module(nn.Module, kw_only=True):
     row_wise: ClassVar[bool] = False
 
     def loss(self, prediction: Array, target: Array) -> Array:
-        """The loss of each row: [n, p], [n, t] -> [n]. Never a mean: the step owns the weights."""
+        """The loss of each row: [n, p], [n, t] -> [n]. It must not be a mean, since the step applies the weights."""
         return self.objective.rows(prediction, target)
 
     def configure_optimizers(self) -> optax.GradientTransformation:
-        """The optimizer: an optax transformation; by default `SGD` of the subclass's field `lr`."""
+        """The optimizer, an optax transformation; by default `SGD` with the subclass's field `lr`."""
         if self.optimizer:
             return self.optimizer
         check_settings(lr=self.lr)

@@ -1,4 +1,4 @@
-"""Optimizers by name: optax's, our SGD, and what goes around them: penalties and schedules."""
+"""Optimizers by name, with penalties and learning-rate schedules."""
 
 import jax
 import jax.numpy as jnp
@@ -11,13 +11,14 @@ _MOMENTUM = 0.9
 
 
 def make_schedule(name: str, lr: float, num_steps: int, warmup_steps: int = Config.warmup_steps) -> optax.Schedule:
-    """The learning rate of each global step: `lr` after a linear warm-up from 0, then as the name says.
+    """The learning rate of each global step: a linear warm-up from 0 to `lr`, followed by the named schedule.
 
     Args:
       name: "constant"; "linear" or "cosine", to 0 at the end of the run; or "inverse_sqrt", lr sqrt(s / step) with s
         the end of the warm-up (Vaswani et al. 2017).
-      num_steps: global steps of the run.
-      warmup_steps: global steps; 0 for none.
+      lr: the learning rate after the warm-up.
+      num_steps: the number of global steps of the run.
+      warmup_steps: the number of global steps of the warm-up; 0 for none.
     """
     rest, start = max(1, num_steps - warmup_steps), float(max(1, warmup_steps))
     after: optax.Schedule = {
@@ -34,19 +35,20 @@ def make_schedule(name: str, lr: float, num_steps: int, warmup_steps: int = Conf
 def make_optimizer(
     name: str, schedule: optax.Schedule | float, l1: float = Config.l1, l2: float = Config.l2
 ) -> optax.GradientTransformation:
-    """The optimizer of that name, as of `Config.optimizer`; "momentum" is 0.9, "lbfgs" remembers 10 steps.
+    """The optimizer of a name in `Config.optimizer`; "momentum" uses 0.9, and "lbfgs" a memory of 10 steps.
 
     Args:
-      schedule: the learning rate, of a step or constant.
-      l1: of the penalty l1 sum |w| on the mean loss, by a proximal step of the learning rate (Duchi and Singer 2009),
-        so that zeros are zeros; with "sgd" alone, whose steps are in proportion to the gradient.
-      l2: of the penalty l2 / 2 sum w^2 on the mean loss, added to the gradient (D2L section 3.7); of "adamw" decoupled.
-        Neither is on biases: only matrices are penalised.
+      name: such as "adam".
+      schedule: the learning rate, constant or a function of the global step.
+      l1: the factor of the penalty l1 sum |w| on the mean loss, by a proximal step of the learning rate (Duchi and
+        Singer 2009), so that weights become exactly 0; only for "sgd", whose steps are proportional to the gradient.
+      l2: the factor of the penalty l2 / 2 sum w^2 on the mean loss, added to the gradient (D2L section 3.7); decoupled
+        for "adamw". Neither penalty applies to biases: only matrices are penalised.
     """
     if name == "sgd" and not callable(schedule):
         inner = SGD(schedule)
     elif name == "lbfgs":
-        # Of one vector: the products of matrices would be compiled otherwise for one device than for many.
+        # Parameters as one vector: products of matrices would be compiled differently for one and several devices.
         inner = optax.flatten(optax.chain(optax.scale_by_lbfgs(), optax.scale_by_learning_rate(schedule)))
     elif name == "adamw":
         inner = optax.adamw(schedule, weight_decay=l2, mask=_matrices)
