@@ -14,7 +14,7 @@ from dpreg.models.module import Module
 
 
 def linear_parameters(params: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray] | None:
-    """w [d, t] and b [t] of dpreg's linear models, with b = 0 if the model has no intercept; None for other models."""
+    """W [d, t] and b [t] of dpreg's linear models, with b = 0 if the model has no intercept; None for other models."""
     layer = params["Dense_0"] if set(params) == {"Dense_0"} else params
     for of_w, of_b in (("w", "b"), ("kernel", "bias")):
         if of_w in layer and not set(layer) - {of_w, of_b}:

@@ -78,7 +78,7 @@ def isolated(function: Callable[..., PyTree], one: Array, *inputs: PyTree) -> Py
     traced, shapes = jax.make_jaxpr(function, return_shape=True)(*inputs)
 
     def turn(i: Array, _: PyTree) -> PyTree:
-        of_turn = jax.tree.map(functools.partial(lax.select, i == 0), inputs, _zeros_like(inputs))
+        of_turn = jax.tree.map(functools.partial(_or_zeros, i == 0), inputs)
         results = round_products(traced, i, *jax.tree.leaves(of_turn))
         return jax.tree.unflatten(jax.tree.structure(shapes), results)
 
@@ -93,17 +93,17 @@ def accumulate(sums_of: Callable[[Array], PyTree], count: Array) -> PyTree:
     return opaque_loop(lambda i, total: jax.tree.map(jnp.add, total, sums_of(i)), count, zeros)
 
 
+def _or_zeros(chosen: Array, leaf: Any) -> Any:
+    """`leaf` if `chosen`, else zeros."""
+    if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):  # by its words: JAX's check of key reuse counts a selection
+        words = _or_zeros(chosen, jax.random.key_data(leaf))
+        return jax.random.wrap_key_data(words, impl=jax.random.key_impl(leaf))
+    return lax.select(chosen, leaf, jnp.zeros_like(leaf))
+
+
 def _zeros_like(tree: PyTree) -> PyTree:
-    """Zeros of the same shapes and dtypes; for typed random keys, keys of zero words."""
-
-    def zeros(leaf: Any) -> Array:
-        if not jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-            return jnp.zeros(leaf.shape, leaf.dtype)
-        words = jax.eval_shape(jax.random.key_data, leaf)
-        key: Array = jax.random.wrap_key_data(jnp.zeros(words.shape, words.dtype), impl=jax.random.key_impl(leaf))
-        return key
-
-    return jax.tree.map(zeros, tree)
+    """Zeros of the same shapes and dtypes."""
+    return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), tree)
 
 
 def _sent_to_all(of_device: Array, mesh: Mesh) -> bool:
