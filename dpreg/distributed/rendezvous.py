@@ -21,7 +21,7 @@ from dpreg.terminal import printable
 HEARTBEAT_SECONDS = 10  # a process without heartbeats for so long is lost, and all others end
 JOIN_SECONDS = 120  # the limit for all processes to connect
 
-# A process of a run sends one short line as soon as it is connected; limits for other connections:
+# Limits on connections to process 0, and on its answers. A process sends one short line as soon as it is connected.
 _HELLO_BYTES, _HELLO_SECONDS, _MOST_UNKNOWN, _MOST_PROCESSES = 128, 5.0, 128, 1 << 24
 _ANSWER_BYTES, _MOST_NAMED, _MOST_ERROR = 4096, 8, 1000
 _REPORT_SECONDS = 10.0  # between the log lines of a process that waits

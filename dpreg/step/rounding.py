@@ -10,25 +10,23 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
 
-# Operations whose result is not a product, so that an addition of it cannot be contracted.
-_NO_PRODUCTS = """
-  abs add add_any argmax argmin bitcast_convert_type broadcast_in_dim ceil clamp concatenate convert_element_type copy
-  copy_p cummax cummin dynamic_slice dynamic_update_slice expand_dims floor gather iota max min neg optimization_barrier
-  pad real reduce_max reduce_min reduce_sum reshape rev round scatter select_n sign slice sort squeeze stop_gradient sub
-  transpose
-"""
-# Those of them that only move the elements of their operands, or change a sign or a type.
+# Operations that only move the elements of their operands, or change a sign or a type.
 _MOVES = """
   broadcast_in_dim concatenate convert_element_type copy copy_p dynamic_slice expand_dims gather neg
   optimization_barrier pad real reshape rev select_n slice squeeze stop_gradient transpose
+"""
+# Others whose result is not a product, so that an addition of it cannot be contracted.
+_NO_PRODUCTS = """
+  abs add add_any argmax argmin bitcast_convert_type ceil clamp cummax cummin dynamic_update_slice floor iota max min
+  reduce_max reduce_min reduce_sum round scatter sign sort sub
 """
 # Operations that add nothing to their operands.
 _FACTORS_ONLY = "div dot_general eq ge gt integer_pow is_finite le lt mul ne rsqrt sign sqrt square"
 # Operations that evaluate a traced function on their operands. Others have one as a parameter only, such as `reduce`.
 _CALLS = "jit pjit closed_call core_call custom_jvp_call custom_vjp_call custom_vjp_call_jaxpr remat remat2 checkpoint"
 _WORDS = {2: jnp.uint16, 4: jnp.uint32, 8: jnp.uint64}  # by the size of a number in bytes
-_no_products, _moves, _factors_only, _calls = (
-    frozenset(names.split()) for names in (_NO_PRODUCTS, _MOVES, _FACTORS_ONLY, _CALLS)
+_moves, _no_products, _factors_only, _calls = (
+    frozenset(names.split()) for names in (_MOVES, _NO_PRODUCTS, _FACTORS_ONLY, _CALLS)
 )
 _nested = _calls | {"scan", "while", "cond"}  # products within them are rounded when they are evaluated
 
@@ -85,7 +83,7 @@ def _is_product(equation: Any) -> bool:
         (contracted, _), _ = equation.params["dimension_numbers"]
         products: int = math.prod(equation.invars[0].aval.shape[axis] for axis in contracted)
         return products < 2
-    return not (name in _no_products or name in _nested)
+    return name not in _moves | _no_products | _nested
 
 
 def _apply(equation: Any, zero: Array, inputs: list[Any], broadcasts: dict[Any, Any]) -> Sequence[Any]:
