@@ -46,6 +46,7 @@ from dpreg.outputs.tensorboard import TensorBoardWriter, require_tensorboard
 from dpreg.outputs.workdir import open_workdir, write_whole
 from dpreg.predict import predict, threads_of
 from dpreg.solvers.glm import FAMILIES
+from dpreg.solvers.inference import describe
 from dpreg.solvers.solver import Solver
 from dpreg.solvers.tsqr import Fit
 from dpreg.spelling import spell
@@ -129,7 +130,7 @@ def _run_in(workdir: pathlib.Path, config: Config, sync_signal: SyncSignal) -> N
             in_units, of = in_units_of(data, fit), target_names(data, as_fitted=True)
             for t, name in enumerate(of):
                 show("", *([f"{name}:"] if len(of) > 1 or name.startswith("log(") else []))
-                show(*in_units.describe([*map(printable, feature_names(data))], t).split("\n"))
+                show(*describe(in_units, [*map(printable, feature_names(data))], t).split("\n"))
     write_whole(workdir / "summary.json", to_json(summary, indent=2) + "\n")
     write_report(
         workdir / "report.html",

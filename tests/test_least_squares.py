@@ -8,6 +8,7 @@ import jax
 import numpy as np
 import pandas as pd
 import pytest
+import scipy
 import statsmodels.api as sm
 from cluster import alone, outcome, several
 from jax.sharding import Mesh
@@ -19,7 +20,9 @@ from dpreg.config import Columns
 from dpreg.distributed import processes
 from dpreg.models.losses import make_loss
 from dpreg.sklearn import DataParallelRegressor
+from dpreg.solvers import gram, tsqr
 from dpreg.solvers.glm import FAMILIES
+from dpreg.solvers.inference import coefficients, describe
 from dpreg.solvers.solver import Solver
 from dpreg.solvers.tsqr import RFactor
 
@@ -112,14 +115,18 @@ def test_parts_of_longley_put_together(cuts):
     assert digits(fit.r2, 0.995479004577296) > 12
 
 
-@pytest.mark.parametrize("loss", ["logistic", "poisson"])
+@pytest.mark.parametrize("loss", ["logistic", "poisson", "gamma"])
 @pytest.mark.parametrize("intercept", [True, False])
 def test_newton_finds_the_optimum_and_errors_of_statsmodels(loss, intercept):
     rng = np.random.default_rng(3)
     x = rng.normal(size=(3001, 3)) * [1, 30, 0.1] + [0, 100 * intercept, 0]
     z = x @ [0.5, 0.02, -3] - 2 * intercept
-    y = rng.random(3001) < 1 / (1 + np.exp(-z)) if loss == "logistic" else rng.poisson(np.exp(z))
-    weight = rng.integers(0, 3, 3001)
+    y = {
+        "logistic": rng.random(3001) < 1 / (1 + np.exp(-z)),
+        "poisson": rng.poisson(np.exp(z)),
+        "gamma": rng.gamma(2, np.exp(z) / 2),
+    }[loss]
+    weight = rng.integers(0, 2 if loss == "gamma" else 3, 3001)  # more rows make the dispersion surer
     source = dpreg.ArraySource(x, y, weight, np.float64)
     fits = [
         Solver(source, Mesh(np.array(jax.devices()[:d]), ("data",)), 8).newton(FAMILIES[loss], intercept=intercept)
@@ -129,15 +136,25 @@ def test_newton_finds_the_optimum_and_errors_of_statsmodels(loss, intercept):
     assert (fit.w.tobytes(), fit.b.tobytes()) == (other.w.tobytes(), other.b.tobytes())
     repeated = np.repeat(np.arange(3001), weight)  # whole weights are repeated rows
     design = sm.add_constant(x[repeated]) if intercept else x[repeated]
-    family = sm.families.Binomial() if loss == "logistic" else sm.families.Poisson()
+    family = {
+        "logistic": sm.families.Binomial(),
+        "poisson": sm.families.Poisson(),
+        "gamma": sm.families.Gamma(sm.families.links.Log()),
+    }[loss]
     theirs = sm.GLM(y[repeated].astype(float), design, family=family).fit(tol=1e-14)
     first = 1 - intercept
     np.testing.assert_allclose([fit.b[0], *fit.w[:, 0]][first:], theirs.params, rtol=1e-8)
     errors, error = fit.standard_errors
     np.testing.assert_allclose([error[0], *errors[:, 0]][first:], theirs.bse, rtol=1e-6)
     assert 2 * mean == pytest.approx(theirs.deviance / weight.sum(), rel=1e-9)
-    for line, z, p in zip(fit.describe("abc").splitlines()[1:-1], theirs.tvalues, theirs.pvalues, strict=True):
+    p_values = theirs.pvalues if loss != "gamma" else 2 * scipy.stats.t.sf(abs(theirs.tvalues), theirs.df_resid)
+    for line, row, z, p in zip(
+        describe(fit, "abc").splitlines()[1:-1], coefficients(fit, "abc"), theirs.tvalues, p_values, strict=True
+    ):
         assert [float(v) for v in line.split()[3:5]] == pytest.approx([z, p], rel=0.006, abs=1e-300)
+        assert (row.statistic, row.p) == pytest.approx((z, p), rel=1e-5, abs=1e-300)
+    if loss != "gamma":  # statsmodels takes its dispersion for known here
+        np.testing.assert_allclose([[c.low, c.high] for c in coefficients(fit, "abc")], theirs.conf_int(), rtol=1e-6)
 
 
 @pytest.mark.parametrize("mean", [1e3, 1e6, 1e9])
@@ -174,8 +191,8 @@ def test_newton_leaves_out_rows_without_weight():
 def test_no_degrees_of_freedom_are_no_proof():
     fit = RFactor.of(np.array([[1.0], [2.0]]), np.array([[2.0], [4.5]]), np.ones(2)).solve()
     assert all(np.isnan(part).all() for part in (*fit.standard_errors, *fit.p_values))
-    assert "not used" not in fit.describe(["x"])
-    assert "0 degrees of freedom" in fit.describe(["x"])
+    assert "not used" not in describe(fit, ["x"])
+    assert "0 degrees of freedom" in describe(fit, ["x"])
 
 
 def test_newton_says_where_there_is_no_optimum():
@@ -221,9 +238,79 @@ def test_diamonds_are_fitted_as_statsmodels_fits_them(weighted):
     ):
         np.testing.assert_allclose([of_b[0], *of_w[:, 0]], wanted, rtol=1e-6, atol=1e-300)
     assert fit.r2[0] == pytest.approx(theirs.rsquared, rel=1e-9)
-    told = fit.describe([f"x{j}" for j in range(x.shape[1])]).splitlines()
+    told = describe(fit, [f"x{j}" for j in range(x.shape[1])]).splitlines()
     for line, p in zip(told[1:-1], theirs.pvalues, strict=True):
         assert float(line.split()[4]) == pytest.approx(p, rel=0.006, abs=1e-300)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_sums_of_products_give_what_the_decomposition_gives_or_nothing(seed):
+    """Of features in any units, with weights, constants, categories of which one follows from the others, and zeros."""
+    rng = np.random.default_rng(seed)
+    n, d, t = int(rng.integers(20, 400)), int(rng.integers(1, 12)), int(rng.integers(1, 4))
+    x = rng.normal(size=(n, d)) @ rng.normal(size=(d, d)) * 10.0 ** rng.integers(-6, 7, d)
+    if seed % 2:
+        x = np.column_stack([x, np.eye(3)[rng.integers(0, 3, n)], np.zeros(n)])
+    x = x.astype(np.float32)
+    y = x @ rng.normal(size=(x.shape[1], t)) / np.abs(x).max() + rng.normal(size=(n, t))
+    weight = rng.integers(1, 4, n).astype(float)
+    epsilon = float(np.spacing(np.float32(1)))
+    found = gram.factor(gram.products(x, y, weight), x.shape[1], epsilon)
+    careful = RFactor.of(x, y, weight)
+    if found is None:
+        scaled = (x - x.mean(axis=0))[:, x.std(axis=0) > 0]
+        condition = np.linalg.svd(scaled / np.linalg.norm(scaled, axis=0))[1]
+        assert condition[condition > 1e-6].min() < 0.1 or len(scaled) < 30
+        return
+    for l2 in (0.0, 0.1):
+        for intercept in (True, False):
+            fit, other = (r.solve(l2, intercept) for r in (found, careful))
+            size = np.abs(x).max(axis=0)[:, None]
+            np.testing.assert_allclose(x @ fit.w + fit.b, x @ other.w + other.b, rtol=1e-9, atol=1e-9 * np.abs(y).max())
+            assert len(fit.kept) == len(other.kept)
+            np.testing.assert_allclose(fit.shortest()[0] * size, other.shortest()[0] * size, rtol=1e-7, atol=1e-7)
+            np.testing.assert_allclose(fit.residual_deviation, other.residual_deviation, rtol=1e-11)
+            for ours, theirs in zip(fit.standard_errors, other.standard_errors, strict=True):
+                if l2 == 0 and fit.kept == other.kept:
+                    np.testing.assert_allclose(ours, theirs, rtol=1e-9)
+
+
+def test_sums_of_products_are_not_trusted_with_what_they_lose():
+    rng = np.random.default_rng(0)
+    x, one = rng.normal(size=(300, 3)), np.ones(300)
+    y = x @ [[1], [2], [3]] + rng.normal(size=(300, 1))
+
+    def trusted(x, y, epsilon=2.0**-52):
+        return gram.factor(gram.products(x, y, one), x.shape[1], epsilon) is not None
+
+    assert trusted(x, y)
+    for case in (
+        (x + np.array([0, 1e6, 0]), y),  # far from 0
+        (x, y + 1e6),
+        (np.column_stack([x, x[:, 0] + 1e-5 * rng.normal(size=300)]), y),  # nearly a combination
+        (np.column_stack([x, x[:, 0] + 1e-9 * rng.normal(size=300)]), y),
+        (x, x @ [[1], [2], [3]]),  # nothing left to explain
+        (np.column_stack([x, one]), y),
+    ):
+        assert not trusted(*case)
+
+
+@pytest.mark.parametrize("l2", [0.0, 0.01])
+def test_wide_least_squares_are_those_of_the_decomposition_with_pivots(l2, monkeypatch):
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(900, 300)) @ (np.eye(300) + 0.02 * rng.normal(size=(300, 300)))
+    r = RFactor.of(x, x[:, :2] + rng.normal(size=(900, 2)), np.ones(900))
+    fast = r.solve(l2)
+    monkeypatch.setattr(tsqr, "_WIDE", 1000)
+    careful = r.solve(l2)
+    assert fast.kept == careful.kept
+    np.testing.assert_allclose(fast.w, careful.w, rtol=1e-9, atol=1e-12)
+    np.testing.assert_allclose(fast.b, careful.b, rtol=1e-9, atol=1e-12)
+    condition = careful.condition_number
+    monkeypatch.undo()
+    assert fast.condition_number == pytest.approx(condition, rel=1e-6)
+    for ours, theirs in zip(fast.standard_errors, careful.standard_errors, strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-9)
 
 
 def test_collinear_and_constant_columns_are_named_and_change_nothing():

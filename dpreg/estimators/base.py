@@ -21,7 +21,6 @@ from dpreg.distributed import devices
 from dpreg.errors import InputError
 from dpreg.estimators.fitted import Fitted, moments, moments_of, varying
 from dpreg.models.linear import linear_parameters
-from dpreg.solvers import robust
 from dpreg.solvers.glm import FAMILIES
 from dpreg.solvers.optimality import is_near_optimum
 from dpreg.solvers.solver import Solver
@@ -134,7 +133,7 @@ class Estimator(BaseEstimator):
         config = fitted.config
         can = fitted.is_linear and not config.l1 and config.loss in (*_LOCATED, "softmax", *FAMILIES)
         if self.solver == "exact" and not can:
-            raise InputError("solver='exact': it is for model='linear', no l1, and no loss='gamma'; use solver='auto'")
+            raise InputError("solver='exact': it is for model='linear', and no l1; use solver='auto'")
         size = (1 + self.n_features_in_) * fitted.outputs
         return can and (self.solver == "exact" or (self.solver == "auto" and size <= _MOST_EXACT))
 
@@ -154,35 +153,14 @@ class Estimator(BaseEstimator):
 
     def _solve_by_newton(self, fitted: Fitted, x: np.ndarray, y: np.ndarray, weight: np.ndarray) -> None:
         """Exactly, of these rows."""
-        loss, l2 = fitted.config.loss, fitted.config.l2
         triangle = self._solver(fitted, x, y, weight).triangle()
         fitted.schema = self._schema(fitted, *moments_of(triangle))
         d, (mean, scale) = x.shape[1], fitted.schema.units
         mean = np.concatenate([triangle.means[:d], mean[d:]])  # about the means in any case, as least squares
-        fit = triangle.standardized(mean, scale).solve()
-        rows, self.n_iter_ = (x - mean[:d]) / scale[:d], 0
-        kept, along = fit.inverse.kept, fit.inverse.root
-        if not l2:  # nothing to find but along the columns kept: orthogonal, and of one length, alike to the steps
-            rows = rows[:, kept] @ along
-            length = np.sqrt(weight @ np.square(rows) / weight.sum())
-            rows, along = rows / length, along / length
-        found: list[tuple[np.ndarray, np.ndarray]] = []
-        for target in ((y - mean[d:]) / scale[d:]).T:
-            solver = self._solver(fitted, rows, target[:, None], weight)
-            if loss == "softmax":
-                found.append(solver.softmax(fitted.outputs, l2))
-            elif loss in _LOCATED:
-                slopes = robust.slopes_of(loss, fitted.config.huber_delta, fitted.config.quantile)
-                found.append(solver.robust(slopes, l2))
-            else:
-                of_target, _ = solver.newton(FAMILIES[loss], l2)
-                found.append((of_target.w, of_target.b))
-            self.n_iter_ = max(self.n_iter_, solver.passes)
-        w, b = (np.concatenate(parts, axis=-1) for parts in zip(*found, strict=True))
-        if not l2:
-            of_kept, w = along @ w, np.zeros((d, w.shape[1]))
-            w[kept] = of_kept
-            w = fit.shared(w)
+        solver = self._solver(fitted, (x - mean[:d]) / scale[:d], (y - mean[d:]) / scale[d:], weight)
+        solution = solver.solve(fitted.config)
+        self.n_iter_ = 1 + solver.passes
+        w, b = solution.fit.shortest() if solution.fit else (solution.w, solution.b)
         self._keep_linear(fitted, w, b, mean)
 
     def _solver(self, fitted: Fitted, x: np.ndarray, y: np.ndarray, weight: np.ndarray) -> Solver:

@@ -10,7 +10,7 @@ import scipy
 from dpreg.config import Config
 from dpreg.outputs.chart import chart, escape, page, picture, scatter
 from dpreg.outputs.workdir import write_whole
-from dpreg.solvers.tsqr import intercept_name
+from dpreg.solvers.inference import intercept_name
 
 COMPARED_ROWS = 1000  # of which residuals are drawn
 

@@ -108,7 +108,7 @@ def describe_optimum(params: Any, data: RegressionData, fit: Fit) -> dict[str, A
     """
     (w, b), names = linear_parameters(params) or (np.zeros(0), np.zeros(0)), feature_names(data)
     result: dict[str, Any] = {}
-    if not fit.known_variance:
+    if fit.dispersion is None:
         loss, best = (
             fit.triangle.loss(at_w, at_b) + fit.l2 / 2 * float(np.square(at_w).sum())
             for at_w, at_b in ((w.astype(np.float64), b.astype(np.float64)), (fit.w, fit.b))

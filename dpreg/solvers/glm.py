@@ -1,7 +1,6 @@
-"""Generalised linear models whose link is canonical, on the host in float64: what Newton's method asks of them.
+"""Generalised linear models, on the host in float64, by iteratively reweighted least squares.
 
-With such a link the observed curvature is the expected one, so Newton's method is Fisher's scoring, which is
-iteratively reweighted least squares (McCullagh and Nelder 1989, section 2.5).
+This is Fisher's scoring, and where the link is canonical, Newton's method (McCullagh and Nelder 1989, section 2.5).
 """
 
 import dataclasses
@@ -10,9 +9,7 @@ from collections.abc import Callable
 import numpy as np
 import scipy
 
-from dpreg.solvers.tsqr import RFactor
-
-_LEAST_VARIANCE = 1e-20  # of a target, so that what is predicted for certain has a working response
+_LEAST_SLOPE = 1e-20  # so that what is predicted for certain has a working response
 
 Elementwise = Callable[[np.ndarray], np.ndarray]
 
@@ -23,33 +20,40 @@ class Family:
 
     Attributes:
       start: target -> prediction near it, on the link's scale, from which to begin (as R has it).
-      mean, variance: prediction -> mean and variance of the target.
+      mean: prediction -> mean of the target; slope: its derivative.
+      variance: prediction -> variance of the target, over the dispersion.
       loss: (prediction, target) -> half the deviance, as the loss of that name in `dpreg.models.losses`.
+      dispersed: whether the dispersion is a parameter to estimate; else it is 1.
     """
 
     start: Elementwise
     mean: Elementwise
+    slope: Elementwise
     variance: Elementwise
     loss: Callable[[np.ndarray, np.ndarray], np.ndarray]
+    dispersed: bool = False
 
     def working(
-        self, x: np.ndarray, y: np.ndarray, weight: np.ndarray, prediction: np.ndarray
-    ) -> tuple[RFactor, float]:
-        """(the problem of least squares that gives the next step, the weighted sum of the losses).
+        self, y: np.ndarray, weight: np.ndarray, prediction: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """The problem of least squares that gives the next step: (its targets [n, 1], its weights [n], sums [3]).
 
-        Where that is not finite, the step to here was too far, and no next one is to be taken.
+        The sums over rows are those of the weighted losses, of the weights, and of Pearson's chi-squared statistic. If
+        the losses are not finite, the last step was too long, and no next one is to be taken.
 
         Args:
-          x, y, weight: rows [n, d], [n, 1], [n].
+          y, weight: [n, 1], [n], the targets and weights of rows.
           prediction: [n, 1], on the link's scale, from which the step is taken.
         """
-        with np.errstate(over="ignore", invalid="ignore"):  # a step too far, which is taken back
-            variance = np.maximum(self.variance(prediction), _LEAST_VARIANCE)
-            response = prediction + (y - self.mean(prediction)) / variance
+        with np.errstate(over="ignore", invalid="ignore", divide="ignore"):  # a step that was too long is taken back
+            slope, residual = np.maximum(self.slope(prediction), _LEAST_SLOPE), y - self.mean(prediction)
+            variance = np.maximum(self.variance(prediction), np.square(_LEAST_SLOPE))
+            response, information = prediction + residual / slope, np.square(slope) / variance
             loss = float(weight @ self.loss(prediction, y)[:, 0])
+            pearson = float(weight @ (np.square(residual) / variance)[:, 0])
         if not np.isfinite(loss):
-            response, variance = np.zeros_like(y), np.ones_like(y)
-        return RFactor.of(x, response, weight * variance[:, 0]), loss
+            response, information = np.zeros_like(y), np.ones_like(y)
+        return response, weight * information[:, 0], np.array([loss, weight.sum(), pearson])
 
 
 def _half_deviance_of_counts(z: np.ndarray, y: np.ndarray) -> np.ndarray:
@@ -59,17 +63,39 @@ def _half_deviance_of_counts(z: np.ndarray, y: np.ndarray) -> np.ndarray:
     return half
 
 
+def _half_deviance_of_positives(z: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """As `dpreg.models.losses.gamma_loss`."""
+    ratio = np.log(y) - z
+    half: np.ndarray = np.expm1(ratio) - ratio
+    return half
+
+
+def _variance_of_labels(z: np.ndarray) -> np.ndarray:
+    variance: np.ndarray = scipy.special.expit(z) * scipy.special.expit(-z)
+    return variance
+
+
 FAMILIES = {
     "logistic": Family(
-        lambda y: np.log((y + 0.5) / (1.5 - y)),
-        lambda z: scipy.special.expit(z),
-        lambda z: scipy.special.expit(z) * scipy.special.expit(-z),
-        lambda z, y: np.logaddexp(0, z) - y * z,
+        start=lambda y: np.log((y + 0.5) / (1.5 - y)),
+        mean=lambda z: scipy.special.expit(z),  # scipy imports it when it is first used
+        slope=_variance_of_labels,
+        variance=_variance_of_labels,
+        loss=lambda z, y: np.logaddexp(0, z) - y * z,
     ),
     "poisson": Family(
-        lambda y: np.log(y + 0.1),
-        np.exp,
-        np.exp,
-        _half_deviance_of_counts,
+        start=lambda y: np.log(y + 0.1),
+        mean=np.exp,
+        slope=np.exp,
+        variance=np.exp,
+        loss=_half_deviance_of_counts,
+    ),
+    "gamma": Family(
+        start=np.log,
+        mean=np.exp,
+        slope=np.exp,
+        variance=lambda z: np.exp(2 * z),
+        loss=_half_deviance_of_positives,
+        dispersed=True,
     ),
 }

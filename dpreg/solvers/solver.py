@@ -1,7 +1,11 @@
 """Exact solutions of linear models over all shards, devices and processes."""
 
+import collections
+import concurrent.futures
 import dataclasses
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -14,14 +18,74 @@ from dpreg.data.sampler import Sampler
 from dpreg.data.sources import Rows, Source
 from dpreg.distributed import presence, processes, watchdog
 from dpreg.errors import InputError
-from dpreg.solvers import robust, softmax
-from dpreg.solvers.glm import Family
+from dpreg.solvers import gram, robust, softmax
+from dpreg.solvers.glm import FAMILIES, Family
 from dpreg.solvers.newton import Point, minimum
 from dpreg.solvers.tsqr import Fit, RFactor
-from dpreg.spelling import spell
 from dpreg.step.reduce import tree_sum
 
-_BLOCK_VALUES = 1 << 21  # reduced at once
+_DECOMPOSED_VALUES = 1 << 21  # of a block of rows that is decomposed at once
+_MULTIPLIED_VALUES = 1 << 18  # of a block whose products are summed at once: it stays in a core's cache
+_THREADS = min(8, os.cpu_count() or 1)
+
+# Of a block of rows: x [n, d], y [n, t] and weight [n] of a problem of least squares, and sums [k] of something else.
+Problem = Callable[[Rows], tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Basis:
+    """Features (x - mean)[:, kept] @ along, [n, k], in place of features x [n, d].
+
+    Attributes:
+      fit: the least squares of the rows.
+      kept: [k] the columns of x that are used; all others are constant, or combinations of these.
+      along: [k, k].
+    """
+
+    fit: Fit
+    kept: np.ndarray
+    along: np.ndarray
+
+    @property
+    def triangle(self) -> RFactor:
+        """That of the rows."""
+        return self.fit.triangle
+
+    @property
+    def size(self) -> int:
+        """The number of features, k."""
+        return len(self.kept)
+
+    def features(self, x: np.ndarray) -> np.ndarray:
+        """[n, d] -> [n, k] float64."""
+        centred: np.ndarray = x[:, self.kept] - self.fit.means[self.kept]
+        return centred if self.fit.l2 else centred @ self.along
+
+    def theta(self, w: np.ndarray, b: float) -> np.ndarray:
+        """The parameters [1 + k] for these features of w [d] and b."""
+        return np.append(b + self.fit.means @ w, np.linalg.solve(self.along, w[self.kept]))
+
+    def parameters(self, theta: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """W [d, p] of the least norm, and b [p], of the parameters theta [1 + k, p] for these features."""
+        w = np.zeros((self.triangle.num_inputs, theta.shape[1]))
+        w[self.kept] = self.along @ theta[1:]
+        w = w if self.fit.l2 else self.fit.shared(w)
+        return w, theta[0] - self.fit.means @ w
+
+
+class Solution(NamedTuple):
+    """A linear model of the least loss.
+
+    Attributes:
+      w, b: [d, p] and [p] float64.
+      loss: the mean loss, without the penalty; NaN where it was not computed.
+      fit: what the standard errors come from, where they are known.
+    """
+
+    w: np.ndarray
+    b: np.ndarray
+    loss: float = np.nan
+    fit: Fit | None = None
 
 
 class Solver:
@@ -44,19 +108,32 @@ class Solver:
         self._inputs, self._targets = one["x"].shape[1], one["y"].shape[1]
         self._epsilon = float(np.spacing(np.ones((), one["x"].dtype)))
         self._source, self._heartbeat, self.passes = hold_shards(source, mesh, num_shards), heartbeat, 0
+        self._careful = False  # once sums of products did not hold enough digits
         self._sampler = Sampler(len(source), num_shards, num_shards, shuffle=False)
         shards = np.arange(mesh.size * -(-num_shards // mesh.size)).reshape(mesh.size, -1)
         self._own = shards[[device.process_index == jax.process_index() for device in mesh.devices.flat]]
 
     def triangle(self) -> RFactor:
-        """What all rows come to: one pass."""
-        columns = self._inputs + self._targets
-        size = (1 + columns) ** 2 + columns + 2
+        """The R of all rows: one pass where sums of products hold enough digits of it, else two."""
+        return self._factor(lambda rows: (rows["x"], rows["y"], rows["weight"], np.zeros(0)), self._targets)[0]
 
-        def of(rows: Rows) -> np.ndarray:
-            return RFactor.of(rows["x"], rows["y"], rows["weight"]).packed()
+    def solve(self, config: Config) -> Solution:
+        """The least mean loss of a linear model, with the loss, the penalty and the intercept of the config.
 
-        return self._unpacked(self._reduced(size, of, self._put_together))
+        Raises:
+          InputError: for what has no such solver, or no optimum.
+        """
+        loss, l2 = config.loss, config.l2
+        if loss == "squared":
+            fit = self.least_squares(l2, config.intercept, refine=config.precision == "float64")
+            return Solution(fit.w, fit.b, fit.loss, fit)
+        if loss in FAMILIES:
+            found = [self.newton(FAMILIES[loss], l2, config.intercept, t) for t in range(self._targets)]
+            w, b = (np.concatenate([getattr(fit, name) for fit, _ in found], axis=-1) for name in ("w", "b"))
+            return Solution(w, b, sum(each for _, each in found), found[0][0] if len(found) == 1 else None)
+        if loss == "softmax":
+            return Solution(*self.softmax(config.num_classes, l2))
+        return Solution(*self.robust(robust.slopes_of(loss, config.huber_delta, config.quantile), l2))
 
     def least_squares(self, l2: float = Config.l2, intercept: bool = Config.intercept, refine: bool = False) -> Fit:
         """The least mean squared loss + l2 / 2 sum w^2: one pass, or two.
@@ -79,19 +156,20 @@ class Solver:
         of_b, *of_w = self._reduced(size[0] * size[1], gradient).reshape(size)
         return fit.refined(np.array(of_w), of_b)
 
-    def newton(self, family: Family, l2: float = Config.l2, intercept: bool = Config.intercept) -> tuple[Fit, float]:
+    def newton(
+        self, family: Family, l2: float = Config.l2, intercept: bool = Config.intercept, target: int = 0
+    ) -> tuple[Fit, float]:
         """(the linear model of least mean loss + l2 / 2 sum w^2, that mean loss), by Newton's method.
 
         Each step is a pass, and a problem of least squares.
 
+        Args:
+          target: the number of the target, from 0.
+
         Raises:
-          InputError: when there are several targets, or no optimum, such as for classes that a plane separates.
+          InputError: when there is no optimum, such as for classes that a plane separates.
         """
-        if self._targets > 1:
-            raise InputError(
-                f"{spell('solver', 'irls')}: it is for one target, and there are {self._targets}; name one"
-            )
-        triangle, _, weight = self._around(family, None)
+        triangle, (_, weight, _) = self._around(family, None, target)
         if not weight > 0:
             raise InputError("there is no row with a weight to fit; give one row at least a weight")
         x = triangle.below(intercept)[:, 1 : 1 + self._inputs]
@@ -99,114 +177,166 @@ class Solver:
         first = triangle.solve(l2 * weight / triangle.weight, intercept)
 
         def evaluated(theta: np.ndarray) -> Point:
-            triangle, loss, weight = self._around(family, theta)
+            triangle, (loss, weight, pearson) = self._around(family, theta, target)
             fit = triangle.solve(l2 * weight / triangle.weight, intercept)
             step = np.append(fit.b, fit.w) - theta
             along = np.square(triangle.about(0.0)[:, : step.size] @ step).sum() / weight
             return Point(
-                loss + l2 / 2 * float(np.square(theta[1:]).sum()),
+                loss / weight + l2 / 2 * float(np.square(theta[1:]).sum()),
                 step,
                 decrement=float(along + l2 * np.square(step[1:]).sum()),
                 moved=float(np.max(np.abs(step[1:]) * spread, initial=0.0)),
-                detail=(fit, loss),
+                detail=(fit, loss / weight, pearson),
             )
 
         start = np.append(first.b, first.w)
-        _, (*_, (fit, loss)) = minimum(evaluated, np.zeros_like(start), start)
-        return dataclasses.replace(fit, l2=l2, known_variance=True), loss
+        _, (*_, (fit, loss, pearson)) = minimum(evaluated, np.zeros_like(start), start)
+        dispersion = pearson / max(fit.degrees_of_freedom, 1) if family.dispersed else 1.0
+        return dataclasses.replace(fit, l2=l2, dispersion=dispersion, known_variance=not family.dispersed), loss
 
     def softmax(self, num_classes: int, l2: float = Config.l2) -> tuple[np.ndarray, np.ndarray]:
         """W [d, C] and b [C] of least mean cross-entropy of the labels + l2 / 2 sum w^2, by Newton's method.
 
-        Without a penalty, columns of x have mean squares of about 1, and none is constant or a combination of others.
+        With a penalty, the features have mean squares of about 1.
 
         Raises:
           InputError: when there are several targets, or no optimum was found.
         """
         if self._targets > 1:
             raise InputError(f"labels are one target, and there are {self._targets}; give one")
+        basis = self._basis(l2)
 
         def sums_at(theta: np.ndarray) -> np.ndarray:
             def of(rows: Rows) -> np.ndarray:
-                x, y, weight = (rows[name].astype(np.float64) for name in ("x", "y", "weight"))
-                return softmax.sums(x, y, weight, theta)
+                y, weight = (rows[name].astype(np.float64) for name in ("y", "weight"))
+                return softmax.sums(basis.features(rows["x"]), y, weight, theta)
 
             return self._reduced(2 + theta.size + theta.size**2, of)
 
-        theta = softmax.minimum(sums_at, (1 + self._inputs, num_classes), l2)
-        return theta[1:], theta[0]
+        return basis.parameters(softmax.minimum(sums_at, (1 + basis.size, num_classes), l2))
 
     def robust(self, slopes: robust.Slopes, l2: float = Config.l2) -> tuple[np.ndarray, np.ndarray]:
-        """W [d, 1] and b [1] of least mean loss + l2 / 2 sum w^2, of a loss with such slopes, by Newton's method.
+        """W [d, t] and b [t] of least mean loss + l2 / 2 sum w^2, of a loss with such slopes, by Newton's method.
 
-        Features have mean squares of about 1; without a penalty none is constant or a combination of others.
+        With a penalty, the features have mean squares of about 1.
 
         Raises:
-          InputError: when there are several targets, or no optimum was found.
+          InputError: when no optimum was found.
         """
-        if self._targets > 1:
-            raise InputError(f"loss: it has one target, and there are {self._targets}; name one")
+        basis = self._basis(l2)
+        fit, size, found = basis.triangle.solve(l2), 1 + basis.size, []
+        for target in range(self._targets):
+            column = basis.triangle.about(0.0)[:, 1 + self._inputs + target]
+            length = float(np.sqrt(np.square(column).sum() / basis.triangle.weight))
+
+            def sums_at(theta: np.ndarray, width: float, target: int = target) -> np.ndarray:
+                def of(rows: Rows) -> np.ndarray:
+                    y, weight = (rows[name].astype(np.float64) for name in ("y", "weight"))
+                    x = basis.features(rows["x"])
+                    return robust.sums(x, y[:, target : target + 1], weight, theta, slopes, width)
+
+                return self._reduced(4 + size + size**2, of)
+
+            start = basis.theta(fit.w[:, target], fit.b[target])
+            found.append(robust.minimum(sums_at, start, slopes, l2, length))
+        return basis.parameters(np.stack(found, axis=1))
+
+    def _basis(self, l2: float) -> Basis:
+        """Features to solve for: with a penalty those there are, else uncorrelated ones of mean square 1."""
         triangle = self.triangle()
-        fit, size = triangle.solve(l2), 1 + self._inputs
-        length = float(np.sqrt(np.square(triangle.about(0.0)[:, -1]).sum() / triangle.weight))
+        fit = triangle.solve(l2)
+        if l2:
+            return Basis(fit, np.arange(self._inputs), np.eye(self._inputs))
+        return Basis(fit, fit.inverse.kept, fit.inverse.root * np.sqrt(triangle.weight))
 
-        def sums_at(theta: np.ndarray, width: float) -> np.ndarray:
-            def of(rows: Rows) -> np.ndarray:
-                x, y, weight = (rows[name].astype(np.float64) for name in ("x", "y", "weight"))
-                return robust.sums(x, y, weight, theta, slopes, width)
+    def _around(self, family: Family, theta: np.ndarray | None, target: int) -> tuple[RFactor, np.ndarray]:
+        """The problem of Newton's next step from b and w [1 + d], and the sums of `Family.working`."""
 
-            return self._reduced(4 + size + size**2, of)
-
-        theta = robust.minimum(sums_at, np.append(fit.b, fit.w[:, 0]), slopes, l2, length)
-        return theta[1:, None], theta[:1]
-
-    def _around(self, family: Family, theta: np.ndarray | None) -> tuple[RFactor, float, float]:
-        """(the problem of Newton's next step from b and w [1 + d], their mean loss, the weight of all rows)."""
-
-        def of(rows: Rows) -> np.ndarray:
+        def problem(rows: Rows) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
             x, y, weight = (rows[name].astype(np.float64) for name in ("x", "y", "weight"))
+            y = y[:, target : target + 1]
             prediction = family.start(y) if theta is None else x @ theta[1:, None] + theta[0]
-            triangle, loss = family.working(x, y, weight, prediction)
-            return np.array([*triangle.packed(), loss, weight.sum()])
+            return x, *family.working(y, weight, prediction)
+
+        return self._factor(problem, 1, 3)
+
+    def _factor(self, problem: Problem, targets: int, others: int = 0) -> tuple[RFactor, np.ndarray]:
+        """The R of a problem of least squares over all rows, and the sums [others] of what else it gives."""
+        columns = 1 + self._inputs + targets
+        if not self._careful:
+
+            def multiplied(rows: Rows) -> np.ndarray:
+                *of_rows, also = problem(rows)
+                return np.concatenate([also, gram.products(*of_rows)])
+
+            size = others + columns + columns**2
+            sums = self._reduced(size, multiplied, rows_at_once=max(1024, _MULTIPLIED_VALUES // columns))
+            found = gram.factor(sums[others:], self._inputs, self._epsilon)
+            if found is not None or not np.isfinite(sums[:others]).all():  # or else no next step is taken
+                return found or RFactor.none(self._inputs, targets), sums[:others]
+            self._careful = True
+
+        def unpacked(packed: np.ndarray) -> RFactor:
+            return RFactor.unpacked(packed, self._inputs, targets, self._epsilon)
+
+        def decomposed(rows: Rows) -> np.ndarray:
+            *of_rows, also = problem(rows)
+            return np.concatenate([also, RFactor.of(*of_rows).packed()])
 
         def add(one: np.ndarray, other: np.ndarray) -> np.ndarray:
-            return np.concatenate([self._put_together(one[:-2], other[:-2]), one[-2:] + other[-2:]])
+            both = unpacked(one[others:]) + unpacked(other[others:])
+            return np.concatenate([one[:others] + other[:others], both.packed()])
 
-        size = of(self._source[np.zeros(1, np.int32)]).size
-        *packed, loss, weight = self._reduced(size, of, add)
-        return self._unpacked(np.array(packed)), loss / weight if weight > 0 else np.nan, weight
-
-    def _unpacked(self, packed: np.ndarray) -> RFactor:
-        return RFactor.unpacked(packed, self._inputs, self._targets, self._epsilon)
-
-    def _put_together(self, one: np.ndarray, other: np.ndarray) -> np.ndarray:
-        return (self._unpacked(one) + self._unpacked(other)).packed()
+        size = others + columns**2 + columns + 1
+        sums = self._reduced(size, decomposed, add)
+        return unpacked(sums[others:]), sums[:others]
 
     def _reduced(
         self,
         size: int,
         of: Callable[[Rows], np.ndarray],
         add: Callable[[np.ndarray, np.ndarray], np.ndarray] = np.add,
+        rows_at_once: int | None = None,
     ) -> np.ndarray:
-        """[size] float64: what `of` gives for blocks of rows, put together by `add` over all rows."""
+        """[size] float64: what `of` gives for blocks of rows, combined by `add` over all rows in a fixed order.
+
+        Args:
+          rows_at_once: the rows of a block; by default so many that combining two results costs no more than one.
+        """
         self.passes += 1
-        found = np.full((*self._own.shape, size), np.nan)
+        found = dict[int, np.ndarray]()  # by the number of the shard; of one without rows nothing
         columns = 1 + self._inputs + self._targets
-        at_once = max(256, 2 * columns, _BLOCK_VALUES // columns)  # to put two triangles together costs as much as that
-        with presence.at_work("solving"):
-            for place, shard in np.ndenumerate(self._own):
-                start, rows = (int(of(int(shard))) for of in (self._sampler.shard_start, self._sampler.shard_size))
+        at_once = rows_at_once or max(256, 2 * columns, _DECOMPOSED_VALUES // columns)
+        waiting = collections.deque[tuple[int, concurrent.futures.Future[np.ndarray]]]()
+
+        def finish() -> None:
+            shard, part = waiting.popleft()
+            found[shard] = add(found[shard], part.result()) if shard in found else part.result()
+            self._heartbeat()
+
+        with presence.at_work("solving"), concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
+            for shard in self._own.ravel().tolist():
+                start, rows = (int(at(shard)) for at in (self._sampler.shard_start, self._sampler.shard_size))
                 for first in range(start, start + rows, at_once):
                     block = self._source[np.arange(first, min(first + at_once, start + rows))]
-                    counted = block["weight"] > 0  # the others may be anything
-                    part = of({name: column[counted] for name, column in block.items()})
-                    found[place] = part if first == start else add(found[place], part)
-                    self._heartbeat()
-        processes.allgather_text(heartbeat=self._heartbeat)  # before a collective, which waits for nobody long
-        # As words: JAX would make float32 of them.
-        presence.begin_call()
-        with watchdog.watched():
-            words = multihost_utils.process_allgather(found.view(np.uint32), tiled=True)
-        every = list(np.ascontiguousarray(words).view(np.float64).reshape(-1, size))
-        whole: np.ndarray = tree_sum(every[: min(self._sampler.num_shards, len(self._source))], add)  # others: no rows
+                    counted = block["weight"] > 0  # the values of other rows may be anything
+                    if not counted.all():
+                        block = {name: column[counted] for name, column in block.items()}
+                    waiting.append((shard, pool.submit(of, block)))
+                    if len(waiting) > _THREADS:
+                        finish()
+            while waiting:
+                finish()
+        processes.allgather_text(heartbeat=self._heartbeat)  # before a collective, which times out while others work
+        used = range(min(self._sampler.num_shards, len(self._source)))  # those with rows
+        every = found if jax.process_count() == 1 else self._from_all_processes(found, size)
+        whole: np.ndarray = tree_sum([every[shard] for shard in used], add)
         return whole
+
+    def _from_all_processes(self, found: Mapping[int, np.ndarray], size: int) -> np.ndarray:
+        """[shards, size] float64 of all processes."""
+        own = np.array([found.get(shard, np.full(size, np.nan)) for shard in self._own.ravel().tolist()])
+        presence.begin_call()
+        with watchdog.watched():  # as words: JAX would make float32 of the values
+            words = multihost_utils.process_allgather(own.view(np.uint32), tiled=True)
+        return np.ascontiguousarray(words).view(np.float64)

@@ -6,7 +6,6 @@ Demmel et al. 2012). Nothing is squared on the way, so no digits are lost as in 
 """
 
 import dataclasses
-from collections.abc import Iterable, Sequence
 
 import numpy as np
 import scipy  # its modules are slow to import: scipy imports each when it is first used
@@ -15,15 +14,9 @@ from dpreg.config import Config
 from dpreg.errors import InputError
 
 _EPSILON = float(np.finfo(np.float64).eps)
+_WIDE = 256  # columns from which a decomposition with pivots takes too long where it is not needed
+WELL_CONDITIONED = 1e-4  # the least reciprocal condition number of x'x for which none is needed
 _FAR = 8.0  # times the mean distance of a column's values from their mean: as far from 0 is that mean
-
-
-def intercept_name(features: Iterable[str]) -> str:
-    """What the intercept is called beside features of these names: "(intercept)", with "_" behind it where needed."""
-    names, name = {*features}, "(intercept)"
-    while name in names:
-        name += "_"
-    return name
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,6 +40,12 @@ class RFactor:
     weight: float
     epsilon: float = _EPSILON
     lengths: np.ndarray | None = None
+
+    @classmethod
+    def none(cls, num_inputs: int, num_targets: int) -> "RFactor":
+        """That of no rows."""
+        columns = num_inputs + num_targets
+        return cls(np.zeros((1 + columns, 1 + columns)), np.zeros(columns), num_inputs, 0, 0.0)
 
     @classmethod
     def of(cls, x: np.ndarray, y: np.ndarray, weight: np.ndarray) -> "RFactor":
@@ -162,6 +161,14 @@ class RFactor:
         spread = np.sqrt(np.square(x).sum(axis=0))
         rounding = self.rounding(intercept)
         kept = np.flatnonzero(spread > rounding)
+        if (
+            len(kept) > _WIDE
+            and (root := _root_of_inverse(x[:, kept] / spread[kept], l2 * self.weight / spread[kept] ** 2)) is not None
+        ):
+            root /= spread[kept, None]
+            w = np.zeros((d, y.shape[1]))
+            w[kept] = root @ (root.T @ (x[:, kept].T @ y))
+            return self._fit(w, kept, root, l2, intercept)
         while True:
             scaled = x[:, kept] / spread[kept]
             if l2:
@@ -176,9 +183,28 @@ class RFactor:
         targets = np.concatenate([y, np.zeros((len(scaled) - len(y), y.shape[1]))])
         w = np.zeros((d, y.shape[1]))
         w[kept] = scipy.linalg.solve_triangular(r, q.T @ targets) / spread[kept, None]
-        b = self.intercept(w) if intercept else np.zeros(y.shape[1])
-        inverse = scipy.linalg.solve_triangular(r, np.eye(len(kept))) / spread[kept, None]
-        return Fit(self, w, b, tuple(sorted(int(column) for column in kept)), l2, intercept, _Inverse(kept, inverse))
+        root = scipy.linalg.solve_triangular(r, np.eye(len(kept))) / spread[kept, None]
+        return self._fit(w, kept, root, l2, intercept)
+
+    def _fit(self, w: np.ndarray, kept: np.ndarray, root: np.ndarray, l2: float, intercept: bool) -> "Fit":
+        b = self.intercept(w) if intercept else np.zeros(w.shape[1])
+        return Fit(self, w, b, tuple(sorted(int(column) for column in kept)), l2, intercept, _Inverse(kept, root))
+
+
+def _root_of_inverse(x: np.ndarray, ridge: np.ndarray) -> np.ndarray | None:
+    """A root of the inverse of x'x + diag(ridge) by a Cholesky decomposition, [d, d]; None if that is too inexact.
+
+    Args:
+      x: [n, d] of columns of length 1; ridge: [d].
+    """
+    gram = x.T @ x
+    gram[np.diag_indices_from(gram)] += ridge
+    norm = np.abs(gram).sum(axis=0).max()
+    r, failed = scipy.linalg.lapack.dpotrf(gram)
+    if failed or scipy.linalg.lapack.dpocon(r, norm)[0] < WELL_CONDITIONED:
+        return None
+    root: np.ndarray = scipy.linalg.lapack.dtrtri(r)[0]
+    return root
 
 
 def _upper(rows: np.ndarray) -> np.ndarray:
@@ -203,8 +229,8 @@ class Fit:
       kept: the columns of x that the fit uses; the others are combinations of them, or constant, and have weight 0.
       l2: the penalty.
       intercept: whether b was free; else it is 0.
-      known_variance: whether rows have the variance that their weights say, as those of Newton's method; else it is
-        estimated by the residuals.
+      dispersion: the variance of a row of weight 1; None if it is that of the residuals.
+      known_variance: whether the dispersion is known; else it is estimated.
     """
 
     triangle: RFactor
@@ -214,6 +240,7 @@ class Fit:
     l2: float
     intercept: bool
     inverse: _Inverse
+    dispersion: float | None = None
     known_variance: bool = False
 
     def refined(self, of_w: np.ndarray, of_b: np.ndarray) -> "Fit":
@@ -291,9 +318,9 @@ class Fit:
 
     @property
     def residual_deviation(self) -> np.ndarray:
-        """[t]: sqrt(sum of squared residuals / degrees of freedom); 1 where that is known."""
-        if self.known_variance:
-            return np.ones(self.b.shape)
+        """[t]: the root of the dispersion; by default sqrt(sum of squared residuals / degrees of freedom)."""
+        if self.dispersion is not None:
+            return np.full(self.b.shape, np.sqrt(self.dispersion))
         return np.sqrt(self.triangle.squares(self.w, self.b) / max(self.degrees_of_freedom, 1))
 
     @property
@@ -337,35 +364,12 @@ class Fit:
     @property
     def condition_number(self) -> float:
         """Of the used columns, about their means (or 0) and scaled to one length; 1 is best, 1e16 is hopeless."""
-        x = self.triangle.below(self.intercept)[:, 1 : 1 + self.triangle.num_inputs][:, list(self.kept)]
-        return float(np.linalg.cond(x / np.sqrt(np.square(x).sum(axis=0)))) if self.kept else 1.0
-
-    def describe(self, names: Sequence[str], target: int = 0, level: float = 0.95) -> str:
-        """A table of one target's coefficients: estimate, standard error, t, p, and the confidence interval.
-
-        Args:
-          names: of the d columns.
-          level: of the interval.
-        """
-        (w, b), (p_of_w, p_of_b) = self.standard_errors, self.p_values
-        rows = [(intercept_name(names), self.b[target], b[target], p_of_b[target], True)] if self.intercept else []
-        rows += [
-            (name, self.w[j, target], w[j, target], p_of_w[j, target], j in self.kept) for j, name in enumerate(names)
-        ]
-        wide = max(len(name) for name, *_ in rows)
-        freedom, known = max(self.degrees_of_freedom, 1), self.known_variance
-        reach = scipy.special.ndtri((1 + level) / 2) if known else scipy.special.stdtrit(freedom, (1 + level) / 2)
-        heads = f"{'estimate':>13} {'std error':>12} {'z' if known else 't':>10} {'p':>9} {f'{level:.0%} interval':>27}"
-        lines = [f"{'':{wide}} {heads}"]
-        for name, estimate, error, p, used in rows:
-            if np.isnan(error):
-                lines.append(f"{name:{wide}} {estimate:>13.6g}" + ("" if used else "   not used: see the others"))
-                continue
-            t = estimate / error if error else np.inf
-            interval = f"{estimate - reach * error:.6g} .. {estimate + reach * error:.6g}"
-            lines.append(f"{name:{wide}} {estimate:>13.6g} {error:>12.6g} {t:>10.4g} {p:>9.3g} {interval:>27}")
-        facts = [f"{self.triangle.rows:,} rows, {self.degrees_of_freedom:,} degrees of freedom"]
-        if not self.known_variance:
-            facts += [f"R2 {self.r2[target]:.6g}", f"residual deviation {self.residual_deviation[target]:.6g}"]
-        lines.append("; ".join([*facts, f"condition {self.condition_number:.3g}"]))
-        return "\n".join(lines)
+        x = self.triangle.below(self.intercept)[:, 1 : 1 + self.triangle.num_inputs][:, self.inverse.kept]
+        if not self.kept:
+            return 1.0
+        length = np.sqrt(np.square(x).sum(axis=0))
+        if len(self.kept) <= _WIDE or self.l2:
+            return float(np.linalg.cond(x / length))
+        both = x / length, self.inverse.root * length[:, None]
+        norms = (scipy.sparse.linalg.svds(a, 1, v0=np.ones(a.shape[1]), return_singular_vectors=False) for a in both)
+        return float(np.prod([*norms]))
