@@ -28,7 +28,8 @@ from dpreg.outputs.tensorboard import require_tensorboard
 from dpreg.outputs.workdir import open_workdir
 from dpreg.spelling import spell
 from dpreg.terminal import show
-from dpreg.train.build import build_data, build_model, build_trainer, identity_of
+from dpreg.train.build import build_model, build_trainer, identity_of
+from dpreg.train.defaults import read_rows
 from dpreg.train.program import first_state, lay_out
 
 _MAX_SKEW_SECONDS = 5.0
@@ -189,7 +190,7 @@ def _rows(config: Config) -> str:
     """The rows, cut into the run's batches, a model for them, and no checkpoint of another run."""
     started = time.perf_counter()
     try:
-        data = build_data(config)
+        config, data, _ = read_rows(config)
     except OSError as error:
         where = spell("dataset", config.dataset)
         raise InputError(f"{where}: {error.strerror or error}; repair it, or name another") from error

@@ -29,6 +29,10 @@ class InputError(ValueError):
         super().__init__(printable(message))
 
 
+class NoOptimumError(InputError):
+    """A loss has no least value, or none that was found."""
+
+
 @contextlib.contextmanager
 def prefix_errors(what: str) -> Iterator[None]:
     """Puts what it is about before the message of an InputError."""

@@ -2,6 +2,7 @@
 
 import atexit
 import contextlib
+import dataclasses
 import functools
 import os
 import pathlib
@@ -26,7 +27,7 @@ from dpreg.distributed import devices, presence, processes
 from dpreg.distributed.sync_signal import SyncSignal
 from dpreg.distributed.watchdog import Watchdog
 from dpreg.doctor import agree, examine
-from dpreg.errors import NO_ROOM, AuditFailed, Diverged, InputError, Preempted, ProcessLost
+from dpreg.errors import NO_ROOM, AuditFailed, Diverged, InputError, NoOptimumError, Preempted, ProcessLost
 from dpreg.outputs.checkpoint import Checkpoints, UnwrittenError
 from dpreg.outputs.export import save_model
 from dpreg.outputs.metrics import MetricsWriter, is_start, note_start, read_records, to_json
@@ -45,7 +46,6 @@ from dpreg.outputs.summary import (
 from dpreg.outputs.tensorboard import TensorBoardWriter, require_tensorboard
 from dpreg.outputs.workdir import open_workdir, write_whole
 from dpreg.predict import predict, threads_of
-from dpreg.solvers.glm import FAMILIES
 from dpreg.solvers.inference import describe
 from dpreg.solvers.solver import Solver
 from dpreg.solvers.tsqr import Fit
@@ -53,8 +53,9 @@ from dpreg.spelling import spell
 from dpreg.step.digest import digest_prediction
 from dpreg.tables.cache import DamagedCacheError
 from dpreg.terminal import printable, show
-from dpreg.train.build import build_data, build_model, build_trainer, identity_of, learning_rates
+from dpreg.train.build import build_model, build_trainer, identity_of, learning_rates
 from dpreg.train.callback import Callback
+from dpreg.train.defaults import constant_fit, read_rows
 from dpreg.train.trainer import Trainer
 
 _INTERRUPTED = 130  # exit code
@@ -84,7 +85,9 @@ def _run_in(workdir: pathlib.Path, config: Config, sync_signal: SyncSignal) -> N
     with contextlib.ExitStack() as stack:
         watchdog = stack.enter_context(Watchdog(config.step_timeout))
         progress = stack.enter_context(ProgressDisplay(Console(stderr=True, quiet=not first)))
-        trainer, data, reading = _prepared(config, progress, sync_signal)
+        is_chosen = config.solver == "auto"
+        config, data, reading, why_solver = _read(config, progress, sync_signal)
+        trainer = _prepared(config, data, progress)
         trainer.add_callback(_Heartbeat(watchdog))
         watchdog.begin()
         checkpoints = stack.enter_context(_checkpoints(config, workdir, trainer, data, sync_signal))
@@ -93,6 +96,8 @@ def _run_in(workdir: pathlib.Path, config: Config, sync_signal: SyncSignal) -> N
             f"{len(data.train):,} rows in {config.num_shards} shards on {devices.describe(trainer.mesh.devices.flat)}: "
             f"placement {placement}{f' ({why})' if why else ''}, reduction {config.reduction}, backend {config.backend}"
         )
+        if why_solver:
+            progress.say(f"solver {config.solver}: {why_solver}{_other_solver(config)}")
         for column in data.schema.inputs if data.schema else ():
             if isinstance(column, Number) and column.constant:
                 progress.say(f"column {column.name!r} has one value in the rows to fit, and is not used")
@@ -114,7 +119,9 @@ def _run_in(workdir: pathlib.Path, config: Config, sync_signal: SyncSignal) -> N
         if steps := config.profiled_steps():
             folder = workdir / "profile" if first else None
             trainer.add_callback(stack.enter_context(Profiler(folder, *steps, trainer.step)))
-        fit = _trained(config, trainer, data, checkpoints, progress, sync_signal)
+        config, fit = _trained(config, is_chosen, trainer, data, checkpoints, progress, sync_signal)
+        if first:
+            write_whole(workdir / "flags.cfg", config.to_flagfile())
         compared = _compared(config, trainer, data)
 
     if not first:
@@ -158,13 +165,14 @@ class _Heartbeat(Callback):
 
 def _trained(
     config: Config,
+    is_chosen: bool,
     trainer: Trainer,
     data: RegressionData,
     checkpoints: Checkpoints,
     progress: ProgressDisplay,
     sync_signal: SyncSignal,
-) -> Fit | None:
-    """Trains, or solves exactly, and saves; gives the best that could be reached, where that is known."""
+) -> tuple[Config, Fit | None]:
+    """Trains, or solves exactly, and saves: (the config as it was solved, the best that could be reached if known)."""
     if config.solver == "sgd":
         try:
             trainer.fit_epochs()
@@ -178,7 +186,7 @@ def _trained(
         decoupled = config.optimizer == "adamw" and config.l2  # which is no penalty on the loss
         wide = data.num_inputs > _MOST_INPUTS_OF_OPTIMUM
         if not config.optimality or not config.is_least_squares() or decoupled or wide:
-            return None
+            return config, None
     progress.doing("solving")
 
     def alive() -> None:
@@ -186,15 +194,21 @@ def _trained(
         _stop_where_asked(sync_signal, trainer.step or None)
 
     solver = Solver(CastSource(data.train, config.precision), trainer.mesh, config.num_shards, alive)
-    if config.solver == "irls":
-        fit, loss = solver.newton(FAMILIES[config.loss], config.l2, config.intercept)
-    else:
-        fit = solver.least_squares(config.l2, config.intercept, refine=config.precision == "float64")
-        loss = fit.loss
+    try:
+        solution = solver.solve(config)
+    except NoOptimumError:
+        if not is_chosen or config.l2:
+            raise
+        config = dataclasses.replace(config, l2=1 / len(data.train))  # as scikit-learn's classifiers have by default
+        progress.say(
+            f"no finite weights have the least loss, as where features tell two classes apart: solved with "
+            f"{spell('l2', config.l2)}, which is 1 / rows; give another {spell('l2')} to choose"
+        )
+        solution = solver.solve(config)
     if config.solver != "sgd":
-        trainer.set_linear_params(fit.w, fit.b, loss)
+        trainer.set_linear_params(solution.w, solution.b, solution.loss)
         checkpoints.save(trainer)
-    return fit
+    return config, solution.fit
 
 
 def _compared(config: Config, trainer: Trainer, data: RegressionData) -> dict[str, Compared]:
@@ -215,11 +229,10 @@ def _above(gap: float | None) -> str:
     return f": {gap:.2%} above" if gap < 10 else f": {gap + 1:,.0f} times as much"
 
 
-def _prepared(
+def _read(
     config: Config, progress: ProgressDisplay, sync_signal: SyncSignal
-) -> tuple[Trainer, RegressionData, float]:
-    """The trainer with its rows in place and its steps compiled; its data, and the seconds to read them."""
-    trainer = build_trainer(config)
+) -> tuple[Config, RegressionData, float, str]:
+    """The config with all that depends on the rows, the rows, the seconds to read them, and why it has that solver."""
     started = time.perf_counter()
 
     def report_rows(what: str, rows: int) -> None:
@@ -228,18 +241,30 @@ def _prepared(
         progress.doing(f"{what} {config.dataset}: {rows:,} rows, {speed:,.0f} rows/s")
 
     progress.doing(f"reading {config.dataset}")
-    data = build_data(config, report_rows)
+    config, data, why = read_rows(config, report_rows)
     reading = time.perf_counter() - started
+    return config, data, reading, why
+
+
+def _other_solver(config: Config) -> str:
+    if config.solver != "sgd":
+        return f"; for steps of an optimizer use {spell('solver', 'sgd')}"
+    return f"; for the exact solution use {spell('solver', 'exact')}" if config.has_exact_solution else ""
+
+
+def _prepared(config: Config, data: RegressionData, progress: ProgressDisplay) -> Trainer:
+    """The trainer with its rows in place and its steps compiled."""
+    trainer = build_trainer(config)
     trainer.prepare_data(data)
-    profiled = config.profiled_steps()
-    if profiled and profiled[0] >= trainer.train.num_steps:
+    profiled, num_steps = config.profiled_steps(), trainer.train.num_steps
+    if profiled and profiled[0] >= num_steps:
         raise InputError(
-            f"{spell('profile', config.profile)}: the run has {trainer.train.num_steps:,} steps; name two of them, "
-            "from 0"
+            f"{spell('profile', config.profile)}: the run has {num_steps:,} steps; name two of them, from 0"
         )
     progress.doing("compiling")
-    trainer.prepare_model(build_model(config, data.num_inputs, data.num_targets, trainer.train.num_steps))
-    return trainer, data, reading
+    bias = constant_fit(config, data) if config.solver == "sgd" else None
+    trainer.prepare_model(build_model(config, data.num_inputs, data.num_targets, num_steps, bias))
+    return trainer
 
 
 @contextlib.contextmanager

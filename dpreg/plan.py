@@ -289,8 +289,8 @@ def _main(argv: list[str]) -> None:
     if topology and config.num_devices is not None:
         how_many = f"{spell('topology', topology)} says how many"
         raise InputError(f"{spell('num_devices', config.num_devices)}: {how_many}; leave it out")
-    for name, of_a_step in (("mode", "train"), ("solver", "sgd"), ("num_processes", None)):
-        if (given := getattr(config, name)) != of_a_step:
+    for name, of_a_step in (("mode", ("train",)), ("solver", ("auto", "sgd")), ("num_processes", (None,))):
+        if (given := getattr(config, name)) not in of_a_step:
             raise InputError(f"{spell(name, given)}: a plan is of a training step, in one process; leave it out")
     with made(pathlib.Path(config.workdir or ".")) as folder:
         if topology:

@@ -58,7 +58,8 @@ def test_no_default_of_a_setting_is_stated_twice():
         ("d2l.module", "sigma"),  # as the book prints it
         ("data.pipeline", "num_shards"),  # until `shard` is called
         # No settings, in spite of their names.
-        ("solvers.tsqr", "target"),
+        ("solvers.inference", "target"),
+        ("solvers.solver", "target"),
         ("models.losses", "num_classes"),
         ("outputs.workdir", "keep"),
         ("step.digest", "optimizer"),

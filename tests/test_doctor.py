@@ -60,7 +60,7 @@ def patched(code, number, *flags):
         ),
         ("import time; now = time.time; time.time = lambda: now() + 60", "clocks", "clocks are 60.0 s apart"),
         ("import jax; jax.lax.psum = lambda x, axis: jax.lax.pmean(x, axis)", "all-reduce", "instead of 6.0"),
-        ("from dpreg import doctor; doctor.build_data = lambda config: open('/nowhere')", "rows", "No such file"),
+        ("from dpreg import doctor; doctor.read_rows = lambda config: open('/nowhere')", "rows", "No such file"),
     ],
 )
 def test_what_is_wrong_in_one_process_is_found_by_all(tmp_path, fault, check, said):

@@ -8,7 +8,7 @@ from absl import flags
 
 from dpreg.config.devices import DeviceSettings
 from dpreg.config.flags import parse_flags, write_flagfile
-from dpreg.config.model import LOSSES, ModelSettings
+from dpreg.config.model import GLM_LOSSES, LOSSES, ModelSettings
 from dpreg.config.optimizer import OptimizerSettings
 from dpreg.config.rows import Columns, RowSettings
 from dpreg.config.run import RunSettings
@@ -74,11 +74,14 @@ class Config(RunSettings, DeviceSettings, OptimizerSettings, ModelSettings, RowS
         """Refuses an exact solver for what it cannot solve."""
         linear, no_l1 = spell("model", "linear", "concise"), f"without {spell('l1')}"
         remedy = f"use {spell('solver', 'sgd')}"
-        if self.solver == "exact" and not self.is_least_squares():
-            self._refuse("solver", f"it is for {linear} with {spell('loss', 'squared')}, {no_l1}; {remedy}")
-        newton = self.is_linear and not self.l1 and self.loss in ("logistic", "poisson")
+        if self.solver == "exact" and not self.has_exact_solution:
+            if self.is_linear and not self.l1:
+                free, losses = spell("intercept", False), spell("loss", "squared", *GLM_LOSSES)
+                self._refuse("solver", f"with {free} it is for {losses}; {remedy}")
+            self._refuse("solver", f"it is for {linear}, {no_l1}; {remedy}")
+        newton = self.is_linear and not self.l1 and self.loss in GLM_LOSSES
         if self.solver == "irls" and not newton:
-            self._refuse("solver", f"it is for {linear} with {spell('loss', 'logistic', 'poisson')}, {no_l1}; {remedy}")
+            self._refuse("solver", f"it is for {linear} with {spell('loss', *GLM_LOSSES)}, {no_l1}; {remedy}")
 
     def _check_prediction(self) -> None:
         mode = spell("mode", self.mode)
@@ -97,6 +100,15 @@ class Config(RunSettings, DeviceSettings, OptimizerSettings, ModelSettings, RowS
         """The config that parsed flags describe."""
         given = parse_flags(cls, values)
         return cls(**given, given=frozenset(name for name in given if values[name].present))
+
+    def is_given(self, name: str) -> bool:
+        """Whether the caller chose the value of a setting; one of a flag that is the default also counts."""
+        return name in self.given or getattr(self, name) != getattr(type(self), name)
+
+    @property
+    def has_exact_solution(self) -> bool:
+        """Whether `dpreg.solvers` finds the least loss of such a model; for auto also where it is too wide."""
+        return self.is_linear and not self.l1 and (self.intercept or self.loss in ("squared", *GLM_LOSSES))
 
     def is_least_squares(self) -> bool:
         """Whether `dpreg.solvers.tsqr` knows the best parameters of such a model."""
@@ -127,7 +139,7 @@ class Config(RunSettings, DeviceSettings, OptimizerSettings, ModelSettings, RowS
             self._refuse("workdir", f"its model is code of yours; allow it to be imported, with {allowed}")
         for field in list_settings(Config):
             name, asked = field.name, getattr(self, field.name)
-            if name not in trained or not (name in self.given or asked != field.default):
+            if name not in trained or not self.is_given(name):
                 continue
             if name in _ASKED:
                 trained[name] = asked

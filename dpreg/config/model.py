@@ -7,6 +7,7 @@ from dpreg.spelling import spell
 
 MODELS = ("linear", "concise", "mlp")
 ACTIVATIONS = ("relu", "tanh", "gelu", "sigmoid")
+GLM_LOSSES = ("logistic", "poisson", "gamma")  # those of generalised linear models with one prediction a row
 LOSSES = ("squared", "huber", "absolute", "quantile", "logistic", "softmax", "poisson", "gamma")
 
 

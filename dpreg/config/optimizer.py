@@ -5,7 +5,7 @@ import dataclasses
 from dpreg.config.settings import Settings, setting
 from dpreg.spelling import spell
 
-SOLVERS = ("sgd", "exact", "irls")
+SOLVERS = ("auto", "exact", "irls", "sgd")
 OPTIMIZERS = ("sgd", "momentum", "adam", "adamw", "lbfgs")
 SCHEDULES = ("constant", "linear", "cosine", "inverse_sqrt")
 
@@ -15,9 +15,9 @@ class OptimizerSettings(Settings):
     """How the loss is minimised."""
 
     solver: str = setting(
-        "sgd",
-        "sgd: the optimizer's steps; exact: least squares in one pass over the rows, in float64; "
-        "irls: logistic or poisson in a few passes (Newton).",
+        "auto",
+        "exact: the least loss of a linear model (irls: of logistic, poisson, gamma); sgd: the optimizer's steps; "
+        "auto: exact for tables, unless a setting of steps is given.",
         affects_result=True,
         choices=SOLVERS,
     )
@@ -72,5 +72,5 @@ class OptimizerSettings(Settings):
         super().__post_init__()
         if self.l1 and self.optimizer != "sgd":
             self._refuse("l1", f"only {spell('optimizer', 'sgd')} reaches its optimum; use that, or {spell('l2')}")
-        if self.patience and self.solver != "sgd":
+        if self.patience and self.solver in ("exact", "irls"):
             self._refuse("patience", f"it is for {spell('solver', 'sgd')}; leave one out")

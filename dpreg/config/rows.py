@@ -67,7 +67,7 @@ class Columns(Settings):
     target_transform: str = setting(
         "none",
         "How the target is transformed before the fit: none; log, to its logarithm; or standardize, to mean 0 and "
-        "standard deviation 1.",
+        "standard deviation 1. Default: none; standardize for an mlp whose loss is one of differences.",
         affects_result=True,
         choices=TRANSFORMS,
     )

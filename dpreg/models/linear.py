@@ -28,10 +28,17 @@ def initial_weights(sigma: float | None) -> nn.initializers.Initializer:
     return nn.initializers.normal(0.01 if sigma is None else sigma)
 
 
+def initial_bias(bias: tuple[float, ...] | None) -> nn.initializers.Initializer:
+    """An initializer for a bias: zeros, or given values."""
+    if bias is None:
+        return nn.initializers.zeros
+    return lambda key, shape, dtype=jnp.float32: jnp.broadcast_to(jnp.asarray(bias, dtype), shape)
+
+
 class LinearRegressionScratch(Module):
     """Linear regression with explicit parameters, x w + b (D2L section 3.4.1).
 
-    `w` [num_inputs, num_targets] starts as N(0, sigma^2), or on a table as zero; `b` [num_targets] starts as zero.
+    `w` [num_inputs, num_targets] starts as N(0, sigma^2), or on a table as zero; `b` [num_targets] starts as `bias`.
 
     Attributes:
       num_inputs: the number of features of a row, d.
@@ -40,6 +47,7 @@ class LinearRegressionScratch(Module):
         would change the initial draw in a direction that the rows do not determine.
       num_targets: the number of targets of a row, t; D2L has one.
       intercept: whether the model has a `b`; without it, the predictions are x w.
+      bias: the initial `b`, one value a target; zeros by default.
 
     >>> model = LinearRegressionScratch(num_inputs=2, lr=0.03)
     >>> params = {"w": jnp.array([[2.0], [-3.0]]), "b": jnp.array([4.0])}
@@ -52,6 +60,7 @@ class LinearRegressionScratch(Module):
     sigma: float | None = None
     num_targets: int = 1
     intercept: bool = Config.intercept
+    bias: tuple[float, ...] | None = None
     row_wise: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
@@ -63,7 +72,7 @@ class LinearRegressionScratch(Module):
         size = self.num_inputs, self.num_targets
         self.w = self.param("w", initial_weights(self.sigma), size, jnp.float32)
         if self.intercept:
-            self.b = self.param("b", nn.initializers.zeros, (self.num_targets,), jnp.float32)
+            self.b = self.param("b", initial_bias(self.bias), (self.num_targets,), jnp.float32)
 
     def __call__(self, x: Array) -> Array:
         """The predictions: [n, num_inputs] -> [n, num_targets].

@@ -7,7 +7,7 @@ from flax import linen as nn
 from jax import Array
 
 from dpreg.config import Config, check_settings
-from dpreg.models.linear import initial_weights
+from dpreg.models.linear import initial_bias, initial_weights
 from dpreg.models.module import Module
 
 
@@ -19,12 +19,14 @@ class LinearRegression(Module):
       lr: the learning rate of minibatch SGD.
       sigma: the standard deviation of the initial weights, as in `dpreg.LinearRegressionScratch`.
       intercept: whether the model has a bias.
+      bias: its initial values, one an output; zeros by default.
     """
 
     num_outputs: int = 1
     lr: float = Config.lr
     sigma: float | None = None
     intercept: bool = Config.intercept
+    bias: tuple[float, ...] | None = None
     row_wise: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
@@ -35,7 +37,7 @@ class LinearRegression(Module):
     def __call__(self, x: Array) -> Array:
         """The predictions: [n, d] -> [n, num_outputs]."""
         start = initial_weights(self.sigma)
-        return nn.Dense(self.num_outputs, self.intercept, kernel_init=start)(x)
+        return nn.Dense(self.num_outputs, self.intercept, kernel_init=start, bias_init=initial_bias(self.bias))(x)
 
 
 class MLP(Module):
@@ -52,6 +54,7 @@ class MLP(Module):
       batch_norm: whether hidden values are normalised.
       activation: the name of a function of `flax.linen`, such as "relu".
       sync_batch_norm: whether BatchNorm normalises over all rows of the batch instead of those of a shard.
+      bias: the initial biases of the outputs; zeros by default.
     """
 
     hidden: Sequence[int]
@@ -61,6 +64,7 @@ class MLP(Module):
     batch_norm: bool = Config.batch_norm
     activation: str = Config.activation
     sync_batch_norm: bool = Config.sync_batch_norm
+    bias: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
         check_settings(hidden=tuple(self.hidden), dropout=self.dropout)
@@ -76,4 +80,4 @@ class MLP(Module):
             if self.batch_norm:
                 x = nn.BatchNorm(use_running_average=not train, use_fast_variance=False, axis_name=over)(x)
             x = nn.Dropout(self.dropout, deterministic=not train)(getattr(nn, self.activation)(x))
-        return nn.Dense(self.num_outputs)(x)
+        return nn.Dense(self.num_outputs, bias_init=initial_bias(self.bias))(x)

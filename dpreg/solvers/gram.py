@@ -28,7 +28,7 @@ def products(x: np.ndarray, y: np.ndarray, weight: np.ndarray) -> np.ndarray:
     columns[:, 0], columns[:, 1 : 1 + x.shape[1]], columns[:, 1 + x.shape[1] :] = 1, x, y
     if not (weight == 1).all():
         columns *= np.sqrt(weight, dtype=np.float64)[:, None]
-    head = columns.any(axis=0).astype(np.float64)
+    head = np.asarray(columns.any(axis=0), np.float64)
     head[0] = np.count_nonzero(weight)
     return np.concatenate([head, (columns.T @ columns).ravel()])
 

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from dpreg.errors import InputError
+from dpreg.errors import NoOptimumError
 
 _EPSILON = float(np.finfo(np.float64).eps)
 _MOST_PASSES = 30  # about 8 are needed; after 37 a model without an optimum comes to rest by rounding
@@ -56,7 +56,7 @@ def minimum(evaluate: Callable[[np.ndarray], Point], start: np.ndarray, step: np
         # Where there is no optimum the objective may come to rest, but the parameters go on.
         if decrement <= _EPSILON * max(1.0, abs(value)) and at.moved <= _AT_REST:
             return start + step, at
-    raise InputError(
+    raise NoOptimumError(
         f"no optimum within {_MOST_PASSES} passes: there is none where all targets are alike, or where features tell "
         "them for certain; for the latter give some l2, such as 0.001"
     )

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 import scipy
 
-from dpreg.errors import InputError
+from dpreg.errors import NoOptimumError
 
 _MOST_STEPS = 200
 _NARROWER = 0.25  # from one width to the next
@@ -92,7 +92,7 @@ def minimum(
         if objective - least <= _GAP * objective:
             return best
         before, theta, width = (found, width), following, width * _NARROWER
-    raise InputError("no optimum was found; use solver='sgd'")
+    raise NoOptimumError("no optimum was found; use solver='sgd'")
 
 
 def _minimum(
@@ -126,4 +126,4 @@ def _minimum(
             return theta, found
         else:
             damping = max(10 * damping, 1e-4)
-    raise InputError("no optimum was found; use solver='sgd'")
+    raise NoOptimumError("no optimum was found; use solver='sgd'")

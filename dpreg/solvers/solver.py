@@ -78,13 +78,13 @@ class Solution(NamedTuple):
 
     Attributes:
       w, b: [d, p] and [p] float64.
-      loss: the mean loss, without the penalty; NaN where it was not computed.
+      loss: the mean loss, without the penalty.
       fit: what the standard errors come from, where they are known.
     """
 
     w: np.ndarray
     b: np.ndarray
-    loss: float = np.nan
+    loss: float
     fit: Fit | None = None
 
 
@@ -132,8 +132,8 @@ class Solver:
             w, b = (np.concatenate([getattr(fit, name) for fit, _ in found], axis=-1) for name in ("w", "b"))
             return Solution(w, b, sum(each for _, each in found), found[0][0] if len(found) == 1 else None)
         if loss == "softmax":
-            return Solution(*self.softmax(config.num_classes, l2))
-        return Solution(*self.robust(robust.slopes_of(loss, config.huber_delta, config.quantile), l2))
+            return self.softmax(config.num_classes, l2)
+        return self.robust(robust.slopes_of(loss, config.huber_delta, config.quantile), l2)
 
     def least_squares(self, l2: float = Config.l2, intercept: bool = Config.intercept, refine: bool = False) -> Fit:
         """The least mean squared loss + l2 / 2 sum w^2: one pass, or two.
@@ -194,8 +194,8 @@ class Solver:
         dispersion = pearson / max(fit.degrees_of_freedom, 1) if family.dispersed else 1.0
         return dataclasses.replace(fit, l2=l2, dispersion=dispersion, known_variance=not family.dispersed), loss
 
-    def softmax(self, num_classes: int, l2: float = Config.l2) -> tuple[np.ndarray, np.ndarray]:
-        """W [d, C] and b [C] of least mean cross-entropy of the labels + l2 / 2 sum w^2, by Newton's method.
+    def softmax(self, num_classes: int, l2: float = Config.l2) -> Solution:
+        """The W [d, C] and b [C] of least mean cross-entropy of the labels + l2 / 2 sum w^2, by Newton's method.
 
         With a penalty, the features have mean squares of about 1.
 
@@ -213,10 +213,12 @@ class Solver:
 
             return self._reduced(2 + theta.size + theta.size**2, of)
 
-        return basis.parameters(softmax.minimum(sums_at, (1 + basis.size, num_classes), l2))
+        theta = softmax.minimum(sums_at, (1 + basis.size, num_classes), l2)
+        weight, loss, *_ = sums_at(theta)
+        return Solution(*basis.parameters(theta), loss / weight)
 
-    def robust(self, slopes: robust.Slopes, l2: float = Config.l2) -> tuple[np.ndarray, np.ndarray]:
-        """W [d, t] and b [t] of least mean loss + l2 / 2 sum w^2, of a loss with such slopes, by Newton's method.
+    def robust(self, slopes: robust.Slopes, l2: float = Config.l2) -> Solution:
+        """The W [d, t] and b [t] of least mean loss + l2 / 2 sum w^2, of a loss with such slopes, by Newton's method.
 
         With a penalty, the features have mean squares of about 1.
 
@@ -224,7 +226,7 @@ class Solver:
           InputError: when no optimum was found.
         """
         basis = self._basis(l2)
-        fit, size, found = basis.triangle.solve(l2), 1 + basis.size, []
+        fit, size, found, mean_loss = basis.fit, 1 + basis.size, [], 0.0
         for target in range(self._targets):
             column = basis.triangle.about(0.0)[:, 1 + self._inputs + target]
             length = float(np.sqrt(np.square(column).sum() / basis.triangle.weight))
@@ -238,8 +240,11 @@ class Solver:
                 return self._reduced(4 + size + size**2, of)
 
             start = basis.theta(fit.w[:, target], fit.b[target])
-            found.append(robust.minimum(sums_at, start, slopes, l2, length))
-        return basis.parameters(np.stack(found, axis=1))
+            theta = robust.minimum(sums_at, start, slopes, l2, length)
+            weight, smoothed, loss, *_ = sums_at(theta, slopes.width or 1.0)
+            mean_loss += (smoothed if slopes.width else loss) / weight
+            found.append(theta)
+        return Solution(*basis.parameters(np.stack(found, axis=1)), mean_loss)
 
     def _basis(self, l2: float) -> Basis:
         """Features to solve for: with a penalty those there are, else uncorrelated ones of mean square 1."""

@@ -90,18 +90,23 @@ def open_dataset(config: Config) -> Table:
     return held_out or train
 
 
-def build_model(config: Config, num_inputs: int, num_targets: int, num_steps: int = 1) -> Model:
+def build_model(
+    config: Config, num_inputs: int, num_targets: int, num_steps: int = 1, bias: tuple[float, ...] | None = None
+) -> Model:
     """The model for rows with these numbers of columns, with its loss and the optimizer of a run of `num_steps` steps.
+
+    Args:
+      bias: where the biases of the outputs start, for the models of dpreg that have one; zeros by default.
 
     Raises:
       InputError: when a user's module cannot be imported or constructed.
     """
     own = objective_and_optimizer(config, num_steps)
-    outputs = own["objective"].outputs(num_targets)
+    outputs, bias = own["objective"].outputs(num_targets), bias if config.intercept else None
     if config.model == "linear":
-        return LinearRegressionScratch(num_inputs, config.lr, config.sigma, outputs, config.intercept, **own)
+        return LinearRegressionScratch(num_inputs, config.lr, config.sigma, outputs, config.intercept, bias, **own)
     if config.model == "concise":
-        return LinearRegression(outputs, config.lr, config.sigma, config.intercept, **own)
+        return LinearRegression(outputs, config.lr, config.sigma, config.intercept, bias, **own)
     if config.model == "mlp":
         return MLP(
             config.hidden,
@@ -111,6 +116,7 @@ def build_model(config: Config, num_inputs: int, num_targets: int, num_steps: in
             config.batch_norm,
             config.activation,
             config.sync_batch_norm,
+            bias,
             **own,
         )
     module, _, name = config.model.partition(":")

@@ -1,0 +1,184 @@
+"""What a run on a table does where its settings do not say: the solver, the steps, the start.
+
+The defaults of `Config` are those of the book, for its synthetic rows. A table has another number of rows, and its
+columns have other units. What is chosen here depends on the rows and the settings alone, never on the devices.
+"""
+
+import dataclasses
+import math
+from typing import Any
+
+import numpy as np
+
+from dpreg.config import Config
+from dpreg.config.model import GLM_LOSSES, MODELS
+from dpreg.data.sources import RegressionData
+from dpreg.spelling import spell
+from dpreg.tables.ingest import Progress
+from dpreg.train.build import build_data
+
+_LOCATED = ("squared", "huber", "absolute", "quantile")  # losses of the difference of target and prediction
+# Settings that say how steps are taken: whoever gives one asks for steps.
+_OF_STEPS = (
+    *("optimizer", "lr", "lr_schedule", "warmup_steps", "max_epochs", "patience", "batch_size", "sigma"),
+    *("gradient_clip_val", "accumulate_steps", "log_every_steps", "checkpoint_every_steps", "profile"),
+)
+_WIDEST = {"squared": 4096}  # parameters up to which an exact solution takes seconds, by loss
+_WIDEST_OF_OTHERS = 1024  # of losses that take several passes, each of which costs the square of the parameters
+_SAMPLE = 1 << 16  # rows that stand for all: those of a table are in random order
+
+# Steps of networks: batches of about a 64th of the rows, and steps enough for a small table.
+_BATCHES_OF_EPOCH = 64
+_SMALLEST_BATCH, _LARGEST_BATCH = 32, 1024
+_LEAST_STEPS = {"network": 6000, "linear": 3000}
+_LEAST_EPOCHS = {"network": 10, "linear": 3}
+_NETWORK_LR, _LARGEST_NETWORK_LR = 1e-3, 4e-3
+_WARM_UP = 0.05  # of the steps
+_PATIENCE = 0.1  # of the epochs
+_LEAST_PATIENCE = 10
+_WEIGHT_DECAY = 0.01
+
+
+def read_rows(config: Config, progress: Progress = lambda what, rows: None) -> tuple[Config, RegressionData, str]:
+    """(the config with a value for each setting that depends on the rows, the rows, why it has that solver).
+
+    Args:
+      progress: as of `build_data`.
+
+    Raises:
+      InputError: as `build_data`.
+    """
+    scaled = config.dataset != "synthetic" and config.model == "mlp" and config.loss in _LOCATED
+    if scaled and not config.is_given("target_transform"):  # targets of a network are scaled, whatever their unit
+        config = dataclasses.replace(config, target_transform="standardize")
+    data = build_data(config, progress)
+    solver, why = _choose_solver(config, data)
+    config = dataclasses.replace(config, solver=solver)
+    if solver == "sgd" and config.dataset != "synthetic":
+        chosen = {name: value for name, value in _steps(config, data).items() if not config.is_given(name)}
+        config = dataclasses.replace(config, **chosen)
+        data.batch_size = config.batch_size
+    return config, data, why
+
+
+def _choose_solver(config: Config, data: RegressionData) -> tuple[str, str]:
+    if config.solver != "auto":
+        return config.solver, ""
+    if config.dataset == "synthetic":
+        return "sgd", ""
+    for applies, why in (
+        (not config.is_linear, f"{spell('model', config.model)} has no exact solution"),
+        (config.l1 > 0, f"{spell('l1', config.l1)} has no exact solution"),
+        (not config.has_exact_solution, f"{spell('loss', config.loss)} has none with {spell('intercept', False)}"),
+    ):
+        if applies:
+            return "sgd", why
+    if given := [name for name in _OF_STEPS if config.is_given(name)]:
+        return "sgd", f"{spell(given[0], getattr(config, given[0]))} is one of steps"
+    outputs = config.num_classes if config.loss == "softmax" else data.num_targets
+    size = (1 + data.num_inputs) * (1 if config.loss in _LOCATED or config.loss in GLM_LOSSES else outputs)
+    widest = _WIDEST.get(config.loss, _WIDEST_OF_OTHERS)
+    if size > widest:
+        return "sgd", f"{size:,} parameters are more than the {widest:,} up to which an exact solution is fast"
+    way = "one pass over the rows" if config.loss == "squared" else "Newton's method"
+    return "exact", f"the least loss, by {way}"
+
+
+def _steps(config: Config, data: RegressionData) -> dict[str, Any]:
+    """Settings of steps for the rows of a table."""
+    rows, kind = len(data.train), "linear" if config.is_linear else "network"
+    batch = 2 ** round(math.log2(max(1.0, rows / _BATCHES_OF_EPOCH)))
+    batch = min(max(batch, _SMALLEST_BATCH), _LARGEST_BATCH)
+    batch = config.batch_size if config.is_given("batch_size") else -(-batch // config.num_shards) * config.num_shards
+    steps_of_epoch = -(-rows // (batch * config.accumulate_steps))
+    epochs = max(_LEAST_EPOCHS[kind], -(-_LEAST_STEPS[kind] // steps_of_epoch))
+    epochs = config.max_epochs if config.is_given("max_epochs") else epochs
+    chosen: dict[str, Any] = {"batch_size": batch, "max_epochs": epochs}
+    if config.model not in MODELS:
+        return chosen
+    if not config.is_given("lr"):
+        chosen["lr_schedule"] = "cosine"
+    if kind == "network":
+        chosen["optimizer"] = "adamw"
+        chosen["lr"] = min(_NETWORK_LR * math.sqrt(batch / _SMALLEST_BATCH), _LARGEST_NETWORK_LR)
+        chosen["warmup_steps"] = round(_WARM_UP * epochs * steps_of_epoch)
+        if config.optimizer == "adamw" or not config.is_given("optimizer"):
+            chosen["l2"] = _WEIGHT_DECAY
+        if data.val:
+            chosen["patience"] = max(_LEAST_PATIENCE, round(_PATIENCE * epochs))
+    else:
+        chosen["lr"] = _rate_of_linear_model(config, data, batch)
+    return chosen
+
+
+def _rate_of_linear_model(config: Config, data: RegressionData, batch: int) -> float:
+    """A learning rate for which the steps of a linear model neither diverge nor crawl.
+
+    Gradient descent on the mean loss converges for rates below 2 over its curvature: the second derivative of the loss
+    by the prediction, times the largest eigenvalue of the second moments of the features. The noise of batches adds to
+    that eigenvalue the mean squared length of rows over the batch size (Bach and Moulines 2013).
+    """
+    sample = _sample(data)
+    weight = sample["weight"] / sample["weight"].sum()
+    x = np.concatenate([np.ones((len(weight), 1)), sample["x"]], axis=1, dtype=np.float64)
+    square = float(weight @ np.square(x).sum(axis=1))
+    largest = square
+    if x.shape[1] <= _WIDEST["squared"]:
+        largest = float(np.linalg.norm((np.sqrt(weight)[:, None] * x), 2)) ** 2
+    y = sample["y"].astype(np.float64)
+    deviation = float(np.sqrt(weight @ np.square(y - weight @ y)).mean())
+    rate = 1 / (largest + 3 * square / batch)
+    if config.optimizer == "lbfgs":
+        return 1.0
+    if config.optimizer in ("adam", "adamw"):
+        return 0.03 * (deviation or 1.0) if config.loss in _LOCATED else 0.03
+    if config.optimizer == "momentum":
+        rate /= 10
+    if config.loss == "huber":
+        return rate * max(1.0, deviation / config.huber_delta)
+    if config.loss in ("absolute", "quantile"):  # whose gradients have one length
+        return rate * (deviation or 1.0)
+    curvature = {
+        "squared": 1.0,
+        "logistic": 0.25,
+        "softmax": 0.5,
+        "gamma": 4.0,
+        "poisson": 4 * max(float((weight @ y).mean()), 0.1),
+    }
+    return rate / curvature[config.loss]
+
+
+def constant_fit(config: Config, data: RegressionData) -> tuple[float, ...] | None:
+    """What a model without features would predict before any link, one value an output; None for a model of the user's.
+
+    The means and quantiles are those of the first 65,536 rows, which are in random order.
+    """
+    if config.dataset == "synthetic" or config.model not in MODELS:
+        return None
+    sample = _sample(data)
+    weight, y = sample["weight"] / sample["weight"].sum(), sample["y"].astype(np.float64)
+    if config.loss == "softmax":
+        count = weight @ (y == np.arange(config.num_classes)) * len(y) + 0.5
+        return tuple(np.log(count / count.sum()).tolist())
+    if config.loss in ("huber", "absolute", "quantile"):
+        share = config.quantile if config.loss == "quantile" else 0.5
+        return tuple(_quantile(column, weight, share) for column in y.T)
+    mean = weight @ y
+    least = 0.5 / len(y)
+    if config.loss == "logistic":
+        mean = np.clip(mean, least, 1 - least)
+        return tuple(np.log(mean / (1 - mean)).tolist())
+    if config.loss in ("poisson", "gamma"):
+        mean = np.log(np.maximum(mean, least if config.loss == "poisson" else np.finfo(np.float32).tiny))
+    return tuple(mean.tolist())
+
+
+def _sample(data: RegressionData) -> dict[str, np.ndarray]:
+    rows = data.train[np.arange(min(_SAMPLE, len(data.train)), dtype=np.int32)]
+    return {name: np.asarray(rows[name]) for name in ("x", "y", "weight")}
+
+
+def _quantile(values: np.ndarray, weight: np.ndarray, share: float) -> float:
+    order = np.argsort(values, kind="stable")
+    at = np.searchsorted(np.cumsum(weight[order]), share)
+    return float(values[order[min(int(at), len(values) - 1)]])
