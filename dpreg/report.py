@@ -14,7 +14,8 @@ from rich.table import Table
 from dpreg.cli import run_cli
 from dpreg.errors import InputError
 from dpreg.outputs.metrics import Record, from_json, is_number, read_records
-from dpreg.outputs.report import shown, write_comparison
+from dpreg.outputs.pages import shown
+from dpreg.outputs.report import write_comparison
 from dpreg.terminal import printable, show
 
 _REACHED, _COST = ("epoch", "train_loss", "val_loss"), ("rows_per_second", "device_count", "process_count")

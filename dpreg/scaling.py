@@ -37,8 +37,9 @@ from dpreg.cli import run_cli
 from dpreg.config import Config
 from dpreg.distributed import devices, processes
 from dpreg.errors import InputError, ProcessLost
-from dpreg.outputs.chart import chart, page
+from dpreg.outputs.chart import chart
 from dpreg.outputs.metrics import to_json
+from dpreg.outputs.pages import render
 from dpreg.outputs.progress import ProgressDisplay
 from dpreg.outputs.workdir import made
 from dpreg.spelling import spell
@@ -362,11 +363,14 @@ def _main(argv: list[str]) -> None:
             kind: [(run.devices, run.rows_per_second) for run in runs if run.kind == kind or run.devices == 1]
             for kind in KINDS
         }
-        body = f"<h1>Rows per second</h1>{chart(rates, 'devices', 'rows per second', doubling=True)}"
-        if further:
-            share = {"expected efficiency, same batch": sorted(further["efficiency"].items())}
-            body += f"<h2>On more devices</h2>{chart(share, 'devices', 'efficiency', doubling=True)}"
-        (folder / "scaling.html").write_text(page("scaling", body), encoding="utf-8")
+        shares = {"expected efficiency, same batch": sorted(further["efficiency"].items())} if further else {}
+        page = render(
+            "scaling.html",
+            title="scaling",
+            rates=chart(rates, "devices", "rows per second", doubling=True),
+            efficiency=chart(shares, "devices", "efficiency", doubling=True) if shares else "",
+        )
+        (folder / "scaling.html").write_text(page, encoding="utf-8")
         show(f"also in {folder}: scaling.json, scaling.html")
 
 

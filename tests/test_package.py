@@ -48,11 +48,13 @@ def test_a_registry_would_take_both_files(built):
     assert python("-m", "twine", "--no-color", "check", "--strict", *files).count("PASSED") == 2
 
 
-def test_the_wheel_has_every_module_the_types_and_the_presets(installed):
+def test_the_wheel_has_every_module_the_types_the_templates_and_the_presets(installed):
     there = {str(path.relative_to(installed)) for path in installed.rglob("*") if path.is_file()}
     modules = {str(path.relative_to(ROOT)) for path in (pathlib.Path(ROOT) / "dpreg").rglob("*.py")}
+    templates = {str(path.relative_to(ROOT)) for path in (pathlib.Path(ROOT) / "dpreg/outputs/html").iterdir()}
     presets = {f"dpreg/presets/{path.name}" for path in (pathlib.Path(ROOT) / "configs").glob("*.cfg")}
-    assert modules | presets | {"dpreg/py.typed"} <= there
+    assert templates
+    assert modules | templates | presets | {"dpreg/py.typed"} <= there
     assert not any(name.startswith(("tests", "launch")) for name in there)
     (points,) = installed.glob("*.dist-info/entry_points.txt")
     assert "dpreg = dpreg.main:main" in points.read_text()
@@ -70,6 +72,7 @@ def test_a_run_by_a_preset_from_an_empty_folder(installed, tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert "--num_devices=8" in (tmp_path / "w" / "flags.cfg").read_text()
+    assert "<h1>synthetic</h1>" in (tmp_path / "w" / "report.html").read_text()
 
 
 def test_the_version_stands_in_the_changelog_and_the_citation():

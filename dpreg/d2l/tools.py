@@ -13,6 +13,7 @@ from flax.linen.module import wrap_method_once
 
 from dpreg.errors import InputError
 from dpreg.outputs import chart
+from dpreg.outputs.pages import render
 
 _SCALES = "linear", "log"
 _PIXELS_PER_INCH = 96
@@ -138,13 +139,11 @@ class ProgressBoard(HyperParameters):
 
     def _repr_mimebundle_(self, **_: Any) -> dict[str, str]:
         """What a notebook shows: as an image, for the styles of an inline SVG would apply to the whole page."""
-        image, (width, height) = base64.b64encode(self.svg().encode()).decode(), self.figsize
-        size = f'width="{width * _PIXELS_PER_INCH:.0f}" height="{height * _PIXELS_PER_INCH:.0f}"'
         last = ", ".join(f"{label} {points[-1][1]:.4g}" for label, points in self.points.items())
-        return {
-            "text/html": f'<img {size} alt="{chart.escape(last)}" src="data:image/svg+xml;base64,{image}">',
-            "text/plain": last,
-        }
+        width, height = (f"{inches * _PIXELS_PER_INCH:.0f}" for inches in self.figsize)
+        data = base64.b64encode(self.svg().encode()).decode()
+        image = render("image.html", width=width, height=height, label=last, data=data)
+        return {"text/html": image, "text/plain": last}
 
     def _show(self) -> None:
         if not (self.display and _in_notebook()):

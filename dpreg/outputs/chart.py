@@ -1,58 +1,20 @@
-"""Charts of lines and of dots as SVG, for pages that need nothing but themselves."""
+"""Charts of lines and of dots as SVG: where values lie on the axes. The template html/chart.svg draws them."""
 
-import html
 import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
-from dpreg.terminal import printable
+from dpreg.outputs.pages import render
 
-_LEFT, _BOTTOM, _MARGIN = 84, 48, 16
 _WIDE, _SMALL = (720, 320), (440, 280)
-_FEW_POINTS = 40  # as many get dots
+_LEFT, _BOTTOM, _MARGIN = 84, 48, 16  # around the lines and dots
+_FEW_POINTS = 40  # a line of no more points has dots
 _COLOURS = 6
-_EMPTY = "Nothing to show."
-_EMPTY_FILE = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 240 32"><text y="24">{_EMPTY}</text></svg>\n'
 _LARGEST = 1e300  # drawn: differences and powers of ten around larger values are not finite
 
 Points = Sequence[tuple[float, float]]
-
-# Colours by the order of the lines; for light and for dark.
-STYLE = """
-:root { color-scheme: light dark; --ink: #1c2430; --faint: #5d6775; --line: #d7dce3; --paper: #fff;
-  --line0: #2463c9; --line1: #c2500f; --line2: #1a7f5a; --line3: #8b3fb8; --line4: #a8790a; --line5: #b8285f; }
-@media (prefers-color-scheme: dark) { :root { --ink: #e6e9ee; --faint: #9aa5b4; --line: #39424f;
-  --paper: #14181e; --line0: #7aaaf7; --line1: #f2a065; --line2: #5cc79c; --line3: #c797e8; --line4: #e3bc55;
-  --line5: #f08bb0; } }
-* { box-sizing: border-box; }
-body { margin: 0 auto; max-width: 62rem; padding: 1.5rem 1rem 3rem; background: var(--paper); color: var(--ink);
-  font: 1rem/1.5 system-ui, sans-serif; }
-h1 { font-size: 1.5rem; margin: 0; overflow-wrap: anywhere; } h2 { font-size: 1.1rem; margin: 2rem 0 .5rem; }
-h3 { font-size: 1rem; font-weight: 600; margin: 1rem 0 .25rem; }
-p { margin: .25rem 0 0; color: var(--faint); }
-svg { width: 100%; height: auto; display: block; font: 13px system-ui, sans-serif; }
-@media (max-width: 40rem) { svg.wide { font-size: 22px; } }
-svg text { fill: var(--faint); } svg .key { font-weight: 600; } .grid { stroke: var(--line); }
-.curve { fill: none; stroke-linejoin: round; vector-effect: non-scaling-stroke; }
-.ideal { stroke: var(--faint); stroke-dasharray: 5 4; vector-effect: non-scaling-stroke; }
-.legend { display: flex; flex-wrap: wrap; column-gap: 1.5rem; color: var(--ink); margin: 0 0 .25rem; }
-.legend i { display: inline-block; width: 1.2rem; height: .2rem; margin-right: .4rem; vertical-align: middle; }
-"""
-
-
-def escape(text: str) -> str:
-    """The text for HTML and SVG, `printable`: XML has no control characters, and UTF-8 no unpaired surrogates."""
-    return html.escape(printable(text))
-
-
-def page(title: str, body: str, style: str = "") -> str:
-    """A whole page; the title is escaped, the body is HTML."""
-    return (
-        f'<!doctype html>\n<html lang="en">\n<meta charset="utf-8">\n'
-        f'<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>dpreg: {escape(title)}</title>\n<style>{STYLE}{style}</style>\n{body}\n</html>\n"
-    )
+Limits = Sequence[float] | None
 
 
 class _Axis(NamedTuple):
@@ -65,6 +27,17 @@ class _Axis(NamedTuple):
 
     def share(self, value: float) -> float:
         return (self.scale(value) - self.low) / (self.high - self.low)
+
+
+class _Series(NamedTuple):
+    """Points that are drawn alike."""
+
+    name: str
+    points: Points
+    colour: int = 0
+    width: int = 2  # of the line through them; 0 for none
+    radius: int = 0  # of a dot at each; 0 for none
+    opacity: float = 1  # of the dots
 
 
 def _even(values: Iterable[float], also: float | None = None) -> _Axis:
@@ -102,71 +75,61 @@ def _doublings(values: Iterable[float]) -> _Axis:
     return _Axis(math.log2, 0.0, max(math.log2(max(values)), 1.0), ticks)
 
 
-class _Frame:
-    """The axes of a chart, and where its points lie."""
+def _draw(
+    template: str,
+    series: Sequence[_Series],
+    axes: tuple[_Axis, _Axis],
+    names: tuple[str, str],
+    label: str,
+    size: tuple[int, int] = _SMALL,
+    ideal: Points = (),
+    background: bool = False,
+) -> str:
+    """Fills in the template, with all points in pixels from the upper left corner of the image.
 
-    def __init__(self, across: _Axis, up: _Axis, size: tuple[int, int], names: tuple[str, str]):
-        self._across, self._up, (self.width, self.height) = across, up, size
-        below, beside = names
-        self.parts = list[str]()
-        for value in up.ticks:
-            y = self.down(value)
-            self.parts.append(
-                f'<line class="grid" x1="{_LEFT}" x2="{self.width - _MARGIN}" y1="{y:.1f}" y2="{y:.1f}"/>'
-            )
-            self.parts.append(f'<text x="{_LEFT - 8}" y="{y + 4:.1f}" text-anchor="end">{_short(value)}</text>')
-        for value in across.ticks:
-            x = self.right(value)
-            self.parts.append(f'<text x="{x:.1f}" y="{self.height - 26}" text-anchor="middle">{_short(value)}</text>')
-        middle = (_LEFT + self.width) / 2
-        self.parts.append(f'<text x="{middle}" y="{self.height - 4}" text-anchor="middle">{escape(below)}</text>')
-        if beside:
-            at = f'x="12" y="{self.height / 2 - _MARGIN}"'
-            turned = f'transform="rotate(-90 12 {self.height / 2 - _MARGIN})"'
-            self.parts.append(f'<text {at} {turned} text-anchor="middle">{escape(beside)}</text>')
+    Args:
+      template: "chart.html" within a page, "chart.svg" for a file.
+      axes: of x and of y; names: theirs.
+      label: what the chart shows, for those who cannot see it.
+      size: width and height of the image in pixels.
+      ideal: the ends of a dashed line; empty for none.
+      background: whether the image has a background of its own.
+    """
+    (width, height), (across, up) = size, axes
+    right, bottom = width - _MARGIN, height - _BOTTOM
 
-    def right(self, value: float) -> float:
-        return _LEFT + (self.width - _LEFT - _MARGIN) * self._across.share(value)
+    def to_x(value: float) -> float:
+        return round(_LEFT + (right - _LEFT) * across.share(value), 1)
 
-    def down(self, value: float) -> float:
-        return _MARGIN + (self.height - _BOTTOM - _MARGIN) * (1 - self._up.share(value))
+    def to_y(value: float) -> float:
+        return round(bottom - (bottom - _MARGIN) * up.share(value), 1)
 
-    def line(self, points: Points, colour: int, width: int = 2) -> None:
-        places = " ".join(f"{self.right(x):.1f},{self.down(y):.1f}" for x, y in points)
-        self.parts.append(
-            f'<polyline class="curve" stroke="var(--line{colour})" stroke-width="{width}" points="{places}"/>'
-        )
-
-    def dots(self, points: Points, colour: int, radius: float = 3, opacity: float = 1) -> None:
-        opaque = "" if opacity == 1 else f' fill-opacity="{opacity}"'
-        circles = "".join(f'<circle cx="{self.right(x):.1f}" cy="{self.down(y):.1f}" r="{radius}"/>' for x, y in points)
-        self.parts.append(f'<g fill="var(--line{colour})"{opaque}>{circles}</g>')
-
-    def ideal(self, begin: tuple[float, float], end: tuple[float, float]) -> None:
-        (x1, y1), (x2, y2) = ((f"{self.right(x):.1f}", f"{self.down(y):.1f}") for x, y in (begin, end))
-        self.parts.append(f'<line class="ideal" x1="{x1}" y1="{y1}" x2="{x2}" y2="{y2}"/>')
-
-    def svg(self, label: str) -> str:
-        kind = "wide" if self.width == _WIDE[0] else "small"
-        return (
-            f'<svg class="{kind}" viewBox="0 0 {self.width} {self.height}" role="img" '
-            f'aria-label="{html.escape(label)}">{"".join(self.parts)}</svg>'
-        )
+    return render(
+        template,
+        series=[one._replace(points=[(to_x(x), to_y(y)) for x, y in one.points]) for one in series],
+        ideal=[(to_x(x), to_y(y)) for x, y in ideal],
+        across_ticks=[(to_x(value), _short(value)) for value in across.ticks],
+        up_ticks=[(to_y(value), _short(value)) for value in up.ticks],
+        across=names[0],
+        up=names[1],
+        label=label,
+        kind="wide" if size == _WIDE else "small",
+        **{"width": width, "height": height, "left": _LEFT, "right": right, "top": _MARGIN, "bottom": bottom},
+        file=template == "chart.svg",
+        background=background,
+    )
 
 
 def picture(series: Mapping[str, Points], across: str, label: str) -> str:
     """A `chart` of lines that may lie on each other, as an SVG file of its own."""
-    drawing = chart(series, across, label, covering=True).partition("<svg")[2]
-    if not drawing:
-        return _EMPTY_FILE
-    return _svg_file(drawing, series, _WIDE[0])
+    return chart(series, across, label, covering=True, template="chart.svg")
 
 
 def live(
     series: Mapping[str, Points],
     across: str,
     up: str = "",
-    limits: tuple[Sequence[float] | None, Sequence[float] | None] = (None, None),
+    limits: tuple[Limits, Limits] = (None, None),
     logarithmic: tuple[bool, bool] = (False, False),
 ) -> str:
     """Lines that still grow, as an SVG file with a background, as a notebook shows it.
@@ -178,40 +141,30 @@ def live(
       logarithmic: whether x is, whether y is: points that are not above 0 are left out then.
     """
 
-    def fits(value: float, limits: Sequence[float] | None, logarithmic: bool) -> bool:
+    def fits(value: float, limits: Limits, logarithmic: bool) -> bool:
         within = limits is None or min(limits) <= value <= max(limits)
         return abs(value) < _LARGEST and within and (value > 0 or not logarithmic)
 
-    shown = {
+    fitting = {
         name: [point for point in points if all(map(fits, point, limits, logarithmic))]
         for name, points in series.items()
     }
-    values = [[point[i] for points in shown.values() for point in points] for i in (0, 1)]
+    values = [[point[i] for points in fitting.values() for point in points] for i in (0, 1)]
     if not values[0]:
-        return _EMPTY_FILE
-    scales = [
+        return render("chart.svg", series=[])
+    axes = [
         (_decades if log else _even)(limit or of_axis)
         for log, limit, of_axis in zip(logarithmic, limits, values, strict=True)
     ]
-    frame = _Frame(scales[0], scales[1], _SMALL, (across, up))
-    frame.parts.insert(0, '<rect width="100%" height="100%" fill="var(--paper)"/>')
-    for number, points in enumerate(shown.values()):
-        frame.line(points, number % _COLOURS)
-        if len(points) <= _FEW_POINTS:
-            frame.dots(points, number % _COLOURS)
-    ends = ", ".join(f"{name} {points[-1][1]:.4g}" for name, points in shown.items() if points)
-    return _svg_file(frame.svg(ends).partition("<svg")[2], shown, _SMALL[0])
+    ends = ", ".join(f"{name} {points[-1][1]:.4g}" for name, points in fitting.items() if points)
+    return _draw("chart.svg", _lines(fitting), (axes[0], axes[1]), (across, up), ends, background=True)
 
 
-def _svg_file(drawing: str, series: Mapping[str, Points], width: int) -> str:
-    """A standalone SVG file: `drawing` (all that follows "<svg"), with its colours and the names of its lines."""
-    names = "".join(
-        f'<tspan style="fill: var(--line{number % _COLOURS})" dx="12">{escape(name)}</tspan>'
-        for number, name in enumerate(series)
-    )
-    key = f'<text class="key" x="{width - _MARGIN}" y="{2 * _MARGIN}" text-anchor="end">{names}</text></svg>'
-    opened, rest = drawing.split(">", 1)
-    return f'<svg xmlns="http://www.w3.org/2000/svg"{opened}><style>{STYLE}</style>{rest.removesuffix("</svg>")}{key}\n'
+def _lines(series: Mapping[str, Points]) -> list[_Series]:
+    return [
+        _Series(name, points, number % _COLOURS, radius=3 if len(points) <= _FEW_POINTS else 0)
+        for number, (name, points) in enumerate(series.items())
+    ]
 
 
 def chart(
@@ -222,6 +175,7 @@ def chart(
     covering: bool = False,
     small: bool = False,
     even: bool = False,
+    template: str = "chart.html",
 ) -> str:
     """Lines over an axis; the other axis is logarithmic where values are above 0 and some ten times as large as others.
 
@@ -232,6 +186,7 @@ def chart(
       covering: whether lines may lie on each other: each is broader than the next, and seen beside it.
       small: whether it is one of several beside each other.
       even: whether the other axis is not logarithmic in any case.
+      template: "chart.html" within a page, "chart.svg" for a file.
     """
     finite = {
         name: [(x, _drawable(y)) for x, y in points if abs(y) < _LARGEST and abs(x) < _LARGEST]
@@ -239,27 +194,19 @@ def chart(
     }
     values = [y for points in finite.values() for _, y in points]
     if not values:
-        return f"<p>{_EMPTY}</p>"
+        return render(template, series=[])
     steps = [x for points in finite.values() for x, _ in points]
     last = max(steps) or 1.0  # an exact solution takes no epoch
-    frame = _Frame(
+    axes = (
         _doublings(steps) if doubling else _even([last], also=0.0),
         _even(values) if even or not 0 < 10 * min(values) <= max(values) else _decades(values),
-        _SMALL if small else _WIDE,
-        (across, ""),
     )
-    for number, points in enumerate(finite.values()):
-        frame.line(points, number % _COLOURS, 2 + 4 * (len(finite) - 1 - number) * covering)
-        if len(points) <= _FEW_POINTS and not covering:
-            frame.dots(points, number % _COLOURS)
-    legend = "".join(
-        f'<span><i style="background: var(--line{number % _COLOURS})"></i>{escape(name)}</span>'
-        for number, (name, points) in enumerate(finite.items())
-        if points
-    )
+    lines = _lines(finite)
+    if covering:
+        lines = [line._replace(width=4 * (len(lines) - i) - 2, radius=0) for i, line in enumerate(lines)]
     ends = json.dumps({name: points[-1][1] for name, points in finite.items() if points})
-    legend = f'<div class="legend">{legend}</div>\n' if len(series) > 1 else ""
-    return legend + frame.svg(f"{label}, ending at {ends}")
+    size, label = _SMALL if small else _WIDE, f"{label}, ending at {ends}"
+    return _draw(template, lines, axes, (across, ""), label, size)
 
 
 def _drawable(value: float) -> float:
@@ -278,20 +225,15 @@ def scatter(points: Points, across: str, up: str, label: str, ideal: str, joined
     """
     points = [(_drawable(x), _drawable(y)) for x, y in points if abs(x) < _LARGEST and abs(y) < _LARGEST]
     if not points:
-        return f"<p>{_EMPTY}</p>"
-    least, most = min(x for x, _ in points), max(x for x, _ in points)
-    frame = _Frame(
-        _even([least, most]), _even([y for _, y in points], also=0.0 if ideal == "zero" else None), _SMALL, (across, up)
-    )
-    heights = [y for _, y in points]
-    if ideal == "zero":
-        frame.ideal((least, 0.0), (most, 0.0))
-    elif (begin := max(least, min(heights))) < (end := min(most, max(heights))):
-        frame.ideal((begin, begin), (end, end))
-    if joined:
-        frame.line(points, 0)
-    frame.dots(points, 0, 3 if joined else 2, 1 if joined else 0.5)
-    return frame.svg(label)
+        return render("chart.html", series=[])
+    wide, high = zip(*points, strict=True)
+    axes = _even(wide), _even(high, also=0.0 if ideal == "zero" else None)
+    ends: Points = [(min(wide), 0.0), (max(wide), 0.0)]
+    if ideal == "equal":
+        begin, end = max(min(wide), min(high)), min(max(wide), max(high))
+        ends = [(begin, begin), (end, end)] if begin < end else []
+    dots = _Series(label, points, radius=3) if joined else _Series(label, points, width=0, radius=2, opacity=0.5)
+    return _draw("chart.html", [dots], axes, (across, up), label, ideal=ends)
 
 
 def _short(value: float) -> str:

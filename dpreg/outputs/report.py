@@ -1,14 +1,15 @@
 """report.html: a run, or several beside each other, on one page that needs nothing but itself."""
 
 import pathlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import scipy
 
 from dpreg.config import Config
-from dpreg.outputs.chart import chart, escape, page, picture, scatter
+from dpreg.outputs.chart import chart, picture, scatter
+from dpreg.outputs.pages import render
 from dpreg.outputs.workdir import write_whole
 from dpreg.solvers.inference import intercept_name
 
@@ -19,16 +20,7 @@ _GROUPS = 10  # of rows, by their prediction, for the calibration
 _OF_A_VALUE = ("squared", "huber", "absolute", "quantile")  # losses whose residuals may have a shape
 _MOST_TARGETS = 4  # drawn
 
-_STYLE = """
-table { border-collapse: collapse; width: 100%; table-layout: fixed; }
-th, td { text-align: left; padding: .25rem .5rem .25rem 0; border-bottom: 1px solid var(--line); vertical-align: top;
-  overflow-wrap: anywhere; font-variant-numeric: tabular-nums; }
-th { font-weight: 400; color: var(--faint); width: 38%; }
-.beside { overflow: auto; max-height: 24rem; } .beside table { table-layout: auto; white-space: nowrap; }
-.beside th { width: auto; } .beside.named th { width: 60%; }
-.columns { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 24rem), 1fr)); column-gap: 3rem; }
-"""
-
+Pairs = Sequence[tuple[str, Any]]
 Records = Sequence[Mapping[str, Any]]
 
 
@@ -38,6 +30,14 @@ class Compared(NamedTuple):
     predicted: np.ndarray
     observed: np.ndarray
     weight: np.ndarray
+
+
+class _Part(NamedTuple):
+    """A section about the fit of a target; `chart` may be empty."""
+
+    heading: str
+    text: str
+    chart: str = ""
 
 
 def write_report(
@@ -57,93 +57,100 @@ def write_report(
       devices: what each carried, as of `describe_devices`.
       compared: by the name of a target; none where they are labels.
     """
-    on = f"{summary['device_count']} x {summary['device_kind']}"
-    results = {
-        "training loss, last epoch": summary["train_loss"],
-        "validation loss": summary["val_loss"],
-        **summary["metrics"],
-        **{f"truth less estimate, {name}": value for name, value in summary.get("parameter_error", {}).items()},
-        "parameters, SHA-256": summary["params_sha256"],
-    }
-    history = [
-        {
-            "time, UTC": start["time"][:19].replace("T", " "),
-            "from step": start["step"],
-            "devices": start["device_count"],
-        }
-        | {"processes": start["process_count"]}
-        for start in starts
-    ]
-    cost = {
-        "steps": summary["step"],
-        "epochs": summary["epoch"],
-        "rows per second": summary["rows_per_second"],
-        "steps per second": summary["steps_per_second"],
-        **{f"seconds, {name}": value for name, value in summary["seconds"].items()},
-        "devices": on,
-        **{
-            name.replace("_", " "): summary[name]
-            for name in ("process_count", "num_shards", "placement", "reduction", "backend")
-        },
-        **summary["versions"],
-    }
-    flags = dict(line[2:].split("=", 1) for line in config.to_flagfile().splitlines())
     where = "held out" if summary["val_loss"] is not None else "of training: none were held out"
-    body = f"""<h1>{escape(config.dataset)}</h1>
-<p>{summary["step"]:,} steps on {escape(on)}, reduction {summary["reduction"]}</p>
-{_losses(summary, records, config)}
-<div class="columns">{_courses(records)}</div>
-{"".join(_fit(name, rows, where, config) for name, rows in list(compared.items())[:_MOST_TARGETS])}
-<div class="columns">
-<section><h2>Result</h2>{_table(results)}{_parameters(summary.get("parameters", {}))}</section>
-<section><h2>Run</h2>{_table(cost)}</section>
-<section><h2>Devices</h2><p>Each carries some of the run's logical shards.</p>{_rows(devices)}</section>
-<section><h2>Starts</h2><p>Each goes on from the step of the newest checkpoint.</p>{_rows(history)}</section>
-{_audit(records)}
-<section><h2>Flags</h2>{_table(flags)}</section>
-</div>"""
-    write_whole(path, page(config.dataset, body, _STYLE))
+    page = render(
+        "report.html",
+        title=config.dataset,
+        summary=summary,
+        devices_used=f"{summary['device_count']} x {summary['device_kind']}",
+        **_losses(summary, records, config),
+        courses=_courses(records),
+        fits={name: _fit(rows, where, config) for name, rows in list(compared.items())[:_MOST_TARGETS]},
+        results=_results(summary),
+        parameters=_parameters(summary.get("parameters", {})),
+        cost=_cost(summary),
+        devices=devices,
+        starts=[_start(start) for start in starts],
+        audited=_audited(records),
+        flags=[line[2:].split("=", 1) for line in config.to_flagfile().splitlines()],
+    )
+    write_whole(path, page)
 
 
-def _losses(summary: Mapping[str, Any], records: Records, config: Config) -> str:
+def _results(summary: Mapping[str, Any]) -> Pairs:
+    errors = summary.get("parameter_error", {})
+    return [
+        ("training loss, last epoch", summary["train_loss"]),
+        ("validation loss", summary["val_loss"]),
+        *summary["metrics"].items(),
+        *((f"truth less estimate, {name}", value) for name, value in errors.items()),
+        ("parameters, SHA-256", summary["params_sha256"]),
+    ]
+
+
+def _cost(summary: Mapping[str, Any]) -> Pairs:
+    return [
+        ("steps", summary["step"]),
+        ("epochs", summary["epoch"]),
+        ("rows per second", summary["rows_per_second"]),
+        ("steps per second", summary["steps_per_second"]),
+        *((f"seconds, {name}", value) for name, value in summary["seconds"].items()),
+        ("devices", f"{summary['device_count']} x {summary['device_kind']}"),
+        *(
+            (name.replace("_", " "), summary[name])
+            for name in ("process_count", "num_shards", "placement", "reduction", "backend")
+        ),
+        *summary["versions"].items(),
+    ]
+
+
+def _start(start: Mapping[str, Any]) -> Mapping[str, Any]:
+    return {
+        "time, UTC": start["time"][:19].replace("T", " "),
+        "from step": start["step"],
+        "devices": start["device_count"],
+        "processes": start["process_count"],
+    }
+
+
+def _losses(summary: Mapping[str, Any], records: Records, config: Config) -> dict[str, Any]:
     """The curves; with the least loss there is, where that is known, also how far they are above it.
 
     Not with a penalty, which the curves are without.
     """
     losses = {title: _curve(records, name) for name, title in _CURVES.items() if name.endswith("loss")}
-    body = f"<h2>Loss</h2>{chart(losses, 'epoch', 'loss curves')}"
     optimum = summary.get("optimality", {})
     best, gap = optimum.get("best"), optimum.get("gap")
-    if best is None or gap is None:
-        return body
-    above = [] if config.l2 else [(x, y - best) for x, y in losses[_CURVES["train_loss"]] if y > best]
-    text = f"The best possible is {best:.6g}; the trained parameters are {gap:.3%} above it."
-    if len(above) < 2:
-        return f"{body}<p>{text}</p>"
-    return f"{body}<h2>Optimality gap</h2><p>{text}</p>" + chart(
-        {"training loss above the best possible": above}, "epoch", "training loss less the best possible"
-    )
+    if best is None or gap is None or config.l2:
+        above = []
+    else:
+        above = [(x, y - best) for x, y in losses[_CURVES["train_loss"]] if y > best]
+    title, label = "training loss above the best possible", "training loss less the best possible"
+    return {
+        "losses": chart(losses, "epoch", "loss curves"),
+        "best": best if gap is not None else None,
+        "gap": gap,
+        "above_best": chart({title: above}, "epoch", label) if len(above) > 1 else "",
+    }
 
 
-def _courses(records: Records) -> str:
-    """What else went with the epochs, as far as it is known."""
-    drawn = []
+def _courses(records: Records) -> dict[str, str]:
+    """Charts of what else went with the epochs, as far as it is known, by their titles."""
+    drawn = {}
     for name in ("learning_rate", "gradient_norm", "rows_per_second"):
         title, curve = name.replace("_", " "), _curve(records, name)
         if curve:
-            drawing = chart({title: curve}, "epoch", title, small=True, even=name != "gradient_norm")
-            drawn.append(f"<section><h2>{title.capitalize()}</h2>{drawing}</section>")
-    return "".join(drawn)
+            drawn[title] = chart({title: curve}, "epoch", title, small=True, even=name != "gradient_norm")
+    return drawn
 
 
-def _fit(name: str, compared: Compared, where: str, config: Config) -> str:
+def _fit(compared: Compared, where: str, config: Config) -> list[_Part]:
     """Residuals and calibration of one target, in which a row of weight 2 counts as two."""
     predicted, observed, weight = compared
     residual = observed - predicted
     count = len(residual)
-    of = f"{count:,} rows {where}"
     drawing = scatter(list(zip(predicted, residual, strict=True)), "predicted", "residual", "residuals", "zero")
-    parts = [f"<h3>Residuals</h3><p>Observed less predicted, {of}.</p>{drawing}"]
+    parts = [_Part("Residuals", f"Observed less predicted, {count:,} rows {where}.", drawing)]
     if config.loss in _OF_A_VALUE and count > 1 and np.ptp(residual) > 0:
         mean = np.average(residual, weights=weight)
         deviation = np.sqrt(np.average(np.square(residual - mean), weights=weight))
@@ -151,20 +158,16 @@ def _fit(name: str, compared: Compared, where: str, config: Config) -> str:
         normal = scipy.special.ndtri(_shares(weight[order])) * deviation + mean
         drawing = scatter(list(zip(normal, residual[order], strict=True)), "normal", "residual", "quantiles", "equal")
         text = "Their quantiles over those of a normal distribution: on the line where they are normal."
-        parts.append(f"<h3>Shape of the residuals</h3><p>{text}</p>{drawing}")
+        parts.append(_Part("Shape of the residuals", text, drawing))
     if config.loss == "quantile":
         share = float(np.average(residual <= 0, weights=weight)) if count else float("nan")
-        parts.append(
-            f"<h3>Calibration</h3><p>{share:.3f} of rows, by weight, "
-            f"lie at or below the predicted {config.quantile:g}.</p>"
-        )
+        text = f"{share:.3f} of rows, by weight, lie at or below the predicted {config.quantile:g}."
+        parts.append(_Part("Calibration", text))
     elif count >= 2 * _GROUPS:
-        means = calibration(compared)
         text = f"Means of {_GROUPS} groups of rows, by prediction: on the line where what is predicted comes true."
-        drawing = scatter(means, "predicted", "observed", "calibration", "equal", joined=True)
-        parts.append(f"<h3>Calibration</h3><p>{text}</p>{drawing}")
-    sections = "".join(f"<section>{part}</section>" for part in parts)
-    return f'<h2>Fit of {escape(name)}</h2><div class="columns">{sections}</div>'
+        drawing = scatter(calibration(compared), "predicted", "observed", "calibration", "equal", joined=True)
+        parts.append(_Part("Calibration", text, drawing))
+    return parts
 
 
 def calibration(compared: Compared) -> list[tuple[float, float]]:
@@ -183,27 +186,22 @@ def _shares(weight: np.ndarray) -> np.ndarray:
     return shares
 
 
-def _parameters(parameters: Mapping[str, Any]) -> str:
+def _parameters(parameters: Mapping[str, Any]) -> Pairs:
     """Those of a linear model, by the names of its features where they have some, and the intercept."""
     if not parameters:
-        return ""
+        return []
     w = parameters["w"]
     named = w if isinstance(w, Mapping) else {f"w[{at}]": value for at, value in enumerate(w)}
-    rows = [*named.items(), (intercept_name(named), parameters["b"])]
-    return f'<h2>Parameters</h2><div class="beside named">{_table(rows)}</div>'
+    return [*named.items(), (intercept_name(named), parameters["b"])]
 
 
-def _audit(records: Records) -> str:
+def _audited(records: Records) -> Records:
     """Which epochs used every row once, as the audit found."""
-    audited = [
+    return [
         {"epoch": f"{record['epoch']:g}", "rows used": record["audit"]["rows"], "sum of tags": record["audit"]["tags"]}
         for record in records
         if "audit" in record
     ]
-    if not audited:
-        return ""
-    text = "What the steps of each epoch used: every row once, else the run would have ended."
-    return f"<section><h2>Audit</h2><p>{text}</p>{_rows(audited)}</section>"
 
 
 def write_comparison(path: pathlib.Path, records: Mapping[str, Records], rows: Mapping[str, Sequence[Any]]) -> None:
@@ -215,57 +213,17 @@ def write_comparison(path: pathlib.Path, records: Mapping[str, Records], rows: M
       records: of each run, by its name, the log points.
       rows: what is compared, by its name: a value for each run.
     """
+    curves = {name: {run: _curve(of_run, name) for run, of_run in records.items()} for name in _CURVES}
     if path.suffix == ".svg":
-        losses = {run: _curve(of_run, "train_loss") for run, of_run in records.items()}
-        write_whole(path, picture(losses, "epoch", "training loss"))
+        write_whole(path, picture(curves["train_loss"], "epoch", "training loss"))
         return
-    body = "<h1>Runs</h1>"
-    for name, title in _CURVES.items():
-        curves = {run: _curve(of_run, name) for run, of_run in records.items()}
-        if any(curves.values()):
-            body += f"<h2>{title.capitalize()}</h2>{chart(curves, 'epoch', title, covering=name.endswith('loss'))}"
-    heads = "".join(f"<td>{escape(run)}" for run in records)
-    cells = (
-        f"<tr><th>{escape(name)}{''.join(f'<td>{escape(shown(value))}' for value in values)}"
-        for name, values in rows.items()
-    )
-    body += f'<h2>Results</h2><div class="beside"><table><tr><th>{heads}{"".join(cells)}</table></div>'
-    write_whole(path, page("runs", body, _STYLE))
+    charts = {
+        title: chart(curves[name], "epoch", title, covering=name.endswith("loss"))
+        for name, title in _CURVES.items()
+        if any(curves[name].values())
+    }
+    write_whole(path, render("comparison.html", title="runs", charts=charts, runs=[*records], rows=rows))
 
 
 def _curve(records: Records, name: str) -> list[tuple[float, float]]:
     return [(record["epoch"], record[name]) for record in records if record.get(name) is not None]
-
-
-def _rows(records: Records) -> str:
-    """A table with a row for each record."""
-    if not records:
-        return "<p>None.</p>"
-    heads = "".join(f"<th>{escape(name.replace('_', ' '))}" for name in records[0])
-    cells = ("".join(f"<td>{escape(shown(value))}" for value in record.values()) for record in records)
-    return f'<div class="beside"><table><tr>{heads}{"".join(f"<tr>{row}" for row in cells)}</table></div>'
-
-
-def _table(values: Mapping[str, Any] | Iterable[tuple[str, Any]]) -> str:
-    pairs = values.items() if isinstance(values, Mapping) else values
-    rows = (f"<tr><th>{escape(name)}<td>{escape(shown(value))}</tr>" for name, value in pairs)
-    return f"<table>{''.join(rows)}</table>"
-
-
-def shown(value: Any) -> str:
-    """A value of a summary, for people."""
-    match value:
-        case None:
-            return "none"
-        case bool():
-            return str(value)
-        case int():
-            return f"{value:,}"
-        case float():
-            return f"{value:,.0f}" if abs(value) >= 1e5 else f"{value:.6g}"
-        case dict():
-            return ", ".join(f"{name} {shown(part)}" for name, part in value.items())
-        case list():
-            return ", ".join(map(shown, value))
-        case _:
-            return str(value)
