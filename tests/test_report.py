@@ -159,6 +159,17 @@ def test_a_chart_of_any_floats_can_be_drawn(values):
         assert "nan" not in drawing
 
 
+@pytest.mark.parametrize("limits", [None, (0, 1), (-1, 1), (1e-3, 1)])
+def test_a_logarithmic_axis_leaves_out_what_has_no_logarithm(limits):
+    points = {"loss": [(0, 0.0), (1, 5e-324), (2, -1.0), (3, 0.01), (4, 1.0)]}
+    drawing = chart.live(points, "x", limits=(None, limits), logarithmic=(False, True))
+    (line,) = xml.etree.ElementTree.fromstring(drawing).findall(".//{*}polyline")
+    heights = [float(place.split(",")[1]) for place in line.get("points").split()]
+    low, high = chart._SMALL[1] - chart._BOTTOM, chart._MARGIN
+    bottom = -3 if limits == (1e-3, 1) else -2
+    np.testing.assert_allclose(heights, [low + (high - low) * (1 + 2 / bottom), high], atol=0.1)
+
+
 @pytest.mark.parametrize("values", [[0.0], [1.0, 1.0], [4.6e18], [-1e300], [1e18, 1e18 + 4096], [-3.0, 1e-9, 7e5]])
 def test_an_axis_holds_its_values_and_has_ticks_apart(values):
     axis = chart._even(values)

@@ -143,7 +143,7 @@ def live(
 
     def fits(value: float, limits: Limits, logarithmic: bool) -> bool:
         within = limits is None or min(limits) <= value <= max(limits)
-        return abs(value) < _LARGEST and within and (value > 0 or not logarithmic)
+        return abs(value) < _LARGEST and within and (value > 1 / _LARGEST or not logarithmic)
 
     fitting = {
         name: [point for point in points if all(map(fits, point, limits, logarithmic))]
@@ -153,7 +153,7 @@ def live(
     if not values[0]:
         return render("chart.svg", series=[])
     axes = [
-        (_decades if log else _even)(limit or of_axis)
+        _decades([*of_axis, *(value for value in limit or () if value > 0)]) if log else _even(limit or of_axis)
         for log, limit, of_axis in zip(logarithmic, limits, values, strict=True)
     ]
     ends = ", ".join(f"{name} {points[-1][1]:.4g}" for name, points in fitting.items() if points)
