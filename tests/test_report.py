@@ -177,6 +177,13 @@ def test_an_axis_holds_its_values_and_has_ticks_apart(values):
     assert len({f"{tick:.12g}" for tick in axis.ticks}) == len(axis.ticks) >= 2
 
 
+@pytest.mark.parametrize("value", [0.03, -4.6e18, 1e-12])
+def test_a_constant_has_an_axis_of_its_size(value):
+    axis = chart._even([value, value])
+    np.testing.assert_allclose([axis.low, axis.high], sorted((0.5 * value, 1.5 * value)))
+    assert axis.ticks[0] <= value <= axis.ticks[-1]
+
+
 def test_an_intercept_is_no_feature_of_its_name():
     for names, intercept in ((("b", "w"), "(intercept)"), (("(intercept)", "(intercept)_"), "(intercept)__")):
         shown = _parameters({"w": dict(zip(names, (1.5, 2.5), strict=True)), "b": 3.5})

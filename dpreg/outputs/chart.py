@@ -45,7 +45,7 @@ def _even(values: Iterable[float], also: float | None = None) -> _Axis:
     every = [*values, *([] if also is None else [also])]
     low, high = min(every), max(every)
     if high - low < 1e-9 * max(1.0, abs(low), abs(high)):
-        around = max(0.5, 1e-6 * abs(low))
+        around = max(abs(low), abs(high)) / 2 or 0.5
         low, high = low - around, high + around
     power = 10.0 ** math.floor(math.log10((high - low) / 4))
     step = next(step for step in (power, 2 * power, 5 * power, 10 * power) if (high - low) / step <= 5)
