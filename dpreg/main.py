@@ -59,7 +59,7 @@ from dpreg.train.defaults import constant_fit, read_rows
 from dpreg.train.trainer import Trainer
 
 _INTERRUPTED = 130  # exit code
-_MOST_INPUTS_OF_OPTIMUM = 2048  # the pass takes their square for each row, and their third power at its end
+_MOST_INPUTS_OF_OPTIMUM = 512  # the time of the pass grows with their square, that of a step with their number
 
 
 def run(config: Config) -> None:

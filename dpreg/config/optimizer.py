@@ -16,7 +16,7 @@ class OptimizerSettings(Settings):
 
     solver: str = setting(
         "auto",
-        "exact: the least loss of a linear model (irls: of logistic, poisson, gamma); sgd: the optimizer's steps; "
+        "exact: the least loss of a linear model (irls: of a GLM); sgd: the optimizer's steps; "
         "auto: exact for tables, unless a setting of steps is given.",
         affects_result=True,
         choices=SOLVERS,
@@ -65,7 +65,7 @@ class OptimizerSettings(Settings):
     optimality: bool = setting(
         True,
         "Report how far a linear model is from the least possible squared loss: one more pass over the training rows; "
-        "not with more than 2048 features.",
+        "not with more than 512 features.",
     )
 
     def __post_init__(self) -> None:

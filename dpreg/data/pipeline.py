@@ -360,10 +360,10 @@ def _resident_bytes(mesh: Mesh) -> int:
     stats = device.memory_stats() or {}
     if device.platform != "cpu" and "bytes_limit" in stats:
         return int(stats["bytes_limit"] * RESIDENT_FRACTION)
-    return int(_host_bytes() * _RESIDENT_FRACTION_OF_HOST / len(mesh.local_devices))
+    return int(host_bytes() * _RESIDENT_FRACTION_OF_HOST / len(mesh.local_devices))
 
 
-def _host_bytes() -> int:
+def host_bytes() -> int:
     """The bytes of memory of this machine, or of the container that this process runs in."""
     sizes = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
     for limit in _CONTAINER_LIMITS:

@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 
 from dpreg.config import Config
 from dpreg.data.parts import hold_shards
+from dpreg.data.pipeline import host_bytes
 from dpreg.data.sampler import Sampler
 from dpreg.data.sources import Rows, Source
 from dpreg.distributed import presence, processes, watchdog
@@ -22,10 +23,12 @@ from dpreg.solvers import gram, robust, softmax
 from dpreg.solvers.glm import FAMILIES, Family
 from dpreg.solvers.newton import Point, minimum
 from dpreg.solvers.tsqr import Fit, RFactor
+from dpreg.spelling import spell
 from dpreg.step.reduce import tree_sum
 
 _DECOMPOSED_VALUES = 1 << 21  # of a block of rows that is decomposed at once
 _MULTIPLIED_VALUES = 1 << 18  # of a block whose products are summed at once: it stays in a core's cache
+_COPIES = 5  # of the sums of a shard, that the solution needs
 _THREADS = min(8, os.cpu_count() or 1)
 
 # Of a block of rows: x [n, d], y [n, t] and weight [n] of a problem of least squares, and sums [k] of something else.
@@ -308,6 +311,12 @@ class Solver:
         Args:
           rows_at_once: the rows of a block; by default so many that combining two results costs no more than one.
         """
+        needed, available = 8 * size * (self._own.size + _THREADS + _COPIES), host_bytes()
+        if needed > available:
+            raise InputError(
+                f"an exact solution for {self._inputs:,} features needs {needed / 1e9:,.1f} GB of memory, and this "
+                f"machine has {available / 1e9:,.1f}; use {spell('solver', 'sgd')}, or fewer features"
+            )
         self.passes += 1
         found = dict[int, np.ndarray]()  # by the number of the shard; of one without rows nothing
         columns = 1 + self._inputs + self._targets

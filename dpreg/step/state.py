@@ -92,7 +92,7 @@ def initial_state(
     Args:
       row: any row [1, d].
       gradient_clip_val: the largest norm of the global gradient; 0 for no limit.
-      from_zero: whether all parameters start at 0 rather than as the model draws them.
+      from_zero: whether all weights start at 0 rather than as the model draws them; biases start as the model says.
 
     Raises:
       InputError: when the model or its optimizer cannot be trained; see `dpreg.step.checks`.
@@ -116,7 +116,7 @@ def initial_state(
                 "compute in another type by precision, or by the dtype of a layer"
             )
     if from_zero:
-        params = jax.tree.map(jnp.zeros_like, params)
+        params = jax.tree.map(lambda leaf: jnp.zeros_like(leaf) if leaf.ndim > 1 else leaf, params)
     with pinned_settings(dtype == np.float64), traced(model):
         params, batch_stats = jax.tree.map(lambda leaf: leaf.astype(dtype), (params, batch_stats))
         require_modes(model, {"params": params, "batch_stats": batch_stats}, np.shape(row)[1])

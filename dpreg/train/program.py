@@ -130,8 +130,8 @@ class LaidOutData:
     def initial_state(self, model: Model) -> TrainState:
         """The state before the first step, a function of the model and the seed.
 
-        On a table, dpreg's linear models start at 0 unless they set `sigma`: no step would change the initial draw in a
-        direction that the rows do not determine, such as the difference of two equal columns.
+        On a table, weights of dpreg's linear models start at 0 unless they set `sigma`: no step would change their first
+        values in a direction that the rows do not determine, such as the difference of two equal columns.
 
         Raises:
           InputError: when a constant column of a table is left out, and the model has no intercept.

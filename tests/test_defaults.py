@@ -1,0 +1,213 @@
+"""What a run on a table does where its settings do not say: the solver, the steps, the start."""
+
+import json
+import re
+
+import forked
+import numpy as np
+import pytest
+import scipy
+import statsmodels.api as sm
+from sklearn.linear_model import LogisticRegression, QuantileRegressor
+
+import dpreg
+from dpreg.config import Config
+from dpreg.sklearn import DataParallelRegressor
+from dpreg.train.defaults import constant_fit, read_rows
+
+
+@pytest.fixture(scope="module")
+def tables(tmp_path_factory):
+    """Tables by name: features far from each other in unit, targets far from 0, few rows, kinks, separable classes."""
+    rng, folder = np.random.default_rng(0), tmp_path_factory.mktemp("tables")
+    x = rng.normal(size=(900, 3)) * [1, 1e4, 1e-3] + [5, 2e5, 0]
+    z = (x - [5, 2e5, 0]) / [1, 1e4, 1e-3] @ [1.0, -0.5, 0.3]
+    targets = {
+        "price": 250_000 + 40_000 * (z + rng.normal(size=900)),
+        "visits": rng.poisson(np.exp(z / 2)),
+        "cost": 1e4 * rng.gamma(2.0, np.exp(z / 2)),
+        "yes": rng.random(900) < scipy.special.expit(2 * z),
+        "kind": np.digitize(z + rng.logistic(size=900) / 3, [-0.5, 0.5]),
+        "parted": z > 0,
+    }
+    for name, y in targets.items():
+        np.savetxt(folder / f"{name}.csv", np.column_stack([x, y]), "%.17g", ",", header=f"a,b,c,{name}", comments="")
+    return folder, x, targets
+
+
+def fitted(folder, name, *flags):
+    """(the summary, the flags of the run, what it printed) of a default run; no row is held out."""
+    workdir = folder / re.sub(r"\W", "_", name + "".join(flags))
+    table = f"--dataset={folder / name}.csv"
+    outcome = forked.run(
+        "-m",
+        "dpreg.main",
+        "--platform=cpu",
+        "--validation_fraction=0",
+        table,
+        f"--target={name}",
+        f"--workdir={workdir}",
+        *flags,
+    )
+    assert outcome.returncode == 0, outcome.stderr
+    lines = (workdir / "flags.cfg").read_text().split()
+    return json.loads((workdir / "summary.json").read_text()), lines, outcome.stderr
+
+
+def parameters(summary):
+    return np.array([summary["parameters"]["b"], *summary["parameters"]["w"].values()])
+
+
+def test_the_default_run_has_the_parameters_of_statsmodels(tables):
+    folder, x, targets = tables
+    a = sm.add_constant(x)
+    for name, flags, theirs in (
+        ("price", (), sm.OLS(targets["price"], a).fit().params),
+        ("visits", ("--loss=poisson",), sm.GLM(targets["visits"], a, sm.families.Poisson()).fit(tol=1e-14).params),
+        (
+            "cost",
+            ("--loss=gamma",),
+            sm.GLM(targets["cost"], a, sm.families.Gamma(sm.families.links.Log())).fit(tol=1e-14).params,
+        ),
+        ("yes", ("--loss=logistic",), sm.GLM(targets["yes"] * 1.0, a, sm.families.Binomial()).fit(tol=1e-14).params),
+    ):
+        summary, lines, said = fitted(folder, name, *flags)
+        np.testing.assert_allclose(parameters(summary), theirs, rtol=2e-5)  # the rows are float32
+        assert "--solver=exact" in lines
+        assert "solver exact: the least loss" in said
+        assert "for steps of an optimizer use --solver=sgd" in said
+
+
+def test_the_default_run_of_losses_with_kinks_is_at_the_optimum(tables):
+    folder, x, targets = tables
+    summary, *_ = fitted(folder, "price", "--loss=quantile", "--quantile=0.8")
+    scaled = (x - x.mean(axis=0)) / x.std(axis=0)
+    model = QuantileRegressor(quantile=0.8, alpha=0).fit(scaled, targets["price"])
+    error = targets["price"] - model.predict(scaled)
+    assert summary["train_loss"] == pytest.approx(np.maximum(0.8 * error, -0.2 * error).mean(), rel=1e-6)
+    summary, *_ = fitted(folder, "kind", "--loss=softmax", "--num_classes=3")
+    model = LogisticRegression(C=np.inf, tol=1e-10, max_iter=10_000).fit(scaled, targets["kind"])
+    likely = model.predict_log_proba(scaled)[np.arange(900), targets["kind"]]
+    assert summary["train_loss"] == pytest.approx(-likely.mean(), rel=1e-6)
+
+
+def test_classes_that_can_be_told_apart_get_a_penalty_that_is_said(tables):
+    folder, x, targets = tables
+    summary, lines, said = fitted(folder, "parted", "--loss=logistic")
+    assert f"--l2={1 / 900!r}" in lines
+    assert "no finite weights have the least loss" in said
+    scaled = (x - x.mean(axis=0)) / x.std(axis=0)
+    model = LogisticRegression(C=1.0, tol=1e-10).fit(scaled, targets["parted"])
+    w = model.coef_[0] / x.std(axis=0)
+    np.testing.assert_allclose(parameters(summary)[1:], w, rtol=1e-4)
+    asked = forked.run(
+        "-m",
+        "dpreg.main",
+        *("--platform=cpu", f"--dataset={folder}/parted.csv", "--target=parted", "--loss=logistic", "--solver=exact"),
+        f"--workdir={folder}/asked",
+    )
+    assert asked.returncode == 2
+    assert "no optimum" in asked.stderr
+
+
+@pytest.mark.parametrize(
+    ("flags", "solver", "why"),
+    [
+        (("--lr=0.1",), "sgd", "--lr=0.1 is one of steps; for the exact solution use --solver=exact"),
+        (("--max_epochs=3",), "sgd", "--max_epochs=3 is one of steps"),  # the default, but given
+        (("--l1=1",), "sgd", "--l1=1.0 has no exact solution"),
+        (("--loss=huber", "--nointercept", "--nostandardize"), "sgd", "--loss=huber has none with --nointercept"),
+        (("--model=mlp", "--max_epochs=1"), "sgd", "--model=mlp has no exact solution"),
+        (("--solver=sgd", "--max_epochs=1"), "sgd", None),
+        (("--solver=exact",), "exact", None),
+    ],
+)
+def test_the_solver_is_chosen_by_what_is_asked_and_one_line_says_why(tables, flags, solver, why):
+    _, lines, said = fitted(tables[0], "price", *flags)
+    assert f"--solver={solver}" in lines
+    assert (why is None) == ("solver " not in said)
+    assert why is None or f"solver {solver}: {why}" in said
+
+
+def config_of(tables, name, **settings):
+    return Config(
+        dataset=str(tables[0] / f"{name}.csv"), target=(name,), cache_dir=str(tables[0] / "cache"),
+        validation_fraction=0, **settings,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("rows", [1, 40, 900, 70_000])
+@pytest.mark.parametrize("num_shards", [1, 3, 8, 300])
+def test_batches_and_epochs_fit_the_rows(tables, rows, num_shards, monkeypatch):
+    rng = np.random.default_rng(0)
+    data = dpreg.RegressionData(dpreg.ArraySource(rng.normal(size=(rows, 2)), np.ones(rows)))
+    monkeypatch.setattr("dpreg.train.defaults.build_data", lambda config, progress: data)
+    for model in ("linear", "mlp"):
+        config, *_ = read_rows(config_of(tables, "price", solver="sgd", num_shards=num_shards, model=model))
+        assert config.batch_size % num_shards == 0
+        assert config.batch_size < max(2048, 2 * num_shards)
+        assert data.batch_size == config.batch_size
+        steps = -(-rows // config.batch_size) * config.max_epochs
+        assert steps >= (6000 if model == "mlp" else 3000) or config.max_epochs >= (10 if model == "mlp" else 3)
+        assert config.warmup_steps < steps
+        again, *_ = read_rows(config)  # a run that is repeated by its flags.cfg
+        assert again == config
+
+
+def test_settings_that_are_given_are_kept(tables):
+    given = {"batch_size": 48, "max_epochs": 2, "lr": 0.5, "optimizer": "momentum", "lr_schedule": "linear"}
+    config, *_ = read_rows(config_of(tables, "price", model="mlp", target_transform="log", **given))
+    assert {name: getattr(config, name) for name in given} == given
+    assert (config.target_transform, config.l2) == ("log", 0.0)
+
+
+@pytest.mark.parametrize(
+    ("loss", "optimizer"),
+    [("squared", "sgd"), ("squared", "adam"), ("huber", "sgd"), ("absolute", "momentum"), ("quantile", "adam")],
+)
+def test_steps_with_default_settings_come_near_the_optimum_of_a_linear_model(tables, loss, optimizer):
+    """Of a target in the hundreds of thousands, and features from thousandths to ten thousands."""
+    summary, *_ = fitted(tables[0], "price", "--solver=sgd", f"--loss={loss}", f"--optimizer={optimizer}")
+    best, *_ = fitted(tables[0], "price", f"--loss={loss}")
+    assert summary["train_loss"] < 1.03 * best["train_loss"]
+
+
+@pytest.mark.parametrize("name", ["visits", "cost", "yes"])
+def test_steps_of_other_losses_come_near_the_optimum(tables, name):
+    loss = {"visits": "poisson", "cost": "gamma", "yes": "logistic"}[name]
+    summary, *_ = fitted(tables[0], name, "--solver=sgd", f"--loss={loss}")
+    best, *_ = fitted(tables[0], name, f"--loss={loss}")
+    assert summary["train_loss"] < 1.03 * best["train_loss"]
+
+
+def test_a_network_explains_what_a_line_does_whatever_the_unit_of_the_target(tables):
+    folder, x, targets = tables
+    share = sm.OLS(targets["price"], sm.add_constant(x)).fit().rsquared
+    summary, lines, _ = fitted(folder, "price", "--model=mlp", "--max_epochs=60")
+    assert "--target_transform=standardize" in lines
+    assert 1 - 2 * summary["train_loss"] > share - 0.05  # in units of the deviation of the target
+
+
+def test_biases_start_at_the_constant_fit(tables):
+    for name, loss, expected in (
+        ("price", "squared", np.mean),
+        ("price", "absolute", np.median),
+        ("price", "quantile", lambda y: np.quantile(y, 0.9)),
+        ("visits", "poisson", lambda y: np.log(np.mean(y))),
+        ("cost", "gamma", lambda y: np.log(np.mean(y))),
+        ("yes", "logistic", lambda y: scipy.special.logit(np.mean(y))),
+    ):
+        config, data, _ = read_rows(config_of(tables, name, loss=loss, quantile=0.9))
+        assert constant_fit(config, data) == pytest.approx([expected(tables[2][name])], rel=2e-3)
+    config, data, _ = read_rows(config_of(tables, "kind", loss="softmax", num_classes=3))
+    shares = np.bincount(tables[2]["kind"]) / 900
+    np.testing.assert_allclose(constant_fit(config, data), np.log(shares), atol=0.01)
+    assert constant_fit(Config(), dpreg.SyntheticRegressionData([2.0], 1.0)) is None
+
+
+def test_a_solution_that_does_not_fit_into_memory_is_refused(tables, monkeypatch):
+    monkeypatch.setattr("dpreg.solvers.solver.host_bytes", lambda: 1000)
+    with pytest.raises(
+        dpreg.InputError, match=r"an exact solution for 2 features needs .* GB of memory, and this machine"
+    ):
+        DataParallelRegressor().fit(np.eye(2), [1.0, 2.0])
