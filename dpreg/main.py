@@ -37,16 +37,14 @@ from dpreg.outputs.progress import ProgressDisplay
 from dpreg.outputs.report import COMPARED_ROWS, Compared, write_report
 from dpreg.outputs.summary import (
     describe_devices,
+    describe_fit,
     describe_optimum,
-    feature_names,
-    in_units_of,
     summarize,
     target_names,
 )
 from dpreg.outputs.tensorboard import TensorBoardWriter, require_tensorboard
 from dpreg.outputs.workdir import open_workdir, write_whole
 from dpreg.predict import predict, threads_of
-from dpreg.solvers.inference import describe
 from dpreg.solvers.solver import Solver
 from dpreg.solvers.tsqr import Fit
 from dpreg.spelling import spell
@@ -134,10 +132,11 @@ def _run_in(workdir: pathlib.Path, config: Config, sync_signal: SyncSignal) -> N
         if "gap" in found:
             print(f"loss {found['loss']:.6g}, best possible {found['best']:.6g}{_above(found['gap'])}")
         if config.solver != "sgd":
-            in_units, of = in_units_of(data, fit), target_names(data, as_fitted=True)
-            for t, name in enumerate(of):
-                show("", *([f"{name}:"] if len(of) > 1 or name.startswith("log(") else []))
-                show(*describe(in_units, [*map(printable, feature_names(data))], t).split("\n"))
+            fits = describe_fit(data, fit)
+            summary["fit"] = [each.to_json() for each in fits]
+            for each in fits:
+                show("", *([f"{each.target}:"] if len(fits) > 1 or each.target.startswith("log(") else []))
+                show(*map(printable, str(each).split("\n")))
     write_whole(workdir / "summary.json", to_json(summary, indent=2) + "\n")
     write_report(
         workdir / "report.html",

@@ -54,6 +54,7 @@ class DataParallelRegressor(MultiOutputMixin, RegressorMixin, Estimator):
       coef_: [d], or [t, d] where y has two axes; intercept_: a float, or [t]. Of linear models.
       n_features_in_, feature_names_in_: of X.
       n_iter_: passes over the rows.
+      summary_: of exact solutions, see `dpreg.solvers.inference.Summary`; standard errors need l2=0.
     """
 
     def __init__(

@@ -22,7 +22,7 @@ from dpreg.models.losses import make_loss
 from dpreg.sklearn import DataParallelRegressor
 from dpreg.solvers import gram, tsqr
 from dpreg.solvers.glm import FAMILIES
-from dpreg.solvers.inference import coefficients, describe
+from dpreg.solvers.inference import summarize_fit
 from dpreg.solvers.solver import Solver
 from dpreg.solvers.tsqr import RFactor
 
@@ -149,12 +149,26 @@ def test_newton_finds_the_optimum_and_errors_of_statsmodels(loss, intercept):
     assert 2 * mean == pytest.approx(theirs.deviance / weight.sum(), rel=1e-9)
     p_values = theirs.pvalues if loss != "gamma" else 2 * scipy.stats.t.sf(abs(theirs.tvalues), theirs.df_resid)
     for line, row, z, p in zip(
-        describe(fit, "abc").splitlines()[1:-1], coefficients(fit, "abc"), theirs.tvalues, p_values, strict=True
+        str(summarize_fit(fit, "abc")).splitlines()[1:-1],
+        summarize_fit(fit, "abc").coefficients,
+        theirs.tvalues,
+        p_values,
+        strict=True,
     ):
         assert [float(v) for v in line.split()[3:5]] == pytest.approx([z, p], rel=0.006, abs=1e-300)
         assert (row.statistic, row.p) == pytest.approx((z, p), rel=1e-5, abs=1e-300)
     if loss != "gamma":  # statsmodels takes its dispersion for known here
-        np.testing.assert_allclose([[c.low, c.high] for c in coefficients(fit, "abc")], theirs.conf_int(), rtol=1e-6)
+        np.testing.assert_allclose(summarize_fit(fit, "abc").conf_int(), theirs.conf_int(), rtol=1e-6)
+    found = summarize_fit(fit, "abc")
+    assert found.deviance == pytest.approx(theirs.deviance, rel=1e-9)
+    assert found.log_likelihood == pytest.approx(theirs.llf, rel=1e-8)
+    assert (found.null_deviance is None) == (not intercept)
+    if intercept:
+        assert found.null_deviance == pytest.approx(theirs.null_deviance, rel=1e-8)
+    assert found.dispersion == pytest.approx(theirs.scale, rel=1e-6)
+    np.testing.assert_allclose(found.covariance, theirs.cov_params(), rtol=1e-6, atol=1e-12 * found.covariance.max())
+    if loss == "gamma":  # weights of 0 and 1
+        assert (found.aic, found.bic) == pytest.approx((theirs.aic, theirs.bic_llf), rel=1e-8)
 
 
 @pytest.mark.parametrize("mean", [1e3, 1e6, 1e9])
@@ -191,8 +205,8 @@ def test_newton_leaves_out_rows_without_weight():
 def test_no_degrees_of_freedom_are_no_proof():
     fit = RFactor.of(np.array([[1.0], [2.0]]), np.array([[2.0], [4.5]]), np.ones(2)).solve()
     assert all(np.isnan(part).all() for part in (*fit.standard_errors, *fit.p_values))
-    assert "not used" not in describe(fit, ["x"])
-    assert "0 degrees of freedom" in describe(fit, ["x"])
+    assert "not used" not in str(summarize_fit(fit, ["x"]))
+    assert "0 degrees of freedom" in str(summarize_fit(fit, ["x"]))
 
 
 def test_newton_says_where_there_is_no_optimum():
@@ -238,7 +252,19 @@ def test_diamonds_are_fitted_as_statsmodels_fits_them(weighted):
     ):
         np.testing.assert_allclose([of_b[0], *of_w[:, 0]], wanted, rtol=1e-6, atol=1e-300)
     assert fit.r2[0] == pytest.approx(theirs.rsquared, rel=1e-9)
-    told = describe(fit, [f"x{j}" for j in range(x.shape[1])]).splitlines()
+    found = summarize_fit(fit, [f"x{j}" for j in range(x.shape[1])])
+    for name, wanted in (
+        ("r2", theirs.rsquared),
+        ("adjusted_r2", theirs.rsquared_adj),
+        ("dispersion", theirs.scale),
+        ("deviance", theirs.ssr),
+        ("null_deviance", theirs.centered_tss),
+        *((("log_likelihood", theirs.llf), ("aic", theirs.aic), ("bic", theirs.bic)) if not weighted else ()),
+    ):
+        assert getattr(found, name) == pytest.approx(wanted, rel=1e-8), name
+    np.testing.assert_allclose(found.covariance, theirs.cov_params(), rtol=1e-6, atol=1e-9 * found.covariance.max())
+    np.testing.assert_allclose(found.conf_int(), theirs.conf_int(), rtol=1e-6)
+    told = str(summarize_fit(fit, [f"x{j}" for j in range(x.shape[1])])).splitlines()
     for line, p in zip(told[1:-1], theirs.pvalues, strict=True):
         assert float(line.split()[4]) == pytest.approx(p, rel=0.006, abs=1e-300)
 

@@ -11,6 +11,7 @@ import numpy as np
 import pandas
 import pyarrow
 import pytest
+import statsmodels.api as sm
 from cluster import ROOT
 from models import Foreign
 from scipy import special
@@ -489,3 +490,24 @@ def test_a_target_of_no_weight_may_be_outside_the_domain(loss):
     y[5] = -4
     with pytest.raises(dpreg.InputError, match="the target in row 6 is -4"):
         model.fit(x, y, weight)
+
+
+@pytest.mark.parametrize("loss", ["squared", "poisson", "logistic"])
+def test_the_summary_is_that_of_statsmodels(loss):
+    y = targets(loss)
+    model = DataParallelClassifier(l2=0) if loss == "logistic" else DataParallelRegressor(loss, l2=0)
+    found = model.fit(X, y).summary_
+    family = {
+        "squared": sm.families.Gaussian(),
+        "poisson": sm.families.Poisson(),
+        "logistic": sm.families.Binomial(),
+    }[loss]
+    theirs = sm.GLM((y == "yes") * 1.0 if loss == "logistic" else y, sm.add_constant(X), family).fit(tol=1e-14)
+    names = ["(intercept)", "x0", "x1", "x2", "x3"]
+    assert [c.name for c in found.coefficients] == names
+    np.testing.assert_allclose([c.estimate for c in found.coefficients], theirs.params, rtol=1e-7)
+    np.testing.assert_allclose([c.std_error for c in found.coefficients], theirs.bse, rtol=1e-6)
+    np.testing.assert_allclose(found.covariance, theirs.cov_params(), rtol=1e-5, atol=1e-9 * found.covariance.max())
+    assert found.deviance == pytest.approx(theirs.deviance, rel=1e-9)
+    assert pickle.loads(pickle.dumps(model)).summary_.coefficients == found.coefficients
+    assert not hasattr(model.set_params(solver="sgd", max_epochs=1).fit(X, y), "summary_")

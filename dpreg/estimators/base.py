@@ -22,6 +22,7 @@ from dpreg.errors import InputError
 from dpreg.estimators.fitted import Fitted, moments, moments_of, varying
 from dpreg.models.linear import linear_parameters
 from dpreg.solvers.glm import FAMILIES
+from dpreg.solvers.inference import Summary, summarize_fit
 from dpreg.solvers.optimality import is_near_optimum
 from dpreg.solvers.solver import Solver
 from dpreg.step.checks import mode_arguments
@@ -150,6 +151,7 @@ class Estimator(BaseEstimator):
         self.n_iter_ = 1
         fit = triangle.standardized(mean, scale).solve(fitted.config.l2)
         self._keep_linear(fitted, *fit.shortest(), mean)
+        fitted.fit = fit, mean
 
     def _solve_by_newton(self, fitted: Fitted, x: np.ndarray, y: np.ndarray, weight: np.ndarray) -> None:
         """Exactly, of these rows."""
@@ -162,6 +164,7 @@ class Estimator(BaseEstimator):
         self.n_iter_ = 1 + solver.passes
         w, b = solution.fit.shortest() if solution.fit else (solution.w, solution.b)
         self._keep_linear(fitted, w, b, mean)
+        fitted.fit = (solution.fit, mean) if solution.fit else None
 
     def _solver(self, fitted: Fitted, x: np.ndarray, y: np.ndarray, weight: np.ndarray) -> Solver:
         return Solver(ArraySource(x, y, weight, np.float64), fitted.mesh, fitted.config.num_shards)
@@ -265,6 +268,22 @@ class Estimator(BaseEstimator):
         fitted.around = mean[:d], at_mean, w, b
         self.coef_: np.ndarray = w[:, 0] if fitted.one_column else np.ascontiguousarray(w.T)
         self.intercept_: float | np.ndarray = float(b[0]) if fitted.one_column else b
+
+    @property
+    def summary_(self) -> Summary | tuple[Summary, ...]:
+        """The coefficients with their errors, tests and intervals, and how well they fit; a tuple for several targets.
+
+        Raises:
+          AttributeError: unless the fit was exact, of squared, logistic, Poisson or gamma loss.
+        """
+        fitted: Fitted | None = getattr(self, "_fitted", None)
+        if fitted is None or fitted.fit is None:
+            raise AttributeError("summary_: it is of exact least squares, logistic, Poisson and gamma regression")
+        (fit, mean), (names, targets) = fitted.fit, (fitted.schema.features, fitted.schema.targets)
+        with np.errstate(over="ignore", invalid="ignore"):
+            fit = fit.in_units(mean, fitted.schema.units[1])
+            found = tuple(summarize_fit(fit, names, t, target.name) for t, target in enumerate(targets))
+        return found[0] if len(found) == 1 else found
 
     def _margins(self, x: ArrayLike) -> np.ndarray:
         """What the model adds up for rows, before any link: [n, p] float64, of a located loss in the units of y."""

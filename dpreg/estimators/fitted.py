@@ -12,7 +12,7 @@ from dpreg.data.schema import Number, Schema
 from dpreg.distributed import devices
 from dpreg.models.losses import Loss
 from dpreg.models.module import Module
-from dpreg.solvers.tsqr import RFactor
+from dpreg.solvers.tsqr import Fit, RFactor
 from dpreg.step.state import Model
 from dpreg.tables.statistics import SMALLEST
 from dpreg.train.build import build_model, objective_and_optimizer
@@ -31,6 +31,7 @@ class Fitted:
       targets: columns of y; one_column: whether y was an array with a single axis.
       schema: the units, by which the model sees the rows.
       triangle: of all rows so far, where least squares are solved exactly.
+      fit: an exact fit of columns less their means and over their scale, with these means [d + t].
       variables, optimizer: of the trained model, where steps were taken.
       around: of a linear model the means [d] of features, what it predicts there [p], and w [d, p] and b [p].
     """
@@ -41,6 +42,7 @@ class Fitted:
     one_column: bool
     schema: Schema
     triangle: RFactor | None = None
+    fit: tuple[Fit, np.ndarray] | None = None
     variables: Any = None
     optimizer: Any = None
     around: tuple[np.ndarray, ...] = ()

@@ -11,6 +11,7 @@ import numpy as np
 from dpreg.data.sources import RegressionData
 from dpreg.data.synthetic import SyntheticRegressionData
 from dpreg.models.linear import linear_parameters
+from dpreg.solvers.inference import Summary, summarize_fit
 from dpreg.solvers.tsqr import Fit
 from dpreg.train.trainer import Trainer
 
@@ -121,6 +122,12 @@ def describe_optimum(params: Any, data: RegressionData, fit: Fit) -> dict[str, A
         *errors, of_b = [None if np.isnan(row).any() else row.tolist() for row in (*error_w, error_b)]
         result["standard_errors"] = {"w": dict(zip(names, errors, strict=True)), "b": of_b}
     return result
+
+
+def describe_fit(data: RegressionData, fit: Fit) -> list[Summary]:
+    """The summaries of a fit by target, in the units of the data."""
+    fit, names = in_units_of(data, fit), feature_names(data)
+    return [summarize_fit(fit, names, t, name) for t, name in enumerate(target_names(data, as_fitted=True))]
 
 
 def in_units_of(data: RegressionData, fit: Fit) -> Fit:

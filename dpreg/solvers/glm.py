@@ -23,6 +23,8 @@ class Family:
       mean: prediction -> mean of the target; slope: its derivative.
       variance: prediction -> variance of the target, over the dispersion.
       loss: (prediction, target) -> half the deviance, as the loss of that name in `dpreg.models.losses`.
+      log_likelihood: (prediction, target, dispersion) -> logarithm of the probability, or of its density.
+      link: mean -> prediction.
       dispersed: whether the dispersion is a parameter to estimate; else it is 1.
     """
 
@@ -31,15 +33,17 @@ class Family:
     slope: Elementwise
     variance: Elementwise
     loss: Callable[[np.ndarray, np.ndarray], np.ndarray]
+    log_likelihood: Callable[[np.ndarray, np.ndarray, float], np.ndarray]
+    link: Callable[[float], float]
     dispersed: bool = False
 
     def working(
         self, y: np.ndarray, weight: np.ndarray, prediction: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """The problem of least squares that gives the next step: (its targets [n, 1], its weights [n], sums [3]).
+        """The problem of least squares that gives the next step: (its targets [n, 1], its weights [n], sums [4]).
 
-        The sums over rows are those of the weighted losses, of the weights, and of Pearson's chi-squared statistic. If
-        the losses are not finite, the last step was too long, and no next one is to be taken.
+        The sums over rows are those of the weighted losses, of the weights, of Pearson's chi-squared statistic and of
+        the weighted targets. If the losses are not finite, the last step was too long, and no next one is to be taken.
 
         Args:
           y, weight: [n, 1], [n], the targets and weights of rows.
@@ -53,7 +57,7 @@ class Family:
             pearson = float(weight @ (np.square(residual) / variance)[:, 0])
         if not np.isfinite(loss):
             response, information = np.zeros_like(y), np.ones_like(y)
-        return response, weight * information[:, 0], np.array([loss, weight.sum(), pearson])
+        return response, weight * information[:, 0], np.array([loss, weight.sum(), pearson, weight @ y[:, 0]])
 
 
 def _half_deviance_of_counts(z: np.ndarray, y: np.ndarray) -> np.ndarray:
@@ -70,6 +74,14 @@ def _half_deviance_of_positives(z: np.ndarray, y: np.ndarray) -> np.ndarray:
     return half
 
 
+def _log_likelihood_of_positives(z: np.ndarray, y: np.ndarray, dispersion: float) -> np.ndarray:
+    shape, ratio = 1 / dispersion, np.log(y) - z
+    log_likelihood: np.ndarray = (
+        shape * (np.log(shape) + ratio - np.exp(ratio)) - scipy.special.gammaln(shape) - np.log(y)
+    )
+    return log_likelihood
+
+
 def _variance_of_labels(z: np.ndarray) -> np.ndarray:
     variance: np.ndarray = scipy.special.expit(z) * scipy.special.expit(-z)
     return variance
@@ -82,6 +94,8 @@ FAMILIES = {
         slope=_variance_of_labels,
         variance=_variance_of_labels,
         loss=lambda z, y: np.logaddexp(0, z) - y * z,
+        log_likelihood=lambda z, y, _: y * z - np.logaddexp(0, z),
+        link=lambda mean: float(np.log(mean / (1 - mean))),
     ),
     "poisson": Family(
         start=lambda y: np.log(y + 0.1),
@@ -89,6 +103,8 @@ FAMILIES = {
         slope=np.exp,
         variance=np.exp,
         loss=_half_deviance_of_counts,
+        log_likelihood=lambda z, y, _: y * z - np.exp(z) - scipy.special.gammaln(y + 1),
+        link=lambda mean: float(np.log(mean)),
     ),
     "gamma": Family(
         start=np.log,
@@ -96,6 +112,8 @@ FAMILIES = {
         slope=np.exp,
         variance=lambda z: np.exp(2 * z),
         loss=_half_deviance_of_positives,
+        log_likelihood=_log_likelihood_of_positives,
+        link=lambda mean: float(np.log(mean)),
         dispersed=True,
     ),
 }

@@ -1,7 +1,8 @@
-"""What a fit says of each coefficient: estimate, standard error, test and confidence interval."""
+"""What a fit says of a linear model, as data: coefficients, their errors and tests, and how well the model fits."""
 
+import dataclasses
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import scipy
@@ -9,6 +10,7 @@ import scipy
 from dpreg.solvers.tsqr import Fit
 
 LEVEL = 0.95  # of confidence intervals
+_MOST_IN_JSON = 128  # coefficients whose covariances are written: there are as many as their square
 
 
 class Coefficient(NamedTuple):
@@ -18,7 +20,7 @@ class Coefficient(NamedTuple):
       name: that of its column, or of the intercept.
       estimate: in the units of the fit.
       std_error: the standard error; like all that follows NaN where it is unknown.
-      statistic: the estimate over its standard error: z where the dispersion is known, else t.
+      statistic: the estimate over its standard error.
       p: how probable an estimate as far from 0 is where the truth is 0.
       low, high: the confidence interval.
       used: False for a column that is constant, or a combination of others.
@@ -34,6 +36,75 @@ class Coefficient(NamedTuple):
     used: bool = True
 
 
+@dataclasses.dataclass(frozen=True)
+class Summary:
+    """What is known of one target's linear model. Where a number is unknown, it is None.
+
+    Standard errors and what follows from them are unknown with a penalty. The likelihood is that of Gaussian errors for
+    squared loss, where it is unknown with weights, and that of the family for the others, where a weight is a count.
+
+    Attributes:
+      target: its name.
+      coefficients: the intercept first, where there is one, then one for each column.
+      test: "t", or "z" where the dispersion is known: what `Coefficient.statistic` is.
+      level: of the confidence intervals.
+      rows: those with a weight, that were fitted.
+      degrees_of_freedom: rows less coefficients used.
+      dispersion: the variance of a row of weight 1, over the variance function; that of the residuals for squared loss.
+      r2, adjusted_r2: the share of the target's variance that is explained, for squared loss.
+      deviance, null_deviance: of the model, and of one with nothing but an intercept.
+      log_likelihood, aic, bic: with the natural logarithm, and the coefficients used as parameters.
+      condition_number: of the columns used, centred and of one length.
+      covariance: [k, k] of the coefficients used, in their order.
+    """
+
+    target: str
+    coefficients: tuple[Coefficient, ...]
+    test: str
+    level: float
+    rows: int
+    degrees_of_freedom: int
+    dispersion: float
+    r2: float | None
+    adjusted_r2: float | None
+    deviance: float
+    null_deviance: float | None
+    log_likelihood: float | None
+    aic: float | None
+    bic: float | None
+    condition_number: float
+    covariance: np.ndarray | None
+
+    def conf_int(self) -> np.ndarray:
+        """[k, 2] the confidence intervals of all coefficients."""
+        return np.array([[c.low, c.high] for c in self.coefficients])
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values, NaN among them. Covariances are left out for more than 128 coefficients."""
+        values = vars(self) | {"coefficients": [c._asdict() for c in self.coefficients]}
+        small = self.covariance is not None and len(self.covariance) <= _MOST_IN_JSON
+        return values | {"covariance": self.covariance.tolist() if small and self.covariance is not None else None}
+
+    def __str__(self) -> str:
+        wide = max(len(c.name) for c in self.coefficients)
+        interval = f"{self.level:.0%} interval"
+        lines = [f"{'':{wide}} {'estimate':>13} {'std error':>12} {self.test:>10} {'p':>9} {interval:>27}"]
+        for c in self.coefficients:
+            line = f"{c.name:{wide}} {c.estimate:>13.6g}"
+            if np.isnan(c.std_error):
+                lines.append(line + ("" if c.used else "   not used: constant, or a combination of others"))
+                continue
+            interval = f"{c.low:.6g} .. {c.high:.6g}"
+            lines.append(f"{line} {c.std_error:>12.6g} {c.statistic:>10.4g} {c.p:>9.3g} {interval:>27}")
+        facts = [f"{self.rows:,} rows, {self.degrees_of_freedom:,} degrees of freedom"]
+        if self.r2 is not None:
+            facts += [f"R2 {self.r2:.6g}", f"residual deviation {np.sqrt(self.dispersion):.6g}"]
+        elif self.test == "t":
+            facts.append(f"dispersion {self.dispersion:.6g}")
+        lines.append("; ".join([*facts, f"condition {self.condition_number:.3g}"]))
+        return "\n".join(lines)
+
+
 def intercept_name(features: Iterable[str]) -> str:
     """What the intercept is called beside features of these names: "(intercept)", with "_" behind it where needed."""
     names, name = {*features}, "(intercept)"
@@ -42,46 +113,71 @@ def intercept_name(features: Iterable[str]) -> str:
     return name
 
 
-def coefficients(fit: Fit, names: Sequence[str], target: int = 0, level: float = LEVEL) -> list[Coefficient]:
-    """The coefficients of one target, the intercept first where there is one.
+def summarize_fit(fit: Fit, names: Sequence[str], target: int = 0, name: str = "y", level: float = LEVEL) -> Summary:
+    """The summary of one target.
 
     Args:
       names: of the d columns.
-      target: its number, from 0.
+      target: the number of the target, from 0; name: its name.
       level: of the confidence intervals.
     """
+    rows, freedom, squares = fit.triangle.rows, fit.degrees_of_freedom, None
+    used = len(fit.kept) + fit.intercept
+    log_likelihood, deviance, null = fit.log_likelihood, fit.deviance, fit.null_deviance
+    r2 = adjusted = None
+    if fit.dispersion is None:
+        squares = float(fit.triangle.squares(fit.w, fit.b)[target])
+        deviance, r2 = squares, float(fit.r2[target])
+        if np.isfinite(r2):
+            null = squares / (1 - r2) if r2 < 1 else None
+            adjusted = 1 - (1 - r2) * (rows - fit.intercept) / freedom if freedom > 0 else None
+        if fit.triangle.weight == rows and squares > 0:
+            log_likelihood = -rows / 2 * (np.log(2 * np.pi * squares / rows) + 1)
+    known = log_likelihood is not None
+    return Summary(
+        target=name,
+        coefficients=tuple(_coefficients(fit, names, target, level)),
+        test="z" if fit.known_variance else "t",
+        level=level,
+        rows=rows,
+        degrees_of_freedom=freedom,
+        dispersion=float(np.square(fit.residual_deviation[target])),
+        r2=r2 if r2 is not None and np.isfinite(r2) else None,
+        adjusted_r2=adjusted,
+        deviance=float(deviance) if deviance is not None else np.nan,
+        null_deviance=null,
+        log_likelihood=float(log_likelihood) if log_likelihood is not None else None,
+        aic=float(2 * used - 2 * log_likelihood) if known and log_likelihood is not None else None,
+        bic=float(used * np.log(rows) - 2 * log_likelihood) if known and log_likelihood is not None else None,
+        condition_number=fit.condition_number,
+        covariance=_covariance(fit, target),
+    )
+
+
+def _coefficients(fit: Fit, names: Sequence[str], target: int, level: float) -> list[Coefficient]:
     (w, b), (p_of_w, p_of_b) = fit.standard_errors, fit.p_values
     estimates, errors, p = (
         np.append(of_b[target], of_w[:, target]) for of_w, of_b in ((fit.w, fit.b), (w, b), (p_of_w, p_of_b))
     )
-    freedom = max(fit.degrees_of_freedom, 1)
-    above = (1 + level) / 2
+    freedom, above = max(fit.degrees_of_freedom, 1), (1 + level) / 2
     reach = errors * (scipy.special.ndtri(above) if fit.known_variance else scipy.special.stdtrit(freedom, above))
     with np.errstate(divide="ignore", invalid="ignore"):
         statistics = estimates / errors
     columns = np.stack([estimates, errors, statistics, p, estimates - reach, estimates + reach], axis=1).tolist()
     used = [True, *(j in fit.kept for j in range(len(names)))]
     rows = zip([intercept_name(names), *names], columns, used, strict=True)
-    return [Coefficient(name, *row)._replace(used=own) for name, row, own in rows][0 if fit.intercept else 1 :]
+    found = [Coefficient(name, *row)._replace(used=own) for name, row, own in rows]
+    return found if fit.intercept else found[1:]
 
 
-def describe(fit: Fit, names: Sequence[str], target: int = 0, level: float = LEVEL) -> str:
-    """A table of the `coefficients`, and a line on the fit."""
-    rows = coefficients(fit, names, target, level)
-    wide = max(len(row.name) for row in rows)
-    test, interval = "z" if fit.known_variance else "t", f"{level:.0%} interval"
-    lines = [f"{'':{wide}} {'estimate':>13} {'std error':>12} {test:>10} {'p':>9} {interval:>27}"]
-    for row in rows:
-        line = f"{row.name:{wide}} {row.estimate:>13.6g}"
-        if np.isnan(row.std_error):
-            lines.append(line + ("" if row.used else "   not used: constant, or a combination of others"))
-            continue
-        interval = f"{row.low:.6g} .. {row.high:.6g}"
-        lines.append(f"{line} {row.std_error:>12.6g} {row.statistic:>10.4g} {row.p:>9.3g} {interval:>27}")
-    facts = [f"{fit.triangle.rows:,} rows, {fit.degrees_of_freedom:,} degrees of freedom"]
-    if fit.dispersion is None:
-        facts += [f"R2 {fit.r2[target]:.6g}", f"residual deviation {fit.residual_deviation[target]:.6g}"]
-    elif not fit.known_variance:
-        facts.append(f"dispersion {fit.dispersion:.6g}")
-    lines.append("; ".join([*facts, f"condition {fit.condition_number:.3g}"]))
-    return "\n".join(lines)
+def _covariance(fit: Fit, target: int) -> np.ndarray | None:
+    """Of the intercept, where there is one, and the columns used, in their order; None where the errors are unknown."""
+    if np.isnan(fit.standard_errors[1][target] if fit.intercept else fit.standard_errors[0][list(fit.kept)]).any():
+        return None
+    order = np.argsort(fit.inverse.kept)
+    root = fit.inverse.root[order] * fit.residual_deviation[target]
+    if fit.intercept:  # the mean of y less those of x times w
+        of_intercept = np.append(fit.residual_deviation[target] / fit.triangle.r[0, 0], -fit.means[[*fit.kept]] @ root)
+        root = np.vstack([of_intercept, np.column_stack([np.zeros(len(root)), root])])
+    covariance: np.ndarray = root @ root.T
+    return covariance

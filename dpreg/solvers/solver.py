@@ -172,7 +172,7 @@ class Solver:
         Raises:
           InputError: when there is no optimum, such as for classes that a plane separates.
         """
-        triangle, (_, weight, _) = self._around(family, None, target)
+        triangle, (_, weight, _, total) = self._around(family, None, target)
         if not weight > 0:
             raise InputError("there is no row with a weight to fit; give one row at least a weight")
         x = triangle.below(intercept)[:, 1 : 1 + self._inputs]
@@ -180,7 +180,7 @@ class Solver:
         first = triangle.solve(l2 * weight / triangle.weight, intercept)
 
         def evaluated(theta: np.ndarray) -> Point:
-            triangle, (loss, weight, pearson) = self._around(family, theta, target)
+            triangle, (loss, weight, pearson, _) = self._around(family, theta, target)
             fit = triangle.solve(l2 * weight / triangle.weight, intercept)
             step = np.append(fit.b, fit.w) - theta
             along = np.square(triangle.about(0.0)[:, : step.size] @ step).sum() / weight
@@ -193,9 +193,27 @@ class Solver:
             )
 
         start = np.append(first.b, first.w)
-        _, (*_, (fit, loss, pearson)) = minimum(evaluated, np.zeros_like(start), start)
+        theta, (*_, (fit, loss, pearson)) = minimum(evaluated, np.zeros_like(start), start)
         dispersion = pearson / max(fit.degrees_of_freedom, 1) if family.dispersed else 1.0
-        return dataclasses.replace(fit, l2=l2, dispersion=dispersion, known_variance=not family.dispersed), loss
+        null = family.link(total / weight)
+
+        def likelihood(rows: Rows) -> np.ndarray:
+            x, y, weight = (rows[name].astype(np.float64) for name in ("x", "y", "weight"))
+            y = y[:, target : target + 1]
+            of_rows = family.log_likelihood(x @ theta[1:, None] + theta[0], y, dispersion or 1.0)
+            of_null = family.loss(np.full_like(y, null), y)
+            return np.asarray(weight @ np.concatenate([of_rows, of_null], axis=1))
+
+        log_likelihood, of_null = self._reduced(2, likelihood)
+        return dataclasses.replace(
+            fit,
+            l2=l2,
+            dispersion=dispersion,
+            known_variance=not family.dispersed,
+            deviance=2 * loss * weight,
+            null_deviance=2 * of_null if intercept else None,
+            log_likelihood=log_likelihood,
+        ), loss
 
     def softmax(self, num_classes: int, l2: float = Config.l2) -> Solution:
         """The W [d, C] and b [C] of least mean cross-entropy of the labels + l2 / 2 sum w^2, by Newton's method.
@@ -266,7 +284,7 @@ class Solver:
             prediction = family.start(y) if theta is None else x @ theta[1:, None] + theta[0]
             return x, *family.working(y, weight, prediction)
 
-        return self._factor(problem, 1, 3)
+        return self._factor(problem, 1, 4)
 
     def _factor(self, problem: Problem, targets: int, others: int = 0) -> tuple[RFactor, np.ndarray]:
         """The R of a problem of least squares over all rows, and the sums [others] of what else it gives."""

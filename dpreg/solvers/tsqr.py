@@ -231,6 +231,7 @@ class Fit:
       intercept: whether b was free; else it is 0.
       dispersion: the variance of a row of weight 1; None if it is that of the residuals.
       known_variance: whether the dispersion is known; else it is estimated.
+      deviance, null_deviance, log_likelihood: of a generalised linear model, see `dpreg.solvers.inference.Summary`.
     """
 
     triangle: RFactor
@@ -242,6 +243,9 @@ class Fit:
     inverse: _Inverse
     dispersion: float | None = None
     known_variance: bool = False
+    deviance: float | None = None
+    null_deviance: float | None = None
+    log_likelihood: float | None = None
 
     def refined(self, of_w: np.ndarray, of_b: np.ndarray) -> "Fit":
         """A step of Newton's method from here, which takes back most of what rounding did.

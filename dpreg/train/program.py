@@ -130,7 +130,7 @@ class LaidOutData:
     def initial_state(self, model: Model) -> TrainState:
         """The state before the first step, a function of the model and the seed.
 
-        On a table, weights of dpreg's linear models start at 0 unless they set `sigma`: no step would change their first
+        On a table, weights of dpreg's linear models start at 0 unless they set `sigma`: no step would change their
         values in a direction that the rows do not determine, such as the difference of two equal columns.
 
         Raises:
