@@ -510,4 +510,5 @@ def test_the_summary_is_that_of_statsmodels(loss):
     np.testing.assert_allclose(found.covariance, theirs.cov_params(), rtol=1e-5, atol=1e-9 * found.covariance.max())
     assert found.deviance == pytest.approx(theirs.deviance, rel=1e-9)
     assert pickle.loads(pickle.dumps(model)).summary_.coefficients == found.coefficients
-    assert not hasattr(model.set_params(solver="sgd", max_epochs=1).fit(X, y), "summary_")
+    with pytest.warns(ConvergenceWarning):
+        assert not hasattr(model.set_params(solver="sgd", max_epochs=1).fit(X, y), "summary_")
