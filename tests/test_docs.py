@@ -56,7 +56,13 @@ def test_the_snippets_of_a_page_run(page, tmp_path):
     assert run([sys.executable, "-W", "error::DeprecationWarning:__main__", "-c", "\n".join(snippets)], tmp_path)
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def marked(page):
+    """The page, with the mark of the tests whose processes wait for each other for most of their time."""
+    marks = [pytest.mark.faults] if page.stem in ("4-processes", "5-faults") else []
+    return pytest.param(page, id=page.stem, marks=marks)
+
+
+@pytest.mark.parametrize("page", map(marked, PAGES))
 def test_the_commands_of_a_page_run(page, tmp_path):
     commands = [block for block in blocks(page, "sh") if not any(part in block for part in ELSEWHERE)]
     if not commands:

@@ -133,6 +133,7 @@ PartitionName=all Nodes=ALL Default=YES MaxTime=INFINITE State=UP
         shutil.rmtree(folder, ignore_errors=True)
 
 
+@pytest.mark.faults
 @pytest.mark.skipif(not shutil.which("slurmctld") or os.geteuid() != 0, reason="needs Slurm and root to start it")
 def test_slurm_trains_to_the_bits_of_one_process(tmp_path, slurm, alone):
     log = tmp_path / "log"
