@@ -22,9 +22,9 @@ from dpreg.config import Config
 from dpreg.data.sampler import keyed_hash
 from dpreg.distributed.sync_signal import SyncSignal
 from dpreg.errors import InputError, Preempted
-from dpreg.main import _to_go_on_in, run
 from dpreg.outputs.profile import Profiler
 from dpreg.outputs.workdir import open_workdir
+from dpreg.run import _to_go_on_in, run
 
 ROOT = pathlib.Path(__file__).parent.parent
 CPU = "--flagfile=configs/cpu.cfg"
@@ -292,8 +292,8 @@ def test_a_run_has_its_workdir_until_its_last_output(tmp_path, monkeypatch):
             tried.append(path)
         tried.append(path)
 
-    monkeypatch.setattr("dpreg.main.write_report", another)
-    monkeypatch.setattr("dpreg.main._stop_signals", SyncSignal)  # pytest's own are to stay
+    monkeypatch.setattr("dpreg.run.write_report", another)
+    monkeypatch.setattr("dpreg.run._stop_signals", SyncSignal)  # pytest's own are to stay
     run(Config(workdir=str(tmp_path / "w"), max_epochs=1, num_train=64, num_val=0))
     assert tried == [tmp_path / "w" / "report.html"]
 

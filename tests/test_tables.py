@@ -834,6 +834,7 @@ def test_imports_go_downward():
         ("estimators", "outputs"),
         ("d2l", "doctor", "plan", "report", "scaling", "sklearn"),
         ("predict",),
+        ("run",),
         ("main",),
     ]
     level = {name: height for height, names in enumerate(layers) for name in names}

@@ -1,0 +1,352 @@
+"""One run: from its rows to the parameters and the outputs in its workdir."""
+
+import atexit
+import contextlib
+import dataclasses
+import os
+import pathlib
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import numpy as np
+from rich.console import Console
+
+from dpreg.config import Config
+from dpreg.data.pipeline import CastSource
+from dpreg.data.schema import Number
+from dpreg.data.sources import RegressionData
+from dpreg.distributed import devices
+from dpreg.distributed.sync_signal import SyncSignal
+from dpreg.distributed.watchdog import Watchdog
+from dpreg.doctor import agree
+from dpreg.errors import Diverged, InputError, NoOptimumError, Preempted
+from dpreg.outputs.checkpoint import Checkpoints
+from dpreg.outputs.export import save_model
+from dpreg.outputs.metrics import MetricsWriter, is_start, note_start, read_records, to_json
+from dpreg.outputs.profile import Profiler
+from dpreg.outputs.progress import ProgressDisplay
+from dpreg.outputs.report import COMPARED_ROWS, Compared, write_report
+from dpreg.outputs.summary import (
+    describe_devices,
+    describe_fit,
+    describe_optimum,
+    summarize,
+    target_names,
+)
+from dpreg.outputs.tensorboard import TensorBoardWriter, require_tensorboard
+from dpreg.outputs.workdir import open_workdir, write_whole
+from dpreg.solvers.solver import Solver
+from dpreg.solvers.tsqr import Fit
+from dpreg.spelling import spell
+from dpreg.step.digest import digest_prediction
+from dpreg.terminal import printable, show
+from dpreg.train.build import build_model, build_trainer, identity_of, learning_rates
+from dpreg.train.callback import Callback
+from dpreg.train.defaults import constant_fit, read_rows
+from dpreg.train.trainer import Trainer
+
+_INTERRUPTED = 130  # exit code
+_MOST_INPUTS_OF_OPTIMUM = 512  # the time of the pass grows with their square, that of a step with their number
+
+
+def run(config: Config) -> None:
+    """Trains as the config says and writes the outputs into its workdir.
+
+    Of several processes, all train, evaluate and save; the first alone shows and reports.
+
+    Raises:
+      InputError: for what cannot be done; nothing is left behind then.
+      Diverged: when the loss is no longer finite; the last good state is saved then.
+      Preempted: when a signal asked the run to stop; its state is saved then.
+    """
+    agree(config)
+    if config.tensorboard:
+        require_tensorboard()
+    sync_signal = _stop_signals()
+    with open_workdir(config.workdir) as workdir, _to_go_on_in(None if config.workdir else workdir):
+        _run_in(workdir, config, sync_signal)
+
+
+def _run_in(workdir: pathlib.Path, config: Config, sync_signal: SyncSignal) -> None:
+    first, is_chosen = jax.process_index() == 0, config.solver == "auto"
+    with contextlib.ExitStack() as stack:
+        watchdog = stack.enter_context(Watchdog(config.step_timeout))
+        progress = stack.enter_context(ProgressDisplay(Console(stderr=True, quiet=not first)))
+        config, data, reading, why_solver = _read(config, progress, sync_signal)
+        trainer = _prepared(config, data, progress)
+        trainer.add_callback(_Heartbeat(watchdog))
+        watchdog.begin()
+        checkpoints = stack.enter_context(_checkpoints(config, workdir, trainer, data, sync_signal))
+        for line in _describe_start(config, trainer, data, why_solver):
+            progress.say(line)
+        if first:
+            _begin_records(workdir, config, trainer, stack, progress)
+        if steps := config.profiled_steps():
+            folder = workdir / "profile" if first else None
+            trainer.add_callback(stack.enter_context(Profiler(folder, *steps, trainer.step)))
+        config, fit = _trained(config, is_chosen, trainer, data, checkpoints, progress, sync_signal)
+        compared = _compared(config, trainer, data)
+    if first:
+        _write_outputs(workdir, config, trainer, data, summarize(trainer, data, reading), fit, compared)
+
+
+def _describe_start(config: Config, trainer: Trainer, data: RegressionData, why_solver: str) -> Iterator[str]:
+    """Yields the lines that are shown before the first step."""
+    placement, why = trainer.train.resolved_placement, trainer.train.placement_reason
+    yield (
+        f"{len(data.train):,} rows in {config.num_shards} shards on {devices.describe(trainer.mesh.devices.flat)}: "
+        f"placement {placement}{f' ({why})' if why else ''}, reduction {config.reduction}, backend {config.backend}"
+    )
+    if why_solver:
+        yield f"solver {config.solver}: {why_solver}{_other_solver(config)}"
+    for column in data.schema.inputs if data.schema else ():
+        if isinstance(column, Number) and column.constant:
+            yield f"column {column.name!r} has one value in the rows to fit, and is not used"
+    if trainer.step:
+        yield f"going on from step {trainer.step:,}"
+
+
+def _begin_records(
+    workdir: pathlib.Path, config: Config, trainer: Trainer, stack: contextlib.ExitStack, progress: ProgressDisplay
+) -> None:
+    """Removes the outputs of an earlier run, and lets the trainer report to the files of this one."""
+    for stale in ("summary.json", "report.html", "model/model.json"):
+        (workdir / stale).unlink(missing_ok=True)
+    write_whole(workdir / "flags.cfg", config.to_flagfile())
+    kept = trainer.step if config.solver == "sgd" else -1  # an exact solution takes no step
+    note_start(workdir / "starts.jsonl", trainer.step, trainer.mesh.size, jax.process_count())
+    rates = learning_rates(config, trainer.train.num_steps)
+    trainer.add_callback(progress)
+    trainer.add_callback(stack.enter_context(MetricsWriter(workdir / "metrics.jsonl", kept, rates)))
+    if config.tensorboard:
+        writer = TensorBoardWriter(workdir, kept, config.identity(), rates)
+        trainer.add_callback(stack.enter_context(writer))
+
+
+def _write_outputs(
+    workdir: pathlib.Path,
+    config: Config,
+    trainer: Trainer,
+    data: RegressionData,
+    summary: dict[str, Any],
+    fit: Fit | None,
+    compared: dict[str, Compared],
+) -> None:
+    """Writes and prints what the run came to."""
+    write_whole(workdir / "flags.cfg", config.to_flagfile())
+    computation = digest_prediction(trainer.model, trainer.variables, data.num_inputs, data.num_targets)
+    save_model(workdir / "model", config, trainer.variables, data, computation)
+    if fit is not None:
+        summary["optimality"] = found = describe_optimum(trainer.state.params, data, fit)
+        if "gap" in found:
+            print(f"loss {found['loss']:.6g}, best possible {found['best']:.6g}{_above(found['gap'])}")
+        if config.solver != "sgd":
+            fits = describe_fit(data, fit)
+            summary["fit"] = [each.to_json() for each in fits]
+            for each in fits:
+                show("", *([f"{each.target}:"] if len(fits) > 1 or each.target.startswith("log(") else []))
+                show(*map(printable, str(each).split("\n")))
+    write_whole(workdir / "summary.json", to_json(summary, indent=2) + "\n")
+    write_report(
+        workdir / "report.html",
+        config,
+        summary,
+        records=read_records(workdir / "metrics.jsonl").whole,
+        starts=read_records(workdir / "starts.jsonl", is_start).whole,
+        devices=describe_devices(trainer),
+        compared=compared,
+    )
+    for name, error in summary.get("parameter_error", {}).items():
+        print(f"error in estimating {name}: {np.array(error)}")
+    show(f"outputs in {workdir}: summary.json, metrics.jsonl, report.html, flags.cfg, model, checkpoints")
+
+
+class _Heartbeat(Callback):
+    """Keeps the watchdog from ending a run that makes progress."""
+
+    def __init__(self, watchdog: Watchdog):
+        self._watchdog = watchdog
+
+    def on_result(self) -> None:
+        self._watchdog.progress()
+
+
+def _trained(
+    config: Config,
+    is_chosen: bool,
+    trainer: Trainer,
+    data: RegressionData,
+    checkpoints: Checkpoints,
+    progress: ProgressDisplay,
+    sync_signal: SyncSignal,
+) -> tuple[Config, Fit | None]:
+    """Trains, or solves exactly, and saves: (the config as it was solved, the best that could be reached if known)."""
+    if config.solver == "sgd":
+        try:
+            trainer.fit_epochs()
+        except Diverged:
+            checkpoints.save(trainer)
+            raise
+        checkpoints.save(trainer)
+        if trainer.restore_best():
+            epoch = trainer.loop.best.step // trainer.train.sampler.steps_per_epoch
+            progress.say(f"the validation loss was least after epoch {epoch}: its parameters are kept")
+        decoupled = config.optimizer == "adamw" and config.l2  # which is no penalty on the loss
+        wide = data.num_inputs > _MOST_INPUTS_OF_OPTIMUM
+        if not config.optimality or not config.is_least_squares() or decoupled or wide:
+            return config, None
+    progress.doing("solving")
+
+    def alive() -> None:
+        trainer.loop.report_result()
+        _stop_where_asked(sync_signal, trainer.step or None)
+
+    solver = Solver(CastSource(data.train, config.precision), trainer.mesh, config.num_shards, alive)
+    try:
+        solution = solver.solve(config)
+    except NoOptimumError:
+        if not is_chosen or config.l2:
+            raise
+        config = dataclasses.replace(config, l2=1 / len(data.train))  # as scikit-learn's classifiers have by default
+        progress.say(
+            f"no finite weights have the least loss, as where features tell two classes apart: solved with "
+            f"{spell('l2', config.l2)}, which is 1 / rows; give another {spell('l2')} to choose"
+        )
+        solution = solver.solve(config)
+    if config.solver != "sgd":
+        trainer.set_linear_params(solution.w, solution.b, solution.loss)
+        checkpoints.save(trainer)
+    return config, solution.fit
+
+
+def _compared(config: Config, trainer: Trainer, data: RegressionData) -> dict[str, Compared]:
+    """By target, what the trained model predicts for some rows held out, and what was observed; none of labels."""
+    if config.loss == "softmax":
+        return {}
+    predicted, observed, weight = trainer.predictor().compared(data.val or data.train, COMPARED_ROWS)
+    if predicted.shape != observed.shape:  # a loss of the user's own may take other predictions than targets
+        return {}
+    return {name: Compared(predicted[:, t], observed[:, t], weight) for t, name in enumerate(target_names(data))}
+
+
+def _above(gap: float | None) -> str:
+    if gap is None:
+        return ""
+    if gap > 1e6:  # the best is 0 but for rounding
+        return ""
+    return f": {gap:.2%} above" if gap < 10 else f": {gap + 1:,.0f} times as much"
+
+
+def _read(
+    config: Config, progress: ProgressDisplay, sync_signal: SyncSignal
+) -> tuple[Config, RegressionData, float, str]:
+    """The config with all that depends on the rows, the rows, the seconds to read them, and why it has that solver."""
+    started = time.perf_counter()
+
+    def report_rows(what: str, rows: int) -> None:
+        _stop_where_asked(sync_signal)
+        speed = rows / (time.perf_counter() - started)
+        progress.doing(f"{what} {config.dataset}: {rows:,} rows, {speed:,.0f} rows/s")
+
+    progress.doing(f"reading {config.dataset}")
+    config, data, why = read_rows(config, report_rows)
+    reading = time.perf_counter() - started
+    return config, data, reading, why
+
+
+def _other_solver(config: Config) -> str:
+    if config.solver != "sgd":
+        return f"; for steps of an optimizer use {spell('solver', 'sgd')}"
+    return f"; for the exact solution use {spell('solver', 'exact')}" if config.has_exact_solution else ""
+
+
+def _prepared(config: Config, data: RegressionData, progress: ProgressDisplay) -> Trainer:
+    """The trainer with its rows in place and its steps compiled."""
+    trainer = build_trainer(config)
+    trainer.prepare_data(data)
+    profiled, num_steps = config.profiled_steps(), trainer.train.num_steps
+    if profiled and profiled[0] >= num_steps:
+        raise InputError(
+            f"{spell('profile', config.profile)}: the run has {num_steps:,} steps; name two of them, from 0"
+        )
+    progress.doing("compiling")
+    bias = constant_fit(config, data) if config.solver == "sgd" else None
+    trainer.prepare_model(build_model(config, data.num_inputs, data.num_targets, num_steps, bias))
+    return trainer
+
+
+@contextlib.contextmanager
+def _to_go_on_in(unnamed: pathlib.Path | None) -> Iterator[None]:
+    """Says in Preempted which folder a command that names none has to name, to go on."""
+    try:
+        yield
+    except Preempted as stopped:
+        raise Preempted(stopped.step, None if unnamed is None else str(unnamed), stopped.interrupted) from stopped
+
+
+def _stop_signals() -> SyncSignal:
+    """SIGTERM asks all processes to save and stop, as does SIGUSR1, which mpirun passes on, and Ctrl-C (SIGINT).
+
+    To the end of the process: one that comes while the run ends does no harm, nor does a second one, but of Ctrl-C:
+    that ends this process at once, with exit code 130.
+    """
+    sync_signal, interrupted = SyncSignal(), threading.Event()
+
+    def interrupt(*_: object) -> None:
+        if interrupted.is_set():
+            os.write(sys.stderr.fileno(), b"dpreg: interrupted again: what was saved before is there\n")
+            os._exit(_INTERRUPTED)
+        interrupted.set()
+        sync_signal.request("interrupt")
+
+    handlers: dict[int, Callable[..., None]] = dict.fromkeys(
+        (signal.SIGTERM, signal.SIGUSR1), lambda *_: sync_signal.request("stop")
+    )
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # as of a command that a shell runs in the background
+        handlers[signal.SIGINT] = interrupt
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+        atexit.register(signal.signal, number, signal.SIG_IGN)  # the interpreter takes other handlers away as it ends
+    return sync_signal
+
+
+def _stop_where_asked(sync_signal: SyncSignal, step: int | None = None) -> None:
+    """Raises Preempted where the only process was asked to stop. Several learn of it together, at their first step."""
+    interrupted = sync_signal.pending("interrupt")
+    if jax.process_count() == 1 and (interrupted or sync_signal.pending("stop")):
+        raise Preempted(step, interrupted=interrupted)
+
+
+@contextlib.contextmanager
+def _checkpoints(
+    config: Config,
+    workdir: pathlib.Path,
+    trainer: Trainer,
+    data: RegressionData,
+    sync_signal: SyncSignal,
+) -> Iterator[Checkpoints]:
+    """The run's checkpoints, with the trainer brought to the newest, as the setting `resume` says."""
+    with Checkpoints(
+        workdir / "checkpoints",
+        identity_of(config, data),
+        config.checkpoint_every_seconds,
+        config.checkpoint_every_steps,
+        config.keep,
+        sync_signal,
+    ) as checkpoints:
+        if config.resume == "never":
+            checkpoints.clear()
+            if jax.process_index() == 0:
+                (workdir / "starts.jsonl").unlink(missing_ok=True)
+        elif not checkpoints.restore(trainer) and config.resume == "must":
+            raise InputError(
+                f"{spell('resume', 'must')}: {workdir} holds no checkpoint that can be read; "
+                f"name another {spell('workdir')}, or use {spell('resume', 'auto')}"
+            )
+        trainer.add_callback(checkpoints)
+        yield checkpoints
