@@ -55,7 +55,7 @@ def predict(config: Config) -> None:
         for number in (signal.SIGTERM, signal.SIGUSR1):  # which mpirun passes on
             stack.callback(signal.signal, number, signal.signal(number, lambda *_: asked.set()))
         exported = load_model(pathlib.Path(config.workdir or "") / "model")
-        config, schema = config.of_model(exported.flags), exported.schema
+        config, schema = config.use_model_settings(exported.flags), exported.schema
         if schema is None:
             where = spell("workdir", config.workdir)
             raise InputError(f"{where}: its model was not trained on a table; predict from Python")
@@ -105,7 +105,7 @@ def predict(config: Config) -> None:
 def threads_of(config: Config) -> int | None:
     """Those that the model to predict with was trained with; where there is no model, `predict` will say so."""
     try:
-        return config.of_model(load_model(pathlib.Path(config.workdir or "") / "model").flags).threads
+        return config.use_model_settings(load_model(pathlib.Path(config.workdir or "") / "model").flags).threads
     except InputError:
         return None
 

@@ -113,8 +113,8 @@ def diverge():
         ),
         (
             lambda: Config(model="mlp", intercept=False),
-            "intercept=False: it is for model='linear' or 'concise'; leave it out",
-            "--nointercept: it is for --model=linear or concise; leave it out",
+            "intercept=False: it applies only to model='linear' or 'concise'; leave it out",
+            "--nointercept: it applies only to --model=linear or concise; leave it out",
         ),
         (
             lambda: Sampler(100, 8, 30),
@@ -133,8 +133,8 @@ def diverge():
         ),
         (
             lambda: Config(dataset="my lr=1, --lr.csv"),  # what users have named is not rewritten
-            "dataset='my lr=1, --lr.csv': say which column to predict, with target=('COLUMN',)",
-            "--dataset='my lr=1, --lr.csv': say which column to predict, with --target=COLUMN",
+            "dataset='my lr=1, --lr.csv': name the column to predict, with target=('COLUMN',)",
+            "--dataset='my lr=1, --lr.csv': name the column to predict, with --target=COLUMN",
         ),
         (
             diverge,

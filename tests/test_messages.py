@@ -85,9 +85,7 @@ WRONG = {
         ("--" + "long" * 2000,): "there is no such flag; see --help",
         ("--\x1b[2J",): "--\\x1b[2J: there is no such flag; see --help",
         ("--data_dir=a\nb",): "--data_dir='a b': has characters that cannot be printed; rename it",
-        (
-            "--data_dir=a ",
-        ): "--data_dir='a ': a flagfile cannot hold a line break, a blank at the end or other than UTF",
+        ("--data_dir=a ",): "--data_dir='a ': a flagfile cannot hold a line break, a trailing blank or invalid UTF",
         ("train",): "train: is not a flag; give flags as --name=value",
         ("a", "b"): "a: is not a flag; give flags as --name=value",
         (
@@ -106,9 +104,9 @@ WRONG = {
         ("--workdir=gs://bucket/run",): "--workdir=gs://bucket/run: is not a path of this machine; mount",
         (
             "--sync_batch_norm",
-        ): "--sync_batch_norm: it is for --model=mlp with --batch_norm; give both, or leave it out",
+        ): "--sync_batch_norm: it applies only to --model=mlp with --batch_norm; give both, or leave it out",
         ("--model=mlp", "--batch_norm", "--sync_batch_norm", "--reduction=ordered"): (
-            "--sync_batch_norm: it takes all shards at once, and --reduction=ordered one by one; leave one out"
+            "--sync_batch_norm: it needs all shards at once, and --reduction=ordered computes them one by one; leave"
         ),
         ("--model=mlp", "--hidden="): "--hidden=: give at least one width, or use --model=linear",
         ("--num_devices=0",): "--num_devices=0: use 1 or more",
@@ -117,9 +115,11 @@ WRONG = {
         ("--batch_size=30",): "use --batch_size=24 or 32",
         ("--lr=-1",): "--lr=-1.0: use a value above 0",
         ("--standardize",): "--standardize: synthetic rows have mean 0 and standard deviation 1 already; leave it out",
-        ("--target=y",): "--target=y: it is for tables; name one with --dataset, or leave it out",
-        ("--validation_dataset={}/good.csv",): "good.csv: it is for tables; name one with --dataset, or leave it out",
-        ("--target_transform=log",): "--target_transform=log: it is for tables; name one with",
+        ("--target=y",): "--target=y: it applies only to tables; name one with --dataset, or leave it out",
+        (
+            "--validation_dataset={}/good.csv",
+        ): "good.csv: it applies only to tables; name one with --dataset, or leave it out",
+        ("--target_transform=log",): "--target_transform=log: it applies only to tables; name one with",
         ("--platform=abacus",): "use cpu, gpu or tpu",
         ("--platform=gpu",): "use --platform=cpu",
         ("--mode=cure",): "use train, evaluate, predict or doctor",
@@ -140,7 +140,7 @@ WRONG = {
         ("--profile=5:3",): "--profile=5:3: give two steps, the earlier first, such as --profile=100:200",
         ("--profile=500:600", "--max_epochs=1"): "--profile=500:600: the run has 32 steps; name two of them, from 0",
         ("--solver=exact", "--loss=huber"): "--loss=squared, without --l1; use --solver=sgd",
-        ("--solver=exact", "--patience=3"): "--patience=3: it is for --solver=sgd; leave one out",
+        ("--solver=exact", "--patience=3"): "--patience=3: it applies only to --solver=sgd; leave one out",
         ("--l1=0.1", "--optimizer=adam"): "only --optimizer=sgd reaches its optimum; use that, or --l2",
         ("--num_processes=2",): "go together; give all three",
         ("--reduction=mean",): "--reduction=mean: use pmean or ordered",
@@ -171,7 +171,7 @@ WRONG = {
         ("--dataset={}/broken.parquet", "--target=y"): "not a readable parquet file",
         (*_GOOD, "--target=z"): "{}/good.csv: column 'z' is not there; use one of 'a', 'b', 'y'",
         (*_GOOD, "--dates=y"): "--dates=y is not a feature; leave it out there, or name it in --features",
-        (*_GOOD, "--nointercept", "--precision=bfloat16"): "three digits of features; use --precision=float32",
+        (*_GOOD, "--nointercept", "--precision=bfloat16"): "three digits of the features; use --precision=float32",
         (*_GOOD, "--loss=logistic"): "the target in row 5 is 2 and has to be 0 or 1; correct it, or use another",
         (*_GOOD, "--target_transform=log"): "good.csv, row 1: column 'y' is not above 0, and has no logarithm; use",
         (*_GOOD, "--weight_column=y", "--target=b"): "the weight is negative; use 0 or more",

@@ -143,7 +143,7 @@ def test_two_processes_predict_the_same_file(trained, tmp_path):
     [
         ({"workdir": None}, "with workdir"),
         ({"workdir": "{}"}, "there is no model"),
-        ({"dataset": "synthetic"}, "say which table"),
+        ({"dataset": "synthetic"}, "name a table"),
         ({"output": None}, "output='FILE.csv' or"),
         ({"output": "{}/p.txt"}, "output='FILE.csv' or"),
         ({"output": "{}/no/p.csv", "dataset": "{}/table.csv"}, "output=.*cannot be written"),
@@ -359,7 +359,7 @@ def test_processes_with_other_models_or_nowhere_to_write_end_with_a_line(trained
 def test_a_model_forgets_by_which_table_it_was_validated():
     trained = Config(dataset="t.csv", target=("y",), validation_dataset="v.csv")
     asked = Config(mode="evaluate", dataset="new.csv", workdir="w")
-    assert asked.of_model(json.loads(json.dumps(trained.identity()))).validation_dataset is None
+    assert asked.use_model_settings(json.loads(json.dumps(trained.identity()))).validation_dataset is None
 
 
 @pytest.mark.parametrize("trained", ["none"], indirect=True)
