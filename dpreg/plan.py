@@ -36,7 +36,7 @@ from dpreg.data.sampler import Sampler
 from dpreg.distributed import devices
 from dpreg.distributed.devices import AXIS
 from dpreg.errors import InputError
-from dpreg.outputs.workdir import made
+from dpreg.outputs.workdir import make_folder
 from dpreg.planning.chips import Hosts, Slice, parse_topology
 from dpreg.planning.programs import Collective, Memory, collectives, memory
 from dpreg.spelling import spell, spell_as_flags
@@ -292,7 +292,7 @@ def _main(argv: list[str]) -> None:
     for name, of_a_step in (("mode", "train"), ("solver", "sgd"), ("num_processes", None)):
         if (given := getattr(config, name)) != of_a_step:
             raise InputError(f"{spell(name, given)}: a plan is of a training step, in one process; leave it out")
-    with made(pathlib.Path(config.workdir or ".")) as folder:
+    with make_folder(pathlib.Path(config.workdir or ".")) as folder:
         if topology:
             found = _apart(config, topology)
         else:

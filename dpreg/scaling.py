@@ -40,7 +40,7 @@ from dpreg.errors import InputError, ProcessLost
 from dpreg.outputs.chart import chart, page
 from dpreg.outputs.metrics import to_json
 from dpreg.outputs.progress import ProgressDisplay
-from dpreg.outputs.workdir import made
+from dpreg.outputs.workdir import make_folder
 from dpreg.spelling import spell
 from dpreg.step.reduce import mean_over_devices
 from dpreg.terminal import show
@@ -347,7 +347,7 @@ def _main(argv: list[str]) -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # by way of what ends the runs it has started
     config = Config.from_flags(flags.FLAGS)
     with contextlib.ExitStack() as stack:
-        folder = stack.enter_context(made(pathlib.Path(config.workdir or ".")))
+        folder = stack.enter_context(make_folder(pathlib.Path(config.workdir or ".")))
         progress = stack.enter_context(ProgressDisplay(Console(stderr=True)))
         runs, exchanges, further, on_cores = measure(config, progress.doing)
     show(*describe(runs, exchanges, further, on_cores).split("\n"))

@@ -11,7 +11,7 @@ import pytest
 
 from dpreg import cli
 from dpreg.errors import InputError
-from dpreg.outputs.workdir import made
+from dpreg.outputs.workdir import make_folder
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -243,7 +243,7 @@ def test_every_entry_point_ends_with_one_line(raised, code, said, capsys):
 
 def test_an_error_takes_away_what_was_made_but_no_checkpoint(tmp_path):
     for name, kept in (("new/w", False), ("run", True)):
-        with contextlib.suppress(InputError), made(tmp_path / name) as folder:
+        with contextlib.suppress(InputError), make_folder(tmp_path / name) as folder:
             if kept:
                 (folder / "checkpoints" / "7").mkdir(parents=True)
             raise InputError("wrong")
