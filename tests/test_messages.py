@@ -201,8 +201,8 @@ WRONG = {
         ("--topology=v5p:3x3",): "there is no such slice of several chips; use one of v5p: 2x2x1",
         ("--batch_size=30",): "--batch_size=30: is not a multiple of --num_shards=8; use --batch_size=24 or 32",
         ("--workdir={}/file",): "--workdir={}/file: cannot be written: File exists; name another folder",
-        ("--solver=exact",): "--solver=exact: a plan is of a training step, in one process; leave it out",
-        ("--mode=doctor",): "--mode=doctor: a plan is of a training step",
+        ("--solver=exact",): "--solver=exact: only a training step of one process has a plan; leave it out",
+        ("--mode=doctor",): "--mode=doctor: only a training step of one process has a plan",
     },
     "scaling": {
         ("--num_shards=3", "--batch_size=32"): "--batch_size=32: is not a multiple of --num_shards=3",

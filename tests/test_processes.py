@@ -99,7 +99,7 @@ def means(size):
 for size in map(int, sys.argv[3:]):
     mapped = jax.shard_map(lambda: means(size), mesh=mesh, in_specs=(), out_specs=PartitionSpec(), check_vma=False)
     compiled = jax.jit(mapped).lower().compile()
-    found, (one,) = compiled(), programs.collectives(compiled, mesh.size)
+    found, (one,) = compiled(), programs.find_collectives(compiled, mesh.size)
     print(one.kind, one.size, set(found["a"].tolist()), found["b"].tolist())
 """
 
