@@ -146,7 +146,7 @@ def diverge():
 def test_a_message_names_settings_as_the_caller_does(cause, in_python, in_a_command, capsys):
     assert raised(cause) == in_python
     with pytest.raises(SystemExit):
-        cli._in_a_line(lambda argv: cause(), [])
+        cli._run_main(lambda argv: cause(), [])
     assert capsys.readouterr().err == f"dpreg: {in_a_command}\n"
     assert raised(cause) == in_python  # again, once the command has ended
 

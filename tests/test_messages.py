@@ -237,7 +237,7 @@ def test_every_entry_point_ends_with_one_line(raised, code, said, capsys):
         raise raised
 
     with pytest.raises(SystemExit) as end:
-        cli._in_a_line(main, [])
+        cli._run_main(main, [])
     assert (end.value.code, capsys.readouterr().err) == (code, said)
 
 

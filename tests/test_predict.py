@@ -152,7 +152,7 @@ def test_two_processes_predict_the_same_file(trained, tmp_path):
         ({"output": "{}/parts/p.csv", "dataset": "{}/parts"}, "that is a file of dataset="),
         ({"output": "{}/table2.csv", "dataset": "{}/table*.csv"}, "that is a file of dataset="),
         ({"lr": 0.03, "given": frozenset({"lr"})}, "lr=0.03: the model was trained with lr=0.1"),
-        ({"validation_dataset": "{}/table.csv"}, "name it there"),
+        ({"validation_dataset": "{}/table.csv"}, "name the table there"),
         ({"lr": 0.2}, "lr=0.2: the model was trained with lr=0.1"),
         ({"num_shards": 4}, "num_shards=4: the model was trained with num_shards=8"),
         ({"missing": "mean"}, "the model was trained without"),

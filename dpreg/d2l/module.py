@@ -18,7 +18,7 @@ from dpreg.models.linear import LinearRegressionScratch as LinearScratch
 from dpreg.models.mlp import LinearRegression as LinearConcise
 from dpreg.models.sgd import SGD
 from dpreg.step.checks import mode_arguments, require_model, traced
-from dpreg.tracing import key_of, pinned_settings
+from dpreg.tracing import make_key, pinned_settings
 
 _LOOP_ATTRIBUTES = "trainer", "training"
 
@@ -251,7 +251,7 @@ def prepare(model: Module, rows: Mapping[str, np.ndarray], called_hooks: frozens
     dtype = rows["x"].dtype
     row = jax.ShapeDtypeStruct((1, rows["x"].shape[1]), jnp.float32)
     with traced(copy), pinned_settings():
-        shapes: Any = jax.eval_shape(lambda x: copy.init(key_of(0), x, **mode_arguments(copy, False)), row)
+        shapes: Any = jax.eval_shape(lambda x: copy.init(make_key(0), x, **mode_arguments(copy, False)), row)
     with traced(copy), pinned_settings(dtype == np.float64):
         x = jnp.asarray(rows["x"])
         _require_mean(copy, shapes, x, jnp.asarray(rows["y"]))
@@ -313,7 +313,7 @@ def _known_class(model: Module, shapes: Mapping[str, Any], x: Array) -> type[nn.
     own = program(model, jax.tree.structure(params))
     targets = jax.tree.leaves(params)[-1].shape[-1:]
     for known in (LinearScratch(x.shape[1], 1.0, num_targets=targets[0]), LinearConcise(targets[0])) if targets else ():
-        known_params = jax.eval_shape(known.init, key_of(0), x)["params"]
+        known_params = jax.eval_shape(known.init, make_key(0), x)["params"]
         same_shapes = [leaf.shape for leaf in jax.tree.leaves(known_params)] == [
             leaf.shape for leaf in jax.tree.leaves(params)
         ]

@@ -21,7 +21,7 @@ from dpreg.errors import Diverged, InputError
 from dpreg.step import state
 from dpreg.step.checks import mode_arguments
 from dpreg.step.hooks import OF_DATA, OF_MODEL, OF_TRAINER, require_no_hooks, user_methods
-from dpreg.tracing import key_of, pinned_settings
+from dpreg.tracing import make_key, pinned_settings
 
 # Methods that this trainer calls. Where one of those below is the user's, an epoch runs step by step.
 _CALLED_OF_TRAINER = frozenset({"fit_epoch", "prepare_batch", "clip_gradients"})
@@ -83,7 +83,7 @@ class Trainer(HyperParameters):
         self.engine = self._make_engine()
         self.epoch = self.train_batch_idx = self.val_batch_idx = 0
         self._state: TrainState | None = None  # that was assigned; None where the engine has it
-        self._dropout_rng: Array = key_of(self.engine.settings.seed)
+        self._dropout_rng: Array = make_key(self.engine.settings.seed)
 
     def __getattr__(self, name: str) -> Any:
         """Raises AttributeError, which says so where `fit` sets the attribute."""
@@ -129,7 +129,7 @@ class Trainer(HyperParameters):
         if missing := [name for name in ("train", "val", "batch_size") if not hasattr(data, name)]:
             raise InputError(f"data: {type(data).__name__} has no {missing[0]}; give an object of d2l.DataModule")
         self.engine, self._state = self._make_engine(), None
-        self._dropout_rng, precision = key_of(self.engine.settings.seed), self.engine.settings.precision
+        self._dropout_rng, precision = make_key(self.engine.settings.seed), self.engine.settings.precision
         self.engine.prepare_data(data)
         self.train_dataloader = Loader(
             CastSource(data.train, precision), self.engine.train.sampler, self.engine.settings.seed
@@ -237,7 +237,7 @@ class Trainer(HyperParameters):
 
     def _draw_parameters(self, key: Array | None) -> None:
         """Draws the parameters by `apply_init`."""
-        root = key_of(self.engine.settings.seed) if key is None else key
+        root = make_key(self.engine.settings.seed) if key is None else key
         params_key, self._dropout_rng = jax.random.split(root)
         keys = {"params": root if key is None else params_key, "dropout": self._dropout_rng}
         row = self.engine.train.source[np.zeros(1, np.int32)]["x"]

@@ -29,7 +29,7 @@ from dpreg.step.checks import mode_arguments
 from dpreg.step.state import Model
 from dpreg.tables.columns import LARGEST
 from dpreg.tables.statistics import SMALLEST
-from dpreg.tracing import key_of
+from dpreg.tracing import make_key
 from dpreg.train.build import build_trainer
 from dpreg.train.trainer import Trainer
 
@@ -304,7 +304,7 @@ class Estimator(BaseEstimator):
 
 def _require_outputs(model: Any, x: np.ndarray, outputs: int) -> None:
     def prediction(row: jax.Array) -> jax.Array:
-        predicted: jax.Array = model.init_with_output(key_of(0), row, **mode_arguments(model, False))[0]
+        predicted: jax.Array = model.init_with_output(make_key(0), row, **mode_arguments(model, False))[0]
         return predicted
 
     shape = jax.eval_shape(prediction, jnp.asarray(x[:1])).shape

@@ -14,7 +14,7 @@ from numpy.typing import DTypeLike
 
 from dpreg.config import Columns
 from dpreg.data.schema import NUMBER, ROW, WEIGHT, Category, Schema
-from dpreg.errors import InputError, is_one_line, listed
+from dpreg.errors import InputError, is_one_line, quote_names
 from dpreg.spelling import spell
 from dpreg.tables.standalone import spelled, text_of
 from dpreg.tables.table import Part, Table
@@ -81,14 +81,14 @@ def _all_features(columns: Columns, table: Table) -> tuple[str, ...]:
     if left_out:
         logging.warning(
             "%s: %s: the index of a pandas DataFrame, and not a feature; to fit on it, name it in %s",
-            *(table.name, listed(left_out), spell("features")),
+            *(table.name, quote_names(left_out), spell("features")),
         )
     unnamed = [name for name in features if _UNNAMED.fullmatch(name)]
     if unnamed:
         logging.warning(
             "%s: column %s has no name, as an index that pandas wrote, and is a feature; if it numbers the rows, leave "
             "it out with %s",
-            *(table.name, listed(unnamed), spell("exclude", (unnamed[0],))),
+            *(table.name, quote_names(unnamed), spell("exclude", (unnamed[0],))),
         )
     return features
 

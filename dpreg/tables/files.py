@@ -7,7 +7,7 @@ import stat
 import urllib.parse
 from collections.abc import Iterable, Mapping
 
-from dpreg.errors import InputError, is_one_line, listed
+from dpreg.errors import InputError, is_one_line, quote_names
 from dpreg.spelling import spell
 
 # How names end, and the format of such a file.
@@ -160,7 +160,7 @@ def _refuse_formats(files: list[File], name: str, setting: str) -> None:
         ending = next(suffix for suffix in SUFFIXES for file in files if file.path.lower().endswith(suffix))
         pattern = os.path.join(name if os.path.isdir(name) else _fixed_part(name), "**", f"*{ending}")
         raise InputError(
-            f"{spell(setting, name)}: {listed(unknown, 3)} cannot be read; use {formats}: "
+            f"{spell(setting, name)}: {quote_names(unknown, 3)} cannot be read; use {formats}: "
             f"name those files alone by a pattern, such as '{pattern}'"
         )
     if len(known) > 1:

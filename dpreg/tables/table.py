@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet
 
-from dpreg.errors import InputError, listed
+from dpreg.errors import InputError, quote_names
 from dpreg.tables import csv_files, numpy_files
 from dpreg.tables.files import File, Signature, list_files, sign
 from dpreg.tables.standalone import spelled, text_of
@@ -81,7 +81,7 @@ class Table:
         known = set(self.columns)
         for column in columns:
             if column not in known:
-                raise InputError(f"{self.name}: column {column!r} is not there; use one of {listed(self.columns)}")
+                raise InputError(f"{self.name}: column {column!r} is not there; use one of {quote_names(self.columns)}")
 
     def read(self, kinds: Kinds) -> Iterator[Part]:
         """The rows of some columns in order.
@@ -102,7 +102,7 @@ class Table:
         except (OSError, InputError) as error:
             raise InputError(f"{self.name}: files changed while they were read ({error}); start again") from error
         if changed:
-            files = listed(sorted({file for file, *_ in changed}), 3)
+            files = quote_names(sorted({file for file, *_ in changed}), 3)
             raise InputError(f"{self.name}: {files} changed while the table was read; start again")
 
 
