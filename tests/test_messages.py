@@ -153,7 +153,7 @@ WRONG = {
             "--dataset={}/empty",
             "--target=y",
         ): "{}/empty: there is no readable file in that folder; name one, or a folder",
-        ("--dataset={}/mixed", "--target=y"): "different kinds, .csv and .npy; name those of one, by a pattern",
+        ("--dataset={}/mixed", "--target=y"): "different kinds, .csv and .npy; name those of one kind, by a pattern",
         ("--dataset=tfds:nowhere",): "prepare it with file_format=array_record, and name its folder",
         ("--dataset=nowhere", "--target=y"): "there is no such file",
         ("--dataset={}/good.csv",): "--target=COLUMN",

@@ -201,7 +201,7 @@ def reseal(folder, change, arrays=None):
     np.savez(folder / "parameters.npz", **(before if arrays is None else arrays(before)))
     model["parameters.npz"] = hashlib.sha256((folder / "parameters.npz").read_bytes()).hexdigest()
     change(model)
-    (folder / "model.json").write_text(json.dumps(standalone.sealed(model)))
+    (folder / "model.json").write_text(json.dumps(standalone.add_checksum(model)))
 
 
 def tampered(folder):
@@ -411,7 +411,7 @@ def test_the_script_beside_the_model_needs_numpy_alone(trained, tmp_path):
 def test_the_script_knows_each_link(loss):
     z = np.random.default_rng(0).normal(size=(20, 3))
     np.testing.assert_allclose(
-        standalone._of_link(z, loss), make_loss(loss, num_classes=3).mean(jnp.float32(z)), rtol=1e-5
+        standalone._apply_inverse_link(z, loss), make_loss(loss, num_classes=3).mean(jnp.float32(z)), rtol=1e-5
     )
 
 
@@ -437,9 +437,13 @@ def test_the_script_says_in_a_line_what_it_cannot_predict(trained, tmp_path):
 
 def test_a_category_called_none_is_one_and_none_is_missing():
     column = {"kind": "category", "name": "c", "values": ["None", "NaT"], "counts": [3, 2], "others": 1}
-    seen = standalone._seen(column, ["None", "NaT", None, np.datetime64("NaT"), "NA", "<NA>"], True)
+    seen = standalone._encode_column(column, ["None", "NaT", None, np.datetime64("NaT"), "NA", "<NA>"], True)
     np.testing.assert_array_equal(seen.argmax(axis=1), [0, 1, 2, 2, 2, 2])
-    assert np.isnan(standalone._seen(column, ["<NA>", "NA", None], False)).all(axis=1).tolist() == [False, True, True]
+    assert np.isnan(standalone._encode_column(column, ["<NA>", "NA", None], False)).all(axis=1).tolist() == [
+        False,
+        True,
+        True,
+    ]
 
 
 def test_the_script_reads_long_texts_and_times_of_utc(trained, tmp_path):
@@ -447,12 +451,12 @@ def test_the_script_reads_long_texts_and_times_of_utc(trained, tmp_path):
     script = trained / "w" / "model" / "predict.py"
     done = subprocess.run([sys.executable, script, tmp_path / "t.csv"], capture_output=True, text=True)
     assert (done.returncode, len(done.stdout.splitlines()), done.stderr) == (0, 2, "")
-    assert standalone._number("2026-01-02T12:00:00Z", days=True) == (date(2026, 1, 2) - date(1970, 1, 1)).days + 0.5
+    assert standalone._to_number("2026-01-02T12:00:00Z", days=True) == (date(2026, 1, 2) - date(1970, 1, 1)).days + 0.5
 
 
 def test_the_script_keeps_all_digits_of_categories():
     column = {"kind": "category", "name": "c", "values": ["1234567", "2.5"], "counts": [3, 2], "others": 1}
-    seen = standalone._seen(column, [1234567.0, np.float64(1234567), 1234567, 2.5, "2.50", None], True)
+    seen = standalone._encode_column(column, [1234567.0, np.float64(1234567), 1234567, 2.5, "2.50", None], True)
     np.testing.assert_array_equal(seen.argmax(axis=1), [0, 0, 0, 1, 2, 2])
 
 

@@ -22,7 +22,7 @@ from dpreg.errors import InputError, Preempted
 from dpreg.outputs.orbax_errors import explain_failure, silence_orbax
 from dpreg.spelling import spell
 from dpreg.step.digest import differ, digest_values
-from dpreg.tables.standalone import sealed
+from dpreg.tables.standalone import add_checksum
 from dpreg.terminal import printable
 from dpreg.train.callback import Callback
 from dpreg.train.loop import Best, Loop
@@ -139,7 +139,7 @@ class Checkpoints(Callback):
         """
         trainer.loop.require_idle()
         content = _get_content(trainer.loop)
-        meta = sealed(
+        meta = add_checksum(
             {
                 "identity": self._identity,
                 "computation": trainer.loop.computation,
@@ -203,7 +203,7 @@ class Checkpoints(Callback):
         for step in json.loads(
             processes.allgather_text(json.dumps(sorted(self._manager.all_steps(), reverse=True)))[0]
         ):
-            meta = self._read(step, "meta", ocp.args.JsonRestore(), lambda meta: meta == sealed(meta))
+            meta = self._read(step, "meta", ocp.args.JsonRestore(), lambda meta: meta == add_checksum(meta))
             if meta is not None:
                 self._require_equal("run", meta["identity"], self._identity)
                 yield step, meta

@@ -73,7 +73,7 @@ def save_model(
         _ARRAYS: hashlib.sha256(new[_ARRAYS].read_bytes()).hexdigest(),
     }
     # Round trip through JSON, which turns tuples into lists: the checksum must be that of the value that is read.
-    text = json.dumps(standalone.sealed(json.loads(json.dumps(description))), indent=2)
+    text = json.dumps(standalone.add_checksum(json.loads(json.dumps(description))), indent=2)
     new[_DESCRIPTION].write_text(text + "\n", encoding="utf-8")
     for name, path in new.items():
         publish(path, folder / name)
