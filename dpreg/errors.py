@@ -38,14 +38,14 @@ def prefix_errors(prefix: str) -> Iterator[None]:
         raise InputError(f"{prefix}: {error}") from error
 
 
-def quote_names(names: Collection[str], most: int = 12) -> str:
-    """Quotes names for a message: at most the first `most`, and the number of others.
+def quote_names(names: Collection[str], limit: int = 12) -> str:
+    """Quotes names for a message: the first `limit` ones, and the number of others.
 
     >>> quote_names(["a", "b", "c", "d"], 2)
     "'a', 'b' and 2 others"
     """
-    text = ", ".join(repr(name) for name, _ in zip(names, range(most), strict=False))
-    return text if len(names) <= most else f"{text} and {len(names) - most:,} others"
+    text = ", ".join(repr(name) for name, _ in zip(names, range(limit), strict=False))
+    return text if len(names) <= limit else f"{text} and {len(names) - limit:,} others"
 
 
 def is_one_line(text: str) -> bool:
@@ -100,7 +100,7 @@ class Preempted(Exception):  # noqa: N818
     def __init__(self, step: int | None = None, unnamed: str | None = None, interrupted: bool = False):
         where = "before the first step" if step is None else f"at step {step:,}, which is saved"
         command = "the same command" if unnamed is None else f"the same command with {spell('workdir', unnamed)}"
-        super().__init__(f"{'interrupted' if interrupted else 'stopped'} {where}: {command} goes on from there")
+        super().__init__(f"{'interrupted' if interrupted else 'stopped'} {where}: {command} resumes from there")
         self.step, self.interrupted, self.exit_code = step, interrupted, 130 if interrupted else 75
 
 

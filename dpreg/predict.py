@@ -23,7 +23,7 @@ from dpreg.distributed import devices, processes
 from dpreg.distributed.watchdog import Watchdog
 from dpreg.doctor import agree
 from dpreg.errors import InputError, prefix_errors
-from dpreg.outputs.export import Exported, load_model
+from dpreg.outputs.export import ExportedModel, load_model
 from dpreg.outputs.predictions import PredictionWriter
 from dpreg.outputs.progress import ProgressDisplay
 from dpreg.spelling import spell
@@ -85,7 +85,7 @@ def predict(config: Config) -> None:
             progress.say(f"column {name!r}: {rows:,} of {read.rows:,} rows have none of the model's categories")
 
 
-def _build_predictor(config: Config, exported: Exported, on_result: Callable[[], None]) -> Predictor:
+def _build_predictor(config: Config, exported: ExportedModel, on_result: Callable[[], None]) -> Predictor:
     model = build_model(config, exported.num_inputs, exported.num_targets)
     _check_model(model, exported, config.workdir)
     return Predictor(
@@ -112,7 +112,7 @@ def threads_of(config: Config) -> int | None:
         return None
 
 
-def _check_model(model: Model, exported: Exported, workdir: str | None) -> None:
+def _check_model(model: Model, exported: ExportedModel, workdir: str | None) -> None:
     """Raises InputError if the code of the model does not fit the saved parameters, or computes something else now."""
 
     def list_shapes(variables: Any) -> dict[str, tuple[int, ...]]:

@@ -149,13 +149,13 @@ class Runner:
 
     Attributes:
       on_cores: whether each device is a process on a CPU core.
-      most: the largest number of devices.
+      max_devices: the largest number of devices.
     """
 
     def __init__(self, config: Config):
         self._config = config
         self.on_cores = config.platform == "cpu"
-        self.most = devices.cores() if self.on_cores else self._count_accelerators()
+        self.max_devices = devices.cores() if self.on_cores else self._count_accelerators()
 
     def _count_accelerators(self) -> int:
         """Counts them in another process, as JAX in this process would reserve their memory."""
@@ -289,7 +289,7 @@ def measure(config: Config, report: Any) -> tuple[list[Measurement], list[Exchan
                 f"{spell(name, given)}: scaling measures training steps with one exchange each; leave it out"
             )
     runner = Runner(config)
-    counts = [1 << power for power in range(16) if 1 << power <= min(runner.most, config.num_shards)]
+    counts = [1 << power for power in range(16) if 1 << power <= min(runner.max_devices, config.num_shards)]
     exchanges, runs, size = [], list[Measurement](), 0
     for count in counts:
         report(f"timing sums over {count} devices" if count > 1 else "one device")

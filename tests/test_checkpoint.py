@@ -361,7 +361,7 @@ def test_a_killed_process_loses_nothing_but_time(tmp_path, how, uninterrupted):
     if how != signal.SIGKILL:
         verb = "interrupted" if how == signal.SIGINT else "stopped"
         assert f"{verb} at step " in said.splitlines()[-1]
-        assert "the same command goes on from there" in said.splitlines()[-1]
+        assert "the same command resumes from there" in said.splitlines()[-1]
     done = run(tmp_path / "w", EPOCHS, "--num_devices=1")
     assert "going on from step" in done.stderr
     summaries = [json.loads((workdir / "summary.json").read_text()) for workdir in (tmp_path / "w", uninterrupted)]

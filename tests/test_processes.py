@@ -305,7 +305,7 @@ def test_sigterm_to_one_process_saves_in_all_within_an_epoch_and_exits_75(tmp_pa
         worker.send_signal(signal.SIGTERM)
     code, said = ended(launcher)
     assert code == 75, said
-    assert said.count("the same command goes on from there") == 2
+    assert said.count("the same command resumes from there") == 2
     stopped_at = max(complete(tmp_path / "w"))
     assert f"stopped at step {stopped_at:,}," in said
     assert any(step % 2560 for step in complete(tmp_path / "w")), "none was saved within an epoch"

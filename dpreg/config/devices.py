@@ -15,7 +15,7 @@ PLACEMENTS = ("auto", "device", "host")
 
 @dataclasses.dataclass(frozen=True)
 class DeviceSettings(Settings):
-    """Which devices and processes compute a run, and how."""
+    """The devices and processes of a run, and how they compute it."""
 
     platform: str | None = setting(
         None, "cpu, gpu or tpu. Default: the fastest one of this machine.", choices=PLATFORMS

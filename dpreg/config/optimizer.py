@@ -12,7 +12,7 @@ SCHEDULES = ("constant", "linear", "cosine", "inverse_sqrt")
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerSettings(Settings):
-    """How the loss is minimised."""
+    """The solver, the optimizer with its learning rate, the penalties, and the epochs."""
 
     solver: str = setting(
         "sgd",

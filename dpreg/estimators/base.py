@@ -347,13 +347,13 @@ def _require_squares(x: np.ndarray, y: np.ndarray, weight: np.ndarray, row: np.n
       x, y, weight: the rows, [n, d], [n, t] and [n].
       row: [n] the numbers of the rows for the message, from 0.
     """
-    most = LARGEST / max(1.0, float(np.sqrt(weight.max())))
+    limit = LARGEST / max(1.0, float(np.sqrt(weight.max())))
     for name, values in (("X", x), ("y", y)):
-        if len(large := np.argwhere(np.abs(values) > most)):
+        if len(large := np.argwhere(np.abs(values) > limit)):
             at, column = large[0]
             raise InputError(
                 f"{name}: column {column + 1} has {values[at, column]:g} in row {row[at] + 1:,}; "
-                f"scale it to {most:g} at most" + (", or use smaller weights" if most < LARGEST else "")
+                f"scale it to {limit:g} at most" + (", or use smaller weights" if limit < LARGEST else "")
             )
 
 

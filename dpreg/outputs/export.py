@@ -24,7 +24,7 @@ _ARRAYS, _DESCRIPTION, _SCRIPT = standalone.PARAMETERS, standalone.DESCRIPTION, 
 
 
 @dataclasses.dataclass(frozen=True)
-class Exported:
+class ExportedModel:
     """A trained model.
 
     Attributes:
@@ -79,7 +79,7 @@ def save_model(
         publish(path, folder / name)
 
 
-def load_model(folder: pathlib.Path) -> Exported:
+def load_model(folder: pathlib.Path) -> ExportedModel:
     """Reads a model that `save_model` wrote.
 
     Raises:
@@ -100,7 +100,7 @@ def load_model(folder: pathlib.Path) -> Exported:
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{folder}: the model cannot be used ({error}); run the training command again") from error
     size = model["num_inputs"], model["num_targets"]
-    return Exported(model["flags"], variables, *size, schema, model["checksum"], computation)
+    return ExportedModel(model["flags"], variables, *size, schema, model["checksum"], computation)
 
 
 def _check_flags(flags: Mapping[str, Any]) -> None:

@@ -194,12 +194,12 @@ def recover_records(path: pathlib.Path, is_whole: Callable[[Any], bool]) -> list
     except InputError:
         whole, damaged = [], 1
     if damaged:
-        aside = path.with_name(f"{path.name}.damaged-{time.time_ns()}")
-        path.rename(aside)
+        renamed = path.with_name(f"{path.name}.damaged-{time.time_ns()}")
+        path.rename(renamed)
         lines = "1 line is" if damaged == 1 else f"{damaged:,} lines are"
         logging.warning(
             "%s: %s damaged; the run continues with the %d others, and the damaged file is renamed to %s",
-            *(printable(str(path)), lines, len(whole), printable(aside.name)),
+            *(printable(str(path)), lines, len(whole), printable(renamed.name)),
         )
     return whole
 

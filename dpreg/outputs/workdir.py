@@ -49,7 +49,7 @@ def open_workdir(name: str | None, keep: bool = True) -> Iterator[pathlib.Path]:
                     )
                 processes.allgather_text()
         except OSError as error:
-            raise _unwritable(path, error) from error
+            raise _make_error(path, error) from error
         processes.allgather_text()
         yield path
 
@@ -94,7 +94,7 @@ def make_folder(path: pathlib.Path, keep: bool = True) -> Iterator[pathlib.Path]
                 if not path.is_dir():
                     raise
         except OSError as error:
-            raise _unwritable(path, error) from error
+            raise _make_error(path, error) from error
         yield path
     except InputError:
         keep = any(path.glob("checkpoints/*"))
@@ -121,5 +121,5 @@ def write_whole(path: pathlib.Path, text: str) -> None:
             new.unlink()
 
 
-def _unwritable(path: pathlib.Path, error: OSError) -> InputError:
+def _make_error(path: pathlib.Path, error: OSError) -> InputError:
     return InputError(f"{spell('workdir', path)}: cannot be written: {error.strerror}; name another folder")

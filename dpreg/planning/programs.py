@@ -24,7 +24,7 @@ class Collective:
       size: the bytes of its result on each device.
       devices: the number of devices that take part.
       loops: the number of loops around it: 0 for once per call, 1 for once per step, 2 for each accumulated batch.
-      place: the part of the step that it comes from, as named in JAX.
+      place: the JAX operation that it comes from, without the outer loops.
     """
 
     kind: str

@@ -98,9 +98,9 @@ class Shuffle:
 
     def _spill(self, layout: _Layout) -> None:
         if not self._files:
-            allowed, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-            if allowed < _OPEN_FILES:  # the default of some systems
-                resource.setrlimit(resource.RLIMIT_NOFILE, (min(_OPEN_FILES, most), most))
+            soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+            if soft < _OPEN_FILES:  # the default of some systems
+                resource.setrlimit(resource.RLIMIT_NOFILE, (min(_OPEN_FILES, hard), hard))
             for bucket in range(1 << _BUCKET_BITS):
                 path = f"{self._prefix}.{bucket}"
                 self._files.append(self._open.enter_context(open(path, "w+b")))  # noqa: SIM115 (the stack closes it)
