@@ -17,9 +17,7 @@ PLACEMENTS = ("auto", "device", "host")
 class DeviceSettings(Settings):
     """The devices and processes of a run, and how they compute it."""
 
-    platform: str | None = setting(
-        None, "cpu, gpu or tpu. Default: the fastest one of this machine.", choices=PLATFORMS
-    )
+    platform: str | None = setting(None, "cpu, gpu or tpu. Default: the fastest one present.", choices=PLATFORMS)
     num_devices: int | None = setting(
         None, "Devices of this process; cpu simulates that many. Default: all, up to num_shards.", min=1
     )
@@ -31,8 +29,7 @@ class DeviceSettings(Settings):
     )
     precision: str = setting(
         "float32",
-        "float32; float64, from the table to the result; or bfloat16, for features, and for products on chips where "
-        "it is faster.",
+        "float32; float64; or bfloat16 for features, and for products on chips where it is faster.",
         affects_result=True,
         choices=PRECISIONS,
     )

@@ -16,7 +16,7 @@ class ModelSettings(Settings):
 
     model: str = setting(
         "linear",
-        "linear (from scratch), concise (flax.linen.Dense), mlp; or PACKAGE.MODULE:CLASS, a flax module.",
+        "linear (from scratch), concise (flax), mlp; or PACKAGE.MODULE:CLASS, a flax module.",
         affects_result=True,
         completions=MODELS,
     )

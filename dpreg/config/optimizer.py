@@ -16,8 +16,8 @@ class OptimizerSettings(Settings):
 
     solver: str = setting(
         "sgd",
-        "sgd: steps of the optimizer; exact: least squares in one pass over the rows, in float64; "
-        "irls: logistic or poisson regression by Newton's method, in a few passes.",
+        "sgd: steps of the optimizer; exact: least squares in one pass, in float64; irls: logistic or poisson by "
+        "Newton's method.",
         affects_result=True,
         choices=SOLVERS,
     )
@@ -27,7 +27,7 @@ class OptimizerSettings(Settings):
         affects_result=True,
         choices=OPTIMIZERS,
     )
-    lr: float = setting(0.03, "Learning rate of a step with the global batch.", affects_result=True, gt=0)
+    lr: float = setting(0.03, "Learning rate for the global batch.", affects_result=True, gt=0)
     lr_schedule: str = setting(
         "constant",
         f"Schedule of the learning rate after warmup_steps: {', '.join(SCHEDULES)}.",

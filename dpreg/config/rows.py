@@ -33,12 +33,11 @@ class Columns(Settings):
         affects_result=True,
     )
     weight_column: str | None = setting(
-        None, "Column of sample weights, 0 or more. Default: all weights are 1.", affects_result=True
+        None, "Column of sample weights, 0 or more. Default: none.", affects_result=True
     )
     categorical: tuple[str, ...] = setting(
         (),
-        "Categorical features, separated by commas; they are one-hot encoded, with one more column for all other "
-        "values. Default: none.",
+        "Categorical features, one-hot encoded with one more column for other values. Default: none.",
         affects_result=True,
     )
     dates: tuple[str, ...] = setting(
@@ -54,7 +53,7 @@ class Columns(Settings):
     )
     missing: str = setting(
         "error",
-        "How to treat missing values: error; drop their rows; or replace them by the mean (features only).",
+        "Missing values: error; drop their rows; or replace them by the mean (features only).",
         affects_result=True,
         choices=MISSING,
     )
@@ -74,8 +73,7 @@ class Columns(Settings):
     )
     validation_fraction: float = setting(
         0.1,
-        "Fraction of a table's rows held out for validation, below 1; unused with validation_dataset, or if a TFDS "
-        "dataset has a validation split.",
+        "Fraction of rows held out for validation if no other validation rows are given, below 1.",
         affects_result=True,
         min=0,
         lt=1,

@@ -16,8 +16,8 @@ class RunSettings(Settings):
 
     mode: str = setting(
         "train",
-        "train; evaluate or predict: apply the workdir's model to the rows of the dataset; "
-        "doctor: check whether a run can start here, and if not, why.",
+        "train; evaluate or predict: apply the workdir's model to the dataset; doctor: check whether a run can start "
+        "here.",
         choices=MODES,
     )
     workdir: str | None = setting(
@@ -38,8 +38,8 @@ class RunSettings(Settings):
         choices=RESUME,
     )
     log_every_steps: int = setting(0, "Steps between lines of metrics.jsonl; 0 for eight lines per epoch.", min=0)
-    checkpoint_every_seconds: float = setting(60.0, "Seconds between checkpoints; 0 to save by steps only.", min=0)
-    checkpoint_every_steps: int = setting(0, "Steps between checkpoints; 0 to save by time only.", min=0)
+    checkpoint_every_seconds: float = setting(60.0, "Seconds between checkpoints; 0: not by time.", min=0)
+    checkpoint_every_steps: int = setting(0, "Steps between checkpoints; 0: not by steps.", min=0)
     keep: int = setting(3, "Number of checkpoints to keep, the newest ones.", min=1)
     audit: bool = setting(True, "Check each epoch that every row was used exactly once, over all processes.")
     profile: str | None = setting(
