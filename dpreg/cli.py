@@ -1,4 +1,4 @@
-"""What every door does: parse flags, and end with one line where something is wrong."""
+"""What all commands share: they parse flags, and report errors in one line."""
 
 import atexit
 import contextlib
@@ -15,7 +15,7 @@ from typing import NoReturn
 
 from absl import app, flags
 
-from dpreg.completion import SHELLS, Flag, script
+from dpreg.completion import SHELLS, Flag, make_script
 from dpreg.config import Config
 from dpreg.config.flags import COMMON, define_flags
 from dpreg.config.settings import FILE
@@ -26,60 +26,66 @@ from dpreg.terminal import printable
 _PRESET, _SHELL = "config_preset", "shell_completion"
 
 
-def run_cli(main: Callable[[list[str]], None], of_runs: bool = False, installed: bool = False) -> NoReturn:
-    """Parses flags and hands over to the door: those of a run and its own, or its own alone and the names of runs.
+def run_cli(main: Callable[[list[str]], None], takes_runs: bool = False, installed: bool = False) -> NoReturn:
+    """Parses the command line and calls `main`; reports expected errors in one line.
 
     Args:
-      installed: whether it is the command `dpreg`, for which shells may complete flags.
+      main: the function of a command, from the module that defines the command's own flags.
+      takes_runs: whether the command takes the workdirs of runs as arguments, instead of the flags of a run.
+      installed: whether it is the command `dpreg`, which can also print a script for shell completion.
     """
-    atexit.register(gc.freeze)  # else the interpreter, as it exits, searches all objects for cycles: half a second
-    sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # as stderr: not all locales have all
+    atexit.register(gc.freeze)  # otherwise the garbage collector takes half a second at exit
+    sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # as stderr, for all locales
     own = [flag.name for flag in flags.FLAGS.get_key_flags_for_module(sys.argv[0])]
     about = sys.modules[main.__module__].__doc__
-    main = functools.partial(_in_a_line, main)
-    if of_runs:
-        app.run(main, flags_parser=functools.partial(_parse, lambda: _help(about, {"Flags": own}), True))
+    main = functools.partial(_run_main, main)
+    if takes_runs:
+        app.run(main, flags_parser=functools.partial(_parse, lambda: _format_help(about, {"Flags": own}), True))
     define_flags(Config)
-    beside = define_flags.__module__
-    names = ", ".join(_presets())
-    flags.DEFINE_string(_PRESET, None, f"A flagfile that comes with dpreg: {names}. Default: none.", module_name=beside)
+    module = define_flags.__module__
+    names = ", ".join(_list_presets())
+    flags.DEFINE_string(_PRESET, None, f"A flagfile that comes with dpreg: {names}. Default: none.", module_name=module)
     if installed:
         about_shell = f'Print a script that completes flags: eval "$(dpreg --{_SHELL}=bash)". Default: none.'
-        flags.DEFINE_enum(_SHELL, None, SHELLS, about_shell, module_name=beside)
+        flags.DEFINE_enum(_SHELL, None, SHELLS, about_shell, module_name=module)
     groups = {"This command": own, **COMMON, "Flags": (_PRESET, *((_SHELL,) if installed else ()))}
-    app.run(main, flags_parser=functools.partial(_parse, lambda: _help(about, groups), False))
+    app.run(main, flags_parser=functools.partial(_parse, lambda: _format_help(about, groups), False))
 
 
-def _in_a_line(main: Callable[[list[str]], None], argv: list[str]) -> None:
-    """Runs `main`; what is no fault of the code ends with one line that names flags, and with its exit code."""
+def _run_main(main: Callable[[list[str]], None], argv: list[str]) -> None:
+    """Calls `main`, with settings spelled as flags in messages. Expected errors exit with one line and their code."""
     try:
         with spell_as_flags():
             main(argv)
     except (InputError, Diverged, AuditFailed, Preempted, ProcessLost) as error:
-        _leave(error, error.exit_code)
+        _exit(error, error.exit_code)
     except KeyboardInterrupt:
-        _leave(InterruptedError("interrupted"), 130)
+        _exit(InterruptedError("interrupted"), 130)
     except OSError as error:
-        _leave_for(error)
+        _exit_for_os_error(error)
 
 
-def _leave(error: Exception, code: int) -> NoReturn:
-    """Ends with one line on stderr."""
+def _exit(error: Exception, code: int) -> NoReturn:
+    """Prints one line on stderr, and exits."""
     print("dpreg:", printable(str(error).strip()), file=sys.stderr, flush=True)
     sys.exit(code)
 
 
-def _leave_for(error: OSError) -> NoReturn:
-    """Ends with one line on a file that could not be read or written; another fault is raised again."""
+def _exit_for_os_error(error: OSError) -> NoReturn:
+    """Exits with one line for a file that cannot be read or written; raises other errors again."""
     if error.errno in NO_ROOM:
-        _leave(InputError(f"a file could not be written: {error.strerror}; make room, and start again"), 2)
+        _exit(InputError(f"a file could not be written: {error.strerror}; free disk space, and start again"), 2)
     if error.filename is None:
         raise error
-    _leave(InputError(f"{error.filename}: {error.strerror}; repair it, or name another"), InputError.exit_code)
+    _exit(InputError(f"{error.filename}: {error.strerror}; repair it, or name another"), InputError.exit_code)
 
 
-def _parse(help: Callable[[], str], of_runs: bool, argv: list[str]) -> list[str]:
-    """Bad flags are one line and exit code 2, where absl has a page and 1; --help is a page, where absl has many."""
+def _parse(help: Callable[[], str], takes_runs: bool, argv: list[str]) -> list[str]:
+    """Parses flags, and returns the other arguments.
+
+    Wrong flags exit with one line and code 2, while absl prints a page and exits with 1. --help prints the page `help`,
+    while absl prints all flags of all modules.
+    """
     if {"--help", "-help", "-h"} & set(argv):
         print(help())
         sys.exit(0)
@@ -90,26 +96,29 @@ def _parse(help: Callable[[], str], of_runs: bool, argv: list[str]) -> list[str]
         app.usage(writeto_stdout=True)
         sys.exit(0)
     try:
-        # absl would compare an unknown name with all others, in a time that is the square of its length.
-        rest = flags.FLAGS([_with_preset(argument) for argument in argv], known_only=True)
-        for argument in rest[1:]:
+        # Without known_only, absl compares an unknown name with all flags, in a time quadratic in its length.
+        unparsed = flags.FLAGS([_expand_preset(argument) for argument in argv], known_only=True)
+        for argument in unparsed[1:]:
             if argument.startswith("-"):
                 raise flags.UnrecognizedFlagError(argument.lstrip("-").partition("=")[0], argument)
-        if not of_runs and flags.FLAGS[_PRESET].value is not None:  # absl takes it in other places, and other forms
+        if not takes_runs and flags.FLAGS[_PRESET].value is not None:  # in a flagfile, or without "="
             raise InputError(f"--{_PRESET}: write --{_PRESET}=NAME, on the command line")
-        if len(rest) > 1 and not of_runs:
-            raise InputError(f"{rest[1]}: is not a flag; give flags as --name=value")
+        if len(unparsed) > 1 and not takes_runs:
+            raise InputError(f"{unparsed[1]}: is not a flag; give flags as --name=value")
         if _SHELL in flags.FLAGS and (shell := flags.FLAGS[_SHELL].value):
-            print(script(shell, _others()))
+            print(make_script(shell, _list_other_flags()))
             sys.exit(0)
-        return rest
+        return unparsed
     except (flags.Error, InputError, UnicodeDecodeError) as error:
-        message = _message_of(error)
-        _leave(InputError(f"{_flagfile_with(message.partition(': ')[0], argv)}{message}"), InputError.exit_code)
+        message = _format_error(error)
+        _exit(InputError(f"{_find_flagfile(message.partition(': ')[0], argv)}{message}"), InputError.exit_code)
 
 
-def _flagfile_with(given: str, arguments: Sequence[str]) -> str:
-    """`FILE: ` for the flagfile with a flag, or a flag of that value, if no argument is it; files may name files."""
+def _find_flagfile(given: str, arguments: Sequence[str]) -> str:
+    """`FILE: ` if the flag `given`, with or without a value, is in that flagfile; empty if it is an argument.
+
+    Flagfiles may name other flagfiles.
+    """
     texts = {"": arguments}
     for file, lines in (waiting := [*texts.items()]):
         for flag, _, value in (line.strip().lstrip("-").partition("=") for line in lines):
@@ -122,54 +131,58 @@ def _flagfile_with(given: str, arguments: Sequence[str]) -> str:
     return ""
 
 
-def _message_of(error: Exception) -> str:
-    """What is wrong with a flag, and what to do, in the words of dpreg where absl has its own."""
-    said, cause = str(error), error.__context__
+def _format_error(error: Exception) -> str:
+    """The message of an error in the flags; those of absl are rewritten to say what to do."""
+    text, cause = str(error), error.__context__
     match error:
         case flags.UnrecognizedFlagError():
-            return f"--{error.flagname}: there is no such flag; {_instead_of(error.flagname)}see --help"
+            return f"--{error.flagname}: there is no such flag; {_suggest_flag(error.flagname)}see --help"
         case flags.CantOpenFlagFileError() if isinstance(cause, OSError):
             return f"--flagfile={cause.filename}: {cause.strerror}; name a file with a flag in each line"
         case flags.IllegalFlagValueError() if cause is not None:
-            given = said.removeprefix("flag ").removesuffix(f": {cause}")
+            given = text.removeprefix("flag ").removesuffix(f": {cause}")
             parser = flags.FLAGS[given.lstrip("-").partition("=")[0]].parser
             names = getattr(parser, "enum_values", ("true", "false"))
             return f"{given}: use {parser.syntactic_help or ' or '.join(names)}"
         case UnicodeDecodeError():
-            return f"--flagfile: is not text ({said}); name a file with a flag in each line"
-        case flags.Error() if said.startswith("Missing value for flag "):
-            return f"{said.rpartition(' ')[2]}: has no value; give flags as --name=value"
-    return said
+            return f"--flagfile: is not text ({text}); name a file with a flag in each line"
+        case flags.Error() if text.startswith("Missing value for flag "):
+            return f"{text.rpartition(' ')[2]}: has no value; give flags as --name=value"
+    return text
 
 
-def _instead_of(name: str) -> str:
-    """The flag whose description has the same words, spelled most like it, or whose description begins with it."""
+def _suggest_flag(name: str) -> str:
+    """Suggests a flag for an unknown name, as `use --FLAG, or `; empty if there is none.
+
+    Several words, such as learning_rate, are first searched in the help texts. Then come the flag with the most similar
+    name, and those whose help begins with the name.
+    """
     name = name.replace("-", "_").lower()
     words = name.replace("_", " ")
     places = {flag: str(flags.FLAGS[flag].help).lower().find(words) for flag in flags.FLAGS}
-    named = sorted((flag for flag in places if places[flag] >= 0), key=lambda flag: (places[flag], flag))
-    like = [
-        *(named if " " in words else ()),
+    mentioning = sorted((flag for flag in places if places[flag] >= 0), key=lambda flag: (places[flag], flag))
+    candidates = [
+        *(mentioning if " " in words else ()),
         *difflib.get_close_matches(name, [flag for flag in flags.FLAGS if len(flag) > 1], 1),
-        *(flag for flag in named if not places[flag]),
+        *(flag for flag in mentioning if not places[flag]),
     ]
-    return f"use --{like[0]}, or " if like else ""
+    return f"use --{candidates[0]}, or " if candidates else ""
 
 
-def _others() -> list[Flag]:
-    """The flags that are no field of `Config`."""
+def _list_other_flags() -> list[Flag]:
+    """The flags that are not fields of `Config`."""
     return [
-        Flag(_PRESET, "A flagfile of dpreg's own", tuple(_presets())),
-        Flag("flagfile", "A file of flags, one a line", (FILE,)),
-        Flag(_SHELL, "Print a script such as this", SHELLS),
-        Flag("help", "The flags that most runs need"),
-        Flag("helpfull", "All flags"),
-        Flag("version", "Which dpreg this is"),
+        Flag(_PRESET, "A flagfile that comes with dpreg", tuple(_list_presets())),
+        Flag("flagfile", "A file with a flag in each line", (FILE,)),
+        Flag(_SHELL, "Print a script for shell completion", SHELLS),
+        Flag("help", "Print the most common flags"),
+        Flag("helpfull", "Print all flags"),
+        Flag("version", "Print the version"),
     ]
 
 
-def _help(about: str | None, groups: Mapping[str, Sequence[str]]) -> str:
-    """What the door is about, and flags in groups, with their defaults."""
+def _format_help(about: str | None, groups: Mapping[str, Sequence[str]]) -> str:
+    """The text of --help: the description of a command, and its flags in groups, with their defaults."""
     width = min(shutil.get_terminal_size().columns, 120)
     lines = [about.strip()] if about else []
     for group, names in groups.items():
@@ -179,23 +192,23 @@ def _help(about: str | None, groups: Mapping[str, Sequence[str]]) -> str:
             default = f" [{flag.default_as_str}]" if flag.default not in (None, []) else ""
             text = f"  --{name:<24} {flag.help}{default.replace(chr(39), '')}"
             lines.append(textwrap.fill(text, width, subsequent_indent=" " * 29))
-    ends = "In [ ] stands what holds without the flag. --flagfile=FILE takes flags from a file. --helpfull lists all."
-    return "\n".join([*lines, "", textwrap.fill(ends, width)])
+    note = "Defaults are in [ ]. --flagfile=FILE reads flags from a file. --helpfull lists all flags."
+    return "\n".join([*lines, "", textwrap.fill(note, width)])
 
 
-def _presets() -> dict[str, str]:
-    """The flagfiles that are installed with dpreg: name -> path."""
+def _list_presets() -> dict[str, str]:
+    """The flagfiles that come with dpreg, as a map from name to path."""
     here = pathlib.Path(__file__).parent
-    folder = here / "presets" if (here / "presets").is_dir() else here.parent / "configs"  # of a wheel; of the sources
+    folder = here / "presets" if (here / "presets").is_dir() else here.parent / "configs"  # in a wheel; in the sources
     return {file.stem: str(file) for file in sorted(folder.glob("*.cfg"))}
 
 
-def _with_preset(argument: str) -> str:
-    """--config_preset=NAME is --flagfile with the path of a file that is installed."""
+def _expand_preset(argument: str) -> str:
+    """Replaces --config_preset=NAME by --flagfile with the path of that file."""
     name, equals, preset = argument.lstrip("-").partition("=")
     if not (argument.startswith("-") and name == _PRESET and equals):
         return argument
-    if preset not in _presets():
-        *others, last = _presets()
+    if preset not in _list_presets():
+        *others, last = _list_presets()
         raise InputError(f"--{_PRESET}={preset}: there is none; use {', '.join(others)} or {last}")
-    return f"--flagfile={_presets()[preset]}"
+    return f"--flagfile={_list_presets()[preset]}"

@@ -1,12 +1,12 @@
-"""Scripts by which a shell completes the flags of the command `dpreg`, and their values.
+"""Scripts with which a shell completes the flags of the command `dpreg`, and their values.
 
-In the start-up file of the shell:
+Put a line into the start-up file of the shell:
 
     bash, 4 or newer        eval "$(dpreg --shell_completion=bash)"
     zsh, after compinit     eval "$(dpreg --shell_completion=zsh)"
     fish                    dpreg --shell_completion=fish | source
 
-It takes as long as JAX takes to be imported; what it prints may as well be kept in a file.
+The command imports JAX, which takes a while; it is faster to store its output in a file.
 """
 
 import re
@@ -21,11 +21,12 @@ SHELLS = ("bash", "zsh", "fish")
 
 
 class Flag(NamedTuple):
-    """What a shell is to know of a flag.
+    """The description of a flag for a shell.
 
     Attributes:
-      about: what it is, in a sentence.
-      completions: words that its value may be, and `FILE` where it may be one; None for a flag without a value.
+      name: the name, without dashes.
+      about: a short description.
+      completions: words to complete its value with, and `FILE` for any file; None for a flag without a value.
     """
 
     name: str
@@ -34,37 +35,38 @@ class Flag(NamedTuple):
 
     @property
     def words(self) -> str:
-        """Those to offer."""
+        """The completions except for `FILE`, separated by blanks."""
         return " ".join(word for word in self.completions or () if word != FILE)
 
     @property
     def file(self) -> bool:
-        """Whether to offer files."""
+        """Whether to complete the names of files."""
         return FILE in (self.completions or ())
 
 
-def script(shell: str, others: Iterable[Flag]) -> str:
-    """The script for a shell, one of `SHELLS`: for the flags of a run, and others besides."""
+def make_script(shell: str, other_flags: Iterable[Flag]) -> str:
+    """The completion script of a shell, one of `SHELLS`, for the flags of `Config` and other ones."""
     types = get_type_hints(Config)
-    listed: list[Flag] = []
+    flags: list[Flag] = []
     for field in list_settings(Config):
         about = field.metadata["help"].partition(". ")[0].removesuffix(".")
         if bool in (types[field.name], *get_args(types[field.name])):
-            listed += (Flag(field.name, about), Flag(f"no{field.name}", about))
+            flags += (Flag(field.name, about), Flag(f"no{field.name}", about))
         else:
-            listed.append(Flag(field.name, about, field.metadata["completions"]))
-    return "\n".join({"bash": _bash, "zsh": _zsh, "fish": _fish}[shell]([*listed, *others]))
+            flags.append(Flag(field.name, about, field.metadata["completions"]))
+    make = {"bash": _make_bash_script, "zsh": _make_zsh_script, "fish": _make_fish_script}[shell]
+    return "\n".join(make([*flags, *other_flags]))
 
 
-def _bash(listed: list[Flag]) -> list[str]:
-    """A function that leaves in COMPREPLY what fits to the words before the cursor, COMP_WORDS."""
-    names = " ".join(f"--{flag.name}{'' if flag.completions is None else '='}" for flag in listed)
-    values = [(f.name, f.words, "-f" if f.file else "") for f in listed if f.completions]
+def _make_bash_script(flags: list[Flag]) -> list[str]:
+    """A function that puts the completions of the word at the cursor, in COMP_WORDS, into COMPREPLY."""
+    names = " ".join(f"--{flag.name}{'' if flag.completions is None else '='}" for flag in flags)
+    values = [(f.name, f.words, "-f" if f.file else "") for f in flags if f.completions]
     return [
         "_dpreg() {",
         "  local word=${COMP_WORDS[COMP_CWORD]} before=${COMP_WORDS[COMP_CWORD - 1]}",
         "  local flag='' start='' words='' files=''",
-        "  case $word in # which bash cuts at =, unless COMP_WORDBREAKS has none",
+        "  case $word in # bash splits words at =, unless it is removed from COMP_WORDBREAKS",
         "    --*=*) flag=${word%%=*} start=${word%%=*}= word=${word#*=} ;;",
         "    =) flag=$before word='' ;;",
         "    *) [[ $before != = ]] || flag=${COMP_WORDS[COMP_CWORD - 2]} ;;",
@@ -81,10 +83,10 @@ def _bash(listed: list[Flag]) -> list[str]:
     ]
 
 
-def _zsh(listed: list[Flag]) -> list[str]:
-    """A function that hands all to `_arguments` of zsh's completion system."""
+def _make_zsh_script(flags: list[Flag]) -> list[str]:
+    """A function that calls `_arguments` of zsh's completion system with all flags."""
     specs = []
-    for flag in listed:
+    for flag in flags:
         about = re.sub(r"([\\\[\]])", r"\\\1", flag.about)
         values = f"({flag.words})" if flag.words else " "
         if flag.file:
@@ -94,10 +96,10 @@ def _zsh(listed: list[Flag]) -> list[str]:
     return ["_dpreg() {", " \\\n    ".join(["  _arguments", *specs]), "}", "compdef _dpreg dpreg"]
 
 
-def _fish(listed: list[Flag]) -> list[str]:
+def _make_fish_script(flags: list[Flag]) -> list[str]:
     """A call of `complete` for each flag."""
     lines = ["complete -c dpreg -f"]
-    for flag in listed:
+    for flag in flags:
         about = re.sub(r"([\\'])", r"\\\1", flag.about)
         value = "" if flag.completions is None else f" {'-rF' if flag.file else '-x'} -a '{flag.words}'"
         lines.append(f"complete -c dpreg -l {flag.name}{value} -d '{about}'")

@@ -1,4 +1,4 @@
-"""The mode doctor: whether a run could start here, and what keeps it from it; on all its processes, rows read once."""
+"""The mode doctor: checks on all processes whether a run can start, and prints what is wrong."""
 
 import functools
 import json
@@ -38,57 +38,57 @@ _SUM_SECONDS = 60.0
 
 
 def examine(config: Config) -> None:
-    """Checks one thing after another, on all processes, and prints on the first what was found.
+    """Runs all checks on all processes, and prints the result of each on process 0.
 
     Raises:
-      InputError: when something was wrong; names the checks. What was found is printed by then.
+      InputError: when a check failed; the message names the failed checks.
     """
-    wrong = list[str]()
+    failed = list[str]()
     for name, check in _CHECKS:
-        if _NEEDS.get(name, set()) & {*wrong}:
-            continue  # it could not end, or processes would not do the same
+        if _REQUIREMENTS.get(name, set()) & {*failed}:
+            continue  # it could hang, or processes would diverge
         try:
-            found, well = processes.on_all_processes(functools.partial(check, config)), True
+            result, passed = processes.on_all_processes(functools.partial(check, config)), True
         except InputError as error:
-            found, well = str(error), False
-            wrong.append(name)
+            result, passed = str(error), False
+            failed.append(name)
         if jax.process_index() == 0:
-            show(f"{'ok' if well else 'WRONG':<6}{name:<12}{found}")
-    if wrong:
-        raise InputError(f"{spell('mode', 'doctor')}: something is wrong with {', '.join(wrong)}; correct that first")
+            show(f"{'ok' if passed else 'WRONG':<6}{name:<12}{result}")
+    if failed:
+        raise InputError(f"{spell('mode', 'doctor')}: something is wrong with {', '.join(failed)}; correct that first")
 
 
-def _of_all(value: Any) -> list[Any]:
-    """The values of all processes."""
+def _allgather(value: Any) -> list[Any]:
+    """The JSON values of all processes."""
     return [json.loads(text) for text in processes.allgather_text(json.dumps(value))]
 
 
-def _versions(config: Config) -> str:
+def _check_versions(config: Config) -> str:
     del config
-    everywhere = _of_all({"python": platform.python_version(), **package_versions()})
-    for process, versions in enumerate(everywhere):
+    all_versions = _allgather({"python": platform.python_version(), **package_versions()})
+    for process, versions in enumerate(all_versions):
         for name, version in versions.items():
-            if version != everywhere[0][name]:
+            if version != all_versions[0][name]:
                 raise InputError(
-                    f"{name} is {everywhere[0][name]} in process 0 and {version} in process {process}; "
-                    "install the same everywhere"
+                    f"{name} is {all_versions[0][name]} in process 0 and {version} in process {process}; "
+                    "install the same version everywhere"
                 )
-    return ", ".join(f"{name} {version}" for name, version in everywhere[0].items())
+    return ", ".join(f"{name} {version}" for name, version in all_versions[0].items())
 
 
-def _flags(config: Config) -> str:
+def _check_flags(config: Config) -> str:
     agree(config)
     return f"the same in {jax.process_count()} process{'es' if jax.process_count() > 1 else ''}"
 
 
 def agree(config: Config) -> None:
-    """Several processes have to be started alike.
+    """Checks that all processes were started with the same settings.
 
     Raises:
-      InputError: when a flag is not the same in all; names it.
+      InputError: when a setting differs between processes; the message names it.
     """
     own = json.loads(json.dumps(config.shared()))
-    for process, theirs in enumerate(_of_all(own)):
+    for process, theirs in enumerate(_allgather(own)):
         for name in own:
             if theirs[name] != own[name]:
                 raise InputError(
@@ -97,26 +97,27 @@ def agree(config: Config) -> None:
                 )
 
 
-def _devices(config: Config) -> str:
+def _check_devices(config: Config) -> str:
     mesh = devices.data_mesh(config.num_shards, config.platform, config.num_devices)
-    counts = _of_all([len(mesh.local_devices), mesh.local_devices[0].device_kind])
-    for process, count in enumerate(counts):
-        if count != counts[0]:
+    all_devices = _allgather([len(mesh.local_devices), mesh.local_devices[0].device_kind])
+    first_count, first_kind = all_devices[0]
+    for process, (count, kind) in enumerate(all_devices):
+        if (count, kind) != (first_count, first_kind):
             raise InputError(
-                f"process 0 has {counts[0][0]} devices of kind {counts[0][1]}, process {process} {count[0]} of kind "
-                f"{count[1]}; give all the same number with {spell('num_devices')}, or repair that host"
+                f"process 0 has {first_count} devices of kind {first_kind}, and process {process} has {count} of kind "
+                f"{kind}; give all processes the same number with {spell('num_devices')}, or repair that host"
             )
-    return f"{devices.describe(mesh.devices.flat)} ({counts[0][1]}) for {config.num_shards} shards"
+    return f"{devices.describe(mesh.devices.flat)} ({first_kind}) for {config.num_shards} shards"
 
 
-def _network(config: Config) -> str:
-    """Processes on several hosts reach each other by the addresses of their host names."""
+def _check_network(config: Config) -> str:
+    """Checks that the name of each host resolves to an address that other hosts can reach, as Gloo uses that."""
     del config
     try:
         own = socket.gethostbyname(socket.gethostname())
     except OSError:
         own = ""
-    hosts = _of_all([socket.gethostname(), own])
+    hosts = _allgather([socket.gethostname(), own])
     address = processes.coordinator()
     if address is None:
         return "a single process"
@@ -124,7 +125,7 @@ def _network(config: Config) -> str:
     if len(names) > 1:
         if is_loopback(split_address(address)[0]):
             where = spell("coordinator_address", address)
-            raise InputError(f"{where}: only one machine reaches it; use an address of the network")
+            raise InputError(f"{where}: only one machine can reach it; use an address of the network")
         for process, (name, resolved) in enumerate(hosts):
             if not resolved or is_loopback(resolved):
                 raise InputError(
@@ -134,18 +135,20 @@ def _network(config: Config) -> str:
     return f"coordinator at {address}, reached by {len(hosts)} processes on {', '.join(names)}"
 
 
-def _all_reduce(config: Config) -> str:
-    """A sum over all devices whose value is known, and how long sums take."""
+def _check_all_reduce(config: Config) -> str:
+    """Compares a sum over all devices with its known value, and measures the duration of sums."""
     mesh = devices.data_mesh(config.num_shards, config.platform, config.num_devices)
     sharding = NamedSharding(mesh, PartitionSpec(AXIS))
 
-    def summed(length: int) -> tuple[np.ndarray, float]:
-        def ranks(index: Any) -> np.ndarray:
+    def sum_ranks(length: int) -> tuple[np.ndarray, float]:
+        """The sum over devices of arrays that hold the number of the device, and its seconds."""
+
+        def make_shard(index: Any) -> np.ndarray:
             return np.full((1, length), index[0].start or 0, np.float32)
 
-        values = jax.make_array_from_callback((mesh.size, length), sharding, ranks)
+        values = jax.make_array_from_callback((mesh.size, length), sharding, make_shard)
         body = jax.shard_map(
-            lambda part: lax.psum(part, AXIS), mesh=mesh, in_specs=PartitionSpec(AXIS), out_specs=PartitionSpec()
+            lambda shard: lax.psum(shard, AXIS), mesh=mesh, in_specs=PartitionSpec(AXIS), out_specs=PartitionSpec()
         )
         function = jax.jit(body).lower(values).compile()
         processes.allgather_text()
@@ -159,22 +162,21 @@ def _all_reduce(config: Config) -> str:
     try:
         with Watchdog(config.step_timeout or _SUM_SECONDS) as watchdog:
             watchdog.begin()
-            (small, latency), (large, seconds) = summed(1), summed(_REDUCED_BYTES // 4)
+            (small, latency), (large, seconds) = sum_ranks(1), sum_ranks(_REDUCED_BYTES // 4)
     except jax.errors.JaxRuntimeError as error:
-        raise InputError(
-            f"the devices cannot add up: {' '.join(str(error).split())[:200]}; see that hosts reach each other"
-        ) from error
-    due = mesh.size * (mesh.size - 1) / 2
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(f"the sum over devices failed: {reason}; check that hosts can reach each other") from error
+    expected = mesh.size * (mesh.size - 1) / 2
     for values in (small, large):
-        if (values != due).any():
-            found = values.flat[(values != due).argmax()]
+        if (values != expected).any():
+            actual = values.flat[(values != expected).argmax()]
             raise InputError(
-                f"the sum over devices is {found:,} instead of {due:,}; use other devices, or repair these"
+                f"the sum over devices is {actual:,} instead of {expected:,}; use other devices, or repair these"
             )
-    return f"right; {latency * 1e3:.2f} ms for 4 B, {seconds * 1e3:.2f} ms for 1 MiB"
+    return f"correct; {latency * 1e3:.2f} ms for 4 B, {seconds * 1e3:.2f} ms for 1 MiB"
 
 
-def _workdir(config: Config) -> str:
+def _check_workdir(config: Config) -> str:
     if config.tensorboard:
         require_tensorboard()
     with open_workdir(config.workdir, keep=False) as path:
@@ -183,11 +185,11 @@ def _workdir(config: Config) -> str:
                 f"{spell('resume', 'must')}: {path} holds no checkpoint; name another {spell('workdir')}, or use "
                 f"{spell('resume', 'auto')}"
             )
-        return f"{path} can be written" + (" and is seen by all" if jax.process_count() > 1 else "")
+        return f"{path} can be written" + (" and is visible to all processes" if jax.process_count() > 1 else "")
 
 
-def _rows(config: Config) -> str:
-    """The rows, cut into the run's batches, a model for them, and no checkpoint of another run."""
+def _check_rows(config: Config) -> str:
+    """Checks that the rows can be read and batched, that the model fits, and that no other run has checkpoints here."""
     started = time.perf_counter()
     try:
         config, data, _ = read_rows(config)
@@ -205,26 +207,26 @@ def _rows(config: Config) -> str:
     return f"{rows}; {num_steps:,} steps"
 
 
-def _clocks(config: Config) -> str:
+def _check_clocks(config: Config) -> str:
     del config
-    spreads = []
+    skews = []
     for _ in range(3):
-        processes.allgather_text()
-        times = _of_all(time.time())
-        spreads.append(max(times) - min(times))
-    if (skew := min(spreads)) > _MAX_SKEW_SECONDS:
-        raise InputError(f"clocks are {skew:.1f} s apart, so logs cannot be put in order; run a time service")
+        processes.allgather_text()  # synchronise, so that all processes read their clocks at about the same time
+        times = _allgather(time.time())
+        skews.append(max(times) - min(times))
+    if (skew := min(skews)) > _MAX_SKEW_SECONDS:
+        raise InputError(f"clocks are {skew:.1f} s apart, so logs cannot be ordered by time; run a time service")
     return f"within {skew * 1e3:.0f} ms of each other"
 
 
-_NEEDS = {"all-reduce": {"devices"}, "rows": {"devices", "flags", "workdir"}}  # what has to be right for a check
+_REQUIREMENTS = {"all-reduce": {"devices"}, "rows": {"devices", "flags", "workdir"}}  # check -> those it depends on
 _CHECKS: tuple[tuple[str, Callable[[Config], str]], ...] = (
-    ("versions", _versions),
-    ("flags", _flags),
-    ("network", _network),
-    ("clocks", _clocks),
-    ("workdir", _workdir),
-    ("devices", _devices),
-    ("all-reduce", _all_reduce),
-    ("rows", _rows),
+    ("versions", _check_versions),
+    ("flags", _check_flags),
+    ("network", _check_network),
+    ("clocks", _check_clocks),
+    ("workdir", _check_workdir),
+    ("devices", _check_devices),
+    ("all-reduce", _check_all_reduce),
+    ("rows", _check_rows),
 )

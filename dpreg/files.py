@@ -1,4 +1,4 @@
-"""Files that are promised to be whole: they get their name once all of their bytes are on the disk."""
+"""Publishes complete files: they get their final names after all their bytes are on the disk."""
 
 import contextlib
 import os
@@ -6,12 +6,12 @@ import pathlib
 
 
 def publish(new: pathlib.Path, path: pathlib.Path) -> None:
-    """Gives a file, or a folder with all that is in it, its final name.
+    """Renames a file, or a folder with its content, to its final name, after its bytes are on the disk.
 
-    Also after a power cut there is either what was at `path` before, or all of `new`.
+    Even after a power cut, `path` is either what it was before, or all of `new`.
 
     Raises:
-      OSError: when it cannot be written, or a folder that is not empty has the name.
+      OSError: when a file cannot be written, or `path` is a folder that is not empty.
     """
     for file in (*(new.rglob("*") if new.is_dir() else ()), new):
         _sync(file)
@@ -20,7 +20,7 @@ def publish(new: pathlib.Path, path: pathlib.Path) -> None:
 
 
 def _sync(path: pathlib.Path) -> None:
-    """Waits until a file is on the disk, or the names in a folder, where the file system syncs folders at all."""
+    """Waits until a file, or the list of files of a folder, is on the disk. Some file systems cannot sync folders."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         with contextlib.suppress(OSError) if path.is_dir() else contextlib.nullcontext():

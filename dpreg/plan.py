@@ -1,12 +1,12 @@
-"""A door: `python -m dpreg.plan` says what the training steps would exchange, hold and cost; on a pod, too.
+"""`python -m dpreg.plan` reports what a training step exchanges between devices, its memory, and its operations.
 
     python -m dpreg.plan --flagfile=configs/cpu.cfg
     python -m dpreg.plan --topology=v5p:2x2x2 --flagfile=configs/tpu.cfg
     python -m dpreg.plan --topology=h100:4x8 --flagfile=configs/gpu.cfg --num_shards=32
 
-The train step of the run is compiled, as it would be, and not run; for a TPU slice by libtpu (`pip install -e
-'.[plan]'`), without any TPU; for GPUs by JAX's plugin for CUDA (`.[plan-gpu]`), without any GPU or driver. Exit code 2
-also where it does not fit into the memory.
+It compiles the train step of the run, and does not run it. For a TPU slice it needs libtpu (`pip install -e
+'.[plan]'`), but no TPU; for GPUs it needs JAX's plugin for CUDA (`.[plan-gpu]`), but no GPU or driver. The exit code is
+2 for wrong input, and if the step does not fit into memory.
 """
 
 import concurrent.futures
@@ -36,9 +36,9 @@ from dpreg.data.sampler import Sampler
 from dpreg.distributed import devices
 from dpreg.distributed.devices import AXIS
 from dpreg.errors import InputError
-from dpreg.outputs.workdir import made
+from dpreg.outputs.workdir import make_folder
 from dpreg.planning.chips import Hosts, Slice, parse_topology
-from dpreg.planning.programs import Collective, Memory, collectives, memory
+from dpreg.planning.programs import Collective, Memory, find_collectives, measure_memory
 from dpreg.spelling import spell, spell_as_flags
 from dpreg.step.compile import operations_of_step
 from dpreg.step.state import Model, TrainState, initial_state
@@ -46,30 +46,33 @@ from dpreg.terminal import show
 from dpreg.train.build import build_data, build_model, build_trainer
 from dpreg.train.program import LaidOutData, lay_out
 
-# No device is looked for, and others may compile at the same time.
-_COMPILER_ALONE = {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
+# Environment to compile without devices: do not look for a TPU, and allow several processes to load libtpu.
+_COMPILE_ONLY = {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
 CUDA_PLUGINS = ("jax_cuda13_plugin", "jax_cuda12_plugin")
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What a train step would be.
+    """A compiled train step.
 
     Attributes:
-      topology: as asked for, or the devices of this machine.
-      devices: how many; kind: of them.
-      num_shards, batch_size: of the run; those asked for, where each device has a shard by them.
-      accumulate_steps: of the run: parts of a step.
-      placement, precision, reduction: of the run.
-      steps_per_call: that one compiled call takes at most.
-      collectives: what devices exchange.
-      memory: bytes on one device, of the train step; validation_bytes: of rows held out that stay there, too.
-        With placement "host", rows on their way are not counted. `capacity`: bytes that there are, where that is known.
-      state_donated: whether the new state takes the place of the old one.
-      operations: of a step on one device, as XLA counts them in the program that it is given.
-      bytes_moved: by a step on one device at least: its rows are read once, the state is read and written.
-      compile_seconds: of the program, or of finding it in the cache of compiled programs.
-      seconds: of a step, predicted by published rates: "products", "memory", "exchange", "step".
+      topology: the name of the system, or the devices of this machine.
+      devices: the number of devices.
+      kind: the kind of the devices.
+      num_shards, batch_size: those of the run; larger if the system has more devices than the run has shards.
+      accumulate_steps: the number of batches of a step.
+      placement, precision, reduction: those of the run.
+      steps_per_call: the largest number of steps of one compiled call.
+      collectives: the collectives of the program.
+      memory: the memory of the train step on one device. With placement "host", rows in transfer are not counted.
+      validation_bytes: the bytes of validation rows that stay on a device.
+      capacity: the bytes of memory of a device, if known.
+      state_donated: whether the new state replaces the old one in place.
+      operations: the operations of a step on one device, as XLA counts them before optimisation.
+      bytes_moved: the fewest bytes that a step moves on one device: it reads its rows once, and reads and writes the
+        state.
+      compile_seconds: the time to compile the program, or to find it in the compilation cache.
+      seconds: the predicted duration of a step from published speeds: "products", "memory", "exchange", "step".
     """
 
     topology: str
@@ -94,17 +97,17 @@ class Plan:
 
     @property
     def held_bytes(self) -> int:
-        """Bytes on one device, all together."""
+        """The bytes that the run needs on one device."""
         return self.memory.total + self.validation_bytes
 
     @property
     def fits(self) -> bool | None:
-        """Whether a device has the memory, where that is known."""
+        """Whether a device has enough memory; None if unknown."""
         return None if self.capacity is None else self.held_bytes <= self.capacity
 
     def describe(self) -> str:
-        """In lines for a person."""
-        held = self.memory
+        """The plan as lines of text."""
+        memory = self.memory
         lines = [
             f"{self.devices:,} devices: {self.topology} ({self.kind}); {spell('num_shards', self.num_shards)} "
             f"{spell('batch_size', self.batch_size)}, placement {self.placement}, {self.precision}, "
@@ -119,25 +122,26 @@ class Plan:
             )
         if not self.collectives:
             lines.append("no exchange between devices")
-        room = ""
+        verdict = ""
         if self.capacity is not None:
-            left = _bytes(abs(self.capacity - self.held_bytes))
-            room = f"; fits, with {left} to spare" if self.fits else f"; DOES NOT FIT: {left} are missing"
-            room += f" of {_bytes(self.capacity)}"
+            difference, capacity = map(_format_bytes, (abs(self.capacity - self.held_bytes), self.capacity))
+            verdict = f"; fits, {difference} of {capacity} are free"
+            if not self.fits:
+                verdict = f"; DOES NOT FIT: it needs {difference} more than {capacity}"
         lines.append(
-            f"on a device {_bytes(self.held_bytes)}: rows and state {_bytes(held.arguments)}, rows held out "
-            f"{_bytes(self.validation_bytes)}, temporaries {_bytes(held.temporaries)}, program "
-            f"{_bytes(held.code)}{room}"
+            f"on a device {_format_bytes(self.held_bytes)}: rows and state {_format_bytes(memory.arguments)}, "
+            f"validation rows {_format_bytes(self.validation_bytes)}, temporaries "
+            f"{_format_bytes(memory.temporaries)}, program {_format_bytes(memory.code)}{verdict}"
         )
-        lines.append(f"the state is {'replaced in place' if self.state_donated else 'COPIED each call'}")
+        lines.append(f"the state is {'replaced in place' if self.state_donated else 'COPIED in each call'}")
         lines.append(
-            f"a step on a device: {self.operations:,.0f} operations; from memory and to it at least "
-            f"{_bytes(self.bytes_moved)}"
+            f"a step on a device: {self.operations:,.0f} operations; it moves at least "
+            f"{_format_bytes(self.bytes_moved)} from and to memory"
         )
         if self.seconds:
-            parts = ", ".join(f"{name} {seconds * 1e6:,.1f} us" for name, seconds in self.seconds.items())
-            rest = ", rows from the host not counted" if self.placement == "host" else ""
-            lines.append(f"predicted by published rates, all at their best{rest}: {parts}")
+            durations = ", ".join(f"{name} {seconds * 1e6:,.1f} us" for name, seconds in self.seconds.items())
+            without = ", without the transfer of rows from the host" if self.placement == "host" else ""
+            lines.append(f"predicted from published peak speeds{without}: {durations}")
         return "\n".join(lines)
 
 
@@ -145,46 +149,30 @@ def plan(config: Config, topology: str | None = None) -> Plan:
     """Compiles the train step of a run for a TPU slice, for GPUs, or for the devices of this machine.
 
     Args:
+      config: the settings of the run.
       topology: KIND:SHAPE, such as v5p:8x8x8 or h100:4x8; None for this machine.
 
     Raises:
-      InputError: when there is no such system, or the run does not go on it.
+      InputError: when there is no such system, or the run cannot be computed on it.
     """
     system = parse_topology(topology) if topology else None
-    if system:
-        mesh = Mesh(np.array(_described(system)), (AXIS,))
-        if mesh.size > config.num_shards:  # as many rows for each as there were
-            rows = Sampler(1, config.num_shards, config.batch_size).shard_batch
-            config = dataclasses.replace(config, num_shards=mesh.size, batch_size=mesh.size * rows)
-    else:
-        mesh = devices.data_mesh(config.num_shards, config.platform, config.num_devices)
-    data, config = build_data(config), dataclasses.replace(config, backend="jit")  # pmap's is the same program
+    mesh, config = _make_mesh(config, system)
+    config = dataclasses.replace(config, backend="jit")  # pmap compiles the same program
+    data = build_data(config)
     laid_out = lay_out(data, build_trainer(config, mesh=mesh).settings)
     if system and config.placement == "auto":
-        most = system.memory * RESIDENT_FRACTION
-
-        def placed(dataset: Dataset) -> Dataset:
-            return dataset.place("device" if dataset.resident_bytes <= most else "host")
-
-        laid_out = dataclasses.replace(
-            laid_out, train=placed(laid_out.train), val=laid_out.val and placed(laid_out.val)
-        )
+        laid_out = _place_rows(laid_out, system.memory * RESIDENT_FRACTION)
     model = build_model(config, data.num_inputs, data.num_targets, laid_out.train.num_steps)
-    state = _abstract(model, laid_out)
+    state = _make_abstract_state(model, laid_out)
     laid_out = laid_out.bound_calls(state)
     train, val = laid_out.train, laid_out.val
     started = time.perf_counter()
     compiled = laid_out.compile_train(model, state)
     seconds = time.perf_counter() - started
-
-    batches = {
-        name: jax.ShapeDtypeStruct((train.slots, train.sampler.shard_batch, *column.shape[1:]), laid_out.settings.dtype)
-        for name, column in laid_out.first_row.items()
-    }
-    operations = operations_of_step(model, state, batches)
+    operations = _count_operations(model, state, laid_out)
     state_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
-    moved = train.slots * train.sampler.shard_batch * train.row_bytes + 2 * state_bytes
-    held, exchanged = memory(compiled), collectives(compiled, mesh.size)
+    bytes_moved = train.slots * train.sampler.shard_batch * train.row_bytes + 2 * state_bytes
+    memory, collectives = measure_memory(compiled), find_collectives(compiled, mesh.size)
     return Plan(
         topology=topology or devices.describe(mesh.devices.flat),
         devices=mesh.size,
@@ -196,30 +184,60 @@ def plan(config: Config, topology: str | None = None) -> Plan:
         precision=config.precision,
         reduction=config.reduction,
         steps_per_call=train.steps_at_once(laid_out.steps_per_call),
-        collectives=exchanged,
-        memory=held,
+        collectives=collectives,
+        memory=memory,
         validation_bytes=val.resident_bytes if val and val.resolved_placement == "device" else 0,
         capacity=system.memory if system else _capacity(mesh),
-        state_donated=held.donated >= state_bytes,
+        state_donated=memory.donated >= state_bytes,
         operations=operations,
-        bytes_moved=moved,
+        bytes_moved=bytes_moved,
         compile_seconds=seconds,
-        seconds=_predicted(system, config, operations, moved, exchanged) if system else {},
+        seconds=_predict_seconds(system, config, operations, bytes_moved, collectives) if system else {},
     )
 
 
-def _described(system: Slice | Hosts) -> list[Any]:
-    """Its devices, for the compiler."""
+def _make_mesh(config: Config, system: Slice | Hosts | None) -> tuple[Mesh, Config]:
+    """The mesh of a system, or of this machine; and the config, with at least one shard for each device of a system."""
+    if system is None:
+        return devices.data_mesh(config.num_shards, config.platform, config.num_devices), config
+    mesh = Mesh(np.array(_list_devices(system)), (AXIS,))
+    if mesh.size > config.num_shards:  # keep the number of rows per shard
+        rows = Sampler(1, config.num_shards, config.batch_size).shard_batch
+        config = dataclasses.replace(config, num_shards=mesh.size, batch_size=mesh.size * rows)
+    return mesh, config
+
+
+def _list_devices(system: Slice | Hosts) -> list[Any]:
+    """The devices of a system, for the compiler."""
     if isinstance(system, Slice):
         return list(topologies.get_topology_desc(platform="tpu", topology_name=system.name).devices)
-    shape = f"1x{system.hosts}x{system.each}"
+    shape = f"1x{system.hosts}x{system.gpus_per_host}"
     return list(
         topologies.get_topology_desc(system.name, "cuda", target_config=system.chip.target, topology=shape).devices
     )
 
 
-def _abstract(model: Model, laid_out: LaidOutData) -> TrainState:
-    """The state without its values."""
+def _place_rows(laid_out: LaidOutData, max_bytes: float) -> LaidOutData:
+    """Places the training rows, and the validation rows, on devices if they have at most `max_bytes`."""
+
+    def place(dataset: Dataset) -> Dataset:
+        return dataset.place("device" if dataset.resident_bytes <= max_bytes else "host")
+
+    return dataclasses.replace(laid_out, train=place(laid_out.train), val=laid_out.val and place(laid_out.val))
+
+
+def _count_operations(model: Model, state: TrainState, laid_out: LaidOutData) -> float:
+    """The operations of a step on one device."""
+    train = laid_out.train
+    batches = {
+        name: jax.ShapeDtypeStruct((train.slots, train.sampler.shard_batch, *column.shape[1:]), laid_out.settings.dtype)
+        for name, column in laid_out.first_row.items()
+    }
+    return operations_of_step(model, state, batches)
+
+
+def _make_abstract_state(model: Model, laid_out: LaidOutData) -> TrainState:
+    """The shapes, dtypes and sharding of the state."""
     settings, x = laid_out.settings, laid_out.first_row["x"]
     everywhere = NamedSharding(settings.mesh, PartitionSpec())
     state: TrainState = jax.tree.map(
@@ -233,44 +251,47 @@ def _capacity(mesh: Mesh) -> float | None:
     return (mesh.local_devices[0].memory_stats() or {}).get("bytes_limit")
 
 
-def _predicted(
-    system: Slice | Hosts, config: Config, operations: float, moved: float, exchanged: list[Collective]
+def _predict_seconds(
+    system: Slice | Hosts, config: Config, operations: float, bytes_moved: float, collectives: list[Collective]
 ) -> dict[str, float]:
-    """Products and memory overlap; the exchange comes after them. Without a rate of products the exchange alone."""
+    """Predicts the duration of a step by a roofline model: products and memory overlap, and the exchange follows.
+
+    If the chip does not support the precision, it predicts only the exchange.
+    """
     times = (0, 1, config.accumulate_steps)
-    exchange = sum(times[min(one.loops, 2)] * system.seconds(one.kind, one.size) for one in exchanged)
-    if config.precision not in system.chip.products:
+    exchange = sum(times[min(one.loops, 2)] * system.seconds(one.kind, one.size) for one in collectives)
+    if config.precision not in system.chip.flops:
         return {"exchange": exchange}
-    products, from_memory = operations / system.chip.products[config.precision], moved / system.chip.memory_rate
-    step = max(products, from_memory) + exchange
-    return {"products": products, "memory": from_memory, "exchange": exchange, "step": step}
+    products = operations / system.chip.flops[config.precision]
+    memory = bytes_moved / system.chip.memory_bandwidth
+    return {"products": products, "memory": memory, "exchange": exchange, "step": max(products, memory) + exchange}
 
 
-def _bytes(size: float) -> str:
-    """Such as 7.4 MB."""
+def _format_bytes(size: float) -> str:
+    """The size with a unit, such as 7.4 MB."""
     power = min(4, int(math.log(max(size, 1), 1000)))
     return f"{size / 1000**power:,.{1 if power else 0}f} {('bytes', 'kB', 'MB', 'GB', 'TB')[power]}"
 
 
-def _apart(config: Config, topology: str) -> Plan:
-    """`plan` in a process of its own: the compiler for TPUs ends its process where it cannot do something."""
+def _plan_in_subprocess(config: Config, topology: str) -> Plan:
+    """Calls `plan` in another process, as the compiler for TPUs aborts its process when it fails."""
     gpus, where = isinstance(parse_topology(topology), Hosts), spell("topology", topology)
     if not any(map(importlib.util.find_spec, CUDA_PLUGINS if gpus else ("libtpu",))):
-        what, extra = ("JAX's plugin for CUDA", "plan-gpu") if gpus else ("libtpu, which compiles for TPUs", "plan")
-        raise InputError(f"{where}: needs {what}; run pip install 'dpreg[{extra}]', or -e '.[{extra}]'")
-    os.environ.update(_COMPILER_ALONE)
-    with tempfile.NamedTemporaryFile("r") as said:
+        package, extra = ("JAX's plugin for CUDA", "plan-gpu") if gpus else ("libtpu, which compiles for TPUs", "plan")
+        raise InputError(f"{where}: needs {package}; run pip install 'dpreg[{extra}]', or -e '.[{extra}]'")
+    os.environ.update(_COMPILE_ONLY)
+    with tempfile.NamedTemporaryFile("r") as log:
         context = multiprocessing.get_context("spawn")
         try:
-            with concurrent.futures.ProcessPoolExecutor(1, context, _say_into, (said.name,)) as pool:
+            with concurrent.futures.ProcessPoolExecutor(1, context, _redirect_stderr, (log.name,)) as pool:
                 return pool.submit(_plan_for_command, config, topology).result()
         except concurrent.futures.process.BrokenProcessPool as error:
-            fatal = [line.strip() for line in said if re.match("F[0-9]|.*(Check failed|ABORT)", line)]
+            fatal = [line.strip() for line in log if re.match("F[0-9]|.*(Check failed|ABORT)", line)]
             reason = f": {fatal[0][:300]}" if fatal else ""
-            raise InputError(f"{where}: the compiler cannot do it, and ended{reason}; use another") from error
+            raise InputError(f"{where}: the compiler aborted{reason}; use another topology") from error
         except jax.errors.JaxRuntimeError as error:
             reason = " ".join(str(error).split())[:300]
-            raise InputError(f"{where}: does not compile for it: {reason}; use another") from error
+            raise InputError(f"{where}: the step does not compile for it: {reason}; use another topology") from error
 
 
 def _plan_for_command(config: Config, topology: str) -> Plan:
@@ -278,8 +299,8 @@ def _plan_for_command(config: Config, topology: str) -> Plan:
         return plan(config, topology)
 
 
-def _say_into(file: str) -> None:
-    """Lets all that the compiler says go into a file."""
+def _redirect_stderr(file: str) -> None:
+    """Redirects stderr of this process, also that of the compiler, to a file."""
     os.dup2(os.open(file, os.O_WRONLY | os.O_APPEND), 2)
 
 
@@ -287,27 +308,27 @@ def _main(argv: list[str]) -> None:
     del argv
     config, topology = Config.from_flags(flags.FLAGS), flags.FLAGS["topology"].value
     if topology and config.num_devices is not None:
-        how_many = f"{spell('topology', topology)} says how many"
-        raise InputError(f"{spell('num_devices', config.num_devices)}: {how_many}; leave it out")
-    for name, of_a_step in (("mode", ("train",)), ("solver", ("auto", "sgd")), ("num_processes", (None,))):
-        if (given := getattr(config, name)) not in of_a_step:
-            raise InputError(f"{spell(name, given)}: a plan is of a training step, in one process; leave it out")
-    with made(pathlib.Path(config.workdir or ".")) as folder:
+        chosen = f"{spell('topology', topology)} determines their number"
+        raise InputError(f"{spell('num_devices', config.num_devices)}: {chosen}; leave it out")
+    for name, allowed in (("mode", ("train",)), ("solver", ("auto", "sgd")), ("num_processes", (None,))):
+        if (given := getattr(config, name)) not in allowed:
+            raise InputError(f"{spell(name, given)}: only a training step of one process has a plan; leave it out")
+    with make_folder(pathlib.Path(config.workdir or ".")) as folder:
         if topology:
-            found = _apart(config, topology)
+            result = _plan_in_subprocess(config, topology)
         else:
             devices.start(config.platform, config.num_devices, threads=config.threads)
-            found = plan(config)
-    show(*found.describe().split("\n"))
+            result = plan(config)
+    show(*result.describe().split("\n"))
     if config.workdir:
-        exchanged = [
+        collectives = [
             dataclasses.asdict(one) | {"each_step": one.each_step, "wire_bytes": one.wire_bytes}
-            for one in found.collectives
+            for one in result.collectives
         ]
-        values = dataclasses.asdict(found) | {"collectives": exchanged, "fits": found.fits}
+        values = dataclasses.asdict(result) | {"collectives": collectives, "fits": result.fits}
         (folder / "plan.json").write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
         show(f"also in {folder / 'plan.json'}")
-    if found.fits is False:
+    if result.fits is False:
         sys.exit(InputError.exit_code)
 
 
@@ -316,7 +337,7 @@ def main() -> None:
     flags.DEFINE_string(
         "topology",
         None,
-        "KIND:SHAPE of a TPU slice or of HOSTSxGPUS, such as v5p:8x8x8 or h100:4x8. Default: this machine.",
+        "KIND:SHAPE of a TPU slice, such as v5p:8x8x8, or KIND:HOSTSxGPUS, such as h100:4x8. Default: this machine.",
     )
     run_cli(_main)
 

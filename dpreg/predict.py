@@ -1,4 +1,4 @@
-"""The modes evaluate and predict: a trained model on the rows of a table, in a stream and in their order."""
+"""The modes evaluate and predict: applies a trained model to the rows of a table, as a stream in their order."""
 
 import contextlib
 import functools
@@ -10,7 +10,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -23,7 +23,7 @@ from dpreg.distributed import devices, processes
 from dpreg.distributed.watchdog import Watchdog
 from dpreg.doctor import agree
 from dpreg.errors import InputError, prefix_errors
-from dpreg.outputs.export import Exported, load_model
+from dpreg.outputs.export import ExportedModel, load_model
 from dpreg.outputs.predictions import PredictionWriter
 from dpreg.outputs.progress import ProgressDisplay
 from dpreg.spelling import spell
@@ -38,49 +38,34 @@ from dpreg.train.predictor import Predictor
 
 
 def predict(config: Config) -> None:
-    """Predicts the rows of `config.dataset` into `config.output`, or, to evaluate, prints how well it does.
+    """Writes predictions for the rows of `config.dataset` to `config.output`; in the mode evaluate, prints metrics.
 
-    All processes read the table; each device predicts its share, and the first process writes.
+    All processes read the table, each device predicts its share of the rows, and process 0 writes.
 
     Raises:
-      InputError: for what cannot be done; there is no output then.
+      InputError: for wrong input; then there is no output.
     """
     with contextlib.ExitStack() as stack:
         agree(config)
         first = jax.process_index() == 0
         watchdog = stack.enter_context(Watchdog(config.step_timeout))
         progress = stack.enter_context(ProgressDisplay(Console(stderr=True, quiet=not first)))
-        # Heard between chunks: what a handler raises is lost where it meets a callback of the garbage collector.
-        asked = threading.Event()
-        for number in (signal.SIGTERM, signal.SIGUSR1):  # which mpirun passes on
-            stack.callback(signal.signal, number, signal.signal(number, lambda *_: asked.set()))
+        # Checked between chunks, as Python drops an exception that a handler raises inside a callback of gc.
+        stop_requested = threading.Event()
+        for number in (signal.SIGTERM, signal.SIGUSR1):  # mpirun forwards SIGUSR1
+            stack.callback(signal.signal, number, signal.signal(number, lambda *_: stop_requested.set()))
         exported = load_model(pathlib.Path(config.workdir or "") / "model")
-        config, schema = config.of_model(exported.flags), exported.schema
+        config, schema = config.use_model_settings(exported.flags), exported.schema
         if schema is None:
             where = spell("workdir", config.workdir)
             raise InputError(f"{where}: its model was not trained on a table; predict from Python")
         evaluating = config.mode == "evaluate"
         table, columns = open_dataset(config), columns_of(schema, config.columns(), evaluating)
         table.require(columns.used_columns)
-        _compare({"model": exported.digest, "table": [size for _, size, *_ in table.signature]})
-        model = build_model(config, exported.num_inputs, exported.num_targets)
-        _require_fit(model, exported, config.workdir)
-        predictor = Predictor(
-            model,
-            exported.variables,
-            exported.num_inputs,
-            exported.num_targets,
-            mesh=devices.data_mesh(config.num_shards, config.platform, config.num_devices),
-            num_shards=config.num_shards,
-            batch_size=config.batch_size,
-            schema=schema,
-            precision=config.precision,
-            reduction=config.reduction,
-            backend=config.backend,
-            on_result=watchdog.progress,
-        )
+        _require_same_files({"model": exported.digest, "table": [size for _, size, *_ in table.signature]})
+        predictor = _build_predictor(config, exported, watchdog.progress)
         read = RawRows(table, columns, schema, predictor.dtype)
-        chunks = _chunks(read, table.name, predictor.chunk_rows, progress, asked)
+        chunks = _iterate_chunks(read, table.name, predictor.chunk_rows, progress, stop_requested)
         watchdog.begin()
         if evaluating:
             with prefix_errors(table.name):
@@ -97,56 +82,73 @@ def predict(config: Config) -> None:
                 without = f"; {missing:,} have none, since values are missing" if missing else ""
                 show(f"predictions of {read.rows:,} rows in {path}{without}")
         for name, rows in read.others.items():
-            progress.say(
-                f"column {name!r}: {rows:,} of {read.rows:,} rows have a category that the model does not tell apart"
-            )
+            progress.say(f"column {name!r}: {rows:,} of {read.rows:,} rows have none of the model's categories")
+
+
+def _build_predictor(config: Config, exported: ExportedModel, on_result: Callable[[], None]) -> Predictor:
+    model = build_model(config, exported.num_inputs, exported.num_targets)
+    _check_model(model, exported, config.workdir)
+    return Predictor(
+        model,
+        exported.variables,
+        exported.num_inputs,
+        exported.num_targets,
+        mesh=devices.data_mesh(config.num_shards, config.platform, config.num_devices),
+        num_shards=config.num_shards,
+        batch_size=config.batch_size,
+        schema=exported.schema,
+        precision=config.precision,
+        reduction=config.reduction,
+        backend=config.backend,
+        on_result=on_result,
+    )
 
 
 def threads_of(config: Config) -> int | None:
-    """Those that the model to predict with was trained with; where there is no model, `predict` will say so."""
+    """`Config.threads` of the run that trained the model; None if there is no model, which `predict` reports."""
     try:
-        return config.of_model(load_model(pathlib.Path(config.workdir or "") / "model").flags).threads
+        return config.use_model_settings(load_model(pathlib.Path(config.workdir or "") / "model").flags).threads
     except InputError:
         return None
 
 
-def _require_fit(model: Model, exported: Exported, workdir: str | None) -> None:
-    """Raises InputError where the parameters are not of the model's code, or it computes something else by now."""
+def _check_model(model: Model, exported: ExportedModel, workdir: str | None) -> None:
+    """Raises InputError if the code of the model does not fit the saved parameters, or computes something else now."""
 
-    def shapes(variables: Any) -> dict[str, tuple[int, ...]]:
+    def list_shapes(variables: Any) -> dict[str, tuple[int, ...]]:
         leaves = jax.tree_util.tree_leaves_with_path(dict(variables))
         return {jax.tree_util.keystr(path): leaf.shape for path, leaf in leaves}
 
     row = jax.ShapeDtypeStruct((1, exported.num_inputs), np.float32)
     init = functools.partial(model.init, **mode_arguments(model, False))
-    expected, found = shapes(jax.eval_shape(init, jax.random.key(0), row)), shapes(exported.variables)
-    for name in sorted({*expected, *found}):
-        if expected.get(name) != found.get(name):
+    expected, saved = list_shapes(jax.eval_shape(init, jax.random.key(0), row)), list_shapes(exported.variables)
+    for name in sorted({*expected, *saved}):
+        if expected.get(name) != saved.get(name):
             raise InputError(
-                f"{workdir}/model: the model cannot be used (parameter {name} has shape {found.get(name)}, and its "
-                f"code asks for {expected.get(name)}); run the training command again"
+                f"{workdir}/model: the model cannot be used (parameter {name} has shape {saved.get(name)}, and its "
+                f"code expects {expected.get(name)}); run the training command again"
             )
-    now = digest_prediction(model, exported.variables, exported.num_inputs, exported.num_targets)
-    if differ(exported.computation, now):
+    computation = digest_prediction(model, exported.variables, exported.num_inputs, exported.num_targets)
+    if differ(exported.computation, computation):
         raise InputError(
             f"{workdir}/model: the code of the model computes something else than when it was trained; restore that "
             f"code, or run the training again with {spell('resume', 'never')}"
         )
 
 
-def _compare(own: dict[str, Any]) -> None:
-    """Raises InputError where another process has another model or table."""
+def _require_same_files(own: dict[str, Any]) -> None:
+    """Raises InputError if another process has another model or table."""
     for process, text in enumerate(processes.allgather_text(json.dumps(own))):
-        for what, theirs in json.loads(text).items():
-            if theirs != own[what]:
+        for name, theirs in json.loads(text).items():
+            if theirs != own[name]:
                 raise InputError(
-                    f"process {process} sees another {what} than process {jax.process_index()}; "
+                    f"process {process} sees another {name} than process {jax.process_index()}; "
                     "give both the same files"
                 )
 
 
 def _refuse_input(output: pathlib.Path, dataset: str, table: Table) -> None:
-    """Raises InputError where predictions would become rows of the table, or take their place."""
+    """Raises InputError if the file of predictions is, or would become, a file of the table."""
     path = output.absolute()
     inside = pathlib.Path(dataset).is_dir() and path.parent.samefile(dataset) if path.parent.exists() else False
     of_table = path.exists() and any(path.samefile(file) for file, *_ in table.signature)
@@ -157,7 +159,11 @@ def _refuse_input(output: pathlib.Path, dataset: str, table: Table) -> None:
 
 
 def _write(writer: PredictionWriter, predictor: Predictor, chunks: Iterator[Rows], read: RawRows) -> None:
-    """Writes all predictions. What keeps one process from writing is told when no other waits for its devices."""
+    """Writes all predictions.
+
+    If writing fails in one of several processes, it still computes the remaining predictions before it raises the
+    error, as the other processes need its devices.
+    """
     failed: InputError | None = None
     with writer:
         for prediction in predictor.predictions(chunks):
@@ -173,14 +179,14 @@ def _write(writer: PredictionWriter, predictor: Predictor, chunks: Iterator[Rows
             raise failed
 
 
-def _chunks(
-    read: RawRows, name: str, most: int, progress: ProgressDisplay, asked_to_stop: threading.Event
+def _iterate_chunks(
+    read: RawRows, name: str, chunk_rows: int, progress: ProgressDisplay, stop_requested: threading.Event
 ) -> Iterator[Rows]:
-    """The rows of the table as the model sees them; says how many were read, and stops where that is asked for."""
+    """The encoded rows of the table in chunks; shows the progress, and exits if that is requested."""
     started = time.perf_counter()
-    for rows in read.chunks(most):
-        if asked_to_stop.is_set():
-            sys.exit(143)  # by way of what closes files and takes away what is not complete
+    for rows in read.chunks(chunk_rows):
+        if stop_requested.is_set():
+            sys.exit(143)  # exit by an exception, which closes files and deletes incomplete ones
         yield rows
         speed = read.rows / (time.perf_counter() - started)
         progress.doing(f"{name}: {read.rows:,} rows, {speed:,.0f} rows/s")

@@ -123,7 +123,7 @@ def _main(argv: list[str]) -> None:
 def main() -> None:
     """The entry point."""
     flags.DEFINE_string("output", None, "A page to write, FILE.html, or a picture, FILE.svg. Default: none.")
-    run_cli(_main, of_runs=True)
+    run_cli(_main, takes_runs=True)
 
 
 if __name__ == "__main__":

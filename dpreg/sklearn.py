@@ -1,4 +1,4 @@
-"""dpreg's models as estimators of scikit-learn, which has to be there: `pip install 'dpreg[sklearn]'`."""
+"""dpreg's models as scikit-learn estimators. Needs scikit-learn: `pip install 'dpreg[sklearn]'`."""
 
 from collections.abc import Sequence
 from typing import Any, Self
@@ -16,45 +16,51 @@ except ImportError as missing:
     raise ImportError("dpreg.sklearn: needs scikit-learn 1.6 or newer; pip install 'dpreg[sklearn]'") from missing
 
 from dpreg.errors import InputError
-from dpreg.estimators.base import DEFAULTS, SOLVERS, STANDARDIZE, Estimator, weights_of
+from dpreg.estimators.base import DEFAULTS, SOLVERS, STANDARDIZE, Estimator, check_sample_weight
 from dpreg.step.state import Model
 
 __all__ = ["DataParallelClassifier", "DataParallelRegressor"]
 
 
 class DataParallelRegressor(MultiOutputMixin, RegressorMixin, Estimator):
-    """Regression on all devices, to the same result on any number of them, as an estimator of scikit-learn.
+    """Regression on all devices, as a scikit-learn estimator. The number of devices does not affect the result.
 
     Args:
-      loss: "squared", "huber", "absolute", "quantile", or with log link "poisson" or "gamma".
-      huber_delta: of "huber", in the units of what is fitted: with `standardize`, deviations of y.
-      quantile: of "quantile", in (0, 1).
-      model: "linear", "concise" or "mlp"; PACKAGE.MODULE:CLASS; or a flax module, which predicts a column for each
-        target. A `dpreg.Module` is given this loss, and this optimizer where it has none; any other has its own.
-      hidden: widths of an mlp's hidden layers.
-      solver: "exact", in float64 on the host: of linear models least squares in one pass over the rows, and the
-        other losses but gamma by Newton's method, to the optimum; "sgd": by `optimizer`, in float32 on the devices,
-        with a `ConvergenceWarning` where that ends far from a linear model's optimum; or "auto": exact where that
-        is for the model and loss, of 1024 parameters at most, else sgd.
-      optimizer, lr, lr_schedule: of sgd: "sgd", "momentum", "adam", "adamw" or "lbfgs"; "constant", "linear", "cosine"
-        or "inverse_sqrt". `partial_fit` takes a schedule that ends with the run as constant.
-      l1, l2: of the penalties l1 sum |w| and l2 / 2 sum w^2 on the mean loss of what is fitted; none on biases. l1
-        needs optimizer="sgd".
-      batch_size: rows of a step over all devices: a multiple of `num_shards`.
-      max_epochs: how often sgd uses every row.
-      standardize: whether features are fitted with mean 0 and deviation 1, and targets of the losses without a link, by
-        the weighted moments in float64; `coef_` and `intercept_` are in the units of X and y.
-      num_devices: None takes all there are, up to `num_shards`.
-      num_shards: logical shards, which the result depends on, by rounding at least.
-      reduction: of sgd: "pmean", or "ordered" for the same bits on any number of devices; exact always has the same.
-      random_state: of the initial parameters and the order of rows: an int, a RandomState, or None for another each
-        time.
+      loss: "squared", "huber", "absolute", "quantile", or with a log link "poisson" or "gamma".
+      huber_delta: the error beyond which the loss "huber" is linear. Its unit is that of the fitted target: with
+        `standardize`, the standard deviation of y.
+      quantile: the quantile of the loss "quantile", in (0, 1).
+      model: "linear", "concise" (flax.linen.Dense) or "mlp"; PACKAGE.MODULE:CLASS; or a flax module that predicts a
+        column for each target. A `dpreg.Module` gets this loss, and this optimizer if it has none; other modules have
+        their own.
+      hidden: the widths of an mlp's hidden layers.
+      solver: "exact" solves linear models to the optimum, in float64 on the host: least squares in one pass over the
+        rows, and the other losses except for "gamma" by Newton's method. "sgd" trains with `optimizer`, in float32 on
+        the devices; a `ConvergenceWarning` tells that a linear model is far from its optimum. "auto" is "exact" if that
+        supports the model and the loss, and there are at most 1024 parameters; otherwise "sgd".
+      optimizer: of solver "sgd": "sgd", "momentum", "adam", "adamw" or "lbfgs".
+      lr: the learning rate.
+      lr_schedule: "constant", "linear", "cosine" or "inverse_sqrt". In `partial_fit`, "linear" and "cosine" are
+        constant.
+      l1, l2: the weights of the penalties l1 sum |w| and l2 / 2 sum w^2, added to the mean loss in the units of the
+        fit, without biases. l1 needs optimizer="sgd".
+      batch_size: the rows of a step, over all devices; a multiple of `num_shards`.
+      max_epochs: the number of passes of solver "sgd" over the rows.
+      standardize: whether to scale features, and targets of losses without a link, to mean 0 and standard deviation 1
+        for the fit, with weighted moments in float64. `coef_` and `intercept_` are in the units of X and y.
+      num_devices: the number of devices; None uses all, up to `num_shards`.
+      num_shards: the number of logical shards; it affects the result, at least by rounding.
+      reduction: of solver "sgd": "pmean", or "ordered" for the same bits on any number of devices. The solver "exact"
+        always gives the same bits.
+      random_state: the seed of the initial parameters and the order of rows: an int, a RandomState, or None for a
+        random one.
 
     Attributes:
-      coef_: [d], or [t, d] where y has two axes; intercept_: a float, or [t]. Of linear models.
-      n_features_in_, feature_names_in_: of X.
-      n_iter_: passes over the rows.
-      summary_: of exact solutions, see `dpreg.solvers.inference.Summary`; standard errors need l2=0.
+      coef_: the weights of a linear model, [d], or [t, d] if y has two axes.
+      intercept_: the intercept of a linear model, a float, or [t] if y has two axes.
+      n_features_in_, feature_names_in_: the number and names of the features.
+      n_iter_: the number of passes over the rows.
+      summary_: the summary of an exact solution, a `dpreg.solvers.inference.Summary`; standard errors need l2=0.
     """
 
     def __init__(
@@ -99,73 +105,77 @@ class DataParallelRegressor(MultiOutputMixin, RegressorMixin, Estimator):
         )
 
     def fit(self, X: ArrayLike, y: ArrayLike, sample_weight: ArrayLike | None = None) -> Self:  # noqa: N803
-        """Trains from the beginning.
+        """Trains a new model.
 
         Args:
-          X: [n, d]: NumPy, pandas or Arrow.
-          y: [n] or [n, t].
-          sample_weight: [n], 0 or more: a row of weight 2 counts as two, one of weight 0 for nothing.
+          X: the features [n, d], in NumPy, pandas or Arrow.
+          y: the targets, [n] or [n, t].
+          sample_weight: [n], 0 or more. A row of weight 2 counts as two rows, and one of weight 0 is ignored.
 
         Raises:
-          ValueError: for rows or arguments that cannot be.
-          Diverged: when the loss is no longer finite.
+          ValueError: for invalid rows or arguments.
+          Diverged: when the loss is not finite.
         """
-        return self._fit(X, y, sample_weight, further=False)
+        return self._fit(X, y, sample_weight, partial=False)
 
     def partial_fit(self, X: ArrayLike, y: ArrayLike, sample_weight: ArrayLike | None = None) -> Self:  # noqa: N803
-        """Goes on from where it was: to the exact solution of these rows and all before, or by sgd for one epoch.
+        """Continues training: exact least squares for these and all previous rows, or one epoch of sgd for these rows.
 
-        The features' scales are those of the first rows; but exact least squares know those of all.
+        Exact least squares standardize by the moments of all rows, and sgd by those of the first call.
         """
-        return self._fit(X, y, sample_weight, further=True)
+        return self._fit(X, y, sample_weight, partial=True)
 
-    def _fit(self, X: Any, y: Any, sample_weight: ArrayLike | None, further: bool) -> Self:  # noqa: N803
+    def _fit(self, X: Any, y: Any, sample_weight: ArrayLike | None, partial: bool) -> Self:  # noqa: N803
         if self.loss in ("logistic", "softmax"):
-            raise InputError(f"loss={self.loss!r}: it is for classes; use DataParallelClassifier")
+            raise InputError(f"loss={self.loss!r}: it is a loss of classification; use DataParallelClassifier")
         config = self._config(loss=self.loss, huber_delta=self.huber_delta, quantile=self.quantile)
-        first = not (further and hasattr(self, "_fitted"))
+        first = not (partial and hasattr(self, "_fitted"))
         x, y = validate_data(self, X, y, reset=first, dtype=np.float64, order="C", multi_output=True, y_numeric=True)
-        weight = weights_of(sample_weight, x)
-        self._train(config, x, np.asarray(y, np.float64).reshape(len(x), -1), weight, y.ndim == 1, further)
+        weight = check_sample_weight(sample_weight, x)
+        self._train(config, x, np.asarray(y, np.float64).reshape(len(x), -1), weight, y.ndim == 1, partial)
         return self
 
     def predict(self, X: ArrayLike) -> np.ndarray:  # noqa: N803
-        """The expected targets, or the quantile: [n] or [n, t] float64, as y was."""
+        """Predicts the mean of the targets, or their median or quantile for those losses.
+
+        Returns:
+          [n] or [n, t] float64, like y in `fit`.
+        """
         margins = self._margins(X)
         means = np.exp(margins) if self._fitted.config.loss in ("poisson", "gamma") else margins
         return means[:, 0] if self._fitted.one_column else means
 
 
 class DataParallelClassifier(ClassifierMixin, Estimator):
-    """Classification on all devices, to the same result on any number of them, as an estimator of scikit-learn.
+    """Classification on all devices, as a scikit-learn estimator. The number of devices does not affect the result.
 
-    The loss is "logistic" for two classes, with one prediction a row, and "softmax" for more, with one for each; the
-    exact solver of both is Newton's method.
+    The loss is "logistic" for two classes, with one output per row, and "softmax" for more, with an output for each
+    class. The solver "exact" uses Newton's method.
 
     Args:
-      l2: of the penalty on the mean loss; without any, classes that can be told apart have no optimum.
-      others: as of `DataParallelRegressor`.
+      l2: the weight of the l2 penalty. Without a penalty, there is no optimum for classes that are linearly separable.
+      others: see `DataParallelRegressor`.
 
     Attributes:
       classes_: the labels, sorted.
-      coef_, intercept_: of linear models: [1, d] and [1] for two classes, [C, d] and [C] for more.
-      n_features_in_, feature_names_in_, n_iter_: as of `DataParallelRegressor`.
+      coef_, intercept_: the parameters of a linear model: [1, d] and [1] for two classes, [C, d] and [C] for more.
+      n_features_in_, feature_names_in_, n_iter_: see `DataParallelRegressor`.
     """
 
     def fit(self, X: ArrayLike, y: ArrayLike, sample_weight: ArrayLike | None = None) -> Self:  # noqa: N803
-        """Trains from the beginning.
+        """Trains a new model.
 
         Args:
-          X: [n, d]: NumPy, pandas or Arrow.
-          y: [n] labels.
-          sample_weight: [n], 0 or more: a row of weight 2 counts as two, one of weight 0 for nothing.
+          X: the features [n, d], in NumPy, pandas or Arrow.
+          y: the labels [n].
+          sample_weight: [n], 0 or more. A row of weight 2 counts as two rows, and one of weight 0 is ignored.
 
         Raises:
-          ValueError: for rows or arguments that cannot be, or a single class.
-          Diverged: when the loss is no longer finite.
+          ValueError: for invalid rows or arguments, and for a single class.
+          Diverged: when the loss is not finite.
         """
-        x, labels, weight = self._rows(X, y, sample_weight, True)
-        return self._fit(x, labels, weight, np.unique(labels[weight > 0]), further=False)
+        x, labels, weight = self._check_rows(X, y, sample_weight, True)
+        return self._fit(x, labels, weight, np.unique(labels[weight > 0]), partial=False)
 
     def partial_fit(
         self,
@@ -174,21 +184,24 @@ class DataParallelClassifier(ClassifierMixin, Estimator):
         classes: ArrayLike | None = None,
         sample_weight: ArrayLike | None = None,
     ) -> Self:
-        """Goes on from where it was, by sgd for one epoch.
+        """Continues training, by one epoch of sgd.
 
         Args:
-          classes: all labels there are; the first call needs them.
+          X, y, sample_weight: the rows, as in `fit`.
+          classes: all labels of this and later calls; required in the first call.
         """
         first = not hasattr(self, "_fitted")
         if first and classes is None:
-            raise InputError("classes: the first call of partial_fit needs all labels that there will be; give them")
+            raise InputError(
+                "classes: the first call of partial_fit needs all labels of this and later calls; give them"
+            )
         known = np.unique(np.asarray(classes)) if first else self.classes_
         if classes is not None and not np.array_equal(np.unique(np.asarray(classes)), known):
             raise InputError(f"classes: they were {known} in the first call of partial_fit; give those, or none")
-        x, labels, weight = self._rows(X, y, sample_weight, first)
-        return self._fit(x, labels, weight, known, further=True)
+        x, labels, weight = self._check_rows(X, y, sample_weight, first)
+        return self._fit(x, labels, weight, known, partial=True)
 
-    def _rows(
+    def _check_rows(
         self,
         X: Any,  # noqa: N803
         y: Any,
@@ -197,32 +210,31 @@ class DataParallelClassifier(ClassifierMixin, Estimator):
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         x, labels = validate_data(self, X, y, reset=first, dtype=np.float64, order="C")
         check_classification_targets(labels)
-        return x, column_or_1d(labels, warn=True), weights_of(sample_weight, x)
+        return x, column_or_1d(labels, warn=True), check_sample_weight(sample_weight, x)
 
-    def _fit(self, x: np.ndarray, labels: np.ndarray, weight: np.ndarray, classes: np.ndarray, further: bool) -> Self:
+    def _fit(self, x: np.ndarray, labels: np.ndarray, weight: np.ndarray, classes: np.ndarray, partial: bool) -> Self:
         if len(classes) < 2:
             raise InputError(f"y: there is one class, {classes.tolist()[0]!r}; give rows of two classes or more")
-        at = np.searchsorted(classes, labels)
-        unknown = classes[np.minimum(at, len(classes) - 1)] != labels
+        indices = np.searchsorted(classes, labels)
+        unknown = classes[np.minimum(indices, len(classes) - 1)] != labels
         if (unknown & (weight > 0)).any():
             raise InputError(
                 f"y: the label {labels[unknown].tolist()[0]!r} is none of the classes, {classes}; "
-                "leave it out, or call fit"
+                "leave out its rows, or call fit"
             )
-        y = np.where(unknown, 0, at).astype(np.float64)[:, None]
-        two = len(classes) == 2
-        config = self._config(loss="logistic" if two else "softmax", num_classes=len(classes))
-        self._train(config, x, y, weight, False, further)
+        y = np.where(unknown, 0, indices).astype(np.float64)[:, None]
+        config = self._config(loss="logistic" if len(classes) == 2 else "softmax", num_classes=len(classes))
+        self._train(config, x, y, weight, False, partial)
         self.classes_ = classes
         return self
 
     def decision_function(self, X: ArrayLike) -> np.ndarray:  # noqa: N803
-        """The logits: [n] of the second of two classes, [n, C] of more."""
+        """The logits: [n] for the second of two classes, [n, C] for more classes."""
         margins = self._margins(X)
         return margins[:, 0] if margins.shape[1] == 1 else margins
 
     def predict(self, X: ArrayLike) -> np.ndarray:  # noqa: N803
-        """The likeliest labels, [n]."""
+        """The most probable labels, [n]."""
         logits = self.decision_function(X)
         labels: np.ndarray = self.classes_[(logits > 0).astype(int) if logits.ndim == 1 else logits.argmax(axis=1)]
         return labels
@@ -233,7 +245,7 @@ class DataParallelClassifier(ClassifierMixin, Estimator):
         return probabilities
 
     def predict_log_proba(self, X: ArrayLike) -> np.ndarray:  # noqa: N803
-        """Their logarithms, [n, C]."""
+        """The logarithms of the probabilities of the classes, [n, C]."""
         logits = self.decision_function(X)
         logarithms: np.ndarray
         if logits.ndim == 1:

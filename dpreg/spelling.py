@@ -1,7 +1,7 @@
-"""How messages spell settings: as arguments in Python, as flags where a command runs.
+"""Spells settings in messages: as arguments in Python, and as flags in a command.
 
-Below the entry points, messages name settings by `spell` alone. It writes at once what the caller reads: no message is
-rewritten later, so that what users have named (files, columns) is never taken for a setting.
+Modules below the entry points name settings in messages only with `spell`. Messages are never rewritten later, so that
+the names of files and columns cannot be mistaken for settings.
 """
 
 import contextlib
@@ -19,17 +19,17 @@ _as_flags = False
 
 @contextlib.contextmanager
 def spell_as_flags() -> Iterator[None]:
-    """Makes `spell` write flags, in all threads of this process: for the commands, around all that they do."""
+    """A context in which `spell` writes flags, in all threads of this process. Commands run in it."""
     global _as_flags
-    before, _as_flags = _as_flags, True
+    previous, _as_flags = _as_flags, True
     try:
         yield
     finally:
-        _as_flags = before
+        _as_flags = previous
 
 
 def spell(name: str, *values: Any) -> str:
-    """A setting as the caller writes it, with the values that it has or may have, if any.
+    """Spells a setting as the caller writes it, optionally with its value, or with alternative values.
 
     >>> spell("lr"), spell("lr", -1.0), spell("loss", "huber", "absolute"), spell("intercept", False)
     ('lr', 'lr=-1.0', "loss='huber' or 'absolute'", 'intercept=False')
@@ -43,11 +43,11 @@ def spell(name: str, *values: Any) -> str:
         return f"--{name}"
     if values[0] is False:
         return f"--no{name}"
-    return f"--{name}={' or '.join(map(_quoted, map(flag_text, values)))}"
+    return f"--{name}={' or '.join(map(_quote_for_shell, map(flag_text, values)))}"
 
 
 def flag_text(value: Any) -> str:
-    """A value as a flagfile has it behind the =: tuples by commas, with quotes around a name that holds a comma.
+    """Formats a value for a flagfile. Tuples are separated by commas; names with a comma are quoted.
 
     >>> flag_text((2.0, -3.4)), flag_text(("a", "b,c")), flag_text(True)
     ('2.0,-3.4', 'a,"b,c"', 'true')
@@ -61,8 +61,7 @@ def flag_text(value: Any) -> str:
     return line.getvalue()
 
 
-def _quoted(text: str) -> str:
-    """As a shell takes it."""
+def _quote_for_shell(text: str) -> str:
     return shlex.quote(text) if text else text
 
 

@@ -1,4 +1,4 @@
-"""What is printed: names from files, flags and other processes must not move the cursor or fake another line."""
+"""Prints text safely: names from files, flags and other processes cannot move the cursor or fake another line."""
 
 import re
 
@@ -6,10 +6,10 @@ _LONGEST_LINE = 1000  # characters
 
 
 def printable(text: str) -> str:
-    r"""The text as one line of at most 1,000 characters, with what a terminal would not show as itself escaped.
+    r"""The text as one printable line of at most 1,000 characters.
 
-    Control characters, escape sequences, marks of text direction and unpaired surrogates are written as Python
-    writes them. A line break is a blank; of a longer text the middle is left out.
+    Control characters, escape sequences, marks of text direction and unpaired surrogates are escaped as in Python.
+    Line breaks become blanks. The middle of a longer text is left out.
 
     >>> printable("column '\x1b[2J\u202e'")
     "column '\\x1b[2J\\u202e'"

@@ -1,4 +1,4 @@
-"""The settings of JAX under which everything of dpreg is traced, whatever the process has set."""
+"""The settings of JAX under which dpreg traces all its functions, independent of those of the process."""
 
 import contextlib
 from collections.abc import Iterator
@@ -7,22 +7,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jax._src import config  # the offset of seeds has no public context manager
+from jax._src import config  # `random_seed_offset` has no public context manager
 from jax.typing import ArrayLike
 
-PRNG = "threefry2x32"  # counter-based: what it draws depends on key and index alone, if it is partitionable
-FULL_PRECISION = "highest"  # products of float32 as such, also where a chip would round their factors by default
+PRNG = "threefry2x32"  # counter-based: if partitionable, each value depends only on the key and its index
+FULL_PRECISION = "highest"  # products in full float32, also on chips that round their factors by default
 
 
 @contextlib.contextmanager
 def pinned_settings(float64: bool = False) -> Iterator[None]:
-    """Traces, and draws, alike in every process: the generator, the precision of products, and the widest dtype.
+    """Pins the random generator, the precision of matrix products, and whether float64 is enabled.
 
-    Otherwise the environment (JAX_DEFAULT_PRNG_IMPL, JAX_RANDOM_SEED_OFFSET, JAX_DEFAULT_MATMUL_PRECISION), or a
-    run of another precision in this process, would decide what a run computes, and some of it by the number of devices.
+    Otherwise the result would depend on the environment (JAX_DEFAULT_PRNG_IMPL, JAX_RANDOM_SEED_OFFSET,
+    JAX_DEFAULT_MATMUL_PRECISION), on runs of another precision in this process, and on the number of devices.
 
     Args:
-      float64: whether float64 is computed as such, not as float32.
+      float64: whether to enable float64; otherwise JAX computes in float32.
     """
     with (
         jax.enable_x64(float64),
@@ -34,8 +34,8 @@ def pinned_settings(float64: bool = False) -> Iterator[None]:
         yield
 
 
-def key_of(seed: ArrayLike) -> Array:
-    """The random key of a seed in [0, 2**32): the words (0, seed), whatever JAX_RANDOM_SEED_OFFSET says."""
+def make_key(seed: ArrayLike) -> Array:
+    """The random key of a seed in [0, 2**32): the words (0, seed), independent of JAX_RANDOM_SEED_OFFSET."""
     seed = jnp.asarray(seed).astype(np.uint32)
     key: Array = jax.random.wrap_key_data(jnp.stack([jnp.zeros_like(seed), seed]), impl=PRNG)
     return key

@@ -196,7 +196,7 @@ def test_a_flipped_byte_in_what_the_run_is_is_damage_not_another_run(tmp_path, c
     with Checkpoints(tmp_path / "checkpoints", IDENTITY) as checkpoints:
         assert checkpoints.restore(trainer)
     assert trainer.step == 4
-    assert "checkpoint 7 is damaged, and set aside as damaged-7-" in caplog.text
+    assert "checkpoint 7 is damaged, and renamed to damaged-7-" in caplog.text
 
 
 def test_another_model_under_the_same_flags_is_refused_and_nothing_is_lost(tmp_path):
@@ -215,7 +215,9 @@ def test_a_model_whose_code_computes_something_else_by_now_is_refused(tmp_path, 
     trainer, _ = train(tmp_path, 4)
     was, changed = trainer.loop.computation, prepared(activation=lambda x: nn.relu(x) * 1.0625)
     with Checkpoints(tmp_path / "checkpoints", IDENTITY) as checkpoints:
-        with pytest.raises(dpreg.InputError, match="the code of the model computes something else than in the run"):
+        with pytest.raises(
+            dpreg.InputError, match="the code of the model computes something else than in the saved run"
+        ):
             checkpoints.restore(changed)
         rewritten = prepared(activation=lambda x: nn.relu(x), num_devices=1, backend="pmap", placement="host")
         assert rewritten.loop.computation == was
@@ -259,7 +261,7 @@ def test_a_damaged_curve_is_set_aside_and_the_run_goes_on_with_its_whole_lines(d
     (aside,) = tmp_path.glob("metrics.jsonl.damaged-*")
     assert aside.read_bytes() == DAMAGES[damage]
     (line,) = caplog.messages
-    assert f"damaged, and 3 are whole; the run goes on with those, and the file is set aside as {aside.name}" in line
+    assert f"damaged; the run continues with the 3 others, and the damaged file is renamed to {aside.name}" in line
     MetricsWriter(path, 2).__exit__()
     assert len(caplog.messages) == 1
 
@@ -359,7 +361,7 @@ def test_a_killed_process_loses_nothing_but_time(tmp_path, how, uninterrupted):
     if how != signal.SIGKILL:
         verb = "interrupted" if how == signal.SIGINT else "stopped"
         assert f"{verb} at step " in said.splitlines()[-1]
-        assert "the same command goes on from there" in said.splitlines()[-1]
+        assert "the same command resumes from there" in said.splitlines()[-1]
     done = run(tmp_path / "w", EPOCHS, "--num_devices=1")
     assert "going on from step" in done.stderr
     summaries = [json.loads((workdir / "summary.json").read_text()) for workdir in (tmp_path / "w", uninterrupted)]
@@ -421,7 +423,7 @@ def test_a_file_system_that_refuses_a_checkpoint_is_one_line_and_the_last_whole_
     trainer.fit_epochs(1)
     with pytest.raises(dpreg.InputError, match=r"of step 4 cannot be written \(File too large\)") as caught:
         _save_more_than_fits(tmp_path, trainer, again)
-    assert "the newest whole one is of step 2:" in str(caught.value)
+    assert "the newest complete one is of step 2:" in str(caught.value)
     gc.collect()
     assert capfd.readouterr().err == ""
     assert os.listdir(tmp_path) == ["2"]

@@ -114,8 +114,8 @@ def diverge():
         ),
         (
             lambda: Config(model="mlp", intercept=False),
-            "intercept=False: it is for model='linear' or 'concise'; leave it out",
-            "--nointercept: it is for --model=linear or concise; leave it out",
+            "intercept=False: it applies only to model='linear' or 'concise'; leave it out",
+            "--nointercept: it applies only to --model=linear or concise; leave it out",
         ),
         (
             lambda: Sampler(100, 8, 30),
@@ -134,8 +134,8 @@ def diverge():
         ),
         (
             lambda: Config(dataset="my lr=1, --lr.csv"),  # what users have named is not rewritten
-            "dataset='my lr=1, --lr.csv': say which column to predict, with target=('COLUMN',)",
-            "--dataset='my lr=1, --lr.csv': say which column to predict, with --target=COLUMN",
+            "dataset='my lr=1, --lr.csv': name the column to predict, with target=('COLUMN',)",
+            "--dataset='my lr=1, --lr.csv': name the column to predict, with --target=COLUMN",
         ),
         (
             diverge,
@@ -147,7 +147,7 @@ def diverge():
 def test_a_message_names_settings_as_the_caller_does(cause, in_python, in_a_command, capsys):
     assert raised(cause) == in_python
     with pytest.raises(SystemExit):
-        cli._in_a_line(lambda argv: cause(), [])
+        cli._run_main(lambda argv: cause(), [])
     assert capsys.readouterr().err == f"dpreg: {in_a_command}\n"
     assert raised(cause) == in_python  # again, once the command has ended
 

@@ -243,12 +243,12 @@ def test_parts_of_the_loop_that_are_overridden_are_called():
         ),
         ("def forward(self", "def forwards(self", "LinearRegressionScratch has no forward; define forward(self, X)"),
         ("def configure_optimizers(", "def optimizers(", "LinearRegressionScratch has no configure_optimizers; define"),
-        ("l.mean()", "l", "loss gives an array [1, 1] for 1 rows; give one number, the mean over the rows"),
-        ("l.mean()", "(l.mean(), {})", "loss gives a tuple for 1 rows; give one number"),
+        ("l.mean()", "l", "loss returns an array [1, 1] for 1 rows; return one number, the mean over the rows"),
+        ("l.mean()", "(l.mean(), {})", "loss returns a tuple for 1 rows; return one number"),
         ("l.mean()", "l.sum()", "and the mean of the losses of each row is"),
         ("l.mean()", "l.max()", "and the mean of the losses of each row is"),
         ("l.mean()", "jnp.sqrt(l.mean())", "and the mean of the losses of each row is"),
-        ("X, self.w)", "X - X.mean(0), self.w)", "of a model that takes each row by itself"),
+        ("X, self.w)", "X - X.mean(0), self.w)", "of a model that predicts each row by itself"),
         ("*X)", "*X, train=True)", "loss calls state.apply_fn with train; call it as"),
         ("*X)", "*X, rngs={'dropout': jax.random.key(0)})", "loss calls state.apply_fn with rngs; call it as"),
         ("lr: float", "lr: float; training: bool = True", "has a field 'training', which no step sets"),
@@ -296,9 +296,9 @@ def test_dropout_and_batch_norm_are_those_of_the_step_and_other_features_are_ref
     def other_features(self, params, X, y, state):
         return ((state.apply_fn({"params": params}, 2 * X[0]) - y) ** 2).mean()
 
-    with pytest.raises(dpreg.InputError, match=r"does not take each row by itself; call it as state.apply_fn\("):
+    with pytest.raises(dpreg.InputError, match=r"does not predict each row by itself; call it as state.apply_fn\("):
         d2l.Trainer(1).fit(with_loss(other_features, Net)(0.1), rows())
-    with pytest.raises(dpreg.InputError, match=r"Net derives from d2l\.Module; train it by dpreg\.d2l\.Trainer"):
+    with pytest.raises(dpreg.InputError, match=r"Net derives from d2l\.Module; train it with dpreg\.d2l\.Trainer"):
         dpreg.Trainer(1).fit(Net(0.1), rows())
 
 
@@ -317,7 +317,7 @@ def test_what_steps_by_hand_cannot_do_is_refused():
             "callbacks: an epoch that runs step by step does not use it",
         ),
         (d2l.Trainer(1), linear, type("Own", (d2l.DataModule,), {"collate_fn": print})(), "change rows in a Source"),
-        (d2l.Trainer(1), linear.__class__, rows(), "LinearRegressionScratch is no instance"),
+        (d2l.Trainer(1), linear.__class__, rows(), "LinearRegressionScratch is not an instance"),
         (d2l.Trainer(1), dpreg.LinearRegressionScratch(3, 0.1), rows(), "derived from d2l.Module"),
         (type("Own", (d2l.Trainer,), {"on_epoch_end": lambda self: None})(1), linear, rows(), "dpreg does not call it"),
     ):

@@ -92,15 +92,15 @@ def test_other_rows_under_the_same_name_are_found(tmp_path):
 @pytest.mark.parametrize(
     ("coordinator", "hosts", "said"),
     [
-        ("127.0.0.1:1", [["a", "10.0.0.1"], ["b", "10.0.0.2"]], "only one machine reaches it; use an address"),
+        ("127.0.0.1:1", [["a", "10.0.0.1"], ["b", "10.0.0.2"]], "only one machine can reach it; use an address"),
         ("10.0.0.1:1", [["a", "10.0.0.1"], ["b", "127.0.1.1"]], "process 1: its host b resolves its own name to 127"),
         ("10.0.0.1:1", [["a", "10.0.0.1"], ["b", ""]], "resolves its own name to nothing"),
     ],
 )
 def test_addresses_that_other_hosts_cannot_reach_are_found(monkeypatch, coordinator, hosts, said):
     monkeypatch.setattr(processes, "coordinator", lambda: coordinator)
-    monkeypatch.setattr(doctor, "_of_all", lambda value: hosts)
+    monkeypatch.setattr(doctor, "_allgather", lambda value: hosts)
     with pytest.raises(InputError, match=said):
-        doctor._network(Config())
-    monkeypatch.setattr(doctor, "_of_all", lambda value: [hosts[0]] * 2)
-    assert "reached by 2 processes on a" in doctor._network(Config())
+        doctor._check_network(Config())
+    monkeypatch.setattr(doctor, "_allgather", lambda value: [hosts[0]] * 2)
+    assert "reached by 2 processes on a" in doctor._check_network(Config())

@@ -220,7 +220,7 @@ def test_models_by_their_flags(flags, tmp_path):
         ({"loss": "l3"}, "loss='l3': use squared"),
         ({"model": "nowhere:Net"}, "model='nowhere:Net': ModuleNotFoundError"),
         ({"quantile": 1.0}, "quantile=1.0: use"),
-        ({"loss": "poisson", "target_transform": "log"}, "target_transform='log': it is for tables"),
+        ({"loss": "poisson", "target_transform": "log"}, "target_transform='log': it applies only to tables"),
         ({"dropout": -0.1}, "dropout=-0.1: use"),
         ({"l1": 0.1, "optimizer": "adam"}, "l1=0.1: only optimizer='sgd' reaches"),
         ({"hidden": (0,)}, r"hidden=\(0,\): use"),

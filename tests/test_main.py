@@ -300,8 +300,8 @@ def test_a_run_has_its_workdir_until_its_last_output(tmp_path, monkeypatch):
 
 def test_a_stopped_run_tells_the_folder_that_its_command_does_not_name():
     for folder, said in (
-        (pathlib.Path("runs/now"), "the same command with workdir='runs/now' goes on"),
-        (None, "d goes"),
+        (pathlib.Path("runs/now"), "the same command with workdir='runs/now' resumes"),
+        (None, "d resumes"),
     ):
         with pytest.raises(Preempted, match=said), _to_go_on_in(folder):
             raise Preempted(3)

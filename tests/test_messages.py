@@ -11,7 +11,7 @@ import pytest
 
 from dpreg import cli
 from dpreg.errors import InputError
-from dpreg.outputs.workdir import made
+from dpreg.outputs.workdir import make_folder
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -85,9 +85,7 @@ WRONG = {
         ("--" + "long" * 2000,): "there is no such flag; see --help",
         ("--\x1b[2J",): "--\\x1b[2J: there is no such flag; see --help",
         ("--data_dir=a\nb",): "--data_dir='a b': has characters that cannot be printed; rename it",
-        (
-            "--data_dir=a ",
-        ): "--data_dir='a ': a flagfile cannot hold a line break, a blank at the end or other than UTF",
+        ("--data_dir=a ",): "--data_dir='a ': a flagfile cannot hold a line break, a trailing blank or invalid UTF",
         ("train",): "train: is not a flag; give flags as --name=value",
         ("a", "b"): "a: is not a flag; give flags as --name=value",
         (
@@ -106,9 +104,9 @@ WRONG = {
         ("--workdir=gs://bucket/run",): "--workdir=gs://bucket/run: is not a path of this machine; mount",
         (
             "--sync_batch_norm",
-        ): "--sync_batch_norm: it is for --model=mlp with --batch_norm; give both, or leave it out",
+        ): "--sync_batch_norm: it applies only to --model=mlp with --batch_norm; give both, or leave it out",
         ("--model=mlp", "--batch_norm", "--sync_batch_norm", "--reduction=ordered"): (
-            "--sync_batch_norm: it takes all shards at once, and --reduction=ordered one by one; leave one out"
+            "--sync_batch_norm: it needs all shards at once, and --reduction=ordered computes them one by one; leave"
         ),
         ("--model=mlp", "--hidden="): "--hidden=: give at least one width, or use --model=linear",
         ("--num_devices=0",): "--num_devices=0: use 1 or more",
@@ -117,9 +115,11 @@ WRONG = {
         ("--batch_size=30",): "use --batch_size=24 or 32",
         ("--lr=-1",): "--lr=-1.0: use a value above 0",
         ("--standardize",): "--standardize: synthetic rows have mean 0 and standard deviation 1 already; leave it out",
-        ("--target=y",): "--target=y: it is for tables; name one with --dataset, or leave it out",
-        ("--validation_dataset={}/good.csv",): "good.csv: it is for tables; name one with --dataset, or leave it out",
-        ("--target_transform=log",): "--target_transform=log: it is for tables; name one with",
+        ("--target=y",): "--target=y: it applies only to tables; name one with --dataset, or leave it out",
+        (
+            "--validation_dataset={}/good.csv",
+        ): "good.csv: it applies only to tables; name one with --dataset, or leave it out",
+        ("--target_transform=log",): "--target_transform=log: it applies only to tables; name one with",
         ("--platform=abacus",): "use cpu, gpu or tpu",
         ("--platform=gpu",): "use --platform=cpu",
         ("--mode=cure",): "use train, evaluate, predict or doctor",
@@ -140,9 +140,13 @@ WRONG = {
         ("--profile=5:3",): "--profile=5:3: give two steps, the earlier first, such as --profile=100:200",
         ("--profile=500:600", "--max_epochs=1"): "--profile=500:600: the run has 32 steps; name two of them, from 0",
         ("--solver=irls", "--loss=huber"): "--loss=logistic or poisson or gamma, without --l1; use --solver=sgd",
-        ("--solver=exact", "--l1=0.1"): "--solver=exact: it is for --model=linear or concise, without --l1",
-        ("--solver=exact", "--loss=huber", "--nointercept"): "with --nointercept it is for --loss=squared or logistic",
-        ("--solver=exact", "--patience=3"): "--patience=3: it is for --solver=sgd; leave one out",
+        ("--solver=exact", "--l1=0.1"): "--solver=exact: it applies only to --model=linear or concise, without --l1",
+        (
+            "--solver=exact",
+            "--loss=huber",
+            "--nointercept",
+        ): "with --nointercept it applies only to --loss=squared or logistic",
+        ("--solver=exact", "--patience=3"): "--patience=3: it applies only to --solver=sgd; leave one out",
         ("--l1=0.1", "--optimizer=adam"): "only --optimizer=sgd reaches its optimum; use that, or --l2",
         ("--num_processes=2",): "go together; give all three",
         ("--reduction=mean",): "--reduction=mean: use pmean or ordered",
@@ -155,7 +159,7 @@ WRONG = {
             "--dataset={}/empty",
             "--target=y",
         ): "{}/empty: there is no readable file in that folder; name one, or a folder",
-        ("--dataset={}/mixed", "--target=y"): "different kinds, .csv and .npy; name those of one, by a pattern",
+        ("--dataset={}/mixed", "--target=y"): "different kinds, .csv and .npy; name those of one kind, by a pattern",
         ("--dataset=tfds:nowhere",): "prepare it with file_format=array_record, and name its folder",
         ("--dataset=nowhere", "--target=y"): "there is no such file",
         ("--dataset={}/good.csv",): "--target=COLUMN",
@@ -173,7 +177,7 @@ WRONG = {
         ("--dataset={}/broken.parquet", "--target=y"): "not a readable parquet file",
         (*_GOOD, "--target=z"): "{}/good.csv: column 'z' is not there; use one of 'a', 'b', 'y'",
         (*_GOOD, "--dates=y"): "--dates=y is not a feature; leave it out there, or name it in --features",
-        (*_GOOD, "--nointercept", "--precision=bfloat16"): "three digits of features; use --precision=float32",
+        (*_GOOD, "--nointercept", "--precision=bfloat16"): "three digits of the features; use --precision=float32",
         (*_GOOD, "--loss=logistic"): "the target in row 5 is 2 and has to be 0 or 1; correct it, or use another",
         (*_GOOD, "--target_transform=log"): "good.csv, row 1: column 'y' is not above 0, and has no logarithm; use",
         (*_GOOD, "--weight_column=y", "--target=b"): "the weight is negative; use 0 or more",
@@ -203,8 +207,8 @@ WRONG = {
         ("--topology=v5p:3x3",): "there is no such slice of several chips; use one of v5p: 2x2x1",
         ("--batch_size=30",): "--batch_size=30: is not a multiple of --num_shards=8; use --batch_size=24 or 32",
         ("--workdir={}/file",): "--workdir={}/file: cannot be written: File exists; name another folder",
-        ("--solver=exact",): "--solver=exact: a plan is of a training step, in one process; leave it out",
-        ("--mode=doctor",): "--mode=doctor: a plan is of a training step",
+        ("--solver=exact",): "--solver=exact: only a training step of one process has a plan; leave it out",
+        ("--mode=doctor",): "--mode=doctor: only a training step of one process has a plan",
     },
     "scaling": {
         ("--num_shards=3", "--batch_size=32"): "--batch_size=32: is not a multiple of --num_shards=3",
@@ -239,13 +243,13 @@ def test_every_entry_point_ends_with_one_line(raised, code, said, capsys):
         raise raised
 
     with pytest.raises(SystemExit) as end:
-        cli._in_a_line(main, [])
+        cli._run_main(main, [])
     assert (end.value.code, capsys.readouterr().err) == (code, said)
 
 
 def test_an_error_takes_away_what_was_made_but_no_checkpoint(tmp_path):
     for name, kept in (("new/w", False), ("run", True)):
-        with contextlib.suppress(InputError), made(tmp_path / name) as folder:
+        with contextlib.suppress(InputError), make_folder(tmp_path / name) as folder:
             if kept:
                 (folder / "checkpoints" / "7").mkdir(parents=True)
             raise InputError("wrong")

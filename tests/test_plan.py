@@ -143,7 +143,7 @@ ENTRY %main.9 (s: f32[1,6]) -> f32[8,6] {
 }
 """
 
-    found = programs.collectives(Compiled(), 8)
+    found = programs.find_collectives(Compiled(), 8)
     assert found == [
         programs.Collective("all-reduce", 24, 4, 1, "sum/psum"),
         programs.Collective("all-gather", 8 * 6 * 4, 4, 0, ""),
@@ -238,14 +238,14 @@ def test_no_step_on_a_slice_brings_whole_columns_into_another_form():
     program_of_step = """
 import os, re
 from dpreg import plan
-os.environ.update(plan._COMPILER_ALONE)
+os.environ.update(plan._COMPILE_ONLY)
 from dpreg.config import Config
 from dpreg.planning import programs
 from dpreg.train.program import lay_out
 
 def large(compiled, devices):
     text = compiled.as_text()
-    loops, computation, lines = programs._loops_around(text), "", 0
+    loops, computation, lines = programs._count_loops(text), "", 0
     for line in text.splitlines():
         if head := programs._COMPUTATION.match(line):
             computation = head[1]
@@ -257,7 +257,7 @@ def large(compiled, devices):
     print("LINES", lines)
     return []
 
-plan.collectives = large
+plan.find_collectives = large
 plan.plan(Config(num_train=4_000_000, batch_size=4096, num_val=0), "v5e:2x4")
 """
     done = subprocess.run(

@@ -143,7 +143,7 @@ def test_two_processes_predict_the_same_file(trained, tmp_path):
     [
         ({"workdir": None}, "with workdir"),
         ({"workdir": "{}"}, "there is no model"),
-        ({"dataset": "synthetic"}, "say which table"),
+        ({"dataset": "synthetic"}, "name a table"),
         ({"output": None}, "output='FILE.csv' or"),
         ({"output": "{}/p.txt"}, "output='FILE.csv' or"),
         ({"output": "{}/no/p.csv", "dataset": "{}/table.csv"}, "output=.*cannot be written"),
@@ -152,7 +152,7 @@ def test_two_processes_predict_the_same_file(trained, tmp_path):
         ({"output": "{}/parts/p.csv", "dataset": "{}/parts"}, "that is a file of dataset="),
         ({"output": "{}/table2.csv", "dataset": "{}/table*.csv"}, "that is a file of dataset="),
         ({"lr": 0.03, "given": frozenset({"lr"})}, "lr=0.03: the model was trained with lr=0.1"),
-        ({"validation_dataset": "{}/table.csv"}, "name it there"),
+        ({"validation_dataset": "{}/table.csv"}, "name the table there"),
         ({"lr": 0.2}, "lr=0.2: the model was trained with lr=0.1"),
         ({"num_shards": 4}, "num_shards=4: the model was trained with num_shards=8"),
         ({"missing": "mean"}, "the model was trained without"),
@@ -201,7 +201,7 @@ def reseal(folder, change, arrays=None):
     np.savez(folder / "parameters.npz", **(before if arrays is None else arrays(before)))
     model["parameters.npz"] = hashlib.sha256((folder / "parameters.npz").read_bytes()).hexdigest()
     change(model)
-    (folder / "model.json").write_text(json.dumps(standalone.sealed(model)))
+    (folder / "model.json").write_text(json.dumps(standalone.add_checksum(model)))
 
 
 def tampered(folder):
@@ -359,7 +359,7 @@ def test_processes_with_other_models_or_nowhere_to_write_end_with_a_line(trained
 def test_a_model_forgets_by_which_table_it_was_validated():
     trained = Config(dataset="t.csv", target=("y",), validation_dataset="v.csv")
     asked = Config(mode="evaluate", dataset="new.csv", workdir="w")
-    assert asked.of_model(json.loads(json.dumps(trained.identity()))).validation_dataset is None
+    assert asked.use_model_settings(json.loads(json.dumps(trained.identity()))).validation_dataset is None
 
 
 @pytest.mark.parametrize("trained", ["none"], indirect=True)
@@ -411,7 +411,7 @@ def test_the_script_beside_the_model_needs_numpy_alone(trained, tmp_path):
 def test_the_script_knows_each_link(loss):
     z = np.random.default_rng(0).normal(size=(20, 3))
     np.testing.assert_allclose(
-        standalone._of_link(z, loss), make_loss(loss, num_classes=3).mean(jnp.float32(z)), rtol=1e-5
+        standalone._apply_inverse_link(z, loss), make_loss(loss, num_classes=3).mean(jnp.float32(z)), rtol=1e-5
     )
 
 
@@ -437,9 +437,13 @@ def test_the_script_says_in_a_line_what_it_cannot_predict(trained, tmp_path):
 
 def test_a_category_called_none_is_one_and_none_is_missing():
     column = {"kind": "category", "name": "c", "values": ["None", "NaT"], "counts": [3, 2], "others": 1}
-    seen = standalone._seen(column, ["None", "NaT", None, np.datetime64("NaT"), "NA", "<NA>"], True)
+    seen = standalone._encode_column(column, ["None", "NaT", None, np.datetime64("NaT"), "NA", "<NA>"], True)
     np.testing.assert_array_equal(seen.argmax(axis=1), [0, 1, 2, 2, 2, 2])
-    assert np.isnan(standalone._seen(column, ["<NA>", "NA", None], False)).all(axis=1).tolist() == [False, True, True]
+    assert np.isnan(standalone._encode_column(column, ["<NA>", "NA", None], False)).all(axis=1).tolist() == [
+        False,
+        True,
+        True,
+    ]
 
 
 def test_the_script_reads_long_texts_and_times_of_utc(trained, tmp_path):
@@ -447,12 +451,12 @@ def test_the_script_reads_long_texts_and_times_of_utc(trained, tmp_path):
     script = trained / "w" / "model" / "predict.py"
     done = subprocess.run([sys.executable, script, tmp_path / "t.csv"], capture_output=True, text=True)
     assert (done.returncode, len(done.stdout.splitlines()), done.stderr) == (0, 2, "")
-    assert standalone._number("2026-01-02T12:00:00Z", days=True) == (date(2026, 1, 2) - date(1970, 1, 1)).days + 0.5
+    assert standalone._to_number("2026-01-02T12:00:00Z", days=True) == (date(2026, 1, 2) - date(1970, 1, 1)).days + 0.5
 
 
 def test_the_script_keeps_all_digits_of_categories():
     column = {"kind": "category", "name": "c", "values": ["1234567", "2.5"], "counts": [3, 2], "others": 1}
-    seen = standalone._seen(column, [1234567.0, np.float64(1234567), 1234567, 2.5, "2.50", None], True)
+    seen = standalone._encode_column(column, [1234567.0, np.float64(1234567), 1234567, 2.5, "2.50", None], True)
     np.testing.assert_array_equal(seen.argmax(axis=1), [0, 0, 0, 1, 2, 2])
 
 

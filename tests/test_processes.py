@@ -99,7 +99,7 @@ def means(size):
 for size in map(int, sys.argv[3:]):
     mapped = jax.shard_map(lambda: means(size), mesh=mesh, in_specs=(), out_specs=PartitionSpec(), check_vma=False)
     compiled = jax.jit(mapped).lower().compile()
-    found, (one,) = compiled(), programs.collectives(compiled, mesh.size)
+    found, (one,) = compiled(), programs.find_collectives(compiled, mesh.size)
     print(one.kind, one.size, set(found["a"].tolist()), found["b"].tolist())
 """
 
@@ -305,7 +305,7 @@ def test_sigterm_to_one_process_saves_in_all_within_an_epoch_and_exits_75(tmp_pa
         worker.send_signal(signal.SIGTERM)
     code, said = ended(launcher)
     assert code == 75, said
-    assert said.count("the same command goes on from there") == 2
+    assert said.count("the same command resumes from there") == 2
     stopped_at = max(complete(tmp_path / "w"))
     assert f"stopped at step {stopped_at:,}," in said
     assert any(step % 2560 for step in complete(tmp_path / "w")), "none was saved within an epoch"

@@ -105,7 +105,7 @@ def test_names_from_files_do_not_reach_the_terminal_or_the_page_as_escapes(runs,
     ("summary", "said"),
     [
         (b"[]", "it is not an object"),
-        (b"[" * 10**5, "nested too deep"),
+        (b"[" * 10**5, "nested too deeply"),
         (b"\xff", "can't decode"),
         ({"metrics": []}, "its metrics or its digest are of another type"),
         ({"params_sha256": 7}, "its metrics or its digest are of another type"),

@@ -15,25 +15,25 @@ import pytest
 from cluster import ROOT, end, wait_until
 
 from dpreg.distributed import devices
-from dpreg.scaling import Exchange, Measured, extrapolated
+from dpreg.scaling import Exchange, Measurement, extrapolate
 
 SHOWN = pathlib.Path(ROOT) / "docs" / "6-scale.md"  # whose command is run here
 
 
 def test_latency_and_bandwidth_are_found_again():
     seconds = {size: 2e-5 + size / 3e9 for size in (24, 4096, 65_536, 1 << 20, 4 << 20)}
-    found = Exchange.fitted(4, seconds)
+    found = Exchange.fit(4, seconds)
     assert (found.latency, found.bandwidth) == (pytest.approx(2e-5), pytest.approx(3e9))
     assert found.error < 1e-9
-    assert found.of(3e6, 4) == pytest.approx(2e-5 + 1e-3)
-    assert found.of(3e6, 16) == pytest.approx(4e-5 + 1e-3 * (15 / 16) / (3 / 4))
-    assert found.of(3e6, 1) == 0
-    off = Exchange.fitted(4, seconds | {24: 4e-5})
+    assert found.predict(3e6, 4) == pytest.approx(2e-5 + 1e-3)
+    assert found.predict(3e6, 16) == pytest.approx(4e-5 + 1e-3 * (15 / 16) / (3 / 4))
+    assert found.predict(3e6, 1) == 0
+    off = Exchange.fit(4, seconds | {24: 4e-5})
     assert 0.1 < off.error < 1
-    assert math.isinf(Exchange.fitted(2, dict.fromkeys(seconds, 1e-5)).bandwidth)
+    assert math.isinf(Exchange.fit(2, dict.fromkeys(seconds, 1e-5)).bandwidth)
     # Measured beside other work: the line through these has a negative latency, and the best without is through 0.
     noisy = {24: 1e-3, 65_536: 1e-5, 1 << 20: 5e-4}
-    through_0 = Exchange.fitted(2, noisy)
+    through_0 = Exchange.fit(2, noisy)
     size, measured = np.array(list(noisy)), np.array(list(noisy.values()))
     slope = (size / measured).sum() / ((size / measured) ** 2).sum()
     assert (through_0.latency, through_0.bandwidth) == (0.0, pytest.approx(1 / slope))
@@ -43,17 +43,17 @@ def test_devices_pay_until_each_does_half_of_what_one_does_alone():
     # A step of 1 ms, 0.1 ms of which are not shared; sums of 10 us over two, 20 over four.
     exchange = Exchange(2, 1e-5, 1e12, 0.0, {})
     runs = [
-        Measured(count, "strong", 0.0, 1 / (0.9e-3 / count + 0.1e-3 + latency), 0.0, 0.0, 1.0)
+        Measurement(count, "strong", 0.0, 1 / (0.9e-3 / count + 0.1e-3 + latency), 0.0, 0.0, 1.0)
         for count, latency in ((1, 0), (2, 1e-5), (4, 2e-5))
     ]
-    found = extrapolated(runs, [exchange], 0, batch_size=1024)
+    found = extrapolate(runs, [exchange], 0, batch_size=1024)
     assert (found["shared"], found["fixed"]) == (pytest.approx(0.9e-3), pytest.approx(0.1e-3))
     assert found["efficiency"][1] == 1
     assert found["efficiency"][16] == pytest.approx(1e-3 / (0.9e-3 + 16 * (0.1e-3 + 4e-5)), rel=1e-6)
     pays = found["pays_up_to"]
     assert found["efficiency"][pays] >= 0.5 > found["efficiency"][2 * pays]
     assert max(found["efficiency"]) == 1024
-    assert extrapolated(runs, [], 24, 32) == {}
+    assert extrapolate(runs, [], 24, 32) == {}
 
 
 @pytest.mark.faults
@@ -80,7 +80,7 @@ def test_a_run_on_one_core_and_on_two(tmp_path):
     )
     (exchange,) = found["exchanges"]
     assert min(exchange["seconds"].values()) > 0
-    fitted = Exchange.fitted(2, {int(size): seconds for size, seconds in exchange["seconds"].items()})
+    fitted = Exchange.fit(2, {int(size): seconds for size, seconds in exchange["seconds"].items()})
     assert (exchange["latency"], exchange["error"]) == (fitted.latency, fitted.error)
     shown = (tmp_path / "scaling.html").read_text()
     assert shown.count("<polyline") == 3

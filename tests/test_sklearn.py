@@ -312,7 +312,7 @@ def test_modules_of_the_user():
     ("arguments", "said"),
     [
         ({"solver": "newton"}, "solver='newton': use auto, exact or sgd"),
-        ({"solver": "exact", "model": "mlp"}, "solver='exact': it is for"),
+        ({"solver": "exact", "model": "mlp"}, "solver='exact': it applies only to"),
         ({"loss": "logistic"}, "use DataParallelClassifier"),
         ({"lr": -1.0}, "^lr=-1.0: use a value above 0$"),
         (

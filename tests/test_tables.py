@@ -548,13 +548,13 @@ def spellings(arrays):
         for column in (array, array.dictionary_encode()):
             decoded = column.dictionary_decode() if pa.types.is_dictionary(column.type) else column
             (text,), _ = data_columns._distinct(decoded)
-            yield standalone.spelled(text)
+            yield standalone.normalize_category(text)
         (value,) = array.to_numpy(zero_copy_only=False)
-        yield standalone.spelled(standalone.text_of(value))
+        yield standalone.normalize_category(standalone.to_text(value))
         if pa.types.is_string(array.type):
             for kind in (pa.large_string(), pa.string_view(), pa.binary(), pa.large_binary()):
                 (text,), _ = data_columns._distinct(array.cast(kind))
-                yield standalone.spelled(text)
+                yield standalone.normalize_category(text)
 
 
 @hypothesis.given(st.one_of(WHOLE.filter(lambda v: int(float(v)) == v), SHORT))
@@ -563,18 +563,18 @@ def test_a_number_has_one_spelling_whatever_the_type_of_its_column(value):
     assert len(found) == 1, found
     (text,) = found
     assert float(text) == value
-    assert standalone.spelled(text) == text
+    assert standalone.normalize_category(text) == text
     if isinstance(value, int):
-        assert found == {standalone.spelled(str(value))}
+        assert found == {standalone.normalize_category(str(value))}
 
 
 def test_values_that_are_different_have_different_spellings():
     numbers = [0, 1, -1, 0.1, 1e15, 1e15 + 1, 2**53, 2**60, 2**60 + 1, 2**63 - 1, 1e22, 1e23, 1e-5, 0.30000000000000004]
     texts = ["01", "1a", "1e3", "12E5", "0x1", "+1", "1,000", "v1.0", "inf", "1.0.0", "٣", "1_0", "true", "2026-01-01"]
-    found = [standalone.spelled(standalone.text_of(value)) for value in [*numbers, *texts]]
+    found = [standalone.normalize_category(standalone.to_text(value)) for value in [*numbers, *texts]]
     assert len(set(found)) == len(found)
     assert found[len(numbers) :] == texts
-    assert standalone.spelled("0.12345678901234567890123") == "0.12345678901234567890123"
+    assert standalone.normalize_category("0.12345678901234567890123") == "0.12345678901234567890123"
 
 
 def test_booleans_dates_and_times_have_one_spelling_whatever_the_type_of_their_column():
@@ -603,8 +603,8 @@ def test_booleans_dates_and_times_have_one_spelling_whatever_the_type_of_their_c
     for text, arrays in cases.items():
         for array in arrays:
             (distinct,), _ = data_columns._distinct(array)
-            assert standalone.spelled(distinct) == text, array.type
-            assert standalone.spelled(standalone.text_of(array[0].as_py())) == text, array.type
+            assert standalone.normalize_category(distinct) == text, array.type
+            assert standalone.normalize_category(standalone.to_text(array[0].as_py())) == text, array.type
 
 
 def test_a_category_is_known_when_its_column_has_another_type_at_prediction(read, tmp_path):

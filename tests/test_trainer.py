@@ -25,7 +25,7 @@ import dpreg
 from dpreg.config import Config
 from dpreg.distributed import compilation_cache
 from dpreg.distributed.devices import data_mesh
-from dpreg.planning.programs import collectives
+from dpreg.planning.programs import find_collectives
 from dpreg.step.reduce import tree_sum
 from dpreg.step.tuning import fewest_chunks, steps_of_call
 from dpreg.train.build import build_model
@@ -621,7 +621,7 @@ def test_one_device_meets_nobody(reduction):
     trainer.prepare_data(Rows(100).data(16, num_val=20))
     trainer.prepare_model(dpreg.LinearRegressionScratch(3, 0.1))
     program = trainer.loop.program
-    assert collectives(program.train_block, 1) == collectives(program.eval_block[0], 1) == []
+    assert find_collectives(program.train_block, 1) == find_collectives(program.eval_block[0], 1) == []
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""What a run is: settings in groups, each with its default and its rule in one place, for flags and Python alike."""
+"""The settings of a run. Each is defined once, with its default and its rule, for flags and for Python."""
 
 from dpreg.config.config import Config, check_settings
 from dpreg.config.rows import Columns

@@ -1,4 +1,4 @@
-"""A run: all settings, and the rules between settings of different groups. No JAX."""
+"""`Config`, the settings of a run, and the rules between settings of different groups. It does not import JAX."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -18,20 +18,20 @@ from dpreg.spelling import spell
 
 OUTPUTS = (".csv", ".parquet")
 
-# Of what affects the result, that which the modes evaluate and predict take from the caller where it is given.
-_ASKED = ("dataset", "batch_size", "missing")
+# Settings that affect the result, but that the caller may change for the modes evaluate and predict.
+_CHANGEABLE = ("dataset", "batch_size", "missing")
 
 
 @document
 @dataclasses.dataclass(frozen=True)
 class Config(RunSettings, DeviceSettings, OptimizerSettings, ModelSettings, RowSettings):
-    """A run: each setting is also the flag of the same name. The defaults are those of D2L section 3.4.
+    """The settings of a run. Each is also the flag of the same name. The defaults are those of D2L section 3.4.
 
     Raises:
-      InputError: for a value that no run can have; names the setting.
+      InputError: for an invalid value; the message names the setting.
     """
 
-    given: frozenset[str] = dataclasses.field(default=frozenset(), compare=False)  # settings that flags named
+    given: frozenset[str] = dataclasses.field(default=frozenset(), compare=False)  # settings given as flags
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -39,7 +39,7 @@ class Config(RunSettings, DeviceSettings, OptimizerSettings, ModelSettings, RowS
             for text in value if isinstance(value, tuple) else (value,):
                 if isinstance(text, str) and (not is_one_line(text) or text != text.rstrip()):
                     self._refuse(
-                        name, "a flagfile cannot hold a line break, a blank at the end or other than UTF-8; rename it"
+                        name, "a flagfile cannot hold a line break, a trailing blank or invalid UTF-8; rename it"
                     )
         self._check_fit()
         if self.num_processes is not None and not self.workdir:
@@ -47,57 +47,62 @@ class Config(RunSettings, DeviceSettings, OptimizerSettings, ModelSettings, RowS
         if self.mode in ("evaluate", "predict"):
             self._check_prediction()
         elif self.dataset != "synthetic" and not self.target and not self.dataset.startswith("tfds:"):
-            self._refuse("dataset", f"say which column to predict, with {spell('target', ('COLUMN',))}")
+            self._refuse("dataset", f"name the column to predict, with {spell('target', ('COLUMN',))}")
 
     def _check_fit(self) -> None:
-        """Refuses rows, a model, a loss and a solver that do not fit together."""
+        """Refuses rows, a model, a loss and a solver that cannot be combined."""
         if not self.intercept:
             linear = spell("model", "linear", "concise")
             if not self.is_linear:
-                self._refuse("intercept", f"it is for {linear}; leave it out")
+                self._refuse("intercept", f"it applies only to {linear}; leave it out")
             for name in ("standardize", "target_transform"):
                 if getattr(self, name) in (True, "standardize"):
                     without = spell("intercept", False)
                     self._refuse(name, f"centred columns need an intercept; leave out this or {without}")
         if self.sync_batch_norm and self.reduction == "ordered":
             ordered = spell("reduction", "ordered")
-            self._refuse("sync_batch_norm", f"it takes all shards at once, and {ordered} one by one; leave one out")
+            self._refuse(
+                "sync_batch_norm", f"it needs all shards at once, and {ordered} computes them one by one; leave one out"
+            )
         self._check_solver()
         if self.precision == "bfloat16" and self.dataset != "synthetic" and not self.standardizes:
             scaled = f"{spell('standardize', True)}, or " if self.intercept else ""
-            self._refuse("precision", f"it keeps three digits of features; use {scaled}{spell('precision', 'float32')}")
+            remedy = f"use {scaled}{spell('precision', 'float32')}"
+            self._refuse("precision", f"it keeps only three digits of the features; {remedy}")
         if self.loss not in LOSSES[:4] and self.target_transform != "none":
             loss = spell("loss", self.loss)
             self._refuse("target_transform", f"{loss} is defined for the target without a transform; leave one out")
 
     def _check_solver(self) -> None:
-        """Refuses an exact solver for what it cannot solve."""
+        """Refuses an exact solver for a model, loss or penalty that it does not support."""
         linear, no_l1 = spell("model", "linear", "concise"), f"without {spell('l1')}"
         remedy = f"use {spell('solver', 'sgd')}"
         if self.solver == "exact" and not self.has_exact_solution:
             if self.is_linear and not self.l1:
                 free, losses = spell("intercept", False), spell("loss", "squared", *GLM_LOSSES)
-                self._refuse("solver", f"with {free} it is for {losses}; {remedy}")
-            self._refuse("solver", f"it is for {linear}, {no_l1}; {remedy}")
+                self._refuse("solver", f"with {free} it applies only to {losses}; {remedy}")
+            self._refuse("solver", f"it applies only to {linear}, {no_l1}; {remedy}")
         newton = self.is_linear and not self.l1 and self.loss in GLM_LOSSES
         if self.solver == "irls" and not newton:
-            self._refuse("solver", f"it is for {linear} with {spell('loss', *GLM_LOSSES)}, {no_l1}; {remedy}")
+            losses = spell("loss", *GLM_LOSSES)
+            self._refuse("solver", f"it applies only to {linear} with {losses}, {no_l1}; {remedy}")
 
     def _check_prediction(self) -> None:
+        """Refuses settings with which the modes evaluate and predict cannot run."""
         mode = spell("mode", self.mode)
         if not self.workdir:
             raise InputError(f"{mode}: name the folder of the trained model, with {spell('workdir')}")
         if self.dataset == "synthetic":
-            raise InputError(f"{mode}: say which table, with {spell('dataset')}")
+            raise InputError(f"{mode}: name a table, with {spell('dataset')}")
         if self.validation_dataset is not None:
-            self._refuse("validation_dataset", f"{mode} takes all rows of {spell('dataset')}; name it there")
+            self._refuse("validation_dataset", f"{mode} uses all rows of {spell('dataset')}; name the table there")
         if self.mode == "predict" and (not self.output or not self.output.lower().endswith(OUTPUTS)):
             files = spell("output", *(f"FILE{ending}" for ending in OUTPUTS))
-            raise InputError(f"{mode}: give a file for the predictions, with {files}")
+            raise InputError(f"{mode}: name a file for the predictions, with {files}")
 
     @classmethod
     def from_flags(cls, values: flags.FlagValues) -> Self:
-        """The config that parsed flags describe."""
+        """The config with the values of parsed flags."""
         given = parse_flags(cls, values)
         return cls(**given, given=frozenset(name for name in given if values[name].present))
 
@@ -111,61 +116,64 @@ class Config(RunSettings, DeviceSettings, OptimizerSettings, ModelSettings, RowS
         return self.is_linear and not self.l1 and (self.intercept or self.loss in ("squared", *GLM_LOSSES))
 
     def is_least_squares(self) -> bool:
-        """Whether `dpreg.solvers.tsqr` knows the best parameters of such a model."""
+        """Whether this is a linear least-squares problem without l1, which `dpreg.solvers.tsqr` solves exactly."""
         return self.is_linear and not self.l1 and self.loss == "squared"
 
     def columns(self) -> Columns:
-        """What to take from a table."""
+        """The columns to read from a table, and how to convert them."""
         return Columns(**{field.name: getattr(self, field.name) for field in list_settings(Columns)})
 
     def identity(self) -> dict[str, Any]:
-        """What affects the result, besides the rows: a run may only be continued by one that is equal in it."""
-        decisive = {f.name: getattr(self, f.name) for f in list_settings(Config) if f.metadata["affects_result"]}
-        if self.lr_schedule in ("linear", "cosine"):  # which end with the run
-            decisive["max_epochs"] = self.max_epochs
-        return decisive
+        """The settings that affect the result. A run can only be resumed with equal ones."""
+        values = {f.name: getattr(self, f.name) for f in list_settings(Config) if f.metadata["affects_result"]}
+        if self.lr_schedule in ("linear", "cosine"):  # these schedules depend on the length of the run
+            values["max_epochs"] = self.max_epochs
+        return values
 
-    def of_model(self, flags: Mapping[str, Any]) -> Self:
-        """This config with what affects the result as a model was trained, and rows and batches as asked for.
+    def use_model_settings(self, flags: Mapping[str, Any]) -> Self:
+        """This config with the settings that a model was trained with, except for the dataset and how it is read.
+
+        Args:
+          flags: the settings of the model that affect its result, see `identity`.
 
         Raises:
-          InputError: for a setting that was given and is not that of the model.
+          InputError: for a setting that was given and differs from that of the model.
         """
         trained: dict[str, Any] = {
             name: tuple(value) if isinstance(value, list) else value for name, value in flags.items()
         }
         if ":" in trained["model"] and self.model != trained["model"]:
             allowed = spell("model", trained["model"])
-            self._refuse("workdir", f"its model is code of yours; allow it to be imported, with {allowed}")
+            self._refuse("workdir", f"its model is your own class; allow its import, with {allowed}")
         for field in list_settings(Config):
-            name, asked = field.name, getattr(self, field.name)
+            name, value = field.name, getattr(self, field.name)
             if name not in trained or not self.is_given(name):
                 continue
-            if name in _ASKED:
-                trained[name] = asked
-            elif asked != trained[name]:
+            if name in _CHANGEABLE:
+                trained[name] = value
+            elif value != trained[name]:
                 self._refuse(name, f"the model was trained with {spell(name, trained[name])}; leave it out")
         return dataclasses.replace(self, **trained | {"validation_dataset": None})
 
     def shared(self) -> dict[str, Any]:
-        """What all processes of a run have to agree on."""
+        """The settings that must be equal in all processes of a run."""
         return {f.name: getattr(self, f.name) for f in list_settings(Config) if not f.metadata["per_process"]}
 
     def to_flagfile(self) -> str:
-        """A flagfile that repeats the run. It leaves out who runs it, where the outputs go, and what to continue."""
+        """A flagfile that repeats the run, without the settings of single processes, the output paths, and `resume`."""
         defaults, shared = {field.name: field.default for field in list_settings(Config)}, self.shared()
         given = {n: v for n, v in shared.items() if v is not None and n != "resume" and (v != () or defaults[n] != ())}
         return write_flagfile(given)
 
 
 def check_settings(**values: Any) -> None:
-    """Checks arguments of a function that are settings of a run, by the rules of `Config`.
+    """Checks the arguments of a function that are settings of a run, by the rules of `Config`.
 
     Args:
-      values: settings by their names.
+      values: settings by name.
 
     Raises:
-      InputError: for the first value that its setting cannot have.
+      InputError: for the first invalid value.
 
     >>> check_settings(max_epochs=3, reduction="ordered")
     >>> check_settings(max_epochs=0)

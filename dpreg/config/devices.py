@@ -1,4 +1,4 @@
-"""Settings of the devices and processes that compute a run, and of how they compute it."""
+"""Settings of the devices and processes of a run, and of how they compute it."""
 
 import dataclasses
 
@@ -15,19 +15,21 @@ PLACEMENTS = ("auto", "device", "host")
 
 @dataclasses.dataclass(frozen=True)
 class DeviceSettings(Settings):
-    """Which devices and processes compute a run, and how."""
+    """The devices and processes of a run, and how they compute it."""
 
-    platform: str | None = setting(None, "cpu, gpu or tpu. Default: the best there is.", choices=PLATFORMS)
+    platform: str | None = setting(None, "cpu, gpu or tpu. Default: the fastest one present.", choices=PLATFORMS)
     num_devices: int | None = setting(
-        None, "Devices of this process; on cpu, as many are simulated. Default: all, up to num_shards.", min=1
+        None, "Devices of this process; cpu simulates that many. Default: all, up to num_shards.", min=1
     )
-    num_shards: int = setting(8, "Logical shards; as many devices can share it.", affects_result=True, min=1)
+    num_shards: int = setting(
+        8, "Logical shards of each batch; at most that many devices can be used.", affects_result=True, min=1
+    )
     reduction: str = setting(
         "pmean", "pmean; or ordered: the same bits on any number of devices.", affects_result=True, choices=REDUCTIONS
     )
     precision: str = setting(
         "float32",
-        "float32; float64, from the table to the result; or bfloat16 for features, and products where a chip gains.",
+        "float32; float64; or bfloat16 for features, and for products on chips where it is faster.",
         affects_result=True,
         choices=PRECISIONS,
     )
@@ -35,19 +37,21 @@ class DeviceSettings(Settings):
         "jit", "How steps are compiled: jit (shard_map) or pmap; the results are the same.", choices=BACKENDS
     )
     placement: str = setting(
-        "auto", "Where rows wait for their step: device, host, or auto: on devices if they fit.", choices=PLACEMENTS
+        "auto",
+        "Where rows are stored during training: device, host, or auto: on devices if they fit.",
+        choices=PLACEMENTS,
     )
     coordinator_address: str | None = setting(
         None,
-        "HOST:PORT where process 0 of several serves; auto asks the cluster. Default: a single process, or auto in "
-        "a step of Slurm or Open MPI.",
+        "HOST:PORT at which process 0 listens, for several processes; auto reads it from the cluster. Default: a "
+        "single process, or auto in a step of Slurm or Open MPI.",
         per_process=True,
     )
     num_processes: int | None = setting(
-        None, "How many processes run this together. Default: as the cluster says, or one.", per_process=True, min=1
+        None, "Number of processes of the run. Default: that of the cluster, or 1.", per_process=True, min=1
     )
     process_id: int | None = setting(
-        None, "Which of the processes this is, from 0. Default: as the cluster says, or 0.", per_process=True
+        None, "Number of this process, from 0. Default: that of the cluster, or 0.", per_process=True
     )
 
     def __post_init__(self) -> None:
@@ -59,15 +63,15 @@ class DeviceSettings(Settings):
 
     @property
     def threads(self) -> int | None:
-        """That XLA is to compute with on CPU, as `dpreg.start` takes them: "ordered" needs as many as shards."""
+        """The argument `threads` of `dpreg.start`: on CPU, "ordered" needs a thread for each shard."""
         return self.num_shards if self.reduction == "ordered" else None
 
 
 def check_processes(address: str | None, num_processes: int | None, process_id: int | None) -> None:
-    """Refuses what does not describe one of several processes; none of the three is given for a single process.
+    """Checks the settings that describe one of several processes; a single process has none of the three.
 
     Raises:
-      InputError: where some are missing, the address is no HOST:PORT, or the id is none of `num_processes`.
+      InputError: if some are missing, the address is not HOST:PORT, or the id is not below `num_processes`.
     """
     given = [value is not None for value in (address, num_processes, process_id)]
     if not any(given) or (address == "auto" and given == [True, False, False]):
@@ -81,10 +85,10 @@ def check_processes(address: str | None, num_processes: int | None, process_id: 
 
 
 def split_address(address: str) -> tuple[str, int]:
-    """HOST:PORT -> (host, port), an IPv6 host without its brackets.
+    """Splits HOST:PORT into host and port, and removes the brackets of an IPv6 address.
 
     Raises:
-      InputError: for anything else.
+      InputError: if the address does not have that form.
     """
     host, _, port = address.rpartition(":")
     if not host or not port.isdecimal() or not 0 < int(port) < 65536:

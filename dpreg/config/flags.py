@@ -1,4 +1,4 @@
-"""Settings as absl flags: defined from the fields of a class, read back into values, written into a flagfile."""
+"""Defines absl flags for the settings of a class, reads their values, and writes flagfiles."""
 
 from collections.abc import Mapping
 from typing import Any, get_args, get_origin, get_type_hints
@@ -9,7 +9,7 @@ from dpreg.config.settings import list_settings
 from dpreg.errors import InputError
 from dpreg.spelling import flag_text, spell
 
-# What --help shows: the flags that most runs need. --helpfull shows all.
+# The flags that --help shows; --helpfull shows all.
 COMMON = {
     "Rows": (
         *("dataset", "target", "features", "categorical", "weight_column", "missing", "validation_fraction"),
@@ -35,26 +35,27 @@ def define_flags(settings: type) -> None:
     types = get_type_hints(settings)
     for field in list_settings(settings):
         hint = types[field.name]
-        kinds = (get_origin(hint), hint, *get_args(hint))  # tuple[float, ...] is a list flag, int | None an int flag
+        types_of_hint = (get_origin(hint), hint, *get_args(hint))  # tuple[float, ...]: list flag; int | None: int flag
         default = list(map(str, field.default)) if isinstance(field.default, tuple) else field.default
-        _DEFINE[next(kind for kind in kinds if kind in _DEFINE)](field.name, default, field.metadata["help"])
+        _DEFINE[next(kind for kind in types_of_hint if kind in _DEFINE)](field.name, default, field.metadata["help"])
 
 
 def parse_flags(settings: type, values: flags.FlagValues) -> dict[str, Any]:
-    """The settings of a class that parsed flags have.
+    """The settings of a class, by name, from parsed flags.
 
     Raises:
-      InputError: where a list of numbers holds other words.
+      InputError: for a list of numbers with another word in it.
     """
     types, parsed = get_type_hints(settings), {}
     for field in list_settings(settings):
         name, value = field.name, values[field.name].value
         if isinstance(value, list):
-            kind = get_args(types[name])[0]
+            element_type = get_args(types[name])[0]
             try:
-                value = tuple(map(kind, value))
+                value = tuple(map(element_type, value))
             except ValueError as error:
-                raise InputError(f"{spell(name, tuple(value))}: give {_NUMBERS[kind]} separated by commas") from error
+                numbers = _NUMBERS[element_type]
+                raise InputError(f"{spell(name, tuple(value))}: give {numbers} separated by commas") from error
         parsed[name] = value
     return parsed
 

@@ -13,11 +13,11 @@ LOSSES = ("squared", "huber", "absolute", "quantile", "logistic", "softmax", "po
 
 @dataclasses.dataclass(frozen=True)
 class ModelSettings(Settings):
-    """Which model, and which loss it is fitted by."""
+    """The model, and the loss that it minimises."""
 
     model: str = setting(
         "linear",
-        "linear (from scratch), concise, mlp; or PACKAGE.MODULE:CLASS, a flax module.",
+        "linear (from scratch), concise (flax), mlp; or PACKAGE.MODULE:CLASS, a flax module.",
         affects_result=True,
         completions=MODELS,
     )
@@ -33,7 +33,7 @@ class ModelSettings(Settings):
     )
     dropout: float = setting(
         0.0,
-        "Share of an mlp's hidden values left out in training, 0 or more and below 1.",
+        "Fraction of an mlp's hidden values that dropout sets to 0 in training, 0 or more and below 1.",
         affects_result=True,
         min=0,
         lt=1,
@@ -45,8 +45,8 @@ class ModelSettings(Settings):
     )
     sync_batch_norm: bool = setting(
         False,
-        "With batch_norm: by the mean and variance of all rows of each batch; devices then exchange them in every "
-        "layer. Not with the reduction ordered.",
+        "With batch_norm: normalise by the mean and variance of all rows of the batch, which devices exchange in "
+        "every layer. Not with the reduction ordered.",
         affects_result=True,
     )
     activation: str = setting(
@@ -58,16 +58,16 @@ class ModelSettings(Settings):
     loss: str = setting("squared", f"{', '.join(LOSSES)}.", affects_result=True, choices=LOSSES)
     huber_delta: float = setting(
         1.0,
-        "Of the loss huber: errors beyond it count in proportion, smaller ones by their square; in units of the target "
+        "For the loss huber: the error beyond which the loss is linear instead of quadratic, in units of the target "
         "after any target transform.",
         affects_result=True,
         gt=0,
     )
     quantile: float = setting(
-        0.5, "Of the loss quantile: which one it fits, above 0 and below 1.", affects_result=True, gt=0, lt=1
+        0.5, "For the loss quantile: the quantile to fit, above 0 and below 1.", affects_result=True, gt=0, lt=1
     )
     num_classes: int = setting(
-        2, "Of the loss softmax: how many labels there are, 0 to num_classes - 1.", affects_result=True, min=2
+        2, "For the loss softmax: the number of classes; labels are 0 to num_classes - 1.", affects_result=True, min=2
     )
 
     def __post_init__(self) -> None:
@@ -78,9 +78,9 @@ class ModelSettings(Settings):
             self._refuse("hidden", f"give at least one width, or use {spell('model', 'linear')}")
         if self.sync_batch_norm and not (self.model == "mlp" and self.batch_norm):
             needed = f"{spell('model', 'mlp')} with {spell('batch_norm', True)}"
-            self._refuse("sync_batch_norm", f"it is for {needed}; give both, or leave it out")
+            self._refuse("sync_batch_norm", f"it applies only to {needed}; give both, or leave it out")
 
     @property
     def is_linear(self) -> bool:
-        """Whether the model is one of the linear ones that come with dpreg."""
+        """Whether the model is one of dpreg's linear models."""
         return self.model in ("linear", "concise")

@@ -1,4 +1,4 @@
-"""Settings of the rows: what to take from a table, which table, and synthetic rows."""
+"""Settings of the rows: the table, its columns, and synthetic rows."""
 
 import dataclasses
 
@@ -13,7 +13,7 @@ TRANSFORMS = ("none", "log", "standardize")
 @document
 @dataclasses.dataclass(frozen=True)
 class Columns(Settings):
-    """What to take from a table, and how.
+    """The columns to read from a table, and how to convert them.
 
     >>> Columns(target=("price",), features=("carat", "color"), categorical=("color",)).used_columns
     ('carat', 'color', 'price')
@@ -21,7 +21,7 @@ class Columns(Settings):
 
     target: tuple[str, ...] = setting(
         (),
-        "Column to predict; several separated by commas. Default: as a TFDS dataset says.",
+        "Columns to predict, separated by commas. Default: the target of a TFDS dataset.",
         affects_result=True,
     )
     features: tuple[str, ...] = setting(
@@ -29,51 +29,51 @@ class Columns(Settings):
     )
     exclude: tuple[str, ...] = setting(
         (),
-        "Columns not to fit on, if features are not named; separated by commas. Default: none.",
+        "Columns that are no features, if features are not named; separated by commas. Default: none.",
         affects_result=True,
     )
     weight_column: str | None = setting(
-        None, "Column of sample weights, 0 or more. Default: all rows weigh 1.", affects_result=True
+        None, "Column of sample weights, 0 or more. Default: none.", affects_result=True
     )
     categorical: tuple[str, ...] = setting(
         (),
-        "Features that are categories: a column of 0 and 1 for each, and one for all others. Default: none.",
+        "Categorical features, one-hot encoded with one more column for other values. Default: none.",
         affects_result=True,
     )
     dates: tuple[str, ...] = setting(
         (),
-        "Features that are dates or times, separated by commas: in days since the beginning of 1970. Default: none.",
+        "Features that are dates or times, separated by commas; they become days since 1970-01-01. Default: none.",
         affects_result=True,
     )
     max_categories: int = setting(
         64,
-        "Most categories of a column: the most frequent ones; all others count as one.",
+        "Largest number of categories of a column; the most frequent ones are kept, and all others count as one.",
         affects_result=True,
         min=1,
     )
     missing: str = setting(
         "error",
-        "What to do with missing values: error; drop their rows; or use the mean (features only).",
+        "Missing values: error; drop their rows; or replace them by the mean (features only).",
         affects_result=True,
         choices=MISSING,
     )
     standardize: bool | None = setting(
         None,
-        "Fit on numeric features of mean 0 and standard deviation 1; reported parameters are in original units. "
-        "Default: tables only, with an intercept.",
+        "Scale numeric features to mean 0 and standard deviation 1 for the fit; reported parameters are in original "
+        "units. Default: for tables, if there is an intercept.",
         affects_result=True,
     )
     intercept: bool = setting(True, "Whether a linear model has a bias.", affects_result=True)
     target_transform: str = setting(
         "none",
-        "How the target is transformed before the fit: none; log, to its logarithm; or standardize, to mean 0 and "
-        "standard deviation 1. Default: none; standardize for an mlp whose loss is one of differences.",
+        "Transform of the target before the fit: none; log, its logarithm; or standardize, to mean 0 and standard "
+        "deviation 1. Default: none; standardize for an mlp whose loss is one of differences.",
         affects_result=True,
         choices=TRANSFORMS,
     )
     validation_fraction: float = setting(
         0.1,
-        "Share of a table's rows held out, under 1; not with validation_dataset or a TFDS split for it.",
+        "Fraction of rows held out for validation if no other validation rows are given, below 1.",
         affects_result=True,
         min=0,
         lt=1,
@@ -81,53 +81,53 @@ class Columns(Settings):
 
     @property
     def used_columns(self) -> tuple[str, ...]:
-        """The columns that are read: features, targets, weight."""
+        """The names of the features, targets, and weight."""
         return (*self.features, *self.target, *((self.weight_column,) if self.weight_column else ()))
 
     @property
     def standardizes(self) -> bool:
-        """Whether numeric features are scaled; what is centred has an intercept."""
+        """Whether numeric features are standardized. Without an intercept they are not: centred columns need one."""
         return self.intercept and self.standardize is not False
 
 
 @dataclasses.dataclass(frozen=True)
 class RowSettings(Columns):
-    """Which rows to fit, in what order and in batches of which size."""
+    """The rows to fit, their order, and the size of the batches."""
 
     dataset: str = setting(
         "synthetic",
-        "What to fit: synthetic, tfds:NAME, or a table (.csv, also .gz, .bz2 or .zst; .parquet, .npz, .npy): file, "
-        "pattern or folder.",
+        "Rows to fit: synthetic, tfds:NAME, or the file, pattern or folder of a table (.csv, also .gz, .bz2 or .zst; "
+        ".parquet, .npz, .npy).",
         affects_result=True,
         completions=("synthetic", FILE),
     )
     data_dir: str | None = setting(
         None,
-        "Folder where TFDS datasets are prepared. Default: TFDS's own, ~/tensorflow_datasets.",
+        "Folder of prepared TFDS datasets. Default: that of TFDS, ~/tensorflow_datasets.",
         completions=(FILE,),
     )
     validation_dataset: str | None = setting(
         None,
-        "A table whose rows are held out for validation. Default: a share of the rows, by validation_fraction.",
+        "A table of validation rows. Default: a fraction of the dataset, see validation_fraction.",
         affects_result=True,
         completions=(FILE,),
     )
     cache_dir: str | None = setting(
-        None, "Folder for tables that were read once. Default: ~/.cache/dpreg/tables.", completions=(FILE,)
+        None, "Folder that caches converted tables. Default: ~/.cache/dpreg/tables.", completions=(FILE,)
     )
     w: tuple[float, ...] = setting(
-        (2.0, -3.4), "True weights of the synthetic rows, one a feature, separated by commas."
+        (2.0, -3.4), "True weights of the synthetic rows, one per feature, separated by commas."
     )
     b: float = setting(4.2, "True bias of the synthetic rows.")
     noise: float = setting(0.01, "Standard deviation of the noise in the synthetic targets.", min=0)
     num_train: int = setting(1000, "Synthetic rows to fit.", min=1)
     num_val: int = setting(1000, "Synthetic rows held out for validation.", min=0)
     batch_size: int = setting(
-        32, "Rows of a global batch, over all devices: a multiple of num_shards.", affects_result=True, min=1
+        32, "Rows of a global batch, over all devices; a multiple of num_shards.", affects_result=True, min=1
     )
     seed: int = setting(
         0,
-        "Decides synthetic rows, initial parameters, the order of rows and dropout.",
+        "Seed of synthetic rows, initial parameters, the order of rows, and dropout.",
         affects_result=True,
         min=0,
         lt=2**31,
@@ -139,25 +139,26 @@ class RowSettings(Columns):
             self._refuse("w", f"give at least one weight, such as {spell('w', (2, -3.4))}")
         if self.num_train + self.num_val >= 2**31:
             both = f"{spell('num_train', self.num_train)} {spell('num_val', self.num_val)}"
-            raise InputError(f"{both}: these are too many rows; use fewer than {2**31:,}")
+            raise InputError(f"{both}: these are too many rows; use fewer than {2**31:,} in total")
         if self.dataset == "synthetic":
             self._check_synthetic()
         for name in ("dataset", "validation_dataset", "data_dir", "cache_dir"):
             check_path(name, getattr(self, name), is_local=name == "cache_dir")
 
     def _check_synthetic(self) -> None:
-        """Refuses settings of tables."""
+        """Refuses settings that apply only to tables."""
         if self.standardize:
             self._refuse("standardize", "synthetic rows have mean 0 and standard deviation 1 already; leave it out")
         for name in ("target", "features", "exclude", "categorical", "dates", "weight_column", "validation_dataset"):
             if getattr(self, name):
-                self._refuse(name, f"it is for tables; name one with {spell('dataset')}, or leave it out")
+                self._refuse(name, f"it applies only to tables; name one with {spell('dataset')}, or leave it out")
         if self.target_transform != "none":
-            self._refuse("target_transform", f"it is for tables; name one with {spell('dataset')}, or leave it out")
+            remedy = f"name one with {spell('dataset')}, or leave it out"
+            self._refuse("target_transform", f"it applies only to tables; {remedy}")
 
 
 def check_path(name: str, path: str | None, is_local: bool) -> None:
-    """Refuses a path that cannot be printed in one line, or is not of this machine where it has to be."""
+    """Refuses a path with characters that cannot be printed, and with `is_local` the URL of other storage."""
     if not is_one_line(path or ""):
         refuse(name, path, "has characters that cannot be printed; rename it")
     if is_local and "://" in (path or ""):

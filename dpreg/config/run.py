@@ -1,4 +1,4 @@
-"""Settings of a run: what it does, and what it writes, keeps and reports on the way."""
+"""Settings of the mode of a run, its outputs, checkpoints and reports."""
 
 import dataclasses
 
@@ -12,23 +12,23 @@ RESUME = ("auto", "never", "must")
 
 @dataclasses.dataclass(frozen=True)
 class RunSettings(Settings):
-    """What a run does, and what it writes."""
+    """The mode of a run, and its outputs."""
 
     mode: str = setting(
         "train",
-        "train; evaluate or predict: the workdir's model on the rows of the dataset; "
-        "doctor: whether a run could start here, and if not, why.",
+        "train; evaluate or predict: apply the workdir's model to the dataset; doctor: check whether a run can start "
+        "here.",
         choices=MODES,
     )
     workdir: str | None = setting(
         None,
-        "Folder for the outputs. Default: a new one in runs/, named by the time.",
+        "Folder for the outputs. Default: a new one in runs/, named after the time.",
         per_process=True,
         completions=(FILE,),
     )
     output: str | None = setting(
         None,
-        "Where the mode predict writes: a .csv or .parquet file. Default: none.",
+        "File of predictions of the mode predict, .csv or .parquet. Default: none.",
         per_process=True,
         completions=(FILE,),
     )
@@ -37,23 +37,23 @@ class RunSettings(Settings):
         "auto: resume from the newest checkpoint, if any; must: fail without one; never: start over.",
         choices=RESUME,
     )
-    log_every_steps: int = setting(0, "Steps between lines of metrics.jsonl; 0 for eight lines an epoch.", min=0)
-    checkpoint_every_seconds: float = setting(60.0, "Seconds between checkpoints; 0 for none by time.", min=0)
-    checkpoint_every_steps: int = setting(0, "Steps between checkpoints; 0 to save by time only.", min=0)
-    keep: int = setting(3, "How many checkpoints to keep, the newest.", min=1)
+    log_every_steps: int = setting(0, "Steps between lines of metrics.jsonl; 0 for eight lines per epoch.", min=0)
+    checkpoint_every_seconds: float = setting(60.0, "Seconds between checkpoints; 0: not by time.", min=0)
+    checkpoint_every_steps: int = setting(0, "Steps between checkpoints; 0: not by steps.", min=0)
+    keep: int = setting(3, "Number of checkpoints to keep, the newest ones.", min=1)
     audit: bool = setting(True, "Check each epoch that every row was used exactly once, over all processes.")
     profile: str | None = setting(
         None,
-        "START:STOP: trace from the one step to the other into the workdir's profile/ (TensorBoard, Perfetto). "
+        "START:STOP: write a trace of these steps into the workdir's profile/, for TensorBoard and Perfetto. "
         "Default: none.",
     )
     tensorboard: bool = setting(
-        False, "Write the scalars of metrics.jsonl, and the settings, into the workdir's tensorboard/ as event files."
+        False, "Write the scalars of metrics.jsonl, and the settings, as event files into the workdir's tensorboard/."
     )
     step_timeout: float | None = setting(
         None,
-        "Seconds without results after which a run ends as hung; 0 for never. "
-        "Default: 120, or 20 times the slowest of late (600 for the first).",
+        "Seconds without a result after which a run is considered hung and ends; 0 for never. "
+        "Default: 120, or 20 times the slowest recent result (600 for the first).",
         min=0,
     )
 
@@ -65,7 +65,7 @@ class RunSettings(Settings):
             self._refuse("profile", f"give two steps, the earlier first, such as {spell('profile', '100:200')}")
 
     def profiled_steps(self) -> tuple[int, int] | None:
-        """START and STOP of `profile`, where they are such."""
+        """START and STOP of `profile`; None unless they are steps, and START is the smaller one."""
         start, _, stop = (self.profile or "").partition(":")
         if not (start.isdecimal() and stop.isdecimal()) or int(start) >= int(stop):
             return None

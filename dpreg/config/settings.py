@@ -1,6 +1,6 @@
-"""Settings: fields of a dataclass that carry their help, their rule, and what they have to do with the result.
+"""Settings are dataclass fields with a help text, a rule, and whether they affect the result.
 
-A rule concerns one value: its type, its choices, its range. Rules between settings stand in the groups.
+A rule checks one value: its type, its choices, its range. Rules between settings are in the classes of settings.
 """
 
 import dataclasses
@@ -18,15 +18,15 @@ from dpreg.spelling import spell
 
 T = TypeVar("T")
 
-FILE = "FILE"  # among completions: any file or folder
-# Type of a setting -> types of values that are accepted for it, and what to say of others.
+FILE = "FILE"  # among completions, stands for any file or folder
+# Type of a setting -> the types of accepted values, and the message for others.
 _ACCEPTED: dict[type, tuple[Any, str]] = {
     bool: ((bool, np.bool_), "use True or False"),
     int: (numbers.Integral, "use an integer"),
     float: (numbers.Real, "use a number"),
     str: (str, "use a string"),
 }
-_OF_TUPLES = {int: "integers", float: "numbers", str: "names"}
+_ELEMENT_NAMES = {int: "integers", float: "numbers", str: "names"}
 
 
 def setting(
@@ -41,16 +41,16 @@ def setting(
     gt: float | None = None,
     lt: float | None = None,
 ) -> Any:
-    """A field of a class of settings.
+    """Defines a setting, as a field of a dataclass.
 
     Args:
-      default: the only place where it stands; `Config.name` is it.
+      default: the default; other code reads it as `Config.name`.
       help: a sentence or two, without the name.
-      affects_result: whether another value gives another result.
-      per_process: whether processes of one run may differ in it.
-      choices: the strings that it may be.
-      completions: strings that a shell offers where others are possible as well; by default the choices.
-      min, gt, lt: a number, or each of several, is at least, above, below this.
+      affects_result: whether the result depends on the setting.
+      per_process: whether the processes of one run may have different values.
+      choices: the allowed strings; any if empty.
+      completions: the strings that a shell completes, while others are allowed as well; by default the choices.
+      min, gt, lt: a number, and each number of a tuple, is at least `min`, above `gt` and below `lt`.
     """
     return dataclasses.field(
         default=default,
@@ -74,7 +74,7 @@ def list_settings(settings: type) -> list[dataclasses.Field[Any]]:
 
 def document(settings: type[T]) -> type[T]:
     """Adds the help of its settings to the docstring of a class, for help() and the reference."""
-    if settings.__doc__:  # none under python -OO
+    if settings.__doc__:  # None under python -OO
         lines = "".join(f"\n  {field.name}: {field.metadata['help']}" for field in list_settings(settings))
         settings.__doc__ = f"{inspect.cleandoc(settings.__doc__)}\n\nAttributes:{lines}\n"
     return settings
@@ -82,9 +82,9 @@ def document(settings: type[T]) -> type[T]:
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """The base of all groups: converts each value to the type of its setting and checks it.
+    """The base class of all classes of settings. It converts each value to the type of its setting, and checks it.
 
-    A subclass has the rules between its settings in a `__post_init__` that calls this one first.
+    A subclass checks the rules between its settings in a `__post_init__` that calls this one first.
     """
 
     def __post_init__(self) -> None:
@@ -97,60 +97,60 @@ class Settings:
 
 
 def refuse(name: str, value: Any, remedy: str) -> NoReturn:
-    """Raises InputError for the value of a setting."""
+    """Raises InputError for the value of a setting; `remedy` says what is wrong and what to do."""
     raise InputError(f"{spell(name, value)}: {remedy}")
 
 
 def check_settings_of(settings: type, **values: Any) -> dict[str, Any]:
-    """The values as plain Python values of the types of their settings.
+    """Checks values of settings and converts them to plain Python values of the settings' types.
 
     Raises:
-      InputError: for the first value that its setting cannot have.
+      InputError: for the first invalid value.
     """
-    types = _types_of(settings)
+    types = _get_types(settings)
     return {name: _check(name, _convert(name, types[name], value), settings) for name, value in values.items()}
 
 
 @functools.cache
-def _types_of(settings: type) -> dict[str, Any]:
+def _get_types(settings: type) -> dict[str, Any]:
     return get_type_hints(settings)
 
 
 @functools.cache
-def _metadata_of(settings: type) -> dict[str, Any]:
+def _get_metadata(settings: type) -> dict[str, Any]:
     return {field.name: field.metadata for field in list_settings(settings)}
 
 
 def _convert(name: str, hint: Any, value: Any) -> Any:
     kind, *others = get_args(hint) or (hint,)
     if get_origin(hint) is tuple:
-        parts = value.tolist() if isinstance(value, np.ndarray) else value
-        if not isinstance(parts, (tuple, list)) or not all(_is_of(kind, part) for part in parts):
-            refuse(name, value, f"use a tuple of {_OF_TUPLES[kind]}")
-        return tuple(_to_type(kind, part) for part in parts)
+        elements = value.tolist() if isinstance(value, np.ndarray) else value
+        if not isinstance(elements, (tuple, list)) or not all(_is_accepted(kind, element) for element in elements):
+            refuse(name, value, f"use a tuple of {_ELEMENT_NAMES[kind]}")
+        return tuple(_to_type(kind, element) for element in elements)
     if value is None and NoneType in others:
         return None
-    if getattr(value, "ndim", None) == 0:  # a number of NumPy or JAX
+    if getattr(value, "ndim", None) == 0:  # a NumPy or JAX scalar
         value = value.item()
-    if not _is_of(kind, value):
+    if not _is_accepted(kind, value):
         refuse(name, value, _ACCEPTED[kind][1])
     return _to_type(kind, value)
 
 
-def _is_of(kind: type, value: Any) -> bool:
+def _is_accepted(kind: type, value: Any) -> bool:
     return isinstance(value, _ACCEPTED[kind][0]) and (kind is bool or not isinstance(value, bool))
 
 
 def _to_type(kind: Any, value: Any) -> Any:
     try:
         return kind(value)
-    except OverflowError:  # an integer that no float holds
+    except OverflowError:  # an integer beyond the range of float64
         return math.inf
 
 
 def _check(name: str, value: Any, settings: type) -> Any:
-    rule = _metadata_of(settings)[name]
-    choices, least, above, below = (rule[key] for key in ("choices", "min", "gt", "lt"))
+    rule = _get_metadata(settings)[name]
+    choices = rule["choices"]
     if choices and value is not None and value not in choices:
         refuse(name, value, f"use {', '.join(choices[:-1])} or {choices[-1]}")
     for number in value if isinstance(value, tuple) else (value,):
@@ -158,10 +158,10 @@ def _check(name: str, value: Any, settings: type) -> Any:
             continue
         if isinstance(number, float) and not math.isfinite(number):
             refuse(name, value, "use a finite number")
-        if least is not None and number < least:
-            refuse(name, value, f"use {least} or more")
-        if above is not None and number <= above:
-            refuse(name, value, f"use a value above {above}")
-        if below is not None and number >= below:
-            refuse(name, value, f"use a value under {below:,}")
+        if rule["min"] is not None and number < rule["min"]:
+            refuse(name, value, f"use {rule['min']} or more")
+        if rule["gt"] is not None and number <= rule["gt"]:
+            refuse(name, value, f"use a value above {rule['gt']}")
+        if rule["lt"] is not None and number >= rule["lt"]:
+            refuse(name, value, f"use a value under {rule['lt']:,}")
     return value

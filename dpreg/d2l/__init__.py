@@ -1,14 +1,14 @@
-"""The names of *Dive into Deep Learning*, so that its section 3.4 runs as printed, on all devices.
+"""The API of *Dive into Deep Learning*: the code of its section 3.4 runs unchanged, on all devices.
 
-`from dpreg import d2l` takes the place of `from d2l import jax as d2l`:
+`from dpreg import d2l` replaces `from d2l import jax as d2l`:
 
 - `add_to_class`, `HyperParameters`, `ProgressBoard`: the utilities of section 3.2.1.
-- `Module`, `LinearRegressionScratch`, `SGD`: models (3.2.2), and those that section 3.4 defines.
-- `DataModule`, `SyntheticRegressionData`: rows (3.2.3 and 3.3).
-- `Trainer`, `TrainState`: training (3.2.4 and 3.4.4), over `dpreg.Trainer`.
+- `Module`, `LinearRegressionScratch`, `SGD`: the base class of models (3.2.2), and the classes of section 3.4.
+- `DataModule`, `SyntheticRegressionData`: data (3.2.3 and 3.3).
+- `Trainer`, `TrainState`: training (3.2.4 and 3.4.4), based on `dpreg.Trainer`.
 
-A model's `loss(params, X, y, state)` returns one number, the mean over the rows of a batch, as in the book. Training
-applies it to each row, and so gives the numbers of `dpreg.LinearRegressionScratch` on any number of devices.
+The `loss(params, X, y, state)` of a model returns one number, the mean over the rows of a batch, as in the book.
+Training applies it to each row, and so gives the results of `dpreg.LinearRegressionScratch` on any number of devices.
 
 >>> from dpreg import d2l
 >>> trainer = d2l.Trainer(max_epochs=10)

@@ -1,4 +1,4 @@
-"""Rows as the book hands them out: batches (X, y) (D2L sections 3.2.3 and 3.3)."""
+"""The book's data modules and loaders, which yield batches (X, y) (D2L sections 3.2.3 and 3.3)."""
 
 import functools
 from collections.abc import Iterator, Sequence
@@ -18,15 +18,15 @@ from dpreg.errors import InputError
 
 
 class Loader:
-    """Batches (X, y) of all rows of a source, [b, d] and [b, t]; the last one of an epoch may be smaller.
+    """Iterates over batches (X, y) of a source, [b, d] and [b, t]; the last batch of an epoch may be smaller.
 
     Args:
       source: the rows.
-      sampler: their order and the number of rows in a batch.
-      seed: of the order.
+      sampler: determines their order and the size of the batches.
+      seed: the seed of the order.
 
     Attributes:
-      epoch: the next one, counted from 0: each iteration over a loader is an epoch.
+      epoch: the number of the next epoch, from 0; each iteration over the loader is an epoch.
 
     >>> loader = Loader(ArraySource(np.arange(5), np.arange(5)), Sampler(5, 1, 2, shuffle=False))
     >>> len(loader), [y.ravel().tolist() for _, y in loader]
@@ -49,7 +49,8 @@ class Loader:
             rows = self.source[(sampler.shard_start(shards)[:, None] + positions)[real]]
             if (rows["weight"] != 1).any():
                 raise InputError(
-                    "batches (X, y) carry no weights, and some rows have one; override neither fit_epoch nor its parts"
+                    "batches (X, y) carry no weights, and some rows have one; do not override fit_epoch, or the "
+                    "methods that it calls"
                 )
             yield jnp.asarray(rows["x"].astype(rows["y"].dtype)), jnp.asarray(rows["y"])
 
@@ -57,11 +58,11 @@ class Loader:
 class DataModule(HyperParameters):
     """The base class of data (D2L section 3.2.3).
 
-    A subclass has an attribute `batch_size` and a method `get_dataloader(train)`, which returns
-    `self.get_tensorloader((X, y), train, indices)`, or None for no validation rows.
+    A subclass has an attribute `batch_size` and a method `get_dataloader(train)`. It returns
+    `self.get_tensorloader((X, y), train, indices)`, or None if there are no validation rows.
 
     Args:
-      root, num_workers: kept as attributes, for a subclass that downloads or reads files.
+      root, num_workers: saved as attributes, for subclasses that download or read files.
 
     >>> class Data(DataModule):
     ...     def __init__(self, X, y, batch_size=2):
@@ -79,7 +80,7 @@ class DataModule(HyperParameters):
         self.save_hyperparameters()
 
     def get_dataloader(self, train: bool) -> Any:
-        """The batches to train on, or those to validate on; to be overridden."""
+        """The batches of training rows, or of validation rows. Subclasses override this."""
         raise InputError(
             f"{type(self).__name__} has no get_dataloader; define get_dataloader(self, train), which returns "
             "self.get_tensorloader((X, y), train, indices)"
@@ -96,14 +97,15 @@ class DataModule(HyperParameters):
     def get_tensorloader(
         self, tensors: Sequence[Any], train: bool, indices: slice | ArrayLike = slice(0, None)
     ) -> Loader:
-        """Batches of `batch_size` rows of arrays (D2L section 3.3.3), shuffled in each epoch where `train`.
+        """A loader of batches of `batch_size` rows of arrays (D2L section 3.3.3).
 
         Args:
-          tensors: X [n, d] and y [n] or [n, t].
-          indices: of the rows to take.
+          tensors: X [n, d] and y [n] or [n, t]; float64 if X is, otherwise converted to float32.
+          train: whether to shuffle the rows in each epoch.
+          indices: the indices of the rows to use.
 
         Raises:
-          InputError: for other than two arrays, and values that are not finite.
+          InputError: unless there are two arrays, and for values that are not finite.
         """
         if len(tensors) != 2:
             raise InputError(f"get_tensorloader: {len(tensors)} arrays; give two, the features X and the targets y")
@@ -115,10 +117,10 @@ class DataModule(HyperParameters):
 
 
 def read_rows(data: DataModule) -> RegressionData:
-    """The rows of both loaders of a data module, as `dpreg.Trainer` takes them.
+    """The rows of both loaders of a data module, as data for `dpreg.Trainer`.
 
     Raises:
-      InputError: for a loader that is not of `get_tensorloader`: each device reads rows by their numbers.
+      InputError: for a loader that is not made by `get_tensorloader`, as devices read rows by their numbers.
     """
     train, val = data.train_dataloader(), data.val_dataloader()
     for name, loader in (("train", train), ("val", val)):
@@ -131,13 +133,14 @@ def read_rows(data: DataModule) -> RegressionData:
 
 
 class SyntheticRegressionData(synthetic.SyntheticRegressionData, DataModule):
-    """Rows of y = X w + b + noise, those of `dpreg.SyntheticRegressionData` (D2L section 3.3.1).
+    """Synthetic rows y = X w + b + noise, the same as `dpreg.SyntheticRegressionData` (D2L section 3.3.1).
 
     Args:
-      w: [d] true weights; b: true bias.
-      noise: standard deviation of the noise.
-      num_train, num_val: rows to fit, rows held out; `num_val=0` for none.
-      batch_size: rows of one batch, over all devices.
+      w: [d] the true weights.
+      b: the true bias.
+      noise: the standard deviation of the noise.
+      num_train, num_val: the numbers of training and validation rows; `num_val=0` for no validation.
+      batch_size: the rows of a global batch, over all devices.
 
     >>> data = SyntheticRegressionData(w=jnp.array([2, -3.4]), b=4.2)
     >>> X, y = next(iter(data.train_dataloader()))
@@ -155,7 +158,7 @@ class SyntheticRegressionData(synthetic.SyntheticRegressionData, DataModule):
         batch_size: int = Config.batch_size,
     ):
         super().__init__(w, b, noise, num_train, num_val, batch_size)
-        self.save_hyperparameters(ignore=["w", "b"])  # both are arrays already
+        self.save_hyperparameters(ignore=["w", "b"])  # the base class has saved both as arrays
 
     @functools.cached_property
     def _all_rows(self) -> tuple[Array, Array]:
@@ -174,7 +177,7 @@ class SyntheticRegressionData(synthetic.SyntheticRegressionData, DataModule):
         return self._all_rows[1]
 
     def get_dataloader(self, train: bool) -> Loader | None:
-        """Batches of the training rows, in a new order each epoch, or of those held out; None where there are none."""
+        """Batches of the training rows, in a new order each epoch, or of the validation rows if there are any."""
         source = self.train if train else self.val
         if source is None:
             return None

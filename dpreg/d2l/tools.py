@@ -1,4 +1,4 @@
-"""The utilities of D2L section 3.2.1: methods added to a class, saved arguments, the live curve."""
+"""The utilities of D2L section 3.2.1: `add_to_class`, `HyperParameters` and `ProgressBoard`."""
 
 import base64
 import importlib
@@ -20,7 +20,7 @@ _PIXELS_PER_INCH = 96
 
 
 def add_to_class(owner: type) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """A decorator that makes a function a method of a class, also of its existing objects (D2L section 3.2.1).
+    """A decorator that adds a function to a class as a method, also for existing objects (D2L section 3.2.1).
 
     >>> class A:
     ...     b = 1
@@ -33,7 +33,7 @@ def add_to_class(owner: type) -> Callable[[Callable[..., Any]], Callable[..., An
     """
 
     def add(function: Callable[..., Any]) -> Callable[..., Any]:
-        # As a class statement of flax does with its methods: else `nn.compact` would have no effect.
+        # Flax wraps the methods of a class statement in the same way; otherwise `nn.compact` has no effect.
         method = wrap_method_once(function) if issubclass(owner, nn.Module) else function
         setattr(owner, function.__name__, method)
         return function
@@ -53,10 +53,10 @@ class HyperParameters:
     """
 
     def save_hyperparameters(self, ignore: Collection[str] = ()) -> None:
-        """Sets an attribute for each argument of the method that calls this, and `hparams` to all of them.
+        """Saves each argument of the calling method as an attribute, and all of them as `hparams`.
 
         Args:
-          ignore: names of arguments that are not saved.
+          ignore: the names of arguments that are not saved.
         """
         frame: Any = inspect.currentframe()
         caller = inspect.getargvalues(frame.f_back)
@@ -67,13 +67,13 @@ class HyperParameters:
 
 
 class ProgressBoard(HyperParameters):
-    """Curves that grow in a notebook while training goes on (D2L section 3.2.1).
+    """Draws curves in a notebook while a model is trained (D2L section 3.2.1).
 
-    Outside a notebook, and with `display=False`, points are kept and nothing is drawn.
+    Outside a notebook, and with `display=False`, it collects points and draws nothing.
 
     Args:
-      xlabel, ylabel: names of the axes.
-      xlim, ylim: (lowest, highest) value of an axis; None for those of the points.
+      xlabel, ylabel: the labels of the axes.
+      xlim, ylim: the (lowest, highest) value of an axis; None for those of the points.
       xscale, yscale: "linear" or "log".
       figsize: width and height in inches.
       display: whether to draw in a notebook.
@@ -105,24 +105,27 @@ class ProgressBoard(HyperParameters):
         self.clear()
 
     def clear(self) -> None:
-        """Forgets all points: what is drawn next is a new figure."""
+        """Deletes all points; the next point starts a new figure."""
         self.points = dict[str, list[tuple[float, float]]]()
-        self._waiting = dict[str, list[tuple[float, float]]]()
-        self._shown: Any = None  # the handle of the output in the notebook
+        self._pending = dict[str, list[tuple[float, float]]]()
+        self._handle: Any = None  # the display handle of the output in the notebook
 
     def draw(self, x: Any, y: Any, label: str, every_n: int = 1) -> None:
-        """Adds the point (x, y), scalars, to the line of that label.
+        """Adds the point (x, y), two scalars, to the curve `label`.
 
         Args:
-          every_n: points whose means are drawn as one.
+          x: the position.
+          y: the value.
+          label: the label of the curve.
+          every_n: the number of consecutive points that are averaged and drawn as one.
         """
-        waiting = self._waiting.setdefault(label, [])
-        waiting.append((float(x), float(y)))
-        if len(waiting) < every_n:
+        pending = self._pending.setdefault(label, [])
+        pending.append((float(x), float(y)))
+        if len(pending) < every_n:
             return
-        across, up = np.mean(waiting, axis=0)
-        self.points.setdefault(label, []).append((float(across), float(up)))
-        waiting.clear()
+        mean_x, mean_y = np.mean(pending, axis=0)
+        self.points.setdefault(label, []).append((float(mean_x), float(mean_y)))
+        pending.clear()
         self._show()
 
     def svg(self) -> str:
@@ -138,7 +141,7 @@ class ProgressBoard(HyperParameters):
         return chart.live(self.points, self.xlabel or "", self.ylabel or "", (self.xlim, self.ylim), logarithmic)
 
     def _repr_mimebundle_(self, **_: Any) -> dict[str, str]:
-        """What a notebook shows: as an image, for the styles of an inline SVG would apply to the whole page."""
+        """The output in a notebook: an image, as the styles of an inline SVG would apply to the whole page."""
         last = ", ".join(f"{label} {points[-1][1]:.4g}" for label, points in self.points.items())
         width, height = (f"{inches * _PIXELS_PER_INCH:.0f}" for inches in self.figsize)
         data = base64.b64encode(self.svg().encode()).decode()
@@ -148,11 +151,11 @@ class ProgressBoard(HyperParameters):
     def _show(self) -> None:
         if not (self.display and _in_notebook()):
             return
-        if self._shown is None:
+        if self._handle is None:
             display: Any = importlib.import_module("IPython.display").display
-            self._shown = display(self, display_id=True)
+            self._handle = display(self, display_id=True)
         else:
-            self._shown.update(self)
+            self._handle.update(self)
 
 
 def _in_notebook() -> bool:

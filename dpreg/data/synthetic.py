@@ -14,7 +14,7 @@ from numpy.typing import ArrayLike, DTypeLike
 from dpreg.config import Config, check_settings
 from dpreg.data.sources import RegressionData, Rows
 from dpreg.errors import InputError
-from dpreg.tracing import key_of, pinned_settings
+from dpreg.tracing import make_key, pinned_settings
 
 # Rows are drawn in one compiled shape without ragged ends: the compiler may give the remainder of a vector loop
 # other bits, and a row must not depend on those drawn with it.
@@ -26,7 +26,7 @@ _ROWS_KEY = 2  # of the seed's random key: the part for rows, apart from those f
 @functools.partial(jax.jit, static_argnames="width")
 def _normals(indices: Array, seed: Array, width: int) -> Array:
     """Standard normal numbers, [rows, width] float32: a function of seed and index."""
-    key = jax.random.fold_in(key_of(seed), _ROWS_KEY)
+    key = jax.random.fold_in(make_key(seed), _ROWS_KEY)
     return jax.vmap(lambda index: jax.random.normal(jax.random.fold_in(key, index), (width,), jnp.float32))(indices)
 
 

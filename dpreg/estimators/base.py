@@ -1,4 +1,4 @@
-"""What the estimators of `dpreg.sklearn` have in common: all but the targets."""
+"""The base class of the estimators of `dpreg.sklearn`, which add the checks of their targets."""
 
 import dataclasses
 import warnings
@@ -19,7 +19,7 @@ from dpreg.data.schema import Number, Schema
 from dpreg.data.sources import ArraySource, PermutedSource, RegressionData, first_outside
 from dpreg.distributed import devices
 from dpreg.errors import InputError
-from dpreg.estimators.fitted import Fitted, moments, moments_of, varying
+from dpreg.estimators.fitted import Fitted, compute_moments, moments_from_r, update_constants
 from dpreg.models.linear import linear_parameters
 from dpreg.solvers.glm import FAMILIES
 from dpreg.solvers.inference import Summary, summarize_fit
@@ -29,20 +29,20 @@ from dpreg.step.checks import mode_arguments
 from dpreg.step.state import Model
 from dpreg.tables.columns import LARGEST
 from dpreg.tables.statistics import SMALLEST
-from dpreg.tracing import key_of
+from dpreg.tracing import make_key
 from dpreg.train.build import build_trainer
 from dpreg.train.trainer import Trainer
 
-_MOST_EXACT = 1024  # parameters up to which "auto" is exact: its time grows with their square, or third power
-_LOCATED = ("squared", "huber", "absolute", "quantile")  # losses of which a scaled target is a target, too
-_OF_LOGARITHMS = ("poisson", "gamma")  # losses of which a linear model adds up logarithms
+_MAX_EXACT = 1024  # "auto" is exact up to this number of parameters, as the time grows with its square or third power
+_SCALABLE_LOSSES = ("squared", "huber", "absolute", "quantile")  # losses whose targets can be standardized
+_LOG_LINK_LOSSES = ("poisson", "gamma")
 SOLVERS = ("auto", "exact", "sgd")
 STANDARDIZE = True
-DEFAULTS = Config(optimizer="adam", lr_schedule="linear", max_epochs=100)  # of all other arguments
+DEFAULTS = Config(optimizer="adam", lr_schedule="linear", max_epochs=100)  # the defaults of the other arguments
 
 
 class Estimator(BaseEstimator):
-    """What the regressor and the classifier have in common: all but the targets."""
+    """The base class of the regressor and the classifier."""
 
     def __init__(
         self,
@@ -72,8 +72,8 @@ class Estimator(BaseEstimator):
     def __sklearn_is_fitted__(self) -> bool:
         return hasattr(self, "_fitted")
 
-    def _config(self, **of_loss: Any) -> Config:
-        """The run that the arguments describe."""
+    def _config(self, **loss_settings: Any) -> Config:
+        """The settings of a run with the arguments of the estimator."""
         if self.solver not in SOLVERS:
             raise InputError(f"solver={self.solver!r}: use {', '.join(SOLVERS[:-1])} or {SOLVERS[-1]}")
         return Config(
@@ -90,24 +90,30 @@ class Estimator(BaseEstimator):
             num_shards=self.num_shards,
             reduction=self.reduction,
             seed=int(check_random_state(self.random_state).randint(2**31 - 1)),
-            **of_loss,
+            **loss_settings,
         )
 
     def _train(
-        self, config: Config, x: np.ndarray, y: np.ndarray, weight: np.ndarray, one_column: bool, further: bool
+        self, config: Config, x: np.ndarray, y: np.ndarray, weight: np.ndarray, one_column: bool, partial: bool
     ) -> None:
-        """Trains on rows [n, d], [n, t], [n] float64: from the beginning, or further.
+        """Trains on rows x [n, d], y [n, t], weight [n] in float64.
+
+        Args:
+          config: the settings of the run.
+          x, y, weight: the rows.
+          one_column: whether y was an array with a single axis.
+          partial: whether to continue from the previous call, as `partial_fit` does.
 
         Raises:
-          InputError: for what cannot be trained so.
+          InputError: for rows and settings that cannot be combined.
         """
         module = None if isinstance(self.model, str) else self.model
-        before: Fitted | None = getattr(self, "_fitted", None) if further else None
+        previous: Fitted | None = getattr(self, "_fitted", None) if partial else None
         same = y.shape[1], config.model, config.loss, module
-        if before and (before.targets, before.config.model, before.config.loss, before.module) != same:
-            raise InputError("partial_fit: it goes on with the targets, model and loss that it began with; call fit")
-        if before:  # in another order each time
-            config = dataclasses.replace(config, seed=(before.config.seed + 1) % 2**31)
+        if previous and (previous.targets, previous.config.model, previous.config.loss, previous.module) != same:
+            raise InputError("partial_fit: the targets, the model or the loss differ from the first call; call fit")
+        if previous:  # another order of the rows in each call
+            config = dataclasses.replace(config, seed=(previous.config.seed + 1) % 2**31)
         fitted = Fitted(config, module, y.shape[1], one_column, Schema((), ()))
         if wrong := first_outside(ArraySource(np.zeros(len(y)), y, weight, np.float64), fitted.objective.allowed):
             raise fitted.objective.refusal(*wrong)
@@ -115,157 +121,173 @@ class Estimator(BaseEstimator):
         x, y, weight = x[used], y[used], weight[used]
         _require_squares(x, y, weight, used)
         exact, squared = self._is_exact(fitted), config.loss == "squared"
-        if further and exact and not squared:
+        if partial and exact and not squared:
             if self.solver == "exact":
-                raise InputError("solver='exact': its partial_fit is for loss='squared'; use solver='auto' or 'sgd'")
+                remedy = "use solver='auto' or 'sgd'"
+                raise InputError(f"solver='exact': its partial_fit applies only to loss='squared'; {remedy}")
             exact = False
-        if exact and squared and not (before and not before.triangle):
-            self._solve_least_squares(fitted, x, y, weight, before)
-        elif exact and not further:
+        if exact and squared and not (previous and not previous.r_factor):
+            self._solve_least_squares(fitted, x, y, weight, previous)
+        elif exact and not partial:
             self._solve_by_newton(fitted, x, y, weight)
         else:
-            self._take_steps(fitted, x, y, weight, before, further)
+            self._train_by_optimizer(fitted, x, y, weight, previous, partial)
         if not fitted.is_linear:
-            for name in ("coef_", "intercept_"):  # of another model
+            for name in ("coef_", "intercept_"):  # left from a linear model of an earlier call
                 self.__dict__.pop(name, None)
         self._fitted = fitted
 
     def _is_exact(self, fitted: Fitted) -> bool:
+        """Whether to use an exact solver.
+
+        Raises:
+          InputError: if it is requested, and there is none for the model, the loss or the penalty.
+        """
         config = fitted.config
-        can = fitted.is_linear and not config.l1 and config.loss in (*_LOCATED, "softmax", *FAMILIES)
-        if self.solver == "exact" and not can:
-            raise InputError("solver='exact': it is for model='linear', and no l1; use solver='auto'")
+        solvable = fitted.is_linear and not config.l1 and config.loss in (*_SCALABLE_LOSSES, "softmax", *FAMILIES)
+        if self.solver == "exact" and not solvable:
+            raise InputError("solver='exact': it applies only to model='linear' without l1; use solver='auto'")
         size = (1 + self.n_features_in_) * fitted.outputs
-        return can and (self.solver == "exact" or (self.solver == "auto" and size <= _MOST_EXACT))
+        return solvable and (self.solver == "exact" or (self.solver == "auto" and size <= _MAX_EXACT))
 
     def _solve_least_squares(
-        self, fitted: Fitted, x: np.ndarray, y: np.ndarray, weight: np.ndarray, before: Fitted | None
+        self, fitted: Fitted, x: np.ndarray, y: np.ndarray, weight: np.ndarray, previous: Fitted | None
     ) -> None:
-        """Exactly, of these rows and those before."""
-        triangle = self._solver(fitted, x, y, weight).triangle()
-        if before and before.triangle:
-            triangle = before.triangle + triangle
-        fitted.triangle, fitted.schema = triangle, self._schema(fitted, *moments_of(triangle))
-        # About the means in any case: a penalty on w is the same there, and large ones cost no digits.
+        """Solves least squares exactly, for these rows and those of previous calls."""
+        triangle = self._make_solver(fitted, x, y, weight).triangle()
+        if previous and previous.r_factor:
+            triangle = previous.r_factor + triangle
+        fitted.r_factor, fitted.schema = triangle, self._make_schema(fitted, *moments_from_r(triangle))
+        # Always centre the columns, which loses no digits to large means and does not change a penalty on w.
         mean, (_, scale) = triangle.means, fitted.schema.units
         self.n_iter_ = 1
         fit = triangle.standardized(mean, scale).solve(fitted.config.l2)
-        self._keep_linear(fitted, *fit.shortest(), mean)
+        self._set_coefficients(fitted, *fit.shortest(), mean)
         fitted.fit = fit, mean
 
     def _solve_by_newton(self, fitted: Fitted, x: np.ndarray, y: np.ndarray, weight: np.ndarray) -> None:
-        """Exactly, of these rows."""
-        triangle = self._solver(fitted, x, y, weight).triangle()
-        fitted.schema = self._schema(fitted, *moments_of(triangle))
+        """Finds the exact solution for these rows by Newton's method."""
+        triangle = self._make_solver(fitted, x, y, weight).triangle()
+        fitted.schema = self._make_schema(fitted, *moments_from_r(triangle))
         d, (mean, scale) = x.shape[1], fitted.schema.units
-        mean = np.concatenate([triangle.means[:d], mean[d:]])  # about the means in any case, as least squares
-        solver = self._solver(fitted, (x - mean[:d]) / scale[:d], (y - mean[d:]) / scale[d:], weight)
+        mean = np.concatenate([triangle.means[:d], mean[d:]])  # always centre the features, as for least squares
+        solver = self._make_solver(fitted, (x - mean[:d]) / scale[:d], (y - mean[d:]) / scale[d:], weight)
         solution = solver.solve(fitted.config)
         self.n_iter_ = 1 + solver.passes
         w, b = solution.fit.shortest() if solution.fit else (solution.w, solution.b)
-        self._keep_linear(fitted, w, b, mean)
+        self._set_coefficients(fitted, w, b, mean)
         fitted.fit = (solution.fit, mean) if solution.fit else None
 
-    def _solver(self, fitted: Fitted, x: np.ndarray, y: np.ndarray, weight: np.ndarray) -> Solver:
+    def _make_solver(self, fitted: Fitted, x: np.ndarray, y: np.ndarray, weight: np.ndarray) -> Solver:
         return Solver(ArraySource(x, y, weight, np.float64), fitted.mesh, fitted.config.num_shards)
 
-    def _take_steps(
+    def _train_by_optimizer(
         self,
         fitted: Fitted,
         x: np.ndarray,
         y: np.ndarray,
         weight: np.ndarray,
-        before: Fitted | None,
-        further: bool,
+        previous: Fitted | None,
+        partial: bool,
     ) -> None:
-        """By the optimizer: `max_epochs`, or further one epoch."""
+        """Trains with the optimizer for `max_epochs`, or for one epoch if `partial`."""
         config = fitted.config
-        fitted.schema = varying(before.schema, x) if before else self._schema(fitted, *moments(np.c_[x, y], weight))
-        if further:
-            steady = config.lr_schedule in ("linear", "cosine")
-            config = dataclasses.replace(config, max_epochs=1, lr_schedule="constant" if steady else config.lr_schedule)
-        mean, scale = (part[x.shape[1] :] for part in fitted.schema.units)
-        # The weights between 0 and 2, as float32 may not hold them; what is learned does not depend on their unit.
+        if previous:
+            fitted.schema = update_constants(previous.schema, x)
+        else:
+            fitted.schema = self._make_schema(fitted, *compute_moments(np.c_[x, y], weight))
+        if partial:
+            ends = config.lr_schedule in ("linear", "cosine")  # the schedule ends with the run, which has no end here
+            config = dataclasses.replace(config, max_epochs=1, lr_schedule="constant" if ends else config.lr_schedule)
+        mean, scale = (values[x.shape[1] :] for values in fitted.schema.units)
+        # Scale the weights by a power of two to at most 2, in the range of float32; the result does not change.
         weight = weight / np.exp2(np.floor(np.log2(weight.max())))
-        rows = ArraySource(fitted.scaled(x), (y - mean) / scale, weight)
+        rows = ArraySource(fitted.scale(x), (y - mean) / scale, weight)
         trainer = build_trainer(config)
-        # In a fixed order: contiguous shards of sorted rows would be no samples.
+        # Permute the rows: with sorted ones, a batch, which has rows of each contiguous shard, would not be random.
         trainer.prepare_data(RegressionData(PermutedSource(rows), None, config.batch_size, fitted.schema))
         model = fitted.model(config, trainer.train.num_steps)
         if fitted.module is not None:
             _require_outputs(model, rows.x, fitted.outputs)
         trainer.prepare_model(model)
-        if before:
-            self._go_on(trainer, before)
-        elif fitted.is_linear and config.loss in _OF_LOGARITHMS:
-            # From the mean: the steps of an optimizer are too short to get there from 1.
-            typical = np.maximum(weight @ y / weight.sum(), np.finfo(np.float32).tiny)
-            trainer.set_linear_params(np.zeros((x.shape[1], fitted.targets)), np.log(typical), np.nan)
+        if previous:
+            self._continue_from(previous, trainer)
+        elif fitted.is_linear and config.loss in _LOG_LINK_LOSSES:
+            # Start at the mean target: an optimizer needs many steps to get there from exp(0) = 1.
+            mean_target = np.maximum(weight @ y / weight.sum(), np.finfo(np.float32).tiny)
+            trainer.set_linear_params(np.zeros((x.shape[1], fitted.targets)), np.log(mean_target), np.nan)
         trainer.fit_epochs()
         optimizer = trainer.state.opt_state
         fitted.variables, fitted.optimizer = jax.tree.map(np.asarray, (trainer.variables, optimizer))
         self.n_iter_ = config.max_epochs
         if fitted.is_linear and (linear := linear_parameters(fitted.variables["params"])):
-            self._keep_linear(fitted, *linear)
-            of_rows = rows.x, rows.y, rows.weight
-            if not (further or is_near_optimum(fitted.objective, of_rows, linear, config.l1, config.l2)):
+            self._set_coefficients(fitted, *linear)
+            columns = rows.x, rows.y, rows.weight
+            if not (partial or is_near_optimum(fitted.objective, columns, linear, config.l1, config.l2)):
                 warnings.warn(
-                    f"loss={config.loss!r}: max_epochs={config.max_epochs} ended far from the optimum; use more, "
-                    "another lr, or solver='auto'",
+                    f"loss={config.loss!r}: max_epochs={config.max_epochs} ended far from the optimum; use more "
+                    "epochs, another lr, or solver='auto'",
                     ConvergenceWarning,
                     stacklevel=4,
                 )
 
-    def _go_on(self, trainer: Trainer, before: Fitted) -> None:
-        """From the parameters, and the optimizer's state where there is one."""
-        if before.is_linear:
+    def _continue_from(self, previous: Fitted, trainer: Trainer) -> None:
+        """Sets the trainer's parameters to those of the previous call, and its optimizer state if it fits."""
+        if previous.is_linear:
             w, b = np.atleast_2d(self.coef_).T, np.ravel(self.intercept_)
-            mean, scale = before.schema.units
+            mean, scale = previous.schema.units
             d = len(w)
             trainer.set_linear_params(
                 w * scale[:d, None] / scale[d:], (b + mean[:d] @ w - mean[d:]) / scale[d:], np.nan
             )
         else:
-            trainer.state = trainer.state.replace(**devices.replicated(before.variables, trainer.mesh))
-        same = jax.tree.structure(before.optimizer) == jax.tree.structure(trainer.state.opt_state)  # type: ignore[operator]
-        if same:
-            trainer.state = trainer.state.replace(opt_state=devices.replicated(before.optimizer, trainer.mesh))
+            trainer.state = trainer.state.replace(**devices.replicated(previous.variables, trainer.mesh))
+        structure = jax.tree.structure(trainer.state.opt_state)
+        if jax.tree.structure(previous.optimizer) == structure:  # type: ignore[operator]
+            trainer.state = trainer.state.replace(opt_state=devices.replicated(previous.optimizer, trainer.mesh))
 
-    def _schema(self, fitted: Fitted, mean: np.ndarray, deviation: np.ndarray) -> Schema:
+    def _make_schema(self, fitted: Fitted, mean: np.ndarray, deviation: np.ndarray) -> Schema:
+        """The units of the columns of X and y, from their means and deviations [d + t].
+
+        Raises:
+          InputError: for a column whose deviation is too small to divide by.
+        """
         d, constant = self.n_features_in_, deviation == 0
         names = [*map(str, getattr(self, "feature_names_in_", ()))]
         if len(set(names)) < d:
             names = [f"x{j}" for j in range(d)]
-        if (lost := (deviation > 0) & (deviation < SMALLEST)).any():
-            column = [*names, *(f"y{k}" for k in range(len(mean) - d))][lost.argmax()]
+        if (too_small := (deviation > 0) & (deviation < SMALLEST)).any():
+            column = [*names, *(f"y{k}" for k in range(len(mean) - d))][too_small.argmax()]
             raise InputError(
                 f"column {column!r} varies by less than {SMALLEST:g}, or its weights are as small; scale it"
             )
         scaled = np.full(len(mean), self.standardize)
-        scaled[d:] &= fitted.config.loss in _LOCATED
+        scaled[d:] &= fitted.config.loss in _SCALABLE_LOSSES
         mean = np.where(scaled | (constant & (np.arange(len(mean)) < d)), mean, 0.0)
         units = list(zip(mean.tolist(), np.where(scaled & ~constant, deviation, 1.0).tolist(), strict=True))
         return Schema(
             tuple(
-                Number(name, *unit, constant=bool(of_one_value))
-                for name, unit, of_one_value in zip(names, units[:d], constant[:d], strict=True)
+                Number(name, *unit, constant=bool(is_constant))
+                for name, unit, is_constant in zip(names, units[:d], constant[:d], strict=True)
             ),
             tuple(Number(f"y{k}", *unit) for k, unit in enumerate(units[d:])),
         )
 
-    def _keep_linear(self, fitted: Fitted, w: np.ndarray, b: np.ndarray, mean: np.ndarray | None = None) -> None:
-        """Gives w [d, p] and b [p] in the units of the rows.
+    def _set_coefficients(self, fitted: Fitted, w: np.ndarray, b: np.ndarray, mean: np.ndarray | None = None) -> None:
+        """Sets `coef_` and `intercept_`: w [d, p] and b [p] in the units of X and y.
 
         Args:
-          mean: [d + t] what the model has seen columns less of; by default that of `fitted.schema`.
+          fitted: the schema with the units of w and b.
+          w, b: the parameters for centred and scaled columns.
+          mean: [d + t], the values by which the columns were centred; by default the means of the schema.
         """
-        d, (of_schema, scale) = len(w), fitted.schema.units
-        mean = of_schema if mean is None else mean
+        d, (schema_mean, scale) = len(w), fitted.schema.units
+        mean = schema_mean if mean is None else mean
         w, at_mean = fitted.schema.parameters(w, b)[0], b * scale[d:] + mean[d:]
         b = at_mean - mean[:d] @ w
         if not (np.isfinite(w).all() and np.isfinite(b).all()):
             raise InputError("the coefficients are not finite in float64; scale X, y or the weights closer to 1")
-        fitted.around = mean[:d], at_mean, w, b
+        fitted.centred = mean[:d], at_mean, w, b
         self.coef_: np.ndarray = w[:, 0] if fitted.one_column else np.ascontiguousarray(w.T)
         self.intercept_: float | np.ndarray = float(b[0]) if fitted.one_column else b
 
@@ -286,54 +308,60 @@ class Estimator(BaseEstimator):
         return found[0] if len(found) == 1 else found
 
     def _margins(self, x: ArrayLike) -> np.ndarray:
-        """What the model adds up for rows, before any link: [n, p] float64, of a located loss in the units of y."""
+        """The linear predictors, or the outputs of a network, before the inverse link: [n, p] float64.
+
+        They are in the units of y for losses without a link.
+        """
         check_is_fitted(self)
         fitted, rows = self._fitted, validate_data(self, x, reset=False, dtype=np.float64, order="C")
         if fitted.is_linear:
             w, b = np.atleast_2d(self.coef_).T, np.atleast_1d(self.intercept_)
-            mean, at_mean, *kept = fitted.around
-            # Around the mean, where an intercept far from 0 costs no digits; unless the user has changed them.
-            as_fitted = all(map(np.array_equal, kept, (w, b)))
-            margins: np.ndarray = (rows - mean) @ w + at_mean if as_fitted else rows @ w + b
+            mean, at_mean, *fitted_w_b = fitted.centred
+            # Use the centred form, which loses no digits to a large intercept, unless the user has changed w or b.
+            unchanged = all(map(np.array_equal, fitted_w_b, (w, b)))
+            margins: np.ndarray = (rows - mean) @ w + at_mean if unchanged else rows @ w + b
             return margins
         return fitted.predictor.predict(rows)
 
 
 def _require_outputs(model: Any, x: np.ndarray, outputs: int) -> None:
-    def prediction(row: jax.Array) -> jax.Array:
-        predicted: jax.Array = model.init_with_output(key_of(0), row, **mode_arguments(model, False))[0]
-        return predicted
+    """Raises InputError unless the model predicts [1, outputs] for one row."""
 
-    shape = jax.eval_shape(prediction, jnp.asarray(x[:1])).shape
+    def predict(row: jax.Array) -> jax.Array:
+        prediction: jax.Array = model.init_with_output(make_key(0), row, **mode_arguments(model, False))[0]
+        return prediction
+
+    shape = jax.eval_shape(predict, jnp.asarray(x[:1])).shape
     if shape != (1, outputs):
         raise InputError(f"model: it predicts {list(shape)} for one row; give one that predicts [1, {outputs}]")
 
 
 def _require_squares(x: np.ndarray, y: np.ndarray, weight: np.ndarray, row: np.ndarray) -> None:
-    """Raises InputError for a value of rows [n, d], [n, t], [n] whose weighted square is not finite in float64.
+    """Raises InputError for a value of x or y whose weighted square is not finite in float64.
 
     Args:
-      row: [n] their numbers, from 0.
+      x, y, weight: the rows, [n, d], [n, t] and [n].
+      row: [n] the numbers of the rows for the message, from 0.
     """
-    most = LARGEST / max(1.0, float(np.sqrt(weight.max())))
+    limit = LARGEST / max(1.0, float(np.sqrt(weight.max())))
     for name, values in (("X", x), ("y", y)):
-        if len(large := np.argwhere(np.abs(values) > most)):
+        if len(large := np.argwhere(np.abs(values) > limit)):
             at, column = large[0]
             raise InputError(
                 f"{name}: column {column + 1} has {values[at, column]:g} in row {row[at] + 1:,}; "
-                f"scale it to {most:g} at most" + (", or use smaller weights" if most < LARGEST else "")
+                f"scale it to {limit:g} at most" + (", or use smaller weights" if limit < LARGEST else "")
             )
 
 
-def weights_of(sample_weight: ArrayLike | None, x: np.ndarray) -> np.ndarray:
-    """The weights of rows, [n] float64; 1 where there are none.
+def check_sample_weight(sample_weight: ArrayLike | None, x: np.ndarray) -> np.ndarray:
+    """Validates the weights of rows, and returns them as [n] float64; None stands for weights of 1.
 
     Raises:
-      InputError: for a negative one, and where all are 0.
+      InputError: for a negative weight, or if all are 0.
     """
     weight: np.ndarray = _check_sample_weight(sample_weight, x, dtype=np.float64)
     if (weight < 0).any():
         raise InputError(f"sample_weight: it is negative in row {(weight < 0).argmax() + 1:,}; use 0 or more")
     if not weight.any():
-        raise InputError("sample_weight: it is zero in every row; give one row at least a weight")
+        raise InputError("sample_weight: it is zero in every row; give at least one row a weight above 0")
     return weight

@@ -1,4 +1,4 @@
-"""What an estimator keeps of training."""
+"""The state that an estimator keeps after training."""
 
 import dataclasses
 import functools
@@ -23,17 +23,18 @@ _TINY = float(np.finfo(np.float64).tiny)
 
 @dataclasses.dataclass
 class Fitted:
-    """What an estimator keeps of training, in plain values and NumPy arrays.
+    """The state that an estimator keeps after training, as plain values and NumPy arrays.
 
     Attributes:
-      config: of the run.
-      module: the user's own, if any.
-      targets: columns of y; one_column: whether y was an array with a single axis.
-      schema: the units, by which the model sees the rows.
-      triangle: of all rows so far, where least squares are solved exactly.
-      fit: an exact fit of columns less their means and over their scale, with these means [d + t].
-      variables, optimizer: of the trained model, where steps were taken.
-      around: of a linear model the means [d] of features, what it predicts there [p], and w [d, p] and b [p].
+      config: the settings of the run.
+      module: the user's model, if it is not one of dpreg.
+      targets: the number of columns of y.
+      one_column: whether y was an array with a single axis.
+      schema: the units in which the model reads the rows.
+      r_factor: the R factor of all rows so far, if least squares were solved exactly.
+      fit: an exact fit of centred and scaled columns, and their means [d + t].
+      variables, optimizer: the variables and the optimizer state, if an optimizer was used.
+      centred: for a linear model the means of the features [d], the prediction there [p], w [d, p] and b [p].
     """
 
     config: Config
@@ -41,15 +42,15 @@ class Fitted:
     targets: int
     one_column: bool
     schema: Schema
-    triangle: RFactor | None = None
+    r_factor: RFactor | None = None
     fit: tuple[Fit, np.ndarray] | None = None
     variables: Any = None
     optimizer: Any = None
-    around: tuple[np.ndarray, ...] = ()
+    centred: tuple[np.ndarray, ...] = ()
 
     @property
     def is_linear(self) -> bool:
-        """Whether the model is one of the linear ones that `dpreg.sklearn` knows by name."""
+        """Whether the model is one of dpreg's linear models."""
         return self.module is None and self.config.model in ("linear", "concise")
 
     @property
@@ -60,22 +61,22 @@ class Fitted:
 
     @property
     def outputs(self) -> int:
-        """Columns that the model predicts."""
+        """The number of columns of a prediction."""
         return self.objective.outputs(self.targets)
 
     @property
     def mesh(self) -> Mesh:
-        """The devices to compute on, in their order."""
+        """The mesh of the devices to compute on."""
         return devices.data_mesh(self.config.num_shards, self.config.platform, self.config.num_devices)
 
-    def scaled(self, x: np.ndarray) -> np.ndarray:
-        """Rows [n, d] as the model sees them."""
-        mean, scale = (part[: x.shape[1]] for part in self.schema.units)
+    def scale(self, x: np.ndarray) -> np.ndarray:
+        """Converts features [n, d] to the units of the model. Those that were constant in training become 0."""
+        mean, scale = (values[: x.shape[1]] for values in self.schema.units)
         scaled: np.ndarray = np.where(self.schema.constant, 0.0, (x - mean) / scale)
         return scaled
 
     def model(self, config: Config, num_steps: int = 1) -> Model:
-        """The model to train for so many steps, or to predict with."""
+        """The model to train for `num_steps` steps, or to predict with."""
         if self.module is None:
             return build_model(config, len(self.schema.inputs), self.targets, num_steps)
         if not isinstance(self.module, Module):
@@ -85,7 +86,7 @@ class Fitted:
 
     @functools.cached_property
     def predictor(self) -> Predictor:
-        """Of a model that is not linear; gives what it adds up, before any link."""
+        """The predictor of a model that is not linear. It predicts the outputs before the inverse link."""
         config, model = self.config, self.model(self.config)
         if isinstance(model, Module):
             model = model.clone(objective=dataclasses.replace(model.objective, mean=lambda prediction: prediction))
@@ -102,28 +103,30 @@ class Fitted:
         )
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name != "predictor"}  # compiled, on devices
+        return {
+            name: value for name, value in self.__dict__.items() if name != "predictor"
+        }  # it has compiled functions
 
 
-def moments(columns: np.ndarray, weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and deviation of columns [n, m] float64; 0 for the deviation of constants."""
-    first = columns[0]  # a column far from 0 keeps its digits around it
+def compute_moments(columns: np.ndarray, weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The weighted mean and standard deviation [m] of columns [n, m] float64; the deviation of a constant is 0."""
+    first = columns[0]  # shift by the first row, to lose no digits to large means
     mean = first + weight @ (columns - first) / weight.sum()
     deviation = np.sqrt(weight @ np.square(columns - mean) / weight.sum())
     return mean, np.where((columns != first).any(axis=0), np.maximum(deviation, _TINY), 0.0)
 
 
-def moments_of(triangle: RFactor) -> tuple[np.ndarray, np.ndarray]:
-    """The result of `moments`, to rounding, for the rows of a triangle, whose first row is that of the means."""
-    about = triangle.r[1:, 1:]  # exactly 0 of constants
-    spread = np.sqrt(np.square(about).sum(axis=0))
-    deviation = np.where(spread < SMALLEST, _TINY, spread / np.sqrt(triangle.weight))
-    return triangle.means, np.where(about.any(axis=0), deviation, 0.0)
+def moments_from_r(triangle: RFactor) -> tuple[np.ndarray, np.ndarray]:
+    """The result of `compute_moments`, to rounding, from the R factor of the rows."""
+    centred = triangle.r[1:, 1:]  # the R factor of the centred columns; exactly 0 for constants
+    length = np.sqrt(np.square(centred).sum(axis=0))
+    deviation = np.where(length < SMALLEST, _TINY, length / np.sqrt(triangle.weight))
+    return triangle.means, np.where(centred.any(axis=0), deviation, 0.0)
 
 
-def varying(schema: Schema, x: np.ndarray) -> Schema:
-    """The schema of earlier rows for these [n, d], too: a column that has another value here is not constant."""
-    one_value = (x == schema.units[0][: x.shape[1]]).all(axis=0)
-    columns = zip(schema.inputs, one_value, strict=True)
-    inputs = (dataclasses.replace(c, constant=c.constant and bool(o)) for c, o in columns if isinstance(c, Number))
+def update_constants(schema: Schema, x: np.ndarray) -> Schema:
+    """The schema after further rows x [n, d]: a column with another value in them is no longer constant."""
+    same_value = (x == schema.units[0][: x.shape[1]]).all(axis=0)
+    columns = zip(schema.inputs, same_value, strict=True)
+    inputs = (dataclasses.replace(c, constant=c.constant and bool(s)) for c, s in columns if isinstance(c, Number))
     return dataclasses.replace(schema, inputs=tuple(inputs))

@@ -1,4 +1,4 @@
-"""A trained model as a folder of plain files: what another process needs to predict with it."""
+"""Saves a trained model as a folder of plain files, from which another process can predict."""
 
 import dataclasses
 import hashlib
@@ -20,20 +20,20 @@ from dpreg.files import publish
 from dpreg.spelling import spell
 from dpreg.tables import standalone
 
-_ARRAYS, _REST, _ALONE = standalone.PARAMETERS, standalone.DESCRIPTION, "predict.py"
+_ARRAYS, _DESCRIPTION, _SCRIPT = standalone.PARAMETERS, standalone.DESCRIPTION, "predict.py"
 
 
 @dataclasses.dataclass(frozen=True)
-class Exported:
+class ExportedModel:
     """A trained model.
 
     Attributes:
-      flags: those that decide the answer, as of `Config.identity`.
+      flags: the settings that affect the result, see `Config.identity`.
       variables: {"params", "batch_stats"} as NumPy arrays.
-      num_inputs, num_targets: features and targets of a row.
-      schema: of the table that it was trained on; None where that was no table.
-      digest: of all that; another one is another model.
-      computation: of its predictions, see `dpreg.step.digest`; None for the models of dpreg.
+      num_inputs, num_targets: the number of features and targets of a row.
+      schema: the schema of the table that it was trained on; None if it was not trained on a table.
+      digest: the checksum of all of that, which identifies the model.
+      computation: the digest of its prediction, see `dpreg.step.digest`; None for the models of dpreg.
     """
 
     flags: Mapping[str, Any]
@@ -52,15 +52,15 @@ def save_model(
     data: RegressionData,
     computation: str | None = None,
 ) -> None:
-    """Writes `parameters.npz` (by their paths, such as params/w) and `model.json`, with checksums.
+    """Writes `parameters.npz`, with arrays named by their paths such as params/w, and `model.json`, with checksums.
 
-    Beside a linear model of a table lies `predict.py`, which needs NumPy alone.
+    For a linear model of a table it also writes `predict.py`, which needs only NumPy.
     """
     folder.mkdir(exist_ok=True)
-    (folder / _ALONE).unlink(missing_ok=True)
+    (folder / _SCRIPT).unlink(missing_ok=True)
     if data.schema is not None and config.model in ("linear", "concise"):
-        shutil.copyfile(standalone.__file__, folder / _ALONE)
-    new = {name: folder / f".new-{name}" for name in (_ARRAYS, _REST)}
+        shutil.copyfile(standalone.__file__, folder / _SCRIPT)
+    new = {name: folder / f".new-{name}" for name in (_ARRAYS, _DESCRIPTION)}
     arrays: dict[str, Any] = jax.tree.map(np.asarray, traverse_util.flatten_dict(dict(variables), sep="/"))
     np.savez(new[_ARRAYS], **arrays)
     description = {
@@ -72,20 +72,20 @@ def save_model(
         "computation": computation,
         _ARRAYS: hashlib.sha256(new[_ARRAYS].read_bytes()).hexdigest(),
     }
-    # Through JSON, where a tuple is a list: the checksum is of what will be read.
-    text = json.dumps(standalone.sealed(json.loads(json.dumps(description))), indent=2)
-    new[_REST].write_text(text + "\n", encoding="utf-8")
+    # Round trip through JSON, which turns tuples into lists: the checksum must be that of the value that is read.
+    text = json.dumps(standalone.add_checksum(json.loads(json.dumps(description))), indent=2)
+    new[_DESCRIPTION].write_text(text + "\n", encoding="utf-8")
     for name, path in new.items():
         publish(path, folder / name)
 
 
-def load_model(folder: pathlib.Path) -> Exported:
-    """The model that `save_model` wrote.
+def load_model(folder: pathlib.Path) -> ExportedModel:
+    """Reads a model that `save_model` wrote.
 
     Raises:
-      InputError: when there is none, or it is not as it was written.
+      InputError: when there is none, or it differs from what was written.
     """
-    if not (folder / _REST).exists():
+    if not (folder / _DESCRIPTION).exists():
         raise InputError(f"{folder}: there is no model; train with that {spell('workdir')} first, to the end")
     try:
         model, arrays = standalone.read_model(folder)
@@ -94,17 +94,17 @@ def load_model(folder: pathlib.Path) -> Exported:
     try:
         _check_flags(model["flags"])
         if not all(type(model[name]) is int and model[name] > 0 for name in ("num_inputs", "num_targets")):
-            raise ValueError("its columns are not as many as any model has")
+            raise ValueError("its numbers of columns are not positive")
         variables = {"params": {}, "batch_stats": {}} | traverse_util.unflatten_dict(arrays, sep="/")
         schema, computation = model["schema"] and Schema.from_json(model["schema"]), model.get("computation")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{folder}: the model cannot be used ({error}); run the training command again") from error
     size = model["num_inputs"], model["num_targets"]
-    return Exported(model["flags"], variables, *size, schema, model["checksum"], computation)
+    return ExportedModel(model["flags"], variables, *size, schema, model["checksum"], computation)
 
 
 def _check_flags(flags: Mapping[str, Any]) -> None:
-    """Raises ValueError where they are not those that decide the answer of a run of this version."""
+    """Raises ValueError unless these are the settings that affect the result in this version of dpreg."""
     if unknown := {*Config().identity()} ^ ({*flags} - {"max_epochs"}):
         raise ValueError(f"another version of dpreg wrote it: {spell(min(unknown))}")
     Config(**flags)

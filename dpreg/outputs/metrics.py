@@ -1,4 +1,4 @@
-"""The history of a run on disk, as lines of JSON: metrics.jsonl, one a log point, and starts.jsonl, one a start."""
+"""The history of a run in JSON lines: metrics.jsonl has a line for each log point, starts.jsonl for each start."""
 
 import datetime
 import json
@@ -19,23 +19,23 @@ Record = dict[str, Any]
 
 
 def to_json(value: Any, indent: int | None = None) -> str:
-    """JSON that every reader takes: what is not finite is null."""
+    """Writes a value as JSON. Numbers that are not finite become null, as JSON has no NaN."""
 
-    def finite(part: Any) -> Any:
-        if isinstance(part, Mapping):
-            return {name: finite(inner) for name, inner in part.items()}
-        if isinstance(part, (list, tuple)):
-            return [finite(inner) for inner in part]
-        return None if isinstance(part, float) and not math.isfinite(part) else part
+    def replace_nonfinite(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {name: replace_nonfinite(inner) for name, inner in value.items()}
+        if isinstance(value, (list, tuple)):
+            return [replace_nonfinite(inner) for inner in value]
+        return None if isinstance(value, float) and not math.isfinite(value) else value
 
-    return json.dumps(finite(value), indent=indent, allow_nan=False)
+    return json.dumps(replace_nonfinite(value), indent=indent, allow_nan=False)
 
 
 def from_json(text: str | bytes) -> Any:
-    """The value that `to_json` wrote.
+    """Reads a value that `to_json` wrote.
 
     Raises:
-      ValueError: for what it cannot have written, such as NaN, or lists in lists a thousand deep.
+      ValueError: for text that it cannot have written, such as NaN, or lists nested a thousand deep.
     """
 
     def refuse(constant: str) -> None:
@@ -44,22 +44,22 @@ def from_json(text: str | bytes) -> Any:
     try:
         return json.loads(text, parse_constant=refuse)
     except RecursionError as error:
-        raise ValueError("it is nested too deep") from error
+        raise ValueError("it is nested too deeply") from error
 
 
 def is_number(value: Any) -> bool:
-    """Whether a value of JSON is a finite number that float64 holds."""
+    """Whether a JSON value is a finite number in the range of float64."""
     return type(value) in (int, float) and abs(value) <= sys.float_info.max
 
 
 Schedule = Callable[[int], float]  # the learning rate of each global step, from 0
 
 
-def record_of(progress: Progress, schedule: Schedule | None = None) -> Record:
-    """What is kept of a log point.
+def make_record(progress: Progress, schedule: Schedule | None = None) -> Record:
+    """The record of a log point.
 
-    step, epoch, train_loss, gradient_norm, rows_per_second, learning_rate where there is a schedule; at the end of an
-    epoch also val_loss, metrics and audit.
+    It has step, epoch, train_loss, gradient_norm, rows_per_second, and with a schedule learning_rate; at the end of an
+    epoch also val_loss, the metrics, and audit.
     """
     record: Record = {
         "step": progress.step,
@@ -79,14 +79,14 @@ def record_of(progress: Progress, schedule: Schedule | None = None) -> Record:
 
 
 class MetricsWriter(Callback):
-    """Appends a line for each log point, see `record_of`.
+    """A context manager that appends a line for each log point, see `make_record`.
 
-    Each line is on disk before the next step is reported, so an interrupted run keeps its curve.
+    Each line is flushed at once, so an interrupted run keeps its history.
 
     Args:
-      path: the file. Damaged lines of it are set aside, see `recover_records`.
-      step: the step that the run goes on from: lines up to it are kept, later ones are written again.
-      schedule: the learning rates, where they are known.
+      path: the file. If it has damaged lines, it is renamed, see `recover_records`.
+      step: the step from which the run starts or resumes; records of later steps are deleted.
+      schedule: the learning rates, if they are known.
     """
 
     def __init__(self, path: pathlib.Path, step: int = 0, schedule: Schedule | None = None):
@@ -95,8 +95,8 @@ class MetricsWriter(Callback):
         self._schedule = schedule
 
     def on_log(self, progress: Progress) -> None:
-        """Writes the log point."""
-        self._file.write(to_json(record_of(progress, self._schedule)) + "\n")
+        """Writes a log point."""
+        self._file.write(to_json(make_record(progress, self._schedule)) + "\n")
         self._file.flush()
 
     on_epoch = on_log
@@ -109,14 +109,14 @@ class MetricsWriter(Callback):
 
 
 def note_start(path: pathlib.Path, step: int, device_count: int, process_count: int) -> None:
-    """Adds to the history of a run when it was started, from which step and on what."""
+    """Appends the time of a start, its step, and the number of devices and processes to a file of starts."""
     now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     start = {"time": now, "step": step, "device_count": device_count, "process_count": process_count}
     _rewrite(path, [*recover_records(path, is_start), start])
 
 
 def is_log_point(record: Any) -> bool:
-    """Whether it is a record as `record_of` makes them: numbers by their names, or null, and an audit."""
+    """Whether a JSON value is a record of `make_record`: numbers or null by name, and an audit."""
     if not isinstance(record, dict) or not {"step", "epoch", "train_loss"} <= {*record}:
         return False
     numbers = dict(record)
@@ -132,7 +132,7 @@ def is_log_point(record: Any) -> bool:
 
 
 def is_start(record: Any) -> bool:
-    """Whether it is a record as `note_start` makes them."""
+    """Whether a JSON value is a record of `note_start`."""
     counts = ("step", "device_count", "process_count")
     return (
         isinstance(record, dict)
@@ -147,11 +147,11 @@ def _is_count(value: Any) -> bool:
 
 
 class Records(NamedTuple):
-    """What a file of JSON lines holds.
+    """The content of a file of JSON lines.
 
     Attributes:
       whole: the records, in order.
-      damaged: how many other lines there are: cut off, overwritten, or of something else.
+      damaged: the number of lines that are no records: cut off, overwritten, or with other content.
     """
 
     whole: list[Record]
@@ -159,26 +159,26 @@ class Records(NamedTuple):
 
 
 def read_records(path: pathlib.Path, is_whole: Callable[[Any], bool] = is_log_point) -> Records:
-    """The records of a file of JSON lines; none where there is no file.
+    """Reads the records of a file of JSON lines; none if there is no file.
 
     Args:
       path: the file.
-      is_whole: whether a value is such a record: `is_log_point` or `is_start`.
+      is_whole: tells whether a JSON value is a record: `is_log_point` or `is_start`.
 
     Raises:
-      InputError: where the path is a folder, or something else that is no file.
-      OSError: where the file cannot be read.
+      InputError: if the path is a folder, a pipe or a device.
+      OSError: if the file cannot be read.
     """
     if not path.exists():
         return Records([], 0)
-    if not path.is_file():  # to read a pipe would wait for its writer
+    if not path.is_file():  # opening a pipe would block
         raise InputError(f"{path}: is not a file; move it away")
     *lines, cut = path.read_bytes().split(b"\n")
     whole, damaged = list[Record](), int(bool(cut))
     for line in lines:
         try:
             record = from_json(line)
-        except ValueError:  # also of bytes that are no UTF-8
+        except ValueError:  # includes invalid UTF-8
             record = None
         if is_whole(record):
             whole.append(record)
@@ -188,22 +188,22 @@ def read_records(path: pathlib.Path, is_whole: Callable[[Any], bool] = is_log_po
 
 
 def recover_records(path: pathlib.Path, is_whole: Callable[[Any], bool]) -> list[Record]:
-    """The whole records of a file, to go on with. A damaged file is set aside first, and a line says so."""
+    """Reads the undamaged records of a file. If there are damaged lines, it renames the file and logs a warning."""
     try:
         whole, damaged = read_records(path, is_whole)
     except InputError:
         whole, damaged = [], 1
     if damaged:
-        aside = path.with_name(f"{path.name}.damaged-{time.time_ns()}")
-        path.rename(aside)
+        renamed = path.with_name(f"{path.name}.damaged-{time.time_ns()}")
+        path.rename(renamed)
         lines = "1 line is" if damaged == 1 else f"{damaged:,} lines are"
         logging.warning(
-            "%s: %s damaged, and %d are whole; the run goes on with those, and the file is set aside as %s",
-            *(printable(str(path)), lines, len(whole), printable(aside.name)),
+            "%s: %s damaged; the run continues with the %d others, and the damaged file is renamed to %s",
+            *(printable(str(path)), lines, len(whole), printable(renamed.name)),
         )
     return whole
 
 
 def _rewrite(path: pathlib.Path, records: list[Record]) -> None:
-    """Writes the lines anew: one that a crash cut off would swallow the next."""
+    """Rewrites the file: the next record would be appended to a line that a crash cut off."""
     write_whole(path, "".join(json.dumps(record) + "\n" for record in records))

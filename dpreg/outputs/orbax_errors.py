@@ -1,4 +1,4 @@
-"""Orbax's failures in one line: why a checkpoint could not be written or read."""
+"""Turns errors of Orbax into one line: why a checkpoint could not be written or read."""
 
 import contextlib
 import logging
@@ -11,10 +11,10 @@ from collections.abc import Iterator
 from typing import Any
 
 
-def reason_of(error: BaseException) -> str | None:
-    """Why the file system refused, such as "No space left on device"; None for another error.
+def explain_failure(error: BaseException) -> str | None:
+    """The reason for an error of the file system, such as "No space left on device"; None for another error.
 
-    Orbax raises OSError, or ValueError with the text of TensorStore's status.
+    Orbax raises an OSError, or a ValueError with the text of TensorStore's status.
     """
     if isinstance(error, OSError):
         return error.strerror or str(error)
@@ -26,7 +26,7 @@ def reason_of(error: BaseException) -> str | None:
 
 
 def end_where_threads_wait(code: int) -> None:
-    """Ends the process at once where threads of a failed write are left, which would keep it for ten minutes."""
+    """Exits at once if threads of a failed write are alive: Python would wait ten minutes for them."""
     if any(type(thread).__module__.startswith("orbax") and not thread.daemon for thread in threading.enumerate()):
         for stream in (sys.stdout, sys.stderr):
             stream.flush()
@@ -34,31 +34,31 @@ def end_where_threads_wait(code: int) -> None:
 
 
 @contextlib.contextmanager
-def quiet() -> Iterator[None]:
+def silence_orbax() -> Iterator[None]:
     """Keeps Orbax's threads from printing the tracebacks of failed writes, which are raised as well.
 
-    After an exception until the process ends: Python reports unfinished coroutines when it shuts down.
+    After an exception it stays in effect until the process ends, as Python reports unfinished coroutines at exit.
     """
-    loggers, before = [logging.getLogger(name) for name in ("absl", "asyncio")], sys.unraisablehook
+    loggers, previous_hook = [logging.getLogger(name) for name in ("absl", "asyncio")], sys.unraisablehook
 
-    def note(unraisable: Any) -> None:
-        if not _is_of_orbax(unraisable):
-            before(unraisable)
+    def hook(unraisable: Any) -> None:
+        if not _is_from_orbax(unraisable):
+            previous_hook(unraisable)
 
     for logger in loggers:
-        logger.addFilter(_is_worth_a_line)
-    sys.unraisablehook = note
+        logger.addFilter(_is_not_from_orbax)
+    sys.unraisablehook = hook
     yield
     for logger in loggers:
-        logger.removeFilter(_is_worth_a_line)
-    sys.unraisablehook = before
+        logger.removeFilter(_is_not_from_orbax)
+    sys.unraisablehook = previous_hook
 
 
-def _is_worth_a_line(record: logging.LogRecord) -> bool:
+def _is_not_from_orbax(record: logging.LogRecord) -> bool:
     return not (record.name == "asyncio" or "orbax" in record.pathname)
 
 
-def _is_of_orbax(unraisable: Any) -> bool:
+def _is_from_orbax(unraisable: Any) -> bool:
     if isinstance(unraisable.object, types.CoroutineType):
         return "orbax" in unraisable.object.cr_code.co_filename
-    return str(unraisable.exc_value) == "Event loop is closed"  # of TensorStore, which calls back a write that failed
+    return str(unraisable.exc_value) == "Event loop is closed"  # raised by TensorStore's callback for a failed write

@@ -1,4 +1,4 @@
-"""The file of predictions: whole, or not there."""
+"""Writes the file of predictions, which is either complete or absent."""
 
 import errno
 import os
@@ -19,16 +19,16 @@ _WRITERS = {".csv": pyarrow.csv.CSVWriter, ".parquet": pyarrow.parquet.ParquetWr
 
 
 class PredictionWriter:
-    """Writes one row for each row of a table: its number there, from 1, and what is predicted for each target.
+    """A context manager that writes the row number, from 1, and the predictions of each row of a table.
 
-    A context manager: the file gets its name when all is written, and replaces one of that name.
+    The file is renamed to its final name when it is complete, and replaces an existing one.
 
     Args:
-      path: .csv or .parquet. None: nothing is written.
+      path: a file with the ending .csv or .parquet. None writes nothing.
       targets: the names of the predicted columns.
 
     Raises:
-      InputError: when it cannot be written.
+      InputError: when the file cannot be written.
     """
 
     def __init__(self, path: pathlib.Path | None, targets: Sequence[str]):
@@ -42,19 +42,24 @@ class PredictionWriter:
                 self._writer = _WRITERS[self._path.suffix.lower()](self._new, self._schema)
             except OSError as error:
                 self._new.unlink(missing_ok=True)
-                raise self._wrong(error) from error
+                raise self._make_error(error) from error
         return self
 
     def write(self, prediction: np.ndarray, valid: np.ndarray) -> None:
-        """The next rows: [n, t], and which of them [n] have a prediction; the others get none."""
-        number = np.arange(self._rows + 1, self._rows + 1 + len(prediction))
+        """Writes the next rows.
+
+        Args:
+          prediction: [n, t] the predictions.
+          valid: [n] bool; the other rows are written without a prediction.
+        """
+        numbers = np.arange(self._rows + 1, self._rows + 1 + len(prediction))
         self._rows += len(prediction)
         if self._path:
             columns = [pa.array(column, mask=~valid) for column in prediction.T]
             try:
-                self._writer.write_batch(pa.RecordBatch.from_arrays([pa.array(number), *columns], schema=self._schema))
+                self._writer.write_batch(pa.RecordBatch.from_arrays([pa.array(numbers), *columns], schema=self._schema))
             except OSError as error:
-                raise self._wrong(error) from error
+                raise self._make_error(error) from error
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -67,11 +72,11 @@ class PredictionWriter:
                 publish(self._new, self._path)
         except OSError as failed:
             if error is None:
-                raise self._wrong(failed) from failed
+                raise self._make_error(failed) from failed
         finally:
             self._new.unlink(missing_ok=True)
 
-    def _wrong(self, error: OSError) -> InputError:
+    def _make_error(self, error: OSError) -> InputError:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
         reason = "the disk is full" if full else f"cannot be written: {error.strerror or error}"
         return InputError(f"{spell('output', self._path)}: {reason}; name another file")

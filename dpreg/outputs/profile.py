@@ -1,4 +1,4 @@
-"""A trace of some steps, for TensorBoard and Perfetto."""
+"""Traces some steps of a run, for TensorBoard and Perfetto."""
 
 import pathlib
 from types import TracebackType
@@ -9,11 +9,15 @@ from dpreg.train.callback import Callback, Progress
 
 
 class Profiler(Callback):
-    """Traces the steps from `start` to `stop`, of a trainer at `step`, with a sync point before either.
+    """A context manager that traces the steps from `start` to `stop`, and requests a sync point at both.
 
-    A context manager: a trace that is still open is ended. It lies in `folder`: `tensorboard --logdir=FOLDER`, or the
-    file `perfetto_trace.json.gz` at ui.perfetto.dev. Without a folder nothing is traced: so in all processes but one,
-    which need the same sync points.
+    To view the trace, use `tensorboard --logdir=FOLDER`, or open `perfetto_trace.json.gz` at ui.perfetto.dev.
+
+    Args:
+      folder: the folder of the trace. None traces nothing, for the other processes of a run: they need the same sync
+        points.
+      start, stop: the first step of the trace, and the first step after it.
+      step: the current step of the trainer.
     """
 
     def __init__(self, folder: pathlib.Path | None, start: int, stop: int, step: int):
@@ -21,18 +25,18 @@ class Profiler(Callback):
         self._tracing = False
 
     def next_sync(self, step: int) -> int | None:
-        """`start`, then `stop`."""
+        """The next of `start` and `stop` after a step."""
         return next((bound for bound in (self._start, self._stop) if bound > step), None)
 
     def __enter__(self) -> "Profiler":
-        self._at(self._step)
+        self._start_or_stop(self._step)
         return self
 
     def on_steps(self, progress: Progress) -> None:
-        """Begins or ends the trace, when it is time."""
-        self._at(progress.step)
+        """Starts the trace at `start`, and stops it at `stop`."""
+        self._start_or_stop(progress.step)
 
-    def _at(self, step: int) -> None:
+    def _start_or_stop(self, step: int) -> None:
         if self._folder is None:
             return
         due = self._start <= step < self._stop
@@ -45,4 +49,4 @@ class Profiler(Callback):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._at(self._stop)
+        self._start_or_stop(self._stop)

@@ -1,4 +1,4 @@
-"""What a person sees while a run goes on: a bar in a terminal, a line now and then elsewhere."""
+"""Shows the progress of a run: a bar in a terminal, and a line every 10 seconds elsewhere."""
 
 import time
 from types import TracebackType
@@ -14,7 +14,7 @@ _LINE_SECONDS = 10.0
 
 
 class ProgressDisplay(Callback):
-    """Shows epoch, loss, rows/s and time left on stderr. A context manager, so that the bar is closed."""
+    """A context manager that shows the epoch, loss, rows/s and time left on stderr."""
 
     def __init__(self, console: Console | None = None):
         self._console = console or Console(stderr=True)
@@ -39,18 +39,18 @@ class ProgressDisplay(Callback):
         self._bar.stop()
 
     def doing(self, what: str) -> None:
-        """What goes on before the first step, in the bar's place. Without a terminal: a line each 10 seconds."""
+        """Shows a status before the first step, in the place of the bar; without a terminal, every 10 seconds."""
         self._bar.update(self._task, loss=printable(what))
         if not self._console.is_terminal and time.monotonic() - self._printed > _LINE_SECONDS:
             self._printed = time.monotonic()
             self.say(what)
 
     def say(self, line: str) -> None:
-        """A line of its own, above the bar."""
+        """Prints a line above the bar."""
         self._console.print(printable(line), highlight=False, markup=False, soft_wrap=True)
 
     def on_steps(self, progress: Progress) -> None:
-        """Shows where the run is. Without a terminal: a line each 10 seconds, and at the end of an epoch."""
+        """Shows the progress; without a terminal, every 10 seconds and at the end of an epoch."""
         if progress.train_loss is not None:
             self._loss = f"loss {progress.train_loss:.4g}"
             if progress.val_loss is not None:
@@ -67,7 +67,7 @@ class ProgressDisplay(Callback):
             )
         elif progress.epoch_ended or (self._loss and time.monotonic() - self._printed > _LINE_SECONDS):
             self._printed = time.monotonic()
-            done = f"step {progress.step:,}/{progress.num_steps:,}"
-            self.say(f"epoch {progress.epoch:.2f}/{progress.max_epochs}  {done}  {self._loss}  {speed}")
+            step = f"step {progress.step:,}/{progress.num_steps:,}"
+            self.say(f"epoch {progress.epoch:.2f}/{progress.max_epochs}  {step}  {self._loss}  {speed}")
 
     on_log = on_epoch = on_steps

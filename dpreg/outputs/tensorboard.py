@@ -1,4 +1,4 @@
-"""Event files for TensorBoard: the scalars of metrics.jsonl, and the hyperparameters."""
+"""Writes event files for TensorBoard: the scalars of metrics.jsonl, and the hyperparameters."""
 
 import numbers
 import os
@@ -9,13 +9,13 @@ from types import TracebackType
 from typing import Any
 
 from dpreg.errors import InputError
-from dpreg.outputs.metrics import Schedule, record_of
+from dpreg.outputs.metrics import Schedule, make_record
 from dpreg.spelling import spell
 from dpreg.train.callback import Callback, Progress
 
 
 def require_tensorboard() -> None:
-    """Raises InputError where the package that writes event files is not installed."""
+    """Raises InputError if the package that writes event files is not installed."""
     try:
         import tensorboard  # noqa: F401
     except ImportError as error:
@@ -25,21 +25,19 @@ def require_tensorboard() -> None:
 
 
 class TensorBoardWriter(Callback):
-    """Writes each log point as scalars, by the names of `record_of`.
-
-    A context manager: what is not yet on disk is written at the end.
+    """A context manager that writes each log point as scalars, with the names of `make_record`.
 
     Args:
-      workdir: of the run; event files lie in its `tensorboard`. `tensorboard --logdir` takes it, or a folder of such.
-      step: the step that the run goes on from: of later ones, what a file has from before is to be forgotten.
-      hyperparameters: of the run, by their names, for the tab HParams; those that are None are left out.
-      schedule: the learning rates, where they are known.
+      workdir: the folder of the run; the event files are written into its folder `tensorboard`.
+      step: the step from which the run starts or resumes; TensorBoard drops the points of later steps in older files.
+      hyperparameters: the hyperparameters by name, for the HParams tab; those that are None are left out.
+      schedule: the learning rates, if they are known.
     """
 
     def __init__(
         self, workdir: pathlib.Path, step: int, hyperparameters: Mapping[str, Any], schedule: Schedule | None = None
     ):
-        # Imported where it is asked for; but its writer of whole files, which imports TensorFlow where there is one.
+        # Optional dependency. EventFileWriter would import TensorFlow, if that is installed, so write records directly.
         from tensorboard.compat.proto.event_pb2 import Event, SessionLog
         from tensorboard.compat.proto.summary_pb2 import Summary
         from tensorboard.plugins.hparams.summary_v2 import hparams_pb
@@ -59,10 +57,10 @@ class TensorBoardWriter(Callback):
         self._add(0, summary=hparams_pb(plain, trial_id=workdir.absolute().name))
 
     def on_log(self, progress: Progress) -> None:
-        """Writes the log point."""
+        """Writes a log point."""
         values = [
             self._summary.Value(tag=name, simple_value=value)
-            for name, value in record_of(progress, self._schedule).items()
+            for name, value in make_record(progress, self._schedule).items()
             if name != "step" and isinstance(value, numbers.Real)
         ]
         self._add(progress.step, summary=self._summary(value=values))
@@ -70,8 +68,8 @@ class TensorBoardWriter(Callback):
 
     on_epoch = on_log
 
-    def _add(self, step: int, **what: Any) -> None:
-        self._writer.write(self._event(wall_time=time.time(), step=step, **what).SerializeToString())
+    def _add(self, step: int, **fields: Any) -> None:
+        self._writer.write(self._event(wall_time=time.time(), step=step, **fields).SerializeToString())
 
     def __enter__(self) -> "TensorBoardWriter":
         return self

@@ -1,4 +1,4 @@
-"""The folder of a run's outputs, the same for all its processes."""
+"""Opens the folder of a run's outputs, which all its processes share."""
 
 import contextlib
 import datetime
@@ -19,28 +19,28 @@ from dpreg.spelling import spell
 
 @contextlib.contextmanager
 def open_workdir(name: str | None, keep: bool = True) -> Iterator[pathlib.Path]:
-    """The folder, made where there is none, checked before anything costly, and held against other runs.
+    """Creates the folder if it is missing, checks it in all processes, and locks it against other runs.
 
     Args:
-      name: None for a new folder in runs/, named by the time.
-      keep: False takes the folder away at the end, if it was made here; an InputError does so, too, unless there are
-        checkpoints in it.
+      name: the path; None for a new folder in runs/, named after the time.
+      keep: False deletes the folder at the end if it was created here. An InputError deletes it as well, unless it has
+        checkpoints.
 
     Raises:
-      InputError: when it cannot be written, another run is in it, or not all processes see the same folder there.
+      InputError: when the folder cannot be written, another run uses it, or processes see different folders there.
     """
     if not name and jax.process_count() > 1:
         raise InputError(f"{spell('workdir')}: several processes need a folder that all of them see; name one")
     path = pathlib.Path(name or f"runs/{datetime.datetime.now():%Y%m%d-%H%M%S-%f}")
-    with contextlib.ExitStack() as until_taken_away, contextlib.ExitStack() as stack:
+    with contextlib.ExitStack() as locks, contextlib.ExitStack() as folders:  # unlock after the folder is deleted
         if jax.process_index() == 0:
-            stack.enter_context(made(path, keep))
-            until_taken_away.enter_context(_held(path))
+            folders.enter_context(make_folder(path, keep))
+            locks.enter_context(_lock(path))
         processes.allgather_text()
         try:
-            with tempfile.NamedTemporaryFile(dir=path, prefix=".process-") as mine:
-                # All look for what each wrote, before any takes it away.
-                names = processes.allgather_text(pathlib.Path(mine.name).name)
+            with tempfile.NamedTemporaryFile(dir=path, prefix=".process-") as own_file:
+                # Every process looks for the files of all processes before any of them is deleted.
+                names = processes.allgather_text(pathlib.Path(own_file.name).name)
                 missing = [process for process, name in enumerate(names) if not (path / name).exists()]
                 if missing:
                     raise InputError(
@@ -49,17 +49,17 @@ def open_workdir(name: str | None, keep: bool = True) -> Iterator[pathlib.Path]:
                     )
                 processes.allgather_text()
         except OSError as error:
-            raise _unwritable(path, error) from error
+            raise _make_error(path, error) from error
         processes.allgather_text()
         yield path
 
 
 @contextlib.contextmanager
-def _held(path: pathlib.Path) -> Iterator[None]:
-    """Keeps other runs out of a folder until the end of this one, however it ends."""
+def _lock(path: pathlib.Path) -> Iterator[None]:
+    """Locks a folder against other runs. The lock ends with the process, even if it is killed."""
     folder = os.open(path, os.O_RDONLY)
     try:
-        with contextlib.suppress(OSError):  # of some network file systems, which lock no folders
+        with contextlib.suppress(OSError):  # some network file systems cannot lock folders
             try:
                 fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
@@ -72,14 +72,15 @@ def _held(path: pathlib.Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def made(path: pathlib.Path, keep: bool = True) -> Iterator[pathlib.Path]:
-    """The folder, made with those above it where there are none.
+def make_folder(path: pathlib.Path, keep: bool = True) -> Iterator[pathlib.Path]:
+    """Creates a folder and its parents if they are missing.
 
     Args:
-      keep: False takes away at the end what was made here; an InputError does so, too, unless there are checkpoints.
+      path: the folder.
+      keep: False deletes at the end what was created here. An InputError deletes it as well, unless it has checkpoints.
 
     Raises:
-      InputError: when it cannot be made.
+      InputError: when the folder cannot be created.
     """
     created = list[pathlib.Path]()
     try:
@@ -89,11 +90,11 @@ def made(path: pathlib.Path, keep: bool = True) -> Iterator[pathlib.Path]:
             try:
                 path.mkdir()
             except FileExistsError:
-                created = []  # or another run has made it meanwhile
+                created = []  # another run has created it in the meantime
                 if not path.is_dir():
                     raise
         except OSError as error:
-            raise _unwritable(path, error) from error
+            raise _make_error(path, error) from error
         yield path
     except InputError:
         keep = any(path.glob("checkpoints/*"))
@@ -101,13 +102,13 @@ def made(path: pathlib.Path, keep: bool = True) -> Iterator[pathlib.Path]:
     finally:
         if created and not keep:
             shutil.rmtree(path, ignore_errors=True)
-            with contextlib.suppress(OSError):  # another run has come into it meanwhile
+            with contextlib.suppress(OSError):  # another run uses it by now
                 for folder in created[1:]:
                     folder.rmdir()
 
 
 def write_whole(path: pathlib.Path, text: str) -> None:
-    """Writes a file, whole or not at all."""
+    """Writes a file, so that it is always complete: the new text replaces the old one at once."""
     new = path.with_name(f".new-{path.name}")
     try:
         new.write_text(text, encoding="utf-8")
@@ -120,5 +121,5 @@ def write_whole(path: pathlib.Path, text: str) -> None:
             new.unlink()
 
 
-def _unwritable(path: pathlib.Path, error: OSError) -> InputError:
+def _make_error(path: pathlib.Path, error: OSError) -> InputError:
     return InputError(f"{spell('workdir', path)}: cannot be written: {error.strerror}; name another folder")

@@ -1,1 +1,1 @@
-"""What compiled programs exchange, need and cost, on chips that need not be here."""
+"""Analyses compiled programs: their collectives, memory and cost, also for chips that this machine does not have."""

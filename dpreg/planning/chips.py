@@ -1,6 +1,6 @@
-"""TPU slices and GPU systems that can be compiled for: what their chips can do, and which there are.
+"""The TPU slices and GPU systems that a run can be compiled for, and the data of their chips.
 
-As the documentation of Cloud TPU and NVIDIA's data sheets and programming guide say (2026-11).
+Sources: the documentation of Cloud TPU, and NVIDIA's data sheets and CUDA programming guide (2026-11).
 """
 
 import dataclasses
@@ -15,30 +15,31 @@ class Chip:
     """A kind of TPU chip.
 
     Attributes:
-      memory: bytes of high-bandwidth memory; memory_rate: bytes/s from it.
-      bfloat16_products: operations/s of products.
-      links: bytes/s over all links of a chip to its neighbours, one way.
+      memory: bytes of high-bandwidth memory.
+      memory_bandwidth: bytes/s of that memory.
+      bfloat16_flops: FLOP/s of matrix products in bfloat16.
+      link_bandwidth: bytes/s over all links of a chip to its neighbours, in one direction.
       largest: the shape of the largest slice, shorter axes first.
     """
 
     memory: float
-    memory_rate: float
-    bfloat16_products: float
-    links: float
+    memory_bandwidth: float
+    bfloat16_flops: float
+    link_bandwidth: float
     largest: tuple[int, ...]
 
     @property
     def axes(self) -> int:
-        """Of the torus."""
+        """The number of axes of the torus."""
         return len(self.largest)
 
     @property
-    def products(self) -> dict[str, float]:
-        """Operations/s by precision: float32 in full takes six products of bfloat16, float64 there is not."""
-        return {"bfloat16": self.bfloat16_products, "float32": self.bfloat16_products / 6}
+    def flops(self) -> dict[str, float]:
+        """FLOP/s of matrix products by precision. One in full float32 takes six in bfloat16; there is no float64."""
+        return {"bfloat16": self.bfloat16_flops, "float32": self.bfloat16_flops / 6}
 
 
-# cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e}: "key specifications"; links as 1/2 of the bidirectional bandwidth.
+# cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e}, "key specifications". Links have 1/2 of the bidirectional bandwidth.
 CHIPS = {
     "v4": Chip(32 * 2**30, 1228e9, 275e12, 300e9, (16, 16, 16)),
     "v5e": Chip(16e9, 819e9, 197e12, 200e9, (16, 16)),
@@ -46,17 +47,17 @@ CHIPS = {
     "v6e": Chip(32e9, 1638e9, 918e12, 400e9, (16, 16)),
 }
 _SMALL = {2: ((2, 2), (2, 4)), 3: ((2, 2, 1), (2, 2, 2), (2, 2, 4), (2, 4, 4))}
-HOP_SECONDS = 1e-6  # from chip to chip: a guess, as none is published
+HOP_SECONDS = 1e-6  # latency from chip to chip; a guess, as none is published
 
 
 @dataclasses.dataclass(frozen=True)
 class Slice:
-    """Chips of a kind in a torus.
+    """A TPU slice: chips of one kind in a torus.
 
     Attributes:
-      name: as `topology` of a plan has it.
-      chip: the kind.
-      shape: chips along each axis.
+      name: its name as a topology, such as v5p:8x8x8.
+      chip: the kind of its chips.
+      shape: the number of chips along each axis.
     """
 
     name: str
@@ -65,29 +66,32 @@ class Slice:
 
     @property
     def memory(self) -> float:
-        """Bytes of a chip."""
+        """Bytes of memory of a chip."""
         return self.chip.memory
 
     def _wraps(self, size: int) -> bool:
-        """Whether the ends of an axis are linked: all in cubes of 4 chips a side and more, those of 16 in a plane."""
+        """Whether the ends of an axis are linked: in 3D if all sizes are multiples of 4, in 2D if the size is 16."""
         return all(size % 4 == 0 for size in self.shape) if self.chip.axes == 3 else size == 16
 
     @property
     def hops(self) -> int:
-        """From chip to chip along the longest way that a sum takes: through each axis, or halfway round it."""
+        """The number of links on the longest path of an all-reduce: through each axis, or halfway round it."""
         return sum(size // 2 if self._wraps(size) else size - 1 for size in self.shape)
 
     @property
-    def links(self) -> float:
-        """Bytes/s of a chip to its neighbours, one way, over the links that it has here: at an end of each axis one."""
+    def link_bandwidth(self) -> float:
+        """Bytes/s of the slowest chip to its neighbours, in one direction.
+
+        That is a chip in a corner, which has one link instead of two for each axis that does not wrap.
+        """
         used = sum(0 if size == 1 else 2 if self._wraps(size) else 1 for size in self.shape)
-        return self.chip.links * used / (2 * self.chip.axes)
+        return self.chip.link_bandwidth * used / (2 * self.chip.axes)
 
     def seconds(self, kind: str, size: int) -> float:
-        """Of an exchange that gives each chip so many bytes: they cross the links, of an all-reduce twice."""
+        """The duration of a collective that gives each chip `size` bytes. An all-reduce sends them twice."""
         passes = 2 if kind == "all-reduce" else 1
         share = 1 - 1 / math.prod(self.shape)
-        return passes * (size * share / self.links + self.hops * HOP_SECONDS)
+        return passes * (size * share / self.link_bandwidth + self.hops * HOP_SECONDS)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,20 +99,25 @@ class Gpu:
     """A kind of GPU.
 
     Attributes:
-      name: as its driver has it.
-      memory: bytes; memory_rate: bytes/s from it.
-      products: operations/s by precision: of tensor cores in bfloat16, else without them.
-      links: bytes/s over NVLink to the others of a host, one way; network: its share of a host's way to other hosts.
-      capability: major and minor; cores: multiprocessors; cache: bytes of the common one; clock: in GHz.
-      shared: bytes that blocks share on a core; of which one may have all but 1 kB.
+      name: its name in the driver.
+      memory: bytes of memory.
+      memory_bandwidth: bytes/s of that memory.
+      flops: FLOP/s of matrix products by precision; only bfloat16 uses tensor cores.
+      link_bandwidth: bytes/s over NVLink to the other GPUs of the host, in one direction.
+      network_bandwidth: its share of the bytes/s from a host to other hosts, in one direction.
+      capability: the compute capability, major and minor.
+      cores: the number of multiprocessors.
+      cache: bytes of the L2 cache.
+      clock: the clock rate in GHz.
+      shared: bytes of shared memory of a multiprocessor. A block can use all of it but 1 kB.
     """
 
     name: str
     memory: float
-    memory_rate: float
-    products: dict[str, float]
-    links: float
-    network: float
+    memory_bandwidth: float
+    flops: dict[str, float]
+    link_bandwidth: float
+    network_bandwidth: float
     capability: tuple[int, int]
     cores: int
     cache: int
@@ -117,8 +126,8 @@ class Gpu:
 
     @property
     def target(self) -> str:
-        """What the compiler wants to know of it, where there is none: a GpuTargetConfigProto of XLA's, as text."""
-        of_all = {
+        """The text of XLA's GpuTargetConfigProto, which describes the GPU to the compiler if there is none."""
+        common = {
             "threads_per_block_limit": 1024,
             "threads_per_warp": 32,
             "threads_per_core_limit": 2048,
@@ -130,18 +139,18 @@ class Gpu:
             "block_dim_limit_y": 65_535,
             "block_dim_limit_z": 65_535,
         }
-        of_kind = {
+        specific = {
             "core_count": self.cores,
             "clock_rate_ghz": self.clock,
             "l2_cache_size": self.cache,
             "device_memory_size": int(self.memory),
-            "memory_bandwidth": int(self.memory_rate),
+            "memory_bandwidth": int(self.memory_bandwidth),
             "shared_memory_per_core": self.shared,
             "shared_memory_per_block_optin": self.shared - 1024,
         }
         versions = 'driver_version: "13.0.0" runtime_version: "13.0.0" compile_time_toolkit_version: "13.0.0"'
         major, minor = self.capability
-        numbers = " ".join(f"{key}: {value}" for key, value in (of_all | of_kind).items())
+        numbers = " ".join(f"{key}: {value}" for key, value in (common | specific).items())
         return (
             f'gpu_device_info {{ {numbers} {versions} dnn_version: "9.10.0" name: "{self.name}" '
             f"cuda_compute_capability {{ major: {major} minor: {minor} }} }} "
@@ -149,8 +158,8 @@ class Gpu:
         )
 
 
-# nvidia.com: data sheets of the SXM modules, of DGX and HGX systems for the network (InfiniBand, a port a GPU); clock,
-# cores and cache as `deviceQuery` tells them; shared memory by compute capability from the CUDA programming guide.
+# nvidia.com: data sheets of the SXM modules, and of DGX and HGX systems for the network (InfiniBand, a port per GPU);
+# clock, cores and cache from `deviceQuery`; shared memory by compute capability from the CUDA programming guide.
 _A100 = {"bfloat16": 312e12, "float32": 19.5e12, "float64": 9.7e12}
 _H100 = {"bfloat16": 989e12, "float32": 67e12, "float64": 34e12}
 GPUS = {
@@ -158,68 +167,74 @@ GPUS = {
     "h100": Gpu("NVIDIA H100 80GB HBM3", 80e9, 3350e9, _H100, 450e9, 50e9, (9, 0), 132, 50 << 20, 1.98, 228 << 10),
     "h200": Gpu("NVIDIA H200", 141e9, 4800e9, _H100, 450e9, 50e9, (9, 0), 132, 50 << 20, 1.98, 228 << 10),
 }
-_GPUS_OF_HOST = (1, 2, 4, 8)
-_MOST_HOSTS = 1280  # compiled for
-_NETWORK_SECONDS = 5e-6  # from host to host: a guess, as `HOP_SECONDS`
+_GPUS_PER_HOST = (1, 2, 4, 8)
+_MAX_HOSTS = 1280
+_NETWORK_SECONDS = 5e-6  # latency from host to host; a guess, as `HOP_SECONDS`
 
 
 @dataclasses.dataclass(frozen=True)
 class Hosts:
-    """GPUs of a kind in hosts.
+    """Hosts with GPUs of one kind.
 
     Attributes:
-      name: as `topology` of a plan has it.
-      chip: the kind.
-      hosts: how many; each: GPUs of each.
+      name: its name as a topology, such as h100:4x8.
+      chip: the kind of GPU.
+      hosts: the number of hosts.
+      gpus_per_host: the number of GPUs of each host.
     """
 
     name: str
     chip: Gpu
     hosts: int
-    each: int
+    gpus_per_host: int
 
     @property
     def memory(self) -> float:
-        """Bytes of a GPU that JAX allocates, where XLA_PYTHON_CLIENT_MEM_FRACTION does not say otherwise."""
+        """Bytes of a GPU that JAX allocates by default, without XLA_PYTHON_CLIENT_MEM_FRACTION."""
         return 0.75 * self.chip.memory
 
     def seconds(self, kind: str, size: int) -> float:
-        """Of an exchange that gives each GPU so many bytes: as fast as its slowest link, a sum twice."""
-        count = self.hosts * self.each
+        """The duration of a collective that gives each GPU `size` bytes. An all-reduce sends them twice.
+
+        The slowest link determines the speed: the network if there are several hosts, otherwise NVLink.
+        """
+        count = self.hosts * self.gpus_per_host
         if count == 1:
             return 0.0
         passes = 2 if kind == "all-reduce" else 1
-        rate, hop = (self.chip.network, _NETWORK_SECONDS) if self.hosts > 1 else (self.chip.links, HOP_SECONDS)
-        return passes * (size * (1 - 1 / count) / rate + hop * math.ceil(math.log2(count)))
+        bandwidth, latency = self.chip.link_bandwidth, HOP_SECONDS
+        if self.hosts > 1:
+            bandwidth, latency = self.chip.network_bandwidth, _NETWORK_SECONDS
+        return passes * (size * (1 - 1 / count) / bandwidth + latency * math.ceil(math.log2(count)))
 
 
 def parse_topology(name: str) -> Slice | Hosts:
-    """What `topology` names: a TPU slice such as v5p:8x8x8, or HOSTSxGPUS such as h100:4x8.
+    """Parses the name of a TPU slice such as v5p:8x8x8, or of hosts with GPUs such as h100:4x8.
 
     Raises:
-      InputError: when there is no such system; names some.
+      InputError: when there is no such system; the message names some.
     """
     kind, _, text = name.partition(":")
     if kind in GPUS:
-        hosts, _, each = text.rpartition("x")
+        hosts, _, gpus = text.rpartition("x")
         if not hosts and "x" not in text:
             hosts = "1"
-        numbers = [int(part) if _is_number(part) else 0 for part in (hosts, each)]
-        if not 1 <= numbers[0] <= _MOST_HOSTS or numbers[1] not in _GPUS_OF_HOST:
+        num_hosts, gpus_per_host = (int(number) if _is_number(number) else 0 for number in (hosts, gpus))
+        if not 1 <= num_hosts <= _MAX_HOSTS or gpus_per_host not in _GPUS_PER_HOST:
             raise InputError(
-                f"{spell('topology', name)}: use {kind}:HOSTSxGPUS, up to {_MOST_HOSTS:,} hosts of 1, 2, 4 or 8 GPUs "
+                f"{spell('topology', name)}: use {kind}:HOSTSxGPUS, up to {_MAX_HOSTS:,} hosts of 1, 2, 4 or 8 GPUs "
                 "each"
             )
-        return Hosts(name, GPUS[kind], *numbers)
-    return _slice_named(name)
+        return Hosts(name, GPUS[kind], num_hosts, gpus_per_host)
+    return _parse_slice(name)
 
 
 def _is_number(text: str) -> bool:
     return text.isascii() and text.isdecimal()
 
 
-def _slice_named(name: str) -> Slice:
-    """The compiler takes shapes that do not exist, and aborts for some that it has no table of: so they are here."""
+def _parse_slice(name: str) -> Slice:
+    """Checks the shape here: the compiler accepts shapes that do not exist, and aborts the process for others."""
     kind, _, text = name.partition(":")
     if kind not in CHIPS:
         raise InputError(
@@ -227,12 +242,12 @@ def _slice_named(name: str) -> Slice:
             "v5p:8x8x8 or h100:4x8"
         )
     chip = CHIPS[kind]
-    parts = text.split("x")
-    shape = tuple(int(part) for part in parts if _is_number(part))
-    if len(shape) != len(parts) or not _exists(chip, shape):
-        some = ", ".join("x".join(map(str, shape)) for shape in _shapes(chip))
+    sizes = text.split("x")
+    shape = tuple(int(size) for size in sizes if _is_number(size))
+    if len(shape) != len(sizes) or not _exists(chip, shape):
+        usual = ", ".join("x".join(map(str, shape)) for shape in _list_shapes(chip))
         raise InputError(
-            f"{spell('topology', name)}: there is no such slice of several chips; use one of {kind}: {some}"
+            f"{spell('topology', name)}: there is no such slice of several chips; use one of {kind}: {usual}"
         )
     return Slice(name, chip, shape)
 
@@ -241,17 +256,17 @@ def _exists(chip: Chip, shape: tuple[int, ...]) -> bool:
     if shape in _SMALL[chip.axes]:
         return True
     if chip.axes == 2 or len(shape) != 3:
-        return shape in _shapes(chip)
-    # Of cubes of four chips a side.
+        return shape in _list_shapes(chip)
+    # Larger slices consist of cubes of 4x4x4 chips.
     within = all(0 < size <= most and size % 4 == 0 for size, most in zip(shape, chip.largest, strict=True))
     return within and list(shape) == sorted(shape)
 
 
-def _shapes(chip: Chip) -> list[tuple[int, ...]]:
-    """The usual shapes: each has twice the chips of the one before it."""
+def _list_shapes(chip: Chip) -> list[tuple[int, ...]]:
+    """The usual shapes; each has twice as many chips as the previous one."""
     shapes = [*_SMALL[chip.axes], (4,) * chip.axes]
     while math.prod(shapes[-1]) * 2 <= math.prod(chip.largest):
         grown = list(shapes[-1])
-        grown[grown.count(grown[0]) - 1] *= 2  # the last of the shortest
+        grown[grown.count(grown[0]) - 1] *= 2  # the last of the shortest axes
         shapes.append(tuple(grown))
     return shapes

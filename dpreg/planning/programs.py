@@ -1,4 +1,4 @@
-"""What a compiled program says of itself: what it exchanges, holds and computes."""
+"""Finds the collectives and the memory use of a compiled program."""
 
 import dataclasses
 import math
@@ -6,7 +6,7 @@ import re
 from typing import Any
 
 _KINDS = "all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute|collective-broadcast"
-_BOTH = ("all-gather", "collective-permute")  # whose beginning gives (what goes in, what comes out)
+_WITH_INPUT = ("all-gather", "collective-permute")  # the `-start` operation of these returns (input, output)
 _COLLECTIVE = re.compile(rf"^\s*(?:ROOT )?%?[\w.-]+ = (\(?.*?\)?) ({_KINDS})(-start)?\((.*)$")
 _ARRAY = re.compile(r"\b(pred|[sufbc]\w*?\d+)\[([\d,]*)\]")
 _COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.-]+) \(.*\{$")
@@ -17,14 +17,14 @@ _GROUPS = re.compile(r"replica_groups=(?:\{\{([\d,]*)\}|\[(\d+),(\d+)\])")
 
 @dataclasses.dataclass(frozen=True)
 class Collective:
-    """An exchange between devices.
+    """A collective operation.
 
     Attributes:
-      kind: such as "all-reduce".
-      size: bytes that it gives each device.
-      devices: how many take part.
-      loops: around it: 0 once a call, 1 once a step, 2 once a part of a step's batch.
-      place: where in the step it comes from.
+      kind: its name in HLO, such as "all-reduce".
+      size: the bytes of its result on each device.
+      devices: the number of devices that take part.
+      loops: the number of loops around it: 0 for once per call, 1 for once per step, 2 for each accumulated batch.
+      place: the JAX operation that it comes from, without the outer loops.
     """
 
     kind: str
@@ -35,41 +35,41 @@ class Collective:
 
     @property
     def each_step(self) -> bool:
-        """Whether it is in the loop over steps."""
+        """Whether it is inside the loop over steps."""
         return self.loops > 0
 
     @property
     def wire_bytes(self) -> int:
-        """That each device sends, at least: a sum goes round twice, what is gathered once, but for one's own share."""
+        """The fewest bytes that each device must send: (1 - 1 / devices) of the size, twice for an all-reduce."""
         passes = 2 if self.kind == "all-reduce" else 1
         return math.ceil(passes * self.size * (1 - 1 / self.devices))
 
 
-def collectives(compiled: Any, devices: int) -> list[Collective]:
-    """All exchanges of a compiled program for so many devices, in the order of its text."""
+def find_collectives(compiled: Any, devices: int) -> list[Collective]:
+    """All collectives of a compiled program for `devices` devices, in the order of its HLO text."""
     found = []
     text = compiled.as_text()
-    loops = _loops_around(text)
+    loops = _count_loops(text)
     computation = ""
     for line in text.splitlines():
         if head := _COMPUTATION.match(line):
             computation = head[1]
         if match := _COLLECTIVE.match(line):
-            result, kind, start, rest = match.groups()
+            result, kind, start, operands = match.groups()
             arrays = _ARRAY.findall(result)
-            if start and kind in _BOTH:
+            if start and kind in _WITH_INPUT:
                 arrays = arrays[1:2]
-            groups = _GROUPS.search(rest)
+            groups = _GROUPS.search(operands)
             members = groups[1].count(",") + 1 if groups and groups[1] else int(groups[3]) if groups else devices
-            place = re.search(r'op_name="([^"]*)"', rest)
+            place = re.search(r'op_name="([^"]*)"', operands)
             name = place[1].rpartition("while/body/")[2] if place else ""
             size = sum(_bytes(*array) for array in arrays)
             found.append(Collective(kind, size, members, loops.get(computation, 0), name))
     return found
 
 
-def _loops_around(text: str) -> dict[str, int]:
-    """Of each computation that is called, how many loops are around it."""
+def _count_loops(text: str) -> dict[str, int]:
+    """The number of loops around each computation of a program, by its name."""
     calls: dict[str, list[tuple[str, int]]] = {}
     computation = entry = ""
     for line in text.splitlines():
@@ -98,13 +98,14 @@ def _bytes(dtype: str, shape: str) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class Memory:
-    """Bytes on one device.
+    """The memory use of a compiled program, in bytes on one device.
 
     Attributes:
-      arguments: what a call is given: rows, state.
-      results: what it gives, besides what takes the place of arguments.
-      temporaries: while it runs; code: the program.
-      donated: of the state, whose place its successor takes.
+      arguments: the arguments of a call: rows and state.
+      results: the results that are not stored in the place of donated arguments.
+      temporaries: the buffers that it needs while it runs.
+      code: the program itself.
+      donated: the donated arguments, in whose place results are stored.
     """
 
     arguments: int
@@ -115,17 +116,17 @@ class Memory:
 
     @property
     def total(self) -> int:
-        """All together."""
+        """The sum of all."""
         return self.arguments + self.results + self.temporaries + self.code
 
 
-def memory(compiled: Any) -> Memory:
-    """What a compiled program holds on each device."""
-    of = compiled.memory_analysis()
+def measure_memory(compiled: Any) -> Memory:
+    """The memory use of a compiled program, as XLA reports it."""
+    analysis = compiled.memory_analysis()
     return Memory(
-        of.argument_size_in_bytes,
-        of.output_size_in_bytes - of.alias_size_in_bytes,
-        of.temp_size_in_bytes,
-        of.generated_code_size_in_bytes,
-        of.alias_size_in_bytes,
+        analysis.argument_size_in_bytes,
+        analysis.output_size_in_bytes - analysis.alias_size_in_bytes,
+        analysis.temp_size_in_bytes,
+        analysis.generated_code_size_in_bytes,
+        analysis.alias_size_in_bytes,
     )

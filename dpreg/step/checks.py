@@ -17,7 +17,7 @@ from flax import linen as nn
 from dpreg.errors import InputError, Preempted, ProcessLost
 from dpreg.step.hooks import OF_MODEL, require_no_hooks
 from dpreg.step.reduce import PyTree
-from dpreg.tracing import key_of, pinned_settings
+from dpreg.tracing import make_key, pinned_settings
 
 # The arguments of `__call__` that say whether the model trains, each with its value in training.
 MODES = {"train": True, "training": True, "is_training": True, "deterministic": False, "use_running_average": False}
@@ -165,7 +165,7 @@ def _layers(model: Any, variables: Mapping[str, PyTree], num_inputs: int, train:
             nn.intercept_methods(note),
             mock.patch.object(flax.core.Scope, "has_rng", asked),
         ):
-            jax.eval_shape(lambda variables, x: applied(variables, x, key_of(0)), variables, x)
+            jax.eval_shape(lambda variables, x: applied(variables, x, make_key(0)), variables, x)
     except InputError as error:
         cause = error.__cause__
         if isinstance(cause, flax.errors.InvalidRngError) and not train:

@@ -23,7 +23,7 @@ from dpreg.step.reduce import PyTree, from_all_devices, gradient_of_shards, isol
 from dpreg.step.state import Model, TrainState, forward
 from dpreg.step.step import Program, Statistics, shard_loss, train_block, updated
 from dpreg.step.tuning import compiler_options, multiplies_vectors_only, schedule_for
-from dpreg.tracing import key_of, pinned_settings
+from dpreg.tracing import make_key, pinned_settings
 
 _ALIKE = "give all processes the same model, with the same settings of its loss and its optimizer"
 
@@ -58,7 +58,7 @@ def operations_of_step(model: Model, state: TrainState, batches: PyTree) -> floa
     state, batches = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), (state, batches))
     shards = jax.ShapeDtypeStruct(batches["weight"].shape[:1], jnp.int32)
     with pinned_settings(_has_float64(state)):
-        lowered = jax.jit(mapped).lower(state, batches, shards, key_of(0))
+        lowered = jax.jit(mapped).lower(state, batches, shards, make_key(0))
     counted: Any = lowered.cost_analysis()
     return float(counted["flops"])
 

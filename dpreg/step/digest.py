@@ -17,7 +17,7 @@ from dpreg.step.checks import comes_with_dpreg, mode_arguments, traced
 from dpreg.step.reduce import PyTree, gradient_of_shards
 from dpreg.step.state import Model, TrainState, forward
 from dpreg.step.step import Statistics, shard_loss, updated
-from dpreg.tracing import key_of, pinned_settings
+from dpreg.tracing import make_key, pinned_settings
 
 _ROWS = 2  # rows of the traced batch; the digest does not depend on how many rows a run has
 
@@ -49,13 +49,13 @@ def digest_training(
 
     def step(state: TrainState, batches: PyTree) -> tuple[TrainState, Array]:
         def loss(params: PyTree, batch: PyTree, shard: Array) -> tuple[Array, Statistics]:
-            return shard_loss(model, params, state.batch_stats, batch, jax.random.fold_in(key_of(0), shard), "cpu")
+            return shard_loss(model, params, state.batch_stats, batch, jax.random.fold_in(make_key(0), shard), "cpu")
 
         sums = gradient_of_shards(loss, state.params, batches, jnp.arange(1))
         return updated(state, sums, jnp.asarray(state.step))
 
     def init(row: Array) -> PyTree:
-        return model.init(key_of(0), row, **mode_arguments(model, False))
+        return model.init(make_key(0), row, **mode_arguments(model, False))
 
     mesh = AbstractMesh((1,), (AXIS,), axis_types=(AxisType.Auto,))
     everywhere = PartitionSpec()

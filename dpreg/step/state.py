@@ -24,7 +24,7 @@ from dpreg.step.checks import (
 )
 from dpreg.step.optimizer import prepare_optimizer
 from dpreg.step.reduce import PyTree, sum_over_batch
-from dpreg.tracing import FULL_PRECISION, key_of, pinned_settings
+from dpreg.tracing import FULL_PRECISION, make_key, pinned_settings
 
 # Platforms that multiply bfloat16 features in bfloat16 and accumulate in float32. A GPU does not if all parameters are
 # vectors: such products are bound by memory, and XLA would first copy the rows.
@@ -100,7 +100,7 @@ def initial_state(
     require_model(model)
     with pinned_settings(), traced(model):
         init = jax.jit(lambda key, row: model.init(key, row, **mode_arguments(model, False)))
-        variables = dict(init(key_of(seed), jnp.asarray(row, jnp.float32)))
+        variables = dict(init(make_key(seed), jnp.asarray(row, jnp.float32)))
     params, batch_stats = variables.pop("params", None), variables.pop("batch_stats", {})
     if not params:
         raise InputError("the model has no parameters; give one that has some to train")

@@ -24,7 +24,7 @@ from dpreg.step.reduce import (
 )
 from dpreg.step.state import Model, TrainState, forward
 from dpreg.step.tuning import Schedule, Traversal
-from dpreg.tracing import key_of
+from dpreg.tracing import make_key
 
 TRAINING_KEY = 1  # folded into the run's random key for dropout, so that it differs from the key of the parameters
 
@@ -87,7 +87,7 @@ def train_block(
     call_args, layout = CallArgs(*packed), program.layout
     shards = shard_range.first + jnp.arange(layout.slots, dtype=jnp.int32)
     read = layout.reader(data, shards, call_args.first_step, call_args.seed)
-    call = Call(call_args, shard_range, shards, read, jax.random.fold_in(key_of(call_args.seed), TRAINING_KEY))
+    call = Call(call_args, shard_range, shards, read, jax.random.fold_in(make_key(call_args.seed), TRAINING_KEY))
 
     def step(k: Array, carry: tuple[TrainState, Array]) -> tuple[TrainState, Array]:
         state, record = train_step(program, call, carry[0], k)

@@ -21,7 +21,7 @@ from dpreg.data.schema import Schema
 from dpreg.data.sources import Rows, gathered
 from dpreg.errors import InputError
 from dpreg.files import publish
-from dpreg.tables.standalone import sealed
+from dpreg.tables.standalone import add_checksum
 
 _MANIFEST, _CHECKSUMS = "manifest.json", "checksums"
 _COLUMNS = ("x", "y", "weight", "row")
@@ -254,7 +254,7 @@ def write_manifest(
         "checksums": hashlib.sha256(text).hexdigest(),
         "schema": schema.to_json(),
     }
-    (folder / _MANIFEST).write_text(json.dumps(sealed(manifest), indent=2) + "\n", encoding="utf-8")
+    (folder / _MANIFEST).write_text(json.dumps(add_checksum(manifest), indent=2) + "\n", encoding="utf-8")
 
 
 def opened(folder: pathlib.Path) -> tuple[MappedSource, MappedSource | None, Schema] | None:
@@ -272,7 +272,7 @@ def opened(folder: pathlib.Path) -> tuple[MappedSource, MappedSource | None, Sch
     try:
         manifest: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
         checksums = (folder / _CHECKSUMS).read_bytes()
-        if manifest != sealed(manifest) or manifest["checksums"] != hashlib.sha256(checksums).hexdigest():
+        if manifest != add_checksum(manifest) or manifest["checksums"] != hashlib.sha256(checksums).hexdigest():
             raise ValueError(f"{_MANIFEST} or {_CHECKSUMS} has other bytes than were written")
         schema = Schema.from_json(manifest["schema"])
         found = _mapped(folder, manifest, schema, np.frombuffer(checksums, np.uint32))

@@ -14,10 +14,10 @@ from numpy.typing import DTypeLike
 
 from dpreg.config import Columns
 from dpreg.data.schema import NUMBER, ROW, WEIGHT, Category, Schema
-from dpreg.errors import InputError, is_one_line, listed
+from dpreg.errors import InputError, is_one_line, quote_names
 from dpreg.spelling import spell
-from dpreg.tables.standalone import spelled, text_of
-from dpreg.tables.table import Part, Table
+from dpreg.tables.standalone import normalize_category, to_text
+from dpreg.tables.table import Table, TableChunk
 from dpreg.tables.values import DATES, NUMBERS, TEXTS, parse, refuse_mixture
 
 LARGEST = 1e150  # the largest value: squares of larger ones overflow in float64
@@ -81,14 +81,14 @@ def _all_features(columns: Columns, table: Table) -> tuple[str, ...]:
     if left_out:
         logging.warning(
             "%s: %s: the index of a pandas DataFrame, and not a feature; to fit on it, name it in %s",
-            *(table.name, listed(left_out), spell("features")),
+            *(table.name, quote_names(left_out), spell("features")),
         )
     unnamed = [name for name in features if _UNNAMED.fullmatch(name)]
     if unnamed:
         logging.warning(
             "%s: column %s has no name, as an index that pandas wrote, and is a feature; if it numbers the rows, leave "
             "it out with %s",
-            *(table.name, listed(unnamed), spell("exclude", (unnamed[0],))),
+            *(table.name, quote_names(unnamed), spell("exclude", (unnamed[0],))),
         )
     return features
 
@@ -137,51 +137,51 @@ class RawReader:
           InputError: for values that are not numbers, not finite as `dtype`, or out of range for weights or logarithms.
         """
         seen, first, waiting = 0, 0, list[np.ndarray]()
-        for part in itertools.chain(table.read(self._kinds), (None,)):
-            if part is not None:
-                waiting.append(self._raw(part, seen))
-                seen += part.batch.num_rows
+        for chunk in itertools.chain(table.read(self._kinds), (None,)):
+            if chunk is not None:
+                waiting.append(self._raw(chunk, seen))
+                seen += chunk.batch.num_rows
             if not waiting:
                 continue
             size = rows or max(1, _BATCH_BYTES // (8 * waiting[0].shape[1]))
-            while (have := sum(map(len, waiting))) >= size or (part is None and have):
+            while (have := sum(map(len, waiting))) >= size or (chunk is None and have):
                 raw = np.concatenate(waiting) if len(waiting) > 1 else waiting[0]
                 batch, waiting = raw[:size], [raw[size:]]
                 batch[:, NUMBER] = np.arange(first, first + len(batch))  # exact in float64 below 2**53
                 first += len(batch)
                 yield batch
 
-    def _raw(self, part: Part, seen: int) -> np.ndarray:
+    def _raw(self, chunk: TableChunk, seen: int) -> np.ndarray:
         """The rows of a batch of the table that have a weight, not numbered yet; `seen` rows precede the batch."""
         columns = self.columns
-        rows = np.arange(part.batch.num_rows)
+        rows = np.arange(chunk.batch.num_rows)
         if columns.weight_column:
             # In the dtype of the model, in which a small weight may underflow to 0.
-            weight = _numbers(part, columns.weight_column, len(self.names) - 1)
+            weight = _numbers(chunk, columns.weight_column, len(self.names) - 1)
             rows = np.flatnonzero(weight.astype(self.dtype) != 0)
             if len(rows) < len(weight):
                 self.without_weight += len(weight) - len(rows)
-                part = part.take(rows)
+                chunk = chunk.take(rows)
         raw = np.ones((len(rows), len(columns.features) + len(columns.target) + 3))
         raw[:, ROW] = seen + rows
-        numbers = self._fill(raw, part)
-        self._refuse_infinite(part, raw, numbers)
-        self._refuse_mixtures(part, raw, numbers)
-        self.narrow = (*(n and self._is_narrow(part, at) for at, n in enumerate(self.narrow[:ROW])), False, False)
+        numbers = self._fill(raw, chunk)
+        self._refuse_infinite(chunk, raw, numbers)
+        self._refuse_mixtures(chunk, raw, numbers)
+        self.narrow = (*(n and self._is_narrow(chunk, at) for at, n in enumerate(self.narrow[:ROW])), False, False)
         gone = np.isnan(raw)
         for at in map(int, np.flatnonzero(gone.any(axis=0))):
             name = self.names[at]
-            count, where = self._missing.get(name, (0, part.where(int(gone[:, at].argmax()))))
+            count, where = self._missing.get(name, (0, chunk.where(int(gone[:, at].argmax()))))
             self._missing[name] = count + int(gone[:, at].sum()), where
         if columns.weight_column and (bad := raw[:, WEIGHT] < 0).any():
             raise InputError(
-                f"{part.where(int(bad.argmax()))}: column {columns.weight_column!r}: the weight is negative; "
+                f"{chunk.where(int(bad.argmax()))}: column {columns.weight_column!r}: the weight is negative; "
                 "use 0 or more"
             )
         if columns.target_transform == "log":
             for at, name in enumerate(columns.target, len(columns.features)):
                 if (bad := raw[:, at] <= 0).any():
-                    where = part.where(int(bad.argmax()))
+                    where = chunk.where(int(bad.argmax()))
                     raise InputError(
                         f"{where}: column {name!r} is not above 0, and has no logarithm; use another "
                         f"{spell('target_transform')}"
@@ -189,52 +189,52 @@ class RawReader:
                 raw[:, at] = np.log(raw[:, at])
         return raw
 
-    def _fill(self, raw: np.ndarray, part: Part) -> list[int]:
+    def _fill(self, raw: np.ndarray, chunk: TableChunk) -> list[int]:
         """Fills in the columns of a batch, and returns the positions of the numeric ones."""
         numbers, plain = list[int](), list[int]()
-        for at, (name, kind) in enumerate(zip(self.names, part.batch.schema.types, strict=True)):
+        for at, (name, kind) in enumerate(zip(self.names, chunk.batch.schema.types, strict=True)):
             wanted = self._kinds[name]
             if wanted == NUMBERS:
                 numbers.append(at)
             if wanted == NUMBERS and kind == pa.float64():
                 plain.append(at)
             elif wanted == TEXTS:
-                raw[:, at] = self._coded(part, name, part.column(at))
+                raw[:, at] = self._coded(chunk, name, chunk.column(at))
             elif wanted == DATES:
-                raw[:, at] = _days(part, name, part.column(at))
+                raw[:, at] = _days(chunk, name, chunk.column(at))
             else:
-                raw[:, at] = _numbers(part, name, at)
-                if pa.types.is_boolean(part.column(at).type):
-                    self._booleans.setdefault(name, part.where(0))
+                raw[:, at] = _numbers(chunk, name, at)
+                if pa.types.is_boolean(chunk.column(at).type):
+                    self._booleans.setdefault(name, chunk.where(0))
         if plain:
-            raw[:, plain] = part.batch.select(plain).to_tensor(null_to_nan=True).to_numpy()
+            raw[:, plain] = chunk.batch.select(plain).to_tensor(null_to_nan=True).to_numpy()
         return numbers
 
-    def _refuse_infinite(self, part: Part, raw: np.ndarray, numbers: list[int]) -> None:
+    def _refuse_infinite(self, chunk: TableChunk, raw: np.ndarray, numbers: list[int]) -> None:
         """Raises InputError for a number that is not finite in the dtype of the model, after scaling by the schema."""
         most = LARGEST if self._predicts else min(float(np.finfo(self.dtype).max), LARGEST)
         bad = np.abs(raw[:, numbers]) > most  # False for NaN
         if bad.any():
             at = int(bad.any(axis=0).argmax())
             raise InputError(
-                f"{part.where(int(bad[:, at].argmax()))}: column {self.names[numbers[at]]!r} has a value that is not "
+                f"{chunk.where(int(bad[:, at].argmax()))}: column {self.names[numbers[at]]!r} has a value that is not "
                 f"finite as {self.dtype}"
                 + (f", or beyond {most:g}" if most == LARGEST else "")
                 + f"; correct it, or leave the column out with {spell('exclude', (self.names[numbers[at]],))}"
             )
 
-    def _refuse_mixtures(self, part: Part, raw: np.ndarray, numbers: list[int]) -> None:
+    def _refuse_mixtures(self, chunk: TableChunk, raw: np.ndarray, numbers: list[int]) -> None:
         """Raises InputError for a column that has booleans, and numbers other than 0 and 1, anywhere in the table."""
         new = [at for at in numbers if self.names[at] not in self._numbers]
         values = raw[:, new]
         other = (values != 0) & (values != 1) & ~np.isnan(values)
         for position in map(int, np.flatnonzero(other.any(axis=0))):
-            self._numbers[self.names[new[position]]] = part.where(int(other[:, position].argmax()))
+            self._numbers[self.names[new[position]]] = chunk.where(int(other[:, position].argmax()))
         for name, where in self._booleans.items():
             if name in self._numbers:
                 raise refuse_mixture(name, where, self._numbers[name])
 
-    def _is_narrow(self, part: Part, at: int) -> bool:
+    def _is_narrow(self, chunk: TableChunk, at: int) -> bool:
         """Whether float32 represents all values of a column in a batch exactly."""
         if at == len(self.names):
             return True  # all weights are 1
@@ -242,26 +242,26 @@ class RawReader:
         if name in self.codes:
             return True  # codes are at most a million
         as_it_is = at < len(self.columns.features) or self.columns.target_transform != "log"
-        return as_it_is and self._kinds[name] != DATES and part.batch.schema.field(at).type in _NARROW
+        return as_it_is and self._kinds[name] != DATES and chunk.batch.schema.field(at).type in _NARROW
 
-    def _coded(self, part: Part, name: str, column: pa.Array) -> np.ndarray:
+    def _coded(self, chunk: TableChunk, name: str, column: pa.Array) -> np.ndarray:
         """The codes of categories; NaN for missing values, which are null, NaN or empty."""
         try:
             texts, indices = _distinct(column)
         except (pa.ArrowException, TypeError, ValueError) as error:
             reason = " ".join(str(error).split())[:100]
             raise InputError(
-                f"{part.where(0)}: column {name!r} holds no categories but {column.type}: {reason}; take it out of "
+                f"{chunk.where(0)}: column {name!r} holds no categories but {column.type}: {reason}; take it out of "
                 f"{spell('categorical')}"
             ) from error
         codes, own = self.codes[name], np.full(len(texts) + 1, np.nan)
         for at, text in enumerate(texts):
             if text:
-                value = spelled(text)
+                value = normalize_category(text)
                 own[at] = codes.get(value, -1) if self._predicts else codes.setdefault(value, len(codes))
         if len(codes) > _MOST_CATEGORIES:
             raise InputError(
-                f"{part.where(0)}: column {name!r} has more than {_MOST_CATEGORIES:,} categories by here; "
+                f"{chunk.where(0)}: column {name!r} has more than {_MOST_CATEGORIES:,} categories by here; "
                 f"leave it out with {spell('exclude', (name,))}"
             )
         found: np.ndarray = own[indices]
@@ -298,43 +298,45 @@ def _distinct(column: pa.Array) -> tuple[list[str | None], np.ndarray]:
     encoded = pc.dictionary_encode(column)
     values, texts = encoded.dictionary, list[str | None]()
     if pa.types.is_floating(kind):
-        texts = [None if np.isnan(value) else text_of(value) for value in values.to_numpy(zero_copy_only=False)]
+        texts = [None if np.isnan(value) else to_text(value) for value in values.to_numpy(zero_copy_only=False)]
     elif pa.types.is_decimal(kind):
-        texts = [text_of(value) for value in values.to_pylist()]
+        texts = [to_text(value) for value in values.to_pylist()]
     else:
         texts = values.cast(TEXTS).to_pylist()
     return texts, pc.fill_null(encoded.indices, -1).to_numpy(zero_copy_only=False)
 
 
-def _numbers(part: Part, name: str, at: int) -> np.ndarray:
+def _numbers(chunk: TableChunk, name: str, at: int) -> np.ndarray:
     """A column as float64 [n], with NaN for missing values.
 
     Raises:
       InputError: for a value that is not a number.
     """
-    column = part.column(at)
+    column = chunk.column(at)
     kind = column.type
     if pa.types.is_boolean(kind):
         column = column.cast(pa.uint8())
     elif pa.types.is_decimal(kind):
         column = column.cast(pa.float64())
     elif not (pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_null(kind)):
-        raise InputError(_not_numeric(part, name, column))
+        raise InputError(_not_numeric(chunk, name, column))
     values: np.ndarray = column.to_numpy(zero_copy_only=False).astype(np.float64, copy=False)
     return values
 
 
-def _days(part: Part, name: str, column: pa.Array) -> np.ndarray:
+def _days(chunk: TableChunk, name: str, column: pa.Array) -> np.ndarray:
     """A column of dates, times or durations as float64 [n]: days, since the beginning of 1970 (UTC)."""
     if is_text(column.type):
-        column = parse(column.cast(TEXTS), DATES, name, part.where)
+        column = parse(column.cast(TEXTS), DATES, name, chunk.where)
     kind = column.type
     if pa.types.is_date(kind) or pa.types.is_timestamp(kind):
         column = column.cast(pa.timestamp("us", getattr(kind, "tz", None)), safe=False).cast(pa.int64())
     elif pa.types.is_duration(kind):
         column = column.cast(pa.duration("us"), safe=False).cast(pa.int64())
     elif not pa.types.is_null(kind):
-        raise InputError(f"{part.where(0)}: column {name!r} holds no dates but {kind}; take it out of {spell('dates')}")
+        raise InputError(
+            f"{chunk.where(0)}: column {name!r} holds no dates but {kind}; take it out of {spell('dates')}"
+        )
     days: np.ndarray = column.to_numpy(zero_copy_only=False).astype(np.float64) / _MICROSECONDS_A_DAY
     return days
 
@@ -344,19 +346,19 @@ def is_text(kind: pa.DataType) -> bool:
     return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind))
 
 
-def _not_numeric(part: Part, name: str, column: pa.Array) -> str:
+def _not_numeric(chunk: TableChunk, name: str, column: pa.Array) -> str:
     if pa.types.is_temporal(column.type) and not pa.types.is_time(column.type):
         remedy = f"use {spell('dates', (name,))} or {spell('exclude', (name,))}"
-        return f"{part.where(0)}: column {name!r} is not numeric but {column.type}; {remedy}"
+        return f"{chunk.where(0)}: column {name!r} is not numeric but {column.type}; {remedy}"
     hint, category = f"choose columns with {spell('features')} or {spell('exclude')}", spell("categorical", (name,))
     if not is_text(column.type):
-        return f"{part.where(0)}: column {name!r} is not numeric but {column.type}; {hint}"
+        return f"{chunk.where(0)}: column {name!r} is not numeric but {column.type}; {hint}"
     row = next((i for i, value in enumerate(column.to_pylist()) if value is not None and not _is_number(value)), None)
     if row is None:
-        return f"{part.where(0)}: column {name!r} holds numbers written as text; store numbers, or use {category}"
+        return f"{chunk.where(0)}: column {name!r} holds numbers written as text; store numbers, or use {category}"
     value = column[row].as_py()
     remedy = f"{hint}, or use {category}" if value.strip() else "leave no blanks where a value is missing"
-    return f"{part.where(row)}: column {name!r} has {value!r}, which is no number; {remedy}"
+    return f"{chunk.where(row)}: column {name!r} has {value!r}, which is no number; {remedy}"
 
 
 def _is_number(text: str) -> bool:

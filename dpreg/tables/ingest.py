@@ -23,7 +23,7 @@ from dpreg.data.sampler import keyed_hash
 from dpreg.data.schema import NUMBER, ROW, Schema
 from dpreg.data.sources import RegressionData
 from dpreg.distributed.presence import at_work
-from dpreg.errors import InputError, listed, prefix_errors
+from dpreg.errors import InputError, prefix_errors, quote_names
 from dpreg.spelling import spell
 from dpreg.tables.cache import (
     ColumnWriter,
@@ -96,7 +96,7 @@ def read_table(
         table = open_table(name)
     if not columns.target:
         remedy = spell("target", ("COLUMN",))
-        raise InputError(f"{table.name}: say what to predict with {remedy}; it has {listed(table.columns)}")
+        raise InputError(f"{table.name}: say what to predict with {remedy}; it has {quote_names(table.columns)}")
     if validation_dataset is not None:
         validation = open_table(validation_dataset, "validation_dataset")
     cache = pathlib.Path(cache_dir or "~/.cache/dpreg/tables").expanduser()

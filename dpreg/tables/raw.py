@@ -15,7 +15,7 @@ from dpreg.data.sources import Rows, Source
 from dpreg.errors import InputError, prefix_errors
 from dpreg.spelling import spell
 from dpreg.tables.columns import RawReader
-from dpreg.tables.table import Kinds, Part, Table
+from dpreg.tables.table import Kinds, Table, TableChunk
 
 _BATCH_ROWS = 1 << 14
 
@@ -136,10 +136,10 @@ def open_columns(x: Any, columns: Columns, name: str = "x") -> Table:
         raise InputError(f"{name}: the columns are not equally long: {each}; give each row a value in each column")
     whole = pa.table(arrays)
 
-    def stream(asked: Kinds) -> Iterator[Part]:
+    def stream(asked: Kinds) -> Iterator[TableChunk]:
         first = 0
         for batch in whole.select(list(asked)).to_batches(_BATCH_ROWS):
-            yield Part(name, first, batch)
+            yield TableChunk(name, first, batch)
             first += batch.num_rows
 
     return Table(name, (*arrays, *unused), {}, stream)
@@ -165,7 +165,7 @@ def open_source(source: Source, columns: Columns) -> tuple[Table, Columns]:
         if (width := source[np.zeros(1, np.int32)][kind].shape[1]) != len(names):
             raise _wrong_width(f"the rows have {width:,} columns in {kind}", names)
 
-    def stream(asked: Kinds) -> Iterator[Part]:
+    def stream(asked: Kinds) -> Iterator[TableChunk]:
         for first in range(0, len(source), _BATCH_ROWS):
             rows = source[np.arange(first, min(first + _BATCH_ROWS, len(source)))]
             values = [
@@ -173,7 +173,7 @@ def open_source(source: Source, columns: Columns) -> tuple[Table, Columns]:
                 *(*rows["y"].T, rows["weight"])[: len(columns.used_columns) - len(columns.features)],
             ]
             named = dict(zip(columns.used_columns, values, strict=True))
-            yield Part("the rows", first, pa.RecordBatch.from_pydict({c: pa.array(named[c]) for c in asked}))
+            yield TableChunk("the rows", first, pa.RecordBatch.from_pydict({c: pa.array(named[c]) for c in asked}))
 
     return Table("the rows", columns.used_columns, {}, stream), columns
 

@@ -1,4 +1,4 @@
-"""An external shuffle: rows in the order of a keyed hash of their numbers, whatever memory and parts there are."""
+"""An external shuffle: sorts rows by a keyed hash of their numbers, in memory or in files on disk."""
 
 import contextlib
 import dataclasses
@@ -13,15 +13,15 @@ import numpy as np
 
 from dpreg.data.sampler import keyed_hash
 
-_IN_MEMORY_BYTES = 256 << 20  # rows up to this size need no buckets on disk
-_BUCKET_BITS = 8  # with 6, a bucket no longer stays in cache while it is sorted: 3/4 of the speed
-_OPEN_FILES = 4 << _BUCKET_BITS  # of rows to fit, of rows held out, of a bucket that is too large; and all else
-_ORDER = 2  # the key of the hash
+_IN_MEMORY_BYTES = 256 << 20  # larger shuffles use buckets on disk
+_BUCKET_BITS = 8  # with 6, a bucket exceeds the cache while it is sorted, which takes a third longer
+_OPEN_FILES = 4 << _BUCKET_BITS  # for buckets of training and validation rows, and of a large bucket; and other files
+_HASH_KEY = 2
 
 
 @dataclasses.dataclass(frozen=True)
 class _Layout:
-    """How rows lie in a bucket: some columns as float32, which holds all their values, the others as float64."""
+    """The layout of rows in a bucket: narrow columns, whose values float32 represents exactly, and float64 ones."""
 
     narrow: tuple[bool, ...]
 
@@ -32,19 +32,19 @@ class _Layout:
 
     @functools.cached_property
     def dtype(self) -> np.dtype:
-        """Of a row."""
+        """The structured dtype of a row."""
         kinds = {"narrow": np.float32, "wide": np.float64}
         return np.dtype([(name, kinds[name], len(columns)) for name, columns in self._columns.items()])
 
-    def packed(self, rows: np.ndarray) -> np.ndarray:
-        """[n, c] float64 -> [n] of `dtype`."""
+    def pack(self, rows: np.ndarray) -> np.ndarray:
+        """Converts rows [n, c] float64 to [n] of `dtype`."""
         packed = np.empty(len(rows), self.dtype)
         for name, columns in self._columns.items():
             packed[name] = rows[:, columns]
         return packed
 
-    def unpacked(self, packed: np.ndarray) -> np.ndarray:
-        """The rows that were packed."""
+    def unpack(self, packed: np.ndarray) -> np.ndarray:
+        """Converts packed rows back to [n, c] float64."""
         rows = np.empty((len(packed), len(self.narrow)))
         for name, columns in self._columns.items():
             rows[:, columns] = packed[name]
@@ -52,13 +52,17 @@ class _Layout:
 
 
 class Shuffle:
-    """Takes in numbered rows, and gives them back in their fixed pseudo-random order.
+    """A context manager that collects numbered rows, and yields them in a fixed pseudo-random order.
 
-    They wait in memory while they are few, else on disk in buckets by the high bits of the hash; a bucket that is
-    too large for memory is shuffled likewise, by the next bits. A context manager: the files go with it.
+    A small number of rows is kept in memory. Otherwise they are written to files, in buckets by the highest bits of
+    their hash; a bucket that is too large for memory is shuffled in the same way by the next bits.
 
     Args:
-      prefix: of the files.
+      prefix: the prefix of the names of the files.
+      level: 1, or more for the shuffle of a bucket.
+
+    Attributes:
+      rows: the number of rows that were added.
     """
 
     def __init__(self, prefix: pathlib.Path, level: int = 1):
@@ -68,7 +72,7 @@ class Shuffle:
         self._kept: list[np.ndarray] = []
         self._kept_bytes = 0
         self._files: list[BinaryIO] = []
-        self._layouts: list[tuple[_Layout, list[int]]] = []  # with where each begins in each file
+        self._layouts: list[tuple[_Layout, list[int]]] = []  # each with its start in each file
         self._open = contextlib.ExitStack()
 
     def __enter__(self) -> "Shuffle":
@@ -78,10 +82,11 @@ class Shuffle:
         self._open.close()
 
     def add(self, rows: np.ndarray, narrow: tuple[bool, ...]) -> None:
-        """Takes in rows [n, c] float64, whose last column is their number, from 0, less than 2**32.
+        """Adds rows.
 
         Args:
-          narrow: for each column whether float32 holds all values of it that were taken in so far.
+          rows: [n, c] float64; the last column is the number of the row, from 0 and less than 2**32.
+          narrow: for each column, whether float32 represents all its values so far exactly.
         """
         if not len(rows):
             return
@@ -93,55 +98,56 @@ class Shuffle:
 
     def _spill(self, layout: _Layout) -> None:
         if not self._files:
-            allowed, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-            if allowed < _OPEN_FILES:  # as some systems have it
-                resource.setrlimit(resource.RLIMIT_NOFILE, (min(_OPEN_FILES, most), most))
+            soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+            if soft < _OPEN_FILES:  # the default of some systems
+                resource.setrlimit(resource.RLIMIT_NOFILE, (min(_OPEN_FILES, hard), hard))
             for bucket in range(1 << _BUCKET_BITS):
                 path = f"{self._prefix}.{bucket}"
                 self._files.append(self._open.enter_context(open(path, "w+b")))  # noqa: SIM115 (the stack closes it)
         if not self._layouts or self._layouts[-1][0] != layout:
             self._layouts.append((layout, [file.tell() for file in self._files]))
         for rows in self._kept:
-            buckets = _order(rows) >> self._shift & np.uint32((1 << _BUCKET_BITS) - 1)
-            inside = np.argsort(buckets.astype(np.uint8), kind="stable")  # a radix sort
-            ends = np.searchsorted(buckets[inside], np.arange(len(self._files) + 1))
-            by_bucket = np.take(layout.packed(rows), inside)
+            buckets = _hash_rows(rows) >> self._shift & np.uint32((1 << _BUCKET_BITS) - 1)
+            order = np.argsort(buckets.astype(np.uint8), kind="stable")  # a radix sort
+            bounds = np.searchsorted(buckets[order], np.arange(len(self._files) + 1))
+            by_bucket = np.take(layout.pack(rows), order)
             for number, file in enumerate(self._files):
-                file.write(by_bucket[ends[number] : ends[number + 1]].data)
+                file.write(by_bucket[bounds[number] : bounds[number + 1]].data)
         self._kept, self._kept_bytes = [], 0
 
     def in_order(self) -> Iterator[np.ndarray]:
-        """All rows [n, c], in parts. They can be had once."""
+        """Yields all rows in their order, in arrays [n, c]. It can be called only once."""
         if not self._files:
             kept, self._kept = self._kept, []
-            yield from (_sorted(np.concatenate(kept)),) if kept else ()
+            yield from (_sort_rows(np.concatenate(kept)),) if kept else ()
         for bucket, file in enumerate(self._files):
             if file.tell() <= _IN_MEMORY_BYTES or self._shift < _BUCKET_BITS:
-                parts = [rows for rows, _ in self._of_bucket(bucket)]
-                yield from (_sorted(np.concatenate(parts)),) if parts else ()
+                chunks = [rows for rows, _ in self._read_bucket(bucket)]
+                yield from (_sort_rows(np.concatenate(chunks)),) if chunks else ()
             else:
-                with Shuffle(pathlib.Path(file.name), self._level + 1) as again:
-                    for rows, narrow in self._of_bucket(bucket):
-                        again.add(rows, narrow)
-                    yield from again.in_order()
+                with Shuffle(pathlib.Path(file.name), self._level + 1) as inner:
+                    for rows, narrow in self._read_bucket(bucket):
+                        inner.add(rows, narrow)
+                    yield from inner.in_order()
             file.close()
             os.unlink(file.name)
 
-    def _of_bucket(self, bucket: int) -> Iterator[tuple[np.ndarray, tuple[bool, ...]]]:
-        """The rows of a bucket in parts, and which of their columns are narrow."""
+    def _read_bucket(self, bucket: int) -> Iterator[tuple[np.ndarray, tuple[bool, ...]]]:
+        """Yields the rows of a bucket in chunks, each with the narrow columns of its layout."""
         file = self._files[bucket]
         ends = [starts[bucket] for _, starts in self._layouts[1:]] + [file.tell()]
         file.seek(0)
         for (layout, _), end in zip(self._layouts, ends, strict=True):
-            while (left := end - file.tell()) > 0:
-                part = file.read(min(left, layout.dtype.itemsize << 16))
-                yield layout.unpacked(np.frombuffer(part, layout.dtype)), layout.narrow
+            while (unread := end - file.tell()) > 0:
+                content = file.read(min(unread, layout.dtype.itemsize << 16))
+                yield layout.unpack(np.frombuffer(content, layout.dtype)), layout.narrow
 
 
-def _order(rows: np.ndarray) -> np.ndarray:
-    keys: np.ndarray = keyed_hash(rows[:, -1].astype(np.uint32), _ORDER)
-    return keys
+def _hash_rows(rows: np.ndarray) -> np.ndarray:
+    hashes: np.ndarray = keyed_hash(rows[:, -1].astype(np.uint32), _HASH_KEY)
+    return hashes
 
 
-def _sorted(rows: np.ndarray) -> np.ndarray:
-    return rows[np.argsort(_order(rows).astype(np.uint64) << np.uint64(32) | rows[:, -1].astype(np.uint64))]
+def _sort_rows(rows: np.ndarray) -> np.ndarray:
+    """Sorts rows by their hash, and those with equal hashes by their number."""
+    return rows[np.argsort(_hash_rows(rows).astype(np.uint64) << np.uint64(32) | rows[:, -1].astype(np.uint64))]

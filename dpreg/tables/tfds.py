@@ -10,7 +10,7 @@ import pyarrow as pa
 from dpreg.errors import InputError
 from dpreg.spelling import spell
 from dpreg.tables.files import File, sign
-from dpreg.tables.table import Kinds, Part, Table
+from dpreg.tables.table import Kinds, Table, TableChunk
 
 _READ_ROWS = 4096
 _HELD_OUT = ("validation", "val", "test")
@@ -77,7 +77,7 @@ def _table(where: str, split: str, rows: Any, builder: Any) -> Table:
             groups[name] = tuple(f"{name}{j}" for j in range(size)) if feature.shape else (name,)
             columns |= dict.fromkeys(groups[name])
 
-    def stream(asked: Kinds) -> Iterator[Part]:
+    def stream(asked: Kinds) -> Iterator[TableChunk]:
         of = {column: (name, j) for name, members in groups.items() for j, column in enumerate(members)}
         for first in range(0, len(rows), _READ_ROWS):
             records = rows.__getitems__(range(first, min(first + _READ_ROWS, len(rows))))
@@ -89,7 +89,7 @@ def _table(where: str, split: str, rows: Any, builder: Any) -> Table:
                     arrays.append(pa.array(np.ascontiguousarray(flat[of[column][0]][:, of[column][1]])))
                 else:
                     arrays.append(pa.array([bytes(record[column]).decode() for record in records]))
-            yield Part(f"{where}, {split}", first, pa.RecordBatch.from_arrays(arrays, list(asked)))
+            yield TableChunk(f"{where}, {split}", first, pa.RecordBatch.from_arrays(arrays, list(asked)))
 
     files = [File(os.fspath(path)) for path in builder.info.splits[split].filepaths]
     return Table(f"{where}, {split}", tuple(columns), groups, stream, lambda: sign(files))

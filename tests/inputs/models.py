@@ -121,7 +121,7 @@ def resealed(rng, folder, missing):
         model["parameters.npz"] = hashlib.sha256(content).hexdigest()
     else:
         model = damage_json(model, rng)
-    sealed = standalone.sealed(model) if isinstance(model, dict) else model
+    sealed = standalone.add_checksum(model) if isinstance(model, dict) else model
     (folder / "model.json").write_text(json.dumps(sealed))
     loaded, found = load_or_refused(folder), predict_or_refused(folder)
     if found is not None:
@@ -163,7 +163,7 @@ def by_hand(folder):
             numbers = [days(v) if column["days"] else float(v) for v in values]
             x.append([[0.0 if column["constant"] else (v - column["mean"]) / column["scale"] for v in numbers]])
         else:
-            known = [standalone.spelled(v) for v in values]
+            known = [standalone.normalize_category(v) for v in values]
             one = {v: [float(v == c) for c in column["values"]] + [float(v not in column["values"])] for v in known}
             shares = [count / max(1, sum(column["counts"])) for count in column["counts"]] + [0.0]
             x.append(np.array([shares if one[v][-1] and not column["others"] else one[v] for v in known]).T)
