@@ -148,7 +148,7 @@ def test_a_batch_that_shards_do_not_divide_is_refused_with_the_nearest_that_work
 
 
 def test_more_rows_than_int32_counts_are_refused():
-    with pytest.raises(InputError, match="too many for so few; use more shards"):
+    with pytest.raises(InputError, match="too many for so few shards; use more"):
         Sampler(2**31 - 1, 1, 3072)
     sampler = Sampler(2**31 - 4096, 1, 1024)
     last = sampler.positions(np.int32(sampler.steps_per_epoch - 1), np.int32(0), seed=0)

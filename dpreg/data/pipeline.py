@@ -88,10 +88,13 @@ class CastSource:
 class Dataset:
     """A pipeline from a source to the devices, in the style of tf.data.
 
-    Batch sizes are global and sharding comes last, so that the batches do not depend on the devices:
+    Batch sizes are global, so that the batches do not depend on the devices:
 
         dataset = Dataset(source).shuffle(seed).batch(32).repeat(3).shard(mesh, num_shards=8)
         for block in dataset.prefetch(2): ...
+
+    Each of these methods returns another dataset with some settings changed, in any order. Only `shard` does work: it
+    sends rows of `RegressionData.from_parts` to the processes whose devices need them, so all processes must call it.
 
     It has random access: a block is a function of its first step. Each device, and so each process, reads only the
     rows of its own shards from the source.
@@ -317,7 +320,8 @@ class Dataset:
             positions, size = positions_of(shards), sampler.shard_size(shards)[:, None]
             start = sampler.shard_start(shards)[:, None]
             padding = (positions >= size).ravel()
-            # Padding repeats a row of the same device with weight 0: models accept it, and no other row is read.
+            # Padding repeats, with weight 0, the last row of its shard; in a shard without rows, the last row of all,
+            # which every process holds (see `put_together`). Models accept these values, as they are those of rows.
             indices = np.minimum(start + np.minimum(positions, np.maximum(size - 1, 0)), sampler.num_rows - 1)
             rows = self._read(indices.ravel())
             rows["weight"] = np.where(padding, rows["weight"].dtype.type(0), rows["weight"])

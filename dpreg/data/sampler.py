@@ -111,7 +111,10 @@ def permute(position: Integers, size: Integers, *key: Integers) -> Integers:
 
 
 def _divided(number: Integers, by: int) -> tuple[Integers, Integers]:
-    """(quotient, remainder) of non-negative numbers, computed as unsigned integers, which is cheaper."""
+    """(quotient, remainder) of non-negative numbers.
+
+    For these, the truncating `lax.div` and `lax.rem` equal the flooring `divmod`, which corrects signs.
+    """
     if isinstance(number, Array):
         return lax.div(number, number.dtype.type(by)), lax.rem(number, number.dtype.type(by))
     quotient, remainder = divmod(number, by)
@@ -157,7 +160,7 @@ class Sampler:
             )
         if self.shard_capacity + self.shard_batch + 2 * _LARGEST_RUN >= 2**31:
             raise InputError(
-                f"{spell('num_shards', shards)}: {self.num_rows:,} rows are too many for so few; use more shards"
+                f"{spell('num_shards', shards)}: {self.num_rows:,} rows are too many for so few shards; use more"
             )
 
     @property
@@ -218,7 +221,7 @@ class Sampler:
         if self.shuffle:
             position = permute(position, full, seed, epoch[..., None], shard[..., None])
         xp = jnp if isinstance(position, Array) else np
-        # The last run is a shorter one if there is one, and otherwise a run of padding.
+        # Position `full` is the shorter run, if there is one. Positions from `shard_runs` on are padding in any shard.
         return xp.minimum(position, self.shard_runs).astype(np.int32)
 
     def positions(self, step: np.ndarray, shard: np.ndarray, seed: int) -> np.ndarray:
