@@ -81,11 +81,11 @@ def compile_train_block(
 
     Returns:
       `f(state, data, shard_range, call_args) -> (state, sums, used)`, which donates `state`. `sums` is
-      [block_steps, 3]: for each step the weighted loss sum and the weight sum (under pmean, both divided by the number
-      of devices), and the norm of the mean gradient. `used` is [devices, block_steps, 2] uint32, sharded over the
-      devices: the number of tagged rows that each step used on a device, and the sum of their tags. If the loss or the
-      new parameters of a step are not finite, that step and all later ones leave the state unchanged, use no rows and
-      have a loss of NaN.
+      [block_steps, 3]: for each step the weighted loss sum and the weight sum, both scaled as `mean_over_devices` says,
+      and the norm of the mean gradient. `used` is [devices, block_steps, 2] uint32, sharded over the devices: the
+      number of tagged rows that each step used on a device, and the sum of their tags. If the loss or the new
+      parameters of a step are not finite, that step and all later ones leave the state unchanged, use no rows and have
+      a loss of NaN.
     """
     platform = mesh.devices.flat[0].platform
     together = normalises_over_batch(model, state, arguments[0]["x"].shape[-1])
@@ -97,7 +97,8 @@ def compile_train_block(
         )
     schedule = schedule_for(model, state, layout, mesh, accumulate, reduction, together)
 
-    shared = not multiplies_vectors_only(model, state)  # evaluation as well, where whole loops are never used
+    # XLA's threads share matrix-matrix products; in evaluation even if the loop of training is compiled as a whole.
+    shared = not multiplies_vectors_only(model, state)
     if reduction == "ordered" and platform == "cpu" and shared and devices.threads() != layout.num_shards:
         logging.warning(
             "ordered: products are shared by %d threads of XLA, and other numbers of them have other bits; call "

@@ -98,7 +98,7 @@ def differ(one: str | None, other: str | None) -> bool:
 
 
 def _program(function: Any, *arguments: Any) -> str:
-    """The StableHLO of a function, lowered for the platform of this process."""
+    """The StableHLO of a function, lowered for CPU whatever the platform of this process."""
     return str(jax.jit(function).trace(*arguments).lower(lowering_platforms=("cpu",)).as_text())
 
 

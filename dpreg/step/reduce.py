@@ -1,4 +1,4 @@
-"""From the losses of logical shards to sums over the global batch: the only communication between devices."""
+"""Sums over the global batch from the losses of logical shards, with all communication between devices in a step."""
 
 import functools
 import operator
@@ -133,6 +133,9 @@ def mean_over_devices(sums: PyTree, mesh: Mesh) -> PyTree:
 
     It is an all-reduce. For few bytes between processes on CPU, each device receives the sums of all others and
     computes the mean itself.
+
+    So under pmean all sums over the global batch are divided by the number of devices. This cancels in everything that
+    is computed from them: the mean loss, the mean gradient and the batch statistics are quotients of two such sums.
     """
     if mesh.size == 1:  # XLA emits a collective even for one device
         return sums

@@ -61,6 +61,9 @@ def _evaluate(
     def read(atom: Any) -> Any:
         return atom.val if isinstance(atom, Literal) else values[atom]
 
+    # The values that may be added to something: the results, which the caller may add, and the operands of every
+    # operation that is not known to add nothing. An unknown one counts as an addition here, and in `_is_product` as a
+    # product. This is safe, since rounding a value once more changes nothing.
     added = {atom for atom in jaxpr.outvars if not isinstance(atom, Literal)}
     for equation in reversed(jaxpr.eqns):
         moved_only = equation.primitive.name in _moves and added.isdisjoint(equation.outvars)

@@ -26,8 +26,8 @@ from dpreg.step.optimizer import prepare_optimizer
 from dpreg.step.reduce import PyTree, sum_over_batch
 from dpreg.tracing import FULL_PRECISION, key_of, pinned_settings
 
-# Platforms that multiply bfloat16 features in bfloat16 and accumulate in float32. A GPU does not if all parameters are
-# vectors: such products are bound by memory, and XLA would first copy the rows.
+# How bfloat16 features are multiplied, except on CPU: factors in bfloat16, sums in float32. On a GPU not if all
+# parameters are vectors: such products are bound by memory, and XLA would first copy the rows.
 _BFLOAT16_PRODUCTS = "BF16_BF16_F32"
 
 

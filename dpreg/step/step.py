@@ -103,8 +103,8 @@ def train_step(program: Program, call: Call, state: TrainState, k: Array) -> tup
     """One step: the gradient of the weighted loss sum over all rows, divided once by their weight; then the optimizer.
 
     Returns:
-      the new state, and [3]: the weighted loss sum (NaN if the state is unchanged), the weight sum, and the norm of the
-      mean gradient.
+      the new state, and [3]: the weighted loss sum (NaN if the state is unchanged) and the weight sum, both scaled as
+      `mean_over_devices` says; and the norm of the mean gradient.
     """
     step = call.args.first_step + k
     variables = Variables(state.params, state.batch_stats, jax.random.fold_in(call.key, step))
@@ -126,7 +126,8 @@ def train_step(program: Program, call: Call, state: TrainState, k: Array) -> tup
 
 def sums_of_device(program: Program, call: Call, variables: Variables, k: Array) -> Sums:
     """The sums over all rows of this device, in the order of the schedule."""
-    (traversal, chunks, _), loss = program.schedule, bind_shard_loss(program, variables)
+    traversal, chunks = program.schedule.traversal, program.schedule.num_chunks
+    loss = bind_shard_loss(program, variables)
 
     def of_chunk(c: Array) -> Sums:
         if traversal is Traversal.ROWS:
@@ -151,7 +152,7 @@ def sums_of_slot(program: Program, call: Call, variables: Variables, k: Array, s
         if program.reduction != "ordered":
             return gradient_of_shard(bind_shard_loss(program, variables), variables.params, batch, number)
         # Features of row-wise models are not isolated: they only enter products, and a copy takes a fifth of a step.
-        kept = {"x": batch.pop("x")} if program.schedule.traversal is Traversal.ROWS else {}
+        kept = {"x": batch.pop("x")} if program.schedule.row_wise else {}
 
         def gradient(variables: Variables, batch: PyTree, number: Array) -> Sums:
             return gradient_of_shard(bind_shard_loss(program, variables), variables.params, kept | batch, number)
@@ -209,7 +210,7 @@ def updated(state: TrainState, sums: Sums, step: Array) -> tuple[TrainState, Arr
     gradient = jax.tree.map(lambda leaf: leaf * per_weight, gradient)
     new = state.apply_gradients(grads=gradient, value=value * per_weight, batch_stats=batch_stats)
     finite = jnp.isfinite(value) & jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(new.params)]).all()
-    good = finite & (state.step == step)
+    good = finite & (state.step == step)  # after a bad step the counter lags, so later steps of the call are dropped
     kept: TrainState = jax.tree.map(lambda new, old: jnp.where(good, new, old), new, state)
     return kept, optax.tree.norm(gradient).astype(value.dtype)
 

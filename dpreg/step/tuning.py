@@ -1,4 +1,8 @@
-"""All decisions that depend on the platform, and change how fast a step is but not what it computes."""
+"""All decisions that depend on the platform and are made for the speed of a step.
+
+They change its result by rounding at most. Under `ordered`, those that affect rounding do not depend on the number of
+devices.
+"""
 
 import enum
 from typing import Any, NamedTuple
@@ -38,9 +42,9 @@ _CSE = "cse"
 
 
 class Traversal(enum.Enum):
-    """The order in which a device processes its rows of a step under pmean."""
+    """The order in which a device processes its rows of a step."""
 
-    ROWS = "any rows together: the model treats each by itself"
+    ROWS = "all rows at once or in chunks, whatever their shards: for row-wise models"
     SHARDS_TOGETHER = "all shards at once, by vmap"
     SHARD_BY_SHARD = "one shard after the other"
 
@@ -49,13 +53,16 @@ class Schedule(NamedTuple):
     """How a step is computed on a device, which changes its result by rounding at most.
 
     Attributes:
-      traversal: the order of the rows; `ordered` always goes shard by shard.
-      num_chunks: the number of equal chunks of a batch whose sums are accumulated; at least the run's accumulate_steps.
+      traversal: the order of the rows; under `ordered`, SHARD_BY_SHARD.
+      num_chunks: the number of equal chunks whose sums are accumulated, a multiple of the run's accumulate_steps. It
+        divides the rows that are processed together: those of the device with Traversal.ROWS, otherwise of a shard.
+      row_wise: whether the model treats each row by itself, see `is_row_wise`.
       whole_loops: whether XLA:CPU compiles a loop as one function.
     """
 
     traversal: Traversal
     num_chunks: int
+    row_wise: bool
     whole_loops: bool = False
 
 
@@ -72,12 +79,14 @@ def schedule_for(
 
     It is the same in all processes, and under `ordered` the same on any number of devices.
     """
-    row_wise = is_row_wise(model, state)
-    together = Traversal.ROWS if row_wise else Traversal.SHARDS_TOGETHER
+    ordered, row_wise = reduction == "ordered", is_row_wise(model, state)
+    traversal = Traversal.ROWS if row_wise else Traversal.SHARDS_TOGETHER
+    if ordered:
+        traversal = Traversal.SHARD_BY_SHARD
     if mesh.devices.flat[0].platform != "cpu":
-        return Schedule(together, accumulate)
-    rows = layout.shard_batch // accumulate
-    if reduction == "ordered":
+        return Schedule(traversal, accumulate, row_wise)
+    rows = layout.shard_batch // accumulate  # processed together; the chunks divide them
+    if ordered:
         # An operation that cores share has the same bits as on one core, except for matrix-matrix products.
         by_cores = multiplies_vectors_only(model, state) and rows * layout.row_bytes > _CHUNK_BYTES_ONE_CORE
     else:
@@ -85,13 +94,15 @@ def schedule_for(
         by_cores = devices.have_several_cores(mesh)
     if not row_wise:
         large = _CHUNK_BYTES_SHARED if by_cores else _LARGE_SHARD_BYTES
-        split = not sync_batch_norm and rows * layout.row_bytes > large
-        return Schedule(Traversal.SHARD_BY_SHARD if split else together, accumulate)
+        if not sync_batch_norm and rows * layout.row_bytes > large:
+            traversal = Traversal.SHARD_BY_SHARD
+        return Schedule(traversal, accumulate, row_wise)
     width = max(layout.row_bytes // 4, sum(leaf.size for leaf in jax.tree.leaves(state.params)))
     chunk_bytes = _CHUNK_BYTES_SHARED if by_cores else _CHUNK_BYTES_ONE_CORE
     return Schedule(
-        together,
+        traversal,
         accumulate * fewest_chunks(rows, chunk_bytes // layout.row_bytes),
+        row_wise,
         whole_loops=not by_cores or rows * width <= _MOST_FACTORS_OF_WHOLE_LOOPS,
     )
 
