@@ -23,7 +23,7 @@ from dpreg.train.callback import Callback, Progress
 from dpreg.train.predictor import metrics_of
 from dpreg.train.program import Program
 
-_LOG_POINTS = 8  # in an epoch if log_every_steps is 0
+_LOG_POINTS = 8  # in an epoch if log_every_steps is 0; the last is its end
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,7 +134,10 @@ class Loop:
                     raise KeyboardInterrupt
 
     def require_idle(self) -> None:
-        """Raises InputError during a callback, and after one has raised: the state is ahead of what was reported."""
+        """Raises InputError unless the state is that of `step`, the number of steps reported.
+
+        It is ahead while steps are in flight, as in most callbacks, and after a callback that raised.
+        """
         step = int(self.state.current.step)
         if step != self.step:
             raise InputError(
@@ -203,6 +206,7 @@ class Loop:
             self.audit.begin()
         self.epoch_sums[before:done] = sums
         self.audit.add(used)
+        # Without the end of the epoch, which `_end_epoch` reports after its validation.
         for point in range(before // every * every + every, min(done + 1, steps), every):
             norm = float(self.epoch_sums[point - 1, 2])
             train_loss = mean_loss(self.epoch_sums[point - every : point])
@@ -322,7 +326,10 @@ class Loop:
         self._report_epoch(train_loss)
 
     def _go_to(self, step: int) -> None:
-        """Sets the step to the end of an epoch, after its state was assigned."""
+        """Moves to the step of a state that was assigned, which is then the best; no row of its epoch counts as used.
+
+        Within an epoch, `load_state` then sets the sums and the rows used so far.
+        """
         self.step, self._all_reported = step, True
         self.epoch_sums = np.zeros((self.program.steps_per_epoch, 3))
         self.audit.begin()

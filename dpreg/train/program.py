@@ -35,13 +35,10 @@ _MOST_STEPS = 2**31 - 1  # steps are counted in int32 on the devices
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """The settings of a trainer: each field but `mesh` is the argument of `Trainer` with the same name.
+    """The settings of a trainer, which it has checked: each field is the argument of `Trainer` with the same name.
 
     Attributes:
-      mesh: the devices, with the single axis "data".
-
-    Raises:
-      InputError: for values out of range.
+      mesh: the devices, with the single axis "data": as given, or as chosen by `num_devices` and `platform`.
     """
 
     mesh: Mesh
@@ -209,6 +206,7 @@ def lay_out(data: RegressionData, settings: Settings) -> LaidOutData:
         logging.warning("%s: the rows are float32, and have its digits; give them as float64", precision)
     Sampler(len(data.train), settings.num_shards, data.batch_size)  # InputError unless shards divide each batch
     batch_size, epochs = data.batch_size * settings.accumulate_steps, settings.max_epochs
+    # Without validation nothing waits for the end of an epoch, so a call may span several.
     rows = Dataset(data.train).shuffle(settings.seed).batch(batch_size).repeat(epochs, across=not data.val)
     train = _place(rows.tag(settings.audit), settings)
     if train.num_steps > _MOST_STEPS:

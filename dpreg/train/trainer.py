@@ -43,9 +43,10 @@ class Trainer:
       placement: where rows are stored: "device", "host" or "auto".
       seed: the seed of the initial parameters, the order of rows and dropout.
       platform: "cpu", "gpu" or "tpu"; None takes JAX's default.
-      log_every_steps: the number of steps between log points; 0 for eight log points an epoch.
-      steps_per_block: the number of steps of one compiled call; None chooses it by size. The result does not depend on
-        it.
+      log_every_steps: the number of steps between log points; 0 for an eighth of an epoch, rounded up.
+      steps_per_block: the largest number of steps of one compiled call; None chooses it by the size of rows. Values
+        below 2 count as 2. Calls have fewer steps where that divides an epoch evenly, and where the FLOPs of the model
+        are so many that a call would delay signals and checkpoints. The result does not depend on it.
       accumulate_steps: the number of batches whose gradients are accumulated for one step. The step equals that of a
         batch this many times as large, with the memory for the activations of one. (BatchNorm and Dropout process the
         batches one by one.)
