@@ -21,7 +21,7 @@ from dpreg.step.checks import normalises_over_batch
 from dpreg.step.layout import BatchLayout, CallArgs, ShardRange
 from dpreg.step.reduce import PyTree, from_all_devices, gradient_of_shards, isolated, opaque_loop
 from dpreg.step.state import Model, TrainState, forward
-from dpreg.step.step import Program, Statistics, shard_loss, train_block, updated
+from dpreg.step.step import Statistics, StepSpec, shard_loss, train_block, update_state
 from dpreg.step.tuning import compiler_options, multiplies_vectors_only, schedule_for
 from dpreg.tracing import key_of, pinned_settings
 
@@ -51,7 +51,7 @@ def operations_of_step(model: Model, state: TrainState, batches: PyTree) -> floa
             return shard_loss(model, params, state.batch_stats, batch, jax.random.fold_in(key, shard), "cpu")
 
         sums = gradient_of_shards(loss, state.params, batches, shards)
-        return updated(state, sums, jnp.asarray(state.step))
+        return update_state(state, sums, jnp.asarray(state.step))
 
     mesh, everywhere = Mesh(np.array(jax.local_devices(backend="cpu")[:1]), (AXIS,)), PartitionSpec()
     mapped = jax.shard_map(step, mesh=mesh, in_specs=everywhere, out_specs=everywhere, check_vma=False)
@@ -69,7 +69,7 @@ def compile_train_block(
     layout: BatchLayout,
     mesh: Mesh,
     arguments: tuple[Any, ...],
-    accumulate: int,
+    accumulate_steps: int,
     reduction: str,
     backend: str,
 ) -> Callable[..., tuple[TrainState, Array, Array]]:
@@ -77,7 +77,7 @@ def compile_train_block(
 
     Args:
       arguments: (data, shard_range, packed call arguments) with the shapes of the calls.
-      accumulate: the number of chunks of a shard's batch whose gradients are accumulated one after the other.
+      accumulate_steps: the number of chunks of a shard's batch whose gradients are accumulated one after the other.
 
     Returns:
       `f(state, data, shard_range, call_args) -> (state, sums, used)`, which donates `state`. `sums` is
@@ -88,14 +88,14 @@ def compile_train_block(
       a loss of NaN.
     """
     platform = mesh.devices.flat[0].platform
-    together = normalises_over_batch(model, state, arguments[0]["x"].shape[-1])
-    if together and reduction == "ordered":
+    sync_batch_norm = normalises_over_batch(model, state, arguments[0]["x"].shape[-1])
+    if sync_batch_norm and reduction == "ordered":
         raise InputError(
             f"{spell('reduction', 'ordered')}: a BatchNorm over the whole batch needs all its shards at once, and "
             f"ordered computes them one by one; use {spell('reduction', 'pmean')}, or normalise over shards "
             f"({spell('sync_batch_norm', False)}; no axis_name)"
         )
-    schedule = schedule_for(model, state, layout, mesh, accumulate, reduction, together)
+    schedule = schedule_for(model, state, layout, mesh, accumulate_steps, reduction, sync_batch_norm)
 
     # XLA's threads share matrix-matrix products; in evaluation even if the loop of training is compiled as a whole.
     shared = not multiplies_vectors_only(model, state)
@@ -107,10 +107,10 @@ def compile_train_block(
             layout.num_shards,
         )
 
-    program = Program(model, layout, mesh, reduction, schedule)
+    spec = StepSpec(model, layout, mesh, reduction, schedule)
 
-    def block(*arguments: Any) -> tuple[TrainState, Array, Array]:
-        return train_block(program, *arguments)
+    def block(*values: Any) -> tuple[TrainState, Array, Array]:
+        return train_block(spec, *values)
 
     options = compiler_options(reduction, platform, schedule.whole_loops)
     return _compile(block, layout, mesh, (state, *arguments), backend, options, (None, None, 0), donate=True)
@@ -139,7 +139,7 @@ def compile_eval_block(
       beyond `num_steps`; and a function that unravels them on the host into leaves [block_steps, shards, ...].
     """
     platform = mesh.devices.flat[0].platform
-    one: list[PyTree] = []  # shapes of the results for a batch of one shard
+    shapes: list[PyTree] = []  # of the results for a batch of one shard, once the block is traced
 
     def block(variables: PyTree, data: PyTree, shard_range: ShardRange, packed: Array) -> Array:
         call_args = CallArgs(*packed)
@@ -152,8 +152,8 @@ def compile_eval_block(
         def raveled(variables: PyTree, batch: PyTree) -> Array:
             return ravel_pytree(wanted(variables, batch))[0]
 
-        one.append(jax.eval_shape(lambda: wanted(variables, read.of_slot(jnp.int32(0), jnp.int32(0)))))
-        leaves, slots = jax.tree.leaves(one[0]), max(layout.slots, 2)
+        shapes.append(jax.eval_shape(lambda: wanted(variables, read.of_slot(jnp.int32(0), jnp.int32(0)))))
+        leaves, slots = jax.tree.leaves(shapes[0]), max(layout.slots, 2)
 
         def step(k: Array, history: Array) -> Array:
             def fill(slot: Array, history: Array) -> Array:
@@ -170,7 +170,7 @@ def compile_eval_block(
         return from_all_devices(history[:, : layout.slots], mesh, axis=1)[:, : layout.num_shards]
 
     def unpacked(found: np.ndarray) -> PyTree:
-        leaves, structure = jax.tree.flatten(one[0])
+        leaves, structure = jax.tree.flatten(shapes[0])
         parts = np.split(found, np.cumsum([leaf.size for leaf in leaves])[:-1], axis=-1)
         shaped = [
             part.reshape(*found.shape[:2], *leaf.shape).astype(leaf.dtype, copy=False)

@@ -16,7 +16,7 @@ from dpreg.models.losses import loss_of, row_losses
 from dpreg.step.checks import comes_with_dpreg, mode_arguments, traced
 from dpreg.step.reduce import PyTree, gradient_of_shards
 from dpreg.step.state import Model, TrainState, forward
-from dpreg.step.step import Statistics, shard_loss, updated
+from dpreg.step.step import Statistics, shard_loss, update_state
 from dpreg.tracing import key_of, pinned_settings
 
 _ROWS = 2  # rows of the traced batch; the digest does not depend on how many rows a run has
@@ -52,7 +52,7 @@ def digest_training(
             return shard_loss(model, params, state.batch_stats, batch, jax.random.fold_in(key_of(0), shard), "cpu")
 
         sums = gradient_of_shards(loss, state.params, batches, jnp.arange(1))
-        return updated(state, sums, jnp.asarray(state.step))
+        return update_state(state, sums, jnp.asarray(state.step))
 
     def init(row: Array) -> PyTree:
         return model.init(key_of(0), row, **mode_arguments(model, False))

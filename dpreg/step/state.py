@@ -146,7 +146,7 @@ def forward(
     real = batch["weight"] > 0
     mask = real | ~real.any()
 
-    def hide_padding(next_call: Callable[..., Any], args: Any, kwargs: Any, context: Any) -> Any:
+    def adapt_batch_norm(next_call: Callable[..., Any], args: Any, kwargs: Any, context: Any) -> Any:
         if is_batch_norm(context):
             module, x = context.module, args[0] if args else kwargs["x"]
             rows = (-1, *[1] * (x.ndim - 1))
@@ -160,15 +160,15 @@ def forward(
     if platform == "gpu":
         rounded &= not all_are_vectors(variables["params"])
     products = jax.default_matmul_precision(_BFLOAT16_PRODUCTS if rounded else FULL_PRECISION)
-    with nn.intercept_methods(hide_padding), products:
-        prediction, updated = model.apply(
+    with nn.intercept_methods(adapt_batch_norm), products:
+        prediction, collections = model.apply(
             variables,
             x.astype(batch["weight"].dtype),
             **mode,
             mutable=["batch_stats"] if train else [],
             rngs=None if key is None else {"dropout": key},
         )
-    return prediction, updated.get("batch_stats", {})
+    return prediction, collections.get("batch_stats", {})
 
 
 def all_are_vectors(params: PyTree) -> bool:

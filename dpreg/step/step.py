@@ -48,8 +48,8 @@ class Variables(NamedTuple):
 Sums = tuple[PyTree, Array, Statistics]  # over rows: of the gradient, of the weighted loss, and further ones
 
 
-class Program(NamedTuple):
-    """The static part of a train step."""
+class StepSpec(NamedTuple):
+    """The static part of a train step: what is known when it is compiled."""
 
     model: Model
     layout: BatchLayout
@@ -81,16 +81,16 @@ class Call(NamedTuple):
 
 
 def train_block(
-    program: Program, state: TrainState, data: PyTree, shard_range: ShardRange, packed: Array
+    spec: StepSpec, state: TrainState, data: PyTree, shard_range: ShardRange, packed: Array
 ) -> tuple[TrainState, Array, Array]:
     """Runs `num_steps` consecutive steps; `compile_train_block` documents what it returns."""
-    call_args, layout = CallArgs(*packed), program.layout
+    call_args, layout = CallArgs(*packed), spec.layout
     shards = shard_range.first + jnp.arange(layout.slots, dtype=jnp.int32)
     read = layout.reader(data, shards, call_args.first_step, call_args.seed)
     call = Call(call_args, shard_range, shards, read, jax.random.fold_in(key_of(call_args.seed), TRAINING_KEY))
 
     def step(k: Array, carry: tuple[TrainState, Array]) -> tuple[TrainState, Array]:
-        state, record = train_step(program, call, carry[0], k)
+        state, record = train_step(spec, call, carry[0], k)
         return state, lax.dynamic_update_index_in_dim(carry[1], record, k, 0)
 
     steps = jnp.arange(layout.block_steps, dtype=jnp.int32)
@@ -99,7 +99,7 @@ def train_block(
     return state, history, rows_used(call, state, steps, tagged="tag" in data)
 
 
-def train_step(program: Program, call: Call, state: TrainState, k: Array) -> tuple[TrainState, Array]:
+def train_step(spec: StepSpec, call: Call, state: TrainState, k: Array) -> tuple[TrainState, Array]:
     """One step: the gradient of the weighted loss sum over all rows, divided once by their weight; then the optimizer.
 
     Returns:
@@ -108,54 +108,54 @@ def train_step(program: Program, call: Call, state: TrainState, k: Array) -> tup
     """
     step = call.args.first_step + k
     variables = Variables(state.params, state.batch_stats, jax.random.fold_in(call.key, step))
-    if program.reduction == "ordered":
+    if spec.reduction == "ordered":
         sums = ordered_sum(
-            lambda slot: sums_of_slot(program, call, variables, k, slot),
-            program.layout.slots,
+            lambda slot: sums_of_slot(spec, call, variables, k, slot),
+            spec.layout.slots,
             call.shard_range.count,
-            program.layout.num_shards,
-            program.mesh,
+            spec.layout.num_shards,
+            spec.mesh,
         )
-        new, norm = isolated(updated, call.one, state, sums, step)
+        new, norm = isolated(update_state, call.one, state, sums, step)
     else:
-        sums = mean_over_devices(sums_of_device(program, call, variables, k), program.mesh)
-        new, norm = updated(state, sums, step)
+        sums = mean_over_devices(sums_of_device(spec, call, variables, k), spec.mesh)
+        new, norm = update_state(state, sums, step)
     loss_sum = jnp.where(new.step > step, sums[1], jnp.nan)
     return new, jnp.stack([loss_sum, sums[2].weight, norm])
 
 
-def sums_of_device(program: Program, call: Call, variables: Variables, k: Array) -> Sums:
+def sums_of_device(spec: StepSpec, call: Call, variables: Variables, k: Array) -> Sums:
     """The sums over all rows of this device, in the order of the schedule."""
-    traversal, chunks = program.schedule.traversal, program.schedule.num_chunks
-    loss = bind_shard_loss(program, variables)
+    traversal, chunks = spec.schedule.traversal, spec.schedule.num_chunks
+    loss = bind_shard_loss(spec, variables)
 
     def of_chunk(c: Array) -> Sums:
         if traversal is Traversal.ROWS:
             any_shard = jnp.int32(0)
             return gradient_of_shard(loss, variables.params, call.read.rows(k, c, chunks), any_shard)
-        numbers = call.shards + c * program.layout.num_shards
+        numbers = call.shards + c * spec.layout.num_shards
         return gradient_of_shards(loss, variables.params, call.read.of_slots(k, c, chunks), numbers)
 
     if traversal is Traversal.SHARD_BY_SHARD:
-        sums: Sums = accumulate(lambda slot: sums_of_slot(program, call, variables, k, slot), call.shard_range.count)
+        sums: Sums = accumulate(lambda slot: sums_of_slot(spec, call, variables, k, slot), call.shard_range.count)
         return sums
     return in_chunks(chunks, call, of_chunk)
 
 
-def sums_of_slot(program: Program, call: Call, variables: Variables, k: Array, slot: Array) -> Sums:
+def sums_of_slot(spec: StepSpec, call: Call, variables: Variables, k: Array, slot: Array) -> Sums:
     """The sums over the rows of one shard; under `ordered` isolated from the surrounding operations."""
-    chunks, layout = program.schedule.num_chunks, program.layout
+    chunks, layout = spec.schedule.num_chunks, spec.layout
     shard = call.shard_range.first + slot  # not shards[slot]: with one slot, the compiler would know its value
 
     def of_chunk(c: Array) -> Sums:
         batch, number = call.read.of_slot(k, slot, c, chunks), shard + c * layout.num_shards
-        if program.reduction != "ordered":
-            return gradient_of_shard(bind_shard_loss(program, variables), variables.params, batch, number)
+        if spec.reduction != "ordered":
+            return gradient_of_shard(bind_shard_loss(spec, variables), variables.params, batch, number)
         # Features of row-wise models are not isolated: they only enter products, and a copy takes a fifth of a step.
-        kept = {"x": batch.pop("x")} if program.schedule.row_wise else {}
+        kept = {"x": batch.pop("x")} if spec.schedule.row_wise else {}
 
         def gradient(variables: Variables, batch: PyTree, number: Array) -> Sums:
-            return gradient_of_shard(bind_shard_loss(program, variables), variables.params, kept | batch, number)
+            return gradient_of_shard(bind_shard_loss(spec, variables), variables.params, kept | batch, number)
 
         sums: Sums = isolated(gradient, call.one, variables, batch, number)
         return sums
@@ -171,12 +171,12 @@ def in_chunks(chunks: int, call: Call, of_chunk: Callable[[Array], Sums]) -> Sum
     return sums
 
 
-def bind_shard_loss(program: Program, variables: Variables) -> ShardLoss:
+def bind_shard_loss(spec: StepSpec, variables: Variables) -> ShardLoss:
     """`shard_loss` as a function of the parameters, the batch of one shard, and the shard's number."""
 
     def loss(params: PyTree, batch: PyTree, shard: Array) -> tuple[Array, Statistics]:
         key = jax.random.fold_in(variables.key, shard)
-        return shard_loss(program.model, params, variables.batch_stats, batch, key, program.platform)
+        return shard_loss(spec.model, params, variables.batch_stats, batch, key, spec.platform)
 
     return loss
 
@@ -193,7 +193,7 @@ def shard_loss(
     return jnp.vdot(losses, weight), Statistics(weight.sum(), rows, jax.tree.map(lambda leaf: leaf * rows, new))
 
 
-def updated(state: TrainState, sums: Sums, step: Array) -> tuple[TrainState, Array]:
+def update_state(state: TrainState, sums: Sums, step: Array) -> tuple[TrainState, Array]:
     """The state after a step with these sums, and the norm of the mean gradient.
 
     If the loss or the new parameters are not finite, the state is unchanged.

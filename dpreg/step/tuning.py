@@ -71,7 +71,7 @@ def schedule_for(
     state: TrainState,
     layout: BatchLayout,
     mesh: Mesh,
-    accumulate: int,
+    accumulate_steps: int,
     reduction: str,
     sync_batch_norm: bool,
 ) -> Schedule:
@@ -84,8 +84,8 @@ def schedule_for(
     if ordered:
         traversal = Traversal.SHARD_BY_SHARD
     if mesh.devices.flat[0].platform != "cpu":
-        return Schedule(traversal, accumulate, row_wise)
-    rows = layout.shard_batch // accumulate  # processed together; the chunks divide them
+        return Schedule(traversal, accumulate_steps, row_wise)
+    rows = layout.shard_batch // accumulate_steps  # processed together; the chunks divide them
     if ordered:
         # An operation that cores share has the same bits as on one core, except for matrix-matrix products.
         by_cores = multiplies_vectors_only(model, state) and rows * layout.row_bytes > _CHUNK_BYTES_ONE_CORE
@@ -96,12 +96,12 @@ def schedule_for(
         large = _CHUNK_BYTES_SHARED if by_cores else _LARGE_SHARD_BYTES
         if not sync_batch_norm and rows * layout.row_bytes > large:
             traversal = Traversal.SHARD_BY_SHARD
-        return Schedule(traversal, accumulate, row_wise)
+        return Schedule(traversal, accumulate_steps, row_wise)
     width = max(layout.row_bytes // 4, sum(leaf.size for leaf in jax.tree.leaves(state.params)))
     chunk_bytes = _CHUNK_BYTES_SHARED if by_cores else _CHUNK_BYTES_ONE_CORE
     return Schedule(
         traversal,
-        accumulate * fewest_chunks(rows, chunk_bytes // layout.row_bytes),
+        accumulate_steps * fewest_chunks(rows, chunk_bytes // layout.row_bytes),
         row_wise,
         whole_loops=not by_cores or rows * width <= _MOST_FACTORS_OF_WHOLE_LOOPS,
     )

@@ -184,7 +184,7 @@ class Loop:
                     return
             arguments = data.arguments(block)
             with jax.profiler.StepTraceAnnotation("train", step_num=block.first_step):
-                sums, used = self.state.step(self.program.train_block, *arguments)
+                sums, used = self.state.advance(self.program.train_block, *arguments)
             self._in_flight = sums, self.program.gather_used(used)
             yield block._replace(data=None), self._in_flight
 
