@@ -261,7 +261,7 @@ class Loop:
         evaluated, unpacked = self.program.eval_block
         blocks = data.val.blocks(0, data.val.num_steps, data.steps_per_call)
         calls = ((block, evaluated(self.state.variables, *data.arguments(block))) for block in blocks)
-        found = [unpacked(errors) for _, errors in devices.fetch_in_order(calls, self.report_result)]
+        found = [unpacked(sums) for _, sums in devices.fetch_in_order(calls, self.report_result)]
         self.val_loss, self.metrics = metrics_of(self.program.model, data.schema, found)
         if self.train_loss == 0 and 0 < self.val_loss < float(np.finfo(np.float32).tiny):
             logging.warning(
@@ -270,7 +270,7 @@ class Loop:
                 *(self._settings.dtype, spell("target_transform", "standardize")),
             )
         patience = self._settings.patience
-        if patience and not any(errors.weight.sum() > 0 for errors in found):
+        if patience and not any(sums.weight.sum() > 0 for sums in found):
             asked = spell("patience", patience)
             raise InputError(f"{asked}: no row held out has a weight to measure by; hold out others")
         self._seconds["eval"] += time.perf_counter() - started

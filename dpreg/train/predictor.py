@@ -17,7 +17,7 @@ from dpreg.data.sources import ArraySource, Rows, Source, describe_rows, unmaske
 from dpreg.distributed import devices, presence, processes
 from dpreg.errors import InputError
 from dpreg.models.losses import SQUARED, loss_of
-from dpreg.models.metrics import Errors, errors, metrics
+from dpreg.models.metrics import EvalSums, eval_sums, metrics
 from dpreg.models.module import Module
 from dpreg.step.checks import traced
 from dpreg.step.compile import compile_eval_block
@@ -33,13 +33,13 @@ ROWS_IN_PARTS = (
 )
 
 
-def errors_of(model: Model, schema: Schema | None) -> Callable[[Any, Any, Any], Errors]:
+def bind_eval_sums(model: Model, schema: Schema | None) -> Callable[[Any, Any, Any], EvalSums]:
     """The function from the predictions of a batch to the sums that evaluation needs."""
-    return functools.partial(errors, model, schema is not None and schema.log_targets)
+    return functools.partial(eval_sums, model, schema is not None and schema.log_targets)
 
 
-def metrics_of(model: Model, schema: Schema | None, found: Sequence[Errors]) -> tuple[float, dict[str, float]]:
-    """The mean loss, and the metrics that fit the loss in original units, from the results of `errors_of`."""
+def metrics_of(model: Model, schema: Schema | None, found: Sequence[EvalSums]) -> tuple[float, dict[str, float]]:
+    """The mean loss, and the metrics that fit the loss in original units, from the `EvalSums` of blocks."""
     scale = 1.0 if schema is None else np.array([target.scale for target in schema.targets])
     own_loss = not isinstance(model, Module) or type(model).loss is not Module.loss
     of_squares = not own_loss and loss_of(model) == SQUARED and not (schema is not None and schema.log_targets)
@@ -91,7 +91,7 @@ class Predictor:
         self._precision = precision
         mean = loss_of(model).mean
         self._mean: Callable[..., Any] = lambda variables, prediction, batch: mean(prediction)
-        self._errors = errors_of(model, schema)
+        self._eval_sums = bind_eval_sums(model, schema)
         self._compiled = dict[Callable[..., Any], tuple[Callable[..., Array], Callable[[np.ndarray], Any]]]()
         row_bytes = self.dtype.itemsize * (num_inputs + num_targets + 1)
         self._steps = max(2, min(_CHUNK_STEPS, _CHUNK_BYTES // (row_bytes * batch_size)))
@@ -198,8 +198,8 @@ class Predictor:
         Raises:
           InputError: when no row has a weight, and for a target that the loss is not defined for.
         """
-        found = [errors for _, errors in self._evaluated(self._allowed(chunks), self._errors)]
-        if not any(errors.weight.sum() > 0 for errors in found):
+        found = [sums for _, sums in self._evaluated(self._allowed(chunks), self._eval_sums)]
+        if not any(sums.weight.sum() > 0 for sums in found):
             raise InputError(
                 "there are no rows with a weight, and without missing values, to evaluate; name a table that has some"
             )

@@ -27,7 +27,7 @@ from dpreg.step.digest import digest_training, digest_values
 from dpreg.step.layout import CallArgs, ShardRange, batch_layout, example_arguments
 from dpreg.step.state import Model, TrainState, initial_state
 from dpreg.step.tuning import steps_of_call
-from dpreg.train.predictor import ROWS_IN_PARTS, errors_of
+from dpreg.train.predictor import ROWS_IN_PARTS, bind_eval_sums
 
 _FEW_ROWS = 16  # of a shard; batch statistics of fewer rows are poor
 _MOST_STEPS = 2**31 - 1  # steps are counted in int32 on the devices
@@ -170,7 +170,7 @@ class LaidOutData:
             batch_layout(self.val),
             settings.mesh,
             self._example(self.val),
-            errors_of(model, self.schema),
+            bind_eval_sums(model, self.schema),
             settings.reduction,
             settings.backend,
         )
