@@ -170,7 +170,7 @@ class Module(_Attributes, nn.Module, HyperParameters, kw_only=True):
         Returns:
           [n].
         """
-        if not hasattr(self, "called_hooks"):
+        if not hasattr(self, "called_methods"):
             raise InputError(f"{type(self).__name__} derives from d2l.Module; train it by dpreg.d2l.Trainer")
 
         def loss_of_row(prediction: Array, x: Array, y: Array) -> Array:
@@ -231,20 +231,20 @@ def _loss_of(model: Module, apply_fn: Callable[..., Array], variables: Mapping[s
     return jnp.asarray(value)
 
 
-def prepare(model: Module, rows: Mapping[str, np.ndarray], called_hooks: frozenset[str]) -> Module:
+def prepare(model: Module, rows: Mapping[str, np.ndarray], called_methods: frozenset[str]) -> Module:
     """A copy of the model that `dpreg.Trainer` trains, once its loss is known to be a mean of losses of single rows.
 
     Args:
       model: which is not changed.
       rows: some training rows, {"x": [n, d], "y": [n, t]}.
-      called_hooks: names of the methods that the caller calls, and dpreg.Trainer does not.
+      called_methods: names of the methods that the caller calls, and dpreg.Trainer does not.
 
     Raises:
       InputError: for a model that cannot be trained row by row.
     """
     copy: Any = model.clone()
     name = type(model).__name__
-    object.__setattr__(copy, "called_hooks", called_hooks)
+    object.__setattr__(copy, "called_methods", called_methods)
     require_model(copy)
     if "training" in type(model).__dataclass_fields__:
         raise InputError(f"{name} has a field 'training', which no step sets; let forward take an argument 'train'")

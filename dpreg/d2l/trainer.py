@@ -20,7 +20,7 @@ from dpreg.data.sources import RegressionData
 from dpreg.errors import Diverged, InputError
 from dpreg.step import state
 from dpreg.step.checks import mode_arguments
-from dpreg.step.hooks import OF_DATA, OF_MODEL, OF_TRAINER, require_no_hooks, user_methods
+from dpreg.step.foreign_methods import OF_DATA, OF_MODEL, OF_TRAINER, refuse_foreign_methods, user_methods
 from dpreg.tracing import key_of, pinned_settings
 
 # Methods that this trainer calls. Where one of those below is the user's, an epoch runs step by step.
@@ -122,9 +122,9 @@ class Trainer(HyperParameters):
 
     def prepare_data(self, data: DataModule | RegressionData) -> None:
         """Brings the rows to the devices, and sets the loaders of batches (X, y)."""
-        require_no_hooks(self, OF_TRAINER, _CALLED_OF_TRAINER)
+        refuse_foreign_methods(self, OF_TRAINER, _CALLED_OF_TRAINER)
         if isinstance(data, DataModule):
-            require_no_hooks(data, OF_DATA, _CALLED_OF_DATA)
+            refuse_foreign_methods(data, OF_DATA, _CALLED_OF_DATA)
             data = read_rows(data)
         if missing := [name for name in ("train", "val", "batch_size") if not hasattr(data, name)]:
             raise InputError(f"data: {type(data).__name__} has no {missing[0]}; give an object of d2l.DataModule")
@@ -150,7 +150,7 @@ class Trainer(HyperParameters):
         if not isinstance(model, Module):
             what = model.__name__ if isinstance(model, type) else type(model).__name__
             raise InputError(f"model: {what} is no instance of a class derived from d2l.Module; give one")
-        require_no_hooks(model, OF_MODEL, _CALLED_OF_MODEL)
+        refuse_foreign_methods(model, OF_MODEL, _CALLED_OF_MODEL)
         model.trainer, model.board.xlim = self, (0, self.max_epochs)
         model.board.clear()
         source = self.engine.train.source

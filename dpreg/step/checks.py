@@ -15,7 +15,7 @@ import numpy as np
 from flax import linen as nn
 
 from dpreg.errors import InputError, Preempted, ProcessLost
-from dpreg.step.hooks import OF_MODEL, require_no_hooks
+from dpreg.step.foreign_methods import OF_MODEL, refuse_foreign_methods
 from dpreg.step.reduce import PyTree
 from dpreg.tracing import key_of, pinned_settings
 
@@ -40,7 +40,7 @@ def require_model(model: Any) -> None:
         raise InputError(
             f"model: {name} has no {' and no '.join(missing)}; derive it from dpreg.Module instead of flax.linen.Module"
         )
-    require_no_hooks(model, OF_MODEL, getattr(model, "called_hooks", ()))
+    refuse_foreign_methods(model, OF_MODEL, getattr(model, "called_methods", ()))
     if not callable(model):
         raise InputError(f"model: {name} has no __call__; define __call__(self, x), which predicts [rows, targets]")
 

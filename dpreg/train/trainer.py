@@ -16,7 +16,7 @@ from dpreg.data.sources import RegressionData, describe_rows
 from dpreg.distributed import devices, processes
 from dpreg.errors import InputError
 from dpreg.step.donated import DonatedState
-from dpreg.step.hooks import OF_DATA, OF_TRAINER, require_no_hooks
+from dpreg.step.foreign_methods import OF_DATA, OF_TRAINER, refuse_foreign_methods
 from dpreg.step.state import Model, TrainState
 from dpreg.train.callback import Callback, FunctionCallback, Progress
 from dpreg.train.loop import Loop
@@ -141,8 +141,8 @@ class Trainer:
     @processes.together("laying out rows")
     def prepare_data(self, data: RegressionData) -> None:
         """Moves the rows to where the steps read them, and drops a state that was trained on other rows."""
-        require_no_hooks(self, OF_TRAINER)
-        require_no_hooks(data, OF_DATA)
+        refuse_foreign_methods(self, OF_TRAINER)
+        refuse_foreign_methods(data, OF_DATA)
         self._data = self._loop = None
         started = time.perf_counter()
         laid_out = lay_out(data, self.settings)
