@@ -17,7 +17,7 @@ from dpreg.errors import InputError
 from dpreg.models.linear import LinearRegressionScratch as LinearScratch
 from dpreg.models.mlp import LinearRegression as LinearConcise
 from dpreg.models.sgd import SGD
-from dpreg.step.checks import mode_arguments, require_model, traced
+from dpreg.step.checks import mode_arguments, model_errors, require_model
 from dpreg.tracing import key_of, pinned_settings
 
 _LOOP_ATTRIBUTES = "trainer", "training"
@@ -250,9 +250,9 @@ def prepare(model: Module, rows: Mapping[str, np.ndarray], called_methods: froze
         raise InputError(f"{name} has a field 'training', which no step sets; let forward take an argument 'train'")
     dtype = rows["x"].dtype
     row = jax.ShapeDtypeStruct((1, rows["x"].shape[1]), jnp.float32)
-    with traced(copy), pinned_settings():
+    with model_errors(copy), pinned_settings():
         shapes: Any = jax.eval_shape(lambda x: copy.init(key_of(0), x, **mode_arguments(copy, False)), row)
-    with traced(copy), pinned_settings(dtype == np.float64):
+    with model_errors(copy), pinned_settings(dtype == np.float64):
         x = jnp.asarray(rows["x"])
         _require_mean(copy, shapes, x, jnp.asarray(rows["y"]))
         if known := _known_class(copy, shapes, x):

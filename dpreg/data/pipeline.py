@@ -241,7 +241,7 @@ class Dataset:
         if self.placement != "auto":
             return self.placement, ""
         share = self.resident_bytes
-        most = _resident_bytes(self._mesh)
+        most = _resident_capacity(self._mesh)
         chosen = "device" if share <= most else "host"
         return chosen, f"a device's rows take {share / 1e6:,.1f} MB of the {most / 1e6:,.1f} MB that may stay on it"
 
@@ -358,7 +358,7 @@ class Dataset:
         return self.mesh
 
 
-def _resident_bytes(mesh: Mesh) -> int:
+def _resident_capacity(mesh: Mesh) -> int:
     """The largest number of bytes of rows to keep on a device."""
     device = mesh.local_devices[0]
     stats = device.memory_stats() or {}

@@ -127,7 +127,7 @@ def metrics(
     counted = [np.asarray(block.weight) > 0 for block in blocks]
     every = EvalSums(
         *(
-            np.concatenate([np.asarray(leaf)[of] for leaf, of in zip(leaves, counted, strict=True)]).astype(np.float64)
+            np.concatenate([np.asarray(leaf)[at] for leaf, at in zip(leaves, counted, strict=True)]).astype(np.float64)
             for leaves in zip(*blocks, strict=True)
         )
     )

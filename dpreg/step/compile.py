@@ -122,7 +122,7 @@ def compile_eval_block(
     layout: BatchLayout,
     mesh: Mesh,
     arguments: tuple[Any, ...],
-    of: Callable[[PyTree, Array, PyTree], PyTree],
+    evaluate: Callable[[PyTree, Array, PyTree], PyTree],
     reduction: str,
     backend: str,
 ) -> tuple[Callable[..., Array], Callable[[np.ndarray], PyTree]]:
@@ -132,7 +132,7 @@ def compile_eval_block(
 
     Args:
       variables: "params" and "batch_stats".
-      of: (variables, predictions [b, t], batch of one shard) -> a tree of results.
+      evaluate: (variables, predictions [b, t], batch of one shard) -> a tree of results.
 
     Returns:
       `f(variables, data, shard_range, call_args) -> [block_steps, shards, n]`, the raveled results, which are zero
@@ -147,7 +147,7 @@ def compile_eval_block(
         read = layout.reader(data, shards, call_args.first_step, call_args.seed)
 
         def wanted(variables: PyTree, batch: PyTree) -> PyTree:
-            return of(variables, forward(model, variables, batch, train=False, platform=platform)[0], batch)
+            return evaluate(variables, forward(model, variables, batch, train=False, platform=platform)[0], batch)
 
         def raveled(variables: PyTree, batch: PyTree) -> Array:
             return ravel_pytree(wanted(variables, batch))[0]

@@ -13,7 +13,7 @@ from jax.sharding import AbstractMesh, AxisType, PartitionSpec
 
 from dpreg.distributed.devices import AXIS
 from dpreg.models.losses import loss_of, row_losses
-from dpreg.step.checks import comes_with_dpreg, mode_arguments, traced
+from dpreg.step.checks import comes_with_dpreg, mode_arguments, model_errors
 from dpreg.step.reduce import PyTree, gradient_of_shards
 from dpreg.step.state import Model, TrainState, forward
 from dpreg.step.step import Statistics, shard_loss, update_state
@@ -64,7 +64,7 @@ def digest_training(
     dtype = jax.tree.leaves(state.params)[0].dtype
     shapes = {"x": (1, _ROWS, num_inputs), "y": (1, _ROWS, num_targets), "weight": (1, _ROWS)}
     batches = {name: jax.ShapeDtypeStruct(shape, dtype) for name, shape in shapes.items()}
-    with traced(model):
+    with model_errors(model):
         with pinned_settings():
             texts = [_program(init, jax.ShapeDtypeStruct((1, num_inputs), jnp.float32))]
         with pinned_settings(dtype == np.float64):
@@ -85,7 +85,7 @@ def digest_prediction(model: Model, variables: Mapping[str, PyTree], num_inputs:
     dtype = jax.tree.leaves(variables["params"])[0].dtype
     shapes = {"x": (_ROWS, num_inputs), "y": (_ROWS, num_targets), "weight": (_ROWS,)}
     batch = {name: jax.ShapeDtypeStruct(shape, dtype) for name, shape in shapes.items()}
-    with traced(model), pinned_settings(dtype == np.float64):
+    with model_errors(model), pinned_settings(dtype == np.float64):
         return _digest([_program(evaluate, variables, batch)])
 
 

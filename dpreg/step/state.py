@@ -17,9 +17,9 @@ from dpreg.errors import InputError
 from dpreg.step.checks import (
     is_batch_norm,
     mode_arguments,
+    model_errors,
     require_model,
     require_modes,
-    traced,
     uses_running_average,
 )
 from dpreg.step.optimizer import prepare_optimizer
@@ -98,7 +98,7 @@ def initial_state(
       InputError: when the model or its optimizer cannot be trained; see `dpreg.step.checks`.
     """
     require_model(model)
-    with pinned_settings(), traced(model):
+    with pinned_settings(), model_errors(model):
         init = jax.jit(lambda key, row: model.init(key, row, **mode_arguments(model, False)))
         variables = dict(init(key_of(seed), jnp.asarray(row, jnp.float32)))
     params, batch_stats = variables.pop("params", None), variables.pop("batch_stats", {})
@@ -117,7 +117,7 @@ def initial_state(
             )
     if from_zero:
         params = jax.tree.map(jnp.zeros_like, params)
-    with pinned_settings(dtype == np.float64), traced(model):
+    with pinned_settings(dtype == np.float64), model_errors(model):
         params, batch_stats = jax.tree.map(lambda leaf: leaf.astype(dtype), (params, batch_stats))
         require_modes(model, {"params": params, "batch_stats": batch_stats}, np.shape(row)[1])
         optimizer = prepare_optimizer(model, params, gradient_clip_val)

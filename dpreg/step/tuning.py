@@ -139,8 +139,8 @@ def known_class(model: Model) -> type[Any]:
 def is_row_wise(model: Model, state: TrainState) -> bool:
     """Whether a model declares that it treats each row independently, and its gradient is small."""
     known = known_class(model)
-    says = next((of for of in known.__mro__ if "row_wise" in vars(of)), None)
-    declared = says is not None and vars(says)["row_wise"] and known.__call__ is says.__call__
+    owner = next((base for base in known.__mro__ if "row_wise" in vars(base)), None)
+    declared = owner is not None and vars(owner)["row_wise"] and known.__call__ is owner.__call__
     gradient_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state.params))
     return declared and gradient_bytes * 4 <= _CHUNK_BYTES_ONE_CORE
 

@@ -19,7 +19,7 @@ from dpreg.errors import InputError
 from dpreg.models.losses import SQUARED, loss_of
 from dpreg.models.metrics import EvalSums, eval_sums, metrics
 from dpreg.models.module import Module
-from dpreg.step.checks import traced
+from dpreg.step.checks import model_errors
 from dpreg.step.compile import compile_eval_block
 from dpreg.step.layout import CallArgs, ShardRange, batch_layout
 from dpreg.step.state import Model
@@ -249,8 +249,8 @@ class Predictor:
             before += len(chunk["weight"])
             yield chunk
 
-    def _evaluated(self, chunks: Iterable[Rows], of: Callable[..., Any]) -> Iterator[tuple[int, Any]]:
-        """(the number of rows, the results of a compiled evaluation `of`) for each chunk."""
+    def _evaluated(self, chunks: Iterable[Rows], evaluate: Callable[..., Any]) -> Iterator[tuple[int, Any]]:
+        """(the number of rows, the results of a compiled evaluation) for each chunk."""
 
         def calls() -> Iterator[tuple[int, Array]]:
             for chunk in chunks:
@@ -259,23 +259,24 @@ class Predictor:
                 (block,) = dataset
                 call_args = CallArgs(0, self._steps, 0).packed()
                 arguments = block.data, ShardRange(*dataset.shard_ranges), call_args
-                if of not in self._compiled:
-                    with presence.at_work("compiling"), traced(self._model):
-                        self._compiled[of] = compile_eval_block(
+                if evaluate not in self._compiled:
+                    with presence.at_work("compiling"), model_errors(self._model):
+                        self._compiled[evaluate] = compile_eval_block(
                             self._model,
                             self.variables,
                             batch_layout(dataset),
                             self._mesh,
                             arguments,
-                            of,
+                            evaluate,
                             self._reduction,
                             self._backend,
                         )
                     processes.allgather_text()  # barrier: compile times differ, and the first collective would time out
-                yield rows, self._compiled[of][0](self.variables, *arguments)
+                yield rows, self._compiled[evaluate][0](self.variables, *arguments)
 
         return (
-            (rows, self._compiled[of][1](found)) for rows, found in devices.fetch_in_order(calls(), self._on_result)
+            (rows, self._compiled[evaluate][1](found))
+            for rows, found in devices.fetch_in_order(calls(), self._on_result)
         )
 
     def _dataset(self, chunk: Rows) -> Dataset:

@@ -21,7 +21,7 @@ from dpreg.models.linear import LinearRegressionScratch
 from dpreg.models.losses import loss_of
 from dpreg.models.mlp import LinearRegression
 from dpreg.spelling import spell
-from dpreg.step.checks import comes_with_dpreg, normalises_over_batch, require_model, traced
+from dpreg.step.checks import comes_with_dpreg, model_errors, normalises_over_batch, require_model
 from dpreg.step.compile import compile_eval_block, compile_train_block
 from dpreg.step.digest import digest_training, digest_values
 from dpreg.step.layout import CallArgs, ShardRange, batch_layout, example_arguments
@@ -290,12 +290,12 @@ def compile_program(model: Model, data: LaidOutData, state: TrainState) -> Progr
     settings = data.settings
     jax.block_until_ready(data.train.shard_ranges)  # cached, and transferred before the first call
     optimizer_start = "" if comes_with_dpreg(model) else digest_values(state.opt_state)
-    with traced(model):
+    with model_errors(model):
         train_block = data.compile_train(model, state)
     gather_used: Callable[[Any], Any] = _zeros_on_host
     if settings.audit:
         gather_used = devices.compile_gather(settings.mesh, (settings.mesh.size, data.train.block_steps, 2), np.uint32)
-    with traced(model):
+    with model_errors(model):
         eval_block = data.compile_eval(model, {"params": state.params, "batch_stats": state.batch_stats})
     return Program(data, model, train_block, eval_block, gather_used, optimizer_start)
 
