@@ -46,12 +46,12 @@ def batches(dataset):
 
 @pytest.mark.parametrize(("rows", "run"), [(3, 1), (37, 2)])
 def test_batches_do_not_depend_on_devices_or_placement(rows, run, monkeypatch):
-    monkeypatch.setattr("dpreg.data.sampler._FEWEST_RUNS", 2 if run > 1 else 128)
+    monkeypatch.setattr("dpreg.data.sampler._FEWEST_STRIPS", 2 if run > 1 else 128)
     source = Rows(rows, weighted=True).source()
     reference = None
     for devices, placement in ((1, "device"), (1, "host"), (3, "device"), (8, "host")):
         dataset = dpreg.Dataset(source).shuffle(5).batch(16).repeat(2).shard(mesh(devices), num_shards=8)
-        assert dataset.sampler.run == run
+        assert dataset.sampler.strip_rows == run
         result = batches(dataset.place(placement, 2).prefetch(2))
         reference = reference or result
         for name, column in result.items():

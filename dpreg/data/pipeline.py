@@ -233,8 +233,8 @@ class Dataset:
 
     @property
     def _shard_rows(self) -> int:
-        """The rows of a shard on a device: its runs, the last one padded, and a run of padding alone."""
-        return (self.sampler.shard_runs + 1) * self.sampler.run
+        """The rows of a shard on a device: its strips, the last one padded, and a strip of padding alone."""
+        return (self.sampler.shard_strips + 1) * self.sampler.strip_rows
 
     @functools.cached_property
     def _chosen_placement(self) -> tuple[str, str]:
