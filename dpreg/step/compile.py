@@ -19,7 +19,7 @@ from dpreg.errors import InputError
 from dpreg.spelling import spell
 from dpreg.step.checks import normalises_over_batch
 from dpreg.step.layout import BatchLayout, CallArgs, ShardRange
-from dpreg.step.reduce import PyTree, from_all_devices, gradient_of_shards, isolated, opaque_loop
+from dpreg.step.reduce import PyTree, Reduction, from_all_devices, gradient_of_shards, isolated, opaque_loop
 from dpreg.step.state import Model, TrainState, forward
 from dpreg.step.step import Statistics, StepSpec, shard_loss, train_block, update_state
 from dpreg.step.tuning import compiler_options, multiplies_vectors_only, schedule_for
@@ -70,7 +70,7 @@ def compile_train_block(
     mesh: Mesh,
     arguments: tuple[Any, ...],
     accumulate_steps: int,
-    reduction: str,
+    reduction: Reduction,
     backend: str,
 ) -> Callable[..., tuple[TrainState, Array, Array]]:
     """Compiles `num_steps` consecutive training steps into one call.
@@ -89,20 +89,21 @@ def compile_train_block(
     """
     platform = mesh.devices.flat[0].platform
     sync_batch_norm = normalises_over_batch(model, state, arguments[0]["x"].shape[-1])
-    if sync_batch_norm and reduction == "ordered":
+    if sync_batch_norm and reduction.shard_by_shard:
         raise InputError(
-            f"{spell('reduction', 'ordered')}: a BatchNorm over the whole batch needs all its shards at once, and "
-            f"ordered computes them one by one; use {spell('reduction', 'pmean')}, or normalise over shards "
+            f"{spell('reduction', reduction.name)}: a BatchNorm over the whole batch needs all its shards at once, and "
+            f"{reduction.name} computes them one by one; use {spell('reduction', 'pmean')}, or normalise over shards "
             f"({spell('sync_batch_norm', False)}; no axis_name)"
         )
     schedule = schedule_for(model, state, layout, mesh, accumulate_steps, reduction, sync_batch_norm)
 
     # XLA's threads share matrix-matrix products; in evaluation even if the loop of training is compiled as a whole.
     shared = not multiplies_vectors_only(model, state)
-    if reduction == "ordered" and platform == "cpu" and shared and devices.threads() != layout.num_shards:
+    if reduction.same_bits and platform == "cpu" and shared and devices.threads() != layout.num_shards:
         logging.warning(
-            "ordered: products are shared by %d threads of XLA, and other numbers of them have other bits; call "
+            "%s: products are shared by %d threads of XLA, and other numbers of them have other bits; call "
             "dpreg.start(threads=%d), as many as shards, before any use of JAX",
+            reduction.name,
             devices.threads(),
             layout.num_shards,
         )
@@ -123,7 +124,7 @@ def compile_eval_block(
     mesh: Mesh,
     arguments: tuple[Any, ...],
     evaluate: Callable[[PyTree, Array, PyTree], PyTree],
-    reduction: str,
+    reduction: Reduction,
     backend: str,
 ) -> tuple[Callable[..., Array], Callable[[np.ndarray], PyTree]]:
     """Compiles the evaluation of `num_steps` consecutive batches into one call.
@@ -159,7 +160,7 @@ def compile_eval_block(
             def fill(slot: Array, history: Array) -> Array:
                 return history.at[k, slot].set(isolated(raveled, call_args.one, variables, read.of_slot(k, slot)))
 
-            if reduction == "ordered":
+            if reduction.same_bits:
                 filled: Array = opaque_loop(fill, shard_range.count, history)
                 return filled
             return history.at[k, : layout.slots].set(jax.vmap(raveled, (None, 0))(variables, read.of_slots(k)))

@@ -3,7 +3,7 @@
 import functools
 import operator
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,23 +26,56 @@ PyTree = Any
 ShardLoss = Callable[[PyTree, PyTree, Array], tuple[Array, PyTree]]
 
 
-def gradient_of_shard(loss: ShardLoss, params: PyTree, batch: PyTree, shard: Array) -> tuple[PyTree, Array, PyTree]:
-    """The sums of one shard: (gradient, loss, further sums)."""
+class Reduction(NamedTuple):
+    """How a step sums over the global batch, and what this asks of the computation of the terms.
+
+    Attributes:
+      name: the setting of a run.
+      shard_by_shard: whether the sums of each shard are computed by themselves and exchanged, by `ordered_sum`.
+        Otherwise the sums over all shards of a device are, by `mean_over_devices`.
+      same_bits: whether the result has the same bits on any number of devices: then everything that computes it is
+        `isolated`.
+    """
+
+    name: str
+    shard_by_shard: bool
+    same_bits: bool
+
+
+REDUCTION_BY_NAME = {
+    reduction.name: reduction
+    for reduction in (
+        Reduction("pmean", shard_by_shard=False, same_bits=False),
+        Reduction("ordered", shard_by_shard=True, same_bits=True),
+    )
+}
+
+
+class Sums(NamedTuple):
+    """Sums over rows."""
+
+    gradient: PyTree
+    loss: Array  # weighted
+    statistics: PyTree  # the further sums that the loss of a shard returns
+
+
+def gradient_of_shard(loss: ShardLoss, params: PyTree, batch: PyTree, shard: Array) -> Sums:
+    """The sums of one shard."""
     with jax.named_scope("gradient"):
-        (value, rest), gradient = jax.value_and_grad(loss, has_aux=True)(params, batch, shard)
-    return gradient, value, rest
+        (value, statistics), gradient = jax.value_and_grad(loss, has_aux=True)(params, batch, shard)
+    return Sums(gradient, value, statistics)
 
 
-def gradient_of_shards(loss: ShardLoss, params: PyTree, batches: PyTree, shards: Array) -> tuple[PyTree, Array, PyTree]:
+def gradient_of_shards(loss: ShardLoss, params: PyTree, batches: PyTree, shards: Array) -> Sums:
     """The sums over shards stacked in the first axis: one gradient of the summed losses, not a sum of gradients."""
 
     def summed(params: PyTree) -> tuple[Array, PyTree]:
-        values, rest = jax.vmap(loss, in_axes=(None, 0, 0), axis_name=SLOTS)(params, batches, shards)
-        return values.sum(), jax.tree.map(lambda leaf: leaf.sum(axis=0), rest)
+        values, statistics = jax.vmap(loss, in_axes=(None, 0, 0), axis_name=SLOTS)(params, batches, shards)
+        return values.sum(), jax.tree.map(lambda leaf: leaf.sum(axis=0), statistics)
 
     with jax.named_scope("gradient"):
-        (value, rest), gradient = jax.value_and_grad(summed, has_aux=True)(params)
-    return gradient, value, rest
+        (value, statistics), gradient = jax.value_and_grad(summed, has_aux=True)(params)
+    return Sums(gradient, value, statistics)
 
 
 def sum_over_batch(of_shard: Array) -> Array:

@@ -14,7 +14,9 @@ from dpreg.models.losses import row_losses
 from dpreg.step.layout import BatchLayout, CallArgs, ShardRange
 from dpreg.step.reduce import (
     PyTree,
+    Reduction,
     ShardLoss,
+    Sums,
     accumulate,
     gradient_of_shard,
     gradient_of_shards,
@@ -30,7 +32,7 @@ TRAINING_KEY = 1  # folded into the run's random key for dropout, so that it dif
 
 
 class Statistics(NamedTuple):
-    """The further sums over shards, besides the gradient and the loss."""
+    """`Sums.statistics`, the sums besides those of the gradient and the loss."""
 
     weight: Array  # of the rows
     rows: Array | None  # the number of rows with a weight; None for models without batch statistics
@@ -45,16 +47,13 @@ class Variables(NamedTuple):
     key: Array  # of this step
 
 
-Sums = tuple[PyTree, Array, Statistics]  # over rows: of the gradient, of the weighted loss, and further ones
-
-
 class StepSpec(NamedTuple):
     """The static part of a train step: what is known when it is compiled."""
 
     model: Model
     layout: BatchLayout
     mesh: Mesh
-    reduction: str
+    reduction: Reduction
     schedule: Schedule
 
     @property
@@ -108,7 +107,7 @@ def train_step(spec: StepSpec, call: Call, state: TrainState, k: Array) -> tuple
     """
     step = call.args.first_step + k
     variables = Variables(state.params, state.batch_stats, jax.random.fold_in(call.key, step))
-    if spec.reduction == "ordered":
+    if spec.reduction.shard_by_shard:
         sums = ordered_sum(
             lambda slot: sums_of_slot(spec, call, variables, k, slot),
             spec.layout.slots,
@@ -116,12 +115,14 @@ def train_step(spec: StepSpec, call: Call, state: TrainState, k: Array) -> tuple
             spec.layout.num_shards,
             spec.mesh,
         )
-        new, norm = isolated(update_state, call.one, state, sums, step)
     else:
         sums = mean_over_devices(sums_of_device(spec, call, variables, k), spec.mesh)
+    if spec.reduction.same_bits:
+        new, norm = isolated(update_state, call.one, state, sums, step)
+    else:
         new, norm = update_state(state, sums, step)
-    loss_sum = jnp.where(new.step > step, sums[1], jnp.nan)
-    return new, jnp.stack([loss_sum, sums[2].weight, norm])
+    loss_sum = jnp.where(new.step > step, sums.loss, jnp.nan)
+    return new, jnp.stack([loss_sum, sums.statistics.weight, norm])
 
 
 def sums_of_device(spec: StepSpec, call: Call, variables: Variables, k: Array) -> Sums:
@@ -143,13 +144,13 @@ def sums_of_device(spec: StepSpec, call: Call, variables: Variables, k: Array) -
 
 
 def sums_of_slot(spec: StepSpec, call: Call, variables: Variables, k: Array, slot: Array) -> Sums:
-    """The sums over the rows of one shard; under `ordered` isolated from the surrounding operations."""
+    """The sums over the rows of one shard; for the same bits isolated from the surrounding operations."""
     chunks, layout = spec.schedule.num_chunks, spec.layout
     shard = call.shard_range.first + slot  # not shards[slot]: with one slot, the compiler would know its value
 
     def of_chunk(c: Array) -> Sums:
         batch, number = call.read.of_slot(k, slot, c, chunks), shard + c * layout.num_shards
-        if spec.reduction != "ordered":
+        if not spec.reduction.same_bits:
             return gradient_of_shard(bind_shard_loss(spec, variables), variables.params, batch, number)
         # Features of row-wise models are not isolated: they only enter products, and a copy takes a fifth of a step.
         kept = {"x": batch.pop("x")} if spec.schedule.row_wise else {}
@@ -198,14 +199,14 @@ def update_state(state: TrainState, sums: Sums, step: Array) -> tuple[TrainState
 
     If the loss or the new parameters are not finite, the state is unchanged.
     """
-    gradient, value, rest = sums
+    gradient, value, statistics = sums
     # A multiplication by the inverse: the compiler would rewrite a division to it in some of the programs only.
-    per_weight = 1 / jnp.where(rest.weight > 0, rest.weight, 1)
+    per_weight = 1 / jnp.where(statistics.weight > 0, statistics.weight, 1)
     batch_stats = state.batch_stats
-    if rest.rows is not None:
-        any_row, per_row = rest.rows > 0, 1 / jnp.where(rest.rows > 0, rest.rows, 1)
+    if statistics.rows is not None:
+        any_row, per_row = statistics.rows > 0, 1 / jnp.where(statistics.rows > 0, statistics.rows, 1)
         batch_stats = jax.tree.map(
-            lambda new, old: jnp.where(any_row, new * per_row, old), rest.batch_stats, batch_stats
+            lambda new, old: jnp.where(any_row, new * per_row, old), statistics.batch_stats, batch_stats
         )
     gradient = jax.tree.map(lambda leaf: leaf * per_weight, gradient)
     new = state.apply_gradients(grads=gradient, value=value * per_weight, batch_stats=batch_stats)

@@ -1,7 +1,7 @@
 """All decisions that depend on the platform and are made for the speed of a step.
 
-They change its result by rounding at most. Under `ordered`, those that affect rounding do not depend on the number of
-devices.
+They change its result by rounding at most. Those that affect rounding do not depend on the number of devices if the
+reduction has `same_bits`.
 """
 
 import enum
@@ -14,6 +14,7 @@ from dpreg.distributed import devices
 from dpreg.models.linear import LinearRegressionScratch
 from dpreg.models.mlp import LinearRegression
 from dpreg.step.layout import BatchLayout
+from dpreg.step.reduce import Reduction
 from dpreg.step.state import Model, TrainState, all_are_vectors
 
 # CPU: a step processes its rows in chunks that fit into a cache, so that the backward pass finds there what the forward
@@ -36,8 +37,8 @@ _GPU_OPTIONS = {
 # handled only between calls. On a chip, a shard that is computed by itself takes at least as long as the last of these.
 _OPERATIONS_OF_CALL, _OPERATIONS_OF_CALL_OF_CHIP, _LEAST_OPERATIONS_OF_SHARD = 1 << 36, 1 << 41, 1 << 26
 
-# ordered: only multi-device programs get CSE before the first algebraic simplification, which rewrites x / s to
-# x * (1 / s) where s has one user. Without CSE, one-device programs are simplified alike.
+# Only multi-device programs get CSE before the first algebraic simplification, which rewrites x / s to x * (1 / s) if s
+# has one user. Without CSE, one-device programs are simplified alike.
 _CSE = "cse"
 
 
@@ -72,25 +73,26 @@ def schedule_for(
     layout: BatchLayout,
     mesh: Mesh,
     accumulate_steps: int,
-    reduction: str,
+    reduction: Reduction,
     sync_batch_norm: bool,
 ) -> Schedule:
     """The fastest known schedule for a platform.
 
     It is the same in all processes, and under `ordered` the same on any number of devices.
     """
-    ordered, row_wise = reduction == "ordered", is_row_wise(model, state)
+    row_wise = is_row_wise(model, state)
     traversal = Traversal.ROWS if row_wise else Traversal.SHARDS_TOGETHER
-    if ordered:
+    if reduction.shard_by_shard:
         traversal = Traversal.SHARD_BY_SHARD
     if mesh.devices.flat[0].platform != "cpu":
         return Schedule(traversal, accumulate_steps, row_wise)
     rows = layout.shard_batch // accumulate_steps  # processed together; the chunks divide them
-    if ordered:
+    if not reduction.shard_by_shard:
+        rows *= layout.slots
+    if reduction.same_bits:
         # An operation that cores share has the same bits as on one core, except for matrix-matrix products.
         by_cores = multiplies_vectors_only(model, state) and rows * layout.row_bytes > _CHUNK_BYTES_ONE_CORE
     else:
-        rows *= layout.slots
         by_cores = devices.have_several_cores(mesh)
     if not row_wise:
         large = _CHUNK_BYTES_SHARED if by_cores else _LARGE_SHARD_BYTES
@@ -119,9 +121,9 @@ def steps_of_call(platform: str, operations: int, shards: int) -> int:
     return max(1, _OPERATIONS_OF_CALL_OF_CHIP // max(operations, shards * _LEAST_OPERATIONS_OF_SHARD))
 
 
-def compiler_options(reduction: str, platform: str, whole_loops: bool = False) -> dict[str, str]:
+def compiler_options(reduction: Reduction, platform: str, whole_loops: bool = False) -> dict[str, str]:
     """The compiler options of a platform, above all the passes to disable."""
-    disabled = [_CSE] if reduction == "ordered" else []
+    disabled = [_CSE] if reduction.same_bits else []
     if platform == "cpu" and not (whole_loops and devices.makes_whole_loops()):
         disabled.append(_WHOLE_LOOPS)
     options = {"xla_disable_hlo_passes": ",".join(disabled)} if disabled else {}

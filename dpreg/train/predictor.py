@@ -22,6 +22,7 @@ from dpreg.models.module import Module
 from dpreg.step.checks import model_errors
 from dpreg.step.compile import compile_eval_block
 from dpreg.step.layout import CallArgs, ShardRange, batch_layout
+from dpreg.step.reduce import REDUCTION_BY_NAME
 from dpreg.step.state import Model
 from dpreg.tables.raw import RawRows, columns_of, encoded_schema, open_columns, open_source
 
@@ -87,7 +88,7 @@ class Predictor:
         devices.enable(self.dtype)
         self._model, self.variables = model, devices.replicated(variables, mesh)
         self._mesh, self._num_shards, self._batch_size = mesh, num_shards, batch_size
-        self._reduction, self._backend, self._on_result = reduction, backend, on_result
+        self._reduction, self._backend, self._on_result = REDUCTION_BY_NAME[reduction], backend, on_result
         self._precision = precision
         mean = loss_of(model).mean
         self._mean: Callable[..., Any] = lambda variables, prediction, batch: mean(prediction)

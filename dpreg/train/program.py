@@ -25,6 +25,7 @@ from dpreg.step.checks import comes_with_dpreg, model_errors, normalises_over_ba
 from dpreg.step.compile import compile_eval_block, compile_train_block
 from dpreg.step.digest import digest_training, digest_values
 from dpreg.step.layout import CallArgs, ShardRange, batch_layout, example_arguments
+from dpreg.step.reduce import REDUCTION_BY_NAME
 from dpreg.step.state import Model, TrainState, initial_state
 from dpreg.step.tuning import steps_of_call
 from dpreg.train.predictor import ROWS_IN_PARTS, bind_eval_sums
@@ -104,10 +105,10 @@ class LaidOutData:
 
     def bound_calls(self, state: TrainState) -> "LaidOutData":
         """The same rows with `steps_per_call` bounded for a model with this state."""
-        mesh, ordered = self.settings.mesh, self.settings.reduction == "ordered"
+        mesh, one_by_one = self.settings.mesh, REDUCTION_BY_NAME[self.settings.reduction].shard_by_shard
         parameters = sum(leaf.size for leaf in jax.tree.leaves(state.params))
         operations = 6 * parameters * self.train.global_batch
-        most = steps_of_call(mesh.devices.flat[0].platform, operations, self.train.slots if ordered else 0)
+        most = steps_of_call(mesh.devices.flat[0].platform, operations, self.train.slots if one_by_one else 0)
 
         def bounded(dataset: Dataset) -> Dataset:
             if dataset.resolved_placement == "device" or dataset.block_steps <= most:
@@ -155,7 +156,7 @@ class LaidOutData:
             settings.mesh,
             self._example(self.train),
             settings.accumulate_steps,
-            settings.reduction,
+            REDUCTION_BY_NAME[settings.reduction],
             settings.backend,
         )
 
@@ -171,7 +172,7 @@ class LaidOutData:
             settings.mesh,
             self._example(self.val),
             bind_eval_sums(model, self.schema),
-            settings.reduction,
+            REDUCTION_BY_NAME[settings.reduction],
             settings.backend,
         )
 

@@ -17,6 +17,7 @@ from dpreg.distributed import devices, processes
 from dpreg.errors import InputError
 from dpreg.step.donated import DonatedState
 from dpreg.step.foreign_methods import OF_DATA, OF_TRAINER, refuse_foreign_methods
+from dpreg.step.reduce import REDUCTION_BY_NAME
 from dpreg.step.state import Model, TrainState
 from dpreg.train.callback import Callback, FunctionCallback, Progress
 from dpreg.train.loop import Loop
@@ -326,7 +327,7 @@ class Trainer:
         shapes, settings = self.loop.state.shapes, self.settings
         leaves = jax.tree.leaves((shapes.params, shapes.batch_stats))
         sums = sum(leaf.size for leaf in leaves) + (3 if shapes.batch_stats else 2)
-        shards = settings.num_shards if settings.reduction == "ordered" else 1
+        shards = settings.num_shards if REDUCTION_BY_NAME[settings.reduction].shard_by_shard else 1
         return int(sums) * settings.dtype.itemsize * shards
 
     @property
