@@ -78,6 +78,17 @@ def test_each_device_asks_only_for_its_own_rows():
         assert indices <= set(range(20 * device, 20 * device + 20))
 
 
+def test_a_limit_of_steps_holds_until_the_next_one_and_moves_no_rows():
+    source = dpreg.ArraySource(np.arange(80.0), np.arange(80.0))
+    dataset = dpreg.Dataset(source).batch(8).shard(mesh(2), num_shards=8).place("device")
+    rows = dataset.data
+    limited = dataset.limit_steps(3)
+    assert limited.data is rows
+    assert [block.num_steps for block in limited] == [3, 3, 3, 1]
+    assert limited.shapes == dataset.shapes
+    assert [block.num_steps for block in limited.limit_steps(100)] == [block.num_steps for block in dataset] == [10]
+
+
 def test_auto_keeps_small_rows_on_the_devices_and_streams_large_ones():
     class Large:
         def __len__(self):

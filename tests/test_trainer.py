@@ -26,11 +26,12 @@ from dpreg.config import Config
 from dpreg.distributed import compilation_cache
 from dpreg.distributed.devices import data_mesh
 from dpreg.planning.programs import collectives
+from dpreg.step.layout import call_arguments
 from dpreg.step.reduce import tree_sum
 from dpreg.step.tuning import fewest_chunks, steps_of_call
 from dpreg.train.build import build_model
 from dpreg.train.callback import FunctionCallback
-from dpreg.train.program import LaidOutData, lay_out
+from dpreg.train.program import lay_out
 
 CACHE_OPTIONS = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
 
@@ -377,7 +378,7 @@ def test_a_call_counts_the_rows_of_the_steps_that_it_took():
     trainer.prepare_data(dpreg.RegressionData(source, None, 8))
     trainer.prepare_model(dpreg.LinearRegressionScratch(3, 0.1))
     state, sums, used = trainer.loop.program.train_block(
-        trainer.state, *trainer.loop.program.data.arguments(next(iter(trainer.train)))
+        trainer.state, *call_arguments(trainer.train, next(iter(trainer.train)))
     )
     took = int(state.step)
     assert 0 < took < 5
@@ -695,9 +696,9 @@ def test_a_block_costs_one_transfer_a_column_and_one_for_its_clock(placement, co
     trainer.prepare_data(Rows(100).data(16))
     trainer.prepare_model(dpreg.LinearRegressionScratch(3, 0.1))
     put, clocks = [], []
-    place, prepare = jax.make_array_from_callback, LaidOutData.arguments
+    place, prepare = jax.make_array_from_callback, call_arguments
     monkeypatch.setattr(jax, "make_array_from_callback", lambda *a: put.append(1) or place(*a))
-    monkeypatch.setattr(LaidOutData, "arguments", lambda self, block: clocks.append(1) or prepare(self, block))
+    monkeypatch.setattr("dpreg.train.loop.call_arguments", lambda *a: clocks.append(1) or prepare(*a))
     for epoch in range(1, 4):
         trainer.fit_epochs(1)
         assert (len(put), len(clocks)) == (epoch * 3 * columns, epoch * 3)  # 7 steps are 3 blocks

@@ -1,6 +1,7 @@
 """The pipeline from a source to the devices: shuffle, batch, repeat, shard; then blocks of steps."""
 
 import contextlib
+import copy
 import dataclasses
 import functools
 import itertools
@@ -33,7 +34,7 @@ PRECISIONS = {  # the dtypes on the devices: of features; and of targets, weight
 _BLOCK_BYTES, _RESIDENT_BLOCK_BYTES_OF_CPU, _RESIDENT_BLOCK_ROWS = 16 << 20, 1 << 30, 1 << 22
 # Signals are handled between blocks. Several processes need a few blocks until all of them know of a signal; their
 # steps are slow enough that the overhead of a call is small.
-_BLOCK_STEPS, _BLOCK_STEPS_AMONG_PROCESSES = 1 << 12, 1 << 8
+_BLOCK_STEPS, BLOCK_STEPS_AMONG_PROCESSES = 1 << 12, 1 << 8
 # A block of several short epochs: enough steps that the overhead of a call is small, and few enough to be interrupted.
 _BLOCK_STEPS_ACROSS_EPOCHS = 1 << 9
 _TAG_ROWS = 1 << 18  # hashed at a time, so that they stay in cache
@@ -105,6 +106,7 @@ class Dataset:
       epochs, across: the arguments of `repeat`.
       mesh, num_shards: the arguments of `shard`.
       placement, steps_per_block: the arguments of `place`.
+      most_steps: the argument of `limit_steps`.
       prefetched, tagged, precision: the arguments of `prefetch`, `tag` and `cast`.
 
     >>> from dpreg.data.sources import ArraySource
@@ -127,6 +129,7 @@ class Dataset:
     tagged: bool = False
     precision: str = Config.precision
     steps_per_block: int | None = None
+    most_steps: int | None = None
 
     def __post_init__(self) -> None:
         check_settings(max_epochs=self.epochs, num_shards=self.num_shards, batch_size=self.global_batch)
@@ -152,6 +155,13 @@ class Dataset:
     def place(self, placement: str, steps_per_block: int | None = None) -> "Dataset":
         """Sets where the rows are stored: on the "device", on the "host", or ("auto") on the device if they fit."""
         return dataclasses.replace(self, placement=placement, steps_per_block=steps_per_block)
+
+    def limit_steps(self, most: int) -> "Dataset":
+        """Limits the steps of a block, as the FLOPs of a model may require. Rows that are on the devices stay there."""
+        limited = copy.copy(self)  # with all that is cached; only the steps of a block depend on the limit
+        object.__setattr__(limited, "most_steps", most)
+        vars(limited).pop("block_steps", None)
+        return limited
 
     def prefetch(self, blocks: int) -> "Dataset":
         """Gathers this many blocks ahead in a background thread, except on CPU devices, where it would not help."""
@@ -201,17 +211,19 @@ class Dataset:
 
     @functools.cached_property
     def block_steps(self) -> int:
-        """The steps of a block, K, chosen by bytes. At least 2, since K = 1 would compile to other bits."""
+        """The steps of a block, and so of a compiled call, K. At least 2, since K = 1 would compile to other bits.
+
+        `place` gives them, or they are chosen by the bytes of rows. Then `most_steps` limits them, and they are evened
+        out over an epoch.
+        """
         rows = _BLOCK_BYTES // self.row_bytes
         if self.resolved_placement == "device":
             rows = _RESIDENT_BLOCK_ROWS
             if self._mesh.devices.flat[0].platform == "cpu":
                 rows = min(_RESIDENT_BLOCK_BYTES_OF_CPU // self.row_bytes, rows)
-        steps = self.steps_per_block or rows // self.global_batch
-        epoch, most = self.sampler.steps_per_epoch, _BLOCK_STEPS
-        if self._mesh.is_multi_process:
-            most = _BLOCK_STEPS_AMONG_PROCESSES
-        most = max(1, min(steps, most))
+        limit = BLOCK_STEPS_AMONG_PROCESSES if self._mesh.is_multi_process else _BLOCK_STEPS
+        most = max(1, min(self.steps_per_block or rows // self.global_batch, self.most_steps or limit, limit))
+        epoch = self.sampler.steps_per_epoch
         if self.across and (epochs := min(most, _BLOCK_STEPS_ACROSS_EPOCHS) // epoch) > 1:
             return max(2, min(epochs, self.epochs) * epoch)
         return max(2, -(-epoch // -(-epoch // most)))  # of even sizes, since every block is gathered whole
@@ -282,14 +294,9 @@ class Dataset:
             count.shape, 0, lambda d: count[d : d + 1]
         )
 
-    def steps_at_once(self, most: int | None = None) -> int:
-        """The steps of a block; with placement "device", at most `most`."""
-        return min(self.block_steps, most) if most and self.resolved_placement == "device" else self.block_steps
-
-    def blocks(self, start: int, stop: int, most: int | None = None) -> Iterator[Block]:
-        """The blocks of steps [start, stop), each of `steps_at_once(most)` steps."""
-        steps = self.steps_at_once(most)
-        firsts = range(start, stop, steps)
+    def blocks(self, start: int, stop: int) -> Iterator[Block]:
+        """The blocks of steps [start, stop), each of `block_steps` steps; the last may have fewer."""
+        firsts = range(start, stop, self.block_steps)
         if self.data is not None:
             made: Iterator[Batch] = itertools.repeat(self.data, len(firsts))
         elif self.prefetched and self._mesh.devices.flat[0].platform != "cpu":
@@ -297,7 +304,7 @@ class Dataset:
         else:
             made = map(self._gathered, firsts)
         for first, data in zip(firsts, made, strict=True):
-            yield Block(first, min(steps, stop - first), data)
+            yield Block(first, min(self.block_steps, stop - first), data)
 
     def _gathered(self, first_step: int) -> Batch:
         """The batches of a block, [K, devices, slots, shard_batch, ...]."""

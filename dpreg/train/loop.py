@@ -17,6 +17,7 @@ from dpreg.distributed.interrupts import Interrupts, deferred
 from dpreg.errors import AuditFailed, Diverged, InputError
 from dpreg.spelling import spell
 from dpreg.step.donated import DonatedState
+from dpreg.step.layout import call_arguments
 from dpreg.step.state import TrainState
 from dpreg.train.audit import Audit
 from dpreg.train.callback import Callback, Progress
@@ -176,13 +177,13 @@ class Loop:
     def _dispatch(self, stop: int, interrupts: Interrupts) -> Generator[tuple[Block, Any]]:
         """Dispatches blocks up to step `stop`, or until a sync point is requested."""
         first, data = self.step, self.program.data
-        for block in data.train.blocks(first, stop, data.steps_per_call):
+        for block in data.train.blocks(first, stop):
             if block.first_step > first:
                 # Calls all of them, without short-circuiting: they may communicate between processes.
                 requested = [interrupts.poll(), *(callback.requests_sync() for callback in self.callbacks)]
                 if any(requested):
                     return
-            arguments = data.arguments(block)
+            arguments = call_arguments(data.train, block)
             with jax.profiler.StepTraceAnnotation("train", step_num=block.first_step):
                 sums, used = self.state.advance(self.program.train_block, *arguments)
             self._in_flight = sums, self.program.gather_used(used)
@@ -259,8 +260,7 @@ class Loop:
             return
         started = time.perf_counter()
         evaluated, unpacked = self.program.eval_block
-        blocks = data.val.blocks(0, data.val.num_steps, data.steps_per_call)
-        calls = ((block, evaluated(self.state.variables, *data.arguments(block))) for block in blocks)
+        calls = ((block, evaluated(self.state.variables, *call_arguments(data.val, block))) for block in data.val)
         found = [unpacked(sums) for _, sums in devices.fetch_in_order(calls, self.report_result)]
         self.val_loss, self.metrics = metrics_of(self.program.model, data.schema, found)
         if self.train_loss == 0 and 0 < self.val_loss < float(np.finfo(np.float32).tiny):

@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 
 from dpreg.config import Columns, Config
 from dpreg.data.parts import rows_everywhere
-from dpreg.data.pipeline import PRECISIONS, Dataset
+from dpreg.data.pipeline import BLOCK_STEPS_AMONG_PROCESSES, PRECISIONS, Dataset
 from dpreg.data.schema import Schema
 from dpreg.data.sources import ArraySource, Rows, Source, describe_rows, unmasked
 from dpreg.distributed import devices, presence, processes
@@ -21,13 +21,13 @@ from dpreg.models.metrics import EvalSums, eval_sums, metrics
 from dpreg.models.module import Module
 from dpreg.step.checks import model_errors
 from dpreg.step.compile import compile_eval_block
-from dpreg.step.layout import CallArgs, ShardRange, batch_layout
+from dpreg.step.layout import batch_layout, call_arguments
 from dpreg.step.reduce import REDUCTION_BY_NAME
 from dpreg.step.state import Model
 from dpreg.tables.raw import RawRows, columns_of, encoded_schema, open_columns, open_source
 
 _CHUNK_BYTES = 16 << 20  # rows of one compiled call
-_CHUNK_STEPS = 1 << 8
+_CHUNK_STEPS = BLOCK_STEPS_AMONG_PROCESSES  # a chunk is one block, among processes, too
 ROWS_IN_PARTS = (
     "give the same to all processes; rows of which each process has its own part go through "
     "dpreg.RegressionData.from_parts(train=own_rows)"
@@ -258,8 +258,7 @@ class Predictor:
                 rows = len(chunk["weight"])
                 dataset = self._dataset(chunk)
                 (block,) = dataset
-                call_args = CallArgs(0, self._steps, 0).packed()
-                arguments = block.data, ShardRange(*dataset.shard_ranges), call_args
+                arguments = call_arguments(dataset, block)
                 if evaluate not in self._compiled:
                     with presence.at_work("compiling"), model_errors(self._model):
                         self._compiled[evaluate] = compile_eval_block(

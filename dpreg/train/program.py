@@ -11,7 +11,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from dpreg.config import Columns
-from dpreg.data.pipeline import PRECISIONS, Block, Dataset
+from dpreg.data.pipeline import PRECISIONS, Dataset
 from dpreg.data.sampler import Sampler
 from dpreg.data.schema import Number, Schema
 from dpreg.data.sources import RegressionData, describe_rows, first_outside
@@ -24,7 +24,7 @@ from dpreg.spelling import spell
 from dpreg.step.checks import comes_with_dpreg, model_errors, normalises_over_batch, require_model
 from dpreg.step.compile import compile_eval_block, compile_train_block
 from dpreg.step.digest import digest_training, digest_values
-from dpreg.step.layout import CallArgs, ShardRange, batch_layout, example_arguments
+from dpreg.step.layout import batch_layout, call_arguments, example_arguments
 from dpreg.step.reduce import REDUCTION_BY_NAME
 from dpreg.step.state import Model, TrainState, initial_state
 from dpreg.step.tuning import steps_of_call
@@ -78,7 +78,6 @@ class LaidOutData:
       train, val: the pipelines of the rows to fit and of the validation rows.
       schema: the schema of the table that the rows come from, if any.
       columns: the columns that were read from that table.
-      steps_per_call: the largest number of steps of one compiled call; None until the model is known.
     """
 
     settings: Settings
@@ -86,7 +85,6 @@ class LaidOutData:
     val: Dataset | None
     schema: Schema | None
     columns: Columns | None
-    steps_per_call: int | None = None
 
     @property
     def num_inputs(self) -> int:
@@ -103,20 +101,14 @@ class LaidOutData:
         """The first row to fit: for each column an array [1, ...]."""
         return dict(self.train.source[np.zeros(1, np.int32)])
 
-    def bound_calls(self, state: TrainState) -> "LaidOutData":
-        """The same rows with `steps_per_call` bounded for a model with this state."""
+    def limit_steps(self, state: TrainState) -> "LaidOutData":
+        """The same rows with blocks of as many steps as the FLOPs of a model with this state allow."""
         mesh, one_by_one = self.settings.mesh, REDUCTION_BY_NAME[self.settings.reduction].shard_by_shard
         parameters = sum(leaf.size for leaf in jax.tree.leaves(state.params))
         operations = 6 * parameters * self.train.global_batch
         most = steps_of_call(mesh.devices.flat[0].platform, operations, self.train.slots if one_by_one else 0)
-
-        def bounded(dataset: Dataset) -> Dataset:
-            if dataset.resolved_placement == "device" or dataset.block_steps <= most:
-                return dataset
-            return dataset.place(dataset.placement, most)
-
-        val = self.val and bounded(self.val)
-        return dataclasses.replace(self, train=bounded(self.train), val=val, steps_per_call=most)
+        val = self.val and self.val.limit_steps(most)
+        return dataclasses.replace(self, train=self.train.limit_steps(most), val=val)
 
     def check_targets(self, model: Model) -> None:
         """Raises InputError for a target that the model's loss is not defined for."""
@@ -176,14 +168,11 @@ class LaidOutData:
             settings.backend,
         )
 
-    def arguments(self, block: Block) -> tuple[Any, ShardRange, np.ndarray]:
-        """The arguments of the compiled steps for a block: rows, shard ranges and call arguments."""
-        call_args = CallArgs(block.first_step, block.num_steps, self.settings.seed)
-        return block.data, ShardRange(*self.train.shard_ranges), call_args.packed()
-
     def _example(self, dataset: Dataset) -> tuple[Any, ...]:
         """Example arguments for compilation; pmap takes the shapes of this process's arrays."""
-        return example_arguments(dataset) if self.settings.backend == "jit" else self.arguments(next(iter(dataset)))
+        if self.settings.backend == "jit":
+            return example_arguments(dataset)
+        return call_arguments(dataset, next(iter(dataset)))
 
 
 def lay_out(data: RegressionData, settings: Settings) -> LaidOutData:
@@ -289,7 +278,8 @@ def first_state(model: Model, data: LaidOutData) -> TrainState:
 def compile_program(model: Model, data: LaidOutData, state: TrainState) -> Program:
     """Compiles the steps of a run for a state that is on its devices."""
     settings = data.settings
-    jax.block_until_ready(data.train.shard_ranges)  # cached, and transferred before the first call
+    # Cached, and transferred before the first call.
+    jax.block_until_ready([dataset.shard_ranges for dataset in (data.train, data.val) if dataset])
     optimizer_start = "" if comes_with_dpreg(model) else digest_values(state.opt_state)
     with model_errors(model):
         train_block = data.compile_train(model, state)

@@ -156,7 +156,7 @@ class Trainer:
         """Initialises the state and compiles the steps, ahead of the first."""
         started = time.perf_counter()
         state = first_state(model, self._laid_out)
-        self._data = data = self._laid_out.bound_calls(state)
+        self._data = data = self._laid_out.limit_steps(state)
         held = DonatedState(state, self.mesh)
         program = compile_program(model, data, held.current)
         self._predictor = None
