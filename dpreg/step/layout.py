@@ -1,4 +1,15 @@
-"""The arguments of a compiled call, and the layout of its rows."""
+"""The arguments of a compiled call, and the layout of its rows and of its results.
+
+In shapes, throughout dpreg:
+
+    K       steps of a block and of a compiled call, `block_steps`
+    L       logical shards of a run, `num_shards`
+    slots   places for shards on a device; the last devices may have empty ones, if L is no multiple of the devices
+    b       rows of a batch: those of one shard in a step, `shard_batch`, unless other rows are named
+    n       any number of rows
+    d, t    features and targets of a row
+    p       outputs of a model, which are more than t for some losses
+"""
 
 import functools
 from collections.abc import Callable
@@ -14,6 +25,8 @@ from dpreg.data.pipeline import Block, Dataset
 from dpreg.data.reader import BatchReader, read_block
 from dpreg.distributed.devices import AXIS
 from dpreg.step.reduce import PyTree
+
+LOSS, WEIGHT, NORM = range(3)  # columns of the sums of steps: weighted loss sum, weight sum, norm of the mean gradient
 
 
 class CallArgs(NamedTuple):

@@ -102,8 +102,8 @@ def train_step(spec: StepSpec, call: Call, state: TrainState, k: Array) -> tuple
     """One step: the gradient of the weighted loss sum over all rows, divided once by their weight; then the optimizer.
 
     Returns:
-      the new state, and [3]: the weighted loss sum (NaN if the state is unchanged) and the weight sum, both scaled as
-      `mean_over_devices` says; and the norm of the mean gradient.
+      the new state, and [3], which `LOSS`, `WEIGHT` and `NORM` of layout.py index: the weighted loss sum (NaN if the
+      state is unchanged) and the weight sum, both scaled as `mean_over_devices` says; the norm of the mean gradient.
     """
     step = call.args.first_step + k
     variables = Variables(state.params, state.batch_stats, jax.random.fold_in(call.key, step))

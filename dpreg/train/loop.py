@@ -17,7 +17,7 @@ from dpreg.distributed.interrupts import Interrupts, deferred
 from dpreg.errors import AuditFailed, Diverged, InputError
 from dpreg.spelling import spell
 from dpreg.step.donated import DonatedState
-from dpreg.step.layout import call_arguments
+from dpreg.step.layout import LOSS, NORM, WEIGHT, call_arguments
 from dpreg.step.state import TrainState
 from dpreg.train.audit import Audit
 from dpreg.train.callback import Callback, Progress
@@ -68,7 +68,7 @@ class Loop:
       audit: counts the rows used in this epoch.
       best: with patience, the best epoch so far.
       epoch_sums: [steps of an epoch, 3], for each step of this epoch so far the weighted loss sum, the weight sum and
-        the norm of the gradient.
+        the norm of the gradient: the columns LOSS, WEIGHT and NORM of `dpreg.step.layout`.
       train_loss, val_loss, metrics: the results of the last epoch.
     """
 
@@ -164,7 +164,7 @@ class Loop:
         began, evaluated = time.perf_counter(), self._seconds["eval"]
         with contextlib.closing(self._dispatch(stop, interrupts)) as calls:
             for block, (sums, used) in devices.fetch_in_order(calls, self.report_result):
-                finite = np.isfinite(sums[: block.num_steps, 0])
+                finite = np.isfinite(sums[: block.num_steps, LOSS])
                 good = block.num_steps if finite.all() else int(finite.argmin())
                 speed = (block.first_step + good - first) / (time.perf_counter() - began)
                 self._rows_per_second = speed * rows_per_step
@@ -209,7 +209,7 @@ class Loop:
         self.audit.add(used)
         # Without the end of the epoch, which `_end_epoch` reports after its validation.
         for point in range(before // every * every + every, min(done + 1, steps), every):
-            norm = float(self.epoch_sums[point - 1, 2])
+            norm = float(self.epoch_sums[point - 1, NORM])
             train_loss = mean_loss(self.epoch_sums[point - every : point])
             progress = self._progress(start + point, train_loss=train_loss, gradient_norm=norm)
             for callback in self.callbacks:
@@ -229,7 +229,7 @@ class Loop:
         if self._settings.patience and self.val_loss is not None and self.val_loss < self.best.val_loss:
             self.best = Best(self.val_loss, self.step, jax.device_get(self.state.copy_variables()))
         unlogged = (len(self.epoch_sums) - 1) // self._log_every * self._log_every
-        norm = float(self.epoch_sums[-1, 2])
+        norm = float(self.epoch_sums[-1, NORM])
         self._report_epoch(mean_loss(self.epoch_sums[unlogged:]), gradient_norm=norm, audit=used)
 
     def _report_epoch(self, train_loss: float, **values: Any) -> None:
@@ -339,5 +339,5 @@ class Loop:
 
 def mean_loss(sums: np.ndarray) -> float:
     """The mean loss per weight of steps, from their [steps, 3] sums; 0 if no row has a weight."""
-    loss, weight = sums[:, :2].sum(axis=0)
+    loss, weight = sums[:, LOSS : WEIGHT + 1].sum(axis=0)  # a view: indices would copy, and change the order of the sum
     return float(loss / weight) if weight > 0 else 0.0
