@@ -940,3 +940,34 @@ def test_damaged_entries_of_the_compilation_cache_are_compiled_again_and_written
         for name, was in before.items():
             jax.config.update(name, was)
         jax_cache.reset_cache()
+
+
+@pytest.mark.parametrize(
+    ("name", "right"),
+    [("on_epoch_end", "on_epoch"), ("on_step", "on_steps"), ("on_logs", "on_log"), ("on_sinc", "on_sync")],
+)
+def test_a_method_of_a_callback_that_is_no_event_is_refused_with_the_right_one(name, right):
+    callback = type("Mine", (dpreg.Callback,), {name: lambda self, progress: None, "__module__": __name__})()
+    refused = (
+        f"^Mine.{name}: dpreg.Callback has no such event; define {right}, or another of on_steps, on_log, on_epoch"
+    )
+    with pytest.raises(dpreg.InputError, match=refused):
+        dpreg.Trainer(1, callbacks=[callback])
+    with pytest.raises(dpreg.InputError, match=refused):
+        dpreg.Trainer(1).add_callback(callback)
+
+
+def test_a_helper_of_a_callback_may_be_named_like_an_event():
+    class Counts(dpreg.Callback):
+        improved, val_loss = 0, np.inf
+
+        def on_epoch(self, progress):
+            if progress.val_loss < self.val_loss:
+                self.on_improvement(progress)
+
+        def on_improvement(self, progress):
+            self.improved, self.val_loss = self.improved + 1, progress.val_loss
+
+    counts = Counts()
+    dpreg.Trainer(2, callbacks=[counts]).fit(dpreg.LinearRegressionScratch(3, 0.1), Rows(80).data(8, num_val=16))
+    assert counts.improved

@@ -50,7 +50,7 @@ def refuse_foreign_methods(what: Any, patterns: dict[str, str], called: Collecti
     """
     for owner, name in user_methods(what):
         for pattern, remedy in () if name in called else patterns.items():
-            if re.fullmatch(pattern, name) and not (re.fullmatch(_PARTS_OF_LOSS, name) and _is_read(name, what)):
+            if re.fullmatch(pattern, name) and not (re.fullmatch(_PARTS_OF_LOSS, name) and is_read(name, what)):
                 raise InputError(f"{owner}.{name}: dpreg does not call it; {remedy}")
 
 
@@ -64,7 +64,7 @@ def user_methods(what: Any) -> Iterator[tuple[str, str]]:
                 yield owner, name
 
 
-def _is_read(name: str, what: Any) -> bool:
+def is_read(name: str, what: Any) -> bool:
     """Whether a method of the object's classes reads the attribute `name`."""
     methods = (getattr(method, "__wrapped__", method) for base in type(what).__mro__ for method in vars(base).values())
     return any(name in code.co_names for method in methods if (code := getattr(method, "__code__", None)))

@@ -1,10 +1,14 @@
 """The events of a run while it trains."""
 
 import dataclasses
+import difflib
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
 import numpy as np
+
+from dpreg.errors import InputError
+from dpreg.step.foreign_methods import is_read, user_methods
 
 if TYPE_CHECKING:
     from dpreg.train.trainer import Trainer
@@ -96,6 +100,17 @@ class Callback:
 
     def on_result(self) -> None:
         """Called when results of training, validation or prediction have arrived, and after a sync point."""
+
+
+def require_known_events(callback: Callback) -> None:
+    """Raises InputError for a method `on_...` that is no event, unless another method of the callback reads it."""
+    events = [name for name in vars(Callback) if name.startswith("on_")]
+    for owner, name in user_methods(callback):
+        if name.startswith("on_") and name not in events and not is_read(name, callback):
+            nearest = difflib.get_close_matches(name, events, n=1, cutoff=0)[0]
+            raise InputError(
+                f"{owner}.{name}: dpreg.Callback has no such event; define {nearest}, or another of {', '.join(events)}"
+            )
 
 
 class FunctionCallback(Callback):

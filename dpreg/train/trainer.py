@@ -19,7 +19,7 @@ from dpreg.step.donated import DonatedState
 from dpreg.step.foreign_methods import OF_DATA, OF_TRAINER, refuse_foreign_methods
 from dpreg.step.reduce import REDUCTION_BY_NAME
 from dpreg.step.state import Model, TrainState
-from dpreg.train.callback import Callback, FunctionCallback, Progress
+from dpreg.train.callback import Callback, FunctionCallback, Progress, require_known_events
 from dpreg.train.loop import Loop
 from dpreg.train.predictor import ROWS_IN_PARTS, Predictor
 from dpreg.train.program import LaidOutData, Settings, compile_program, first_state, lay_out
@@ -62,7 +62,7 @@ class Trainer:
       seconds: the seconds spent in "ingest" (rows to the devices), "compile", "train" and "eval".
 
     Raises:
-      InputError: for arguments out of range.
+      InputError: for arguments out of range, and for a callback with a method `on_...` that is no event.
 
     >>> import dpreg
     >>> data = dpreg.SyntheticRegressionData(w=[2, -3.4], b=4.2)
@@ -113,7 +113,9 @@ class Trainer:
         mesh = mesh or devices.data_mesh(num_shards, platform, num_devices)
         self.settings = Settings(mesh, num_shards=num_shards, steps_per_block=steps_per_block, **settings)
         self.seconds = dict.fromkeys(("ingest", "compile", "train", "eval"), 0.0)
-        self._callbacks = [*callbacks]
+        self._callbacks = list[Callback]()
+        for callback in callbacks:
+            self.add_callback(callback)
         if observers := [*observers]:
             warnings.warn("observers is deprecated; give callbacks, see dpreg.Callback", DeprecationWarning, 2)
             self._callbacks += map(FunctionCallback, observers)
@@ -196,7 +198,12 @@ class Trainer:
             callback.on_sync(self)
 
     def add_callback(self, callback: Callback) -> None:
-        """Adds a callback, which is called after those added before."""
+        """Adds a callback, which is called after those added before.
+
+        Raises:
+          InputError: when it has a method `on_...` that is no event of `dpreg.Callback`.
+        """
+        require_known_events(callback)
         self._callbacks.append(callback)
 
     def restore_best(self) -> bool:
