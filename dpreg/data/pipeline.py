@@ -7,6 +7,7 @@ import functools
 import itertools
 import os
 import pathlib
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -168,7 +169,7 @@ class Dataset:
         return dataclasses.replace(self, prefetched=blocks)
 
     def tag(self, tagged: bool = True) -> "Dataset":
-        """Adds a tag to each row, by which the audit counts the rows that a step used: see `tags`."""
+        """Adds a tag to each row, by which the audit counts the rows that a step used: see `audit_total`."""
         return dataclasses.replace(self, tagged=tagged)
 
     def cast(self, precision: str) -> "Dataset":
@@ -184,11 +185,17 @@ class Dataset:
         return Sampler(len(self.source), self.num_shards, self.global_batch, self.seed is not None)
 
     @functools.cached_property
-    def tags(self) -> np.ndarray:
+    def audit_total(self) -> np.ndarray:
         """What the audit expects of an epoch: the number of rows and the sum of their tags, [2] uint32."""
         rows = len(self.source)
         sums = [row_tag(np.arange(i, min(i + _TAG_ROWS, rows))).sum(dtype=np.uint32) for i in range(0, rows, _TAG_ROWS)]
         return np.array([rows, np.array(sums).sum(dtype=np.uint32)], np.uint32)
+
+    @property
+    def tags(self) -> np.ndarray:
+        """A former name of `audit_total`, which warns."""
+        warnings.warn("Dataset.tags is deprecated; it is audit_total", DeprecationWarning, 2)
+        return self.audit_total
 
     @property
     def num_steps(self) -> int:

@@ -223,8 +223,8 @@ class Loop:
 
     def _end_epoch(self) -> None:
         """Audits the epoch that the last step has ended, validates, and reports it."""
-        self.train_loss, tags = mean_loss(self.epoch_sums), self.program.tags
-        used = None if tags is None else self.audit.check(self.step, tags)
+        self.train_loss, due = mean_loss(self.epoch_sums), self.program.audit_total
+        used = None if due is None else self.audit.check(self.step, due)
         self._validate_finitely()
         if self._settings.patience and self.val_loss is not None and self.val_loss < self.best.val_loss:
             self.best = Best(self.val_loss, self.step, jax.device_get(self.state.copy_variables()))

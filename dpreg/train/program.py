@@ -247,9 +247,9 @@ class Program:
         return int(self.data.train.sampler.steps_per_epoch)
 
     @functools.cached_property
-    def tags(self) -> np.ndarray | None:
-        """The count and the sum that the audit expects of an epoch, see `Dataset.tags`; None without an audit."""
-        return self.data.train.tags if self.data.settings.audit else None
+    def audit_total(self) -> np.ndarray | None:
+        """What the audit expects of an epoch, see `Dataset.audit_total`; None without an audit."""
+        return self.data.train.audit_total if self.data.settings.audit else None
 
     def digest(self, shapes: TrainState) -> str | None:
         """A digest of what the model computes, see `dpreg.step.digest.digest_training`."""
