@@ -1,5 +1,6 @@
 """Ahead-of-time compilation of the training and evaluation steps, by jit with shard_map or by pmap."""
 
+import functools
 import hashlib
 import logging
 import re
@@ -170,17 +171,20 @@ def compile_eval_block(
         history = lax.fori_loop(0, call_args.num_steps, step, history)
         return from_all_devices(history[:, : layout.slots], mesh, axis=1)[:, : layout.num_shards]
 
-    def unpacked(found: np.ndarray) -> PyTree:
-        leaves, structure = jax.tree.flatten(shapes[0])
-        parts = np.split(found, np.cumsum([leaf.size for leaf in leaves])[:-1], axis=-1)
-        shaped = [
-            part.reshape(*found.shape[:2], *leaf.shape).astype(leaf.dtype, copy=False)
-            for part, leaf in zip(parts, leaves, strict=True)
-        ]
-        return jax.tree.unflatten(structure, shaped)
-
     options = compiler_options(reduction, platform)
-    return _compile(block, layout, mesh, (variables, *arguments), backend, options, None, donate=False), unpacked
+    compiled = _compile(block, layout, mesh, (variables, *arguments), backend, options, None, donate=False)
+    return compiled, functools.partial(_unravel, shapes[0])
+
+
+def _unravel(shapes: PyTree, found: np.ndarray) -> PyTree:
+    """The results [steps, shards, n] of a block as leaves [steps, shards, ...] of these shapes."""
+    leaves, structure = jax.tree.flatten(shapes)
+    parts = np.split(found, np.cumsum([leaf.size for leaf in leaves])[:-1], axis=-1)
+    shaped = [
+        part.reshape(*found.shape[:2], *leaf.shape).astype(leaf.dtype, copy=False)
+        for part, leaf in zip(parts, leaves, strict=True)
+    ]
+    return jax.tree.unflatten(structure, shaped)
 
 
 def _compile(
