@@ -120,8 +120,9 @@ def diverge():
         ),
         (
             lambda: Sampler(100, 8, 30),
-            "batch_size=30: is not a multiple of num_shards=8; use batch_size=24 or 32, or another num_shards",
-            "--batch_size=30: is not a multiple of --num_shards=8; use --batch_size=24 or 32, or another --num_shards",
+            "batch_size=30: it is not a multiple of num_shards=8; use batch_size=24 or 32, or another num_shards",
+            "--batch_size=30: it is not a multiple of --num_shards=8; use --batch_size=24 or 32, or another "
+            "--num_shards",
         ),
         (
             train_with_patience,

@@ -286,7 +286,7 @@ def test_what_goes_on_no_slice_is_one_line(tmp_path):
     pytest.importorskip("libtpu")
     uneven = by_flags("--topology=v5p:4x4x4", "--flagfile=configs/tpu.cfg", "--batch_size=30")
     assert (uneven.returncode, len(uneven.stderr.splitlines())) == (2, 1)
-    assert "--batch_size=30: is not a multiple of --num_shards=8" in uneven.stderr
+    assert "--batch_size=30: it is not a multiple of --num_shards=8" in uneven.stderr
     wide = ("--model=mlp", "--hidden=100000,100000", "--batch_size=64", "--num_train=64", "--num_val=8")
     large = by_flags("--topology=v5e:2x4", "--flagfile=configs/tpu.cfg", *wide)
     assert large.returncode == 2

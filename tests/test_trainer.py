@@ -283,7 +283,7 @@ def test_patience_does_not_take_overflow_for_rows_without_weight():
 def test_shards_divide_each_batch_that_is_accumulated(batch_size, num_val):
     """Else some rows would be in no part of any batch."""
     trainer = dpreg.Trainer(1, accumulate_steps=2, num_shards=8)
-    with pytest.raises(dpreg.InputError, match=f"^batch_size={batch_size}: is not a multiple of num_shards=8"):
+    with pytest.raises(dpreg.InputError, match=f"^batch_size={batch_size}: it is not a multiple of num_shards=8"):
         trainer.fit(dpreg.LinearRegressionScratch(3, 0.1), Rows(64).data(batch_size, num_val))
 
 

@@ -155,7 +155,7 @@ class Sampler:
         if shards < 1 or batch < 1 or batch % shards:
             near = sorted({max(batch // max(shards, 1), 1) * shards, -(-batch // max(shards, 1)) * shards})
             raise InputError(
-                f"{spell('batch_size', batch)}: is not a multiple of {spell('num_shards', shards)}; "
+                f"{spell('batch_size', batch)}: it is not a multiple of {spell('num_shards', shards)}; "
                 f"use {spell('batch_size', *near)}, or another {spell('num_shards')}"
             )
         if self.shard_capacity + self.shard_batch + 2 * _LARGEST_STRIP >= 2**31:
