@@ -164,7 +164,7 @@ def plan(config: Config, topology: str | None = None) -> Plan:
         laid_out = _place_rows(laid_out, system.memory * RESIDENT_FRACTION)
     model = build_model(config, data.num_inputs, data.num_targets, laid_out.train.num_steps)
     state = _make_abstract_state(model, laid_out)
-    laid_out = laid_out.bound_calls(state)
+    laid_out = laid_out.limit_steps(state)
     train, val = laid_out.train, laid_out.val
     started = time.perf_counter()
     compiled = laid_out.compile_train(model, state)
@@ -183,7 +183,7 @@ def plan(config: Config, topology: str | None = None) -> Plan:
         placement=train.resolved_placement,
         precision=config.precision,
         reduction=config.reduction,
-        steps_per_call=train.steps_at_once(laid_out.steps_per_call),
+        steps_per_call=train.block_steps,
         collectives=collectives,
         memory=memory,
         validation_bytes=val.resident_bytes if val and val.resolved_placement == "device" else 0,

@@ -56,22 +56,22 @@ def test_an_epoch_uses_each_row_once_on_any_devices(rows):
 
 
 def repeated(self, step, shard, seed):
-    """As the sampler, whose runs are of one row here, but the first row of each shard takes the place of the last."""
-    runs, size = Sampler.true_runs(self, step, shard, seed), self.shard_size(shard)[..., None]
-    return runs * (runs != size - 1).astype(np.int32)
+    """As the sampler, whose strips are of one row here, but the first row of each shard takes the place of the last."""
+    strips, size = Sampler.true_strips(self, step, shard, seed), self.shard_size(shard)[..., None]
+    return strips * (strips != size - 1).astype(np.int32)
 
 
 def dropped(self, step, shard, seed):
     """As the sampler, but without the last row of each shard."""
-    runs, size = Sampler.true_runs(self, step, shard, seed), self.shard_size(shard)[..., None]
-    return runs + (runs == size - 1).astype(np.int32)
+    strips, size = Sampler.true_strips(self, step, shard, seed), self.shard_size(shard)[..., None]
+    return strips + (strips == size - 1).astype(np.int32)
 
 
 @pytest.mark.parametrize("placement", ["device", "host"])
 @pytest.mark.parametrize("fault", [repeated, dropped])
 def test_a_row_used_twice_or_not_at_all_ends_the_run(monkeypatch, fault, placement):
-    monkeypatch.setattr(Sampler, "true_runs", Sampler.runs, raising=False)
-    monkeypatch.setattr(Sampler, "runs", fault)
+    monkeypatch.setattr(Sampler, "true_strips", Sampler.strips, raising=False)
+    monkeypatch.setattr(Sampler, "strips", fault)
     trainer = dpreg.Trainer(2, 4, placement=placement)
     with pytest.raises(AuditFailed, match="the epoch that ends at step 10 did not use every row once") as caught:
         audits_of(trainer, Rows(153).data(16))

@@ -12,10 +12,12 @@ import pytest
 import dpreg
 from dpreg import cli
 from dpreg.config import Columns, Config
+from dpreg.config.devices import REDUCTIONS
 from dpreg.data.sampler import Sampler
 from dpreg.models.losses import make_loss
 from dpreg.models.mlp import MLP, LinearRegression
 from dpreg.spelling import spell, spell_as_flags
+from dpreg.step.reduce import REDUCTION_BY_NAME
 
 PACKAGE = pathlib.Path(dpreg.__file__).parent
 NAMES = {field.name for field in dataclasses.fields(Config) if field.metadata}
@@ -119,8 +121,9 @@ def diverge():
         ),
         (
             lambda: Sampler(100, 8, 30),
-            "batch_size=30: is not a multiple of num_shards=8; use batch_size=24 or 32, or another num_shards",
-            "--batch_size=30: is not a multiple of --num_shards=8; use --batch_size=24 or 32, or another --num_shards",
+            "batch_size=30: it is not a multiple of num_shards=8; use batch_size=24 or 32, or another num_shards",
+            "--batch_size=30: it is not a multiple of --num_shards=8; use --batch_size=24 or 32, or another "
+            "--num_shards",
         ),
         (
             train_with_patience,
@@ -219,3 +222,7 @@ def test_values_become_those_of_the_type_of_their_setting():
     assert raised(Config, hidden=8) == "hidden=8: use a tuple of integers"
     assert raised(Config, hidden=(8, True)) == "hidden=(8, True): use a tuple of integers"
     assert raised(Config, w=(1, 10**400)) == "w=(1.0, inf): use a finite number"
+
+
+def test_each_reduction_that_can_be_chosen_is_known_to_the_step():
+    assert tuple(REDUCTION_BY_NAME) == REDUCTIONS

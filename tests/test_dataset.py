@@ -46,12 +46,12 @@ def batches(dataset):
 
 @pytest.mark.parametrize(("rows", "run"), [(3, 1), (37, 2)])
 def test_batches_do_not_depend_on_devices_or_placement(rows, run, monkeypatch):
-    monkeypatch.setattr("dpreg.data.sampler._FEWEST_RUNS", 2 if run > 1 else 128)
+    monkeypatch.setattr("dpreg.data.sampler._FEWEST_STRIPS", 2 if run > 1 else 128)
     source = Rows(rows, weighted=True).source()
     reference = None
     for devices, placement in ((1, "device"), (1, "host"), (3, "device"), (8, "host")):
         dataset = dpreg.Dataset(source).shuffle(5).batch(16).repeat(2).shard(mesh(devices), num_shards=8)
-        assert dataset.sampler.run == run
+        assert dataset.sampler.strip_rows == run
         result = batches(dataset.place(placement, 2).prefetch(2))
         reference = reference or result
         for name, column in result.items():
@@ -76,6 +76,17 @@ def test_each_device_asks_only_for_its_own_rows():
     assert len(asked) == 4
     for device, indices in enumerate(asked):
         assert indices <= set(range(20 * device, 20 * device + 20))
+
+
+def test_a_limit_of_steps_holds_until_the_next_one_and_moves_no_rows():
+    source = dpreg.ArraySource(np.arange(80.0), np.arange(80.0))
+    dataset = dpreg.Dataset(source).batch(8).shard(mesh(2), num_shards=8).place("device")
+    rows = dataset.data
+    limited = dataset.limit_steps(3)
+    assert limited.data is rows
+    assert [block.num_steps for block in limited] == [3, 3, 3, 1]
+    assert limited.shapes == dataset.shapes
+    assert [block.num_steps for block in limited.limit_steps(100)] == [block.num_steps for block in dataset] == [10]
 
 
 def test_auto_keeps_small_rows_on_the_devices_and_streams_large_ones():

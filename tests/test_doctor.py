@@ -34,7 +34,7 @@ def test_batches_and_checkpoints_that_cannot_be_are_found(tmp_path):
     done = forked.run(*MAIN, *DOCTOR, "--batch_size=33", f"--workdir={tmp_path}")
     assert done.returncode == 2
     assert findings(done.stdout) == dict.fromkeys(CHECKS, "ok") | {"rows": "WRONG"}
-    assert "--batch_size=33: is not a multiple of --num_shards=8" in done.stdout
+    assert "--batch_size=33: it is not a multiple of --num_shards=8" in done.stdout
     done = forked.run(*MAIN, *DOCTOR, "--resume=must", f"--workdir={tmp_path / 'none'}")
     assert done.returncode == 2
     assert "none holds no checkpoint; name another --workdir, or use --resume=auto" in done.stdout

@@ -473,13 +473,13 @@ def test_agrees_with_sgd_in_float64(reduction, backend, placement, weighted):
 @pytest.mark.parametrize("reduction", ["pmean", "ordered"])
 @pytest.mark.parametrize(("batch", "accumulate", "run"), [(256, 1, 8), (256, 3, 8), (24, 4, 4)])
 def test_agrees_with_float64_in_runs_of_rows_and_parts_of_batches(reduction, batch, accumulate, run, monkeypatch):
-    monkeypatch.setattr("dpreg.data.sampler._FEWEST_RUNS", 8)
+    monkeypatch.setattr("dpreg.data.sampler._FEWEST_STRIPS", 8)
     monkeypatch.setattr(tuning, "_CHUNK_BYTES_ONE_CORE", 300)
     monkeypatch.setattr(tuning, "_CHUNK_BYTES_SHARED", 300)
     source, model = Rows(1003, weighted=True).source(), dpreg.LinearRegressionScratch(3, 0.1)
     start = model.init(jax.random.key(0), source.x[:1])["params"]
     sampler = Sampler(1003, 8, batch * accumulate)
-    assert sampler.run == run
+    assert sampler.strip_rows == run
     batches = list(batches_of(sampler, 0, 3))
     w, b, _ = sgd_in_float64(source.x, source.y, source.weight, 0.1, batches, (start["w"], start["b"]))
     found = set()

@@ -17,7 +17,7 @@ import dpreg
 from dpreg.config import Config
 from dpreg.config.model import LOSSES
 from dpreg.models.losses import make_loss
-from dpreg.models.metrics import errors, metrics
+from dpreg.models.metrics import eval_sums, metrics
 from dpreg.models.optimizers import make_optimizer, make_schedule
 from dpreg.train.build import build_model
 
@@ -262,7 +262,7 @@ def test_metrics_are_those_of_float64_whatever_the_unit_of_the_targets(unit):
     model = dpreg.LinearRegressionScratch(1, 0.1, num_targets=2)
 
     def evaluated(prediction, target, weight):
-        return errors(model, False, {}, prediction, {"y": target, "weight": weight})
+        return eval_sums(model, False, {}, prediction, {"y": target, "weight": weight})
 
     parts = np.arange(20), np.arange(20, 64), np.zeros(1, int)
     batches = [jax.jit(evaluated)(prediction[rows], target[rows], weight[rows]) for rows in parts]

@@ -376,6 +376,8 @@ def test_a_method_added_to_a_class_of_dpreg_is_refused_as_well(monkeypatch):
 def test_former_names_work_and_warn():
     with pytest.deprecated_call(match="PermutedSource"):
         assert dpreg.Shuffled is dpreg.PermutedSource
+    with pytest.deprecated_call(match="audit_total"):
+        assert dpreg.Dataset(Rows(5).source()).tags[0] == 5
     with pytest.deprecated_call(match="row_wise"):
 
         class Mine(dpreg.LinearRegressionScratch):

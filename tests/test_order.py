@@ -85,32 +85,32 @@ def test_every_row_is_used_exactly_once_an_epoch(shards, per_shard):
 
 
 @pytest.mark.parametrize(
-    ("shards", "batch", "run"), [(1, 256, 16), (2, 64, 8), (2, 24, 2), (4, 28, 1), (8, 64, 2), (3, 60, 4)]
+    ("shards", "batch", "strip"), [(1, 256, 16), (2, 64, 8), (2, 24, 2), (4, 28, 1), (8, 64, 2), (3, 60, 4)]
 )
-def test_rows_stay_together_in_runs_that_every_epoch_orders_anew(shards, batch, run):
+def test_rows_stay_together_in_strips_that_every_epoch_orders_anew(shards, batch, strip):
     for rows in range(2100, 2117):
         sampler = Sampler(rows, shards, batch)
-        assert sampler.run == run
+        assert sampler.strip_rows == strip
         steps = np.arange(3 * sampler.steps_per_epoch)
         for shard in range(shards):
             size = int(sampler.shard_size(shard))
             at = sampler.positions(steps, np.array(shard), 7)
             epochs = [epoch[epoch < size] for epoch in at.reshape(3, -1)]
             assert all(sorted(epoch) == list(range(size)) for epoch in epochs)
-            full = size // run * run
-            firsts = np.array([epoch[:full].reshape(-1, run) for epoch in epochs])
-            assert (firsts[:, :, :1] + np.arange(run) == firsts).all()
-            assert (firsts[:, :, 0] % run == 0).all()
+            full = size // strip * strip
+            firsts = np.array([epoch[:full].reshape(-1, strip) for epoch in epochs])
+            assert (firsts[:, :, :1] + np.arange(strip) == firsts).all()
+            assert (firsts[:, :, 0] % strip == 0).all()
             assert all((epoch[full:] == np.arange(full, size)).all() for epoch in epochs)
             assert len({epoch.tobytes() for epoch in epochs}) == 3
 
 
 @pytest.mark.parametrize(
-    ("rows", "shards", "batch", "run"),
+    ("rows", "shards", "batch", "strip"),
     [(1000, 8, 32, 1), (20_000, 8, 32, 4), (100_000, 8, 1024, 32), (40_000, 8, 4096, 32), (10**9, 1, 32, 4)],
 )
-def test_runs_are_short_beside_a_shard_and_a_batch(rows, shards, batch, run):
-    assert Sampler(rows, shards, batch).run == run
+def test_strips_are_short_beside_a_shard_and_a_batch(rows, shards, batch, strip):
+    assert Sampler(rows, shards, batch).strip_rows == strip
 
 
 @pytest.mark.parametrize("size", [2**31, 2**31 - 1, 2**16 + 1, 2**20, 999_999])
@@ -148,7 +148,7 @@ def test_a_batch_that_shards_do_not_divide_is_refused_with_the_nearest_that_work
 
 
 def test_more_rows_than_int32_counts_are_refused():
-    with pytest.raises(InputError, match="too many for so few; use more shards"):
+    with pytest.raises(InputError, match="too many for so few shards; use more"):
         Sampler(2**31 - 1, 1, 3072)
     sampler = Sampler(2**31 - 4096, 1, 1024)
     last = sampler.positions(np.int32(sampler.steps_per_epoch - 1), np.int32(0), seed=0)

@@ -15,6 +15,7 @@ from dpreg.config import Config
 from dpreg.plan import plan
 from dpreg.planning import chips, programs
 from dpreg.step import tuning
+from dpreg.step.reduce import REDUCTION_BY_NAME
 from dpreg.train.program import lay_out
 
 LINEAR = Config(num_train=5000, batch_size=64, platform="cpu", num_devices=8)
@@ -61,13 +62,13 @@ def test_a_perceptron_exchanges_its_gradient_at_once():
 def test_what_the_compiler_for_gpus_is_told_is_known_to_it_and_xla_flags_come_first(monkeypatch):
     """Its options are known to that of the CPU, too."""
     monkeypatch.setenv("XLA_FLAGS", "")
-    told = tuning.compiler_options("ordered", "gpu")
+    told = tuning.compiler_options(REDUCTION_BY_NAME["ordered"], "gpu")
     assert {"xla_gpu_autotune_level", "xla_gpu_enable_command_buffer"} < {*told}
     assert jax.jit(lambda x: x + 1).lower(1.0).compile(compiler_options=told)(1.0) == 2
     with pytest.raises(jax.errors.JaxRuntimeError):
         jax.jit(lambda x: x + 1).lower(1.0).compile(compiler_options=told | {"xla_gpu_no_such_option": "1"})
     monkeypatch.setenv("XLA_FLAGS", "--xla_gpu_autotune_level=4")
-    assert "xla_gpu_autotune_level" not in tuning.compiler_options("ordered", "gpu")
+    assert "xla_gpu_autotune_level" not in tuning.compiler_options(REDUCTION_BY_NAME["ordered"], "gpu")
 
 
 def test_what_is_exchanged_in_each_part_of_a_step_counts_as_often():
@@ -285,7 +286,7 @@ def test_what_goes_on_no_slice_is_one_line(tmp_path):
     pytest.importorskip("libtpu")
     uneven = by_flags("--topology=v5p:4x4x4", "--flagfile=configs/tpu.cfg", "--batch_size=30")
     assert (uneven.returncode, len(uneven.stderr.splitlines())) == (2, 1)
-    assert "--batch_size=30: is not a multiple of --num_shards=8" in uneven.stderr
+    assert "--batch_size=30: it is not a multiple of --num_shards=8" in uneven.stderr
     wide = ("--model=mlp", "--hidden=100000,100000", "--batch_size=64", "--num_train=64", "--num_val=8")
     large = by_flags("--topology=v5e:2x4", "--flagfile=configs/tpu.cfg", *wide)
     assert large.returncode == 2

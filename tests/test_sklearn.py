@@ -317,7 +317,7 @@ def test_modules_of_the_user():
         ({"lr": -1.0}, "^lr=-1.0: use a value above 0$"),
         (
             {"solver": "sgd", "batch_size": 20},
-            "^batch_size=20: is not a multiple of num_shards=8; use",
+            "^batch_size=20: it is not a multiple of num_shards=8; use",
         ),
         ({"loss": "gamma"}, "the target in row 4 is -5 and has to be above 0"),
     ],

@@ -26,11 +26,12 @@ from dpreg.config import Config
 from dpreg.distributed import compilation_cache
 from dpreg.distributed.devices import data_mesh
 from dpreg.planning.programs import find_collectives
+from dpreg.step.layout import call_arguments
 from dpreg.step.reduce import tree_sum
 from dpreg.step.tuning import fewest_chunks, steps_of_call
 from dpreg.train.build import build_model
 from dpreg.train.callback import FunctionCallback
-from dpreg.train.program import LaidOutData, lay_out
+from dpreg.train.program import lay_out
 
 CACHE_OPTIONS = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
 
@@ -282,7 +283,7 @@ def test_patience_does_not_take_overflow_for_rows_without_weight():
 def test_shards_divide_each_batch_that_is_accumulated(batch_size, num_val):
     """Else some rows would be in no part of any batch."""
     trainer = dpreg.Trainer(1, accumulate_steps=2, num_shards=8)
-    with pytest.raises(dpreg.InputError, match=f"^batch_size={batch_size}: is not a multiple of num_shards=8"):
+    with pytest.raises(dpreg.InputError, match=f"^batch_size={batch_size}: it is not a multiple of num_shards=8"):
         trainer.fit(dpreg.LinearRegressionScratch(3, 0.1), Rows(64).data(batch_size, num_val))
 
 
@@ -377,7 +378,7 @@ def test_a_call_counts_the_rows_of_the_steps_that_it_took():
     trainer.prepare_data(dpreg.RegressionData(source, None, 8))
     trainer.prepare_model(dpreg.LinearRegressionScratch(3, 0.1))
     state, sums, used = trainer.loop.program.train_block(
-        trainer.state, *trainer.loop.program.data.arguments(next(iter(trainer.train)))
+        trainer.state, *call_arguments(trainer.train, next(iter(trainer.train)))
     )
     took = int(state.step)
     assert 0 < took < 5
@@ -695,9 +696,9 @@ def test_a_block_costs_one_transfer_a_column_and_one_for_its_clock(placement, co
     trainer.prepare_data(Rows(100).data(16))
     trainer.prepare_model(dpreg.LinearRegressionScratch(3, 0.1))
     put, clocks = [], []
-    place, prepare = jax.make_array_from_callback, LaidOutData.arguments
+    place, prepare = jax.make_array_from_callback, call_arguments
     monkeypatch.setattr(jax, "make_array_from_callback", lambda *a: put.append(1) or place(*a))
-    monkeypatch.setattr(LaidOutData, "arguments", lambda self, block: clocks.append(1) or prepare(self, block))
+    monkeypatch.setattr("dpreg.train.loop.call_arguments", lambda *a: clocks.append(1) or prepare(*a))
     for epoch in range(1, 4):
         trainer.fit_epochs(1)
         assert (len(put), len(clocks)) == (epoch * 3 * columns, epoch * 3)  # 7 steps are 3 blocks
@@ -939,3 +940,34 @@ def test_damaged_entries_of_the_compilation_cache_are_compiled_again_and_written
         for name, was in before.items():
             jax.config.update(name, was)
         jax_cache.reset_cache()
+
+
+@pytest.mark.parametrize(
+    ("name", "right"),
+    [("on_epoch_end", "on_epoch"), ("on_step", "on_steps"), ("on_logs", "on_log"), ("on_sinc", "on_sync")],
+)
+def test_a_method_of_a_callback_that_is_no_event_is_refused_with_the_right_one(name, right):
+    callback = type("Mine", (dpreg.Callback,), {name: lambda self, progress: None, "__module__": __name__})()
+    refused = (
+        f"^Mine.{name}: dpreg.Callback has no such event; define {right}, or another of on_steps, on_log, on_epoch"
+    )
+    with pytest.raises(dpreg.InputError, match=refused):
+        dpreg.Trainer(1, callbacks=[callback])
+    with pytest.raises(dpreg.InputError, match=refused):
+        dpreg.Trainer(1).add_callback(callback)
+
+
+def test_a_helper_of_a_callback_may_be_named_like_an_event():
+    class Counts(dpreg.Callback):
+        improved, val_loss = 0, np.inf
+
+        def on_epoch(self, progress):
+            if progress.val_loss < self.val_loss:
+                self.on_improvement(progress)
+
+        def on_improvement(self, progress):
+            self.improved, self.val_loss = self.improved + 1, progress.val_loss
+
+    counts = Counts()
+    dpreg.Trainer(2, callbacks=[counts]).fit(dpreg.LinearRegressionScratch(3, 0.1), Rows(80).data(8, num_val=16))
+    assert counts.improved

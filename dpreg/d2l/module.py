@@ -17,7 +17,7 @@ from dpreg.errors import InputError
 from dpreg.models.linear import LinearRegressionScratch as LinearScratch
 from dpreg.models.mlp import LinearRegression as LinearConcise
 from dpreg.models.sgd import SGD
-from dpreg.step.checks import mode_arguments, require_model, traced
+from dpreg.step.checks import mode_arguments, model_errors, require_model
 from dpreg.tracing import make_key, pinned_settings
 
 _LOOP_ATTRIBUTES = "trainer", "training"
@@ -173,7 +173,7 @@ class Module(_Attributes, nn.Module, HyperParameters, kw_only=True):
         Returns:
           the losses, [n].
         """
-        if not hasattr(self, "called_hooks"):
+        if not hasattr(self, "called_methods"):
             raise InputError(f"{type(self).__name__} derives from d2l.Module; train it with dpreg.d2l.Trainer")
 
         def loss_of_row(prediction: Array, x: Array, y: Array) -> Array:
@@ -237,28 +237,28 @@ def _compute_loss(
     return jnp.asarray(value)
 
 
-def prepare(model: Module, rows: Mapping[str, np.ndarray], called_hooks: frozenset[str]) -> Module:
+def prepare(model: Module, rows: Mapping[str, np.ndarray], called_methods: frozenset[str]) -> Module:
     """Checks that the loss of a model is a mean over rows, and returns a copy that `dpreg.Trainer` can train.
 
     Args:
       model: the model, which is not changed.
       rows: some training rows, {"x": [n, d], "y": [n, t]}.
-      called_hooks: the methods that the caller calls while dpreg.Trainer does not.
+      called_methods: the methods that the caller calls while dpreg.Trainer does not.
 
     Raises:
       InputError: for a model that cannot be trained row by row.
     """
     copy: Any = model.clone()
     name = type(model).__name__
-    object.__setattr__(copy, "called_hooks", called_hooks)
+    object.__setattr__(copy, "called_methods", called_methods)
     require_model(copy)
     if "training" in type(model).__dataclass_fields__:
         raise InputError(f"{name} has a field 'training', which no step sets; give forward an argument 'train'")
     dtype = rows["x"].dtype
     row = jax.ShapeDtypeStruct((1, rows["x"].shape[1]), jnp.float32)
-    with traced(copy), pinned_settings():
+    with model_errors(copy), pinned_settings():
         shapes: Any = jax.eval_shape(lambda x: copy.init(make_key(0), x, **mode_arguments(copy, False)), row)
-    with traced(copy), pinned_settings(dtype == np.float64):
+    with model_errors(copy), pinned_settings(dtype == np.float64):
         x = jnp.asarray(rows["x"])
         _require_mean(copy, shapes, x, jnp.asarray(rows["y"]))
         if known := _known_class(copy, shapes, x):

@@ -20,7 +20,7 @@ from dpreg.data.sources import RegressionData
 from dpreg.errors import Diverged, InputError
 from dpreg.step import state
 from dpreg.step.checks import mode_arguments
-from dpreg.step.hooks import OF_DATA, OF_MODEL, OF_TRAINER, require_no_hooks, user_methods
+from dpreg.step.foreign_methods import OF_DATA, OF_MODEL, OF_TRAINER, refuse_foreign_methods, user_methods
 from dpreg.tracing import make_key, pinned_settings
 
 # The methods that this trainer calls, while dpreg.Trainer does not.
@@ -122,9 +122,9 @@ class Trainer(HyperParameters):
 
     def prepare_data(self, data: DataModule | RegressionData) -> None:
         """Places the rows on the devices, and creates the loaders of batches (X, y)."""
-        require_no_hooks(self, OF_TRAINER, _TRAINER_METHODS)
+        refuse_foreign_methods(self, OF_TRAINER, _TRAINER_METHODS)
         if isinstance(data, DataModule):
-            require_no_hooks(data, OF_DATA, _DATA_METHODS)
+            refuse_foreign_methods(data, OF_DATA, _DATA_METHODS)
             data = read_rows(data)
         if missing := [name for name in ("train", "val", "batch_size") if not hasattr(data, name)]:
             raise InputError(f"data: {type(data).__name__} has no {missing[0]}; give an object of d2l.DataModule")
@@ -150,7 +150,7 @@ class Trainer(HyperParameters):
         if not isinstance(model, Module):
             name = model.__name__ if isinstance(model, type) else type(model).__name__
             raise InputError(f"model: {name} is not an instance of a class derived from d2l.Module; give one")
-        require_no_hooks(model, OF_MODEL, _MODEL_METHODS)
+        refuse_foreign_methods(model, OF_MODEL, _MODEL_METHODS)
         model.trainer, model.board.xlim = self, (0, self.max_epochs)
         model.board.clear()
         source = self.engine.train.source

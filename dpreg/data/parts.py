@@ -133,12 +133,12 @@ class PartedRows:
         """(process, first row, row after the last) of rows that a process needs for its shards and does not hold."""
         sampler, slots = Sampler(len(self), num_shards, num_shards, shuffle=False), -(-num_shards // mesh.size)
         found = []
-        for device, of in enumerate(mesh.devices.flat):
-            first, stop = (int(sampler.shard_start(shard)) for shard in (device * slots, (device + 1) * slots))
-            own_first, own_stop = self.starts[of.process_index : of.process_index + 2]
+        for number, device in enumerate(mesh.devices.flat):
+            first, stop = (int(sampler.shard_start(shard)) for shard in (number * slots, (number + 1) * slots))
+            own_first, own_stop = self.starts[device.process_index : device.process_index + 2]
             for lower, upper in ((first, min(stop, own_first)), (max(first, own_stop), stop)):
                 if lower < upper:
-                    found.append((of.process_index, lower, upper))
+                    found.append((device.process_index, lower, upper))
         return found
 
 

@@ -1,11 +1,13 @@
 """The pipeline from a source to the devices: shuffle, batch, repeat, shard; then blocks of steps."""
 
 import contextlib
+import copy
 import dataclasses
 import functools
 import itertools
 import os
 import pathlib
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -33,7 +35,7 @@ PRECISIONS = {  # the dtypes on the devices: of features; and of targets, weight
 _BLOCK_BYTES, _RESIDENT_BLOCK_BYTES_OF_CPU, _RESIDENT_BLOCK_ROWS = 16 << 20, 1 << 30, 1 << 22
 # Signals are handled between blocks. Several processes need a few blocks until all of them know of a signal; their
 # steps are slow enough that the overhead of a call is small.
-_BLOCK_STEPS, _BLOCK_STEPS_AMONG_PROCESSES = 1 << 12, 1 << 8
+_BLOCK_STEPS, BLOCK_STEPS_AMONG_PROCESSES = 1 << 12, 1 << 8
 # A block of several short epochs: enough steps that the overhead of a call is small, and few enough to be interrupted.
 _BLOCK_STEPS_ACROSS_EPOCHS = 1 << 9
 _TAG_ROWS = 1 << 18  # hashed at a time, so that they stay in cache
@@ -88,10 +90,13 @@ class CastSource:
 class Dataset:
     """A pipeline from a source to the devices, in the style of tf.data.
 
-    Batch sizes are global and sharding comes last, so that the batches do not depend on the devices:
+    Batch sizes are global, so that the batches do not depend on the devices:
 
         dataset = Dataset(source).shuffle(seed).batch(32).repeat(3).shard(mesh, num_shards=8)
         for block in dataset.prefetch(2): ...
+
+    Each of these methods returns another dataset with some settings changed, in any order. Only `shard` does work: it
+    sends rows of `RegressionData.from_parts` to the processes whose devices need them, so all processes must call it.
 
     It has random access: a block is a function of its first step. Each device, and so each process, reads only the
     rows of its own shards from the source.
@@ -102,6 +107,7 @@ class Dataset:
       epochs, across: the arguments of `repeat`.
       mesh, num_shards: the arguments of `shard`.
       placement, steps_per_block: the arguments of `place`.
+      most_steps: the argument of `limit_steps`.
       prefetched, tagged, precision: the arguments of `prefetch`, `tag` and `cast`.
 
     >>> from dpreg.data.sources import ArraySource
@@ -124,6 +130,7 @@ class Dataset:
     tagged: bool = False
     precision: str = Config.precision
     steps_per_block: int | None = None
+    most_steps: int | None = None
 
     def __post_init__(self) -> None:
         check_settings(max_epochs=self.epochs, num_shards=self.num_shards, batch_size=self.global_batch)
@@ -150,12 +157,19 @@ class Dataset:
         """Sets where the rows are stored: on the "device", on the "host", or ("auto") on the device if they fit."""
         return dataclasses.replace(self, placement=placement, steps_per_block=steps_per_block)
 
+    def limit_steps(self, most: int) -> "Dataset":
+        """Limits the steps of a block, as the FLOPs of a model may require. Rows that are on the devices stay there."""
+        limited = copy.copy(self)  # with all that is cached; only the steps of a block depend on the limit
+        object.__setattr__(limited, "most_steps", most)
+        vars(limited).pop("block_steps", None)
+        return limited
+
     def prefetch(self, blocks: int) -> "Dataset":
         """Gathers this many blocks ahead in a background thread, except on CPU devices, where it would not help."""
         return dataclasses.replace(self, prefetched=blocks)
 
     def tag(self, tagged: bool = True) -> "Dataset":
-        """Adds a tag to each row, by which the audit counts the rows that a step used: see `tags`."""
+        """Adds a tag to each row, by which the audit counts the rows that a step used: see `audit_total`."""
         return dataclasses.replace(self, tagged=tagged)
 
     def cast(self, precision: str) -> "Dataset":
@@ -171,11 +185,17 @@ class Dataset:
         return Sampler(len(self.source), self.num_shards, self.global_batch, self.seed is not None)
 
     @functools.cached_property
-    def tags(self) -> np.ndarray:
+    def audit_total(self) -> np.ndarray:
         """What the audit expects of an epoch: the number of rows and the sum of their tags, [2] uint32."""
         rows = len(self.source)
         sums = [row_tag(np.arange(i, min(i + _TAG_ROWS, rows))).sum(dtype=np.uint32) for i in range(0, rows, _TAG_ROWS)]
         return np.array([rows, np.array(sums).sum(dtype=np.uint32)], np.uint32)
+
+    @property
+    def tags(self) -> np.ndarray:
+        """A former name of `audit_total`, which warns."""
+        warnings.warn("Dataset.tags is deprecated; it is audit_total", DeprecationWarning, 2)
+        return self.audit_total
 
     @property
     def num_steps(self) -> int:
@@ -198,17 +218,19 @@ class Dataset:
 
     @functools.cached_property
     def block_steps(self) -> int:
-        """The steps of a block, K, chosen by bytes. At least 2, since K = 1 would compile to other bits."""
+        """The steps of a block, and so of a compiled call, K. At least 2, since K = 1 would compile to other bits.
+
+        `place` gives them, or they are chosen by the bytes of rows. Then `most_steps` limits them, and they are evened
+        out over an epoch.
+        """
         rows = _BLOCK_BYTES // self.row_bytes
         if self.resolved_placement == "device":
             rows = _RESIDENT_BLOCK_ROWS
             if self._mesh.devices.flat[0].platform == "cpu":
                 rows = min(_RESIDENT_BLOCK_BYTES_OF_CPU // self.row_bytes, rows)
-        steps = self.steps_per_block or rows // self.global_batch
-        epoch, most = self.sampler.steps_per_epoch, _BLOCK_STEPS
-        if self._mesh.is_multi_process:
-            most = _BLOCK_STEPS_AMONG_PROCESSES
-        most = max(1, min(steps, most))
+        limit = BLOCK_STEPS_AMONG_PROCESSES if self._mesh.is_multi_process else _BLOCK_STEPS
+        most = max(1, min(self.steps_per_block or rows // self.global_batch, self.most_steps or limit, limit))
+        epoch = self.sampler.steps_per_epoch
         if self.across and (epochs := min(most, _BLOCK_STEPS_ACROSS_EPOCHS) // epoch) > 1:
             return max(2, min(epochs, self.epochs) * epoch)
         return max(2, -(-epoch // -(-epoch // most)))  # of even sizes, since every block is gathered whole
@@ -230,15 +252,15 @@ class Dataset:
 
     @property
     def _shard_rows(self) -> int:
-        """The rows of a shard on a device: its runs, the last one padded, and a run of padding alone."""
-        return (self.sampler.shard_runs + 1) * self.sampler.run
+        """The rows of a shard on a device: its strips, the last one padded, and a strip of padding alone."""
+        return (self.sampler.shard_strips + 1) * self.sampler.strip_rows
 
     @functools.cached_property
     def _chosen_placement(self) -> tuple[str, str]:
         if self.placement != "auto":
             return self.placement, ""
         share = self.resident_bytes
-        most = _resident_bytes(self._mesh)
+        most = _resident_capacity(self._mesh)
         chosen = "device" if share <= most else "host"
         return chosen, f"a device's rows take {share / 1e6:,.1f} MB of the {most / 1e6:,.1f} MB that may stay on it"
 
@@ -279,14 +301,9 @@ class Dataset:
             count.shape, 0, lambda d: count[d : d + 1]
         )
 
-    def steps_at_once(self, most: int | None = None) -> int:
-        """The steps of a block; with placement "device", at most `most`."""
-        return min(self.block_steps, most) if most and self.resolved_placement == "device" else self.block_steps
-
-    def blocks(self, start: int, stop: int, most: int | None = None) -> Iterator[Block]:
-        """The blocks of steps [start, stop), each of `steps_at_once(most)` steps."""
-        steps = self.steps_at_once(most)
-        firsts = range(start, stop, steps)
+    def blocks(self, start: int, stop: int) -> Iterator[Block]:
+        """The blocks of steps [start, stop), each of `block_steps` steps; the last may have fewer."""
+        firsts = range(start, stop, self.block_steps)
         if self.data is not None:
             made: Iterator[Batch] = itertools.repeat(self.data, len(firsts))
         elif self.prefetched and self._mesh.devices.flat[0].platform != "cpu":
@@ -294,7 +311,7 @@ class Dataset:
         else:
             made = map(self._gathered, firsts)
         for first, data in zip(firsts, made, strict=True):
-            yield Block(first, min(steps, stop - first), data)
+            yield Block(first, min(self.block_steps, stop - first), data)
 
     def _gathered(self, first_step: int) -> Batch:
         """The batches of a block, [K, devices, slots, shard_batch, ...]."""
@@ -317,7 +334,8 @@ class Dataset:
             positions, size = positions_of(shards), sampler.shard_size(shards)[:, None]
             start = sampler.shard_start(shards)[:, None]
             padding = (positions >= size).ravel()
-            # Padding repeats a row of the same device with weight 0: models accept it, and no other row is read.
+            # Padding repeats, with weight 0, the last row of its shard; in a shard without rows, the last row of all,
+            # which every process holds (see `put_together`). Models accept these values, as they are those of rows.
             indices = np.minimum(start + np.minimum(positions, np.maximum(size - 1, 0)), sampler.num_rows - 1)
             rows = self._read(indices.ravel())
             rows["weight"] = np.where(padding, rows["weight"].dtype.type(0), rows["weight"])
@@ -354,7 +372,7 @@ class Dataset:
         return self.mesh
 
 
-def _resident_bytes(mesh: Mesh) -> int:
+def _resident_capacity(mesh: Mesh) -> int:
     """The largest number of bytes of rows to keep on a device."""
     device = mesh.local_devices[0]
     stats = device.memory_stats() or {}

@@ -50,7 +50,7 @@ def read_block(dataset: Dataset, data: Batch, shards: Array, first_step: Array, 
     fetch = _fetch_from_block(data)
     if dataset.resolved_placement == "device":
         steps = first_step + jnp.arange(dataset.block_steps, dtype=jnp.int32)
-        fetch = _fetch_by_runs(dataset, data, dataset.sampler.runs(steps[:, None], shards[None, :], seed))
+        fetch = _fetch_by_strips(dataset, data, dataset.sampler.strips(steps[:, None], shards[None, :], seed))
     return BatchReader(
         rows=lambda k, *chunk: fetch(lambda c: of_step(c, k).reshape(-1, *c.shape[3:]), 0, *chunk),
         of_slots=lambda k, *chunk: fetch(lambda c: of_step(c, k), 1, *chunk),
@@ -59,7 +59,7 @@ def read_block(dataset: Dataset, data: Batch, shards: Array, first_step: Array, 
 
 
 def _fetch_from_block(data: Batch) -> Callable[..., Batch]:
-    """Reads batches `[K, slots, b, ...]`: see `_fetch_by_runs`."""
+    """Reads batches `[K, slots, b, ...]`: see `_fetch_by_strips`."""
 
     def fetch(chosen: Callable[[Array], Array], axis: int, chunk: Array | int = 0, chunks: int = 1) -> Batch:
         return {name: _chunk(chosen(column), axis, chunk, chunks) for name, column in data.items()}
@@ -67,39 +67,39 @@ def _fetch_from_block(data: Batch) -> Callable[..., Batch]:
     return fetch
 
 
-def _fetch_by_runs(dataset: Dataset, data: Batch, runs: Array) -> Callable[..., Batch]:
-    """Reads resident rows `[slots, rows, ...]` by the numbers of runs in their shards, `[K, slots, b / run]`.
+def _fetch_by_strips(dataset: Dataset, data: Batch, strips: Array) -> Callable[..., Batch]:
+    """Reads resident rows `[slots, rows, ...]` by the numbers of strips in their shards, `[K, slots, b / strip_rows]`.
 
     Returns:
       `fetch(chosen, axis, chunk, chunks)`: selects from [K, slots, ...] by the function `chosen`, and takes one of
       `chunks` equal chunks of the rows, which are along `axis`.
     """
     mesh: Mesh = dataset.mesh  # type: ignore[assignment]  # it is sharded
-    sampler, run = dataset.sampler, dataset.sampler.run
-    runs = runs + (sampler.shard_runs + 1) * jnp.arange(dataset.slots, dtype=jnp.int32)[None, :, None]
-    runs = runs.astype(jnp.uint32)  # never negative, so that no check for negative indices is emitted
-    # On CPU, a run is read as one long row. XLA:TPU takes minutes to compile that. It would also convert the layout of
-    # a column of scalars in every step, unless they are along one axis as here.
+    sampler, strip_rows = dataset.sampler, dataset.sampler.strip_rows
+    strips = strips + (sampler.shard_strips + 1) * jnp.arange(dataset.slots, dtype=jnp.int32)[None, :, None]
+    strips = strips.astype(jnp.uint32)  # never negative, so that no check for negative indices is emitted
+    # On CPU, a strip is read as one long row. XLA:TPU takes minutes to compile that. It would also convert the layout
+    # of a column of scalars in every step, unless they are along one axis as here.
     long = mesh.devices.flat[0].platform == "cpu"
 
     def in_rows(column: Array) -> Array:
         width = math.prod(column.shape[2:])
-        return column.reshape(-1, run * width) if long else column.reshape(-1, *[width] * (width > 1))
+        return column.reshape(-1, strip_rows * width) if long else column.reshape(-1, *[width] * (width > 1))
 
     flat = {name: in_rows(column) for name, column in data.items()}
 
     def fetch(chosen: Callable[[Array], Array], axis: int, chunk: Array | int = 0, chunks: int = 1) -> Batch:
-        which = chosen(runs)
-        whole_runs = which.shape[axis] % chunks == 0
-        if whole_runs:
+        which = chosen(strips)
+        whole_strips = which.shape[axis] % chunks == 0
+        if whole_strips:
             which = _chunk(which, axis, chunk, chunks)
-        lead = (*which.shape[:axis], which.shape[axis] * run)
+        lead = (*which.shape[:axis], which.shape[axis] * strip_rows)
         if not long:
-            which = (which[..., None] * run + jnp.arange(run, dtype=jnp.uint32)).reshape(lead)
+            which = (which[..., None] * strip_rows + jnp.arange(strip_rows, dtype=jnp.uint32)).reshape(lead)
 
         def gathered(name: str, column: Array) -> Array:
             rows = flat[name].at[which].get(mode="promise_in_bounds").reshape(*lead, *column.shape[2:])
-            return rows if whole_runs else _chunk(rows, axis, chunk, chunks)
+            return rows if whole_strips else _chunk(rows, axis, chunk, chunks)
 
         return {name: gathered(name, column) for name, column in data.items()}
 

@@ -16,9 +16,9 @@ Integers = Any  # a NumPy or a JAX array of integers, or an int
 ORDER = 2  # version of the order of rows; a run is only continued with the version that it began with
 _ROUNDS = 6
 _SMALLEST_DOMAIN = 64  # in smaller domains, the permutations of a few elements are measurably not uniform
-# Neighbouring rows are read several times as fast. They stay together in runs if a shard and a global batch have so
-# many runs that their order is hardly less random.
-_LARGEST_RUN, _FEWEST_RUNS, _FEWEST_RUNS_OF_BATCH = 32, 128, 8
+# Neighbouring rows are read several times as fast. They stay together in strips if a shard and a global batch have so
+# many strips that their order is hardly less random.
+_LARGEST_STRIP, _FEWEST_STRIPS, _FEWEST_STRIPS_OF_BATCH = 32, 128, 8
 
 
 def _mix(word: Integers, key: Integers) -> Integers:
@@ -111,7 +111,10 @@ def permute(position: Integers, size: Integers, *key: Integers) -> Integers:
 
 
 def _divided(number: Integers, by: int) -> tuple[Integers, Integers]:
-    """(quotient, remainder) of non-negative numbers, computed as unsigned integers, which is cheaper."""
+    """(quotient, remainder) of non-negative numbers.
+
+    For these, the truncating `lax.div` and `lax.rem` equal the flooring `divmod`, which corrects signs.
+    """
     if isinstance(number, Array):
         return lax.div(number, number.dtype.type(by)), lax.rem(number, number.dtype.type(by))
     quotient, remainder = divmod(number, by)
@@ -135,7 +138,7 @@ class Sampler:
 
     The rows `[0, num_rows)` are split into `num_shards` contiguous logical shards whose sizes differ by at most one. In
     each step every shard contributes `shard_batch` rows. An epoch uses every row once and pads the last batches.
-    Runs of `run` neighbouring rows are shuffled. Nothing here depends on the devices.
+    Strips of `strip_rows` neighbouring rows are shuffled. Nothing here depends on the devices.
 
     Raises:
       InputError: when `num_shards` does not divide `global_batch` (the message names the nearest valid values), or when
@@ -152,12 +155,12 @@ class Sampler:
         if shards < 1 or batch < 1 or batch % shards:
             near = sorted({max(batch // max(shards, 1), 1) * shards, -(-batch // max(shards, 1)) * shards})
             raise InputError(
-                f"{spell('batch_size', batch)}: is not a multiple of {spell('num_shards', shards)}; "
+                f"{spell('batch_size', batch)}: it is not a multiple of {spell('num_shards', shards)}; "
                 f"use {spell('batch_size', *near)}, or another {spell('num_shards')}"
             )
-        if self.shard_capacity + self.shard_batch + 2 * _LARGEST_RUN >= 2**31:
+        if self.shard_capacity + self.shard_batch + 2 * _LARGEST_STRIP >= 2**31:
             raise InputError(
-                f"{spell('num_shards', shards)}: {self.num_rows:,} rows are too many for so few; use more shards"
+                f"{spell('num_shards', shards)}: {self.num_rows:,} rows are too many for so few shards; use more"
             )
 
     @property
@@ -176,18 +179,18 @@ class Sampler:
         return -(-self.shard_capacity // self.shard_batch)
 
     @property
-    def run(self) -> int:
+    def strip_rows(self) -> int:
         """The number of neighbouring rows that stay together: a power of two up to 32 that divides `shard_batch`.
 
         It is 1 if a shard has few rows.
         """
-        most = min(_LARGEST_RUN, self.shard_capacity // _FEWEST_RUNS, self.global_batch // _FEWEST_RUNS_OF_BATCH)
+        most = min(_LARGEST_STRIP, self.shard_capacity // _FEWEST_STRIPS, self.global_batch // _FEWEST_STRIPS_OF_BATCH)
         return math.gcd(self.shard_batch, 1 << max(1, most).bit_length() - 1)
 
     @property
-    def shard_runs(self) -> int:
-        """The number of runs of the largest shard; the last run may be shorter."""
-        return -(-self.shard_capacity // self.run)
+    def shard_strips(self) -> int:
+        """The number of strips of the largest shard; the last one may be shorter."""
+        return -(-self.shard_capacity // self.strip_rows)
 
     def shard_size(self, shard: Integers) -> Integers:
         """The number of rows of a shard; 0 for shards from `num_shards` on, the empty slots of the last devices."""
@@ -202,24 +205,25 @@ class Sampler:
         start: np.ndarray = np.minimum(quotient * shard + np.minimum(shard, remainder), self.num_rows)
         return start
 
-    def runs(self, step: Integers, shard: Integers, seed: Integers) -> Integers:
-        """The runs of a shard that form a batch. `step` and `shard` broadcast, and may be of NumPy or JAX.
+    def strips(self, step: Integers, shard: Integers, seed: Integers) -> Integers:
+        """The strips of a shard that form a batch. `step` and `shard` broadcast, and may be of NumPy or JAX.
 
         Returns:
-          int32 [..., shard_batch // run]: run i consists of the rows from `i * run` on. Complete runs are permuted; a
-          shorter run is the last of the epoch. Padding is given as runs beyond the end of the shard.
+          int32 [..., shard_batch // strip_rows]: strip i consists of the rows from `i * strip_rows` on. Complete
+          strips are permuted; a shorter one is the last of the epoch. Padding is given as strips beyond the end of the
+          shard.
         """
-        full = _divided(self.shard_size(shard), self.run)[0][..., None]
-        runs = self.shard_batch // self.run
+        full = _divided(self.shard_size(shard), self.strip_rows)[0][..., None]
+        strips = self.shard_batch // self.strip_rows
         epoch, step_of_epoch = _divided(step, self.steps_per_epoch)
-        offset = (step_of_epoch * runs)[..., None]
-        within = np.arange(runs, dtype=np.int32).reshape((1,) * (offset.ndim - 1) + (-1,))
+        offset = (step_of_epoch * strips)[..., None]
+        within = np.arange(strips, dtype=np.int32).reshape((1,) * (offset.ndim - 1) + (-1,))
         position = offset + within
         if self.shuffle:
             position = permute(position, full, seed, epoch[..., None], shard[..., None])
         xp = jnp if isinstance(position, Array) else np
-        # The last run is a shorter one if there is one, and otherwise a run of padding.
-        return xp.minimum(position, self.shard_runs).astype(np.int32)
+        # Position `full` is the shorter strip, if there is one; positions from `shard_strips` on are always padding.
+        return xp.minimum(position, self.shard_strips).astype(np.int32)
 
     def positions(self, step: np.ndarray, shard: np.ndarray, seed: int) -> np.ndarray:
         """The position of each row of a batch in its shard. `step` and `shard` broadcast.
@@ -227,9 +231,9 @@ class Sampler:
         Returns:
           int32 [..., shard_batch] in `[0, shard_size)`, or `shard_size` for padding.
         """
-        runs = self.runs(step, shard, seed)
-        rows = runs[..., None] * np.int32(self.run) + np.arange(self.run, dtype=np.int32)
+        strips = self.strips(step, shard, seed)
+        rows = strips[..., None] * np.int32(self.strip_rows) + np.arange(self.strip_rows, dtype=np.int32)
         positions: np.ndarray = np.minimum(
-            rows.reshape(*runs.shape[:-1], self.shard_batch), self.shard_size(shard)[..., None]
+            rows.reshape(*strips.shape[:-1], self.shard_batch), self.shard_size(shard)[..., None]
         )
         return positions

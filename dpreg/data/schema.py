@@ -47,10 +47,11 @@ class Category:
 
     Attributes:
       name: of the column.
-      values: the categories, the most frequent first; all others, and missing ones, are "other".
-      counts: the weight of the training rows that have each; without weights their number.
-      others: that of those which have another. Where none has, nothing is known of "other", and the model sees the
-        shares of the known ones instead: what it predicts is their mean.
+      values: the categories, the most frequent first. All other values, and missing ones, are the category "other".
+      counts: for each category the weight of the training rows that have it; without weights, their number.
+      others: the weight of the training rows of the category "other". If it is 0, nothing was learned about "other".
+        For such a row the model then sees each category's share of the training rows instead of a 1: a linear model
+        predicts the mean over the categories, weighted by these shares.
     """
 
     name: str
@@ -73,8 +74,9 @@ class Schema:
 
     Attributes:
       inputs: the features' columns, in order.
-      targets: the columns to predict, which the model sees scaled, too, where they are.
-      log_targets: whether what it sees of them is their logarithm.
+      targets: the columns to predict; the model sees them as (value - mean) / scale, too.
+      log_targets: whether the values of targets are logarithms of the table's. `RawReader` takes the logarithms, so
+        the `raw` rows of `rows` hold them already; `prediction` returns to the units of the table.
     """
 
     inputs: tuple[Number | Category, ...]

@@ -39,7 +39,12 @@ class Source(Protocol):
     def __getitem__(self, indices: np.ndarray) -> Rows: ...
 
     def fingerprint(self) -> str:
-        """The same for the same rows in the same order, and only for those."""
+        """A text that is equal for equal rows in the same order, and different for others.
+
+        A source that changes the rows of another by a rule without settings may return the fingerprint of that source:
+        `PermutedSource` does, and `CastSource`, whose precision is a setting of the run. Runs on the source itself and
+        on the changed one then have the same identity.
+        """
 
 
 def gathered(indices: np.ndarray, **columns: np.ndarray) -> Rows:
@@ -198,7 +203,7 @@ class PermutedSource:
         return self.source[permute(indices, len(self))]
 
     def fingerprint(self) -> str:
-        """Of the rows before the shuffle, which is always the same."""
+        """The fingerprint of the source's rows, which the permutation depends on by their number alone."""
         return self.source.fingerprint()
 
 

@@ -14,7 +14,7 @@ from dpreg.models.losses import loss_of, row_losses
 _ROUNDINGS_OF_MEAN = 4  # the error of the mean of equal targets, in units in the last place
 
 
-class Errors(NamedTuple):
+class EvalSums(NamedTuple):
     """Weighted sums over the rows of a shard's batch, from which all metrics are computed.
 
     Sums of targets are [t]. `mean` and `spread` are the weighted mean of the targets and the weighted sum of squares
@@ -39,10 +39,10 @@ class Errors(NamedTuple):
     spread_exponent: Any
 
 
-def errors(
+def eval_sums(
     model: Any, log_targets: bool, variables: Mapping[str, Any], prediction: Array, batch: dict[str, Array]
-) -> Errors:
-    """The errors of one shard's batch, traced.
+) -> EvalSums:
+    """The sums of one shard's batch, traced.
 
     Args:
       model: a model with a `loss`.
@@ -72,7 +72,7 @@ def errors(
     scaled_target, mean_exponent = _scaled(target)
     mean = weight @ scaled_target / jnp.where(total > 0, total, 1)
     apart, spread_exponent = _scaled(jnp.where(counts, scaled_target - mean[None], 0))
-    return Errors(
+    return EvalSums(
         total,
         jnp.vdot(losses, weight),
         weight @ jnp.abs(scaled_error),
@@ -104,12 +104,12 @@ def _times_power(values: Array, exponent: Array) -> Array:
 
 
 def metrics(
-    blocks: Sequence[Errors],
+    blocks: Sequence[EvalSums],
     scale: np.ndarray | float = 1.0,
     named: Sequence[str] = ("rmse", "mae", "r2"),
     of_squares: bool = False,
 ) -> tuple[float, dict[str, float]]:
-    """The mean loss and the metrics from the errors of all batches, summed in float64 in one fixed order.
+    """The mean loss and the metrics from the sums of all batches, added in float64 in one fixed order.
 
     rmse, mae, pinball and accuracy (the share within 1/2 of the target) are over all values of all targets; r2 is the
     mean over targets; deviance is twice the mean loss. The spread of the targets is combined from the spreads within
@@ -117,7 +117,7 @@ def metrics(
     are left out.
 
     Args:
-      blocks: errors [steps, shards, ...] of blocks.
+      blocks: for each block its sums, [steps, shards, ...].
       scale: [t], the unit of each target; the loss is not scaled.
       named: the names of the metrics to compute.
       of_squares: whether the loss of a row is half its squared error; a mean loss that underflows in the dtype is then
@@ -125,9 +125,9 @@ def metrics(
     """
     # Without entries of weight 0, such as steps that fill up a block: the order of a sum depends on their number.
     counted = [np.asarray(block.weight) > 0 for block in blocks]
-    every = Errors(
+    every = EvalSums(
         *(
-            np.concatenate([np.asarray(leaf)[of] for leaf, of in zip(leaves, counted, strict=True)]).astype(np.float64)
+            np.concatenate([np.asarray(leaf)[at] for leaf, at in zip(leaves, counted, strict=True)]).astype(np.float64)
             for leaves in zip(*blocks, strict=True)
         )
     )

@@ -15,7 +15,7 @@ import numpy as np
 from flax import linen as nn
 
 from dpreg.errors import InputError, Preempted, ProcessLost
-from dpreg.step.hooks import OF_MODEL, require_no_hooks
+from dpreg.step.foreign_methods import OF_MODEL, refuse_foreign_methods
 from dpreg.step.reduce import PyTree
 from dpreg.tracing import make_key, pinned_settings
 
@@ -40,7 +40,7 @@ def require_model(model: Any) -> None:
         raise InputError(
             f"model: {name} has no {' and no '.join(missing)}; derive it from dpreg.Module instead of flax.linen.Module"
         )
-    require_no_hooks(model, OF_MODEL, getattr(model, "called_hooks", ()))
+    refuse_foreign_methods(model, OF_MODEL, getattr(model, "called_methods", ()))
     if not callable(model):
         raise InputError(f"model: {name} has no __call__; define __call__(self, x), which predicts [rows, targets]")
 
@@ -51,15 +51,16 @@ def mode_arguments(model: Any, train: bool) -> dict[str, bool]:
     Raises:
       InputError: for other required arguments, and for arguments whose names resemble a mode.
     """
-    of = model.__class__
-    return {name: value == train for name, value in _modes_of(of, of.__call__, getattr(of, "forward", None)).items()}
+    kind = model.__class__
+    modes = _modes_of(kind, kind.__call__, getattr(kind, "forward", None))
+    return {name: value == train for name, value in modes.items()}
 
 
 @functools.cache
-def _modes_of(of: type, call: Any, forward: Any) -> dict[str, bool]:
+def _modes_of(kind: type, call: Any, forward: Any) -> dict[str, bool]:
     """The modes among the arguments of a class's `__call__`, of its current `call`, and of its `forward`."""
     arguments = dict[str, inspect.Parameter]()
-    calls = [vars(base).get("__call__") for base in of.__mro__ if base is not nn.Module]
+    calls = [vars(base).get("__call__") for base in kind.__mro__ if base is not nn.Module]
     # Where `__call__` takes **kwargs, the arguments of its base classes and of `forward` count as well.
     for call in [*calls, forward]:
         if call is None:
@@ -75,11 +76,12 @@ def _modes_of(of: type, call: Any, forward: Any) -> dict[str, bool]:
             continue
         if argument.default is argument.empty:
             raise InputError(
-                f"{of.__name__}.__call__ needs {name!r}; dpreg passes the rows and the mode alone: {known} for the mode"
+                f"{kind.__name__}.__call__ needs {name!r}; dpreg passes the rows and the mode alone: {known} for the "
+                "mode"
             )
         if _LIKE_A_MODE.search(name):
             raise InputError(
-                f"{of.__name__}.__call__ has an argument {name!r}, which dpreg does not pass; {known} for the mode, "
+                f"{kind.__name__}.__call__ has an argument {name!r}, which dpreg does not pass; {known} for the mode, "
                 "or another name for what is no mode"
             )
     return {name: value for name, value in MODES.items() if name in arguments}
@@ -91,7 +93,7 @@ def comes_with_dpreg(model: Any) -> bool:
 
 
 @contextlib.contextmanager
-def traced(model: Any) -> Iterator[None]:
+def model_errors(model: Any) -> Iterator[None]:
     """Turns an error that is raised while a user's model is traced into an InputError of one line."""
     try:
         yield
@@ -160,7 +162,7 @@ def _layers(model: Any, variables: Mapping[str, PyTree], num_inputs: int, train:
     name, pinned = type(model).__name__, pinned_settings(x.dtype == np.float64)
     try:
         with (
-            traced(model),
+            model_errors(model),
             pinned,
             nn.intercept_methods(note),
             mock.patch.object(flax.core.Scope, "has_rng", asked),
@@ -194,7 +196,7 @@ def require_modes(model: Any, variables: Mapping[str, PyTree], num_inputs: int) 
     evaluating = {layer.path: layer for layer in _layers(model, variables, num_inputs, False)}
     for path in training | evaluating:
         layer = training.get(path) or evaluating[path]
-        trains, after = (path in of and of[path].trains for of in (training, evaluating))
+        trains, after = (path in layers and layers[path].trains for layers in (training, evaluating))
         if trains and not after:
             continue
         if layer.kind is nn.BatchNorm and modes and not trains and not after:

@@ -1,5 +1,6 @@
 """Ahead-of-time compilation of the training and evaluation steps, by jit with shard_map or by pmap."""
 
+import functools
 import hashlib
 import logging
 import re
@@ -19,9 +20,9 @@ from dpreg.errors import InputError
 from dpreg.spelling import spell
 from dpreg.step.checks import normalises_over_batch
 from dpreg.step.layout import BatchLayout, CallArgs, ShardRange
-from dpreg.step.reduce import PyTree, from_all_devices, gradient_of_shards, isolated, opaque_loop
+from dpreg.step.reduce import PyTree, Reduction, from_all_devices, gradient_of_shards, isolated, opaque_loop
 from dpreg.step.state import Model, TrainState, forward
-from dpreg.step.step import Program, Statistics, shard_loss, train_block, updated
+from dpreg.step.step import Statistics, StepSpec, shard_loss, train_block, update_state
 from dpreg.step.tuning import compiler_options, multiplies_vectors_only, schedule_for
 from dpreg.tracing import make_key, pinned_settings
 
@@ -51,7 +52,7 @@ def operations_of_step(model: Model, state: TrainState, batches: PyTree) -> floa
             return shard_loss(model, params, state.batch_stats, batch, jax.random.fold_in(key, shard), "cpu")
 
         sums = gradient_of_shards(loss, state.params, batches, shards)
-        return updated(state, sums, jnp.asarray(state.step))
+        return update_state(state, sums, jnp.asarray(state.step))
 
     mesh, everywhere = Mesh(np.array(jax.local_devices(backend="cpu")[:1]), (AXIS,)), PartitionSpec()
     mapped = jax.shard_map(step, mesh=mesh, in_specs=everywhere, out_specs=everywhere, check_vma=False)
@@ -69,47 +70,49 @@ def compile_train_block(
     layout: BatchLayout,
     mesh: Mesh,
     arguments: tuple[Any, ...],
-    accumulate: int,
-    reduction: str,
+    accumulate_steps: int,
+    reduction: Reduction,
     backend: str,
 ) -> Callable[..., tuple[TrainState, Array, Array]]:
     """Compiles `num_steps` consecutive training steps into one call.
 
     Args:
       arguments: (data, shard_range, packed call arguments) with the shapes of the calls.
-      accumulate: the number of chunks of a shard's batch whose gradients are accumulated one after the other.
+      accumulate_steps: the number of chunks of a shard's batch whose gradients are accumulated one after the other.
 
     Returns:
       `f(state, data, shard_range, call_args) -> (state, sums, used)`, which donates `state`. `sums` is
-      [block_steps, 3]: for each step the weighted loss sum and the weight sum (under pmean, both divided by the number
-      of devices), and the norm of the mean gradient. `used` is [devices, block_steps, 2] uint32, sharded over the
-      devices: the number of tagged rows that each step used on a device, and the sum of their tags. If the loss or the
-      new parameters of a step are not finite, that step and all later ones leave the state unchanged, use no rows and
-      have a loss of NaN.
+      [block_steps, 3]: for each step the weighted loss sum and the weight sum, both scaled as `mean_over_devices` says,
+      and the norm of the mean gradient. `used` is [devices, block_steps, 2] uint32, sharded over the devices: the
+      number of tagged rows that each step used on a device, and the sum of their tags. If the loss or the new
+      parameters of a step are not finite, that step and all later ones leave the state unchanged, use no rows and have
+      a loss of NaN.
     """
     platform = mesh.devices.flat[0].platform
-    together = normalises_over_batch(model, state, arguments[0]["x"].shape[-1])
-    if together and reduction == "ordered":
+    sync_batch_norm = normalises_over_batch(model, state, arguments[0]["x"].shape[-1])
+    if sync_batch_norm and reduction.shard_by_shard:
         raise InputError(
-            f"{spell('reduction', 'ordered')}: a BatchNorm over the whole batch needs all its shards at once, and "
-            f"ordered computes them one by one; use {spell('reduction', 'pmean')}, or normalise over shards "
+            f"{spell('reduction', reduction.name)}: a BatchNorm over the whole batch needs all its shards at once, and "
+            f"{reduction.name} computes them one by one; use {spell('reduction', 'pmean')}, or normalise over shards "
             f"({spell('sync_batch_norm', False)}; no axis_name)"
         )
-    schedule = schedule_for(model, state, layout, mesh, accumulate, reduction, together)
+    schedule = schedule_for(model, state, layout, mesh, accumulate_steps, reduction, sync_batch_norm)
 
-    shared = not multiplies_vectors_only(model, state)  # evaluation as well, where whole loops are never used
-    if reduction == "ordered" and platform == "cpu" and shared and devices.threads() != layout.num_shards:
+    # XLA's threads share matrix-matrix products; in evaluation even if the loop of training is compiled as a whole.
+    shared = not multiplies_vectors_only(model, state)
+    if reduction.same_bits and platform == "cpu" and shared and devices.threads() != layout.num_shards:
         logging.warning(
-            "ordered: products are shared by %d threads of XLA, and other numbers of them have other bits; call "
+            "%s: products are shared by %d threads of XLA, and other numbers of them have other bits; call "
             "dpreg.start(threads=%d), as many as shards, before any use of JAX",
+            reduction.name,
             devices.threads(),
             layout.num_shards,
         )
 
-    program = Program(model, layout, mesh, reduction, schedule)
+    spec = StepSpec(model, layout, mesh, reduction, schedule)
 
-    def block(*arguments: Any) -> tuple[TrainState, Array, Array]:
-        return train_block(program, *arguments)
+    def block(*values: Any) -> tuple[TrainState, Array, Array]:
+        return train_block(spec, *values)
 
     options = compiler_options(reduction, platform, schedule.whole_loops)
     return _compile(block, layout, mesh, (state, *arguments), backend, options, (None, None, 0), donate=True)
@@ -121,8 +124,8 @@ def compile_eval_block(
     layout: BatchLayout,
     mesh: Mesh,
     arguments: tuple[Any, ...],
-    of: Callable[[PyTree, Array, PyTree], PyTree],
-    reduction: str,
+    evaluate: Callable[[PyTree, Array, PyTree], PyTree],
+    reduction: Reduction,
     backend: str,
 ) -> tuple[Callable[..., Array], Callable[[np.ndarray], PyTree]]:
     """Compiles the evaluation of `num_steps` consecutive batches into one call.
@@ -131,14 +134,14 @@ def compile_eval_block(
 
     Args:
       variables: "params" and "batch_stats".
-      of: (variables, predictions [b, t], batch of one shard) -> a tree of results.
+      evaluate: (variables, predictions [b, t], batch of one shard) -> a tree of results.
 
     Returns:
       `f(variables, data, shard_range, call_args) -> [block_steps, shards, n]`, the raveled results, which are zero
       beyond `num_steps`; and a function that unravels them on the host into leaves [block_steps, shards, ...].
     """
     platform = mesh.devices.flat[0].platform
-    one: list[PyTree] = []  # shapes of the results for a batch of one shard
+    shapes: list[PyTree] = []  # of the results for a batch of one shard, once the block is traced
 
     def block(variables: PyTree, data: PyTree, shard_range: ShardRange, packed: Array) -> Array:
         call_args = CallArgs(*packed)
@@ -146,19 +149,19 @@ def compile_eval_block(
         read = layout.reader(data, shards, call_args.first_step, call_args.seed)
 
         def wanted(variables: PyTree, batch: PyTree) -> PyTree:
-            return of(variables, forward(model, variables, batch, train=False, platform=platform)[0], batch)
+            return evaluate(variables, forward(model, variables, batch, train=False, platform=platform)[0], batch)
 
         def raveled(variables: PyTree, batch: PyTree) -> Array:
             return ravel_pytree(wanted(variables, batch))[0]
 
-        one.append(jax.eval_shape(lambda: wanted(variables, read.of_slot(jnp.int32(0), jnp.int32(0)))))
-        leaves, slots = jax.tree.leaves(one[0]), max(layout.slots, 2)
+        shapes.append(jax.eval_shape(lambda: wanted(variables, read.of_slot(jnp.int32(0), jnp.int32(0)))))
+        leaves, slots = jax.tree.leaves(shapes[0]), max(layout.slots, 2)
 
         def step(k: Array, history: Array) -> Array:
             def fill(slot: Array, history: Array) -> Array:
                 return history.at[k, slot].set(isolated(raveled, call_args.one, variables, read.of_slot(k, slot)))
 
-            if reduction == "ordered":
+            if reduction.same_bits:
                 filled: Array = opaque_loop(fill, shard_range.count, history)
                 return filled
             return history.at[k, : layout.slots].set(jax.vmap(raveled, (None, 0))(variables, read.of_slots(k)))
@@ -168,17 +171,20 @@ def compile_eval_block(
         history = lax.fori_loop(0, call_args.num_steps, step, history)
         return from_all_devices(history[:, : layout.slots], mesh, axis=1)[:, : layout.num_shards]
 
-    def unpacked(found: np.ndarray) -> PyTree:
-        leaves, structure = jax.tree.flatten(one[0])
-        parts = np.split(found, np.cumsum([leaf.size for leaf in leaves])[:-1], axis=-1)
-        shaped = [
-            part.reshape(*found.shape[:2], *leaf.shape).astype(leaf.dtype, copy=False)
-            for part, leaf in zip(parts, leaves, strict=True)
-        ]
-        return jax.tree.unflatten(structure, shaped)
-
     options = compiler_options(reduction, platform)
-    return _compile(block, layout, mesh, (variables, *arguments), backend, options, None, donate=False), unpacked
+    compiled = _compile(block, layout, mesh, (variables, *arguments), backend, options, None, donate=False)
+    return compiled, functools.partial(_unravel, shapes[0])
+
+
+def _unravel(shapes: PyTree, found: np.ndarray) -> PyTree:
+    """The results [steps, shards, n] of a block as leaves [steps, shards, ...] of these shapes."""
+    leaves, structure = jax.tree.flatten(shapes)
+    parts = np.split(found, np.cumsum([leaf.size for leaf in leaves])[:-1], axis=-1)
+    shaped = [
+        part.reshape(*found.shape[:2], *leaf.shape).astype(leaf.dtype, copy=False)
+        for part, leaf in zip(parts, leaves, strict=True)
+    ]
+    return jax.tree.unflatten(structure, shaped)
 
 
 def _compile(

@@ -13,10 +13,10 @@ from jax.sharding import AbstractMesh, AxisType, PartitionSpec
 
 from dpreg.distributed.devices import AXIS
 from dpreg.models.losses import loss_of, row_losses
-from dpreg.step.checks import comes_with_dpreg, mode_arguments, traced
+from dpreg.step.checks import comes_with_dpreg, mode_arguments, model_errors
 from dpreg.step.reduce import PyTree, gradient_of_shards
 from dpreg.step.state import Model, TrainState, forward
-from dpreg.step.step import Statistics, shard_loss, updated
+from dpreg.step.step import Statistics, shard_loss, update_state
 from dpreg.tracing import make_key, pinned_settings
 
 _ROWS = 2  # rows of the traced batch; the digest does not depend on how many rows a run has
@@ -52,7 +52,7 @@ def digest_training(
             return shard_loss(model, params, state.batch_stats, batch, jax.random.fold_in(make_key(0), shard), "cpu")
 
         sums = gradient_of_shards(loss, state.params, batches, jnp.arange(1))
-        return updated(state, sums, jnp.asarray(state.step))
+        return update_state(state, sums, jnp.asarray(state.step))
 
     def init(row: Array) -> PyTree:
         return model.init(make_key(0), row, **mode_arguments(model, False))
@@ -64,7 +64,7 @@ def digest_training(
     dtype = jax.tree.leaves(state.params)[0].dtype
     shapes = {"x": (1, _ROWS, num_inputs), "y": (1, _ROWS, num_targets), "weight": (1, _ROWS)}
     batches = {name: jax.ShapeDtypeStruct(shape, dtype) for name, shape in shapes.items()}
-    with traced(model):
+    with model_errors(model):
         with pinned_settings():
             texts = [_program(init, jax.ShapeDtypeStruct((1, num_inputs), jnp.float32))]
         with pinned_settings(dtype == np.float64):
@@ -85,7 +85,7 @@ def digest_prediction(model: Model, variables: Mapping[str, PyTree], num_inputs:
     dtype = jax.tree.leaves(variables["params"])[0].dtype
     shapes = {"x": (_ROWS, num_inputs), "y": (_ROWS, num_targets), "weight": (_ROWS,)}
     batch = {name: jax.ShapeDtypeStruct(shape, dtype) for name, shape in shapes.items()}
-    with traced(model), pinned_settings(dtype == np.float64):
+    with model_errors(model), pinned_settings(dtype == np.float64):
         return _digest([_program(evaluate, variables, batch)])
 
 
@@ -98,7 +98,7 @@ def differ(one: str | None, other: str | None) -> bool:
 
 
 def _program(function: Any, *arguments: Any) -> str:
-    """The StableHLO of a function, lowered for the platform of this process."""
+    """The StableHLO of a function, lowered for CPU whatever the platform of this process."""
     return str(jax.jit(function).trace(*arguments).lower(lowering_platforms=("cpu",)).as_text())
 
 

@@ -42,7 +42,7 @@ class DonatedState:
 
     @property
     def current(self) -> TrainState:
-        """The state itself, which is valid until the next call of `step`.
+        """The state itself, which is valid until the next call of `advance`.
 
         Raises:
           InputError: if a second Ctrl-C has interrupted a call, which has lost the state.
@@ -68,7 +68,7 @@ class DonatedState:
             variables: dict[str, Any] = replicated(self.variables, self._mesh)
         return variables
 
-    def step(self, train_block: Any, *arguments: Any) -> list[Any]:
+    def advance(self, train_block: Any, *arguments: Any) -> list[Any]:
         """Replaces the state by the first result of `train_block(state, *arguments)`, and returns the other results."""
         with self._lock:
             # If the call is interrupted, readers then get an error rather than deleted arrays.

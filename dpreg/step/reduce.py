@@ -1,9 +1,9 @@
-"""From the losses of logical shards to sums over the global batch: the only communication between devices."""
+"""Sums over the global batch from the losses of logical shards, with all communication between devices in a step."""
 
 import functools
 import operator
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,23 +26,56 @@ PyTree = Any
 ShardLoss = Callable[[PyTree, PyTree, Array], tuple[Array, PyTree]]
 
 
-def gradient_of_shard(loss: ShardLoss, params: PyTree, batch: PyTree, shard: Array) -> tuple[PyTree, Array, PyTree]:
-    """The sums of one shard: (gradient, loss, further sums)."""
+class Reduction(NamedTuple):
+    """How a step sums over the global batch, and what this asks of the computation of the terms.
+
+    Attributes:
+      name: the setting of a run.
+      shard_by_shard: whether the sums of each shard are computed by themselves and exchanged, by `ordered_sum`.
+        Otherwise the sums over all shards of a device are, by `mean_over_devices`.
+      same_bits: whether the result has the same bits on any number of devices: then everything that computes it is
+        `isolated`.
+    """
+
+    name: str
+    shard_by_shard: bool
+    same_bits: bool
+
+
+REDUCTION_BY_NAME = {
+    reduction.name: reduction
+    for reduction in (
+        Reduction("pmean", shard_by_shard=False, same_bits=False),
+        Reduction("ordered", shard_by_shard=True, same_bits=True),
+    )
+}
+
+
+class Sums(NamedTuple):
+    """Sums over rows."""
+
+    gradient: PyTree
+    loss: Array  # weighted
+    statistics: PyTree  # the further sums that the loss of a shard returns
+
+
+def gradient_of_shard(loss: ShardLoss, params: PyTree, batch: PyTree, shard: Array) -> Sums:
+    """The sums of one shard."""
     with jax.named_scope("gradient"):
-        (value, rest), gradient = jax.value_and_grad(loss, has_aux=True)(params, batch, shard)
-    return gradient, value, rest
+        (value, statistics), gradient = jax.value_and_grad(loss, has_aux=True)(params, batch, shard)
+    return Sums(gradient, value, statistics)
 
 
-def gradient_of_shards(loss: ShardLoss, params: PyTree, batches: PyTree, shards: Array) -> tuple[PyTree, Array, PyTree]:
+def gradient_of_shards(loss: ShardLoss, params: PyTree, batches: PyTree, shards: Array) -> Sums:
     """The sums over shards stacked in the first axis: one gradient of the summed losses, not a sum of gradients."""
 
     def summed(params: PyTree) -> tuple[Array, PyTree]:
-        values, rest = jax.vmap(loss, in_axes=(None, 0, 0), axis_name=SLOTS)(params, batches, shards)
-        return values.sum(), jax.tree.map(lambda leaf: leaf.sum(axis=0), rest)
+        values, statistics = jax.vmap(loss, in_axes=(None, 0, 0), axis_name=SLOTS)(params, batches, shards)
+        return values.sum(), jax.tree.map(lambda leaf: leaf.sum(axis=0), statistics)
 
     with jax.named_scope("gradient"):
-        (value, rest), gradient = jax.value_and_grad(summed, has_aux=True)(params)
-    return gradient, value, rest
+        (value, statistics), gradient = jax.value_and_grad(summed, has_aux=True)(params)
+    return Sums(gradient, value, statistics)
 
 
 def sum_over_batch(of_shard: Array) -> Array:
@@ -133,6 +166,9 @@ def mean_over_devices(sums: PyTree, mesh: Mesh) -> PyTree:
 
     It is an all-reduce. For few bytes between processes on CPU, each device receives the sums of all others and
     computes the mean itself.
+
+    So under pmean all sums over the global batch are divided by the number of devices. This cancels in everything that
+    is computed from them: the mean loss, the mean gradient and the batch statistics are quotients of two such sums.
     """
     if mesh.size == 1:  # XLA emits a collective even for one device
         return sums

@@ -10,25 +10,29 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
 
+
+def _names(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
 # Operations that only move the elements of their operands, or change a sign or a type.
-_MOVES = """
+_MOVES = _names("""
   broadcast_in_dim concatenate convert_element_type copy copy_p dynamic_slice expand_dims gather neg
   optimization_barrier pad real reshape rev select_n slice squeeze stop_gradient transpose
-"""
+""")
 # Others whose result is not a product, so that an addition of it cannot be contracted.
-_NO_PRODUCTS = """
+_NO_PRODUCTS = _names("""
   abs add add_any argmax argmin bitcast_convert_type ceil clamp cummax cummin dynamic_update_slice floor iota max min
   reduce_max reduce_min reduce_sum round scatter sign sort sub
-"""
+""")
 # Operations that add nothing to their operands.
-_FACTORS_ONLY = "div dot_general eq ge gt integer_pow is_finite le lt mul ne rsqrt sign sqrt square"
+_FACTORS_ONLY = _names("div dot_general eq ge gt integer_pow is_finite le lt mul ne rsqrt sign sqrt square")
 # Operations that evaluate a traced function on their operands. Others have one as a parameter only, such as `reduce`.
-_CALLS = "jit pjit closed_call core_call custom_jvp_call custom_vjp_call custom_vjp_call_jaxpr remat remat2 checkpoint"
+_CALLS = _names("""
+  jit pjit closed_call core_call custom_jvp_call custom_vjp_call custom_vjp_call_jaxpr remat remat2 checkpoint
+""")
+_NESTED = _CALLS | {"scan", "while", "cond"}  # products within them are rounded when they are evaluated
 _WORDS = {2: jnp.uint16, 4: jnp.uint32, 8: jnp.uint64}  # by the size of a number in bytes
-_moves, _no_products, _factors_only, _calls = (
-    frozenset(names.split()) for names in (_MOVES, _NO_PRODUCTS, _FACTORS_ONLY, _CALLS)
-)
-_nested = _calls | {"scan", "while", "cond"}  # products within them are rounded when they are evaluated
 
 
 def round_products(closed: ClosedJaxpr, zero: Array, *inputs: Array) -> list[Array]:
@@ -61,10 +65,13 @@ def _evaluate(
     def read(atom: Any) -> Any:
         return atom.val if isinstance(atom, Literal) else values[atom]
 
+    # The values that may be added to something: the results, which the caller may add, and the operands of every
+    # operation that is not known to add nothing. An unknown one counts as an addition here, and in `_is_product` as a
+    # product. This is safe, since rounding a value once more changes nothing.
     added = {atom for atom in jaxpr.outvars if not isinstance(atom, Literal)}
     for equation in reversed(jaxpr.eqns):
-        moved_only = equation.primitive.name in _moves and added.isdisjoint(equation.outvars)
-        if not (moved_only or equation.primitive.name in _factors_only):
+        moved_only = equation.primitive.name in _MOVES and added.isdisjoint(equation.outvars)
+        if not (moved_only or equation.primitive.name in _FACTORS_ONLY):
             added.update(atom for atom in equation.invars if not isinstance(atom, Literal))
     for equation in jaxpr.eqns:
         with jax.named_scope(str(equation.source_info.name_stack)):
@@ -83,7 +90,7 @@ def _is_product(equation: Any) -> bool:
         (contracted, _), _ = equation.params["dimension_numbers"]
         products: int = math.prod(equation.invars[0].aval.shape[axis] for axis in contracted)
         return products < 2
-    return name not in _moves | _no_products | _nested
+    return name not in _MOVES | _NO_PRODUCTS | _NESTED
 
 
 def _apply(equation: Any, zero: Array, inputs: list[Any], broadcasts: dict[Any, Any]) -> Sequence[Any]:
@@ -129,7 +136,7 @@ def _apply(equation: Any, zero: Array, inputs: list[Any], broadcasts: dict[Any, 
     if name == "cond":
         branches = [functools.partial(evaluated, branch) for branch in params["branches"]]
         return list(lax.switch(inputs[0], branches, *inputs[1:]))
-    if name in _calls:
+    if name in _CALLS:
         kept = lax.optimization_barrier(inputs) if params.get("prevent_cse") else inputs  # `jax.checkpoint`
         return evaluated(params.get("jaxpr", params.get("call_jaxpr")), *kept, broadcasts=broadcasts)
     bound = equation.primitive.bind(*inputs, **params)

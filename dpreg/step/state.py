@@ -17,17 +17,17 @@ from dpreg.errors import InputError
 from dpreg.step.checks import (
     is_batch_norm,
     mode_arguments,
+    model_errors,
     require_model,
     require_modes,
-    traced,
     uses_running_average,
 )
 from dpreg.step.optimizer import prepare_optimizer
 from dpreg.step.reduce import PyTree, sum_over_batch
 from dpreg.tracing import FULL_PRECISION, make_key, pinned_settings
 
-# Platforms that multiply bfloat16 features in bfloat16 and accumulate in float32. A GPU does not if all parameters are
-# vectors: such products are bound by memory, and XLA would first copy the rows.
+# How bfloat16 features are multiplied, except on CPU: factors in bfloat16, sums in float32. On a GPU not if all
+# parameters are vectors: such products are bound by memory, and XLA would first copy the rows.
 _BFLOAT16_PRODUCTS = "BF16_BF16_F32"
 
 
@@ -98,7 +98,7 @@ def initial_state(
       InputError: when the model or its optimizer cannot be trained; see `dpreg.step.checks`.
     """
     require_model(model)
-    with pinned_settings(), traced(model):
+    with pinned_settings(), model_errors(model):
         init = jax.jit(lambda key, row: model.init(key, row, **mode_arguments(model, False)))
         variables = dict(init(make_key(seed), jnp.asarray(row, jnp.float32)))
     params, batch_stats = variables.pop("params", None), variables.pop("batch_stats", {})
@@ -117,7 +117,7 @@ def initial_state(
             )
     if from_zero:
         params = jax.tree.map(lambda leaf: jnp.zeros_like(leaf) if leaf.ndim > 1 else leaf, params)
-    with pinned_settings(dtype == np.float64), traced(model):
+    with pinned_settings(dtype == np.float64), model_errors(model):
         params, batch_stats = jax.tree.map(lambda leaf: leaf.astype(dtype), (params, batch_stats))
         require_modes(model, {"params": params, "batch_stats": batch_stats}, np.shape(row)[1])
         optimizer = prepare_optimizer(model, params, gradient_clip_val)
@@ -146,7 +146,7 @@ def forward(
     real = batch["weight"] > 0
     mask = real | ~real.any()
 
-    def hide_padding(next_call: Callable[..., Any], args: Any, kwargs: Any, context: Any) -> Any:
+    def adapt_batch_norm(next_call: Callable[..., Any], args: Any, kwargs: Any, context: Any) -> Any:
         if is_batch_norm(context):
             module, x = context.module, args[0] if args else kwargs["x"]
             rows = (-1, *[1] * (x.ndim - 1))
@@ -160,15 +160,15 @@ def forward(
     if platform == "gpu":
         rounded &= not all_are_vectors(variables["params"])
     products = jax.default_matmul_precision(_BFLOAT16_PRODUCTS if rounded else FULL_PRECISION)
-    with nn.intercept_methods(hide_padding), products:
-        prediction, updated = model.apply(
+    with nn.intercept_methods(adapt_batch_norm), products:
+        prediction, collections = model.apply(
             variables,
             x.astype(batch["weight"].dtype),
             **mode,
             mutable=["batch_stats"] if train else [],
             rngs=None if key is None else {"dropout": key},
         )
-    return prediction, updated.get("batch_stats", {})
+    return prediction, collections.get("batch_stats", {})
 
 
 def all_are_vectors(params: PyTree) -> bool:

@@ -14,7 +14,9 @@ from dpreg.models.losses import row_losses
 from dpreg.step.layout import BatchLayout, CallArgs, ShardRange
 from dpreg.step.reduce import (
     PyTree,
+    Reduction,
     ShardLoss,
+    Sums,
     accumulate,
     gradient_of_shard,
     gradient_of_shards,
@@ -30,7 +32,7 @@ TRAINING_KEY = 1  # folded into the run's random key for dropout, so that it dif
 
 
 class Statistics(NamedTuple):
-    """The further sums over shards, besides the gradient and the loss."""
+    """`Sums.statistics`, the sums besides those of the gradient and the loss."""
 
     weight: Array  # of the rows
     rows: Array | None  # the number of rows with a weight; None for models without batch statistics
@@ -45,16 +47,13 @@ class Variables(NamedTuple):
     key: Array  # of this step
 
 
-Sums = tuple[PyTree, Array, Statistics]  # over rows: of the gradient, of the weighted loss, and further ones
-
-
-class Program(NamedTuple):
-    """The static part of a train step."""
+class StepSpec(NamedTuple):
+    """The static part of a train step: what is known when it is compiled."""
 
     model: Model
     layout: BatchLayout
     mesh: Mesh
-    reduction: str
+    reduction: Reduction
     schedule: Schedule
 
     @property
@@ -81,16 +80,16 @@ class Call(NamedTuple):
 
 
 def train_block(
-    program: Program, state: TrainState, data: PyTree, shard_range: ShardRange, packed: Array
+    spec: StepSpec, state: TrainState, data: PyTree, shard_range: ShardRange, packed: Array
 ) -> tuple[TrainState, Array, Array]:
     """Runs `num_steps` consecutive steps; `compile_train_block` documents what it returns."""
-    call_args, layout = CallArgs(*packed), program.layout
+    call_args, layout = CallArgs(*packed), spec.layout
     shards = shard_range.first + jnp.arange(layout.slots, dtype=jnp.int32)
     read = layout.reader(data, shards, call_args.first_step, call_args.seed)
     call = Call(call_args, shard_range, shards, read, jax.random.fold_in(make_key(call_args.seed), TRAINING_KEY))
 
     def step(k: Array, carry: tuple[TrainState, Array]) -> tuple[TrainState, Array]:
-        state, record = train_step(program, call, carry[0], k)
+        state, record = train_step(spec, call, carry[0], k)
         return state, lax.dynamic_update_index_in_dim(carry[1], record, k, 0)
 
     steps = jnp.arange(layout.block_steps, dtype=jnp.int32)
@@ -99,62 +98,65 @@ def train_block(
     return state, history, rows_used(call, state, steps, tagged="tag" in data)
 
 
-def train_step(program: Program, call: Call, state: TrainState, k: Array) -> tuple[TrainState, Array]:
+def train_step(spec: StepSpec, call: Call, state: TrainState, k: Array) -> tuple[TrainState, Array]:
     """One step: the gradient of the weighted loss sum over all rows, divided once by their weight; then the optimizer.
 
     Returns:
-      the new state, and [3]: the weighted loss sum (NaN if the state is unchanged), the weight sum, and the norm of the
-      mean gradient.
+      the new state, and [3], which `LOSS`, `WEIGHT` and `NORM` of layout.py index: the weighted loss sum (NaN if the
+      state is unchanged) and the weight sum, both scaled as `mean_over_devices` says; the norm of the mean gradient.
     """
     step = call.args.first_step + k
     variables = Variables(state.params, state.batch_stats, jax.random.fold_in(call.key, step))
-    if program.reduction == "ordered":
+    if spec.reduction.shard_by_shard:
         sums = ordered_sum(
-            lambda slot: sums_of_slot(program, call, variables, k, slot),
-            program.layout.slots,
+            lambda slot: sums_of_slot(spec, call, variables, k, slot),
+            spec.layout.slots,
             call.shard_range.count,
-            program.layout.num_shards,
-            program.mesh,
+            spec.layout.num_shards,
+            spec.mesh,
         )
-        new, norm = isolated(updated, call.one, state, sums, step)
     else:
-        sums = mean_over_devices(sums_of_device(program, call, variables, k), program.mesh)
-        new, norm = updated(state, sums, step)
-    loss_sum = jnp.where(new.step > step, sums[1], jnp.nan)
-    return new, jnp.stack([loss_sum, sums[2].weight, norm])
+        sums = mean_over_devices(sums_of_device(spec, call, variables, k), spec.mesh)
+    if spec.reduction.same_bits:
+        new, norm = isolated(update_state, call.one, state, sums, step)
+    else:
+        new, norm = update_state(state, sums, step)
+    loss_sum = jnp.where(new.step > step, sums.loss, jnp.nan)
+    return new, jnp.stack([loss_sum, sums.statistics.weight, norm])
 
 
-def sums_of_device(program: Program, call: Call, variables: Variables, k: Array) -> Sums:
+def sums_of_device(spec: StepSpec, call: Call, variables: Variables, k: Array) -> Sums:
     """The sums over all rows of this device, in the order of the schedule."""
-    (traversal, chunks, _), loss = program.schedule, bind_shard_loss(program, variables)
+    traversal, chunks = spec.schedule.traversal, spec.schedule.num_chunks
+    loss = bind_shard_loss(spec, variables)
 
     def of_chunk(c: Array) -> Sums:
         if traversal is Traversal.ROWS:
             any_shard = jnp.int32(0)
             return gradient_of_shard(loss, variables.params, call.read.rows(k, c, chunks), any_shard)
-        numbers = call.shards + c * program.layout.num_shards
+        numbers = call.shards + c * spec.layout.num_shards
         return gradient_of_shards(loss, variables.params, call.read.of_slots(k, c, chunks), numbers)
 
     if traversal is Traversal.SHARD_BY_SHARD:
-        sums: Sums = accumulate(lambda slot: sums_of_slot(program, call, variables, k, slot), call.shard_range.count)
+        sums: Sums = accumulate(lambda slot: sums_of_slot(spec, call, variables, k, slot), call.shard_range.count)
         return sums
     return in_chunks(chunks, call, of_chunk)
 
 
-def sums_of_slot(program: Program, call: Call, variables: Variables, k: Array, slot: Array) -> Sums:
-    """The sums over the rows of one shard; under `ordered` isolated from the surrounding operations."""
-    chunks, layout = program.schedule.num_chunks, program.layout
+def sums_of_slot(spec: StepSpec, call: Call, variables: Variables, k: Array, slot: Array) -> Sums:
+    """The sums over the rows of one shard; for the same bits isolated from the surrounding operations."""
+    chunks, layout = spec.schedule.num_chunks, spec.layout
     shard = call.shard_range.first + slot  # not shards[slot]: with one slot, the compiler would know its value
 
     def of_chunk(c: Array) -> Sums:
         batch, number = call.read.of_slot(k, slot, c, chunks), shard + c * layout.num_shards
-        if program.reduction != "ordered":
-            return gradient_of_shard(bind_shard_loss(program, variables), variables.params, batch, number)
+        if not spec.reduction.same_bits:
+            return gradient_of_shard(bind_shard_loss(spec, variables), variables.params, batch, number)
         # Features of row-wise models are not isolated: they only enter products, and a copy takes a fifth of a step.
-        kept = {"x": batch.pop("x")} if program.schedule.traversal is Traversal.ROWS else {}
+        kept = {"x": batch.pop("x")} if spec.schedule.row_wise else {}
 
         def gradient(variables: Variables, batch: PyTree, number: Array) -> Sums:
-            return gradient_of_shard(bind_shard_loss(program, variables), variables.params, kept | batch, number)
+            return gradient_of_shard(bind_shard_loss(spec, variables), variables.params, kept | batch, number)
 
         sums: Sums = isolated(gradient, call.one, variables, batch, number)
         return sums
@@ -170,12 +172,12 @@ def in_chunks(chunks: int, call: Call, of_chunk: Callable[[Array], Sums]) -> Sum
     return sums
 
 
-def bind_shard_loss(program: Program, variables: Variables) -> ShardLoss:
+def bind_shard_loss(spec: StepSpec, variables: Variables) -> ShardLoss:
     """`shard_loss` as a function of the parameters, the batch of one shard, and the shard's number."""
 
     def loss(params: PyTree, batch: PyTree, shard: Array) -> tuple[Array, Statistics]:
         key = jax.random.fold_in(variables.key, shard)
-        return shard_loss(program.model, params, variables.batch_stats, batch, key, program.platform)
+        return shard_loss(spec.model, params, variables.batch_stats, batch, key, spec.platform)
 
     return loss
 
@@ -192,24 +194,24 @@ def shard_loss(
     return jnp.vdot(losses, weight), Statistics(weight.sum(), rows, jax.tree.map(lambda leaf: leaf * rows, new))
 
 
-def updated(state: TrainState, sums: Sums, step: Array) -> tuple[TrainState, Array]:
+def update_state(state: TrainState, sums: Sums, step: Array) -> tuple[TrainState, Array]:
     """The state after a step with these sums, and the norm of the mean gradient.
 
     If the loss or the new parameters are not finite, the state is unchanged.
     """
-    gradient, value, rest = sums
+    gradient, value, statistics = sums
     # A multiplication by the inverse: the compiler would rewrite a division to it in some of the programs only.
-    per_weight = 1 / jnp.where(rest.weight > 0, rest.weight, 1)
+    per_weight = 1 / jnp.where(statistics.weight > 0, statistics.weight, 1)
     batch_stats = state.batch_stats
-    if rest.rows is not None:
-        any_row, per_row = rest.rows > 0, 1 / jnp.where(rest.rows > 0, rest.rows, 1)
+    if statistics.rows is not None:
+        any_row, per_row = statistics.rows > 0, 1 / jnp.where(statistics.rows > 0, statistics.rows, 1)
         batch_stats = jax.tree.map(
-            lambda new, old: jnp.where(any_row, new * per_row, old), rest.batch_stats, batch_stats
+            lambda new, old: jnp.where(any_row, new * per_row, old), statistics.batch_stats, batch_stats
         )
     gradient = jax.tree.map(lambda leaf: leaf * per_weight, gradient)
     new = state.apply_gradients(grads=gradient, value=value * per_weight, batch_stats=batch_stats)
     finite = jnp.isfinite(value) & jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(new.params)]).all()
-    good = finite & (state.step == step)
+    good = finite & (state.step == step)  # after a bad step the counter lags, so later steps of the call are dropped
     kept: TrainState = jax.tree.map(lambda new, old: jnp.where(good, new, old), new, state)
     return kept, optax.tree.norm(gradient).astype(value.dtype)
 

@@ -8,7 +8,7 @@ _NOTHING = np.zeros(2, np.uint32)
 
 
 class Audit:
-    """Counts the rows that the steps of an epoch used and sums their tags: [2] uint32, as `Dataset.tags`.
+    """Counts the rows that the steps of an epoch used and sums their tags: [2] uint32, as `Dataset.audit_total`.
 
     Args:
       on: whether to audit; if not, nothing is counted and no epoch fails.

@@ -1,10 +1,14 @@
 """The events of a run while it trains."""
 
 import dataclasses
+import difflib
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
 import numpy as np
+
+from dpreg.errors import InputError
+from dpreg.step.foreign_methods import is_read, user_methods
 
 if TYPE_CHECKING:
     from dpreg.train.trainer import Trainer
@@ -17,9 +21,12 @@ class Progress:
     Attributes:
       step, num_steps: the number of steps done, and of the run.
       epoch, max_epochs: the number of epochs done, with a fraction, and of the run.
-      train_loss: the mean loss per weight over the steps since the last log point; None between log points.
-      gradient_norm: the norm of the gradient in the last of these steps, before clipping; None between log points.
-      val_loss, metrics: the mean loss and the metrics on the validation rows; only at the end of an epoch.
+      train_loss: the mean loss per weight over the steps since the last log point; only at log points and at the end of
+        an epoch. After `Trainer.set_linear_params`, the loss that was given to it.
+      gradient_norm: the norm of the gradient in the last of these steps, before clipping; None after
+        `Trainer.set_linear_params`.
+      val_loss, metrics: the mean loss and the metrics on the validation rows; only at the end of an epoch. Without
+        validation rows, None and {}.
       rows_per_second: the training speed since the last validation, checkpoint or other sync point.
       audit: [2] uint32, the number of rows that this epoch used and the sum of their tags; only at the end of an
         audited epoch.
@@ -82,13 +89,28 @@ class Callback:
         """Called at log points within an epoch, every `log_every_steps`, with the loss and the norm of the gradient."""
 
     def on_epoch(self, progress: Progress) -> None:
-        """Called at the end of an epoch, after its validation: all attributes of `progress` are set."""
+        """Called at the end of an epoch, after its validation, and after `Trainer.set_linear_params`.
+
+        `progress.val_loss` is None without validation rows, `progress.audit` without an audit or where it is unknown
+        which rows a resumed epoch had used, and `progress.gradient_norm` after `set_linear_params`.
+        """
 
     def on_sync(self, trainer: "Trainer") -> None:
         """Called at a sync point: no step is in flight, and the trainer's state is that of `trainer.step`."""
 
     def on_result(self) -> None:
         """Called when results of training, validation or prediction have arrived, and after a sync point."""
+
+
+def require_known_events(callback: Callback) -> None:
+    """Raises InputError for a method `on_...` that is no event, unless another method of the callback reads it."""
+    events = [name for name in vars(Callback) if name.startswith("on_")]
+    for owner, name in user_methods(callback):
+        if name.startswith("on_") and name not in events and not is_read(name, callback):
+            nearest = difflib.get_close_matches(name, events, n=1, cutoff=0)[0]
+            raise InputError(
+                f"{owner}.{name}: dpreg.Callback has no such event; define {nearest}, or another of {', '.join(events)}"
+            )
 
 
 class FunctionCallback(Callback):

@@ -17,13 +17,14 @@ from dpreg.distributed.interrupts import Interrupts, deferred
 from dpreg.errors import AuditFailed, Diverged, InputError
 from dpreg.spelling import spell
 from dpreg.step.donated import DonatedState
+from dpreg.step.layout import LOSS, NORM, WEIGHT, call_arguments
 from dpreg.step.state import TrainState
 from dpreg.train.audit import Audit
 from dpreg.train.callback import Callback, Progress
 from dpreg.train.predictor import metrics_of
 from dpreg.train.program import Program
 
-_LOG_POINTS = 8  # in an epoch if log_every_steps is 0
+_LOG_POINTS = 8  # in an epoch if log_every_steps is 0; the last is its end
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +68,7 @@ class Loop:
       audit: counts the rows used in this epoch.
       best: with patience, the best epoch so far.
       epoch_sums: [steps of an epoch, 3], for each step of this epoch so far the weighted loss sum, the weight sum and
-        the norm of the gradient.
+        the norm of the gradient: the columns LOSS, WEIGHT and NORM of `dpreg.step.layout`.
       train_loss, val_loss, metrics: the results of the last epoch.
     """
 
@@ -134,7 +135,10 @@ class Loop:
                     raise KeyboardInterrupt
 
     def require_idle(self) -> None:
-        """Raises InputError during a callback, and after one has raised: the state is ahead of what was reported."""
+        """Raises InputError unless the state is that of `step`, the number of steps reported.
+
+        It is ahead while steps are in flight, as in most callbacks, and after a callback that raised.
+        """
         step = int(self.state.current.step)
         if step != self.step:
             raise InputError(
@@ -160,7 +164,7 @@ class Loop:
         began, evaluated = time.perf_counter(), self._seconds["eval"]
         with contextlib.closing(self._dispatch(stop, interrupts)) as calls:
             for block, (sums, used) in devices.fetch_in_order(calls, self.report_result):
-                finite = np.isfinite(sums[: block.num_steps, 0])
+                finite = np.isfinite(sums[: block.num_steps, LOSS])
                 good = block.num_steps if finite.all() else int(finite.argmin())
                 speed = (block.first_step + good - first) / (time.perf_counter() - began)
                 self._rows_per_second = speed * rows_per_step
@@ -173,15 +177,15 @@ class Loop:
     def _dispatch(self, stop: int, interrupts: Interrupts) -> Generator[tuple[Block, Any]]:
         """Dispatches blocks up to step `stop`, or until a sync point is requested."""
         first, data = self.step, self.program.data
-        for block in data.train.blocks(first, stop, data.steps_per_call):
+        for block in data.train.blocks(first, stop):
             if block.first_step > first:
                 # Calls all of them, without short-circuiting: they may communicate between processes.
                 requested = [interrupts.poll(), *(callback.requests_sync() for callback in self.callbacks)]
                 if any(requested):
                     return
-            arguments = data.arguments(block)
+            arguments = call_arguments(data.train, block)
             with jax.profiler.StepTraceAnnotation("train", step_num=block.first_step):
-                sums, used = self.state.step(self.program.train_block, *arguments)
+                sums, used = self.state.advance(self.program.train_block, *arguments)
             self._in_flight = sums, self.program.gather_used(used)
             yield block._replace(data=None), self._in_flight
 
@@ -203,8 +207,9 @@ class Loop:
             self.audit.begin()
         self.epoch_sums[before:done] = sums
         self.audit.add(used)
+        # Without the end of the epoch, which `_end_epoch` reports after its validation.
         for point in range(before // every * every + every, min(done + 1, steps), every):
-            norm = float(self.epoch_sums[point - 1, 2])
+            norm = float(self.epoch_sums[point - 1, NORM])
             train_loss = mean_loss(self.epoch_sums[point - every : point])
             progress = self._progress(start + point, train_loss=train_loss, gradient_norm=norm)
             for callback in self.callbacks:
@@ -218,13 +223,13 @@ class Loop:
 
     def _end_epoch(self) -> None:
         """Audits the epoch that the last step has ended, validates, and reports it."""
-        self.train_loss, tags = mean_loss(self.epoch_sums), self.program.tags
-        used = None if tags is None else self.audit.check(self.step, tags)
+        self.train_loss, due = mean_loss(self.epoch_sums), self.program.audit_total
+        used = None if due is None else self.audit.check(self.step, due)
         self._validate_finitely()
         if self._settings.patience and self.val_loss is not None and self.val_loss < self.best.val_loss:
             self.best = Best(self.val_loss, self.step, jax.device_get(self.state.copy_variables()))
         unlogged = (len(self.epoch_sums) - 1) // self._log_every * self._log_every
-        norm = float(self.epoch_sums[-1, 2])
+        norm = float(self.epoch_sums[-1, NORM])
         self._report_epoch(mean_loss(self.epoch_sums[unlogged:]), gradient_norm=norm, audit=used)
 
     def _report_epoch(self, train_loss: float, **values: Any) -> None:
@@ -255,9 +260,8 @@ class Loop:
             return
         started = time.perf_counter()
         evaluated, unpacked = self.program.eval_block
-        blocks = data.val.blocks(0, data.val.num_steps, data.steps_per_call)
-        calls = ((block, evaluated(self.state.variables, *data.arguments(block))) for block in blocks)
-        found = [unpacked(errors) for _, errors in devices.fetch_in_order(calls, self.report_result)]
+        calls = ((block, evaluated(self.state.variables, *call_arguments(data.val, block))) for block in data.val)
+        found = [unpacked(sums) for _, sums in devices.fetch_in_order(calls, self.report_result)]
         self.val_loss, self.metrics = metrics_of(self.program.model, data.schema, found)
         if self.train_loss == 0 and 0 < self.val_loss < float(np.finfo(np.float32).tiny):
             logging.warning(
@@ -266,7 +270,7 @@ class Loop:
                 *(self._settings.dtype, spell("target_transform", "standardize")),
             )
         patience = self._settings.patience
-        if patience and not any(errors.weight.sum() > 0 for errors in found):
+        if patience and not any(sums.weight.sum() > 0 for sums in found):
             asked = spell("patience", patience)
             raise InputError(f"{asked}: no row held out has a weight to measure by; hold out others")
         self._seconds["eval"] += time.perf_counter() - started
@@ -322,7 +326,10 @@ class Loop:
         self._report_epoch(train_loss)
 
     def _go_to(self, step: int) -> None:
-        """Sets the step to the end of an epoch, after its state was assigned."""
+        """Moves to the step of a state that was assigned, which is then the best; no row of its epoch counts as used.
+
+        Within an epoch, `load_state` then sets the sums and the rows used so far.
+        """
         self.step, self._all_reported = step, True
         self.epoch_sums = np.zeros((self.program.steps_per_epoch, 3))
         self.audit.begin()
@@ -332,5 +339,5 @@ class Loop:
 
 def mean_loss(sums: np.ndarray) -> float:
     """The mean loss per weight of steps, from their [steps, 3] sums; 0 if no row has a weight."""
-    loss, weight = sums[:, :2].sum(axis=0)
+    loss, weight = sums[:, LOSS : WEIGHT + 1].sum(axis=0)  # a view: indices would copy, and change the order of the sum
     return float(loss / weight) if weight > 0 else 0.0

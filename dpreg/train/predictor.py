@@ -11,35 +11,36 @@ from jax.sharding import Mesh
 
 from dpreg.config import Columns, Config
 from dpreg.data.parts import rows_everywhere
-from dpreg.data.pipeline import PRECISIONS, Dataset
+from dpreg.data.pipeline import BLOCK_STEPS_AMONG_PROCESSES, PRECISIONS, Dataset
 from dpreg.data.schema import Schema
 from dpreg.data.sources import ArraySource, Rows, Source, describe_rows, unmasked
 from dpreg.distributed import devices, presence, processes
 from dpreg.errors import InputError
 from dpreg.models.losses import SQUARED, loss_of
-from dpreg.models.metrics import Errors, errors, metrics
+from dpreg.models.metrics import EvalSums, eval_sums, metrics
 from dpreg.models.module import Module
-from dpreg.step.checks import traced
+from dpreg.step.checks import model_errors
 from dpreg.step.compile import compile_eval_block
-from dpreg.step.layout import CallArgs, ShardRange, batch_layout
+from dpreg.step.layout import batch_layout, call_arguments
+from dpreg.step.reduce import REDUCTION_BY_NAME
 from dpreg.step.state import Model
 from dpreg.tables.raw import RawRows, columns_of, encoded_schema, open_columns, open_source
 
 _CHUNK_BYTES = 16 << 20  # rows of one compiled call
-_CHUNK_STEPS = 1 << 8
+_CHUNK_STEPS = BLOCK_STEPS_AMONG_PROCESSES  # a chunk is one block, among processes, too
 ROWS_IN_PARTS = (
     "give the same to all processes; rows of which each process has its own part go through "
     "dpreg.RegressionData.from_parts(train=own_rows)"
 )
 
 
-def errors_of(model: Model, schema: Schema | None) -> Callable[[Any, Any, Any], Errors]:
+def bind_eval_sums(model: Model, schema: Schema | None) -> Callable[[Any, Any, Any], EvalSums]:
     """The function from the predictions of a batch to the sums that evaluation needs."""
-    return functools.partial(errors, model, schema is not None and schema.log_targets)
+    return functools.partial(eval_sums, model, schema is not None and schema.log_targets)
 
 
-def metrics_of(model: Model, schema: Schema | None, found: Sequence[Errors]) -> tuple[float, dict[str, float]]:
-    """The mean loss, and the metrics that fit the loss in original units, from the results of `errors_of`."""
+def metrics_of(model: Model, schema: Schema | None, found: Sequence[EvalSums]) -> tuple[float, dict[str, float]]:
+    """The mean loss, and the metrics that fit the loss in original units, from the `EvalSums` of blocks."""
     scale = 1.0 if schema is None else np.array([target.scale for target in schema.targets])
     own_loss = not isinstance(model, Module) or type(model).loss is not Module.loss
     of_squares = not own_loss and loss_of(model) == SQUARED and not (schema is not None and schema.log_targets)
@@ -87,11 +88,11 @@ class Predictor:
         devices.enable(self.dtype)
         self._model, self.variables = model, devices.replicated(variables, mesh)
         self._mesh, self._num_shards, self._batch_size = mesh, num_shards, batch_size
-        self._reduction, self._backend, self._on_result = reduction, backend, on_result
+        self._reduction, self._backend, self._on_result = REDUCTION_BY_NAME[reduction], backend, on_result
         self._precision = precision
         mean = loss_of(model).mean
         self._mean: Callable[..., Any] = lambda variables, prediction, batch: mean(prediction)
-        self._errors = errors_of(model, schema)
+        self._eval_sums = bind_eval_sums(model, schema)
         self._compiled = dict[Callable[..., Any], tuple[Callable[..., Array], Callable[[np.ndarray], Any]]]()
         row_bytes = self.dtype.itemsize * (num_inputs + num_targets + 1)
         self._steps = max(2, min(_CHUNK_STEPS, _CHUNK_BYTES // (row_bytes * batch_size)))
@@ -198,8 +199,8 @@ class Predictor:
         Raises:
           InputError: when no row has a weight, and for a target that the loss is not defined for.
         """
-        found = [errors for _, errors in self._evaluated(self._allowed(chunks), self._errors)]
-        if not any(errors.weight.sum() > 0 for errors in found):
+        found = [sums for _, sums in self._evaluated(self._allowed(chunks), self._eval_sums)]
+        if not any(sums.weight.sum() > 0 for sums in found):
             raise InputError(
                 "there are no rows with a weight, and without missing values, to evaluate; name a table that has some"
             )
@@ -249,33 +250,33 @@ class Predictor:
             before += len(chunk["weight"])
             yield chunk
 
-    def _evaluated(self, chunks: Iterable[Rows], of: Callable[..., Any]) -> Iterator[tuple[int, Any]]:
-        """(the number of rows, the results of a compiled evaluation `of`) for each chunk."""
+    def _evaluated(self, chunks: Iterable[Rows], evaluate: Callable[..., Any]) -> Iterator[tuple[int, Any]]:
+        """(the number of rows, the results of a compiled evaluation) for each chunk."""
 
         def calls() -> Iterator[tuple[int, Array]]:
             for chunk in chunks:
                 rows = len(chunk["weight"])
                 dataset = self._dataset(chunk)
                 (block,) = dataset
-                call_args = CallArgs(0, self._steps, 0).packed()
-                arguments = block.data, ShardRange(*dataset.shard_ranges), call_args
-                if of not in self._compiled:
-                    with presence.at_work("compiling"), traced(self._model):
-                        self._compiled[of] = compile_eval_block(
+                arguments = call_arguments(dataset, block)
+                if evaluate not in self._compiled:
+                    with presence.at_work("compiling"), model_errors(self._model):
+                        self._compiled[evaluate] = compile_eval_block(
                             self._model,
                             self.variables,
                             batch_layout(dataset),
                             self._mesh,
                             arguments,
-                            of,
+                            evaluate,
                             self._reduction,
                             self._backend,
                         )
                     processes.allgather_text()  # barrier: compile times differ, and the first collective would time out
-                yield rows, self._compiled[of][0](self.variables, *arguments)
+                yield rows, self._compiled[evaluate][0](self.variables, *arguments)
 
         return (
-            (rows, self._compiled[of][1](found)) for rows, found in devices.fetch_in_order(calls(), self._on_result)
+            (rows, self._compiled[evaluate][1](found))
+            for rows, found in devices.fetch_in_order(calls(), self._on_result)
         )
 
     def _dataset(self, chunk: Rows) -> Dataset:

@@ -11,7 +11,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from dpreg.config import Columns
-from dpreg.data.pipeline import PRECISIONS, Block, Dataset
+from dpreg.data.pipeline import PRECISIONS, Dataset
 from dpreg.data.sampler import Sampler
 from dpreg.data.schema import Number, Schema
 from dpreg.data.sources import RegressionData, describe_rows, first_outside
@@ -21,13 +21,14 @@ from dpreg.models.linear import LinearRegressionScratch
 from dpreg.models.losses import loss_of
 from dpreg.models.mlp import LinearRegression
 from dpreg.spelling import spell
-from dpreg.step.checks import comes_with_dpreg, normalises_over_batch, require_model, traced
+from dpreg.step.checks import comes_with_dpreg, model_errors, normalises_over_batch, require_model
 from dpreg.step.compile import compile_eval_block, compile_train_block
 from dpreg.step.digest import digest_training, digest_values
-from dpreg.step.layout import CallArgs, ShardRange, batch_layout, example_arguments
+from dpreg.step.layout import batch_layout, call_arguments, example_arguments
+from dpreg.step.reduce import REDUCTION_BY_NAME
 from dpreg.step.state import Model, TrainState, initial_state
 from dpreg.step.tuning import steps_of_call
-from dpreg.train.predictor import ROWS_IN_PARTS, errors_of
+from dpreg.train.predictor import ROWS_IN_PARTS, bind_eval_sums
 
 _FEW_ROWS = 16  # of a shard; batch statistics of fewer rows are poor
 _MOST_STEPS = 2**31 - 1  # steps are counted in int32 on the devices
@@ -35,13 +36,10 @@ _MOST_STEPS = 2**31 - 1  # steps are counted in int32 on the devices
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """The settings of a trainer: each field but `mesh` is the argument of `Trainer` with the same name.
+    """The settings of a trainer, which it has checked: each field is the argument of `Trainer` with the same name.
 
     Attributes:
-      mesh: the devices, with the single axis "data".
-
-    Raises:
-      InputError: for values out of range.
+      mesh: the devices, with the single axis "data": as given, or as chosen by `num_devices` and `platform`.
     """
 
     mesh: Mesh
@@ -80,7 +78,6 @@ class LaidOutData:
       train, val: the pipelines of the rows to fit and of the validation rows.
       schema: the schema of the table that the rows come from, if any.
       columns: the columns that were read from that table.
-      steps_per_call: the largest number of steps of one compiled call; None until the model is known.
     """
 
     settings: Settings
@@ -88,7 +85,6 @@ class LaidOutData:
     val: Dataset | None
     schema: Schema | None
     columns: Columns | None
-    steps_per_call: int | None = None
 
     @property
     def num_inputs(self) -> int:
@@ -105,20 +101,14 @@ class LaidOutData:
         """The first row to fit: for each column an array [1, ...]."""
         return dict(self.train.source[np.zeros(1, np.int32)])
 
-    def bound_calls(self, state: TrainState) -> "LaidOutData":
-        """The same rows with `steps_per_call` bounded for a model with this state."""
-        mesh, ordered = self.settings.mesh, self.settings.reduction == "ordered"
+    def limit_steps(self, state: TrainState) -> "LaidOutData":
+        """The same rows with blocks of as many steps as the FLOPs of a model with this state allow."""
+        mesh, one_by_one = self.settings.mesh, REDUCTION_BY_NAME[self.settings.reduction].shard_by_shard
         parameters = sum(leaf.size for leaf in jax.tree.leaves(state.params))
         operations = 6 * parameters * self.train.global_batch
-        most = steps_of_call(mesh.devices.flat[0].platform, operations, self.train.slots if ordered else 0)
-
-        def bounded(dataset: Dataset) -> Dataset:
-            if dataset.resolved_placement == "device" or dataset.block_steps <= most:
-                return dataset
-            return dataset.place(dataset.placement, most)
-
-        val = self.val and bounded(self.val)
-        return dataclasses.replace(self, train=bounded(self.train), val=val, steps_per_call=most)
+        most = steps_of_call(mesh.devices.flat[0].platform, operations, self.train.slots if one_by_one else 0)
+        val = self.val and self.val.limit_steps(most)
+        return dataclasses.replace(self, train=self.train.limit_steps(most), val=val)
 
     def check_targets(self, model: Model) -> None:
         """Raises InputError for a target that the model's loss is not defined for."""
@@ -158,7 +148,7 @@ class LaidOutData:
             settings.mesh,
             self._example(self.train),
             settings.accumulate_steps,
-            settings.reduction,
+            REDUCTION_BY_NAME[settings.reduction],
             settings.backend,
         )
 
@@ -173,19 +163,16 @@ class LaidOutData:
             batch_layout(self.val),
             settings.mesh,
             self._example(self.val),
-            errors_of(model, self.schema),
-            settings.reduction,
+            bind_eval_sums(model, self.schema),
+            REDUCTION_BY_NAME[settings.reduction],
             settings.backend,
         )
 
-    def arguments(self, block: Block) -> tuple[Any, ShardRange, np.ndarray]:
-        """The arguments of the compiled steps for a block: rows, shard ranges and call arguments."""
-        call_args = CallArgs(block.first_step, block.num_steps, self.settings.seed)
-        return block.data, ShardRange(*self.train.shard_ranges), call_args.packed()
-
     def _example(self, dataset: Dataset) -> tuple[Any, ...]:
         """Example arguments for compilation; pmap takes the shapes of this process's arrays."""
-        return example_arguments(dataset) if self.settings.backend == "jit" else self.arguments(next(iter(dataset)))
+        if self.settings.backend == "jit":
+            return example_arguments(dataset)
+        return call_arguments(dataset, next(iter(dataset)))
 
 
 def lay_out(data: RegressionData, settings: Settings) -> LaidOutData:
@@ -209,6 +196,7 @@ def lay_out(data: RegressionData, settings: Settings) -> LaidOutData:
         logging.warning("%s: the rows are float32, and have its digits; give them as float64", precision)
     Sampler(len(data.train), settings.num_shards, data.batch_size)  # InputError unless shards divide each batch
     batch_size, epochs = data.batch_size * settings.accumulate_steps, settings.max_epochs
+    # Without validation nothing waits for the end of an epoch, so a call may span several.
     rows = Dataset(data.train).shuffle(settings.seed).batch(batch_size).repeat(epochs, across=not data.val)
     train = _place(rows.tag(settings.audit), settings)
     if train.num_steps > _MOST_STEPS:
@@ -259,9 +247,9 @@ class Program:
         return int(self.data.train.sampler.steps_per_epoch)
 
     @functools.cached_property
-    def tags(self) -> np.ndarray | None:
-        """The count and the sum that the audit expects of an epoch, see `Dataset.tags`; None without an audit."""
-        return self.data.train.tags if self.data.settings.audit else None
+    def audit_total(self) -> np.ndarray | None:
+        """What the audit expects of an epoch, see `Dataset.audit_total`; None without an audit."""
+        return self.data.train.audit_total if self.data.settings.audit else None
 
     def digest(self, shapes: TrainState) -> str | None:
         """A digest of what the model computes, see `dpreg.step.digest.digest_training`."""
@@ -290,14 +278,15 @@ def first_state(model: Model, data: LaidOutData) -> TrainState:
 def compile_program(model: Model, data: LaidOutData, state: TrainState) -> Program:
     """Compiles the steps of a run for a state that is on its devices."""
     settings = data.settings
-    jax.block_until_ready(data.train.shard_ranges)  # cached, and transferred before the first call
+    # Cached, and transferred before the first call.
+    jax.block_until_ready([dataset.shard_ranges for dataset in (data.train, data.val) if dataset])
     optimizer_start = "" if comes_with_dpreg(model) else digest_values(state.opt_state)
-    with traced(model):
+    with model_errors(model):
         train_block = data.compile_train(model, state)
     gather_used: Callable[[Any], Any] = _zeros_on_host
     if settings.audit:
         gather_used = devices.compile_gather(settings.mesh, (settings.mesh.size, data.train.block_steps, 2), np.uint32)
-    with traced(model):
+    with model_errors(model):
         eval_block = data.compile_eval(model, {"params": state.params, "batch_stats": state.batch_stats})
     return Program(data, model, train_block, eval_block, gather_used, optimizer_start)
 

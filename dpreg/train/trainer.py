@@ -16,9 +16,10 @@ from dpreg.data.sources import RegressionData, describe_rows
 from dpreg.distributed import devices, processes
 from dpreg.errors import InputError
 from dpreg.step.donated import DonatedState
-from dpreg.step.hooks import OF_DATA, OF_TRAINER, require_no_hooks
+from dpreg.step.foreign_methods import OF_DATA, OF_TRAINER, refuse_foreign_methods
+from dpreg.step.reduce import REDUCTION_BY_NAME
 from dpreg.step.state import Model, TrainState
-from dpreg.train.callback import Callback, FunctionCallback, Progress
+from dpreg.train.callback import Callback, FunctionCallback, Progress, require_known_events
 from dpreg.train.loop import Loop
 from dpreg.train.predictor import ROWS_IN_PARTS, Predictor
 from dpreg.train.program import LaidOutData, Settings, compile_program, first_state, lay_out
@@ -43,9 +44,10 @@ class Trainer:
       placement: where rows are stored: "device", "host" or "auto".
       seed: the seed of the initial parameters, the order of rows and dropout.
       platform: "cpu", "gpu" or "tpu"; None takes JAX's default.
-      log_every_steps: the number of steps between log points; 0 for eight log points an epoch.
-      steps_per_block: the number of steps of one compiled call; None chooses it by size. The result does not depend on
-        it.
+      log_every_steps: the number of steps between log points; 0 for an eighth of an epoch, rounded up.
+      steps_per_block: the largest number of steps of one compiled call; None chooses it by the size of rows. Values
+        below 2 count as 2. Calls have fewer steps where that divides an epoch evenly, and where the FLOPs of the model
+        are so many that a call would delay signals and checkpoints. The result does not depend on it.
       accumulate_steps: the number of batches whose gradients are accumulated for one step. The step equals that of a
         batch this many times as large, with the memory for the activations of one. (BatchNorm and Dropout process the
         batches one by one.)
@@ -60,7 +62,7 @@ class Trainer:
       seconds: the seconds spent in "ingest" (rows to the devices), "compile", "train" and "eval".
 
     Raises:
-      InputError: for arguments out of range.
+      InputError: for arguments out of range, and for a callback with a method `on_...` that is no event.
 
     >>> import dpreg
     >>> data = dpreg.SyntheticRegressionData(w=[2, -3.4], b=4.2)
@@ -111,7 +113,9 @@ class Trainer:
         mesh = mesh or devices.data_mesh(num_shards, platform, num_devices)
         self.settings = Settings(mesh, num_shards=num_shards, steps_per_block=steps_per_block, **settings)
         self.seconds = dict.fromkeys(("ingest", "compile", "train", "eval"), 0.0)
-        self._callbacks = [*callbacks]
+        self._callbacks = list[Callback]()
+        for callback in callbacks:
+            self.add_callback(callback)
         if observers := [*observers]:
             warnings.warn("observers is deprecated; give callbacks, see dpreg.Callback", DeprecationWarning, 2)
             self._callbacks += map(FunctionCallback, observers)
@@ -140,8 +144,8 @@ class Trainer:
     @processes.together("laying out rows")
     def prepare_data(self, data: RegressionData) -> None:
         """Moves the rows to where the steps read them, and drops a state that was trained on other rows."""
-        require_no_hooks(self, OF_TRAINER)
-        require_no_hooks(data, OF_DATA)
+        refuse_foreign_methods(self, OF_TRAINER)
+        refuse_foreign_methods(data, OF_DATA)
         self._data = self._loop = None
         started = time.perf_counter()
         laid_out = lay_out(data, self.settings)
@@ -154,7 +158,7 @@ class Trainer:
         """Initialises the state and compiles the steps, ahead of the first."""
         started = time.perf_counter()
         state = first_state(model, self._laid_out)
-        self._data = data = self._laid_out.bound_calls(state)
+        self._data = data = self._laid_out.limit_steps(state)
         held = DonatedState(state, self.mesh)
         program = compile_program(model, data, held.current)
         self._predictor = None
@@ -194,7 +198,12 @@ class Trainer:
             callback.on_sync(self)
 
     def add_callback(self, callback: Callback) -> None:
-        """Adds a callback, which is called after those added before."""
+        """Adds a callback, which is called after those added before.
+
+        Raises:
+          InputError: when it has a method `on_...` that is no event of `dpreg.Callback`.
+        """
+        require_known_events(callback)
         self._callbacks.append(callback)
 
     def restore_best(self) -> bool:
@@ -325,7 +334,7 @@ class Trainer:
         shapes, settings = self.loop.state.shapes, self.settings
         leaves = jax.tree.leaves((shapes.params, shapes.batch_stats))
         sums = sum(leaf.size for leaf in leaves) + (3 if shapes.batch_stats else 2)
-        shards = settings.num_shards if settings.reduction == "ordered" else 1
+        shards = settings.num_shards if REDUCTION_BY_NAME[settings.reduction].shard_by_shard else 1
         return int(sums) * settings.dtype.itemsize * shards
 
     @property

@@ -41,16 +41,16 @@ OF_DATA = {
 }
 
 
-def require_no_hooks(what: Any, hooks: dict[str, str], called: Collection[str] = ()) -> None:
-    """Raises InputError if a user's class or object, or a class of dpreg that the user has extended, defines a hook.
+def refuse_foreign_methods(what: Any, patterns: dict[str, str], called: Collection[str] = ()) -> None:
+    """Raises InputError if a class or object of the user, or an extended class of dpreg, has such a method.
 
     Args:
-      hooks: one of `OF_MODEL`, `OF_TRAINER` and `OF_DATA`.
-      called: names that are called here, and so are allowed.
+      patterns: one of `OF_MODEL`, `OF_TRAINER` and `OF_DATA`.
+      called: names of methods that are called here, and so are allowed.
     """
     for owner, name in user_methods(what):
-        for hook, remedy in () if name in called else hooks.items():
-            if re.fullmatch(hook, name) and not (re.fullmatch(_PARTS_OF_LOSS, name) and _is_read(name, what)):
+        for pattern, remedy in () if name in called else patterns.items():
+            if re.fullmatch(pattern, name) and not (re.fullmatch(_PARTS_OF_LOSS, name) and is_read(name, what)):
                 raise InputError(f"{owner}.{name}: dpreg does not call it; {remedy}")
 
 
@@ -64,7 +64,7 @@ def user_methods(what: Any) -> Iterator[tuple[str, str]]:
                 yield owner, name
 
 
-def _is_read(name: str, what: Any) -> bool:
+def is_read(name: str, what: Any) -> bool:
     """Whether a method of the object's classes reads the attribute `name`."""
     methods = (getattr(method, "__wrapped__", method) for base in type(what).__mro__ for method in vars(base).values())
     return any(name in code.co_names for method in methods if (code := getattr(method, "__code__", None)))
