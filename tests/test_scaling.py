@@ -15,7 +15,8 @@ import pytest
 from cluster import ROOT, end, wait_until
 
 from dpreg.distributed import devices
-from dpreg.scaling import Exchange, Measurement, extrapolate
+from dpreg.planning.exchange import Exchange
+from dpreg.scaling import Measurement, extrapolate
 
 SHOWN = pathlib.Path(ROOT) / "docs" / "6-scale.md"  # whose command is run here
 
