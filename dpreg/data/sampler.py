@@ -77,37 +77,41 @@ def permute(position: Integers, size: Integers, *key: Integers) -> Integers:
     low_mask = (np.uint32(1) << low_width) - np.uint32(1)
     highs = (last >> low_width) + np.uint32(1)
 
-    def network(value: Integers, low_width: Integers, low_mask: Integers, highs: Integers, *keys: Integers) -> Integers:
-        high, low = value >> low_width, value & low_mask
-        for r in range(0, _ROUNDS, 2):
-            high = high + _scaled(_mix(low, keys[r]), highs)
-            high = xp.minimum(high, high - highs)  # modulo `highs`: a negative difference wraps to a large uint32
-            low = (low ^ _mix(high, keys[r + 1])) & low_mask
-        return (high << low_width) | low
-
     of_all = (low_width, low_mask, highs)
     inside = position < size
     if xp is jnp:
 
         def once_more(walk: tuple[Array, Array]) -> tuple[Array, Array]:
             value, outside = walk
-            value = jnp.where(outside, network(value, *of_all, *round_keys), value)
+            value = jnp.where(outside, _encipher(xp, value, *of_all, *round_keys), value)
             return value, outside & (value >= size)
 
         # The first pass is inside the loop as well, so that the network is compiled once, after the keys are mixed.
         start = jnp.broadcast_to(position, shape or (1,)), jnp.broadcast_to(inside, shape or (1,))
         value, _ = lax.while_loop(lambda walk: walk[1].any(), once_more, start)
     else:
-        value = xp.where(inside, network(position, *of_all, *round_keys), position)
+        value = xp.where(inside, _encipher(xp, position, *of_all, *round_keys), position)
         # Cycle-walk only the few values outside the range, each with the keys of its own shard and epoch.
         parts = np.broadcast_arrays(size, *of_all, *round_keys)
         which = np.broadcast_to(np.arange(parts[0].size).reshape(parts[0].shape), value.shape).ravel()
         value, outside = value.ravel(), np.flatnonzero(inside & (value >= size))
         while len(outside):
             limit, *of_some = (part.ravel()[which[outside]] for part in parts)
-            moved = value[outside] = network(value[outside], *of_some)
+            moved = value[outside] = _encipher(xp, value[outside], *of_some)
             outside = outside[moved >= limit]
     return value.astype(np.int32).reshape(shape)
+
+
+def _encipher(
+    xp: Any, value: Integers, low_width: Integers, low_mask: Integers, highs: Integers, *keys: Integers
+) -> Integers:
+    """The rounds of the Feistel network of `permute`, with one key each."""
+    high, low = value >> low_width, value & low_mask
+    for r in range(0, _ROUNDS, 2):
+        high = high + _scaled(_mix(low, keys[r]), highs)
+        high = xp.minimum(high, high - highs)  # modulo `highs`: a negative difference wraps to a large uint32
+        low = (low ^ _mix(high, keys[r + 1])) & low_mask
+    return (high << low_width) | low
 
 
 def _divided(number: Integers, by: int) -> tuple[Integers, Integers]:

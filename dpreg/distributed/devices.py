@@ -78,6 +78,11 @@ def start(
         if not home.startswith("~"):  # without a home folder, there is no cache
             compilation_cache.use(os.path.join(home, "dpreg", "xla"))
     processes.join(coordinator_address, num_processes, process_id)
+    _require_devices(platform)
+
+
+def _require_devices(platform: str | None) -> None:
+    """Starts JAX, and raises InputError where it finds no devices."""
     try:
         jax.local_devices()
     except (RuntimeError, AssertionError) as error:
