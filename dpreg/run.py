@@ -98,8 +98,10 @@ def _run_in(workdir: pathlib.Path, config: Config, sync_signal: SyncSignal) -> N
 def _describe_start(config: Config, trainer: Trainer, data: RegressionData, why_solver: str) -> Iterator[str]:
     """Yields the lines that are shown before the first step."""
     placement, why = trainer.train.resolved_placement, trainer.train.placement_reason
+    held_out = f", {len(data.val):,} held out" if data.val else ""
     yield (
-        f"{len(data.train):,} rows in {config.num_shards} shards on {devices.describe(trainer.mesh.devices.flat)}: "
+        f"{len(data.train):,} rows{held_out}, in {config.num_shards} shards on "
+        f"{devices.describe(trainer.mesh.devices.flat)}: "
         f"placement {placement}{f' ({why})' if why else ''}, reduction {config.reduction}, backend {config.backend}"
     )
     if why_solver:
