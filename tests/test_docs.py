@@ -62,7 +62,7 @@ def marked(page):
     return pytest.param(page, id=page.stem, marks=marks)
 
 
-@pytest.mark.parametrize("page", map(marked, PAGES))
+@pytest.mark.parametrize("page", [marked(page) for page in PAGES])
 def test_the_commands_of_a_page_run(page, tmp_path):
     commands = [block for block in blocks(page, "sh") if not any(part in block for part in ELSEWHERE)]
     if not commands:
