@@ -43,7 +43,8 @@ from dpreg.spelling import spell, spell_as_flags
 from dpreg.step.compile import operations_of_step
 from dpreg.step.state import Model, TrainState, initial_state
 from dpreg.terminal import show
-from dpreg.train.build import build_data, build_model, build_trainer
+from dpreg.train.build import build_model, build_trainer
+from dpreg.train.defaults import read_rows
 from dpreg.train.program import LaidOutData, lay_out
 
 # Environment to compile without devices: do not look for a TPU, and allow several processes to load libtpu.
@@ -156,9 +157,10 @@ def plan(config: Config, topology: str | None = None) -> Plan:
       InputError: when there is no such system, or the run cannot be computed on it.
     """
     system = parse_topology(topology) if topology else None
+    # The plan is of a training step; pmap compiles the same program as jit.
+    config, data, _ = read_rows(dataclasses.replace(config, solver="sgd", backend="jit"))
     mesh, config = _make_mesh(config, system)
-    config = dataclasses.replace(config, backend="jit")  # pmap compiles the same program
-    data = build_data(config)
+    data.batch_size = config.batch_size
     laid_out = lay_out(data, build_trainer(config, mesh=mesh).settings)
     if system and config.placement == "auto":
         laid_out = _place_rows(laid_out, system.memory * RESIDENT_FRACTION)

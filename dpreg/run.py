@@ -17,6 +17,7 @@ import numpy as np
 from rich.console import Console
 
 from dpreg.config import Config
+from dpreg.config.model import SEPARABLE_LOSSES
 from dpreg.data.pipeline import CastSource
 from dpreg.data.schema import Number
 from dpreg.data.sources import RegressionData
@@ -212,14 +213,14 @@ def _trained(
     try:
         solution = solver.solve(config)
     except NoOptimumError:
-        if not is_chosen or config.l2:
+        if not is_chosen or config.l2 or config.loss not in SEPARABLE_LOSSES:
             raise
         config = dataclasses.replace(config, l2=1 / len(data.train))  # as scikit-learn's classifiers have by default
+        solution = solver.solve(config)
         progress.say(
             f"no finite weights have the least loss, as where features tell two classes apart: solved with "
             f"{spell('l2', config.l2)}, which is 1 / rows; give another {spell('l2')} to choose"
         )
-        solution = solver.solve(config)
     if config.solver != "sgd":
         trainer.set_linear_params(solution.w, solution.b, solution.loss)
         checkpoints.save(trainer)

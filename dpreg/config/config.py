@@ -8,7 +8,7 @@ from absl import flags
 
 from dpreg.config.devices import DeviceSettings
 from dpreg.config.flags import parse_flags, write_flagfile
-from dpreg.config.model import GLM_LOSSES, LOSSES, ModelSettings
+from dpreg.config.model import GLM_LOSSES, LOSSES, SEPARABLE_LOSSES, ModelSettings
 from dpreg.config.optimizer import OptimizerSettings
 from dpreg.config.rows import Columns, RowSettings
 from dpreg.config.run import RunSettings
@@ -107,7 +107,10 @@ class Config(RunSettings, DeviceSettings, OptimizerSettings, ModelSettings, RowS
         return cls(**given, given=frozenset(name for name in given if values[name].present))
 
     def is_given(self, name: str) -> bool:
-        """Whether the caller chose the value of a setting; one of a flag that is the default also counts."""
+        """Whether the caller chose the value of a setting.
+
+        A flag counts also where its value is the default; in Python, such a value counts if `given` names its setting.
+        """
         return name in self.given or getattr(self, name) != getattr(type(self), name)
 
     @property
@@ -126,6 +129,8 @@ class Config(RunSettings, DeviceSettings, OptimizerSettings, ModelSettings, RowS
     def identity(self) -> dict[str, Any]:
         """The settings that affect the result. A run can only be resumed with equal ones."""
         values = {f.name: getattr(self, f.name) for f in list_settings(Config) if f.metadata["affects_result"]}
+        if self.solver == "exact" and self.loss in SEPARABLE_LOSSES:
+            values["l2"] = "as solved"  # an exact solution is not continued, and may get a penalty of its own
         if self.lr_schedule in ("linear", "cosine"):  # these schedules depend on the length of the run
             values["max_epochs"] = self.max_epochs
         return values
@@ -151,7 +156,7 @@ class Config(RunSettings, DeviceSettings, OptimizerSettings, ModelSettings, RowS
                 continue
             if name in _CHANGEABLE:
                 trained[name] = value
-            elif value != trained[name]:
+            elif value not in (trained[name], "auto"):
                 self._refuse(name, f"the model was trained with {spell(name, trained[name])}; leave it out")
         return dataclasses.replace(self, **trained | {"validation_dataset": None})
 

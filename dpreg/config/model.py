@@ -8,6 +8,7 @@ from dpreg.spelling import spell
 MODELS = ("linear", "concise", "mlp")
 ACTIVATIONS = ("relu", "tanh", "gelu", "sigmoid")
 GLM_LOSSES = ("logistic", "poisson", "gamma")  # those of generalised linear models with one prediction a row
+SEPARABLE_LOSSES = ("logistic", "softmax", "poisson")  # without a least value where features tell targets for certain
 LOSSES = ("squared", "huber", "absolute", "quantile", "logistic", "softmax", "poisson", "gamma")
 
 

@@ -163,7 +163,7 @@ class Estimator(BaseEstimator):
         self.n_iter_ = 1
         fit = triangle.standardized(mean, scale).solve(fitted.config.l2)
         self._set_coefficients(fitted, *fit.shortest(), mean)
-        fitted.fit = fit, mean
+        fitted.fit, fitted.weighted = (fit, mean), bool((weight != 1).any()) or bool(previous and previous.weighted)
 
     def _solve_by_newton(self, fitted: Fitted, x: np.ndarray, y: np.ndarray, weight: np.ndarray) -> None:
         """Finds the exact solution for these rows by Newton's method."""
@@ -177,6 +177,7 @@ class Estimator(BaseEstimator):
         w, b = solution.fit.shortest() if solution.fit else (solution.w, solution.b)
         self._set_coefficients(fitted, w, b, mean)
         fitted.fit = (solution.fit, mean) if solution.fit else None
+        fitted.weighted = bool((weight != 1).any())
 
     def _make_solver(self, fitted: Fitted, x: np.ndarray, y: np.ndarray, weight: np.ndarray) -> Solver:
         return Solver(ArraySource(x, y, weight, np.float64), fitted.mesh, fitted.config.num_shards)
@@ -304,7 +305,9 @@ class Estimator(BaseEstimator):
         (fit, mean), (names, targets) = fitted.fit, (fitted.schema.features, fitted.schema.targets)
         with np.errstate(over="ignore", invalid="ignore"):
             fit = fit.in_units(mean, fitted.schema.units[1])
-            found = tuple(summarize_fit(fit, names, t, target.name) for t, target in enumerate(targets))
+            found = tuple(
+                summarize_fit(fit, names, t, target.name, weighted=fitted.weighted) for t, target in enumerate(targets)
+            )
         return found[0] if len(found) == 1 else found
 
     def _margins(self, x: ArrayLike) -> np.ndarray:

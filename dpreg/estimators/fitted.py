@@ -33,6 +33,7 @@ class Fitted:
       schema: the units in which the model reads the rows.
       r_factor: the R factor of all rows so far, if least squares were solved exactly.
       fit: an exact fit of centred and scaled columns, and their means [d + t].
+      weighted: whether rows had weights other than 1.
       variables, optimizer: the variables and the optimizer state, if an optimizer was used.
       centred: for a linear model the means of the features [d], the prediction there [p], w [d, p] and b [p].
     """
@@ -44,6 +45,7 @@ class Fitted:
     schema: Schema
     r_factor: RFactor | None = None
     fit: tuple[Fit, np.ndarray] | None = None
+    weighted: bool = False
     variables: Any = None
     optimizer: Any = None
     centred: tuple[np.ndarray, ...] = ()

@@ -132,7 +132,11 @@ def describe_optimum(params: Any, data: RegressionData, fit: Fit) -> dict[str, A
 def describe_fit(data: RegressionData, fit: Fit) -> list[Summary]:
     """The summaries of a fit by target, in the units of the data."""
     fit, names = in_units_of(data, fit), feature_names(data)
-    return [summarize_fit(fit, names, t, name) for t, name in enumerate(target_names(data, as_fitted=True))]
+    weighted = bool(data.columns and data.columns.weight_column)
+    return [
+        summarize_fit(fit, names, t, name, weighted=weighted)
+        for t, name in enumerate(target_names(data, as_fitted=True))
+    ]
 
 
 def in_units_of(data: RegressionData, fit: Fit) -> Fit:

@@ -8,18 +8,19 @@ is small.
 import numpy as np
 import scipy
 
-from dpreg.solvers.tsqr import WELL_CONDITIONED, RFactor
+from dpreg.solvers.tsqr import RFactor
 
-_OFFSET = 1e-3  # the least share of a column's mean square that its variance may be
+_OFFSET = 1e-2  # the least share of a column's mean square that its variance may be
 _SMALLEST = 1e-280  # the least sum of squares that has all its digits
-_INDEPENDENT = 1e-3  # the least share of a column's variance that other columns may leave unexplained
+_INDEPENDENT = 1e-2  # the least share of a column's variance that other columns may leave unexplained
+_WELL_CONDITIONED = 1e-2  # times 1 / sqrt(d), the least reciprocal condition number of the features' products
 _UNEXPLAINED = 1e-3  # the least such share of a target
 
 
 def products(x: np.ndarray, y: np.ndarray, weight: np.ndarray) -> np.ndarray:
     """The sums over rows of the products of sqrt(weight) [1, x, y], [m + m m] float64 with m = 1 + d + t.
 
-    The first m are the number of rows with a weight, and in how many of the blocks added each column is not 0.
+    The first m are the number of rows with a weight, and 1 for each column that is not 0 in all rows, else 0.
 
     Args:
       x: [n, d]; y: [n, t]; weight: [n], the rows.
@@ -57,7 +58,7 @@ def factor(sums: np.ndarray, num_inputs: int, epsilon: float) -> RFactor | None:
     of_x, order = _cholesky(unit[:d, :d])
     rank = len(of_x)
     # What rounding the values of a combination of other columns leaves of it, as `RFactor.rounding` has it.
-    if (np.diagonal(unit)[:d] - np.square(of_x).sum(axis=0) > np.square(2 * epsilon)).any():
+    if rank < d and (np.diagonal(unit)[:d] - np.square(of_x).sum(axis=0) > np.square(2 * epsilon)).any():
         return None
     independent = of_x[:, order[:rank]]
     of_y = scipy.linalg.solve_triangular(independent, unit[order[:rank], d:], trans="T") if rank else unit[:0, d:]
@@ -86,7 +87,7 @@ def _cholesky(gram: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     if not d:
         return gram, np.zeros(0, int)
     r, failed = scipy.linalg.lapack.dpotrf(gram)
-    if not failed and scipy.linalg.lapack.dpocon(r, np.abs(gram).sum(axis=0).max())[0] > WELL_CONDITIONED:
+    if not failed and scipy.linalg.lapack.dpocon(r, np.abs(gram).sum(axis=0).max())[0] > _WELL_CONDITIONED / np.sqrt(d):
         return r, np.arange(d)
     r, order, rank, _ = scipy.linalg.lapack.dpstrf(gram, tol=_INDEPENDENT)
     found = np.zeros((rank, d))

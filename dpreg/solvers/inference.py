@@ -19,7 +19,7 @@ class Coefficient(NamedTuple):
     Attributes:
       name: that of its column, or of the intercept.
       estimate: in the units of the fit.
-      std_error: the standard error; like all that follows NaN where it is unknown.
+      std_error: the standard error; NaN where it is unknown, as is all that follows.
       statistic: the estimate over its standard error.
       p: how probable an estimate as far from 0 is where the truth is 0.
       low, high: the confidence interval.
@@ -41,7 +41,8 @@ class Summary:
     """What is known of one target's linear model. Where a number is unknown, it is None.
 
     Standard errors and what follows from them are unknown with a penalty. The likelihood is that of Gaussian errors for
-    squared loss, where it is unknown with weights, and that of the family for the others, where a weight is a count.
+    squared loss, and that of the family for the others. With weights it is known only for logistic and Poisson
+    regression, where a weight is a count; `bic` is unknown then.
 
     Attributes:
       target: its name.
@@ -113,13 +114,21 @@ def intercept_name(features: Iterable[str]) -> str:
     return name
 
 
-def summarize_fit(fit: Fit, names: Sequence[str], target: int = 0, name: str = "y", level: float = LEVEL) -> Summary:
+def summarize_fit(
+    fit: Fit,
+    names: Sequence[str],
+    target: int = 0,
+    name: str = "y",
+    level: float = LEVEL,
+    weighted: bool = False,
+) -> Summary:
     """The summary of one target.
 
     Args:
       names: of the d columns.
       target: the number of the target, from 0; name: its name.
       level: of the confidence intervals.
+      weighted: whether rows have weights other than 1.
     """
     rows, freedom, squares = fit.triangle.rows, fit.degrees_of_freedom, None
     used = len(fit.kept) + fit.intercept
@@ -129,11 +138,12 @@ def summarize_fit(fit: Fit, names: Sequence[str], target: int = 0, name: str = "
         squares = float(fit.triangle.squares(fit.w, fit.b)[target])
         deviance, r2 = squares, float(fit.r2[target])
         if np.isfinite(r2):
-            null = squares / (1 - r2) if r2 < 1 else None
+            null = float(fit.total_squares[target])
             adjusted = 1 - (1 - r2) * (rows - fit.intercept) / freedom if freedom > 0 else None
-        if fit.triangle.weight == rows and squares > 0:
+        if not weighted and squares > 0:
             log_likelihood = -rows / 2 * (np.log(2 * np.pi * squares / rows) + 1)
-    known = log_likelihood is not None
+    if weighted and not fit.known_variance:
+        log_likelihood = None
     return Summary(
         target=name,
         coefficients=tuple(_coefficients(fit, names, target, level)),
@@ -147,8 +157,8 @@ def summarize_fit(fit: Fit, names: Sequence[str], target: int = 0, name: str = "
         deviance=float(deviance) if deviance is not None else np.nan,
         null_deviance=null,
         log_likelihood=float(log_likelihood) if log_likelihood is not None else None,
-        aic=float(2 * used - 2 * log_likelihood) if known and log_likelihood is not None else None,
-        bic=float(used * np.log(rows) - 2 * log_likelihood) if known and log_likelihood is not None else None,
+        aic=float(2 * used - 2 * log_likelihood) if log_likelihood is not None else None,
+        bic=float(used * np.log(rows) - 2 * log_likelihood) if log_likelihood is not None and not weighted else None,
         condition_number=fit.condition_number,
         covariance=_covariance(fit, target),
     )

@@ -13,6 +13,7 @@ import numpy as np
 import scipy
 
 from dpreg.errors import NoOptimumError
+from dpreg.spelling import spell
 
 _MOST_STEPS = 200
 _NARROWER = 0.25  # from one width to the next
@@ -71,10 +72,12 @@ def minimum(
       InputError: when no optimum was found.
     """
     penalty = np.where(np.arange(len(theta)) > 0, l2, 0.0)
-    if slopes.width is not None:
-        return _minimum(sums_at, theta, slopes, penalty, slopes.width)[0]
     weight, _, loss, *_ = sums_at(theta, 1.0)
     width = loss / weight / max(slopes.upper, -slopes.lower)
+    if slopes.width is not None:
+        while width > slopes.width:  # from a wide parabola to its own: where targets are large, few rows are within it
+            theta, width = _minimum(sums_at, theta, slopes, penalty, width)[0], width * _NARROWER
+        return _minimum(sums_at, theta, slopes, penalty, slopes.width)[0]
     before: tuple[np.ndarray, float] | None = None
     for _ in range(_MOST_WIDTHS):
         if width <= _ROUNDING * size:  # all errors are 0 to rounding
@@ -92,7 +95,7 @@ def minimum(
         if objective - least <= _GAP * objective:
             return best
         before, theta, width = (found, width), following, width * _NARROWER
-    raise NoOptimumError("no optimum was found; use solver='sgd'")
+    raise NoOptimumError(f"no optimum was found; use {spell('solver', 'sgd')}")
 
 
 def _minimum(
@@ -126,4 +129,4 @@ def _minimum(
             return theta, found
         else:
             damping = max(10 * damping, 1e-4)
-    raise NoOptimumError("no optimum was found; use solver='sgd'")
+    raise NoOptimumError(f"no optimum was found; use {spell('solver', 'sgd')}")

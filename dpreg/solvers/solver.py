@@ -3,12 +3,15 @@
 import collections
 import concurrent.futures
 import dataclasses
-import os
+import functools
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from contextlib import AbstractContextManager
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+import scipy
+import threadpoolctl
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
@@ -17,7 +20,7 @@ from dpreg.data.parts import hold_shards
 from dpreg.data.pipeline import host_bytes
 from dpreg.data.sampler import Sampler
 from dpreg.data.sources import Rows, Source
-from dpreg.distributed import presence, processes, watchdog
+from dpreg.distributed import devices, presence, processes, watchdog
 from dpreg.errors import InputError
 from dpreg.solvers import gram, robust, softmax
 from dpreg.solvers.glm import FAMILIES, Family
@@ -28,11 +31,24 @@ from dpreg.step.reduce import tree_sum
 
 _DECOMPOSED_VALUES = 1 << 21  # of a block of rows that is decomposed at once
 _MULTIPLIED_VALUES = 1 << 18  # of a block whose products are summed at once: it stays in a core's cache
-_COPIES = 5  # of the sums of a shard, that the solution needs
-_THREADS = min(8, os.cpu_count() or 1)
+_COPIES = 5  # of the sums of a shard and of a block of rows, that are there at once
+_THREADS = min(8, devices.cores())
 
 # Of a block of rows: x [n, d], y [n, t] and weight [n] of a problem of least squares, and sums [k] of something else.
 Problem = Callable[[Rows], tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]]
+
+
+@functools.cache
+def _blas() -> threadpoolctl.ThreadpoolController:
+    """The libraries of linear algebra of this process, those of SciPy included."""
+    scipy.linalg.lapack.dpotrf(np.eye(2))
+    return threadpoolctl.ThreadpoolController()
+
+
+def _one_blas_thread() -> AbstractContextManager[Any]:
+    """Linear algebra on one thread: blocks of rows have threads, and the bits must not depend on their number."""
+    context: AbstractContextManager[Any] = _blas().limit(limits=1, user_api="blas")
+    return context
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,9 +110,9 @@ class Solution(NamedTuple):
 class Solver:
     """Solves linear models on all rows of a source, to the same bits on any number of devices and processes.
 
-    Each process reads the rows of the logical shards that its devices carry and reduces them on the host in float64,
-    which accelerators have not or hardly; what the shards come to meets, and is put together by a fixed tree. All
-    processes have to ask alike.
+    Each process reads the rows of the logical shards of its devices, and reduces them on the host in float64, which
+    most accelerators lack. The results of the shards are gathered, and combined in a fixed tree. All processes have to
+    call the same methods.
 
     Args:
       source: the rows; mesh: the devices; num_shards: the logical shards, L.
@@ -118,7 +134,8 @@ class Solver:
 
     def triangle(self) -> RFactor:
         """The R of all rows: one pass where sums of products hold enough digits of it, else two."""
-        return self._factor(lambda rows: (rows["x"], rows["y"], rows["weight"], np.zeros(0)), self._targets)[0]
+        with _one_blas_thread():
+            return self._factor(lambda rows: (rows["x"], rows["y"], rows["weight"], np.zeros(0)), self._targets)[0]
 
     def solve(self, config: Config) -> Solution:
         """The least mean loss of a linear model, with the loss, the penalty and the intercept of the config.
@@ -126,6 +143,12 @@ class Solver:
         Raises:
           InputError: for what has no such solver, or no optimum.
         """
+        if not config.has_exact_solution:
+            raise InputError(f"{spell('loss', config.loss)}: such a model has no exact solution; see {spell('solver')}")
+        with _one_blas_thread():
+            return self._solve(config)
+
+    def _solve(self, config: Config) -> Solution:
         loss, l2 = config.loss, config.l2
         if loss == "squared":
             fit = self.least_squares(l2, config.intercept, refine=config.precision == "float64")
@@ -181,6 +204,8 @@ class Solver:
 
         def evaluated(theta: np.ndarray) -> Point:
             triangle, (loss, weight, pearson, _) = self._around(family, theta, target)
+            if not np.isfinite(loss):
+                return Point(np.inf, np.zeros_like(theta), 0.0, 0.0)
             fit = triangle.solve(l2 * weight / triangle.weight, intercept)
             step = np.append(fit.b, fit.w) - theta
             along = np.square(triangle.about(0.0)[:, : step.size] @ step).sum() / weight
@@ -195,7 +220,7 @@ class Solver:
         start = np.append(first.b, first.w)
         theta, (*_, (fit, loss, pearson)) = minimum(evaluated, np.zeros_like(start), start)
         dispersion = pearson / max(fit.degrees_of_freedom, 1) if family.dispersed else 1.0
-        null = family.link(total / weight)
+        null = family.link(total / weight) if intercept else 0.0
 
         def likelihood(rows: Rows) -> np.ndarray:
             x, y, weight = (rows[name].astype(np.float64) for name in ("x", "y", "weight"))
@@ -329,16 +354,18 @@ class Solver:
         Args:
           rows_at_once: the rows of a block; by default so many that combining two results costs no more than one.
         """
-        needed, available = 8 * size * (self._own.size + _THREADS + _COPIES), host_bytes()
+        self.passes += 1
+        found = dict[int, np.ndarray]()  # by the number of the shard; of one without rows nothing
+        columns = 1 + self._inputs + self._targets
+        at_once = rows_at_once or max(256, 2 * columns, _DECOMPOSED_VALUES // columns)
+        held = self._own.size if jax.process_count() == 1 else 3 * self._sampler.num_shards
+        blocks = _THREADS * _COPIES * at_once * columns
+        needed, available = 8 * (size * (held + _THREADS + _COPIES) + blocks), host_bytes()
         if needed > available:
             raise InputError(
                 f"an exact solution for {self._inputs:,} features needs {needed / 1e9:,.1f} GB of memory, and this "
                 f"machine has {available / 1e9:,.1f}; use {spell('solver', 'sgd')}, or fewer features"
             )
-        self.passes += 1
-        found = dict[int, np.ndarray]()  # by the number of the shard; of one without rows nothing
-        columns = 1 + self._inputs + self._targets
-        at_once = rows_at_once or max(256, 2 * columns, _DECOMPOSED_VALUES // columns)
         waiting = collections.deque[tuple[int, concurrent.futures.Future[np.ndarray]]]()
 
         def finish() -> None:

@@ -15,7 +15,7 @@ from dpreg.errors import InputError
 
 _EPSILON = float(np.finfo(np.float64).eps)
 _WIDE = 256  # columns from which a decomposition with pivots takes too long where it is not needed
-WELL_CONDITIONED = 1e-4  # the least reciprocal condition number of x'x for which none is needed
+_WELL_CONDITIONED = 1e-4  # the least reciprocal condition number of x'x for which none is needed
 _FAR = 8.0  # times the mean distance of a column's values from their mean: as far from 0 is that mean
 
 
@@ -201,7 +201,7 @@ def _root_of_inverse(x: np.ndarray, ridge: np.ndarray) -> np.ndarray | None:
     gram[np.diag_indices_from(gram)] += ridge
     norm = np.abs(gram).sum(axis=0).max()
     r, failed = scipy.linalg.lapack.dpotrf(gram)
-    if failed or scipy.linalg.lapack.dpocon(r, norm)[0] < WELL_CONDITIONED:
+    if failed or scipy.linalg.lapack.dpocon(r, norm)[0] < _WELL_CONDITIONED:
         return None
     root: np.ndarray = scipy.linalg.lapack.dtrtri(r)[0]
     return root
@@ -328,10 +328,17 @@ class Fit:
         return np.sqrt(self.triangle.squares(self.w, self.b) / max(self.degrees_of_freedom, 1))
 
     @property
+    def total_squares(self) -> np.ndarray:
+        """[t]: the sums of weighted squares of the targets, around their means where there is an intercept."""
+        targets = self.triangle.below(self.intercept)[:, 1 + self.triangle.num_inputs :]
+        return np.asarray(np.square(targets).sum(axis=0))
+
+    @property
     def r2(self) -> np.ndarray:
         """[t]: the share of the targets' spread that is explained (around 0 without intercept); NaN for none."""
-        spread = np.square(self.triangle.below(self.intercept)[:, 1 + self.triangle.num_inputs :]).sum(axis=0)
-        explained: np.ndarray = 1 - self.triangle.squares(self.w, self.b) / np.where(spread > 0, spread, np.nan)
+        explained: np.ndarray = 1 - self.triangle.squares(self.w, self.b) / np.where(
+            self.total_squares > 0, self.total_squares, np.nan
+        )
         return explained
 
     @property

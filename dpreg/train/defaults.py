@@ -25,18 +25,21 @@ _OF_STEPS = (
 )
 _WIDEST = {"squared": 4096}  # parameters up to which an exact solution takes seconds, by loss
 _WIDEST_OF_OTHERS = 1024  # of losses that take several passes, each of which costs the square of the parameters
-_SAMPLE = 1 << 16  # rows that stand for all: those of a table are in random order
+_SAMPLE_ROWS, _SAMPLE_VALUES = 1 << 16, 1 << 22  # of rows that stand for all: those of a table are in random order
+_POWER_ITERATIONS = 30
 
 # Steps of networks: batches of about a 64th of the rows, and steps enough for a small table.
 _BATCHES_OF_EPOCH = 64
 _SMALLEST_BATCH, _LARGEST_BATCH = 32, 1024
-_LEAST_STEPS = {"network": 6000, "linear": 3000}
+_LEAST_STEPS = {"network": 4000, "linear": 3000}
 _LEAST_EPOCHS = {"network": 10, "linear": 3}
 _NETWORK_LR, _LARGEST_NETWORK_LR = 1e-3, 4e-3
+_SGD_LR_OF_NETWORKS = 0.01
 _WARM_UP = 0.05  # of the steps
 _PATIENCE = 0.1  # of the epochs
 _LEAST_PATIENCE = 10
-_WEIGHT_DECAY = 0.01
+_ROWS_OF_PATIENCE = 200  # held out: the loss of fewer is too noisy to stop by
+_WEIGHT_DECAY, _ROWS_OF_WEIGHT_DECAY = 3.0, 500  # up to so many rows; less for more
 
 
 def read_rows(config: Config, progress: Progress = lambda what, rows: None) -> tuple[Config, RegressionData, str]:
@@ -49,6 +52,7 @@ def read_rows(config: Config, progress: Progress = lambda what, rows: None) -> t
       InputError: as `build_data`.
     """
     scaled = config.dataset != "synthetic" and config.model == "mlp" and config.loss in _LOCATED
+    scaled = scaled and not (config.loss == "huber" and config.is_given("huber_delta"))  # a unit of the target
     if scaled and not config.is_given("target_transform"):  # targets of a network are scaled, whatever their unit
         config = dataclasses.replace(config, target_transform="standardize")
     data = build_data(config, progress)
@@ -98,17 +102,24 @@ def _steps(config: Config, data: RegressionData) -> dict[str, Any]:
         return chosen
     if not config.is_given("lr"):
         chosen["lr_schedule"] = "cosine"
-    if kind == "network":
+    if kind == "network" and config.l1:  # which only sgd takes
+        chosen["lr"] = _in_digits(_SGD_LR_OF_NETWORKS)
+    elif kind == "network":
         chosen["optimizer"] = "adamw"
-        chosen["lr"] = min(_NETWORK_LR * math.sqrt(batch / _SMALLEST_BATCH), _LARGEST_NETWORK_LR)
+        chosen["lr"] = _in_digits(min(_NETWORK_LR * math.sqrt(batch / _SMALLEST_BATCH), _LARGEST_NETWORK_LR))
         chosen["warmup_steps"] = round(_WARM_UP * epochs * steps_of_epoch)
         if config.optimizer == "adamw" or not config.is_given("optimizer"):
-            chosen["l2"] = _WEIGHT_DECAY
-        if data.val:
+            chosen["l2"] = _in_digits(_WEIGHT_DECAY * min(1.0, (_ROWS_OF_WEIGHT_DECAY / rows) ** 0.75))
+        if data.val and len(data.val) >= _ROWS_OF_PATIENCE:
             chosen["patience"] = max(_LEAST_PATIENCE, round(_PATIENCE * epochs))
     else:
-        chosen["lr"] = _rate_of_linear_model(config, data, batch)
+        chosen["lr"] = _in_digits(_rate_of_linear_model(config, data, batch))
     return chosen
+
+
+def _in_digits(value: float) -> float:
+    """In three digits: further ones may depend on the machine, and a run goes on only with equal settings."""
+    return float(f"{value:.3g}")
 
 
 def _rate_of_linear_model(config: Config, data: RegressionData, batch: int) -> float:
@@ -122,9 +133,10 @@ def _rate_of_linear_model(config: Config, data: RegressionData, batch: int) -> f
     weight = sample["weight"] / sample["weight"].sum()
     x = np.concatenate([np.ones((len(weight), 1)), sample["x"]], axis=1, dtype=np.float64)
     square = float(weight @ np.square(x).sum(axis=1))
-    largest = square
-    if x.shape[1] <= _WIDEST["squared"]:
-        largest = float(np.linalg.norm((np.sqrt(weight)[:, None] * x), 2)) ** 2
+    direction = np.ones(x.shape[1])
+    for _ in range(_POWER_ITERATIONS):
+        direction = x.T @ (weight * (x @ (direction / np.linalg.norm(direction))))
+    largest = float(np.linalg.norm(direction))
     y = sample["y"].astype(np.float64)
     deviation = float(np.sqrt(weight @ np.square(y - weight @ y)).mean())
     rate = 1 / (largest + 3 * square / batch)
@@ -151,8 +163,13 @@ def _rate_of_linear_model(config: Config, data: RegressionData, batch: int) -> f
 def constant_fit(config: Config, data: RegressionData) -> tuple[float, ...] | None:
     """What a model without features would predict before any link, one value an output; None for a model of the user's.
 
-    The means and quantiles are those of the first 65,536 rows, which are in random order.
+    The means and quantiles are those of the first 65,536 rows at most, which are in random order, in six digits.
     """
+    found = _constant_fit(config, data)
+    return None if found is None else tuple(float(f"{value:.6g}") for value in found)
+
+
+def _constant_fit(config: Config, data: RegressionData) -> tuple[float, ...] | None:
     if config.dataset == "synthetic" or config.model not in MODELS:
         return None
     sample = _sample(data)
@@ -174,7 +191,8 @@ def constant_fit(config: Config, data: RegressionData) -> tuple[float, ...] | No
 
 
 def _sample(data: RegressionData) -> dict[str, np.ndarray]:
-    rows = data.train[np.arange(min(_SAMPLE, len(data.train)), dtype=np.int32)]
+    most = min(_SAMPLE_ROWS, max(256, _SAMPLE_VALUES // data.num_inputs))
+    rows = data.train[np.arange(min(most, len(data.train)), dtype=np.int32)]
     return {name: np.asarray(rows[name]) for name in ("x", "y", "weight")}
 
 
