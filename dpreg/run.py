@@ -79,6 +79,7 @@ def _run_in(workdir: pathlib.Path, config: Config, sync_signal: SyncSignal) -> N
         watchdog = stack.enter_context(Watchdog(config.step_timeout))
         progress = stack.enter_context(ProgressDisplay(Console(stderr=True, quiet=not first)))
         config, data, reading, why_solver = _read(config, progress, sync_signal)
+        agree(config)  # on what depends on the rows
         trainer = _prepared(config, data, progress)
         trainer.add_callback(_Heartbeat(watchdog))
         watchdog.begin()

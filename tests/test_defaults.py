@@ -108,6 +108,14 @@ def test_classes_that_can_be_told_apart_get_a_penalty_that_is_said(tables):
     )
     assert asked.returncode == 2
     assert "no optimum" in asked.stderr
+    # Its flags.cfg repeats the run, also in its own folder; and so does the first command.
+    (workdir,) = [path for path in folder.glob("parted*") if path.is_dir()]
+    parameters_before = (workdir / "model" / "parameters.npz").read_bytes()
+    again = forked.run("-m", "dpreg.main", f"--flagfile={workdir}/flags.cfg", f"--workdir={workdir}", "--platform=cpu")
+    assert again.returncode == 0, again.stderr
+    assert (workdir / "model" / "parameters.npz").read_bytes() == parameters_before
+    fitted(folder, "parted", "--loss=logistic")
+    assert (workdir / "model" / "parameters.npz").read_bytes() == parameters_before
 
 
 @pytest.mark.parametrize(
@@ -118,6 +126,7 @@ def test_classes_that_can_be_told_apart_get_a_penalty_that_is_said(tables):
         (("--l1=1",), "sgd", "--l1=1.0 has no exact solution"),
         (("--loss=huber", "--nointercept", "--nostandardize"), "sgd", "--loss=huber has none with --nointercept"),
         (("--model=mlp", "--max_epochs=1"), "sgd", "--model=mlp has no exact solution"),
+        (("--model=mlp", "--max_epochs=1", "--l1=0.001"), "sgd", "--model=mlp has no exact solution"),
         (("--solver=sgd", "--max_epochs=1"), "sgd", None),
         (("--solver=exact",), "exact", None),
     ],
@@ -152,6 +161,12 @@ def test_batches_and_epochs_fit_the_rows(tables, rows, num_shards, monkeypatch):
         assert config.warmup_steps < steps
         again, *_ = read_rows(config)  # a run that is repeated by its flags.cfg
         assert again == config
+
+
+def test_what_is_chosen_depends_on_no_digit_that_machines_compute_differently(tables):
+    config, data, _ = read_rows(config_of(tables, "price", solver="sgd"))
+    for value in (config.lr, config.l2, *constant_fit(config, data)):
+        assert float(f"{value:.6g}") == value
 
 
 def test_settings_that_are_given_are_kept(tables):

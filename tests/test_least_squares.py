@@ -16,11 +16,11 @@ from models import Rows
 from sklearn.linear_model import LogisticRegression, Ridge
 
 import dpreg
-from dpreg.config import Columns
+from dpreg.config import Columns, Config
 from dpreg.distributed import processes
 from dpreg.models.losses import make_loss
 from dpreg.sklearn import DataParallelRegressor
-from dpreg.solvers import gram, tsqr
+from dpreg.solvers import gram, robust, tsqr
 from dpreg.solvers.glm import FAMILIES
 from dpreg.solvers.inference import summarize_fit
 from dpreg.solvers.solver import Solver
@@ -212,12 +212,12 @@ def test_no_degrees_of_freedom_are_no_proof():
 def test_newton_says_where_there_is_no_optimum():
     x = np.linspace(-1, 1, 50)
     solver = Solver(dpreg.ArraySource(x, x > 0), Mesh(np.array(jax.devices()[:1]), ("data",)), 8)
-    with pytest.raises(dpreg.InputError, match=r"no optimum within 30 passes.*l2"):
+    with pytest.raises(dpreg.InputError, match=r"no optimum within 30 steps.*l2"):
         solver.newton(FAMILIES["logistic"])
     partly = np.repeat([0.0, 0, 1], 20), np.repeat([0.0, 1, 1], 20)  # one group alone is told for certain
     with pytest.raises(dpreg.InputError, match="no optimum"):
         Solver(dpreg.ArraySource(*partly), Mesh(np.array(jax.devices()[:1]), ("data",)), 8).newton(FAMILIES["logistic"])
-    with pytest.raises(dpreg.InputError, match=r"no optimum within 30 passes.*l2"):
+    with pytest.raises(dpreg.InputError, match=r"no optimum within 30 steps.*l2"):
         solver.softmax(2, l2=0)
     fit, _ = solver.newton(FAMILIES["logistic"], l2=0.01)
     two_classes = solver.softmax(2, l2=0.02).w  # a half of the penalty for each of two weights of opposite signs
@@ -447,3 +447,71 @@ def test_columns_far_from_zero_keep_their_digits(of_x, of_y, cuts):
     np.testing.assert_allclose(estimator.coef_, expected[:, 0], rtol=1e-11)
     predicted = np.float64(apart @ expected[:, 0] + mean + of_y)
     np.testing.assert_allclose(estimator.predict(x), predicted, rtol=4e-16, atol=1e-6)
+
+
+def of_one_device(x, y, weight=None):
+    source = dpreg.ArraySource(x, y, weight, np.float64)
+    return Solver(source, Mesh(np.array(jax.devices()[:1]), ("data",)), 8)
+
+
+@pytest.mark.parametrize("unit", [1e-300, 1e-22, 1.0, 1e30, 1e300])
+def test_gamma_regression_does_not_depend_on_the_unit_of_the_target(unit):
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(500, 2))
+    y = rng.gamma(2.0, np.exp(x @ [0.5, -0.3]))
+    fit, loss = of_one_device(x, y * unit).newton(FAMILIES["gamma"])
+    expected, of_unit = of_one_device(x, y).newton(FAMILIES["gamma"])
+    np.testing.assert_allclose(fit.w, expected.w, rtol=1e-9)
+    np.testing.assert_allclose(fit.standard_errors[0], expected.standard_errors[0], rtol=1e-9)
+    assert fit.b[0] - expected.b[0] == pytest.approx(np.log(unit), rel=1e-9, abs=1e-9)
+    assert loss == pytest.approx(of_unit, rel=1e-9)
+
+
+@pytest.mark.parametrize("far", [400.0, 500.0, 600.0, 900.0])
+def test_a_step_that_overflows_is_taken_back(far):
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(2000, 1))
+    y = rng.poisson(100 * np.exp(x[:, 0])).astype(float)
+    x, y = np.vstack([x, [[far]]]), np.append(y, 0.0)
+    fit, _ = of_one_device(x, y).newton(FAMILIES["poisson"])
+    theirs = sm.GLM(y, sm.add_constant(x), sm.families.Poisson()).fit(tol=1e-14, start_params=[fit.b[0], fit.w[0, 0]])
+    np.testing.assert_allclose([fit.b[0], fit.w[0, 0]], theirs.params, rtol=1e-7)
+
+
+@pytest.mark.parametrize("unit", [1e-3, 1.0, 1e3, 1e8])
+def test_huber_regression_of_targets_of_any_size(unit):
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(700, 3))
+    y = unit * (x @ [1.0, -2.0, 0.5] + rng.standard_t(3, 700))
+    w, b, loss, _ = of_one_device(x, y).robust(robust.Slopes(-1.0, 1.0, 1.0))
+    error = y - x @ w[:, 0] - b
+    slope = np.clip(error, -1, 1)
+    assert abs(np.append(x.T @ slope, slope.sum())).max() / 700 < 1e-8
+    assert loss == pytest.approx(np.where(abs(error) < 1, error**2 / 2, abs(error) - 0.5).mean(), rel=1e-9)
+
+
+def test_the_null_deviance_of_a_nearly_perfect_fit_and_the_likelihood_of_weighted_rows():
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(500, 2))
+    y = x @ [1.0, 2.0] + 1e-7 * rng.normal(size=500)
+    found = summarize_fit(of_one_device(x, y).least_squares(), "ab")
+    assert found.null_deviance == pytest.approx(np.square(y - y.mean()).sum(), rel=1e-12)
+    weight = np.tile([0.2, 1.8], 250)  # of mean 1
+    fit = of_one_device(x, y, weight).least_squares()
+    weighted = summarize_fit(fit, "ab", weighted=True)
+    assert (weighted.log_likelihood, weighted.aic, weighted.bic) == (None, None, None)
+    repeated = np.repeat(np.arange(500), rng.integers(1, 4, 500))
+    counts = np.bincount(repeated)
+    labels = (y + rng.logistic(size=500) > 0).astype(float)
+    one, other = (
+        summarize_fit(of_one_device(*rows).newton(FAMILIES["logistic"])[0], "ab", weighted=w)
+        for rows, w in (((x, labels, counts), True), ((x[repeated], labels[repeated]), False))
+    )
+    assert (one.log_likelihood, one.aic) == pytest.approx((other.log_likelihood, other.aic), rel=1e-9)
+    assert one.bic is None
+
+
+def test_what_has_no_exact_solution_is_refused():
+    for settings in ({"loss": "huber", "intercept": False, "standardize": False}, {"l1": 1.0}):
+        with pytest.raises(dpreg.InputError, match="no exact solution"):
+            of_one_device(np.eye(3), np.ones(3)).solve(Config(**settings))

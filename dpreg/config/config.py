@@ -8,7 +8,7 @@ from absl import flags
 
 from dpreg.config.devices import DeviceSettings
 from dpreg.config.flags import parse_flags, write_flagfile
-from dpreg.config.model import GLM_LOSSES, LOSSES, SEPARABLE_LOSSES, ModelSettings
+from dpreg.config.model import GLM_LOSSES, LOSSES, ModelSettings
 from dpreg.config.optimizer import OptimizerSettings
 from dpreg.config.rows import Columns, RowSettings
 from dpreg.config.run import RunSettings
@@ -129,8 +129,6 @@ class Config(RunSettings, DeviceSettings, OptimizerSettings, ModelSettings, RowS
     def identity(self) -> dict[str, Any]:
         """The settings that affect the result. A run can only be resumed with equal ones."""
         values = {f.name: getattr(self, f.name) for f in list_settings(Config) if f.metadata["affects_result"]}
-        if self.solver == "exact" and self.loss in SEPARABLE_LOSSES:
-            values["l2"] = "as solved"  # an exact solution is not continued, and may get a penalty of its own
         if self.lr_schedule in ("linear", "cosine"):  # these schedules depend on the length of the run
             values["max_epochs"] = self.max_epochs
         return values

@@ -8,7 +8,8 @@ import numpy as np
 from dpreg.errors import NoOptimumError
 
 _EPSILON = float(np.finfo(np.float64).eps)
-_MOST_PASSES = 30  # about 8 are needed; after 37 a model without an optimum comes to rest by rounding
+_MOST_STEPS = 30  # about 8 are needed; after 37 a model without an optimum comes to rest by rounding
+_MOST_HALVED = 40  # times that one step is found too long
 _ENOUGH = 1e-4  # of the decrease that the slope promises
 _ROUNDING = 1e-10  # of the objective, by which a step may seem to increase it
 _AT_REST = 1e-3  # of the predictions, on the link's scale
@@ -32,31 +33,36 @@ class Point(NamedTuple):
     detail: Any = None
 
 
-def minimum(evaluate: Callable[[np.ndarray], Point], start: np.ndarray, step: np.ndarray) -> tuple[np.ndarray, Point]:
+def minimum(evaluate: Callable[[np.ndarray], Point], start: np.ndarray, safe: np.ndarray) -> tuple[np.ndarray, Point]:
     """The minimum of a convex function, by Newton's method with backtracking (Boyd and Vandenberghe 2004, 9.5.2).
 
     Args:
       evaluate: what is known of a point [m]: a pass over the rows.
-      start, step: [m], the first point evaluated is `start + step`, or nearer to `start` where that is too far.
+      start: [m] the first point, near the minimum if all goes well.
+      safe: [m] the first point if the objective is not finite at `start`.
 
     Returns:
       the minimum [m], and the point from which one step, whose error is the square of that point's, led there.
 
     Raises:
-      InputError: when no optimum was found.
+      NoOptimumError: when no optimum was found.
     """
-    value, decrement, length = np.inf, 0.0, 1.0
-    for _ in range(_MOST_PASSES):
-        at = evaluate(start + length * step)
-        most = value - _ENOUGH * length * decrement + _ROUNDING * (abs(at.value) + 0.1)
-        if not (np.isfinite(at.value) and at.value <= most):
-            length /= 2
-            continue
-        start, step, value, decrement, length = start + length * step, at.step, at.value, at.decrement, 1.0
+    at = evaluate(start)
+    if not np.isfinite(at.value):
+        start, at = safe, evaluate(safe)
+    for _ in range(_MOST_STEPS):
         # Where there is no optimum the objective may come to rest, but the parameters go on.
-        if decrement <= _EPSILON * max(1.0, abs(value)) and at.moved <= _AT_REST:
-            return start + step, at
+        if at.decrement <= _EPSILON * max(1.0, abs(at.value)) and at.moved <= _AT_REST:
+            return start + at.step, at
+        length, before = 1.0, at
+        for _ in range(_MOST_HALVED):
+            at = evaluate(start + length * before.step)
+            most = before.value - _ENOUGH * length * before.decrement + _ROUNDING * (abs(at.value) + 0.1)
+            if np.isfinite(at.value) and at.value <= most:
+                break
+            length /= 2
+        start = start + length * before.step
     raise NoOptimumError(
-        f"no optimum within {_MOST_PASSES} passes: there is none where all targets are alike, or where features tell "
+        f"no optimum within {_MOST_STEPS} steps: there is none where all targets are alike, or where features tell "
         "them for certain; for the latter give some l2, such as 0.001"
     )

@@ -218,9 +218,9 @@ class Solver:
             )
 
         start = np.append(first.b, first.w)
-        theta, (*_, (fit, loss, pearson)) = minimum(evaluated, np.zeros_like(start), start)
-        dispersion = pearson / max(fit.degrees_of_freedom, 1) if family.dispersed else 1.0
         null = family.link(total / weight) if intercept else 0.0
+        theta, (*_, (fit, loss, pearson)) = minimum(evaluated, start, np.append(null, np.zeros_like(first.w)))
+        dispersion = pearson / max(fit.degrees_of_freedom, 1) if family.dispersed else 1.0
 
         def likelihood(rows: Rows) -> np.ndarray:
             x, y, weight = (rows[name].astype(np.float64) for name in ("x", "y", "weight"))

@@ -9,7 +9,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from dpreg.config import Config
-from dpreg.config.model import MODELS
+from dpreg.config.model import MODELS, SEPARABLE_LOSSES
 from dpreg.data.pipeline import PRECISIONS
 from dpreg.data.sampler import ORDER
 from dpreg.data.sources import RegressionData
@@ -132,7 +132,10 @@ def build_model(
 
 def identity_of(config: Config, data: RegressionData) -> dict[str, Any]:
     """All settings and data that the result of a run depends on: a run is continued only with the same identity."""
-    return config.identity() | {"data": data.fingerprint(), "order": ORDER}
+    identity = config.identity() | {"data": data.fingerprint(), "order": ORDER}
+    if config.solver == "exact" and config.loss in SEPARABLE_LOSSES:
+        identity["l2"] = "as solved"  # such a solution is not continued, and may get a penalty of its own
+    return identity
 
 
 def learning_rates(config: Config, num_steps: int) -> Callable[[int], float] | None:
