@@ -68,6 +68,7 @@ class ProgressDisplay(Callback):
         elif progress.epoch_ended or (self._loss and time.monotonic() - self._printed > _LINE_SECONDS):
             self._printed = time.monotonic()
             step = f"step {progress.step:,}/{progress.num_steps:,}"
-            self.say(f"epoch {progress.epoch:.2f}/{progress.max_epochs}  {step}  {self._loss}  {speed}")
+            at = f"epoch {progress.epoch:.2f}/{progress.max_epochs}  {step}  {self._loss}  {speed}"
+            self.say(at if progress.step else f"solved  {self._loss}")  # an exact solution takes no step
 
     on_log = on_epoch = on_steps
