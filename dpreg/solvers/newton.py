@@ -21,9 +21,9 @@ class Point(NamedTuple):
     Attributes:
       value: of the objective; where it is not finite, the step that led here was too long.
       step: [m] float64.
-      decrement: the product of the step and the gradient, times -1: twice the decrease that the step promises.
-      moved: at most by how much the step changes a typical prediction, on the link's scale.
-      detail: what else the caller wants to know of the last point.
+      decrement: the product of the step and the gradient, times -1: twice the predicted decrease.
+      moved: a bound on how much the step changes a typical prediction, on the link's scale.
+      detail: other results for the caller.
     """
 
     value: float
@@ -37,12 +37,12 @@ def minimum(evaluate: Callable[[np.ndarray], Point], start: np.ndarray, safe: np
     """The minimum of a convex function, by Newton's method with backtracking (Boyd and Vandenberghe 2004, 9.5.2).
 
     Args:
-      evaluate: what is known of a point [m]: a pass over the rows.
-      start: [m] the first point, near the minimum if all goes well.
+      evaluate: a function of a point [m]; it takes a pass over the rows.
+      start: [m] the first point.
       safe: [m] the first point if the objective is not finite at `start`.
 
     Returns:
-      the minimum [m], and the point from which one step, whose error is the square of that point's, led there.
+      the minimum [m], and the `Point` before the last step.
 
     Raises:
       NoOptimumError: when no optimum was found.
@@ -51,7 +51,7 @@ def minimum(evaluate: Callable[[np.ndarray], Point], start: np.ndarray, safe: np
     if not np.isfinite(at.value):
         start, at = safe, evaluate(safe)
     for _ in range(_MOST_STEPS):
-        # Where there is no optimum the objective may come to rest, but the parameters go on.
+        # Without an optimum the objective may stop changing, but the parameters do not.
         if at.decrement <= _EPSILON * max(1.0, abs(at.value)) and at.moved <= _AT_REST:
             return start + at.step, at
         length, before = 1.0, at

@@ -1,4 +1,4 @@
-"""Whether steps have brought a linear model near the least loss there is."""
+"""Whether the parameters of a linear model are near the optimum of its loss."""
 
 import jax
 import jax.numpy as jnp
@@ -7,8 +7,8 @@ import numpy as np
 from dpreg.config import Config
 from dpreg.models.losses import Loss
 
-_AT_REST = 0.1  # of what the gradient would be if all rows pulled the same way
-_SMALL = 5e-2  # of what it would be of the model that predicts 0
+_AT_REST = 0.1  # the largest ratio of the gradient to the sum of the absolute gradients of the rows
+_SMALL = 5e-2  # or to that sum for the model that predicts 0
 _ANGLED = ("absolute", "quantile")  # losses whose gradient jumps at an optimum, by that of as many rows as parameters
 
 
@@ -19,7 +19,7 @@ def is_near_optimum(
     l1: float = Config.l1,
     l2: float = Config.l2,
 ) -> bool:
-    """Whether the pulls of rows on each parameter cancel, of a linear model: does not depend on any unit.
+    """Whether the gradients of the rows of a linear model cancel in each parameter. It does not depend on any unit.
 
     Args:
       rows: x [n, d], y [n, t] and weight [n], as the model sees them.

@@ -1,4 +1,4 @@
-"""Huber, absolute and quantile regression on the host in float64: what Newton's method asks of rows, and its steps.
+"""Huber, absolute and quantile regression on the host in float64, by Newton's method.
 
 All three are max(lower e, upper e) of the error e = target - prediction, with a parabola between the two slopes: of a
 fixed width for Huber's loss, and for the others of one that goes to 0 (Madsen and Nielsen 1993; Chen 2007). Where the
@@ -33,7 +33,7 @@ class Slopes(NamedTuple):
 
 
 def slopes_of(loss: str, huber_delta: float, quantile: float) -> Slopes:
-    """Of the loss of that name in `dpreg.models.losses`."""
+    """The slopes of the loss of that name in `dpreg.models.losses`."""
     if loss == "huber":
         return Slopes(-huber_delta, huber_delta, 1.0)
     return Slopes(-1.0, 1.0, None) if loss == "absolute" else Slopes(quantile - 1, quantile, None)
@@ -42,7 +42,7 @@ def slopes_of(loss: str, huber_delta: float, quantile: float) -> Slopes:
 def sums(
     x: np.ndarray, y: np.ndarray, weight: np.ndarray, theta: np.ndarray, slopes: Slopes, width: float
 ) -> np.ndarray:
-    """What rows [n, d], [n, 1], [n] come to at theta [1 + d], the intercept first.
+    """The sums over rows [n, d], [n, 1], [n] at theta [1 + d], the intercept first.
 
     Returns:
       [4 + m + m m] float64 with m = 1 + d: the weighted sums of 1, of the smoothed loss, of the loss itself, of what
@@ -86,7 +86,7 @@ def minimum(
         objective = loss / weight + (penalty * found**2).sum() / 2
         least, best, following = objective - gap / weight, found, found
         if before is not None:
-            # The optimum moves in proportion to the width, once the rows within it stay the same: to 0 with it.
+            # While the rows within the parabola stay the same, the optimum is linear in the width: extrapolate to 0.
             toward = (found - before[0]) / (before[1] - width)
             limit, following = found + toward * width, found + toward * width * (1 - _NARROWER)
             at_limit = sums_at(limit, width)[2] / weight + (penalty * limit**2).sum() / 2

@@ -1,7 +1,7 @@
-"""Softmax regression on the host in float64: what Newton's method asks of rows, and its steps.
+"""Softmax regression on the host in float64, by Newton's method.
 
-The classes share their curvature, so a step is no problem of least squares as for the families of `dpreg.solvers.glm`;
-of rows are kept the sums of the loss, of its gradient and of its curvature (Boehning 1992).
+The Hessian couples the classes, so a step is not a least-squares problem as for the families of `dpreg.solvers.glm`.
+The rows are reduced to the sums of the loss, its gradient and its Hessian (Boehning 1992).
 """
 
 import math
@@ -15,7 +15,7 @@ from dpreg.solvers import newton
 
 
 def sums(x: np.ndarray, y: np.ndarray, weight: np.ndarray, theta: np.ndarray) -> np.ndarray:
-    """What rows [n, d] with labels [n, 1] and weights [n] come to at theta [1 + d, C], the intercepts first.
+    """The sums over rows [n, d] with labels [n, 1] and weights [n], at theta [1 + d, C] with the intercepts first.
 
     Returns:
       [2 + m + m m] float64 with m = (1 + d) C: the weighted sums of 1, of the loss (that of this name in

@@ -1,8 +1,8 @@
-"""Linear least squares, exactly, in float64 and one pass over the rows: by QR decomposition, block by block.
+"""Exact linear least squares in float64, in one pass over the rows, by a QR decomposition of blocks.
 
-The triangle R of the decomposition of sqrt(weight) [1, x, y] knows all that the squared loss of a linear model needs of
-the rows, and triangles of parts are put together by the decomposition of one above the other (Golub 1965; TSQR of
-Demmel et al. 2012). Nothing is squared on the way, so no digits are lost as in the normal equations.
+The upper triangular factor R of the decomposition of sqrt(weight) [1, x, y] determines the squared loss of every linear
+model on the rows. The factors of two sets of rows are combined by decomposing one on top of the other (Golub 1965; TSQR
+of Demmel et al. 2012). No sums of squares are formed, so no digits are lost as in the normal equations.
 """
 
 import dataclasses
@@ -14,14 +14,14 @@ from dpreg.config import Config
 from dpreg.errors import InputError
 
 _EPSILON = float(np.finfo(np.float64).eps)
-_WIDE = 256  # columns from which a decomposition with pivots takes too long where it is not needed
-_WELL_CONDITIONED = 1e-4  # the least reciprocal condition number of x'x for which none is needed
-_FAR = 8.0  # times the mean distance of a column's values from their mean: as far from 0 is that mean
+_WIDE = 256  # for more columns a QR decomposition with pivoting is slow, and used only if x'x is ill-conditioned
+_WELL_CONDITIONED = 1e-4  # the least reciprocal condition number of x'x for which no pivoting is needed
+_FAR = 8.0  # a column is centred if its mean is more than this many mean absolute deviations from 0
 
 
 @dataclasses.dataclass(frozen=True)
 class RFactor:
-    """What rows [n, d] with targets [n, t] come to.
+    """The R factor of rows [n, d] with targets [n, t].
 
     Attributes:
       r: [1 + d + t, 1 + d + t] upper triangle, float64, of columns less `origin`.
@@ -43,20 +43,20 @@ class RFactor:
 
     @classmethod
     def none(cls, num_inputs: int, num_targets: int) -> "RFactor":
-        """That of no rows."""
+        """The R factor of no rows."""
         columns = num_inputs + num_targets
         return cls(np.zeros((1 + columns, 1 + columns)), np.zeros(columns), num_inputs, 0, 0.0)
 
     @classmethod
     def of(cls, x: np.ndarray, y: np.ndarray, weight: np.ndarray) -> "RFactor":
-        """The triangle of rows [n, d], [n, t], [n]."""
+        """The R factor of rows: x [n, d], y [n, t] and weight [n]."""
         weight, columns = weight.astype(np.float64), np.concatenate([x, y], axis=1).astype(np.float64, copy=False)
         total = float(weight.sum())
         mean = np.einsum("i,ij->j", weight, columns) / (total or 1.0)
-        if len(columns):  # a constant is 0 less itself, also after rounding
+        if len(columns):  # centring a constant column must give exactly 0
             mean = np.where((columns == columns[0]).all(axis=0), columns[0], mean)
         distance = np.einsum("i,ij->j", weight, np.abs(columns - mean)) / (total or 1.0)
-        # So far out that almost every value is within a factor 2 of the mean, where a difference has no rounding.
+        # For such columns almost every value is within a factor 2 of the mean, where a difference is exact.
         origin = np.where(np.abs(mean) > _FAR * distance, mean, 0.0)
         root = np.sqrt(weight)[:, None]
         whole = np.concatenate([root, root * (columns - origin)], axis=1)
@@ -64,53 +64,53 @@ class RFactor:
         return cls(_upper(whole), origin, x.shape[1], int((weight > 0).sum()), total)
 
     def packed(self) -> np.ndarray:
-        """All of it as one vector of float64."""
-        return np.array([*self.r.ravel(), *self.origin, self.rows, self.weight])
+        """This factor as one vector of float64."""
+        return np.concatenate([self.r.ravel(), self.origin, [self.rows, self.weight]])
 
     @classmethod
     def unpacked(cls, packed: np.ndarray, num_inputs: int, num_targets: int, epsilon: float = _EPSILON) -> "RFactor":
-        """The triangle that was packed."""
+        """The factor that `packed` made a vector of."""
         size = 1 + num_inputs + num_targets
         r, origin = packed[: size**2].reshape(size, size), packed[size**2 : -2]
         return cls(r, origin, num_inputs, int(packed[-2]), float(packed[-1]), epsilon)
 
     def __add__(self, other: "RFactor") -> "RFactor":
-        """That of the rows of both."""
+        """The R factor of the rows of both."""
         if not (self.weight and other.weight):
             return self if self.weight else other
-        origin = np.where(other.origin != 0, self.origin, 0.0)  # far from 0 in both
+        origin = np.where(other.origin != 0, self.origin, 0.0)  # keep an origin only if both have one
         r = _upper(np.concatenate([self.about(origin), other.about(origin)]))
         epsilon = max(self.epsilon, other.epsilon)
         return RFactor(r, origin, self.num_inputs, self.rows + other.rows, self.weight + other.weight, epsilon)
 
     def about(self, origin: np.ndarray | float) -> np.ndarray:
-        """The triangle `r` of columns less another origin [d + t]."""
+        """The matrix `r` for columns less another origin [d + t]."""
         r = self.r.copy()
         r[0, 1:] += r[0, 0] * (self.origin - origin)
         return r
 
     def below(self, intercept: bool) -> np.ndarray:
-        """What is left of the rows where an intercept is out of the way, about the means; without one, about 0."""
+        """The rows of `r` that determine w: those of centred columns with an intercept, else of columns about 0."""
         return self.r[1:] if intercept else self.about(0.0)
 
     @property
     def means(self) -> np.ndarray:
-        """[d + t], of the columns of x and y."""
+        """The weighted means of the columns of x and y, [d + t]."""
         means: np.ndarray = self.r[0, 1:] / self.r[0, 0] + self.origin
         return means
 
     def intercept(self, w: np.ndarray) -> np.ndarray:
-        """[t]: the best b for w [d, t]."""
+        """The b [t] of least loss for w [d, t]."""
         d, own = self.num_inputs, self.r[0, 1:] / self.r[0, 0]
         best: np.ndarray = (own[d:] - own[:d] @ w) + (self.origin[d:] - self.origin[:d] @ w)
         return best
 
     def in_units(self, mean: np.ndarray, scale: np.ndarray) -> "RFactor":
-        """That of the columns of x and y times `scale` plus `mean`, both [d + t]."""
+        """The R factor of the columns of x and y times `scale` plus `mean`, both [d + t]."""
         return self._scaled(scale, self.origin * scale + mean)
 
     def standardized(self, mean: np.ndarray, scale: np.ndarray) -> "RFactor":
-        """That of the columns of x and y less `mean`, over `scale`, both [d + t]."""
+        """The R factor of the columns of x and y less `mean`, over `scale`, both [d + t]."""
         return self._scaled(1 / scale, (self.origin - mean) / scale)
 
     def _scaled(self, factor: np.ndarray, origin: np.ndarray) -> "RFactor":
@@ -123,7 +123,7 @@ class RFactor:
         return np.sqrt(np.square(columns).sum(axis=0)) if self.lengths is None else self.lengths
 
     def squares(self, w: np.ndarray, b: np.ndarray) -> np.ndarray:
-        """[t]: the sums of weight (x w + b - y)^2, of w [d, t] and b [t]."""
+        """The sums of weight (x w + b - y)^2 for w [d, t] and b [t]: [t]."""
         about_means = self.r[1:, 1:] @ np.concatenate([w, -np.eye(w.shape[1])])
         squares: np.ndarray = np.square(about_means).sum(axis=0) + np.square(self.r[0, 0] * (b - self.intercept(w)))
         return squares
@@ -133,14 +133,14 @@ class RFactor:
         return float(self.squares(w, b).sum() / 2 / self.weight)
 
     def rounding(self, intercept: bool) -> np.ndarray:
-        """[d]: the length to which rounding changes a column of x, of its values and in the decomposition.
+        """The length of the rounding errors of each column of x, in its values and in the decomposition, [d].
 
         A column that is no longer is constant; what is no longer of it beside other columns is their combination.
         """
         below, whole = (part[:, 1 : 1 + self.num_inputs] for part in (self.below(intercept), self.about(self.origin)))
         spread = np.sqrt(np.square(below).sum(axis=0))
         decomposed = np.sqrt(np.square(whole).sum(axis=0)) if intercept else spread
-        # Most of how a column varies is no rounding of its values, even where these differ by a unit in the last place.
+        # At most a quarter of a column's variation counts as rounding, even if it is of one unit in the last place.
         of_values = np.minimum(2 * self.epsilon * self._lengths, spread / 4)
         rounding: np.ndarray = np.maximum(of_values, max(10, len(self.r)) * _EPSILON * decomposed)
         return rounding
@@ -213,7 +213,10 @@ def _upper(rows: np.ndarray) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True)
 class _Inverse:
-    """A root of the inverse of x'x, centred where there is an intercept: of the columns `kept`, in that order."""
+    """A matrix whose product with its transpose is the inverse of x'x, for the columns `kept`, in that order.
+
+    The columns are centred if there is an intercept.
+    """
 
     kept: np.ndarray
     root: np.ndarray
@@ -248,7 +251,7 @@ class Fit:
     log_likelihood: float | None = None
 
     def refined(self, of_w: np.ndarray, of_b: np.ndarray) -> "Fit":
-        """A step of Newton's method from here, which takes back most of what rounding did.
+        """The fit after one step of iterative refinement, which corrects most of the rounding errors.
 
         Args:
           of_w: [d, t] the sum over rows of weight (x - `means`) (y - x w - b), in more digits than the fit has.
@@ -262,12 +265,12 @@ class Fit:
         return dataclasses.replace(self, w=self.w + step, b=self.b + more)
 
     def in_units(self, mean: np.ndarray, scale: np.ndarray) -> "Fit":
-        """That of the columns of x and y times `scale` plus `mean`, both [d + t]. A penalty stays on the old ones."""
+        """The fit of the columns of x and y times `scale` plus `mean`, both [d + t]; the penalty is not rescaled."""
         d = len(self.w)
         w = self.w / scale[:d, None] * scale[d:]
         inverse = _Inverse(self.inverse.kept, self.inverse.root / scale[self.inverse.kept, None])
         triangle = self.triangle.in_units(mean, scale)
-        if self.intercept:  # not by way of b, which may be large
+        if self.intercept:  # without adding to b, which may be large
             b = triangle.intercept(w) + (self.b - self.triangle.intercept(self.w)) * scale[d:]
         else:
             b = self.b * scale[d:] + mean[d:] - mean[:d] @ w
@@ -275,7 +278,7 @@ class Fit:
 
     @property
     def means(self) -> np.ndarray:
-        """[d] of the columns of x; without an intercept 0."""
+        """The means of the columns of x, [d]; zeros without an intercept."""
         return self.triangle.means[: len(self.w)] * self.intercept
 
     @property
@@ -284,7 +287,7 @@ class Fit:
         return self.triangle.loss(self.w, self.b)
 
     def shortest(self) -> tuple[np.ndarray, np.ndarray]:
-        """The w [d, t] of the least norm, and its b [t], of all that fit as well: columns that say the same share."""
+        """The w [d, t] of least norm with the same predictions, and its b [t]: equal columns share their weight."""
         w = self.w if self.l2 else self.shared(self.w)
         return w, self.b + self.means @ (self.w - w)
 
@@ -299,19 +302,19 @@ class Fit:
         others = np.setdiff1d(np.flatnonzero(spread > rounding), kept)
         if not len(others):
             return w
-        # The others as combinations of those kept, first of columns of length 1: what is rounding there is 0.
+        # The other columns as combinations of those kept, all of length 1; coefficients within rounding become 0.
         q, r = np.linalg.qr(x[:, kept] / spread[kept])
         inverse = scipy.linalg.solve_triangular(r, np.eye(len(kept)))
         combined = inverse @ (q.T @ (x[:, others] / spread[others]))
         uncertain = np.sqrt(np.square(inverse).sum(axis=1))[:, None] * (rounding[others] / spread[others])
         combined[np.abs(combined) <= uncertain] = 0
         combined *= spread[others] / spread[kept][:, None]
-        # The weights v of the others leave w - combined v to those kept: the least squares of both.
+        # If the others have weights v, those kept have w - combined v. Minimise the norm of both.
         q, r = np.linalg.qr(np.concatenate([combined, np.eye(len(others))]))
         shared = np.zeros_like(w)
         shared[others] = scipy.linalg.solve_triangular(r, q[: len(kept)].T @ w[kept])
         shared[kept] = w[kept] - combined @ shared[others]
-        # Where columns are of very different lengths, the least norm may be of terms so large that they cancel.
+        # If columns have very different lengths, the terms of the least norm may be so large that they cancel.
         changed, size = (np.sqrt(np.square(x @ of).sum(axis=0)) for of in (shared - w, w))
         return np.where(changed <= np.sqrt(_EPSILON) * size, shared, w)
 
@@ -322,20 +325,20 @@ class Fit:
 
     @property
     def residual_deviation(self) -> np.ndarray:
-        """[t]: the root of the dispersion; by default sqrt(sum of squared residuals / degrees of freedom)."""
+        """The root of the dispersion, [t]; by default sqrt(sum of squared residuals / degrees of freedom)."""
         if self.dispersion is not None:
             return np.full(self.b.shape, np.sqrt(self.dispersion))
         return np.sqrt(self.triangle.squares(self.w, self.b) / max(self.degrees_of_freedom, 1))
 
     @property
     def total_squares(self) -> np.ndarray:
-        """[t]: the sums of weighted squares of the targets, around their means where there is an intercept."""
+        """The sums of weighted squares of the targets, around their means if there is an intercept, [t]."""
         targets = self.triangle.below(self.intercept)[:, 1 + self.triangle.num_inputs :]
         return np.asarray(np.square(targets).sum(axis=0))
 
     @property
     def r2(self) -> np.ndarray:
-        """[t]: the share of the targets' spread that is explained (around 0 without intercept); NaN for none."""
+        """The explained share of `total_squares`, [t]; NaN where that is 0."""
         explained: np.ndarray = 1 - self.triangle.squares(self.w, self.b) / np.where(
             self.total_squares > 0, self.total_squares, np.nan
         )
@@ -343,7 +346,7 @@ class Fit:
 
     @property
     def standard_errors(self) -> tuple[np.ndarray, np.ndarray]:
-        """Of w [d, t] and b [t], for errors of one variance.
+        """The standard errors of w [d, t] and b [t], for errors of one variance.
 
         NaN for what is not fitted, with a penalty, and where no degrees of freedom are left.
         """
@@ -360,7 +363,7 @@ class Fit:
 
     @property
     def p_values(self) -> tuple[np.ndarray, np.ndarray]:
-        """Of w [d, t] and b [t]: how probable estimates as far from 0 are where the truth is 0; NaN as the errors."""
+        """The p-values of w [d, t] and b [t] for the hypothesis that they are 0; NaN where the standard error is."""
 
         def p(estimate: np.ndarray, error: np.ndarray) -> np.ndarray:
             with np.errstate(divide="ignore", invalid="ignore"):
@@ -374,7 +377,7 @@ class Fit:
 
     @property
     def condition_number(self) -> float:
-        """Of the used columns, about their means (or 0) and scaled to one length; 1 is best, 1e16 is hopeless."""
+        """The condition number of the columns used, centred (with an intercept) and scaled to one length."""
         x = self.triangle.below(self.intercept)[:, 1 : 1 + self.triangle.num_inputs][:, self.inverse.kept]
         if not self.kept:
             return 1.0
