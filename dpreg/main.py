@@ -42,7 +42,7 @@ def _main(argv: list[str]) -> None:
 
 
 def _among_others(work: Callable[[], None]) -> None:
-    """In one of several processes: they end alike, all together, and none waits for one that is lost."""
+    """Runs `work` in one of several processes. They end together and alike, and none waits for a lost one."""
     work = functools.partial(_lost_by_files, work)
     try:
         try:
@@ -54,7 +54,7 @@ def _among_others(work: Callable[[], None]) -> None:
     except (InputError, Diverged, AuditFailed, Preempted):
         raise
     except BaseException as error:
-        if isinstance(error, SystemExit):  # a prediction that was asked to stop: nobody waits for it
+        if isinstance(error, SystemExit):  # a prediction that was asked to stop; no process waits for it
             sys.stdout.flush()
             os._exit(int(error.code or 0))
         of_a_file = isinstance(error, OSError) and error.filename is not None
@@ -64,7 +64,7 @@ def _among_others(work: Callable[[], None]) -> None:
 
 
 def _lost_by_files(work: Callable[[], None]) -> None:
-    """Ends this process as lost where its files fail: the others may be within a step, and do not meet for an error."""
+    """Ends this process as lost if a file fails: the others may be within a step, where they exchange no errors."""
     try:
         work()
     except DamagedCacheError as error:

@@ -141,7 +141,7 @@ def _write_outputs(
     fit: Fit | None,
     compared: dict[str, Compared],
 ) -> None:
-    """Writes and prints what the run came to."""
+    """Writes the summary, the model and the report, and prints the results."""
     write_whole(workdir / "flags.cfg", config.to_flagfile())
     computation = digest_prediction(trainer.model, trainer.variables, data.num_inputs, data.num_targets)
     save_model(workdir / "model", config, trainer.variables, data, computation)
@@ -189,7 +189,7 @@ def _trained(
     progress: ProgressDisplay,
     sync_signal: SyncSignal,
 ) -> tuple[Config, Fit | None]:
-    """Trains, or solves exactly, and saves: (the config as it was solved, the best that could be reached if known)."""
+    """Trains or solves, and saves. Returns the config that was solved, and the exact fit if there is one."""
     if config.solver == "sgd":
         try:
             trainer.fit_epochs()
@@ -229,7 +229,7 @@ def _trained(
 
 
 def _compared(config: Config, trainer: Trainer, data: RegressionData) -> dict[str, Compared]:
-    """By target, what the trained model predicts for some rows held out, and what was observed; none of labels."""
+    """Predictions and targets of some held-out rows, by the name of the target; empty for labels."""
     if config.loss == "softmax":
         return {}
     predicted, observed, weight = trainer.predictor().compared(data.val or data.train, COMPARED_ROWS)
@@ -249,7 +249,7 @@ def _above(gap: float | None) -> str:
 def _read(
     config: Config, progress: ProgressDisplay, sync_signal: SyncSignal
 ) -> tuple[Config, RegressionData, float, str]:
-    """The config with all that depends on the rows, the rows, the seconds to read them, and why it has that solver."""
+    """Reads the rows. Returns the complete config, the rows, the seconds it took, and the reason for the solver."""
     started = time.perf_counter()
 
     def report_rows(what: str, rows: int) -> None:
@@ -270,7 +270,7 @@ def _other_solver(config: Config) -> str:
 
 
 def _prepared(config: Config, data: RegressionData, progress: ProgressDisplay) -> Trainer:
-    """The trainer with its rows in place and its steps compiled."""
+    """Makes the trainer, places its rows and compiles its steps."""
     trainer = build_trainer(config)
     trainer.prepare_data(data)
     profiled, num_steps = config.profiled_steps(), trainer.train.num_steps
@@ -286,7 +286,7 @@ def _prepared(config: Config, data: RegressionData, progress: ProgressDisplay) -
 
 @contextlib.contextmanager
 def _to_go_on_in(unnamed: pathlib.Path | None) -> Iterator[None]:
-    """Says in Preempted which folder a command that names none has to name, to go on."""
+    """Adds the folder of the run to Preempted, if the command did not name one: it is needed to resume."""
     try:
         yield
     except Preempted as stopped:
@@ -294,10 +294,10 @@ def _to_go_on_in(unnamed: pathlib.Path | None) -> Iterator[None]:
 
 
 def _stop_signals() -> SyncSignal:
-    """SIGTERM asks all processes to save and stop, as does SIGUSR1, which mpirun passes on, and Ctrl-C (SIGINT).
+    """Lets SIGTERM, SIGUSR1 (which mpirun forwards) and Ctrl-C ask all processes to save and stop.
 
-    To the end of the process: one that comes while the run ends does no harm, nor does a second one, but of Ctrl-C:
-    that ends this process at once, with exit code 130.
+    The handlers stay until the process ends, so that a signal during its end does no harm. A second Ctrl-C ends this
+    process at once, with exit code 130.
     """
     sync_signal, interrupted = SyncSignal(), threading.Event()
 
@@ -311,16 +311,16 @@ def _stop_signals() -> SyncSignal:
     handlers: dict[int, Callable[..., None]] = dict.fromkeys(
         (signal.SIGTERM, signal.SIGUSR1), lambda *_: sync_signal.request("stop")
     )
-    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # as of a command that a shell runs in the background
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # a shell ignores it for commands in the background
         handlers[signal.SIGINT] = interrupt
     for number, handler in handlers.items():
         signal.signal(number, handler)
-        atexit.register(signal.signal, number, signal.SIG_IGN)  # the interpreter takes other handlers away as it ends
+        atexit.register(signal.signal, number, signal.SIG_IGN)  # at exit, the interpreter removes other handlers
     return sync_signal
 
 
 def _stop_where_asked(sync_signal: SyncSignal, step: int | None = None) -> None:
-    """Raises Preempted where the only process was asked to stop. Several learn of it together, at their first step."""
+    """Raises Preempted if the only process was asked to stop. Several processes stop together, at their first step."""
     interrupted = sync_signal.pending("interrupt")
     if jax.process_count() == 1 and (interrupted or sync_signal.pending("stop")):
         raise Preempted(step, interrupted=interrupted)
@@ -334,7 +334,7 @@ def _checkpoints(
     data: RegressionData,
     sync_signal: SyncSignal,
 ) -> Iterator[Checkpoints]:
-    """The run's checkpoints, with the trainer brought to the newest, as the setting `resume` says."""
+    """The checkpoints of the run. The trainer resumes from the newest one, as the setting `resume` says."""
     with Checkpoints(
         workdir / "checkpoints",
         identity_of(config, data),
