@@ -855,3 +855,14 @@ def test_imports_go_downward():
                 for name in words[3:] or [""]:
                     other = layer_of(*module, name)
                     assert other == own or level[other] < level[own], f"{path.name}: {line}"
+
+
+@pytest.mark.parametrize("flag", [(), ("kind",)])
+@pytest.mark.parametrize("encoded", [False, True])
+def test_text_that_is_not_utf8_is_refused_in_one_line(tmp_path, flag, encoded):
+    texts = pa.StringArray.from_buffers(3, pa.py_buffer(np.array([0, 1, 3, 4], np.int32)), pa.py_buffer(b"a\xe2(b"))
+    kind = pa.DictionaryArray.from_arrays(pa.array([0, 1, 2]), texts) if encoded else texts
+    pyarrow.parquet.write_table(pa.table({"kind": kind, "y": [1.0, 2.0, 3.0]}), tmp_path / "t.parquet")
+    columns = dpreg.Columns(target=("y",), categorical=flag)
+    with pytest.raises(dpreg.InputError, match=r"t\.parquet.*UTF-?8"):
+        dpreg.read_table(str(tmp_path / "t.parquet"), columns, cache_dir=str(tmp_path))

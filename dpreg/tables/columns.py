@@ -196,6 +196,8 @@ class RawReader:
             wanted = self._kinds[name]
             if wanted == NUMBERS:
                 numbers.append(at)
+            if is_text(kind):
+                _require_utf8(chunk, name, at)
             if wanted == NUMBERS and kind == pa.float64():
                 plain.append(at)
             elif wanted == TEXTS:
@@ -304,6 +306,14 @@ def _distinct(column: pa.Array) -> tuple[list[str | None], np.ndarray]:
     else:
         texts = values.cast(TEXTS).to_pylist()
     return texts, pc.fill_null(encoded.indices, -1).to_numpy(zero_copy_only=False)
+
+
+def _require_utf8(chunk: TableChunk, name: str, at: int) -> None:
+    """Raises InputError for text that is not UTF-8, as a Parquet file may hold it."""
+    try:
+        chunk.column(at).validate(full=True)
+    except pa.ArrowInvalid as error:
+        raise InputError(f"{chunk.where(0)}: column {name!r} holds text that is not UTF-8; correct the file") from error
 
 
 def _numbers(chunk: TableChunk, name: str, at: int) -> np.ndarray:

@@ -12,7 +12,10 @@ from .refusal import check_line
 
 ROOT = pathlib.Path(__file__).parent.parent.parent
 ROWS = "a,kind,y\n" + "".join(f"{i * i % 17},{'uv'[i % 2]},{i % 7 + 0.5}\n" for i in range(80))
-TRAINING = ("--platform=cpu", "--num_devices=2", "--dataset=t.csv", "--target=y", "--categorical=kind", "--workdir=w")
+TRAINING = (
+    *("--platform=cpu", "--num_devices=2", "--dataset=t.csv", "--target=y", "--categorical=kind", "--workdir=w"),
+    *("--lr=0.03", "--max_epochs=3"),
+)
 
 
 def run(rng, folder):
