@@ -866,3 +866,14 @@ def test_text_that_is_not_utf8_is_refused_in_one_line(tmp_path, flag, encoded):
     columns = dpreg.Columns(target=("y",), categorical=flag)
     with pytest.raises(dpreg.InputError, match=r"t\.parquet.*UTF-?8"):
         dpreg.read_table(str(tmp_path / "t.parquet"), columns, cache_dir=str(tmp_path))
+
+
+def test_a_file_whose_rows_all_have_weight_0_is_read_as_if_it_were_empty(tmp_path):
+    """Also if it has another type in a column, which then says nothing about the values."""
+    (folder := tmp_path / "table").mkdir()
+    for name, flag, weight in (("a", [True, False], 0.0), ("b", [0.5, 2.5], 1.0)):
+        table = pa.table({"flag": flag, "w": [weight] * 2, "y": [1.0, 2.0]})
+        pyarrow.parquet.write_table(table, folder / f"{name}.parquet")
+    columns = dpreg.Columns(target=("y",), weight_column="w", validation_fraction=0)
+    data = dpreg.read_table(str(folder), columns, cache_dir=str(tmp_path / "cache"))
+    assert len(data.train) == 2

@@ -206,7 +206,7 @@ class RawReader:
                 raw[:, at] = _days(chunk, name, chunk.column(at))
             else:
                 raw[:, at] = _numbers(chunk, name, at)
-                if pa.types.is_boolean(chunk.column(at).type):
+                if len(raw) and pa.types.is_boolean(chunk.column(at).type):
                     self._booleans.setdefault(name, chunk.where(0))
         if plain:
             raw[:, plain] = chunk.batch.select(plain).to_tensor(null_to_nan=True).to_numpy()

@@ -47,7 +47,9 @@ class TableChunk:
         return column.dictionary_decode() if pa.types.is_dictionary(column.type) else column
 
     def where(self, row: int) -> str:
-        """The place of a row, as `FILE, row NUMBER`, with numbers from 1."""
+        """The place of a row, as `FILE, row NUMBER`, with numbers from 1; the file if the chunk has no such row."""
+        if row >= len(self.batch):
+            return self.file
         return f"{self.file}, row {self.first + int(row if self.rows is None else self.rows[row]) + 1:,}"
 
 

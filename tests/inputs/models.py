@@ -161,7 +161,9 @@ def by_hand(folder):
         values = columns[column["name"]]
         if column.get("kind") == "number":
             numbers = [days(v) if column["days"] else float(v) for v in values]
-            x.append([[0.0 if column["constant"] else (v - column["mean"]) / column["scale"] for v in numbers]])
+            x.append(
+                [[0.0 if column["constant"] else (v - float(column["mean"])) / float(column["scale"]) for v in numbers]]
+            )
         else:
             known = [standalone.normalize_category(v) for v in values]
             one = {v: [float(v == c) for c in column["values"]] + [float(v not in column["values"])] for v in known}
