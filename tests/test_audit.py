@@ -30,7 +30,7 @@ def audits_of(trainer, data):
     return audits
 
 
-def test_tags_are_odd_and_tell_rows_apart():
+def test_tags_are_odd_and_differ_between_rows():
     tags = row_tag(np.arange(100_000))
     assert tags[:50].tolist() == [tag(i) for i in range(50)]
     assert (tags % 2 == 1).all()
@@ -38,7 +38,7 @@ def test_tags_are_odd_and_tell_rows_apart():
 
 
 @pytest.mark.parametrize("rows", [3, 37, 160])
-def test_an_epoch_uses_each_row_once_on_any_devices(rows):
+def test_an_epoch_uses_each_row_once_on_any_number_of_devices(rows):
     due = [rows, sum(map(tag, range(rows))) % 2**32]
     data = Rows(rows, weighted=True).data(16, num_val=5)
     layouts = (
@@ -69,7 +69,7 @@ def dropped(self, step, shard, seed):
 
 @pytest.mark.parametrize("placement", ["device", "host"])
 @pytest.mark.parametrize("fault", [repeated, dropped])
-def test_a_row_used_twice_or_not_at_all_ends_the_run(monkeypatch, fault, placement):
+def test_a_row_that_is_repeated_or_dropped_ends_the_run(monkeypatch, fault, placement):
     monkeypatch.setattr(Sampler, "true_strips", Sampler.strips, raising=False)
     monkeypatch.setattr(Sampler, "strips", fault)
     trainer = dpreg.Trainer(2, 4, placement=placement)
@@ -79,7 +79,7 @@ def test_a_row_used_twice_or_not_at_all_ends_the_run(monkeypatch, fault, placeme
     assert f" {153 - 8 * (fault is dropped)} rows with tags" in str(caught.value)
 
 
-def test_steps_that_were_not_taken_are_not_counted():
+def test_the_audit_does_not_count_steps_that_were_not_taken():
     data = Rows(160).data(16)
     data.train.y[100] = np.float32(1e38)
     trainer = dpreg.Trainer(5)

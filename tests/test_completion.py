@@ -115,7 +115,7 @@ def test_bash_completes_values(word, candidates, scripts, files):
     assert sorted(whole) == sorted(f"{flag}={candidate}" for candidate in candidates)
 
 
-def test_bash_puts_a_space_where_no_value_follows(scripts, files):
+def test_bash_appends_a_space_only_where_no_value_follows(scripts, files):
     assert bash(scripts, files, "--noaud") == (["--noaudit"], set())
     assert bash(scripts, files, "--num_sh") == (["--num_shards="], {"nospace"})
     assert bash(scripts, files, "--nothing") == ([], set())
@@ -169,7 +169,7 @@ def test_fish_completes(typed, candidates, scripts, files):
     assert sorted({name.removesuffix("=") if "=" not in typed else name for name in found}) == candidates
 
 
-def test_an_unknown_shell_is_one_line_and_no_script():
+def test_an_unknown_shell_is_refused_in_one_line_without_a_script():
     done = dpreg("--shell_completion=tcsh")
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == "dpreg: --shell_completion=tcsh: use bash or zsh or fish\n"

@@ -37,7 +37,7 @@ def raised(function, *arguments, **named):
     return str(caught.value)
 
 
-def test_no_default_of_a_setting_is_stated_twice():
+def test_the_default_of_each_setting_is_stated_only_in_config():
     """A signature or a field that has a setting's name takes its default from `Config`."""
     stated = []
     for module, tree in modules():
@@ -70,7 +70,7 @@ def test_no_default_of_a_setting_is_stated_twice():
     assert inspect.signature(dpreg.Trainer).parameters["num_shards"].default == 8  # as help() shows it
 
 
-def test_below_the_entry_points_nobody_knows_flags():
+def test_only_entry_points_read_flags():
     of_us = re.compile(rf"--(no)?({'|'.join(sorted({*NAMES, 'topology', 'flagfile', 'config_preset'}))})\b|--$")
     found = [
         (module, node.lineno, node.value)
@@ -82,7 +82,7 @@ def test_below_the_entry_points_nobody_knows_flags():
     assert not found
 
 
-def test_settings_are_spelled_when_a_message_is_made_and_not_at_import():
+def test_a_message_spells_settings_when_it_is_formatted_and_not_at_import():
     """A command makes `spell` write flags only after all imports."""
     for module, tree in modules():
         waiting = [*tree.body]
@@ -147,7 +147,7 @@ def diverge():
         ),
     ],
 )
-def test_a_message_names_settings_as_the_caller_does(cause, in_python, in_a_command, capsys):
+def test_a_message_spells_settings_as_the_caller_does(cause, in_python, in_a_command, capsys):
     assert raised(cause) == in_python
     with pytest.raises(SystemExit):
         cli._run_main(lambda argv: cause(), [])
@@ -181,7 +181,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize("name", WRONG)
-def test_a_trainer_and_a_config_refuse_the_same_values_in_the_same_words(name):
+def test_trainer_and_config_refuse_the_same_values_with_the_same_message(name):
     for value in WRONG[name]:
         said = raised(Config, **{name: value})
         assert said.startswith(f"{name}=")
@@ -191,7 +191,7 @@ def test_a_trainer_and_a_config_refuse_the_same_values_in_the_same_words(name):
 @pytest.mark.parametrize(
     "wrong", [{"noise": -1}, {"num_train": 0}, {"num_val": -1}, {"batch_size": 0}, {"seed": 2**31}]
 )
-def test_synthetic_rows_and_a_config_refuse_the_same_values_in_the_same_words(wrong):
+def test_synthetic_data_and_config_refuse_the_same_values_with_the_same_message(wrong):
     assert raised(dpreg.SyntheticRegressionData, w=[1.0], b=0.0, **wrong) == raised(Config, **wrong)
 
 
@@ -209,11 +209,11 @@ def test_synthetic_rows_and_a_config_refuse_the_same_values_in_the_same_words(wr
         (lambda num_devices: dpreg.start("cpu", num_devices), {"num_devices": 0}),
     ],
 )
-def test_models_and_rows_have_the_rules_of_a_config(make, wrong):
+def test_models_and_data_check_values_by_the_rules_of_config(make, wrong):
     assert raised(make, **wrong) == raised(Config, **wrong)
 
 
-def test_values_become_those_of_the_type_of_their_setting():
+def test_config_converts_values_to_the_type_of_their_setting():
     """A number of NumPy or a list is as good as a plain one, in what is written and compared, too."""
     found = Config(lr=np.float32(0.5), b=1, num_shards=np.int64(4), hidden=[8, np.int32(2)], w=np.array([1, 2]))
     same = Config(lr=0.5, b=1.0, num_shards=4, hidden=(8, 2), w=(1.0, 2.0))
@@ -224,5 +224,5 @@ def test_values_become_those_of_the_type_of_their_setting():
     assert raised(Config, w=(1, 10**400)) == "w=(1.0, inf): use a finite number"
 
 
-def test_each_reduction_that_can_be_chosen_is_known_to_the_step():
+def test_the_step_implements_each_reduction_that_can_be_chosen():
     assert tuple(REDUCTION_BY_NAME) == REDUCTIONS

@@ -173,7 +173,7 @@ def squares(self, params, X, y, state):
     return ((state.apply_fn({"params": params}, *X) - y) ** 2 / 2).mean()
 
 
-def test_ragged_weighted_rows_give_the_bits_of_a_loss_for_each_row():
+def test_a_mean_loss_gives_the_bits_of_a_per_row_loss_on_ragged_weighted_rows():
     mine, settings = with_loss(squares), {"reduction": "ordered", "num_devices": 3}
     trainer, theirs = d2l.Trainer(2, **settings), dpreg.Trainer(2, **settings)
     found = fit(trainer, mine(3, lr=0.1), rows(weighted=True))
@@ -181,7 +181,7 @@ def test_ragged_weighted_rows_give_the_bits_of_a_loss_for_each_row():
     assert trainer.engine.val_loss == theirs.val_loss
 
 
-def test_a_penalty_within_the_loss_is_exact():
+def test_a_penalty_inside_the_loss_is_exact():
     def penalised(self, params, X, y, state):
         other = state.apply_fn(
             {"params": {**params, "b": 0 * params["b"]}}, *X
@@ -194,7 +194,7 @@ def test_a_penalty_within_the_loss_is_exact():
     np.testing.assert_allclose(found, sgd_in_numpy(trainer.train_dataloader, 2, 0.05, decay=3), rtol=1e-4, atol=1e-6)
 
 
-def test_parts_of_the_loop_that_are_overridden_are_called():
+def test_overridden_methods_of_the_loop_are_called():
     class Trainer(d2l.Trainer):
         def prepare_batch(self, batch):
             return 2 * batch[0], batch[1]
@@ -254,7 +254,7 @@ def test_parts_of_the_loop_that_are_overridden_are_called():
         ("lr: float", "lr: float; training: bool = True", "has a field 'training', which no step sets"),
     ],
 )
-def test_a_slip_is_named_in_one_line(data, replaced, by, said):
+def test_a_mistake_in_the_code_of_the_chapter_is_reported_in_one_line(data, replaced, by, said):
     assert replaced in CHAPTER
     model = run(CHAPTER.replace(replaced, by)).LinearRegressionScratch(2, lr=0.03)
     with pytest.raises(dpreg.InputError) as caught:
@@ -281,7 +281,7 @@ class Net(d2l.Module):
         return optax.sgd(self.lr)
 
 
-def test_dropout_and_batch_norm_are_those_of_the_step_and_other_features_are_refused():
+def test_dropout_and_batch_norm_act_as_in_the_step_and_other_features_are_refused():
     class Theirs(dpreg.Module):
         lr: float
         setup, forward = Net.setup, Net.forward
@@ -302,7 +302,7 @@ def test_dropout_and_batch_norm_are_those_of_the_step_and_other_features_are_ref
         dpreg.Trainer(1).fit(Net(0.1), rows())
 
 
-def test_what_steps_by_hand_cannot_do_is_refused():
+def test_options_that_a_custom_loop_does_not_support_are_refused():
     class Mine(d2l.Trainer):
         def prepare_batch(self, batch):
             return batch
@@ -331,7 +331,7 @@ def test_what_steps_by_hand_cannot_do_is_refused():
         list(weighted)
 
 
-def test_a_data_module_of_the_book_gives_the_rows_of_its_arrays(data):
+def test_a_data_module_of_the_book_yields_the_rows_of_its_arrays(data):
     class Data(d2l.DataModule):
         def __init__(self, num_train, num_val, batch_size):
             self.save_hyperparameters()
@@ -366,7 +366,7 @@ def test_a_data_module_of_the_book_gives_the_rows_of_its_arrays(data):
         trainer.fit(model, d2l.DataModule())
 
 
-def test_a_key_draws_the_parameters_and_apply_init_may_be_overridden():
+def test_a_key_initializes_the_parameters_and_apply_init_may_be_overridden():
     class Ones(d2l.LinearRegressionScratch):
         def apply_init(self, dummy_input, key):
             assert dummy_input[0].shape == (1, 3)
@@ -397,7 +397,7 @@ def test_fit_epoch_of_dpreg_trains_one_epoch():
     np.testing.assert_array_equal(values(one.state.params), fit(other, dpreg.LinearRegressionScratch(3, 0.1), rows()))
 
 
-def test_the_board_draws_in_a_notebook_alone(monkeypatch):
+def test_the_board_draws_only_in_a_notebook(monkeypatch):
     class Handle(list):
         update = list.append
 

@@ -58,7 +58,7 @@ def parameters(summary):
     return np.array([summary["parameters"]["b"], *summary["parameters"]["w"].values()])
 
 
-def test_the_default_run_has_the_parameters_of_statsmodels(tables):
+def test_the_default_run_finds_the_parameters_of_statsmodels(tables):
     folder, x, targets = tables
     a = sm.add_constant(x)
     for name, flags, theirs in (
@@ -78,7 +78,7 @@ def test_the_default_run_has_the_parameters_of_statsmodels(tables):
         assert "for steps of an optimizer use --solver=sgd" in said
 
 
-def test_the_default_run_of_losses_with_kinks_is_at_the_optimum(tables):
+def test_the_default_run_of_a_nonsmooth_loss_reaches_the_optimum(tables):
     folder, x, targets = tables
     summary, *_ = fitted(folder, "price", "--loss=quantile", "--quantile=0.8")
     scaled = (x - x.mean(axis=0)) / x.std(axis=0)
@@ -91,7 +91,7 @@ def test_the_default_run_of_losses_with_kinks_is_at_the_optimum(tables):
     assert summary["train_loss"] == pytest.approx(-likely.mean(), rel=1e-6)
 
 
-def test_classes_that_can_be_told_apart_get_a_penalty_that_is_said(tables):
+def test_separable_classes_get_a_penalty_that_is_reported(tables):
     folder, x, targets = tables
     summary, lines, said = fitted(folder, "parted", "--loss=logistic")
     assert f"--l2={1 / 900!r}" in lines
@@ -131,7 +131,7 @@ def test_classes_that_can_be_told_apart_get_a_penalty_that_is_said(tables):
         (("--solver=exact",), "exact", None),
     ],
 )
-def test_the_solver_is_chosen_by_what_is_asked_and_one_line_says_why(tables, flags, solver, why):
+def test_the_flags_choose_the_solver_and_one_line_gives_the_reason(tables, flags, solver, why):
     _, lines, said = fitted(tables[0], "price", *flags)
     assert f"--solver={solver}" in lines
     assert (why is None) == ("solver " not in said)
@@ -147,7 +147,7 @@ def config_of(tables, name, **settings):
 
 @pytest.mark.parametrize("rows", [1, 40, 900, 70_000])
 @pytest.mark.parametrize("num_shards", [1, 3, 8, 300])
-def test_batches_and_epochs_fit_the_rows(tables, rows, num_shards, monkeypatch):
+def test_default_batch_size_and_epochs_fit_the_number_of_rows(tables, rows, num_shards, monkeypatch):
     rng = np.random.default_rng(0)
     data = dpreg.RegressionData(dpreg.ArraySource(rng.normal(size=(rows, 2)), np.ones(rows)))
     monkeypatch.setattr("dpreg.train.defaults.build_data", lambda config, progress: data)
@@ -163,13 +163,13 @@ def test_batches_and_epochs_fit_the_rows(tables, rows, num_shards, monkeypatch):
         assert again == config
 
 
-def test_what_is_chosen_depends_on_no_digit_that_machines_compute_differently(tables):
+def test_chosen_settings_do_not_depend_on_digits_that_differ_between_machines(tables):
     config, data, _ = read_rows(config_of(tables, "price", solver="sgd"))
     for value in (config.lr, config.l2, *constant_fit(config, data)):
         assert float(f"{value:.6g}") == value
 
 
-def test_settings_that_are_given_are_kept(tables):
+def test_settings_given_by_the_user_are_kept(tables):
     given = {"batch_size": 48, "max_epochs": 2, "lr": 0.5, "optimizer": "momentum", "lr_schedule": "linear"}
     config, *_ = read_rows(config_of(tables, "price", model="mlp", target_transform="log", **given))
     assert {name: getattr(config, name) for name in given} == given
@@ -180,7 +180,7 @@ def test_settings_that_are_given_are_kept(tables):
     ("loss", "optimizer"),
     [("squared", "sgd"), ("squared", "adam"), ("huber", "sgd"), ("absolute", "momentum"), ("quantile", "adam")],
 )
-def test_steps_with_default_settings_come_near_the_optimum_of_a_linear_model(tables, loss, optimizer):
+def test_sgd_with_default_settings_comes_near_the_optimum_of_a_linear_model(tables, loss, optimizer):
     """Of a target in the hundreds of thousands, and features from thousandths to ten thousands."""
     summary, *_ = fitted(tables[0], "price", "--solver=sgd", f"--loss={loss}", f"--optimizer={optimizer}")
     best, *_ = fitted(tables[0], "price", f"--loss={loss}")
@@ -188,14 +188,14 @@ def test_steps_with_default_settings_come_near_the_optimum_of_a_linear_model(tab
 
 
 @pytest.mark.parametrize("name", ["visits", "cost", "yes"])
-def test_steps_of_other_losses_come_near_the_optimum(tables, name):
+def test_sgd_with_other_losses_comes_near_the_optimum(tables, name):
     loss = {"visits": "poisson", "cost": "gamma", "yes": "logistic"}[name]
     summary, *_ = fitted(tables[0], name, "--solver=sgd", f"--loss={loss}")
     best, *_ = fitted(tables[0], name, f"--loss={loss}")
     assert summary["train_loss"] < 1.03 * best["train_loss"]
 
 
-def test_a_network_explains_what_a_line_does_whatever_the_unit_of_the_target(tables):
+def test_a_network_explains_as_much_as_a_linear_model_in_any_unit_of_the_target(tables):
     folder, x, targets = tables
     share = sm.OLS(targets["price"], sm.add_constant(x)).fit().rsquared
     summary, lines, _ = fitted(folder, "price", "--model=mlp", "--max_epochs=60")
@@ -203,7 +203,7 @@ def test_a_network_explains_what_a_line_does_whatever_the_unit_of_the_target(tab
     assert 1 - 2 * summary["train_loss"] > share - 0.05  # in units of the deviation of the target
 
 
-def test_biases_start_at_the_constant_fit(tables):
+def test_the_bias_starts_at_the_best_constant_prediction(tables):
     for name, loss, expected in (
         ("price", "squared", np.mean),
         ("price", "absolute", np.median),
@@ -220,7 +220,7 @@ def test_biases_start_at_the_constant_fit(tables):
     assert constant_fit(Config(), dpreg.SyntheticRegressionData([2.0], 1.0)) is None
 
 
-def test_a_solution_that_does_not_fit_into_memory_is_refused(tables, monkeypatch):
+def test_an_exact_solution_that_does_not_fit_into_memory_is_refused(tables, monkeypatch):
     monkeypatch.setattr("dpreg.solvers.solver.host_bytes", lambda: 1000)
     with pytest.raises(
         dpreg.InputError, match=r"an exact solution for 2 features needs .* GB of memory, and this machine"

@@ -76,7 +76,7 @@ def test_the_first_command_of_the_readme_trains(tmp_path):
     assert "error in estimating w" in run([*command, f"--workdir={tmp_path / 'w'}"], tmp_path)
 
 
-def test_the_notebook_is_the_first_page_and_runs():
+def test_the_notebook_has_the_content_of_the_first_page_and_runs():
     notebook = nbformat.read(PAGES[1].with_suffix(".ipynb"), as_version=4)
     code = [cell.source for cell in notebook.cells if cell.cell_type == "code"]
     assert code == [block.strip() for block in blocks(PAGES[1], "python")]
@@ -90,7 +90,7 @@ def test_the_notebook_is_the_first_page_and_runs():
     assert curve["text/plain"].startswith("train_loss")
 
 
-def test_links_lead_somewhere():
+def test_links_point_to_existing_files():
     for page in PAGES:
         for link in re.findall(r"\]\(([^)#]+)", page.read_text()):
             assert link.startswith("http") or (page.parent / link).exists(), f"{page.name}: {link}"

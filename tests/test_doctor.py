@@ -19,7 +19,7 @@ def findings(out):
     return {line[1]: line[0] for line in words if len(line) > 1 and line[1] in CHECKS}
 
 
-def test_all_is_well_and_nothing_is_left_behind(tmp_path):
+def test_the_doctor_passes_all_checks_and_leaves_no_files(tmp_path):
     done = forked.run(*MAIN, *DOCTOR, f"--workdir={tmp_path / 'a' / 'b'}")
     assert (done.returncode, done.stderr) == (0, "")
     assert findings(done.stdout) == dict.fromkeys(CHECKS, "ok")
@@ -30,7 +30,7 @@ def test_all_is_well_and_nothing_is_left_behind(tmp_path):
     assert not (tmp_path / "c").exists()
 
 
-def test_batches_and_checkpoints_that_cannot_be_are_found(tmp_path):
+def test_the_doctor_finds_impossible_batch_sizes_and_checkpoint_folders(tmp_path):
     done = forked.run(*MAIN, *DOCTOR, "--batch_size=33", f"--workdir={tmp_path}")
     assert done.returncode == 2
     assert findings(done.stdout) == dict.fromkeys(CHECKS, "ok") | {"rows": "WRONG"}
@@ -63,7 +63,7 @@ def patched(code, number, *flags):
         ("from dpreg import doctor; doctor.read_rows = lambda config: open('/nowhere')", "rows", "No such file"),
     ],
 )
-def test_what_is_wrong_in_one_process_is_found_by_all(tmp_path, fault, check, said):
+def test_a_fault_in_one_process_is_found_by_all_processes(tmp_path, fault, check, said):
     flags = (*DOCTOR, free_address(), "--num_processes=2", f"--workdir={tmp_path}")
     both = fault if check == "all-reduce" else ""  # the program has to be the same
     results = together(patched(both or "pass", 0, *flags), patched(fault, 1, *flags))
@@ -76,7 +76,7 @@ def test_what_is_wrong_in_one_process_is_found_by_all(tmp_path, fault, check, sa
     assert not findings(results[1][2])  # the first alone reports
 
 
-def test_other_rows_under_the_same_name_are_found(tmp_path):
+def test_the_doctor_finds_different_rows_under_the_same_name(tmp_path):
     starts = []
     flags = (*DOCTOR, free_address(), "--num_processes=2", f"--workdir={tmp_path / 'w'}", "--target=y")
     for number in range(2):
@@ -97,7 +97,7 @@ def test_other_rows_under_the_same_name_are_found(tmp_path):
         ("10.0.0.1:1", [["a", "10.0.0.1"], ["b", ""]], "resolves its own name to nothing"),
     ],
 )
-def test_addresses_that_other_hosts_cannot_reach_are_found(monkeypatch, coordinator, hosts, said):
+def test_the_doctor_finds_addresses_that_other_hosts_cannot_reach(monkeypatch, coordinator, hosts, said):
     monkeypatch.setattr(processes, "coordinator", lambda: coordinator)
     monkeypatch.setattr(doctor, "_allgather", lambda value: hosts)
     with pytest.raises(InputError, match=said):

@@ -66,7 +66,7 @@ def linear_run(w=(2, -3.4), num_train=1003, **arguments):
     return digest(trained(dpreg.LinearRegressionScratch(len(w), 0.03), data, reduction="ordered", **arguments))
 
 
-def test_ordered_holds_for_rows_generated_in_pieces_of_any_size():
+def test_ordered_holds_for_rows_generated_in_chunks_of_any_size():
     run = functools.partial(linear_run, (1.5, -2.7, 3.1, 0.3, -0.9), 5000)
     assert len({run(num_devices=n, placement=p) for n, p in ((1, "device"), (8, "device"), (3, "host"))}) == 1
 
@@ -106,7 +106,7 @@ class Noisy(dpreg.Module):
 
 
 @pytest.mark.parametrize("model", [Centred(3, 0.01), Noisy()])
-def test_models_that_take_rows_together_see_whole_shards_on_any_devices(model):
+def test_models_that_combine_rows_see_whole_shards_on_any_number_of_devices(model):
     def run(num_devices):
         return trained(model, Rows(1003).data(64), 1, num_devices)[0]
 
@@ -124,7 +124,7 @@ def network_run(optimizer, size, num_devices=8, num_val=0, **arguments):
 
 
 @pytest.mark.parametrize(("reduction", "rows"), [("pmean", 90), ("ordered", 1003)])
-def test_accumulated_batches_are_the_larger_batch_on_any_devices(reduction, rows):
+def test_accumulated_batches_equal_one_larger_batch_on_any_number_of_devices(reduction, rows):
     def trained(batch, accumulate, devices, backend="jit", placement="device"):
         trainer = dpreg.Trainer(
             3,
@@ -187,7 +187,7 @@ class WeightNormed(dpreg.Module):
 
 @pytest.mark.parametrize("inputs", [17, 33, 127])
 @pytest.mark.parametrize("optimizer", ["clip", "per-leaf norms", "sort", "weight norm"])
-def test_ordered_holds_for_whatever_an_update_computes_of_the_gradient(optimizer, inputs):
+def test_ordered_holds_for_any_function_of_the_gradient_in_the_update(optimizer, inputs):
     """Of it alone: the compiler would move that out of a loop that only the state changes in."""
     model = {
         "clip": dpreg.LinearRegressionScratch(inputs, 0.1),
@@ -204,7 +204,7 @@ def test_ordered_holds_for_whatever_an_update_computes_of_the_gradient(optimizer
 
 
 @pytest.mark.parametrize(("seed", "case"), [(42, 101), (43, 35), (51, 23), (52, 45)])
-def test_ordered_holds_for_the_cases_that_the_search_has_found(seed, case):
+def test_ordered_holds_for_the_failures_that_the_random_search_has_found(seed, case):
     """By tests/benchmarks/bits.py: squared gradients in the optimizer's state, and divisions by one scalar (attention).
 
     LLVM contracted the former into fused multiply-adds in some programs; XLA made products of the latter.
@@ -258,7 +258,7 @@ class Drawing(Net):
         return optax.chain(optax.add_noise(0.1, 0.5, 3), self.optimizer)
 
 
-def test_the_random_numbers_of_a_run_do_not_depend_on_the_settings_of_the_process():
+def test_random_numbers_of_a_run_do_not_depend_on_the_jax_settings_of_the_process():
     def run(num_devices):
         data = dpreg.SyntheticRegressionData([1.0, 2.0, 3.0], 4.2, num_train=203, num_val=21, batch_size=64)
         return digest(trained(Drawing(OPTIMIZERS["adam"]), data, 1, num_devices, reduction="ordered"))
@@ -385,7 +385,7 @@ def test_ordered_linear_holds_on_any_number_of_threads():
 
 
 @pytest.mark.parametrize("targets", [1, 2])
-def test_what_threads_add_up_in_another_way_is_said(caplog, targets):
+def test_products_whose_sums_depend_on_the_number_of_threads_cause_a_warning(caplog, targets):
     data = dpreg.RegressionData(dpreg.ArraySource(np.zeros((40, 3)), np.zeros((40, targets))), None, 8)
     model = dpreg.LinearRegressionScratch(3, 0.1, num_targets=targets)
     trained(model, data, 1, 2, reduction="ordered", num_shards=4)
@@ -401,7 +401,7 @@ class Features(dpreg.LinearRegressionScratch):
         return super().__call__(jnp.tanh(x @ jnp.eye(self.num_inputs)))
 
 
-def test_a_product_of_matrices_without_parameters_is_none_of_vectors(caplog):
+def test_a_matrix_product_without_parameters_causes_the_thread_warning(caplog):
     data, how = Rows(40).data(8), {"reduction": "ordered", "num_shards": 4}
     for model, said in ((dpreg.LinearRegressionScratch(3, 0.1), False), (Features(3, 0.1), True)):
         trained(model, data, 1, 2, **how)
@@ -472,7 +472,9 @@ def test_agrees_with_sgd_in_float64(reduction, backend, placement, weighted):
 
 @pytest.mark.parametrize("reduction", ["pmean", "ordered"])
 @pytest.mark.parametrize(("batch", "accumulate", "run"), [(256, 1, 8), (256, 3, 8), (24, 4, 4)])
-def test_agrees_with_float64_in_runs_of_rows_and_parts_of_batches(reduction, batch, accumulate, run, monkeypatch):
+def test_agrees_with_float64_for_any_strip_length_and_accumulated_batches(
+    reduction, batch, accumulate, run, monkeypatch
+):
     monkeypatch.setattr("dpreg.data.sampler._FEWEST_STRIPS", 8)
     monkeypatch.setattr(tuning, "_CHUNK_BYTES_ONE_CORE", 300)
     monkeypatch.setattr(tuning, "_CHUNK_BYTES_SHARED", 300)

@@ -16,7 +16,7 @@ SEED = 2026
 
 
 @pytest.mark.parametrize("kind", COUNTS)
-def test_strange_inputs_end_correct_or_refused_in_one_line_in_time(kind):
+def test_malformed_inputs_are_read_correctly_or_refused_in_one_line_in_time(kind):
     ends = set()
     for number in range(COUNTS[kind]):
         began, computed = time.monotonic(), time.process_time()

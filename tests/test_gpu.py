@@ -54,7 +54,7 @@ RUNS = {
 
 
 @pytest.mark.parametrize("flags", RUNS.values(), ids=RUNS)
-def test_a_run_ends_as_on_the_cpu(tmp_path, flags):
+def test_a_gpu_run_has_the_result_of_the_cpu_run(tmp_path, flags):
     found = trained(tmp_path / "gpu", *flags)
     finished("dpreg.main", "--config_preset=cpu", f"--workdir={tmp_path}/cpu", *flags)
     wanted = json.loads((tmp_path / "cpu" / "summary.json").read_text())
@@ -96,7 +96,7 @@ def test_ordered_bits_do_not_depend_on_the_number_of_gpus(tmp_path, model):
 
 
 @pytest.mark.parametrize("reduction", ["pmean", "ordered"])
-def test_a_killed_run_goes_on_to_the_same_bits(tmp_path, reduction):
+def test_a_killed_run_resumes_to_the_same_bits(tmp_path, reduction):
     flags = (*MLP, f"--reduction={reduction}", "--num_train=200000", "--max_epochs=10", "--checkpoint_every_steps=2000")
     whole = trained(tmp_path / "whole", *flags)
     command = [sys.executable, "-m", "dpreg.main", "--config_preset=gpu", f"--workdir={tmp_path}/killed", *flags]
@@ -124,7 +124,7 @@ for precision in ("float32", "bfloat16"):
 
 
 @pytest.mark.parametrize(("num_targets", "rounded"), [(1, (0, 1e-6)), (3, (1e-6, 4e-3))])
-def test_steps_of_the_whole_table_are_those_in_float64(tmp_path, num_targets, rounded):
+def test_full_batch_steps_agree_with_float64(tmp_path, num_targets, rounded):
     """Products of float32 are not rounded to TF32, of bfloat16 features with a vector neither, others in factors."""
     rng = np.random.default_rng(0)
     x = rng.standard_normal((4096, 256), np.float32)
@@ -146,7 +146,7 @@ def test_steps_of_the_whole_table_are_those_in_float64(tmp_path, num_targets, ro
         assert least <= np.linalg.norm(found - w) / np.linalg.norm(w) < most
 
 
-def test_the_doctor_and_the_plan_know_the_gpu(tmp_path):
+def test_the_doctor_and_the_plan_recognize_the_gpu(tmp_path):
     said = finished("dpreg.main", "--config_preset=gpu", "--mode=doctor")
     assert "WRONG" not in said
     assert "gpu" in said
@@ -158,7 +158,7 @@ def test_the_doctor_and_the_plan_know_the_gpu(tmp_path):
     assert told["capacity"] > 1e9
 
 
-def test_a_profile_has_the_kernels_of_the_steps(tmp_path):
+def test_a_profile_contains_the_kernels_of_the_steps(tmp_path):
     trained(tmp_path, "--profile=10:20")
     (trace,) = (tmp_path / "profile").rglob("perfetto_trace.json.gz")
     events = json.loads(gzip.decompress(trace.read_bytes()))["traceEvents"]

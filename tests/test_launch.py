@@ -37,7 +37,7 @@ def alone(tmp_path_factory):
 
 
 @pytest.mark.skipif(not shutil.which("mpirun"), reason="Open MPI is not installed")
-def test_open_mpi_trains_to_the_bits_of_one_process(tmp_path, alone):
+def test_an_open_mpi_run_gives_the_bits_of_one_process(tmp_path, alone):
     environment = os.environ | {"MPIRUN_FLAGS": "--allow-run-as-root --oversubscribe", "PYTHON": sys.executable}
     command = [LAUNCH / "mpi.sh", "2", *WORK, f"--workdir={tmp_path}"]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240)
@@ -49,7 +49,7 @@ def test_open_mpi_trains_to_the_bits_of_one_process(tmp_path, alone):
 @pytest.mark.faults
 @pytest.mark.skipif(not shutil.which("mpirun"), reason="Open MPI is not installed")
 @pytest.mark.parametrize("whom", ["a process", "the script"])
-def test_a_preempted_run_of_open_mpi_is_started_again_unless_it_was_told_to_stop(tmp_path, whom):
+def test_a_preempted_open_mpi_run_restarts_unless_it_was_asked_to_stop(tmp_path, whom):
     environment = os.environ | {"MPIRUN_FLAGS": "--allow-run-as-root --oversubscribe", "PYTHON": sys.executable}
     flags = [*WORK, "--num_train=20000", "--max_epochs=4", f"--workdir={tmp_path}", "--checkpoint_every_steps=100"]
     script = subprocess.Popen(
@@ -135,7 +135,7 @@ PartitionName=all Nodes=ALL Default=YES MaxTime=INFINITE State=UP
 
 @pytest.mark.faults
 @pytest.mark.skipif(not shutil.which("slurmctld") or os.geteuid() != 0, reason="needs Slurm and root to start it")
-def test_slurm_trains_to_the_bits_of_one_process(tmp_path, slurm, alone):
+def test_a_slurm_run_gives_the_bits_of_one_process(tmp_path, slurm, alone):
     log = tmp_path / "log"
     command = ["sbatch", "--wait", f"--output={log}", "--overcommit", "--ntasks=2", LAUNCH / "slurm.sbatch"]
     done = subprocess.run(
@@ -234,7 +234,7 @@ def check_fields(value, fields, path):
         assert type(value) is fields, path
 
 
-def test_the_jobset_has_fields_that_exist():
+def test_the_jobset_uses_only_fields_that_exist():
     *roles, jobset = yaml.safe_load_all((LAUNCH / "gke_jobset.yaml").read_text())
     assert [document["kind"] for document in roles] == ["ServiceAccount", "Role", "RoleBinding"]
     assert (jobset["apiVersion"], jobset["kind"]) == ("jobset.x-k8s.io/v1alpha2", "JobSet")
@@ -252,7 +252,7 @@ def test_the_jobset_has_fields_that_exist():
     assert {argument.removeprefix("--").partition("=")[0] for argument in container["args"]} <= known
 
 
-def test_every_launcher_says_what_was_run():
+def test_every_launcher_documents_what_was_not_run():
     for path in LAUNCH.iterdir():
         if path.suffix in (".sh", ".sbatch", ".yaml"):
             assert "Not run:" in path.read_text(), path.name

@@ -39,7 +39,7 @@ NIST = json.loads((pathlib.Path(__file__).parent / "nist.json").read_text())
 
 
 @pytest.mark.parametrize("name", [name for name in NIST if name != "source"])
-def test_the_certified_values_of_nist(name, tmp_path):
+def test_least_squares_reaches_the_certified_digits_of_nist(name, tmp_path):
     """From a table to the result in float64, on any number of devices: no set has fewer digits than NumPy reaches."""
     given = NIST[name]
     x, y = np.array(given["x"]), np.array(given["y"])
@@ -63,7 +63,7 @@ def test_the_certified_values_of_nist(name, tmp_path):
         assert digits(errors, given["standard_deviation"]) > min(least, 12)
 
 
-def test_longley_by_way_of_the_flags(tmp_path):
+def test_the_command_line_fits_longley_to_the_certified_values(tmp_path):
     given = NIST["Longley"]
     x = np.array(given["x"])
     pd.DataFrame({**{f"x{j}": c for j, c in enumerate(x.T)}, "y": given["y"]}).to_csv(tmp_path / "t.csv", index=False)
@@ -88,7 +88,7 @@ def test_longley_by_way_of_the_flags(tmp_path):
     assert "-3.48226e+06" in done.stdout
 
 
-def test_processes_meet_before_what_they_found_does(monkeypatch):
+def test_processes_synchronize_before_they_exchange_partial_results(monkeypatch):
     """One may have its rows done long before the others, and is not to be taken for dead."""
     met = []
     monkeypatch.setattr(processes, "allgather_text", lambda heartbeat: met.append(heartbeat))
@@ -104,7 +104,7 @@ def test_processes_meet_before_what_they_found_does(monkeypatch):
 
 
 @pytest.mark.parametrize("cuts", [(), (5,), range(1, 16)])
-def test_parts_of_longley_put_together(cuts):
+def test_combined_parts_of_longley_give_the_certified_values(cuts):
     given = NIST["Longley"]
     x, y = np.array(given["x"]), np.array(given["y"])[:, None]
     blocks = zip(np.split(x, list(cuts)), np.split(y, list(cuts)), strict=True)
@@ -117,7 +117,7 @@ def test_parts_of_longley_put_together(cuts):
 
 @pytest.mark.parametrize("loss", ["logistic", "poisson", "gamma"])
 @pytest.mark.parametrize("intercept", [True, False])
-def test_newton_finds_the_optimum_and_errors_of_statsmodels(loss, intercept):
+def test_newton_finds_the_optimum_and_standard_errors_of_statsmodels(loss, intercept):
     rng = np.random.default_rng(3)
     x = rng.normal(size=(3001, 3)) * [1, 30, 0.1] + [0, 100 * intercept, 0]
     z = x @ [0.5, 0.02, -3] - 2 * intercept
@@ -172,7 +172,7 @@ def test_newton_finds_the_optimum_and_errors_of_statsmodels(loss, intercept):
 
 
 @pytest.mark.parametrize("mean", [1e3, 1e6, 1e9])
-def test_newton_takes_large_counts(mean):
+def test_newton_fits_large_counts(mean):
     for seed in range(8):
         rng = np.random.default_rng(seed)
         x = rng.normal(size=(500, 2))
@@ -190,7 +190,7 @@ def test_newton_takes_large_counts(mean):
         )
 
 
-def test_newton_leaves_out_rows_without_weight():
+def test_newton_ignores_rows_of_weight_zero():
     rng = np.random.default_rng(0)
     x, y = rng.normal(size=200), rng.poisson(2.0, 200)
     found = [
@@ -202,14 +202,14 @@ def test_newton_leaves_out_rows_without_weight():
     np.testing.assert_allclose(found[0][0].w, found[1][0].w, rtol=1e-9)
 
 
-def test_no_degrees_of_freedom_are_no_proof():
+def test_without_degrees_of_freedom_there_is_no_significance():
     fit = RFactor.of(np.array([[1.0], [2.0]]), np.array([[2.0], [4.5]]), np.ones(2)).solve()
     assert all(np.isnan(part).all() for part in (*fit.standard_errors, *fit.p_values))
     assert "not used" not in str(summarize_fit(fit, ["x"]))
     assert "0 degrees of freedom" in str(summarize_fit(fit, ["x"]))
 
 
-def test_newton_says_where_there_is_no_optimum():
+def test_newton_reports_that_no_optimum_exists():
     x = np.linspace(-1, 1, 50)
     solver = Solver(dpreg.ArraySource(x, x > 0), Mesh(np.array(jax.devices()[:1]), ("data",)), 8)
     with pytest.raises(dpreg.InputError, match=r"no optimum within 30 steps.*l2"):
@@ -237,7 +237,7 @@ def diamonds():
 
 @pytest.mark.skipif(not DIAMONDS.exists(), reason="the table of diamonds is not here")
 @pytest.mark.parametrize("weighted", [False, True])
-def test_diamonds_are_fitted_as_statsmodels_fits_them(weighted):
+def test_the_fit_of_diamonds_agrees_with_statsmodels(weighted):
     x, y = diamonds()
     weight = np.random.default_rng(0).uniform(0.5, 2, len(y)) if weighted else np.ones(len(y))
     theirs = sm.WLS(y, sm.add_constant(x), weight).fit()
@@ -270,7 +270,7 @@ def test_diamonds_are_fitted_as_statsmodels_fits_them(weighted):
 
 
 @pytest.mark.parametrize("seed", range(8))
-def test_sums_of_products_give_what_the_decomposition_gives_or_nothing(seed):
+def test_the_normal_equations_agree_with_the_decomposition_or_are_rejected(seed):
     """Of features in any units, with weights, constants, categories of which one follows from the others, and zeros."""
     rng = np.random.default_rng(seed)
     n, d, t = int(rng.integers(20, 400)), int(rng.integers(1, 12)), int(rng.integers(1, 4))
@@ -301,7 +301,7 @@ def test_sums_of_products_give_what_the_decomposition_gives_or_nothing(seed):
                     np.testing.assert_allclose(ours, theirs, rtol=1e-9)
 
 
-def test_sums_of_products_are_not_trusted_with_what_they_lose():
+def test_the_normal_equations_are_rejected_where_they_lose_precision():
     rng = np.random.default_rng(0)
     x, one = rng.normal(size=(300, 3)), np.ones(300)
     y = x @ [[1], [2], [3]] + rng.normal(size=(300, 1))
@@ -322,7 +322,7 @@ def test_sums_of_products_are_not_trusted_with_what_they_lose():
 
 
 @pytest.mark.parametrize("l2", [0.0, 0.01])
-def test_wide_least_squares_are_those_of_the_decomposition_with_pivots(l2, monkeypatch):
+def test_wide_least_squares_agree_with_the_pivoted_decomposition(l2, monkeypatch):
     rng = np.random.default_rng(0)
     x = rng.normal(size=(900, 300)) @ (np.eye(300) + 0.02 * rng.normal(size=(300, 300)))
     r = RFactor.of(x, x[:, :2] + rng.normal(size=(900, 2)), np.ones(900))
@@ -339,7 +339,7 @@ def test_wide_least_squares_are_those_of_the_decomposition_with_pivots(l2, monke
         np.testing.assert_allclose(ours, theirs, rtol=1e-9)
 
 
-def test_collinear_and_constant_columns_are_named_and_change_nothing():
+def test_collinear_and_constant_columns_are_reported_and_change_nothing():
     rng = np.random.default_rng(1)
     x = rng.normal(size=(200, 3)) * [1, 1e4, 1e-4] + [0, 1e6, 0]
     y = x @ [1, 1e-3, 5e3] + 2 + rng.normal(size=200)
@@ -354,7 +354,7 @@ def test_collinear_and_constant_columns_are_named_and_change_nothing():
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
-def test_a_combination_is_found_whatever_its_rows_were_rounded_to(dtype):
+def test_a_linear_combination_is_detected_at_any_precision_of_the_rows(dtype):
     rng = np.random.default_rng(2)
     x = rng.normal([1, 5], size=(300, 2))
     x = np.column_stack([x, x.sum(axis=1), x[:, 0] + 1e-4 * rng.normal(size=300)])
@@ -365,7 +365,7 @@ def test_a_combination_is_found_whatever_its_rows_were_rounded_to(dtype):
     assert 3 in fit.kept
 
 
-def test_a_penalty_is_ridge_and_a_loss_is_that_of_the_rows():
+def test_the_penalty_is_ridge_and_the_reported_loss_excludes_it():
     source = Rows(300, weighted=True).source()
     x, y, weight = source.x.astype(np.float64), source.y.astype(np.float64), source.weight.astype(np.float64)
     triangle = RFactor.of(x, y, weight)
@@ -380,7 +380,7 @@ def test_a_penalty_is_ridge_and_a_loss_is_that_of_the_rows():
 
 
 @pytest.mark.parametrize("rows", [3, 37, 5000])
-def test_devices_do_not_change_a_bit(rows):
+def test_the_number_of_devices_does_not_change_a_bit_of_the_solution(rows):
     source = Rows(rows, num_inputs=2, weighted=rows > 3).source()
     found = [
         Solver(source, Mesh(np.array(jax.devices()[:devices]), ("data",)), 8).triangle().packed().tobytes()
@@ -393,7 +393,7 @@ def test_devices_do_not_change_a_bit(rows):
     assert (ours.rows, ours.weight) == (whole.rows, pytest.approx(whole.weight, rel=1e-12))
 
 
-def test_a_run_by_the_exact_solver_on_any_processes(tmp_path):
+def test_the_exact_solver_gives_the_same_bits_on_any_number_of_processes(tmp_path):
     work = ("--platform=cpu", "--solver=exact", "--num_train=1003", "--noise=0.5", "--w=1,-2,3")
     alone(tmp_path / "one", devices=3, work=work)
     several(2, tmp_path / "two", work=work)
@@ -410,7 +410,7 @@ def test_a_run_by_the_exact_solver_on_any_processes(tmp_path):
     assert found["not_used"] == []
 
 
-def test_a_run_by_sgd_says_how_far_it_is_from_the_best(tmp_path):
+def test_an_sgd_run_reports_its_distance_from_the_optimum(tmp_path):
     done = alone(tmp_path, "--max_epochs=1", devices=2, work=("--platform=cpu", "--noise=1"))
     found = json.loads((tmp_path / "summary.json").read_text())
     rows = dpreg.SyntheticRegressionData([2, -3.4], 4.2, 1.0).train[np.arange(1000)]
@@ -424,7 +424,7 @@ def test_a_run_by_sgd_says_how_far_it_is_from_the_best(tmp_path):
 
 @pytest.mark.parametrize("cuts", [(), (1,), (7, 500)])
 @pytest.mark.parametrize(("of_x", "of_y"), [(0.0, 1e15), (1e12, 0.0), (1e12, 1e15)])
-def test_columns_far_from_zero_keep_their_digits(of_x, of_y, cuts):
+def test_columns_with_large_means_keep_their_digits(of_x, of_y, cuts):
     rng = np.random.default_rng(0)
     offset = np.array([of_x, 0.0, 5.0])
     x = rng.normal(size=(1000, 3)) + offset
@@ -468,7 +468,7 @@ def test_gamma_regression_does_not_depend_on_the_unit_of_the_target(unit):
 
 
 @pytest.mark.parametrize("far", [400.0, 500.0, 600.0, 900.0])
-def test_a_step_that_overflows_is_taken_back(far):
+def test_newton_rejects_a_step_that_overflows(far):
     rng = np.random.default_rng(0)
     x = rng.normal(size=(2000, 1))
     y = rng.poisson(100 * np.exp(x[:, 0])).astype(float)
@@ -479,7 +479,7 @@ def test_a_step_that_overflows_is_taken_back(far):
 
 
 @pytest.mark.parametrize("unit", [1e-3, 1.0, 1e3, 1e8])
-def test_huber_regression_of_targets_of_any_size(unit):
+def test_huber_regression_does_not_depend_on_the_unit_of_the_target(unit):
     rng = np.random.default_rng(0)
     x = rng.normal(size=(700, 3))
     y = unit * (x @ [1.0, -2.0, 0.5] + rng.standard_t(3, 700))
@@ -490,7 +490,7 @@ def test_huber_regression_of_targets_of_any_size(unit):
     assert loss == pytest.approx(np.where(abs(error) < 1, error**2 / 2, abs(error) - 0.5).mean(), rel=1e-9)
 
 
-def test_the_null_deviance_of_a_nearly_perfect_fit_and_the_likelihood_of_weighted_rows():
+def test_null_deviance_of_a_near_perfect_fit_and_likelihood_of_weighted_rows_are_correct():
     rng = np.random.default_rng(0)
     x = rng.normal(size=(500, 2))
     y = x @ [1.0, 2.0] + 1e-7 * rng.normal(size=500)
@@ -511,7 +511,7 @@ def test_the_null_deviance_of_a_nearly_perfect_fit_and_the_likelihood_of_weighte
     assert one.bic is None
 
 
-def test_what_has_no_exact_solution_is_refused():
+def test_a_problem_without_an_exact_solution_is_refused():
     for settings in ({"loss": "huber", "intercept": False, "standardize": False}, {"l1": 1.0}):
         with pytest.raises(dpreg.InputError, match="no exact solution"):
             of_one_device(np.eye(3), np.ones(3)).solve(Config(**settings))

@@ -238,7 +238,7 @@ WRONG = {
         (PermissionError(13, "no", "file"), 2, "dpreg: file: no; repair it, or name another\n"),
     ],
 )
-def test_every_entry_point_ends_with_one_line(raised, code, said, capsys):
+def test_every_entry_point_reports_an_error_in_one_line(raised, code, said, capsys):
     def main(argv):
         raise raised
 
@@ -247,7 +247,7 @@ def test_every_entry_point_ends_with_one_line(raised, code, said, capsys):
     assert (end.value.code, capsys.readouterr().err) == (code, said)
 
 
-def test_an_error_takes_away_what_was_made_but_no_checkpoint(tmp_path):
+def test_an_error_removes_the_new_files_but_no_checkpoint(tmp_path):
     for name, kept in (("new/w", False), ("run", True)):
         with contextlib.suppress(InputError), make_folder(tmp_path / name) as folder:
             if kept:
@@ -258,7 +258,7 @@ def test_an_error_takes_away_what_was_made_but_no_checkpoint(tmp_path):
 
 
 @pytest.mark.parametrize("name", WRONG)
-def test_wrong_lines_are_told_in_one_line_with_what_to_do_and_leave_nothing(name, tmp_path):
+def test_a_wrong_command_is_refused_in_one_line_with_a_remedy_and_leaves_no_files(name, tmp_path):
     tables, here = tmp_path / "tables", tmp_path / "here"
     for file, text in _TABLES.items():
         (tables / file).parent.mkdir(parents=True, exist_ok=True)
@@ -295,6 +295,6 @@ def test_wrong_lines_are_told_in_one_line_with_what_to_do_and_leave_nothing(name
         (("--processes=2", "--max_restarts=-1"), "local: --max_restarts=-1: use 0 or more; see --help"),
     ],
 )
-def test_the_launcher_tells_what_is_wrong_in_one_line(flags, said):
+def test_the_launcher_reports_a_wrong_command_in_one_line(flags, said):
     done = subprocess.run([sys.executable, ROOT / "launch" / "local.py", *flags], capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (2, "", said + "\n")

@@ -19,7 +19,7 @@ from dpreg.step.digest import differ, digest_prediction, digest_training
 from dpreg.step.state import forward, initial_state
 
 
-def test_linear_model_starts_as_the_book_says():
+def test_linear_model_is_initialized_as_in_the_book():
     model = dpreg.LinearRegressionScratch(2000, lr=0.03, sigma=0.5)
     params = model.init(jax.random.key(3), jnp.zeros((1, 2000)))["params"]
     assert params["w"].shape == (2000, 1)
@@ -123,7 +123,7 @@ class Inherited(Deterministic):
 
 
 @pytest.mark.parametrize("kind", [Training, IsTraining, Deterministic, Both, Inherited])
-def test_a_model_learns_of_its_mode_by_any_name_that_flax_users_give_it(kind):
+def test_the_training_flag_of_a_model_may_have_any_name_common_in_flax(kind):
     x = np.random.default_rng(0).normal(size=(8, 3)).astype(np.float32)
     batch, key = {"x": jnp.asarray(x), "weight": jnp.ones(8)}, jax.random.key(1)
     state = initial_state(kind(), x, 0, np.dtype("float32"))
@@ -195,7 +195,7 @@ def noise_where_there_is_some(module, x, train):
         (object(), "object is no flax module"),
     ],
 )
-def test_a_model_that_dpreg_cannot_train_is_one_line(model, said):
+def test_a_model_that_dpreg_cannot_train_is_refused_in_one_line(model, said):
     with (
         jax.numpy_dtype_promotion("standard"),
         pytest.raises(dpreg.InputError, match=re.escape(said)) as caught,
@@ -204,7 +204,7 @@ def test_a_model_that_dpreg_cannot_train_is_one_line(model, said):
     assert "\n" not in str(caught.value)
 
 
-def test_a_batch_norm_may_be_frozen_on_purpose():
+def test_a_batch_norm_may_be_frozen():
     model = of(lambda _, x, train: nn.Dropout(0.5, deterministic=not train)(nn.BatchNorm(True)(x)))
     initial_state(model, np.ones((1, 3)), 0, np.dtype("float32"))
 
@@ -229,12 +229,12 @@ def linear(optimizer):
         ),
     ],
 )
-def test_an_optimizer_that_would_not_do_what_it_says_is_one_line(optimizer, said):
+def test_an_optimizer_that_would_not_work_as_documented_is_refused_in_one_line(optimizer, said):
     with pytest.raises(dpreg.InputError, match=re.escape(said)):
         initial_state(linear(optimizer), np.ones((1, 3)), 0, np.dtype("float32"))
 
 
-def test_an_optimizer_may_look_at_the_mean_loss():
+def test_an_optimizer_may_use_the_mean_loss():
     """`reduce_on_plateau` against gradient descent in float64, with a rate that is too high at first."""
     source = Rows(24, weighted=True).source()
     x, y, c = np.c_[source.x, np.ones(24)].astype(np.float64), source.y.astype(np.float64), np.float64(source.weight)
@@ -256,7 +256,7 @@ def test_an_optimizer_may_look_at_the_mean_loss():
     np.testing.assert_allclose(trainer.state.params["w"], theta[:3], rtol=1e-3)
 
 
-def test_a_float32_run_begins_alike_after_a_float64_run():
+def test_a_float32_run_starts_equally_after_a_float64_run():
     def leaves():
         state = initial_state(linear(optax.lbfgs(0.1, linesearch=None)), np.ones((1, 3)), 0, np.dtype("float32"))
         return [(leaf.dtype, np.asarray(leaf).tobytes()) for leaf in jax.tree.leaves(state)]
@@ -266,7 +266,7 @@ def test_a_float32_run_begins_alike_after_a_float64_run():
         assert leaves() == before
 
 
-def test_the_digest_of_a_computation_changes_with_what_is_computed_and_with_nothing_else():
+def test_the_digest_changes_if_and_only_if_the_computation_changes():
     class Other(Plain):
         def loss(self, prediction, target):
             return jnp.abs(prediction - target)[:, 0]
@@ -309,7 +309,7 @@ def test_the_digest_of_a_computation_changes_with_what_is_computed_and_with_noth
     assert digests(linear(None)) == (None, None)  # its flags say what it computes
 
 
-def test_a_setting_in_the_state_of_an_optimizer_is_part_of_what_a_run_computes():
+def test_the_digest_of_a_run_includes_settings_in_the_optimizer_state():
     def computation(rate):
         trainer = dpreg.Trainer(1, 1)
         trainer.prepare_data(Rows(16).data(8))
@@ -336,7 +336,7 @@ def with_method(name, base, *arguments):
         *(("data", name, "give rows by a dpreg.Source") for name in ("get_dataloader", "train_dataloader")),
     ],
 )
-def test_a_method_of_another_loop_is_refused_by_name(part, name, said):
+def test_a_hook_of_another_training_library_is_refused_by_name(part, name, said):
     parts = {
         "model": (dpreg.LinearRegressionScratch, 3, 0.1),
         "trainer": (dpreg.Trainer, 1),
@@ -348,7 +348,7 @@ def test_a_method_of_another_loop_is_refused_by_name(part, name, said):
     assert said in str(caught.value)
 
 
-def test_a_hook_of_an_object_is_refused_and_a_part_of_a_loss_is_not():
+def test_a_hook_set_on_an_instance_is_refused_and_a_helper_of_the_loss_is_not():
     trainer = dpreg.Trainer(1)
     trainer.fit_epoch = lambda: None
     with pytest.raises(dpreg.InputError, match=r"Trainer\.fit_epoch: dpreg does not call it"):
@@ -367,13 +367,13 @@ def test_a_hook_of_an_object_is_refused_and_a_part_of_a_loss_is_not():
     dpreg.Trainer(1).fit(Whole(3, 0.1), Rows(16).data(8))
 
 
-def test_a_method_added_to_a_class_of_dpreg_is_refused_as_well(monkeypatch):
+def test_a_hook_added_to_a_dpreg_class_is_refused(monkeypatch):
     monkeypatch.setattr(dpreg.Trainer, "fit_epoch", lambda self: None, raising=False)  # as `d2l.add_to_class` does
     with pytest.raises(dpreg.InputError, match=r"Trainer\.fit_epoch: dpreg does not call it"):
         dpreg.Trainer(1).fit(dpreg.LinearRegressionScratch(3, 0.1), Rows(16).data(8))
 
 
-def test_former_names_work_and_warn():
+def test_deprecated_names_work_and_warn():
     with pytest.deprecated_call(match="PermutedSource"):
         assert dpreg.Shuffled is dpreg.PermutedSource
     with pytest.deprecated_call(match="audit_total"):

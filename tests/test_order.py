@@ -23,7 +23,7 @@ def test_permute_is_a_bijection_and_the_same_in_numpy_and_jax(size):
     assert permute(0, size, 5, 2, 3) == there[0]
 
 
-def test_permute_takes_positions_in_any_memory_order():
+def test_permute_accepts_positions_in_any_memory_layout():
     position = np.arange(20_000, dtype=np.int32).reshape(200, 100)
     turned = permute(np.asfortranarray(position), np.int32(20_000), 1)
     np.testing.assert_array_equal(turned, permute(position, np.int32(20_000), 1))
@@ -35,7 +35,7 @@ def test_permute_depends_on_every_part_of_the_key():
 
 
 @pytest.mark.parametrize("size", [2, 3, 4, 5])
-def test_all_orders_of_a_few_rows_are_equally_frequent(size):
+def test_all_permutations_of_a_few_rows_are_equally_frequent(size):
     seeds = 50_000
     orders = permute(np.arange(size)[None], size, np.arange(seeds)[:, None], 1, 0)
     _, counts = np.unique(orders @ size ** np.arange(size), return_counts=True)
@@ -87,7 +87,7 @@ def test_every_row_is_used_exactly_once_an_epoch(shards, per_shard):
 @pytest.mark.parametrize(
     ("shards", "batch", "strip"), [(1, 256, 16), (2, 64, 8), (2, 24, 2), (4, 28, 1), (8, 64, 2), (3, 60, 4)]
 )
-def test_rows_stay_together_in_strips_that_every_epoch_orders_anew(shards, batch, strip):
+def test_rows_stay_together_in_strips_and_each_epoch_permutes_the_strips(shards, batch, strip):
     for rows in range(2100, 2117):
         sampler = Sampler(rows, shards, batch)
         assert sampler.strip_rows == strip
@@ -109,12 +109,12 @@ def test_rows_stay_together_in_strips_that_every_epoch_orders_anew(shards, batch
     ("rows", "shards", "batch", "strip"),
     [(1000, 8, 32, 1), (20_000, 8, 32, 4), (100_000, 8, 1024, 32), (40_000, 8, 4096, 32), (10**9, 1, 32, 4)],
 )
-def test_strips_are_short_beside_a_shard_and_a_batch(rows, shards, batch, strip):
+def test_strips_are_short_compared_with_a_shard_and_a_batch(rows, shards, batch, strip):
     assert Sampler(rows, shards, batch).strip_rows == strip
 
 
 @pytest.mark.parametrize("size", [2**31, 2**31 - 1, 2**16 + 1, 2**20, 999_999])
-def test_permute_stays_inside_and_apart_at_any_size(size):
+def test_permute_stays_in_range_and_is_injective_at_any_size(size):
     positions = np.unique(np.random.default_rng(0).integers(0, size, 50_000)).astype(np.uint32)
     there = permute(positions, size, 1).astype(np.int64)
     assert len(np.unique(there)) == len(positions)
@@ -123,14 +123,14 @@ def test_permute_stays_inside_and_apart_at_any_size(size):
     np.testing.assert_array_equal(permute(jnp.asarray(positions), np.uint32(size), 1), there)
 
 
-def test_a_hash_becomes_a_number_below_any_other():
+def test_a_hash_maps_uniformly_to_numbers_below_any_bound():
     words = np.random.default_rng(0).integers(0, 2**32, 1000, np.uint32)
     for size in (1, 2, 3, 1000, 2**15 + 1, 2**16):
         exact = (words.astype(np.uint64) * np.uint64(size)) >> np.uint64(32)
         np.testing.assert_array_equal(sampler._scaled(words, np.uint32(size)), exact)
 
 
-def test_padding_comes_last_and_empty_slots_are_all_padding():
+def test_padding_comes_last_and_shards_without_rows_are_all_padding():
     sampler = Sampler(11, 4, 16)
     assert sampler.positions(np.array(0), np.array(3), 0).tolist()[2:] == [2, 2]
     assert sampler.positions(np.array(0), np.array(5), 0).tolist() == [0, 0, 0, 0]

@@ -42,13 +42,13 @@ def installed(built, tmp_path_factory):
     return site
 
 
-def test_a_registry_would_take_both_files(built):
+def test_twine_accepts_the_sdist_and_the_wheel(built):
     files = sorted(map(str, built.iterdir()))
     assert [pathlib.Path(file).suffix for file in files] == [".whl", ".gz"]
     assert python("-m", "twine", "--no-color", "check", "--strict", *files).count("PASSED") == 2
 
 
-def test_the_wheel_has_every_module_the_types_the_templates_and_the_presets(installed):
+def test_the_wheel_contains_all_modules_types_templates_and_presets(installed):
     there = {str(path.relative_to(installed)) for path in installed.rglob("*") if path.is_file()}
     modules = {str(path.relative_to(ROOT)) for path in (pathlib.Path(ROOT) / "dpreg").rglob("*.py")}
     templates = {str(path.relative_to(ROOT)) for path in (pathlib.Path(ROOT) / "dpreg/outputs/html").iterdir()}
@@ -60,7 +60,7 @@ def test_the_wheel_has_every_module_the_types_the_templates_and_the_presets(inst
     assert "dpreg = dpreg.main:main" in points.read_text()
 
 
-def test_a_run_by_a_preset_from_an_empty_folder(installed, tmp_path):
+def test_a_preset_runs_from_an_empty_folder(installed, tmp_path):
     code = f"import sys; from dpreg.main import main; assert not {SLOW} & {{*sys.modules}}; main()"
     done = subprocess.run(
         [sys.executable, "-c", code, "--config_preset=cpu", "--max_epochs=1", "--workdir=w"],
@@ -75,7 +75,7 @@ def test_a_run_by_a_preset_from_an_empty_folder(installed, tmp_path):
     assert "<h1>synthetic</h1>" in (tmp_path / "w" / "report.html").read_text()
 
 
-def test_the_version_stands_in_the_changelog_and_the_citation():
+def test_the_changelog_and_the_citation_have_the_current_version():
     import dpreg
 
     assert f"## {dpreg.__version__}" in (pathlib.Path(ROOT) / "CHANGELOG.md").read_text()

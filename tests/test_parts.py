@@ -24,7 +24,7 @@ def found():
 
 
 @pytest.mark.parametrize("placement", ["device", "host"])
-def test_parts_give_the_bits_of_one_process_with_all_rows(found, placement):
+def test_rows_split_between_processes_give_the_bits_of_one_process_with_all_rows(found, placement):
     data = dpreg.RegressionData(parts.source(parts.ROWS, 1), parts.source(parts.HELD_OUT, 2), batch_size=16)
     expected = json.loads(json.dumps(parts.results(data, placement)[1]))
     for process in (0, 1):
@@ -33,7 +33,7 @@ def test_parts_give_the_bits_of_one_process_with_all_rows(found, placement):
     assert found[0]["fingerprint"] == found[1]["fingerprint"]
 
 
-def test_each_process_gets_the_predictions_of_its_own_rows(found):
+def test_each_process_receives_the_predictions_of_its_own_rows(found):
     own = [np.array(of_process["own predictions"]) for of_process in found]
     assert [len(rows) for rows in own] == [parts.CUTS[0], parts.ROWS - parts.CUTS[0]]
     for of_process in found:
@@ -61,12 +61,12 @@ def test_each_process_gets_the_predictions_of_its_own_rows(found):
         "shuffled": "give from_parts a PermutedSource of each part",
     }.items(),
 )
-def test_what_processes_do_not_give_alike_is_refused_in_all_of_them(found, case, said):
+def test_arguments_that_differ_between_processes_are_refused_in_all_of_them(found, case, said):
     for of_process in found:
         assert said in of_process["refusals"][case]
 
 
-def test_parts_of_one_process_are_its_rows():
+def test_from_parts_in_one_process_has_the_rows_of_that_process():
     rows = parts.source(30, 0)
     data = dpreg.RegressionData.from_parts(rows, batch_size=8)
     assert (data.train, data.val, data.batch_size) == (rows, None, 8)

@@ -36,7 +36,7 @@ def of(**changes):
     ],
     ids=["linear", "host", "accumulated", "clipped", "bfloat16"],
 )
-def test_a_linear_step_has_one_all_reduce_and_replaces_the_state(config):
+def test_a_linear_step_has_one_all_reduce_and_donates_the_state(config):
     found = plan(config)
     (one,) = found.collectives
     # Of w (2), b, the loss and the weights: float32.
@@ -46,20 +46,20 @@ def test_a_linear_step_has_one_all_reduce_and_replaces_the_state(config):
     assert found.memory.arguments > rows * (2 * 2 + 4 + 4) / 8  # of bfloat16 features at least
 
 
-def test_an_ordered_step_has_one_all_gather_and_one_device_none():
+def test_an_ordered_step_has_one_all_gather_and_on_one_device_none():
     (one,) = plan(of(reduction="ordered")).collectives
     assert (one.kind, one.size, one.devices, one.each_step) == ("all-gather", 8 * 5 * 4, 8, True)
     assert [c for c in plan(of(num_devices=1)).collectives if c.devices > 1] == []
 
 
-def test_a_perceptron_exchanges_its_gradient_at_once():
+def test_a_perceptron_reduces_its_whole_gradient_in_one_collective():
     found = plan(of(model="mlp", hidden=(16, 8), optimizer="momentum"))
     size = (2 * 16 + 16) + (16 * 8 + 8) + (8 + 1) + 2
     assert [(c.kind, c.size, c.each_step) for c in found.collectives] == [("all-reduce", 4 * size, True)]
     assert found.state_donated
 
 
-def test_what_the_compiler_for_gpus_is_told_is_known_to_it_and_xla_flags_come_first(monkeypatch):
+def test_the_gpu_compiler_options_exist_and_xla_flags_override_them(monkeypatch):
     """Its options are known to that of the CPU, too."""
     monkeypatch.setenv("XLA_FLAGS", "")
     told = tuning.compiler_options(REDUCTION_BY_NAME["ordered"], "gpu")
@@ -71,7 +71,7 @@ def test_what_the_compiler_for_gpus_is_told_is_known_to_it_and_xla_flags_come_fi
     assert "xla_gpu_autotune_level" not in tuning.compiler_options(REDUCTION_BY_NAME["ordered"], "gpu")
 
 
-def test_what_is_exchanged_in_each_part_of_a_step_counts_as_often():
+def test_a_collective_inside_a_loop_counts_once_for_each_iteration():
     config = of(model="mlp", hidden=(4,), batch_norm=True, sync_batch_norm=True, accumulate_steps=3, num_devices=2)
     found = plan(config)
     assert sorted({one.loops for one in found.collectives}) == [1, 2]  # the gradient, and within a part
@@ -89,14 +89,14 @@ def test_what_is_exchanged_in_each_part_of_a_step_counts_as_often():
     ],
     ids=["one", "ordered", "eight", "accumulated", "in parts"],
 )
-def test_operations_and_bytes_are_those_of_a_step(rows, changes):
+def test_operations_and_bytes_of_a_step_match_the_formula(rows, changes):
     """Of wide rows nearly all is in the products: x w and x^T g, a multiplication and an addition each."""
     found = plan(of(w=tuple(np.linspace(-1, 1, 512)), **changes))
     assert found.operations == pytest.approx(2 * 2 * rows * 512, rel=0.35 if rows < 32 else 0.1)
     assert found.bytes_moved == pytest.approx(rows * (512 + 3) * 4 + 2 * 513 * 4, rel=0.01)
 
 
-def test_the_compiled_step_computes_no_more_than_that():
+def test_the_compiled_step_computes_no_more_than_the_formula():
     """Of loops the compiler counts one turn: what lies outside grows with the steps of a call."""
     data = dpreg.SyntheticRegressionData(np.ones(512), 1.0, num_train=640, num_val=0, batch_size=64)
     model = dpreg.LinearRegressionScratch(512, 0.1)
@@ -108,7 +108,7 @@ def test_the_compiled_step_computes_no_more_than_that():
     assert counted(2) - (counted(4) - counted(2)) == pytest.approx(2 * 2 * 64 * 512, rel=0.1)
 
 
-def test_rows_held_out_take_memory_too():
+def test_held_out_rows_count_in_the_memory_of_a_plan():
     few, many = (plan(of(num_val=rows, num_devices=1)) for rows in (0, 5000))
     assert few.validation_bytes == 0
     assert many.validation_bytes == pytest.approx(5000 * (2 + 1 + 1) * 4, rel=0.1)
@@ -116,7 +116,7 @@ def test_rows_held_out_take_memory_too():
 
 
 @pytest.mark.parametrize(("reduction", "part"), [("pmean", 5 << 20), ("ordered", 4 << 19)])
-def test_the_rows_of_a_large_batch_are_copied_in_parts_that_stay_in_cache(reduction, part):
+def test_the_rows_of_a_large_batch_are_copied_in_chunks_that_fit_in_cache(reduction, part):
     """At most 5 MB, or those of a shard."""
     found = plan(of(w=(1.0,) * 512, num_devices=1, batch_size=8192, num_train=16384, reduction=reduction))
     rows = 16384 * (512 + 3) * 4
@@ -124,7 +124,7 @@ def test_the_rows_of_a_large_batch_are_copied_in_parts_that_stay_in_cache(reduct
     assert found.memory.temporaries < 1.1 * part < 8192 * 512 * 4
 
 
-def test_collectives_are_read_from_a_program():
+def test_collectives_are_parsed_from_the_program_text():
     class Compiled:
         def as_text(self):
             return """
@@ -153,11 +153,11 @@ ENTRY %main.9 (s: f32[1,6]) -> f32[8,6] {
 
 
 @pytest.mark.parametrize("name", ["v5e:2x2", "v5e:16x16", "v6e:4x8", "v4:2x2x1", "v5p:4x4x12", "v5p:16x16x24"])
-def test_slices_that_exist(name):
+def test_an_existing_slice_is_parsed(name):
     assert "x".join(map(str, chips.parse_topology(name).shape)) in name
 
 
-def test_an_exchange_goes_over_the_links_that_a_slice_has():
+def test_the_time_of_a_collective_follows_from_the_links_of_the_slice():
     # A whole v5e pod: each chip has 200 GB/s one way, half of the 51.2 TB/s that the documents have for 256 chips.
     assert chips.parse_topology("v5e:16x16").seconds("all-reduce", 10**9) == pytest.approx(0.01, rel=0.01)
     # Without a torus a chip of 2x2x1 has two of its six links: 3/4 of the bytes over 200 GB/s, twice; two hops, twice.
@@ -191,7 +191,7 @@ def test_an_exchange_goes_over_the_links_that_a_slice_has():
         ("v5p", "there is no such slice"),
     ],
 )
-def test_slices_that_do_not_exist(name, said):
+def test_a_slice_that_does_not_exist_is_refused(name, said):
     with pytest.raises(dpreg.InputError, match=said):
         chips.parse_topology(name)
 
@@ -202,7 +202,7 @@ def by_flags(*flags):
     )
 
 
-def test_an_exchange_of_gpus_is_as_fast_as_their_slowest_link():
+def test_the_time_of_a_gpu_collective_follows_from_the_slowest_link():
     gigabyte, ring = 10**9, 2 * (1 - 1 / 8)
     alone, apart = (chips.parse_topology(name).seconds("all-reduce", gigabyte) for name in ("h100:8", "h100:2x4"))
     assert alone == pytest.approx(ring * gigabyte / 450e9, rel=0.01)
@@ -210,7 +210,7 @@ def test_an_exchange_of_gpus_is_as_fast_as_their_slowest_link():
     assert chips.parse_topology("h100:1").seconds("all-reduce", gigabyte) == 0
 
 
-def test_by_flags(tmp_path):
+def test_the_plan_command_writes_its_results(tmp_path):
     done = by_flags("--flagfile=configs/cpu.cfg", f"--workdir={tmp_path}")
     assert done.returncode == 0, done.stderr
     assert "all-reduce of 20 bytes over 8 devices, each step (exchange/psum); a device sends 35" in done.stdout
@@ -234,7 +234,7 @@ def test_the_tpu_configuration_compiles_for_slices(topology, count, tmp_path):
     assert found["seconds"]["step"] > 0
 
 
-def test_no_step_on_a_slice_brings_whole_columns_into_another_form():
+def test_no_step_on_a_slice_changes_the_layout_of_whole_columns():
     pytest.importorskip("libtpu")
     program_of_step = """
 import os, re
@@ -282,7 +282,7 @@ def test_the_gpu_configuration_compiles_for_gpus(topology, count, tmp_path):
     assert 0 < found["seconds"]["exchange"] < found["seconds"]["step"] < 1e-3
 
 
-def test_what_goes_on_no_slice_is_one_line(tmp_path):
+def test_a_plan_that_fits_no_slice_is_refused_in_one_line(tmp_path):
     pytest.importorskip("libtpu")
     uneven = by_flags("--topology=v5p:4x4x4", "--flagfile=configs/tpu.cfg", "--batch_size=30")
     assert (uneven.returncode, len(uneven.stderr.splitlines())) == (2, 1)
@@ -294,7 +294,7 @@ def test_what_goes_on_no_slice_is_one_line(tmp_path):
 
 
 @pytest.mark.parametrize("reduction", ["pmean", "ordered"])
-def test_a_trainer_knows_what_its_step_exchanges(reduction):
+def test_a_trainer_reports_the_collectives_of_its_step(reduction):
     data = dpreg.SyntheticRegressionData([1.0, 2], 0.5, num_train=100, num_val=0)
     trainer = dpreg.Trainer(1, 8, reduction=reduction)
     trainer.fit(dpreg.LinearRegressionScratch(2, 0.1), data)

@@ -61,13 +61,13 @@ def test_ordered_gives_the_same_bits_in_any_precision(precision):
     assert len({run(1), run(3, placement="host"), run(8)}) == 1
 
 
-def test_bfloat16_of_one_feature_trains():
+def test_bfloat16_trains_with_a_single_feature():
     trainer = dpreg.Trainer(3, 2, precision="bfloat16")
     trainer.fit(dpreg.LinearRegressionScratch(1, 0.1), Rows(200, 1).data(32))
     assert trainer.train_loss < 0.4
 
 
-def test_a_run_in_float64_leaves_later_ones_alone():
+def test_a_float64_run_does_not_change_later_runs():
     def run(precision):
         model = Net(OPTIMIZERS["clip+momentum"])  # with dropout
         data = dpreg.RegressionData(of_float64(203), None, 64)
@@ -80,7 +80,7 @@ def test_a_run_in_float64_leaves_later_ones_alone():
 
 
 @pytest.mark.parametrize("placement", ["device", "host"])
-def test_bfloat16_rounds_features_and_nothing_else(placement):
+def test_bfloat16_rounds_only_features(placement):
     source, sampler = Rows(1003, 5, weighted=True).source(), Sampler(1003, 8, 64)
     model = dpreg.LinearRegressionScratch(5, 0.03)
     start = model.init(jax.random.key(0), source.x[:1])["params"]
@@ -101,7 +101,7 @@ def test_bfloat16_rounds_features_and_nothing_else(placement):
         np.testing.assert_allclose(trainer.state.params["b"], b, rtol=1e-6, atol=1e-7)
 
 
-def test_bfloat16_asks_for_products_with_sums_in_float32():
+def test_bfloat16_products_accumulate_in_float32():
     data = Rows(200).data(64)
     asked = {}
     for precision in ("float32", "bfloat16"):
@@ -124,7 +124,7 @@ def _predicted(trainer, x):
     return forward(dpreg.LinearRegressionScratch(3, 0.03), trainer.variables, batch, train=False, platform="tpu")[0]
 
 
-def test_a_predictor_of_float64():
+def test_a_float64_predictor_computes_in_float64():
     rng = np.random.default_rng(0)
     x, w = rng.normal(size=(1001, 3)), rng.normal(size=(3, 1))
     mesh = dpreg.Trainer(1, 8).mesh
@@ -135,7 +135,7 @@ def test_a_predictor_of_float64():
     np.testing.assert_allclose(np.concatenate(list(found)), x @ w + 0.1, rtol=1e-14, atol=1e-14)
 
 
-def test_a_run_in_float64_goes_on_to_the_same_bits(tmp_path):
+def test_a_float64_run_resumes_to_the_same_bits(tmp_path):
     work = ("--platform=cpu", "--precision=float64", "--noise=0.5", "--num_train=300", "--num_val=50")
     alone(tmp_path / "whole", "--max_epochs=2", devices=2, work=work)
     alone(tmp_path / "parts", "--max_epochs=1", devices=2, work=work)

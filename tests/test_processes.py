@@ -50,7 +50,7 @@ def expected(tmp_path_factory):
 
 
 @pytest.mark.parametrize(("count", "flags"), [(4, ()), (2, ("--backend=pmap", "--placement=host"))])
-def test_processes_give_the_bits_of_one(tmp_path, expected, count, flags):
+def test_several_processes_give_the_bits_of_one_process(tmp_path, expected, count, flags):
     (_, said, *_), *_ = several(count, tmp_path, *flags)
     assert any(f"8 cpu devices of {count} processes" in line for line in said), said
     assert outcome(tmp_path) == expected
@@ -65,13 +65,13 @@ def test_processes_give_the_bits_of_one(tmp_path, expected, count, flags):
         ("--num_train=3200", "--max_epochs=7", "--num_val=0"),  # 5 epochs of 100 steps in a block, and 2
     ],
 )
-def test_longer_blocks_in_one_process_than_in_two_change_no_bit(tmp_path, flags):
+def test_different_block_lengths_in_one_and_two_processes_change_no_bit(tmp_path, flags):
     several(2, tmp_path / "two", *flags)
     alone(tmp_path / "one", *flags)
     assert outcome(tmp_path / "two") == outcome(tmp_path / "one")
 
 
-def test_pmean_is_equal_to_rounding(tmp_path):
+def test_pmean_in_two_processes_agrees_up_to_rounding(tmp_path):
     several(2, tmp_path / "two", "--reduction=pmean")
     alone(tmp_path / "one", "--reduction=pmean")
     (_, two, *_), (_, one, *_) = outcome(tmp_path / "two"), outcome(tmp_path / "one")
@@ -104,7 +104,7 @@ for size in map(int, sys.argv[3:]):
 """
 
 
-def test_between_processes_each_averages_few_bytes_and_many_are_added():
+def test_processes_average_small_arrays_by_all_to_all_and_large_ones_by_all_reduce():
     few, many = 1 << 14, (1 << 14) + 1  # of 4 devices: 256 KB together
     address = free_address()
     of_both = together(*((("-c", MEANS, address, str(i), str(few), str(many)), (), ROOT) for i in range(2)))
@@ -147,9 +147,7 @@ def with_real_address(tmp_path):
 
 @pytest.mark.skipif(devices.cores() < 2, reason="one core")
 @pytest.mark.parametrize(("second", "several"), [([0, 1], True), ([0], False)])
-def test_processes_agree_whether_a_device_has_several_cores_and_listen_on_the_loopback_alone(
-    second, several, with_real_address
-):
+def test_processes_agree_on_cores_per_device_and_listen_only_on_the_loopback(second, several, with_real_address):
     """Or they would compile other programs, of other bits; or be reached by others."""
     cores, address = sorted(os.sched_getaffinity(0)), free_address()
     of_each = [[str(cores[core]) for core in of] for of in ([0, 1], second)]
@@ -161,7 +159,7 @@ def test_processes_agree_whether_a_device_has_several_cores_and_listen_on_the_lo
         assert "listens at {'127.0.0.1'}" in out
 
 
-def test_why_jax_does_not_start_is_told(monkeypatch):
+def test_the_reason_why_jax_does_not_start_is_reported(monkeypatch):
     def none():
         raise RuntimeError("no address\nfor this host")
 
@@ -170,7 +168,7 @@ def test_why_jax_does_not_start_is_told(monkeypatch):
         devices.start("cpu")
 
 
-def test_a_process_waits_for_another_while_that_one_shows_signs_of_life(monkeypatch, capfd):
+def test_a_process_waits_for_another_while_that_one_sends_heartbeats(monkeypatch, capfd):
     """A meeting calls its heartbeat with each second; what comes at last is returned."""
     late, signs, now = [], [], [0.0]
     clock = types.SimpleNamespace(monotonic=lambda: now[0])
@@ -234,7 +232,7 @@ trainer.fit(dpreg.LinearRegressionScratch(1, 1e-4), dpreg.RegressionData(rows, r
 
 @pytest.mark.faults
 @pytest.mark.parametrize("where", ["before", "while training"])
-def test_a_program_whose_other_process_does_not_come_ends_with_76_and_names_it(where):
+def test_a_program_that_misses_another_process_exits_with_76_and_names_it(where):
     """A program of the user's own, in Python: it has no other watchdog."""
     address = free_address()
     of_both = together(*((("-c", LOST, address, str(i), where if i else "nowhere"), (), ROOT) for i in range(2)))
@@ -251,7 +249,7 @@ def test_a_program_whose_other_process_does_not_come_ends_with_76_and_names_it(w
 
 @pytest.mark.faults
 @pytest.mark.parametrize(("victim", "how"), [(0, signal.SIGKILL), (1, signal.SIGSTOP)])
-def test_a_lost_process_costs_nothing_but_time(tmp_path, expected, victim, how):
+def test_a_run_that_loses_a_process_restarts_and_ends_with_the_same_result(tmp_path, expected, victim, how):
     # The first attempt alone is to start over.
     launcher = start(2, tmp_path, "--checkpoint_every_steps=50", "--resume=never", restarts=1)
     wait_until(lambda: complete(tmp_path), launcher)
@@ -266,7 +264,7 @@ def test_a_lost_process_costs_nothing_but_time(tmp_path, expected, victim, how):
 
 @pytest.mark.faults
 @pytest.mark.parametrize(("victim", "how"), [(2, signal.SIGKILL), (0, signal.SIGSTOP)])
-def test_without_a_launcher_the_others_end_with_76_within_15_seconds(tmp_path, victim, how):
+def test_without_a_launcher_the_other_processes_exit_with_76_within_15_seconds(tmp_path, victim, how):
     flags = (*WORK, "--max_epochs=10000", "--num_devices=2", free_address(), f"--workdir={tmp_path}")
     running = [forked.start(*MAIN, *flags, "--num_processes=3", f"--process_id={i}") for i in range(3)]
     try:
@@ -294,7 +292,7 @@ LONG = (
 
 
 @pytest.mark.faults
-def test_sigterm_to_one_process_saves_in_all_within_an_epoch_and_exits_75(tmp_path):
+def test_sigterm_to_one_process_makes_all_save_within_an_epoch_and_exit_with_75(tmp_path):
     epochs = "--max_epochs=30"
     often = ("--checkpoint_every_seconds=0.1", "--keep=1000")
     launcher = start(2, tmp_path / "w", epochs, *often, devices=1, work=LONG)
@@ -317,7 +315,7 @@ def test_sigterm_to_one_process_saves_in_all_within_an_epoch_and_exits_75(tmp_pa
 
 @pytest.mark.faults
 @pytest.mark.parametrize(("how", "exit_code"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
-def test_a_launcher_that_is_told_to_stop_starts_nothing_again(tmp_path, how, exit_code):
+def test_a_stopped_launcher_restarts_no_process(tmp_path, how, exit_code):
     launcher = start(
         2, tmp_path, "--checkpoint_every_seconds=0.3", "--max_epochs=10000", devices=1, restarts=3, work=LONG
     )
@@ -331,7 +329,7 @@ def test_a_launcher_that_is_told_to_stop_starts_nothing_again(tmp_path, how, exi
 
 
 @pytest.mark.faults
-def test_a_run_stopped_in_two_processes_goes_on_in_any_number(tmp_path, expected):
+def test_a_run_stopped_in_two_processes_resumes_in_any_number(tmp_path, expected):
     launcher = start(2, tmp_path / "w", "--checkpoint_every_steps=20")
     wait_until(lambda: complete(tmp_path / "w"), launcher)
     workers(launcher)[0].send_signal(signal.SIGTERM)
@@ -361,7 +359,7 @@ def faulty(number, fault, *flags):
 
 @pytest.mark.faults
 @pytest.mark.parametrize("who", [0, 1])
-def test_an_exception_in_one_process_ends_all_with_76_and_its_reason(tmp_path, who):
+def test_an_exception_in_one_process_ends_all_with_76_and_the_reason(tmp_path, who):
     flags = ("--platform=cpu", "--num_devices=2", free_address(), f"--workdir={tmp_path}")
     faults = ["", ""]
     faults[who] = "int('boom')"
@@ -374,7 +372,7 @@ def test_an_exception_in_one_process_ends_all_with_76_and_its_reason(tmp_path, w
 
 
 @pytest.mark.faults
-def test_a_process_that_hangs_is_ended_with_its_stacks(tmp_path):
+def test_a_hanging_process_is_ended_and_prints_its_stacks(tmp_path):
     """Its heartbeats go on: only the watchdog notices."""
     flags = ("--platform=cpu", "--num_devices=2", free_address(), f"--workdir={tmp_path}", "--step_timeout=4")
     results = together(faulty(0, "", *flags), faulty(1, "time.sleep(1000)", *flags))
@@ -384,7 +382,7 @@ def test_a_process_that_hangs_is_ended_with_its_stacks(tmp_path):
     assert "in validate" in said or "in <lambda>" in said
 
 
-def test_the_deadline_grows_with_the_slowest_wait_and_can_be_off(monkeypatch):
+def test_the_watchdog_limit_grows_with_the_slowest_wait_and_can_be_disabled(monkeypatch):
     watchdog = Watchdog()
     assert watchdog.limit == 600  # nothing is measured yet
     watchdog.begin()
@@ -435,7 +433,7 @@ def test_the_deadline_grows_with_the_slowest_wait_and_can_be_off(monkeypatch):
         ([], ["--num_processes=3"], "--num_processes is 2 in process 0 and 3 in process 1"),
     ],
 )
-def test_what_several_processes_cannot_do_is_one_line_in_each(tmp_path, first, second, said):
+def test_bad_settings_of_several_processes_are_refused_in_one_line_in_each(tmp_path, first, second, said):
     (tmp_path / "other").mkdir()
     common = ("--platform=cpu", "--num_devices=1", free_address(), "--num_processes=2", f"--workdir={tmp_path / 'w'}")
     starts = [
@@ -468,7 +466,7 @@ def roll(port, *others, num_processes=3):
     return [results[name] for name in range(-1, len(others))]
 
 
-def test_the_roll_call_tells_all_what_is_wrong(monkeypatch, capfd):
+def test_the_rendezvous_reports_errors_to_all_processes(monkeypatch, capfd):
     port = int(free_address().rpartition(":")[2])
     assert roll(port, (1, 3), (2, 3)) == [None, None, None]
     for error in roll(port, (1, 3), (1, 3)):
@@ -483,7 +481,7 @@ def test_the_roll_call_tells_all_what_is_wrong(monkeypatch, capfd):
         rendezvous.join_rendezvous("127.0.0.1", port, 2, 1)
 
 
-def test_a_process_0_that_stops_during_the_roll_call_is_noticed(monkeypatch, capfd):
+def test_a_process_0_that_stops_during_the_rendezvous_is_detected(monkeypatch, capfd):
     monkeypatch.setattr(rendezvous, "HEARTBEAT_SECONDS", 0.5)
     monkeypatch.setattr(rendezvous, "JOIN_SECONDS", 2)
     with socket.create_server(("127.0.0.1", 0)) as listener:
@@ -549,7 +547,7 @@ def connected(port):
             time.sleep(0.01)
 
 
-def test_no_stranger_at_the_port_costs_a_run_more_than_a_line(monkeypatch, capfd):
+def test_foreign_connections_to_the_port_cost_a_run_only_one_log_line(monkeypatch, capfd):
     """Bytes of all kinds, twelve connections that say nothing, one that drips: all at once, before the processes."""
     port, results = int(free_address().rpartition(":")[2]), []
     monkeypatch.setattr(rendezvous, "_MOST_UNKNOWN", 20)
@@ -587,7 +585,7 @@ def test_no_stranger_at_the_port_costs_a_run_more_than_a_line(monkeypatch, capfd
     assert "process 0 ignores a connection from 127.0.0.1, which is no process of this run" in line
 
 
-def test_process_0_closes_a_connection_that_says_nothing_in_time(monkeypatch, capfd):
+def test_process_0_closes_a_connection_that_stays_silent(monkeypatch, capfd):
     monkeypatch.setattr(rendezvous, "_HELLO_SECONDS", 0.3)
     port, results = int(free_address().rpartition(":")[2]), []
     zero = threading.Thread(target=lambda: results.append(rendezvous.serve_rendezvous("127.0.0.1", port, 2)))
@@ -612,13 +610,13 @@ def test_process_0_closes_a_connection_that_says_nothing_in_time(monkeypatch, ca
         b"y" * 100_000,
     ],
 )
-def test_a_process_that_finds_a_stranger_for_process_0_tries_again_and_then_says_so(monkeypatch, said):
+def test_a_process_that_finds_a_foreign_server_retries_and_then_reports_it(monkeypatch, said):
     monkeypatch.setattr(rendezvous, "JOIN_SECONDS", 0.5)
     with answering(said) as port, pytest.raises(ProcessLost, match="what answers there is no process 0 that waits"):
         rendezvous.join_rendezvous("127.0.0.1", port, 2, 1)
 
 
-def test_a_port_that_is_taken_is_noticed():
+def test_a_port_in_use_is_reported():
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         listener.listen()

@@ -26,7 +26,7 @@ def members():
                     yield cls, member, vars(cls).get(member)
 
 
-def test_all_that_is_public_is_documented():
+def test_all_public_names_are_documented():
     """Functions and properties by a docstring of their own, other attributes in that of their class."""
     lacking = [name for name in dpreg.__all__ if not getattr(dpreg, name).__doc__]
     for cls, name, what in members():
@@ -40,19 +40,19 @@ def test_all_that_is_public_is_documented():
     assert not lacking
 
 
-def test_the_package_says_where_each_name_belongs():
+def test_the_package_docstring_lists_each_public_name():
     for name in dpreg.__all__:
         assert f"`{name}`" in dpreg.__doc__
 
 
-def test_all_that_is_public_has_a_short_example():
+def test_all_public_names_have_a_short_example():
     """Which runs: pytest collects them, of `dpreg/`."""
     for name in dpreg.__all__:
         (example,) = re.findall(r"(?:^ *(?:>>>|\.\.\.).*\n?)+", getattr(dpreg, name).__doc__, re.MULTILINE)[:1] or [""]
         assert 0 < len(example.splitlines()) < 9, name
 
 
-def test_pdoc_makes_a_page_of_the_public_list(tmp_path):
+def test_pdoc_renders_a_page_with_all_public_names(tmp_path):
     command = [sys.executable, "-m", "pdoc", "--docformat", "google", "dpreg", "-o", str(tmp_path)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr

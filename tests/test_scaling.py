@@ -21,7 +21,7 @@ from dpreg.scaling import Measurement, extrapolate
 SHOWN = pathlib.Path(ROOT) / "docs" / "6-scale.md"  # whose command is run here
 
 
-def test_latency_and_bandwidth_are_found_again():
+def test_latency_and_bandwidth_are_recovered_from_times():
     seconds = {size: 2e-5 + size / 3e9 for size in (24, 4096, 65_536, 1 << 20, 4 << 20)}
     found = Exchange.fit(4, seconds)
     assert (found.latency, found.bandwidth) == (pytest.approx(2e-5), pytest.approx(3e9))
@@ -40,7 +40,7 @@ def test_latency_and_bandwidth_are_found_again():
     assert (through_0.latency, through_0.bandwidth) == (0.0, pytest.approx(1 / slope))
 
 
-def test_devices_pay_until_each_does_half_of_what_one_does_alone():
+def test_the_recommended_number_of_devices_keeps_an_efficiency_of_one_half():
     # A step of 1 ms, 0.1 ms of which are not shared; sums of 10 us over two, 20 over four.
     exchange = Exchange(2, 1e-5, 1e12, 0.0, {})
     runs = [
@@ -59,7 +59,7 @@ def test_devices_pay_until_each_does_half_of_what_one_does_alone():
 
 @pytest.mark.faults
 @pytest.mark.skipif(devices.cores() < 2, reason="one core")
-def test_a_run_on_one_core_and_on_two(tmp_path):
+def test_scaling_measures_a_run_on_one_and_two_cores(tmp_path):
     (command,) = re.findall(r"^python (-m dpreg.scaling .*)$", SHOWN.read_text(), re.MULTILINE)
     done = subprocess.run(
         [sys.executable, *command.split(), f"--workdir={tmp_path}"],
@@ -88,14 +88,14 @@ def test_a_run_on_one_core_and_on_two(tmp_path):
     assert shown.count("http") == 0
 
 
-def test_a_run_that_diverges_is_one_line():
+def test_a_run_that_diverges_is_reported_in_one_line():
     command = [sys.executable, "-m", "dpreg.scaling", "--platform=cpu", "--lr=1e9", "--num_val=0"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 3
     assert "a run on 1 device: the loss is not finite at step" in done.stderr.splitlines()[-1]
 
 
-def test_a_stopped_scaling_leaves_no_run_behind():
+def test_a_stopped_scaling_measurement_leaves_no_process():
     command = [sys.executable, "-m", "dpreg.scaling", "--platform=cpu", "--num_train=100000", "--max_epochs=10000"]
     scaling = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     try:

@@ -91,7 +91,7 @@ EXACT, STEPS = ("squared", "poisson", "logistic", "softmax", "l2"), ("gamma", "l
 @pytest.mark.parametrize(
     ("name", "solver"), [(name, "exact") for name in EXACT] + [(name, "sgd") for name in EXACT + STEPS]
 )
-def test_coefficients_are_those_of_the_optimum(name, solver):
+def test_coefficients_agree_with_the_optimum_of_scikit_learn(name, solver):
     steps = {} if solver == "exact" else PATHS.get(name, PATHS["huber"]) | {"batch_size": ROWS}
     y, scaler = targets(name), StandardScaler().fit(X)
     theirs = {
@@ -120,7 +120,7 @@ def test_coefficients_are_those_of_the_optimum(name, solver):
         assert 0 < (ours.coef_ == 0).sum() < 4
 
 
-def test_sums_of_softmax_are_those_of_its_loss_differentiated():
+def test_the_sums_for_softmax_agree_with_automatic_differentiation():
     rng = np.random.default_rng(3)
     theta, x = rng.normal(size=(3, 4)), rng.normal(size=(20, 2))
     y, weight = rng.integers(0, 4, (20, 1)).astype(float), rng.random(20)
@@ -147,7 +147,7 @@ def test_sums_of_softmax_are_those_of_its_loss_differentiated():
     ],
     ids=["squared", "poisson", "huber", "classes"],
 )
-def test_weights_count_as_repeated_rows(estimator):
+def test_integer_weights_are_equivalent_to_repeated_rows(estimator):
     y = targets("logistic" if isinstance(estimator, DataParallelClassifier) else "poisson")
     weight = np.random.default_rng(2).integers(0, 4, ROWS)
     by_weight = clone(estimator).fit(X[:300], y[:300], weight[:300])
@@ -166,7 +166,7 @@ def test_weights_count_as_repeated_rows(estimator):
     ],
     ids=["least squares", "newton and steps", "mlp"],
 )
-def test_the_same_bits_on_any_number_of_devices(estimator):
+def test_estimators_give_the_same_bits_on_any_number_of_devices(estimator):
     y = targets("softmax" if isinstance(estimator, DataParallelClassifier) else "squared")
     found = []
     for num_devices in (1, 2, 8):
@@ -198,7 +198,7 @@ def test_a_pickle_predicts_the_same_in_another_process(estimator, tmp_path):
     np.testing.assert_array_equal(np.load(tmp_path / "found.npy"), expected)
 
 
-def test_tables_give_their_names():
+def test_data_frames_provide_the_feature_names():
     names, y = ["a", "b", "c", "d"], targets("squared")
     of_arrays = DataParallelRegressor().fit(X, y)
     frame = pandas.DataFrame(X, columns=names)
@@ -214,7 +214,7 @@ def test_tables_give_their_names():
 
 
 @pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")  # of three steps
-def test_partial_fit_goes_on_from_where_it_was():
+def test_partial_fit_continues_from_the_current_state():
     y = targets("squared")
     exact = DataParallelRegressor(l2=0.1)
     for part in np.array_split(np.arange(ROWS), 7):
@@ -239,7 +239,7 @@ def test_partial_fit_goes_on_from_where_it_was():
         classifier.partial_fit(X[:2], [0, 7])
 
 
-def test_large_means_are_reached_by_steps():
+def test_sgd_fits_targets_with_a_large_mean():
     x = np.random.default_rng(0).normal(size=(300, 4))
     y = np.exp(14 + x @ [0.3, -0.2, 0.1, 0]) * np.random.default_rng(1).gamma(3, 1 / 3, 300)
     ours = DataParallelRegressor("gamma").fit(x, y)
@@ -248,7 +248,7 @@ def test_large_means_are_reached_by_steps():
     np.testing.assert_allclose(ours.coef_, theirs.coef_, atol=0.02)
 
 
-def test_sorted_rows_train_as_mixed_ones_do():
+def test_sorted_rows_train_as_well_as_shuffled_rows():
     iris = load_iris()  # sorted by class
     order = np.random.default_rng(0).permutation(len(iris.target))
     for model in (DataParallelClassifier(solver="sgd"), DataParallelClassifier(model="mlp", hidden=(16,))):
@@ -261,7 +261,7 @@ def test_sorted_rows_train_as_mixed_ones_do():
     assert np.abs(found.predict(X) - y).mean() < 1.002 * np.abs(best.predict(X) - y).mean()
 
 
-def test_in_pipelines_and_searches():
+def test_estimators_work_in_pipelines_and_searches():
     y = targets("logistic") == "yes"
     grid = {"dataparallelclassifier__l2": [1e-3, 1e2], "dataparallelclassifier__standardize": [True, False]}
     search = GridSearchCV(make_pipeline(StandardScaler(), DataParallelClassifier()), grid, cv=3).fit(X, y)
@@ -272,7 +272,7 @@ def test_in_pipelines_and_searches():
     np.testing.assert_array_equal(again.predict_proba(X), search.predict_proba(X))
 
 
-def test_several_targets_and_few_rows():
+def test_estimators_fit_several_targets_and_few_rows():
     y = np.c_[targets("squared"), X @ [1, 2, 3, 4]]
     linear, theirs = DataParallelRegressor().fit(X, y), linear_model.LinearRegression().fit(X, y)
     np.testing.assert_allclose(linear.coef_, theirs.coef_, rtol=1e-6)
@@ -299,7 +299,7 @@ def test_several_targets_and_few_rows():
     np.testing.assert_allclose(doubled.coef_[:, 5], 0, atol=1e-12)
 
 
-def test_modules_of_the_user():
+def test_estimators_train_a_module_of_the_user():
     y = targets("absolute") / 1000
     foreign = DataParallelRegressor(model=Foreign(), standardize=True).fit(X, y)
     best = linear_model.QuantileRegressor(quantile=0.5, alpha=0).fit(X, y)
@@ -322,7 +322,7 @@ def test_modules_of_the_user():
         ({"loss": "gamma"}, "the target in row 4 is -5 and has to be above 0"),
     ],
 )
-def test_what_cannot_be_fitted_is_one_line(arguments, said):
+def test_input_that_cannot_be_fitted_is_refused_in_one_line(arguments, said):
     y = np.abs(targets("squared")) + 1
     y[3] = -5
     with pytest.raises(dpreg.InputError, match=said):
@@ -348,7 +348,7 @@ def test_scikit_learn_is_optional():
     [np.full((ROWS, 1), 0.1), np.c_[X[:, 1] / 3 + 0.1, X[:, 1] / 7], X[:, :1] + X[:, 3:]],
     ids=["constant", "linear", "sum"],
 )
-def test_columns_that_say_nothing_new_have_no_say_in_the_exact_solution(more):
+def test_redundant_columns_do_not_change_the_exact_solution(more):
     """About their means nothing is left of them but rounding."""
     y = Z + np.random.default_rng(1).normal(size=ROWS)
     wanted = linear_model.LinearRegression().fit(X, y).predict(X)
@@ -358,7 +358,7 @@ def test_columns_that_say_nothing_new_have_no_say_in_the_exact_solution(more):
 
 
 @pytest.mark.parametrize("weight", [2.0**-160, 2.0**130])  # float32 holds neither
-def test_all_weights_times_a_number_change_nothing(weight):
+def test_scaling_all_weights_changes_nothing(weight):
     arguments = {"loss": "huber", "max_epochs": 2}
     coefs = [
         DataParallelRegressor(**arguments).fit(X, Z, sample_weight=np.full(ROWS, of)).coef_ for of in (weight, 1.0)
@@ -366,7 +366,7 @@ def test_all_weights_times_a_number_change_nothing(weight):
     np.testing.assert_array_equal(*coefs)
 
 
-def test_no_weight_at_all_is_said_before_there_are_no_classes(monkeypatch):
+def test_weights_that_are_all_zero_are_reported_before_missing_classes(monkeypatch):
     # As old versions of scikit-learn.
     monkeypatch.setattr("dpreg.estimators.base._check_sample_weight", lambda weight, *_, **__: weight)
     with pytest.raises(ValueError, match="zero in every row"):
@@ -375,7 +375,7 @@ def test_no_weight_at_all_is_said_before_there_are_no_classes(monkeypatch):
 
 @pytest.mark.parametrize(("loss", "quantile"), [("absolute", 0.5), ("quantile", 0.9), ("quantile", 0.05)])
 @pytest.mark.parametrize("weighted", [False, True])
-def test_quantiles_are_those_of_a_linear_program(loss, quantile, weighted):
+def test_quantile_regression_agrees_with_a_linear_program(loss, quantile, weighted):
     rng = np.random.default_rng(0)
     x = rng.normal(size=(203, 3)) * [1, 10, 0.1] + [3, 0, 1]
     y = x @ [3, -2, 1] + 4 + rng.standard_t(2, size=203)
@@ -397,14 +397,14 @@ def test_robust_losses_reach_the_optimum_of_rows_without_noise(loss):
 
 
 @pytest.mark.parametrize("loss", ["huber", "absolute", "gamma"])
-def test_steps_that_end_far_from_the_optimum_warn(loss):
+def test_sgd_that_ends_far_from_the_optimum_warns(loss):
     x = np.random.default_rng(0).normal(size=(200, 3))
     y = np.exp(x @ [0.9, -0.6, 0.3]) if loss == "gamma" else x @ [3, -2, 1]
     with pytest.warns(ConvergenceWarning, match="max_epochs=2 ended far from the optimum"):
         DataParallelRegressor(loss, solver="sgd", max_epochs=2, lr=0.001).fit(x, y)
 
 
-def test_a_constant_column_has_no_weight_whatever_the_solver():
+def test_a_constant_column_has_coefficient_zero_with_either_solver():
     x = np.c_[np.random.default_rng(0).normal(size=(200, 2)), np.full(200, 17.0)]
     y = x @ [3, -2, 0] + 5
     for arguments in ({"solver": "sgd"}, {"solver": "sgd", "standardize": False}, {"loss": "huber"}, {}):
@@ -417,7 +417,7 @@ def test_a_constant_column_has_no_weight_whatever_the_solver():
     np.testing.assert_array_equal(mlp.predict(other), mlp.predict(x))
 
 
-def test_a_perceptron_takes_features_that_float32_holds_only_scaled():
+def test_a_perceptron_accepts_features_that_fit_in_float32_only_after_scaling():
     x = np.random.default_rng(0).normal(size=(80, 2))
     fits = [DataParallelRegressor(model="mlp", hidden=(4,), max_epochs=1).fit(c * x, x[:, 0]) for c in (1.0, 2.0**140)]
     np.testing.assert_allclose(fits[1].predict(2.0**140 * x), fits[0].predict(x), rtol=1e-5)
@@ -425,7 +425,7 @@ def test_a_perceptron_takes_features_that_float32_holds_only_scaled():
 
 @pytest.mark.parametrize("loss", ["squared", "huber", "poisson"])
 @pytest.mark.parametrize(("small", "large"), [(1e-12, 1e6), (1e-9, 1e9)])
-def test_what_rounding_leaves_of_a_combination_is_no_direction(loss, small, large):
+def test_the_rounding_residue_of_a_linear_combination_is_not_a_direction(loss, small, large):
     """Of a dropped column more is left in absolute terms than another column has in all."""
     z = np.random.default_rng(0).normal(size=(120, 2))
     x, y = np.c_[small * z[:, 0], large * z[:, 1], 3 * large * z[:, 1]], z @ [1, 2]
@@ -436,7 +436,7 @@ def test_what_rounding_leaves_of_a_combination_is_no_direction(loss, small, larg
 @pytest.mark.parametrize("loss", ["squared", "huber", "poisson"])
 @pytest.mark.parametrize("standardize", [True, False])
 @pytest.mark.parametrize(("origin", "unit"), [(4e14, 1), (1.7e15, 1), (1_760_000_000_000_000_000, 256), (1e17, 16)])
-def test_a_column_that_varies_is_none_of_one_value_however_far_from_0(loss, standardize, origin, unit):
+def test_a_column_that_varies_is_not_taken_for_constant_however_large_its_mean(loss, standardize, origin, unit):
     rng = np.random.default_rng(0)
     z = np.c_[rng.normal(size=120), rng.integers(0, 2, 120)]
     x, y = np.c_[z[:, 0], origin + unit * z[:, 1]], z @ [0.3, 0.2]
@@ -446,7 +446,7 @@ def test_a_column_that_varies_is_none_of_one_value_however_far_from_0(loss, stan
     assert not fitted._fitted.schema.constant.any()
 
 
-def test_columns_of_one_value_are_known_of_all_parts():
+def test_constant_columns_are_detected_over_all_parts():
     x = np.c_[np.arange(40.0) % 7, np.full(40, 0.1), 4e14 + (np.arange(40) > 25)]
     parts, y = DataParallelRegressor(), x @ [3, 0, 2] - 8e14
     found = [parts.partial_fit(x[i : i + 10], y[i : i + 10])._fitted.schema.constant.tolist() for i in range(0, 40, 10)]
@@ -458,7 +458,7 @@ def test_columns_of_one_value_are_known_of_all_parts():
 
 
 @pytest.mark.parametrize("arguments", [{}, {"l2": 0.1, "standardize": False}, {"loss": "huber"}, {"solver": "sgd"}])
-def test_values_whose_squares_are_no_numbers_are_refused(arguments):
+def test_values_whose_squares_overflow_are_refused(arguments):
     x = np.random.default_rng(0).normal(size=(80, 2))
     y, weight = x @ [1, 2], np.ones(80)
     model = DataParallelRegressor(**arguments)
@@ -480,7 +480,7 @@ def test_values_whose_squares_are_no_numbers_are_refused(arguments):
 
 
 @pytest.mark.parametrize("loss", ["poisson", "gamma"])
-def test_a_target_of_no_weight_may_be_outside_the_domain(loss):
+def test_a_target_of_weight_zero_may_be_outside_the_domain(loss):
     x, weight = np.random.default_rng(0).normal(size=(80, 2)), np.ones(80)
     y = np.exp(x @ [0.3, -0.2])
     y[3], weight[3] = -3, 0
@@ -493,7 +493,7 @@ def test_a_target_of_no_weight_may_be_outside_the_domain(loss):
 
 
 @pytest.mark.parametrize("loss", ["squared", "poisson", "logistic"])
-def test_the_summary_is_that_of_statsmodels(loss):
+def test_the_summary_agrees_with_statsmodels(loss):
     y = targets(loss)
     model = DataParallelClassifier(l2=0) if loss == "logistic" else DataParallelRegressor(loss, l2=0)
     found = model.fit(X, y).summary_

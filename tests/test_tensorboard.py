@@ -56,7 +56,7 @@ def served(tmp_path_factory):
         server.communicate()
 
 
-def test_the_scalars_are_those_of_the_metrics(served):
+def test_the_scalars_agree_with_the_metrics(served):
     workdir, answer = served
     records = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     assert len(records) == 24
@@ -79,7 +79,7 @@ def test_the_hyperparameters_are_the_flags(served):
     assert "checkpoint_every_seconds" not in found  # which decides nothing
 
 
-def test_a_run_that_goes_on_forgets_what_was_written_after_its_step(tmp_path):
+def test_a_resumed_run_discards_events_written_after_its_step(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     for begin, end in ((0, 6), (3, 5)):
@@ -93,7 +93,7 @@ def test_a_run_that_goes_on_forgets_what_was_written_after_its_step(tmp_path):
     ]
 
 
-def test_without_its_package_the_flag_is_refused_at_once(tmp_path):
+def test_without_tensorboard_installed_the_flag_is_refused_at_once(tmp_path):
     program = "import sys; sys.modules['tensorboard'] = None; from dpreg.main import main; main()"
     command = [sys.executable, "-c", program, *RUN, "--tensorboard", f"--workdir={tmp_path / 'w'}"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240)

@@ -127,7 +127,7 @@ def test_gradient_clip_val_scales_the_global_gradient_to_its_norm():
     ("reduction", "backend", "num_devices"),
     [*(("pmean", "jit", n) for n in (1, 2, 4, 8)), *(("ordered", "jit", n) for n in (1, 8)), ("pmean", "pmap", 4)],
 )
-def test_the_gradient_norm_is_that_of_the_mean_loss_before_it_is_clipped(reduction, backend, num_devices):
+def test_the_reported_gradient_norm_is_measured_before_clipping(reduction, backend, num_devices):
     """Against gradient descent in float64, on rows with weights that no number of devices divides."""
     source, told = Rows(21, weighted=True).source(), []
     trainer = dpreg.Trainer(
@@ -152,7 +152,7 @@ def test_the_gradient_norm_is_that_of_the_mean_loss_before_it_is_clipped(reducti
     np.testing.assert_allclose(norms, expected, rtol=1e-5)
 
 
-def test_predictions_are_compared_with_what_was_observed():
+def test_predictions_are_paired_with_observed_targets():
     val = Rows(101, weighted=True, seed=4).source()
     trainer = dpreg.Trainer(1, 3)
     trainer.fit(dpreg.LinearRegressionScratch(3, lr=0.1), dpreg.RegressionData(Rows(40).source(), val, 8))
@@ -166,7 +166,7 @@ def test_predictions_are_compared_with_what_was_observed():
     np.testing.assert_array_equal(weight, val.weight[rows])
 
 
-def test_a_predictor_predicts_what_it_did_after_further_steps():
+def test_a_predictor_does_not_change_with_further_steps():
     trainer = dpreg.Trainer(2, 3)
     trainer.prepare_data(Rows(40).data(8))
     trainer.prepare_model(dpreg.LinearRegressionScratch(3, lr=0.1))
@@ -178,7 +178,7 @@ def test_a_predictor_predicts_what_it_did_after_further_steps():
     np.testing.assert_array_equal(predictor.predict(x), before)
 
 
-def test_a_predictor_takes_as_many_rows_at_once_as_training():
+def test_a_predictor_uses_the_batch_size_of_training():
     rows = []
     for accumulate in (1, 16):
         trainer = dpreg.Trainer(1, 2, accumulate_steps=accumulate)
@@ -202,7 +202,7 @@ class Relative(dpreg.Module):
 
 
 @pytest.mark.parametrize("placement", ["device", "host"])
-def test_padding_does_no_harm_to_a_loss_that_zeros_would(placement):
+def test_padding_does_no_harm_to_a_loss_that_is_nan_for_zeros(placement):
     trainer = dpreg.Trainer(2, placement=placement)
     trainer.fit(Relative(), Rows(100).data(32))
     assert math.isfinite(trainer.train_loss)
@@ -243,12 +243,12 @@ class Flat(Foreign):
         return jnp.abs(prediction - target[:, 0])
 
 
-def test_a_prediction_without_columns_is_refused_where_it_is_measured():
+def test_a_one_dimensional_prediction_is_refused_when_metrics_are_computed():
     with pytest.raises(dpreg.InputError, match="one column for each target"):
         dpreg.Trainer(1).fit(Flat(), Rows(64).data(32, num_val=8))
 
 
-def test_a_validation_loss_that_is_not_finite_says_so():
+def test_a_validation_loss_that_is_not_finite_is_reported():
     val = dpreg.ArraySource(np.ones((4, 3)), np.array([0, 0, 1e30, 0]))
     trainer = dpreg.Trainer(2)
     with pytest.raises(dpreg.Diverged, match="validation loss is not finite after step 8"):
@@ -257,7 +257,7 @@ def test_a_validation_loss_that_is_not_finite_says_so():
     trainer.loop.require_idle()  # or it could not be saved
 
 
-def test_going_on_where_validation_failed_fails_again():
+def test_resuming_where_validation_failed_fails_again():
     """A run that ended so does not end well when it is started once more."""
     val = dpreg.ArraySource(np.ones((4, 3)), np.array([0, 0, 1e30, 0]))
     model, data = dpreg.LinearRegressionScratch(3, 0.1), dpreg.RegressionData(Rows(64).source(), val, 8)
@@ -271,7 +271,7 @@ def test_going_on_where_validation_failed_fails_again():
     assert caught.value.exit_code == 3
 
 
-def test_patience_does_not_take_overflow_for_rows_without_weight():
+def test_patience_does_not_mistake_overflow_for_rows_of_weight_zero():
     val = dpreg.ArraySource(np.full((4, 3), 1e4) * [[1], [-1], [1], [-1]], np.ones(4))
     data = dpreg.RegressionData(dpreg.ArraySource(Rows(64).source().x, np.ones(64)), val, 8)
     with pytest.raises(dpreg.Diverged, match="validation"):
@@ -280,14 +280,14 @@ def test_patience_does_not_take_overflow_for_rows_without_weight():
 
 @pytest.mark.parametrize("batch_size", [4, 12])
 @pytest.mark.parametrize("num_val", [0, 8])
-def test_shards_divide_each_batch_that_is_accumulated(batch_size, num_val):
+def test_shards_must_divide_each_accumulated_batch(batch_size, num_val):
     """Else some rows would be in no part of any batch."""
     trainer = dpreg.Trainer(1, accumulate_steps=2, num_shards=8)
     with pytest.raises(dpreg.InputError, match=f"^batch_size={batch_size}: it is not a multiple of num_shards=8"):
         trainer.fit(dpreg.LinearRegressionScratch(3, 0.1), Rows(64).data(batch_size, num_val))
 
 
-def test_processes_keep_their_rows_where_the_one_with_least_memory_can(monkeypatch):
+def test_the_process_with_least_memory_decides_the_placement_of_rows(monkeypatch):
     data, settings = Rows(64).data(8), dpreg.Trainer(1, 2).settings
     assert lay_out(data, settings).train.resolved_placement == "device"
     monkeypatch.setattr(jax, "process_count", lambda: 2)
@@ -295,7 +295,7 @@ def test_processes_keep_their_rows_where_the_one_with_least_memory_can(monkeypat
     assert lay_out(data, settings).train.resolved_placement == "host"
 
 
-def test_rows_of_weight_zero_count_for_nothing_and_all_of_them_give_zeros():
+def test_rows_of_weight_zero_are_ignored_and_a_batch_of_them_has_loss_zero():
     source = Rows(100).source()
     ghost = dpreg.ArraySource(source.x, source.y, np.zeros(100))
     for model in (dpreg.LinearRegressionScratch(3, lr=0.1), Net(optax.sgd(0.1))):
@@ -352,7 +352,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_state(r
 
 
 @pytest.mark.parametrize("steps_per_block", [2, 9, None])
-def test_a_run_that_diverges_in_a_later_epoch_of_a_block_is_told_up_to_there(steps_per_block):
+def test_a_run_that_diverges_later_in_a_block_reports_the_steps_before(steps_per_block):
     source, told = dpreg.ArraySource(np.ones((40, 1)), np.zeros(40)), []
     record = FunctionCallback(lambda progress: told.append(progress) if progress.train_loss is not None else None)
     trainer = dpreg.Trainer(20, 2, log_every_steps=2, steps_per_block=steps_per_block, callbacks=[record])
@@ -371,7 +371,7 @@ def test_a_run_that_diverges_in_a_later_epoch_of_a_block_is_told_up_to_there(ste
     np.testing.assert_allclose(np.divide(norms[1:], norms[:-1]), 17.0**5, rtol=1e-4)
 
 
-def test_a_call_counts_the_rows_of_the_steps_that_it_took():
+def test_a_call_counts_only_the_rows_of_steps_that_were_taken():
     source = Rows(40, seed=3).source()
     source.y[17] = np.float32(1e38)
     trainer = dpreg.Trainer(4, 2)
@@ -388,7 +388,7 @@ def test_a_call_counts_the_rows_of_the_steps_that_it_took():
 
 
 @pytest.mark.parametrize("reduction", ["pmean", "ordered"])
-def test_log_points_tile_the_epoch(reduction):
+def test_log_points_cover_the_epoch_without_overlap(reduction):
     records = []
     trainer = dpreg.Trainer(
         2, log_every_steps=3, callbacks=[FunctionCallback(records.append)], reduction=reduction, steps_per_block=4
@@ -407,7 +407,7 @@ def test_log_points_tile_the_epoch(reduction):
     ("num_val", "steps_per_block", "dispatched"),
     [(0, 4, 4), (0, 17, 3), (20, 4, 2)],  # 2 calls are in flight while one is taken, the first two epochs or a part
 )
-def test_devices_wait_between_epochs_for_validation_alone(num_val, steps_per_block, dispatched, placement):
+def test_devices_wait_between_epochs_only_for_validation(num_val, steps_per_block, dispatched, placement):
     def trained(epochs_at_once):
         trainer, calls, told = dpreg.Trainer(12, 3, placement=placement, steps_per_block=steps_per_block), [], []
         trainer.prepare_data(Rows(101).data(16, num_val=num_val))  # epochs of 7 steps
@@ -433,7 +433,7 @@ def test_devices_wait_between_epochs_for_validation_alone(num_val, steps_per_blo
     jax.tree.map(np.testing.assert_array_equal, one_by_one[2], together[2])
 
 
-def test_sorted_and_periodic_tables_train_as_well_as_mixed_ones(tmp_path):
+def test_sorted_and_periodic_tables_train_as_well_as_shuffled_ones(tmp_path):
     """Ghost batch statistics of contiguous shards need shards that are random samples: ingest makes them so."""
     rng = np.random.default_rng(0)
     x = rng.normal(size=(2048, 4))
@@ -617,7 +617,7 @@ def test_the_compiled_ordered_step_gathers_once(kind):
 
 
 @pytest.mark.parametrize("reduction", ["pmean", "ordered"])
-def test_one_device_meets_nobody(reduction):
+def test_the_step_of_one_device_has_no_collective(reduction):
     trainer = dpreg.Trainer(1, 1, reduction=reduction)
     trainer.prepare_data(Rows(100).data(16, num_val=20))
     trainer.prepare_model(dpreg.LinearRegressionScratch(3, 0.1))
@@ -633,7 +633,7 @@ def test_batches_are_cut_into_equal_parts_or_not_at_all(rows, most, parts):
 
 
 @pytest.mark.parametrize("placement", ["device", "host"])
-def test_calls_of_models_that_compute_much_are_short(placement, monkeypatch):
+def test_a_call_of_an_expensive_model_takes_few_steps(placement, monkeypatch):
     """As many steps a call as `_OPERATIONS_OF_CALL` has room for, to the same result."""
 
     def run():
@@ -655,12 +655,12 @@ def test_calls_of_models_that_compute_much_are_short(placement, monkeypatch):
     ("platform", "operations", "alone", "steps"),
     [("cpu", 1 << 30, 8, 64), ("gpu", 1 << 30, 0, 2048), ("gpu", 1 << 20, 512, 64), ("tpu", 1 << 50, 1, 1)],
 )
-def test_calls_are_as_long_as_a_platform_takes_a_second_for(platform, operations, alone, steps):
+def test_a_call_takes_about_a_second_on_each_platform(platform, operations, alone, steps):
     assert steps_of_call(platform, operations, alone) == steps
 
 
 @pytest.mark.parametrize(("reduction", "num_devices"), [("pmean", 1), ("pmean", 8), ("ordered", 1)])
-def test_loops_are_one_function_where_they_need_one_core(reduction, num_devices, monkeypatch):
+def test_loops_are_compiled_as_one_function_where_a_device_has_one_core(reduction, num_devices, monkeypatch):
     monkeypatch.setattr("dpreg.distributed.devices.cores", lambda: 4)
     several_cores = reduction == "pmean" and num_devices == 1
     for kind, rows, whole in (("linear", 100, True), ("linear", 100_000, not several_cores), ("mlp", 3000, False)):
@@ -668,7 +668,7 @@ def test_loops_are_one_function_where_they_need_one_core(reduction, num_devices,
         assert ("xla_cpu_small_call" in text) == whole, (kind, rows)
 
 
-def test_steps_are_traced_once_and_fetched_once_a_block(monkeypatch):
+def test_steps_are_traced_once_and_results_are_fetched_once_per_block(monkeypatch):
     traced = []
 
     class Counting(dpreg.LinearRegressionScratch):
@@ -691,7 +691,7 @@ def test_steps_are_traced_once_and_fetched_once_a_block(monkeypatch):
 
 
 @pytest.mark.parametrize(("placement", "columns"), [("device", 0), ("host", 4)])
-def test_a_block_costs_one_transfer_a_column_and_one_for_its_clock(placement, columns, monkeypatch):
+def test_a_block_needs_one_transfer_per_column_and_one_for_its_arguments(placement, columns, monkeypatch):
     trainer = dpreg.Trainer(3, steps_per_block=3, placement=placement)
     trainer.prepare_data(Rows(100).data(16))
     trainer.prepare_model(dpreg.LinearRegressionScratch(3, 0.1))
@@ -717,7 +717,7 @@ def test_a_model_with_other_variables_is_refused():
         dpreg.Trainer(1).fit(Counter(), Rows(10).data(8))
 
 
-def test_processes_with_unequal_devices_are_told_so(monkeypatch):
+def test_processes_with_unequal_devices_are_refused(monkeypatch):
     class Device(NamedTuple):
         process_index: int
         platform: str = "cpu"
@@ -744,7 +744,7 @@ def test_processes_with_unequal_devices_are_told_so(monkeypatch):
         ({"max_epochs": 0}, "max_epochs=0: use 1 or more"),
     ],
 )
-def test_what_a_trainer_cannot_do_is_one_line(arguments, message):
+def test_invalid_arguments_of_a_trainer_are_refused_in_one_line(arguments, message):
     with pytest.raises(dpreg.InputError, match=message) as caught:
         dpreg.Trainer(**{"max_epochs": 1, **arguments})
     assert "\n" not in str(caught.value)
@@ -760,7 +760,7 @@ def overfitted():
 
 
 @pytest.mark.parametrize("num_devices", [1, 8])
-def test_patience_ends_a_run_with_the_best_epoch(num_devices):
+def test_patience_stops_a_run_and_restores_the_best_epoch(num_devices):
     def trained(max_epochs, **arguments):
         trainer = dpreg.Trainer(max_epochs, num_devices, reduction="ordered", **arguments)
         curve = []
@@ -791,7 +791,7 @@ class Plain(Net):
 
 
 @pytest.mark.parametrize("backend", ["jit", "pmap"])
-def test_what_a_user_keeps_of_the_state_stays_alive_while_training_goes_on(backend):
+def test_a_state_kept_by_the_user_stays_valid_while_training_goes_on(backend):
     """The steps consume the state, and to read an array that was consumed ends the process."""
     kept = []
     trainer = dpreg.Trainer(3, 3, backend=backend)
@@ -817,7 +817,7 @@ def test_what_a_user_keeps_of_the_state_stays_alive_while_training_goes_on(backe
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(first), of_first)
 
 
-def test_a_state_moves_between_trainers_and_one_that_does_not_fit_is_refused():
+def test_a_state_can_move_between_trainers_and_one_that_does_not_fit_is_refused():
     trainers = [dpreg.Trainer(2, num_devices) for num_devices in (2, 1)]
     for trainer in trainers:
         trainer.prepare_data(Rows(64).data(16))
@@ -852,7 +852,7 @@ def _interrupt_after(seconds):
 
 
 @pytest.mark.parametrize("num_val", [0, 8])
-def test_ctrl_c_loses_nothing_wherever_it_comes_and_training_goes_on_to_the_same_bits(num_val):
+def test_ctrl_c_at_any_time_loses_nothing_and_training_resumes_to_the_same_bits(num_val):
     told = []
     trainer = dpreg.Trainer(
         40, 2, steps_per_block=3, callbacks=[FunctionCallback(told.append)], patience=30 if num_val else 0
@@ -886,7 +886,7 @@ def test_ctrl_c_loses_nothing_wherever_it_comes_and_training_goes_on_to_the_same
     assert interrupts >= 4
 
 
-def test_a_second_ctrl_c_ends_training_at_once_and_a_state_that_was_kept_goes_on():
+def test_a_second_ctrl_c_ends_training_at_once_and_a_kept_state_can_resume():
     trainer = dpreg.Trainer(20, 2, steps_per_block=2)
     trainer.prepare_data(Rows(101).data(16))
     trainer.prepare_model(dpreg.LinearRegressionScratch(3, 0.1))
@@ -912,7 +912,7 @@ def test_a_second_ctrl_c_ends_training_at_once_and_a_state_that_was_kept_goes_on
     jax.tree.map(np.testing.assert_array_equal, trainer.state.params, end.params)
 
 
-def test_damaged_entries_of_the_compilation_cache_are_compiled_again_and_written_whole(tmp_path, monkeypatch):
+def test_damaged_entries_of_the_compilation_cache_are_recompiled_and_rewritten(tmp_path, monkeypatch):
     """Without a warning, which would be an error here; JAX would warn at each start, and keep them."""
     monkeypatch.setattr(jax_cache, "get_file_cache", jax_cache.get_file_cache)
     before = {name: jax.config.values[name] for name in CACHE_OPTIONS}
@@ -946,7 +946,7 @@ def test_damaged_entries_of_the_compilation_cache_are_compiled_again_and_written
     ("name", "right"),
     [("on_epoch_end", "on_epoch"), ("on_step", "on_steps"), ("on_logs", "on_log"), ("on_sinc", "on_sync")],
 )
-def test_a_method_of_a_callback_that_is_no_event_is_refused_with_the_right_one(name, right):
+def test_a_callback_method_that_is_no_event_is_refused_with_a_suggestion(name, right):
     callback = type("Mine", (dpreg.Callback,), {name: lambda self, progress: None, "__module__": __name__})()
     refused = (
         f"^Mine.{name}: dpreg.Callback has no such event; define {right}, or another of on_steps, on_log, on_epoch"
@@ -957,7 +957,7 @@ def test_a_method_of_a_callback_that_is_no_event_is_refused_with_the_right_one(n
         dpreg.Trainer(1).add_callback(callback)
 
 
-def test_a_helper_of_a_callback_may_be_named_like_an_event():
+def test_a_helper_method_of_a_callback_may_have_a_name_like_an_event():
     class Counts(dpreg.Callback):
         improved, val_loss = 0, np.inf
 

@@ -78,7 +78,7 @@ def results(running, timeout):
 
 
 @pytest.mark.faults
-def test_a_cut_cable_ends_both_hosts_and_the_next_attempt_finishes_to_the_same_bits(tmp_path, hosts):
+def test_a_cut_cable_ends_both_hosts_and_a_restart_finishes_with_the_same_bits(tmp_path, hosts):
     commands, cable = hosts
     codes, said = results(launch(commands, "--mode=doctor", "--platform=cpu", f"--workdir={tmp_path / 'd'}"), 100)
     assert codes == [0, 0], said
