@@ -1,4 +1,4 @@
-"""Every epoch proves that it used each row once; what does not is an error."""
+"""The audit: each epoch must use each row exactly once; otherwise the run ends with an error."""
 
 import numpy as np
 import pytest
@@ -12,7 +12,7 @@ from dpreg.train.callback import FunctionCallback
 
 
 def tag(index):
-    """The tag of a row, computed in Python integers."""
+    """Returns the tag of a row, computed with Python integers."""
 
     def mix(word, key):
         word = (word ^ key) * 0x9E3779B1 % 2**32
@@ -34,7 +34,7 @@ def test_tags_are_odd_and_differ_between_rows():
     tags = row_tag(np.arange(100_000))
     assert tags[:50].tolist() == [tag(i) for i in range(50)]
     assert (tags % 2 == 1).all()
-    assert len(np.unique(tags)) > 99_990  # a birthday problem among 2**31
+    assert len(np.unique(tags)) > 99_990  # Among 2**31 tags a few collide (birthday problem).
 
 
 @pytest.mark.parametrize("rows", [3, 37, 160])
@@ -56,13 +56,13 @@ def test_an_epoch_uses_each_row_once_on_any_number_of_devices(rows):
 
 
 def repeated(self, step, shard, seed):
-    """As the sampler, whose strips are of one row here, but the first row of each shard takes the place of the last."""
+    """Samples like dpreg (strips have one row here), but replaces the last row of each shard by its first row."""
     strips, size = Sampler.true_strips(self, step, shard, seed), self.shard_size(shard)[..., None]
     return strips * (strips != size - 1).astype(np.int32)
 
 
 def dropped(self, step, shard, seed):
-    """As the sampler, but without the last row of each shard."""
+    """Samples like dpreg, but drops the last row of each shard."""
     strips, size = Sampler.true_strips(self, step, shard, seed), self.shard_size(shard)[..., None]
     return strips + (strips == size - 1).astype(np.int32)
 

@@ -1,4 +1,4 @@
-"""A run that is stopped anywhere goes on to the same bits and the same curve, on any devices."""
+"""Checkpoints: a run stopped at any step resumes to the same bits and the same curve, on any devices."""
 
 import contextlib
 import functools
@@ -32,12 +32,12 @@ ROOT = pathlib.Path(__file__).parent.parent
 
 @pytest.fixture(autouse=True, scope="module")
 def _promotion():
-    with jax.numpy_dtype_promotion("standard"):  # which `optax.add_noise` needs
+    with jax.numpy_dtype_promotion("standard"):  # `optax.add_noise` needs it.
         yield
 
 
 def prepare(trainer, width=16, activation=nn.relu):
-    """With a random key in the optimizer's state, which is saved and restored as well."""
+    """Prepares a model whose optimizer state holds a random key, which must be saved and restored too."""
     noisy = optax.chain(optax.add_noise(1e-4, 0.5, key=0), optax.sgd(0.05, momentum=0.9))
     trainer.prepare_model(Net(noisy, width=width, activation=activation))
 
@@ -50,7 +50,7 @@ def prepared(num_val=20, activation=nn.relu, **arguments):
 
 
 def train(folder, stop_at=None, identity=IDENTITY, **arguments):
-    """Trains for 3 epochs of 10 steps, or until a signal comes at a step, going on from what lies in the folder."""
+    """Trains for 3 epochs of 10 steps, or until a signal at step `stop_at`; resumes from a checkpoint in the folder."""
     folder.mkdir(exist_ok=True)
     trainer = prepared(**arguments)
     sync_signal = SyncSignal()
@@ -113,7 +113,7 @@ def test_a_run_stopped_with_two_epochs_in_flight_resumes_to_the_same_bits(tmp_pa
             trainer.add_callback(callback)
         with pytest.raises(Preempted):
             trainer.fit_epochs()
-    assert trainer.step == 12  # told of 8 steps, with 4 more under way, 2 of them of the next epoch
+    assert trainer.step == 12  # 8 steps were reported; 4 more were in flight, 2 of them in the next epoch.
     trainer, began_at = train(folder, num_val=0, num_devices=3)
     assert began_at == 12
     assert outcome(folder, trainer) == whole
@@ -155,7 +155,7 @@ def test_a_callback_may_save_and_raise_at_the_end_of_a_validated_epoch(tmp_path,
             assert leaves_of(trainer) == leaves_of(whole)
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # Orbax drops tasks when one fails
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # of tasks that Orbax abandons
 def test_a_flipped_byte_in_any_file_is_detected_and_the_previous_checkpoint_is_used(tmp_path, caplog):
     saved = {stop: leaves_of(train(tmp_path / "w", stop)[0]) for stop in (4, 7)}
     trainer, noticed = prepared(), []
@@ -180,7 +180,7 @@ def test_a_flipped_byte_in_any_file_is_detected_and_the_previous_checkpoint_is_u
         )
         if trainer.step == 4:
             noticed.append(file.name)
-    gc.collect()  # the tasks that Orbax dropped complain here, not in a later test
+    gc.collect()  # Raises the warnings of tasks that Orbax abandoned here and not in a later test.
     assert {"metadata", "manifest.ocdbt"} <= set(noticed)
     assert any(len(name) == 32 for name in noticed)  # Orbax's data files
 
@@ -222,7 +222,7 @@ def test_resuming_with_model_code_that_changed_its_computation_is_refused(tmp_pa
         rewritten = prepared(activation=lambda x: nn.relu(x), num_devices=1, backend="pmap", placement="host")
         assert rewritten.loop.computation == was
         assert checkpoints.restore(rewritten)
-        # Other versions of the libraries may trace the same computation otherwise.
+        # Other versions of the libraries may trace the same computation differently.
         monkeypatch.setattr(
             type(changed.loop), "computation", was.replace(jax.__version__, "99.0").replace(was[:32], "0")
         )
@@ -233,7 +233,7 @@ def test_the_curve_survives_a_crash_right_after_a_resume(tmp_path):
     train(tmp_path, 7)
     path = tmp_path / "metrics.jsonl"
     before = path.read_text()
-    writer = MetricsWriter(path, 7)  # not closed, nothing written
+    writer = MetricsWriter(path, 7)  # It is not closed, so nothing is written.
     assert path.read_text() == before
     writer.__exit__()
 
@@ -288,7 +288,7 @@ def test_a_run_without_its_curve_resumes_to_the_same_bits(tmp_path, whole):
     trainer, began_at = train(tmp_path)
     bits, lines, *losses = outcome(tmp_path, trainer)
     assert (began_at, bits, *losses) == (7, whole[0], *whole[2:])
-    assert lines == [line for line in whole[1] if line["step"] != 6]  # the last before the signal
+    assert lines == [line for line in whole[1] if line["step"] != 6]  # Step 6 is the last one before the signal.
 
 
 def test_an_error_of_the_file_system_is_not_taken_for_a_damaged_checkpoint(tmp_path, monkeypatch):
@@ -344,7 +344,7 @@ EPOCHS = "--max_epochs=200"
 
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory):
-    """The workdir of a run that nobody killed."""
+    """Returns the workdir of a run that was not killed."""
     workdir = tmp_path_factory.mktemp("uninterrupted")
     assert run(workdir, EPOCHS, "--num_devices=1").returncode == 0
     return workdir
@@ -356,12 +356,12 @@ def test_a_killed_process_resumes_to_the_result_of_an_uninterrupted_run(tmp_path
     folder = tmp_path / "w" / "checkpoints"
     wait_for(lambda: folder.exists() and any(path.name.isdigit() for path in folder.iterdir()), process)
     os.kill(process.pid, how)
-    said = process.communicate(timeout=120)[1]
-    assert process.returncode == {signal.SIGTERM: 75, signal.SIGINT: 130}.get(how, -how), said
+    stderr = process.communicate(timeout=120)[1]
+    assert process.returncode == {signal.SIGTERM: 75, signal.SIGINT: 130}.get(how, -how), stderr
     if how != signal.SIGKILL:
         verb = "interrupted" if how == signal.SIGINT else "stopped"
-        assert f"{verb} at step " in said.splitlines()[-1]
-        assert "the same command resumes from there" in said.splitlines()[-1]
+        assert f"{verb} at step " in stderr.splitlines()[-1]
+        assert "the same command resumes from there" in stderr.splitlines()[-1]
     done = run(tmp_path / "w", EPOCHS, "--num_devices=1")
     assert "going on from step" in done.stderr
     summaries = [json.loads((workdir / "summary.json").read_text()) for workdir in (tmp_path / "w", uninterrupted)]
@@ -413,7 +413,7 @@ def _save_more_than_fits(folder, trainer, again):
 
 @pytest.mark.parametrize("again", [True, False])
 def test_a_failed_save_is_reported_in_one_line_and_keeps_the_last_complete_checkpoint(tmp_path, again, capfd):
-    """Orbax writes in the background: the next save raises, or the end."""
+    """Orbax writes in the background: the error is raised by the next save or when the checkpoints are closed."""
     trainer = dpreg.Trainer(4, 1)
     trainer.prepare_data(dpreg.RegressionData(dpreg.ArraySource(np.ones((16, 1 << 14)), np.ones(16)), batch_size=8))
     trainer.prepare_model(dpreg.LinearRegressionScratch(1 << 14, 1e-6))  # random parameters of 64 kB

@@ -1,4 +1,4 @@
-"""The pipeline: both placements give the same batches, whatever the devices."""
+"""The data pipeline: both placements give the same batches on any number of devices."""
 
 import dataclasses
 import itertools
@@ -19,7 +19,7 @@ def mesh(num_devices):
 
 
 def batches(dataset):
-    """All batches as [steps, shards, b, ...], read the way the compiled step reads them."""
+    """Returns all batches as [steps, shards, b, ...], read as the compiled step reads them."""
     first, count = (np.asarray(part) for part in dataset.shard_ranges)
     steps = []
     for block in dataset:

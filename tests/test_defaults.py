@@ -1,4 +1,4 @@
-"""What a run on a table does where its settings do not say: the solver, the steps, the start."""
+"""Defaults of a run on a table: the solver, the batch size and epochs, and the initial parameters."""
 
 import json
 import re
@@ -18,7 +18,7 @@ from dpreg.train.defaults import constant_fit, read_rows
 
 @pytest.fixture(scope="module")
 def tables(tmp_path_factory):
-    """Tables by name: features far from each other in unit, targets far from 0, few rows, kinks, separable classes."""
+    """Writes tables with features in very different units, large targets, few rows, outliers or separable classes."""
     rng, folder = np.random.default_rng(0), tmp_path_factory.mktemp("tables")
     x = rng.normal(size=(900, 3)) * [1, 1e4, 1e-3] + [5, 2e5, 0]
     z = (x - [5, 2e5, 0]) / [1, 1e4, 1e-3] @ [1.0, -0.5, 0.3]
@@ -36,7 +36,7 @@ def tables(tmp_path_factory):
 
 
 def fitted(folder, name, *flags):
-    """(the summary, the flags of the run, what it printed) of a default run; no row is held out."""
+    """Runs dpreg with its defaults and no held-out rows; returns (summary, flags, stderr)."""
     workdir = folder / re.sub(r"\W", "_", name + "".join(flags))
     table = f"--dataset={folder / name}.csv"
     outcome = forked.run(
@@ -71,11 +71,11 @@ def test_the_default_run_finds_the_parameters_of_statsmodels(tables):
         ),
         ("yes", ("--loss=logistic",), sm.GLM(targets["yes"] * 1.0, a, sm.families.Binomial()).fit(tol=1e-14).params),
     ):
-        summary, lines, said = fitted(folder, name, *flags)
-        np.testing.assert_allclose(parameters(summary), theirs, rtol=2e-5)  # the rows are float32
+        summary, lines, stderr = fitted(folder, name, *flags)
+        np.testing.assert_allclose(parameters(summary), theirs, rtol=2e-5)  # The rows are float32.
         assert "--solver=exact" in lines
-        assert "solver exact: the least loss" in said
-        assert "for steps of an optimizer use --solver=sgd" in said
+        assert "solver exact: the least loss" in stderr
+        assert "for steps of an optimizer use --solver=sgd" in stderr
 
 
 def test_the_default_run_of_a_nonsmooth_loss_reaches_the_optimum(tables):
@@ -93,9 +93,9 @@ def test_the_default_run_of_a_nonsmooth_loss_reaches_the_optimum(tables):
 
 def test_separable_classes_get_a_penalty_that_is_reported(tables):
     folder, x, targets = tables
-    summary, lines, said = fitted(folder, "parted", "--loss=logistic")
+    summary, lines, stderr = fitted(folder, "parted", "--loss=logistic")
     assert f"--l2={1 / 900!r}" in lines
-    assert "no finite weights have the least loss" in said
+    assert "no finite weights have the least loss" in stderr
     scaled = (x - x.mean(axis=0)) / x.std(axis=0)
     model = LogisticRegression(C=1.0, tol=1e-10).fit(scaled, targets["parted"])
     w = model.coef_[0] / x.std(axis=0)
@@ -108,7 +108,7 @@ def test_separable_classes_get_a_penalty_that_is_reported(tables):
     )
     assert asked.returncode == 2
     assert "no optimum" in asked.stderr
-    # Its flags.cfg repeats the run, also in its own folder; and so does the first command.
+    # Its flags.cfg repeats the run, even in its own folder, and so does the original command.
     (workdir,) = [path for path in folder.glob("parted*") if path.is_dir()]
     parameters_before = (workdir / "model" / "parameters.npz").read_bytes()
     again = forked.run("-m", "dpreg.main", f"--flagfile={workdir}/flags.cfg", f"--workdir={workdir}", "--platform=cpu")
@@ -122,7 +122,11 @@ def test_separable_classes_get_a_penalty_that_is_reported(tables):
     ("flags", "solver", "why"),
     [
         (("--lr=0.1",), "sgd", "--lr=0.1 is one of steps; for the exact solution use --solver=exact"),
-        (("--max_epochs=3",), "sgd", "--max_epochs=3 is one of steps"),  # the default, but given
+        (
+            ("--max_epochs=3",),
+            "sgd",
+            "--max_epochs=3 is one of steps",
+        ),  # the default, given explicitly
         (("--l1=1",), "sgd", "--l1=1.0 has no exact solution"),
         (("--loss=huber", "--nointercept", "--nostandardize"), "sgd", "--loss=huber has none with --nointercept"),
         (("--model=mlp", "--max_epochs=1"), "sgd", "--model=mlp has no exact solution"),
@@ -132,10 +136,10 @@ def test_separable_classes_get_a_penalty_that_is_reported(tables):
     ],
 )
 def test_the_flags_choose_the_solver_and_one_line_gives_the_reason(tables, flags, solver, why):
-    _, lines, said = fitted(tables[0], "price", *flags)
+    _, lines, stderr = fitted(tables[0], "price", *flags)
     assert f"--solver={solver}" in lines
-    assert (why is None) == ("solver " not in said)
-    assert why is None or f"solver {solver}: {why}" in said
+    assert (why is None) == ("solver " not in stderr)
+    assert why is None or f"solver {solver}: {why}" in stderr
 
 
 def config_of(tables, name, **settings):
@@ -159,7 +163,7 @@ def test_default_batch_size_and_epochs_fit_the_number_of_rows(tables, rows, num_
         steps = -(-rows // config.batch_size) * config.max_epochs
         assert steps >= (4000 if model == "mlp" else 3000) or config.max_epochs >= (10 if model == "mlp" else 3)
         assert config.warmup_steps < steps
-        again, *_ = read_rows(config)  # a run that is repeated by its flags.cfg
+        again, *_ = read_rows(config)  # The run repeated by its flags.cfg.
         assert again == config
 
 
@@ -181,7 +185,7 @@ def test_settings_given_by_the_user_are_kept(tables):
     [("squared", "sgd"), ("squared", "adam"), ("huber", "sgd"), ("absolute", "momentum"), ("quantile", "adam")],
 )
 def test_sgd_with_default_settings_comes_near_the_optimum_of_a_linear_model(tables, loss, optimizer):
-    """Of a target in the hundreds of thousands, and features from thousandths to ten thousands."""
+    """The target is of order 1e5, and the features range from 1e-3 to 1e4."""
     summary, *_ = fitted(tables[0], "price", "--solver=sgd", f"--loss={loss}", f"--optimizer={optimizer}")
     best, *_ = fitted(tables[0], "price", f"--loss={loss}")
     assert summary["train_loss"] < 1.03 * best["train_loss"]
@@ -200,7 +204,7 @@ def test_a_network_explains_as_much_as_a_linear_model_in_any_unit_of_the_target(
     share = sm.OLS(targets["price"], sm.add_constant(x)).fit().rsquared
     summary, lines, _ = fitted(folder, "price", "--model=mlp", "--max_epochs=60")
     assert "--target_transform=standardize" in lines
-    assert 1 - 2 * summary["train_loss"] > share - 0.05  # in units of the deviation of the target
+    assert 1 - 2 * summary["train_loss"] > share - 0.05  # The loss is in units of the target's standard deviation.
 
 
 def test_the_bias_starts_at_the_best_constant_prediction(tables):

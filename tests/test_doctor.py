@@ -1,4 +1,4 @@
-"""--mode=doctor names what would keep a run from starting."""
+"""--mode=doctor reports what would prevent a run from starting."""
 
 import forked
 import pytest
@@ -15,7 +15,7 @@ DOCTOR = ("--mode=doctor", "--platform=cpu", "--num_devices=2")
 
 
 def findings(out):
-    words = [line.split() for line in out.splitlines()]  # Gloo says something, too
+    words = [line.split() for line in out.splitlines()]  # Gloo writes lines, too.
     return {line[1]: line[0] for line in words if len(line) > 1 and line[1] in CHECKS}
 
 
@@ -24,9 +24,9 @@ def test_the_doctor_passes_all_checks_and_leaves_no_files(tmp_path):
     assert (done.returncode, done.stderr) == (0, "")
     assert findings(done.stdout) == dict.fromkeys(CHECKS, "ok")
     assert not (tmp_path / "a").exists()
-    said = "".join(out for _, _, out, _ in several(2, tmp_path / "c", "--mode=doctor"))
-    assert said.count("ok  ") == len(CHECKS)
-    assert "reached by 2 processes" in said
+    output = "".join(out for _, _, out, _ in several(2, tmp_path / "c", "--mode=doctor"))
+    assert output.count("ok  ") == len(CHECKS)
+    assert "reached by 2 processes" in output
     assert not (tmp_path / "c").exists()
 
 
@@ -51,7 +51,7 @@ def patched(code, number, *flags):
 
 
 @pytest.mark.parametrize(
-    ("fault", "check", "said"),
+    ("fault", "check", "message"),
     [
         (
             "from dpreg import doctor; doctor.package_versions = lambda: {'jax': '0.1'}",
@@ -63,17 +63,17 @@ def patched(code, number, *flags):
         ("from dpreg import doctor; doctor.read_rows = lambda config: open('/nowhere')", "rows", "No such file"),
     ],
 )
-def test_a_fault_in_one_process_is_found_by_all_processes(tmp_path, fault, check, said):
+def test_a_fault_in_one_process_is_found_by_all_processes(tmp_path, fault, check, message):
     flags = (*DOCTOR, free_address(), "--num_processes=2", f"--workdir={tmp_path}")
-    both = fault if check == "all-reduce" else ""  # the program has to be the same
+    both = fault if check == "all-reduce" else ""  # Both processes must run the same program.
     results = together(patched(both or "pass", 0, *flags), patched(fault, 1, *flags))
     for code, lines, _, _ in results:
         assert (code, len(lines)) == (2, 1), lines
         assert f"--mode=doctor: something is wrong with {check};" in lines[0]
     out = results[0][2]
     assert findings(out) == dict.fromkeys(CHECKS, "ok") | {check: "WRONG"}
-    assert said in out
-    assert not findings(results[1][2])  # the first alone reports
+    assert message in out
+    assert not findings(results[1][2])  # Only process 0 prints the findings.
 
 
 def test_the_doctor_finds_different_rows_under_the_same_name(tmp_path):
@@ -90,17 +90,17 @@ def test_the_doctor_finds_different_rows_under_the_same_name(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("coordinator", "hosts", "said"),
+    ("coordinator", "hosts", "message"),
     [
         ("127.0.0.1:1", [["a", "10.0.0.1"], ["b", "10.0.0.2"]], "only one machine can reach it; use an address"),
         ("10.0.0.1:1", [["a", "10.0.0.1"], ["b", "127.0.1.1"]], "process 1: its host b resolves its own name to 127"),
         ("10.0.0.1:1", [["a", "10.0.0.1"], ["b", ""]], "resolves its own name to nothing"),
     ],
 )
-def test_the_doctor_finds_addresses_that_other_hosts_cannot_reach(monkeypatch, coordinator, hosts, said):
+def test_the_doctor_finds_addresses_that_other_hosts_cannot_reach(monkeypatch, coordinator, hosts, message):
     monkeypatch.setattr(processes, "coordinator", lambda: coordinator)
     monkeypatch.setattr(doctor, "_allgather", lambda value: hosts)
-    with pytest.raises(InputError, match=said):
+    with pytest.raises(InputError, match=message):
         doctor._check_network(Config())
     monkeypatch.setattr(doctor, "_allgather", lambda value: [hosts[0]] * 2)
     assert "reached by 2 processes on a" in doctor._check_network(Config())

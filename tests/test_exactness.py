@@ -361,8 +361,8 @@ def test_ordered_holds_on_any_number_of_cores(tmp_path):
             *("-c", bound, *flags.split(), f"--num_devices={n}", f"--workdir={tmp_path / name}"), env={"NPROC": None}
         )
         assert done.returncode == 0, done.stderr
-    told = [json.loads((tmp_path / name / "summary.json").read_text()) for name in runs]
-    assert len({(of["params_sha256"], of["val_loss"], of["train_loss"]) for of in told}) == 1
+    summaries = [json.loads((tmp_path / name / "summary.json").read_text()) for name in runs]
+    assert len({(s["params_sha256"], s["val_loss"], s["train_loss"]) for s in summaries}) == 1
 
 
 def test_ordered_linear_holds_on_any_number_of_threads():
@@ -403,9 +403,9 @@ class Features(dpreg.LinearRegressionScratch):
 
 def test_a_matrix_product_without_parameters_causes_the_thread_warning(caplog):
     data, how = Rows(40).data(8), {"reduction": "ordered", "num_shards": 4}
-    for model, said in ((dpreg.LinearRegressionScratch(3, 0.1), False), (Features(3, 0.1), True)):
+    for model, warns in ((dpreg.LinearRegressionScratch(3, 0.1), False), (Features(3, 0.1), True)):
         trained(model, data, 1, 2, **how)
-        assert ("products are shared by 8 threads" in caplog.text) == said
+        assert ("products are shared by 8 threads" in caplog.text) == warns
 
 
 def test_ordered_holds_for_another_activation():

@@ -85,9 +85,9 @@ def test_files_of_a_folder_that_cannot_be_read_are_named(read):
     write("t/a.csv", "a,y\n1,2\n")
     write("t/b/notes.txt", "")
     write("t/c.csv.xz", "")
-    said = refused(read, "t")
-    assert "'t/b/notes.txt', 't/c.csv.xz' cannot be read" in said
-    assert "such as 't/**/*.csv'" in said
+    message = refused(read, "t")
+    assert "'t/b/notes.txt', 't/c.csv.xz' cannot be read" in message
+    assert "such as 't/**/*.csv'" in message
     assert read("t/**/*.csv")[2] == [2]
     assert "'t/c.csv.xz' cannot be read" in refused(read, "t/*")
     write("t/c.parquet", "")
@@ -237,10 +237,10 @@ def test_a_table_that_changes_while_it_is_read_is_not_cached(tmp_path, monkeypat
         os.utime("t/0.parquet")
     else:
         os.replace("new.parquet", "t/2.parquet" if change == "added" else "t/1.parquet")
-    said = r"^t: '.*/[012].parquet' changed while the table was read; start again$"
-    with pytest.raises(dpreg.InputError, match=said):
+    message = r"^t: '.*/[012].parquet' changed while the table was read; start again$"
+    with pytest.raises(dpreg.InputError, match=message):
         list(rows)
-    with pytest.raises(dpreg.InputError, match=said):
+    with pytest.raises(dpreg.InputError, match=message):
         ingest(table, dpreg.Columns(target=("y",)), tmp_path / "cache")
     assert not list((tmp_path / "cache").iterdir())
     assert len(list(open_table("t").read({"a": NUMBERS}))) == {"removed": 1, "added": 3}.get(change, 2)
@@ -257,7 +257,7 @@ def test_a_path_that_is_not_a_regular_file_is_refused_before_it_is_opened(read):
     os.symlink("../loop", "loop/again")
     write("twice/a.csv", "a,y\n1,2\n")
     os.symlink("a.csv", "twice/b.csv")
-    for name, said in {
+    for name, message in {
         "f.csv": "is a pipe or a device",
         "zero.csv": "is a pipe or a device",
         "s.csv": "is a pipe or a device",
@@ -269,7 +269,7 @@ def test_a_path_that_is_not_a_regular_file_is_refused_before_it_is_opened(read):
         "a\nb.csv": "cannot be printed",
         "a\0b.csv": "cannot be printed",
     }.items():
-        assert said in refused(read, name), name
+        assert message in refused(read, name), name
     write("u\u2028.csv", "a,y\n1,2\n")
     write(os.fsdecode(b"v\xff.csv"), "a,y\n1,2\n")
     for name in ("u*.csv", "v*.csv"):
@@ -289,14 +289,14 @@ def header_of_npy(text, data=b""):
 
 
 def test_numpy_files_whose_size_contradicts_their_header_are_refused(read):
-    for shape, said in {
+    for shape, message in {
         "(1000000000000, 2)": "takes 16,000,000,000,000 bytes, and it has 32",
         "(1000000000000,)": "takes 8,000,000,000,000 bytes, and it has 32",
         "(1, 2)": "takes 16 bytes, and it has 32",
         "(0, 1000000000000)": "more than 1,048,576 columns",
     }.items():
         write("n.npy", header_of_npy(HEADER % shape, bytes(32)))
-        assert said in refused(read, "n.npy", target="c1")
+        assert message in refused(read, "n.npy", target="c1")
     write("n.npy", header_of_npy("{'descr': '|S0', 'fortran_order': False, 'shape': (1000000000000,)}"))
     assert "values of 0 bytes" in refused(read, "n.npy", target="c")
     zipfile.ZipFile("none.npz", "w").close()
@@ -326,7 +326,7 @@ def test_a_damaged_npz_is_read_correctly_or_refused(read):
 
 def test_text_that_is_not_csv_is_refused_in_one_line(read, monkeypatch):
     monkeypatch.setattr("dpreg.tables.csv_files._BLOCK_BYTES", 1 << 16)
-    for content, said in {
+    for content, message in {
         "a,y\n1,2\n".encode("utf-16"): "it is written in UTF-16; save it in UTF-8",
         b"a\x1bb,y\n1,2\n": "has characters that cannot be printed; rename it",
         "a\u2028b,y\n1,2\n".encode(): "has characters that cannot be printed; rename it",
@@ -337,7 +337,7 @@ def test_text_that_is_not_csv_is_refused_in_one_line(read, monkeypatch):
         b"": "Empty CSV file",
     }.items():
         write("t.csv", content)
-        assert said in refused(read, "t.csv"), said
+        assert message in refused(read, "t.csv"), message
     write("t.csv", "\ufeffa,y\r\n1,2\r\n3,4\r\n")
     assert read("t.csv") == (("a",), [[1], [3]], [2, 4])
 

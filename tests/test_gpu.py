@@ -147,15 +147,15 @@ def test_full_batch_steps_agree_with_float64(tmp_path, num_targets, rounded):
 
 
 def test_the_doctor_and_the_plan_recognize_the_gpu(tmp_path):
-    said = finished("dpreg.main", "--config_preset=gpu", "--mode=doctor")
-    assert "WRONG" not in said
-    assert "gpu" in said
-    said = finished("dpreg.plan", "--flagfile=configs/gpu.cfg", f"--workdir={tmp_path}")
-    told = json.loads((tmp_path / "plan.json").read_text())
-    assert told["fits"]
-    assert told["state_donated"]
-    assert told["kind"].startswith("NVIDIA")
-    assert told["capacity"] > 1e9
+    output = finished("dpreg.main", "--config_preset=gpu", "--mode=doctor")
+    assert "WRONG" not in output
+    assert "gpu" in output
+    output = finished("dpreg.plan", "--flagfile=configs/gpu.cfg", f"--workdir={tmp_path}")
+    results = json.loads((tmp_path / "plan.json").read_text())
+    assert results["fits"]
+    assert results["state_donated"]
+    assert results["kind"].startswith("NVIDIA")
+    assert results["capacity"] > 1e9
 
 
 def test_a_profile_contains_the_kernels_of_the_steps(tmp_path):

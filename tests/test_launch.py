@@ -65,13 +65,13 @@ def test_a_preempted_open_mpi_run_restarts_unless_it_was_asked_to_stop(tmp_path,
         below = psutil.Process(script.pid).children(recursive=True)
         workers = [process for process in below if process.cmdline()[1:3] == ["-m", "dpreg.main"]]
         (script if whom == "the script" else workers[1]).send_signal(signal.SIGTERM)
-        said = script.communicate(timeout=200)[1]
+        output = script.communicate(timeout=200)[1]
     finally:
         for process in [*below, script]:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
-    assert ("going on from step" in said) == (whom == "a process"), said
-    assert script.returncode == (0 if whom == "a process" else 75), said
+    assert ("going on from step" in output) == (whom == "a process"), output
+    assert script.returncode == (0 if whom == "a process" else 75), output
 
 
 @pytest.fixture

@@ -264,8 +264,8 @@ def test_the_fit_of_diamonds_agrees_with_statsmodels(weighted):
         assert getattr(found, name) == pytest.approx(wanted, rel=1e-8), name
     np.testing.assert_allclose(found.covariance, theirs.cov_params(), rtol=1e-6, atol=1e-9 * found.covariance.max())
     np.testing.assert_allclose(found.conf_int(), theirs.conf_int(), rtol=1e-6)
-    told = str(summarize_fit(fit, [f"x{j}" for j in range(x.shape[1])])).splitlines()
-    for line, p in zip(told[1:-1], theirs.pvalues, strict=True):
+    lines = str(summarize_fit(fit, [f"x{j}" for j in range(x.shape[1])])).splitlines()
+    for line, p in zip(lines[1:-1], theirs.pvalues, strict=True):
         assert float(line.split()[4]) == pytest.approx(p, rel=0.006, abs=1e-300)
 
 

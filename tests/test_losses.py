@@ -128,7 +128,7 @@ def test_gradients_agree_with_finite_differences_in_float64(name):
 
 
 @pytest.mark.parametrize(
-    ("name", "value", "said"),
+    ("name", "value", "message"),
     [
         ("logistic", 0.5, "in row 8 is 0.5 and has to be 0 or 1"),
         ("softmax", 2, "in row 8 is 2 and has to be a label from 0 to 1"),
@@ -136,11 +136,11 @@ def test_gradients_agree_with_finite_differences_in_float64(name):
         ("gamma", 0, "in row 8 is 0 and has to be above 0"),
     ],
 )
-def test_a_target_outside_the_domain_is_refused_with_its_first_row(name, value, said):
+def test_a_target_outside_the_domain_is_refused_with_its_first_row(name, value, message):
     y = np.ones(40)
     y[[30, 7]] = value
     trainer, data = dpreg.Trainer(1), dpreg.RegressionData(dpreg.ArraySource(np.ones((40, 2)), y), None, 8)
-    with pytest.raises(dpreg.InputError, match=said):
+    with pytest.raises(dpreg.InputError, match=message):
         trainer.fit(build_model(Config(loss=name), 2, 1), data)
 
 
@@ -215,7 +215,7 @@ def test_flags_build_the_model_they_describe(flags, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("flags", "said"),
+    ("flags", "message"),
     [
         ({"loss": "l3"}, "loss='l3': use squared"),
         ({"model": "nowhere:Net"}, "model='nowhere:Net': ModuleNotFoundError"),
@@ -226,8 +226,8 @@ def test_flags_build_the_model_they_describe(flags, tmp_path):
         ({"hidden": (0,)}, r"hidden=\(0,\): use"),
     ],
 )
-def test_a_model_that_cannot_be_built_is_refused_in_one_line(flags, said):
-    with pytest.raises(dpreg.InputError, match=said):
+def test_a_model_that_cannot_be_built_is_refused_in_one_line(flags, message):
+    with pytest.raises(dpreg.InputError, match=message):
         build_model(Config(**flags), 2, 1)
 
 

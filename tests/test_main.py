@@ -299,11 +299,11 @@ def test_a_run_holds_its_workdir_until_its_last_output(tmp_path, monkeypatch):
 
 
 def test_a_stopped_run_prints_its_folder_if_the_command_does_not_name_it():
-    for folder, said in (
+    for folder, message in (
         (pathlib.Path("runs/now"), "the same command with workdir='runs/now' resumes"),
         (None, "d resumes"),
     ):
-        with pytest.raises(Preempted, match=said), _to_go_on_in(folder):
+        with pytest.raises(Preempted, match=message), _to_go_on_in(folder):
             raise Preempted(3)
 
 

@@ -136,7 +136,7 @@ def test_the_training_flag_of_a_model_may_have_any_name_common_in_flax(kind):
     assert not np.allclose(forward(kind(), variables, batch, True, key)[0], found[0])
 
 
-def of(layers, **arguments):
+def model_with(layers, **arguments):
     """A model of some layers in front of a Dense, each made by a function of the module, x and the mode."""
 
     class Made(dpreg.Module):
@@ -177,35 +177,47 @@ def noise_where_there_is_some(module, x, train):
 
 
 @pytest.mark.parametrize(
-    ("model", "said"),
+    ("model", "message"),
     [
         (Misnamed(), "Misnamed.__call__ has an argument 'is_train', which dpreg does not pass; use train, training"),
-        (of(lambda _, x, train: nn.Dropout(0.5, deterministic=True)(x)), "the Dropout 'Dropout_0' is never on"),
-        (of(lambda _, x, train: nn.Dropout(0.5, deterministic=False)(x)), "draws random numbers in evaluation, too"),
-        (of(lambda _, x, train: nn.BatchNorm(False)(x)), "the BatchNorm 'BatchNorm_0' is on in evaluation, too"),
-        (of(attention), "the MultiHeadDotProductAttention 'MultiHeadDotProductAttention_0' is never on"),
-        (of(noise), "from the stream 'noise', and is given 'dropout' alone"),
-        (of(noise_where_there_is_some), "from the stream 'noise', and is given 'dropout' alone"),
-        (of(lambda _, x, train: nn.Dropout(0.5)(x)), 'cannot be traced: ValueError: Parameter "deterministic" must be'),
-        (of(lambda _, x, train: x @ jnp.ones((2, 2))), "Made cannot be traced: TypeError: dot_general"),
-        (of(lambda _, x, train: x, parameter_dtype=jnp.bfloat16), "['params']['Dense_0']['bias'] as bfloat16; keep"),
+        (model_with(lambda _, x, train: nn.Dropout(0.5, deterministic=True)(x)), "the Dropout 'Dropout_0' is never on"),
+        (
+            model_with(lambda _, x, train: nn.Dropout(0.5, deterministic=False)(x)),
+            "draws random numbers in evaluation, too",
+        ),
+        (
+            model_with(lambda _, x, train: nn.BatchNorm(False)(x)),
+            "the BatchNorm 'BatchNorm_0' is on in evaluation, too",
+        ),
+        (model_with(attention), "the MultiHeadDotProductAttention 'MultiHeadDotProductAttention_0' is never on"),
+        (model_with(noise), "from the stream 'noise', and is given 'dropout' alone"),
+        (model_with(noise_where_there_is_some), "from the stream 'noise', and is given 'dropout' alone"),
+        (
+            model_with(lambda _, x, train: nn.Dropout(0.5)(x)),
+            'cannot be traced: ValueError: Parameter "deterministic" must be',
+        ),
+        (model_with(lambda _, x, train: x @ jnp.ones((2, 2))), "Made cannot be traced: TypeError: dot_general"),
+        (
+            model_with(lambda _, x, train: x, parameter_dtype=jnp.bfloat16),
+            "['params']['Dense_0']['bias'] as bfloat16; keep",
+        ),
         (Plain(), "Plain has no loss and no configure_optimizers; derive it from dpreg.Module"),
         (Plain, "Plain is a class; give an instance"),
         (nnx.Linear(3, 1, rngs=nnx.Rngs(0)), "Linear is a module of flax.nnx; give one of flax.linen"),
         (object(), "object is no flax module"),
     ],
 )
-def test_a_model_that_dpreg_cannot_train_is_refused_in_one_line(model, said):
+def test_a_model_that_dpreg_cannot_train_is_refused_in_one_line(model, message):
     with (
         jax.numpy_dtype_promotion("standard"),
-        pytest.raises(dpreg.InputError, match=re.escape(said)) as caught,
+        pytest.raises(dpreg.InputError, match=re.escape(message)) as caught,
     ):
         dpreg.Trainer(1).fit(model, Rows(16).data(8))
     assert "\n" not in str(caught.value)
 
 
 def test_a_batch_norm_may_be_frozen():
-    model = of(lambda _, x, train: nn.Dropout(0.5, deterministic=not train)(nn.BatchNorm(True)(x)))
+    model = model_with(lambda _, x, train: nn.Dropout(0.5, deterministic=not train)(nn.BatchNorm(True)(x)))
     initial_state(model, np.ones((1, 3)), 0, np.dtype("float32"))
 
 
@@ -214,7 +226,7 @@ def linear(optimizer):
 
 
 @pytest.mark.parametrize(
-    ("optimizer", "said"),
+    ("optimizer", "message"),
     [
         (optax.lbfgs(), "evaluates the loss at other parameters"),
         (optax.MultiSteps(optax.sgd(0.1), 4), "use accumulate_steps"),
@@ -229,8 +241,8 @@ def linear(optimizer):
         ),
     ],
 )
-def test_an_optimizer_that_would_not_work_as_documented_is_refused_in_one_line(optimizer, said):
-    with pytest.raises(dpreg.InputError, match=re.escape(said)):
+def test_an_optimizer_that_would_not_work_as_documented_is_refused_in_one_line(optimizer, message):
+    with pytest.raises(dpreg.InputError, match=re.escape(message)):
         initial_state(linear(optimizer), np.ones((1, 3)), 0, np.dtype("float32"))
 
 
@@ -325,7 +337,7 @@ def with_method(name, base, *arguments):
 
 
 @pytest.mark.parametrize(
-    ("part", "name", "said"),
+    ("part", "name", "message"),
     [
         *(("model", name, "override loss (one value") for name in ("training_step", "optimizer_step")),
         *(("model", name, "validation measures the loss") for name in ("validation_step", "predict_step")),
@@ -336,7 +348,7 @@ def with_method(name, base, *arguments):
         *(("data", name, "give rows by a dpreg.Source") for name in ("get_dataloader", "train_dataloader")),
     ],
 )
-def test_a_hook_of_another_training_library_is_refused_by_name(part, name, said):
+def test_a_hook_of_another_training_library_is_refused_by_name(part, name, message):
     parts = {
         "model": (dpreg.LinearRegressionScratch, 3, 0.1),
         "trainer": (dpreg.Trainer, 1),
@@ -345,7 +357,7 @@ def test_a_hook_of_another_training_library_is_refused_by_name(part, name, said)
     made = {key: with_method(name if key == part else "helper", *arguments) for key, arguments in parts.items()}
     with pytest.raises(dpreg.InputError, match=re.escape(f"Mine.{name}: dpreg does not call it; ")) as caught:
         made["trainer"].fit(made["model"], made["data"])
-    assert said in str(caught.value)
+    assert message in str(caught.value)
 
 
 def test_a_hook_set_on_an_instance_is_refused_and_a_helper_of_the_loss_is_not():

@@ -16,11 +16,11 @@ from dpreg.errors import InputError
 @pytest.mark.parametrize("size", [1, 2, 3, 7, 33, 64, 65, 1000, 4097])
 def test_permute_is_a_bijection_and_the_same_in_numpy_and_jax(size):
     positions = np.arange(size + 3)
-    there = permute(positions, size, 5, 2, 3)
-    assert sorted(there[:size]) == list(range(size))
-    assert list(there[size:]) == [size, size + 1, size + 2]
-    np.testing.assert_array_equal(permute(jnp.asarray(positions), size, 5, 2, 3), there)
-    assert permute(0, size, 5, 2, 3) == there[0]
+    permuted = permute(positions, size, 5, 2, 3)
+    assert sorted(permuted[:size]) == list(range(size))
+    assert list(permuted[size:]) == [size, size + 1, size + 2]
+    np.testing.assert_array_equal(permute(jnp.asarray(positions), size, 5, 2, 3), permuted)
+    assert permute(0, size, 5, 2, 3) == permuted[0]
 
 
 def test_permute_accepts_positions_in_any_memory_layout():
@@ -116,11 +116,11 @@ def test_strips_are_short_compared_with_a_shard_and_a_batch(rows, shards, batch,
 @pytest.mark.parametrize("size", [2**31, 2**31 - 1, 2**16 + 1, 2**20, 999_999])
 def test_permute_stays_in_range_and_is_injective_at_any_size(size):
     positions = np.unique(np.random.default_rng(0).integers(0, size, 50_000)).astype(np.uint32)
-    there = permute(positions, size, 1).astype(np.int64)
-    assert len(np.unique(there)) == len(positions)
-    assert there.min() >= 0
-    assert there.max() < size
-    np.testing.assert_array_equal(permute(jnp.asarray(positions), np.uint32(size), 1), there)
+    permuted = permute(positions, size, 1).astype(np.int64)
+    assert len(np.unique(permuted)) == len(positions)
+    assert permuted.min() >= 0
+    assert permuted.max() < size
+    np.testing.assert_array_equal(permute(jnp.asarray(positions), np.uint32(size), 1), permuted)
 
 
 def test_a_hash_maps_uniformly_to_numbers_below_any_bound():

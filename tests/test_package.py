@@ -49,13 +49,13 @@ def test_twine_accepts_the_sdist_and_the_wheel(built):
 
 
 def test_the_wheel_contains_all_modules_types_templates_and_presets(installed):
-    there = {str(path.relative_to(installed)) for path in installed.rglob("*") if path.is_file()}
+    names = {str(path.relative_to(installed)) for path in installed.rglob("*") if path.is_file()}
     modules = {str(path.relative_to(ROOT)) for path in (pathlib.Path(ROOT) / "dpreg").rglob("*.py")}
     templates = {str(path.relative_to(ROOT)) for path in (pathlib.Path(ROOT) / "dpreg/outputs/html").iterdir()}
     presets = {f"dpreg/presets/{path.name}" for path in (pathlib.Path(ROOT) / "configs").glob("*.cfg")}
     assert templates
-    assert modules | templates | presets | {"dpreg/py.typed"} <= there
-    assert not any(name.startswith(("tests", "launch")) for name in there)
+    assert modules | templates | presets | {"dpreg/py.typed"} <= names
+    assert not any(name.startswith(("tests", "launch")) for name in names)
     (points,) = installed.glob("*.dist-info/entry_points.txt")
     assert "dpreg = dpreg.main:main" in points.read_text()
 

@@ -41,7 +41,7 @@ def test_each_process_receives_the_predictions_of_its_own_rows(found):
 
 
 @pytest.mark.parametrize(
-    ("case", "said"),
+    ("case", "message"),
     {
         "unequal lengths": "fit: processes 0 and 1 have different training rows: 100 rows and 130 rows; give the same",
         "other values": "fit: processes 0 and 1 have different training rows: both 100 rows, with other values; give",
@@ -61,9 +61,9 @@ def test_each_process_receives_the_predictions_of_its_own_rows(found):
         "shuffled": "give from_parts a PermutedSource of each part",
     }.items(),
 )
-def test_arguments_that_differ_between_processes_are_refused_in_all_of_them(found, case, said):
+def test_arguments_that_differ_between_processes_are_refused_in_all_of_them(found, case, message):
     for of_process in found:
-        assert said in of_process["refusals"][case]
+        assert message in of_process["refusals"][case]
 
 
 def test_from_parts_in_one_process_has_the_rows_of_that_process():

@@ -21,18 +21,18 @@ from dpreg.train.program import lay_out
 LINEAR = Config(num_train=5000, batch_size=64, platform="cpu", num_devices=8)
 
 
-def of(**changes):
+def config_with(**changes):
     return dataclasses.replace(LINEAR, **changes)
 
 
 @pytest.mark.parametrize(
     "config",
     [
-        of(),
-        of(placement="host"),
-        of(accumulate_steps=4),
-        of(optimizer="sgd", gradient_clip_val=1.0, l2=0.1),
-        of(precision="bfloat16"),
+        config_with(),
+        config_with(placement="host"),
+        config_with(accumulate_steps=4),
+        config_with(optimizer="sgd", gradient_clip_val=1.0, l2=0.1),
+        config_with(precision="bfloat16"),
     ],
     ids=["linear", "host", "accumulated", "clipped", "bfloat16"],
 )
@@ -47,13 +47,13 @@ def test_a_linear_step_has_one_all_reduce_and_donates_the_state(config):
 
 
 def test_an_ordered_step_has_one_all_gather_and_on_one_device_none():
-    (one,) = plan(of(reduction="ordered")).collectives
+    (one,) = plan(config_with(reduction="ordered")).collectives
     assert (one.kind, one.size, one.devices, one.each_step) == ("all-gather", 8 * 5 * 4, 8, True)
-    assert [c for c in plan(of(num_devices=1)).collectives if c.devices > 1] == []
+    assert [c for c in plan(config_with(num_devices=1)).collectives if c.devices > 1] == []
 
 
 def test_a_perceptron_reduces_its_whole_gradient_in_one_collective():
-    found = plan(of(model="mlp", hidden=(16, 8), optimizer="momentum"))
+    found = plan(config_with(model="mlp", hidden=(16, 8), optimizer="momentum"))
     size = (2 * 16 + 16) + (16 * 8 + 8) + (8 + 1) + 2
     assert [(c.kind, c.size, c.each_step) for c in found.collectives] == [("all-reduce", 4 * size, True)]
     assert found.state_donated
@@ -62,17 +62,19 @@ def test_a_perceptron_reduces_its_whole_gradient_in_one_collective():
 def test_the_gpu_compiler_options_exist_and_xla_flags_override_them(monkeypatch):
     """Its options are known to that of the CPU, too."""
     monkeypatch.setenv("XLA_FLAGS", "")
-    told = tuning.compiler_options(REDUCTION_BY_NAME["ordered"], "gpu")
-    assert {"xla_gpu_autotune_level", "xla_gpu_enable_command_buffer"} < {*told}
-    assert jax.jit(lambda x: x + 1).lower(1.0).compile(compiler_options=told)(1.0) == 2
+    options = tuning.compiler_options(REDUCTION_BY_NAME["ordered"], "gpu")
+    assert {"xla_gpu_autotune_level", "xla_gpu_enable_command_buffer"} < {*options}
+    assert jax.jit(lambda x: x + 1).lower(1.0).compile(compiler_options=options)(1.0) == 2
     with pytest.raises(jax.errors.JaxRuntimeError):
-        jax.jit(lambda x: x + 1).lower(1.0).compile(compiler_options=told | {"xla_gpu_no_such_option": "1"})
+        jax.jit(lambda x: x + 1).lower(1.0).compile(compiler_options=options | {"xla_gpu_no_such_option": "1"})
     monkeypatch.setenv("XLA_FLAGS", "--xla_gpu_autotune_level=4")
     assert "xla_gpu_autotune_level" not in tuning.compiler_options(REDUCTION_BY_NAME["ordered"], "gpu")
 
 
 def test_a_collective_inside_a_loop_counts_once_for_each_iteration():
-    config = of(model="mlp", hidden=(4,), batch_norm=True, sync_batch_norm=True, accumulate_steps=3, num_devices=2)
+    config = config_with(
+        model="mlp", hidden=(4,), batch_norm=True, sync_batch_norm=True, accumulate_steps=3, num_devices=2
+    )
     found = plan(config)
     assert sorted({one.loops for one in found.collectives}) == [1, 2]  # the gradient, and within a part
     assert "3 times a step" in found.describe()
@@ -91,7 +93,7 @@ def test_a_collective_inside_a_loop_counts_once_for_each_iteration():
 )
 def test_operations_and_bytes_of_a_step_match_the_formula(rows, changes):
     """Of wide rows nearly all is in the products: x w and x^T g, a multiplication and an addition each."""
-    found = plan(of(w=tuple(np.linspace(-1, 1, 512)), **changes))
+    found = plan(config_with(w=tuple(np.linspace(-1, 1, 512)), **changes))
     assert found.operations == pytest.approx(2 * 2 * rows * 512, rel=0.35 if rows < 32 else 0.1)
     assert found.bytes_moved == pytest.approx(rows * (512 + 3) * 4 + 2 * 513 * 4, rel=0.01)
 
@@ -109,7 +111,7 @@ def test_the_compiled_step_computes_no_more_than_the_formula():
 
 
 def test_held_out_rows_count_in_the_memory_of_a_plan():
-    few, many = (plan(of(num_val=rows, num_devices=1)) for rows in (0, 5000))
+    few, many = (plan(config_with(num_val=rows, num_devices=1)) for rows in (0, 5000))
     assert few.validation_bytes == 0
     assert many.validation_bytes == pytest.approx(5000 * (2 + 1 + 1) * 4, rel=0.1)
     assert many.held_bytes - many.memory.total == many.validation_bytes
@@ -118,7 +120,7 @@ def test_held_out_rows_count_in_the_memory_of_a_plan():
 @pytest.mark.parametrize(("reduction", "part"), [("pmean", 5 << 20), ("ordered", 4 << 19)])
 def test_the_rows_of_a_large_batch_are_copied_in_chunks_that_fit_in_cache(reduction, part):
     """At most 5 MB, or those of a shard."""
-    found = plan(of(w=(1.0,) * 512, num_devices=1, batch_size=8192, num_train=16384, reduction=reduction))
+    found = plan(config_with(w=(1.0,) * 512, num_devices=1, batch_size=8192, num_train=16384, reduction=reduction))
     rows = 16384 * (512 + 3) * 4
     assert rows < found.memory.arguments < 1.02 * rows
     assert found.memory.temporaries < 1.1 * part < 8192 * 512 * 4
@@ -171,7 +173,7 @@ def test_the_time_of_a_collective_follows_from_the_links_of_the_slice():
 
 
 @pytest.mark.parametrize(
-    ("name", "said"),
+    ("name", "message"),
     [
         ("v5e:32x32", "there is no such slice of several chips; use one of v5e: 2x2, 2x4, 4x4, 4x8, 8x8, 8x16, 16x16"),
         ("v5p:8x4x4", "there is no such slice"),
@@ -191,8 +193,8 @@ def test_the_time_of_a_collective_follows_from_the_links_of_the_slice():
         ("v5p", "there is no such slice"),
     ],
 )
-def test_a_slice_that_does_not_exist_is_refused(name, said):
-    with pytest.raises(dpreg.InputError, match=said):
+def test_a_slice_that_does_not_exist_is_refused(name, message):
+    with pytest.raises(dpreg.InputError, match=message):
         chips.parse_topology(name)
 
 
@@ -298,5 +300,5 @@ def test_a_trainer_reports_the_collectives_of_its_step(reduction):
     data = dpreg.SyntheticRegressionData([1.0, 2], 0.5, num_train=100, num_val=0)
     trainer = dpreg.Trainer(1, 8, reduction=reduction)
     trainer.fit(dpreg.LinearRegressionScratch(2, 0.1), data)
-    (one,) = plan(of(reduction=reduction)).collectives
+    (one,) = plan(config_with(reduction=reduction)).collectives
     assert trainer.exchange_bytes == one.size

@@ -120,10 +120,10 @@ def test_rows_with_missing_values_have_no_prediction(trained, tmp_path, capsys):
     found = pyarrow.csv.read_csv(tmp_path / "p.csv")
     wanted = expected(trained, columns)
     assert [i for i, value in enumerate(found["predicted_y"].to_pylist()) if value is None] == [3, 49]
-    there = ~np.isnan(wanted)
-    np.testing.assert_allclose(np.array(found["predicted_y"].to_pylist(), float)[there], wanted[there], rtol=1e-5)
+    present = ~np.isnan(wanted)
+    np.testing.assert_allclose(np.array(found["predicted_y"].to_pylist(), float)[present], wanted[present], rtol=1e-5)
     predict(config_of(trained, tmp_path / "new.parquet", "evaluate"))
-    assert json.loads(capsys.readouterr().out)["rows"] == np.count_nonzero(columns["w"][there])
+    assert json.loads(capsys.readouterr().out)["rows"] == np.count_nonzero(columns["w"][present])
 
 
 @pytest.mark.parametrize("trained", ["log"], indirect=True)
@@ -139,7 +139,7 @@ def test_two_processes_predict_the_same_file(trained, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("flags", "said"),
+    ("flags", "message"),
     [
         ({"workdir": None}, "with workdir"),
         ({"workdir": "{}"}, "there is no model"),
@@ -162,7 +162,7 @@ def test_two_processes_predict_the_same_file(trained, tmp_path):
         ({"dataset": "{}/none.csv"}, "there are no rows"),
     ],
 )
-def test_a_prediction_that_is_impossible_is_refused_in_one_line_without_a_file(trained, tmp_path, flags, said):
+def test_a_prediction_that_is_impossible_is_refused_in_one_line_without_a_file(trained, tmp_path, flags, message):
     columns = table_of(9000)
     write({"kind": columns["kind"], "b": columns["b"]}, tmp_path / "short.csv")
     (tmp_path / "none.csv").write_text("a,b,kind\n")
@@ -174,7 +174,7 @@ def test_a_prediction_that_is_impossible_is_refused_in_one_line_without_a_file(t
     columns["a"] = np.array(["x" if i == 8999 else str(i) for i in range(9000)])
     write(columns, tmp_path / "words.csv")
     flags = {name: value.format(tmp_path) if isinstance(value, str) else value for name, value in flags.items()}
-    with pytest.raises(dpreg.InputError, match=said) as caught:
+    with pytest.raises(dpreg.InputError, match=message) as caught:
         predict(config_of(trained, **{"dataset": tmp_path / "words.csv", "output": str(tmp_path / "p.csv"), **flags}))
     assert "\n" not in str(caught.value)
     assert not [path for path in tmp_path.rglob("*") if "p.csv" in path.name]
@@ -421,7 +421,7 @@ def test_the_prediction_script_recognizes_missing_values_as_csv_files_write_them
 
 def test_the_prediction_script_refuses_bad_input_in_one_line(trained, tmp_path):
     script = trained / "w" / "model" / "predict.py"
-    for text, said in (
+    for text, message in (
         ("a,b,kind\n1,2\n", "row 1 has 2 values, and there are 3 columns"),
         ("a,b,kind\n", "there are no rows"),
         ("a,b,kind\n1,inf,red\n", "'inf' is not finite"),
@@ -432,7 +432,7 @@ def test_the_prediction_script_refuses_bad_input_in_one_line(trained, tmp_path):
         (tmp_path / "t.csv").write_text(text)
         done = subprocess.run([sys.executable, script, tmp_path / "t.csv"], capture_output=True, text=True)
         assert (done.returncode, len(done.stderr.splitlines()), done.stdout) == (2, 1, ""), text
-        assert said in done.stderr
+        assert message in done.stderr
 
 
 def test_the_text_none_is_a_category_and_the_value_none_is_missing():
@@ -505,10 +505,10 @@ def test_a_trainer_of_a_table_accepts_raw_columns(of_table, given):
     assert np.flatnonzero(np.isnan(found)).tolist() == [7]
     np.testing.assert_allclose(found[:, 0], wanted, rtol=1e-5)
     loss, metrics = trainer.evaluate(given(columns))
-    there = ~np.isnan(wanted)
-    error, weight = (wanted - columns["y"])[there], columns["w"][there]
+    present = ~np.isnan(wanted)
+    error, weight = (wanted - columns["y"])[present], columns["w"][present]
     assert metrics["rmse"] == pytest.approx(np.sqrt(weight @ error**2 / weight.sum()), rel=1e-4)
-    logs = np.log(wanted / columns["y"])[there]
+    logs = np.log(wanted / columns["y"])[present]
     assert loss == pytest.approx(weight @ logs**2 / weight.sum() / 2, rel=1e-3)
 
 
@@ -536,7 +536,7 @@ def test_an_array_must_have_the_columns_of_the_table_in_their_order(tmp_path):
     other = dpreg.read_table(
         str(tmp_path / "t.parquet"), dataclasses.replace(columns, max_categories=2), cache_dir=str(tmp_path)
     )
-    for wrong, said in (
+    for wrong, message in (
         ([[1.0]], "x: shape [1, 1]; the columns of the table, as they are there, are: 'x', 'store'; give"),
         ({"x": [1.0]}, "x: column 'store' is not there; use one of 'x'"),
         ({"x": [1.0, 2.0], "store": [1]}, "x: the columns are not equally long: 'x' has 2, 'store' has 1"),
@@ -544,15 +544,15 @@ def test_an_array_must_have_the_columns_of_the_table_in_their_order(tmp_path):
         ({"x": 1.0, "store": 1}, "x: column 'x' is no sequence of values of one type"),
         ([[np.inf, 1]], "x, row 1: column 'x' has a value that is not finite"),
     ):
-        with pytest.raises(dpreg.InputError, match=re.escape(said)):
+        with pytest.raises(dpreg.InputError, match=re.escape(message)):
             trainer.predict(wrong)
-    for wrong, said in (
+    for wrong, message in (
         (other.val, "scaled and coded by the columns of another table"),
         ({"x": [1.0], "store": [1]}, "column 'y' is not there"),
         (dpreg.ArraySource([[1.0]], [1.0]), "the rows have 1 columns in x; the columns of the table"),
         (rows, "the rows: shape"),
     ):
-        with pytest.raises(dpreg.InputError, match=said):
+        with pytest.raises(dpreg.InputError, match=message):
             trainer.evaluate(wrong)
     without = dpreg.Trainer(1)
     without.fit(dpreg.LinearRegressionScratch(3, 0.1), Rows(20).data(8))

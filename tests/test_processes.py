@@ -26,10 +26,10 @@ from cluster import (
     end,
     ended,
     free_address,
+    has_logged_steps,
     outcome,
     several,
     start,
-    stepping,
     together,
     wait_until,
     workers,
@@ -51,8 +51,8 @@ def expected(tmp_path_factory):
 
 @pytest.mark.parametrize(("count", "flags"), [(4, ()), (2, ("--backend=pmap", "--placement=host"))])
 def test_several_processes_give_the_bits_of_one_process(tmp_path, expected, count, flags):
-    (_, said, *_), *_ = several(count, tmp_path, *flags)
-    assert any(f"8 cpu devices of {count} processes" in line for line in said), said
+    (_, lines, *_), *_ = several(count, tmp_path, *flags)
+    assert any(f"8 cpu devices of {count} processes" in line for line in lines), lines
     assert outcome(tmp_path) == expected
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert (summary["process_count"], summary["device_count"]) == (count, 8)
@@ -111,8 +111,8 @@ def test_processes_average_small_arrays_by_all_to_all_and_large_ones_by_all_redu
     for code, lines, out, _ in of_both:
         assert code == 0, lines
         means = "{1.5} [-5.5]"  # of 0, 1, 2, 3; each exact, whatever the order
-        said = re.findall(r"all-.* \{.*", out)  # Gloo says something, too, and not always in whole lines
-        assert said == [f"all-to-all {4 * 4 * few} {means}", f"all-reduce {4 * many} {means}"]
+        collectives = re.findall(r"all-.* \{.*", out)  # Gloo says something, too, and not always in whole lines
+        assert collectives == [f"all-to-all {4 * 4 * few} {means}", f"all-reduce {4 * many} {means}"]
 
 
 CORES = """
@@ -135,7 +135,7 @@ processes.allgather_text()
 def with_real_address(tmp_path):
     """What to start a command with so that the host name resolves to an address that other hosts reach."""
     hosts = tmp_path / "hosts"
-    own = [a.address for of in psutil.net_if_addrs().values() for a in of if a.family == socket.AF_INET]
+    own = [a.address for addresses in psutil.net_if_addrs().values() for a in addresses if a.family == socket.AF_INET]
     real = [address for address in own if not rendezvous.is_loopback(address)]
     prefix = ["unshare", "--mount", "sh", "-c", 'mount --bind "$0" /etc/hosts && exec "$@"', str(hosts)]
     if real and shutil.which("unshare"):
@@ -150,9 +150,10 @@ def with_real_address(tmp_path):
 def test_processes_agree_on_cores_per_device_and_listen_only_on_the_loopback(second, several, with_real_address):
     """Or they would compile other programs, of other bits; or be reached by others."""
     cores, address = sorted(os.sched_getaffinity(0)), free_address()
-    of_each = [[str(cores[core]) for core in of] for of in ([0, 1], second)]
+    of_each = [[str(cores[core]) for core in core_numbers] for core_numbers in ([0, 1], second)]
     for code, lines, out, _ in together(
-        *((("-c", CORES, address, str(i), *of), (), ROOT) for i, of in enumerate(of_each)), prefix=with_real_address
+        *((("-c", CORES, address, str(i), *core_numbers), (), ROOT) for i, core_numbers in enumerate(of_each)),
+        prefix=with_real_address,
     ):
         assert code == 0, lines
         assert f"several {several}" in out
@@ -237,14 +238,14 @@ def test_a_program_that_misses_another_process_exits_with_76_and_names_it(where)
     address = free_address()
     of_both = together(*((("-c", LOST, address, str(i), where if i else "nowhere"), (), ROOT) for i in range(2)))
     (code, lines, *_), (other, *_) = of_both  # within the time that `together` gives them
-    said = "\n".join(lines)
-    assert (code, other) == (76, 76), said
-    assert "process 1, without a sign of life for" in said
+    output = "\n".join(lines)
+    assert (code, other) == (76, 76), output
+    assert "process 1, without a sign of life for" in output
     if where == "before":
-        assert "ProcessLost: process 0 waited in vain for process 1" in said
+        assert "ProcessLost: process 0 waited in vain for process 1" in output
     else:
-        assert "process 0 has no new result for" in said
-        assert "in fetch_in_order" in said  # of its stacks
+        assert "process 0 has no new result for" in output
+        assert "in fetch_in_order" in output  # of its stacks
 
 
 @pytest.mark.faults
@@ -255,10 +256,10 @@ def test_a_run_that_loses_a_process_restarts_and_ends_with_the_same_result(tmp_p
     wait_until(lambda: complete(tmp_path), launcher)
     time.sleep(random.Random(victim).random())
     workers(launcher)[victim].send_signal(how)
-    code, said = ended(launcher)
-    assert code == 0, said
-    assert "starting again" in said
-    assert "going on from step" in said
+    code, output = ended(launcher)
+    assert code == 0, output
+    assert "starting again" in output
+    assert "going on from step" in output
     assert outcome(tmp_path) == expected
 
 
@@ -268,14 +269,14 @@ def test_without_a_launcher_the_other_processes_exit_with_76_within_15_seconds(t
     flags = (*WORK, "--max_epochs=10000", "--num_devices=2", free_address(), f"--workdir={tmp_path}")
     running = [forked.start(*MAIN, *flags, "--num_processes=3", f"--process_id={i}") for i in range(3)]
     try:
-        wait_until(lambda: stepping(tmp_path), running[0])
+        wait_until(lambda: has_logged_steps(tmp_path), running[0])
         running[victim].send_signal(how)
         sent = time.monotonic()
         for number in {0, 1, 2} - {victim}:
-            said = running[number].communicate(timeout=60)[1]
-            assert running[number].returncode == 76, said
+            output = running[number].communicate(timeout=60)[1]
+            assert running[number].returncode == 76, output
             assert time.monotonic() - sent < 15
-            assert "start all again to go on from the newest checkpoint" in said
+            assert "start all again to go on from the newest checkpoint" in output
     finally:
         end(running)
 
@@ -301,11 +302,11 @@ def test_sigterm_to_one_process_makes_all_save_within_an_epoch_and_exit_with_75(
     time.sleep(0.5)
     for worker in workers(launcher):  # a second one does no harm
         worker.send_signal(signal.SIGTERM)
-    code, said = ended(launcher)
-    assert code == 75, said
-    assert said.count("the same command resumes from there") == 2
+    code, output = ended(launcher)
+    assert code == 75, output
+    assert output.count("the same command resumes from there") == 2
     stopped_at = max(complete(tmp_path / "w"))
-    assert f"stopped at step {stopped_at:,}," in said
+    assert f"stopped at step {stopped_at:,}," in output
     assert any(step % 2560 for step in complete(tmp_path / "w")), "none was saved within an epoch"
     for name in ("w", "whole"):
         done = alone(tmp_path / name, epochs, devices=1, work=LONG)
@@ -322,10 +323,10 @@ def test_a_stopped_launcher_restarts_no_process(tmp_path, how, exit_code):
     wait_until(lambda: complete(tmp_path), launcher)
     for process in (*workers(launcher), launcher) if how == signal.SIGINT else (launcher,):  # as a terminal sends it
         process.send_signal(how)
-    code, said = ended(launcher)
-    assert code == exit_code, said
-    assert said.count("which is saved") == 2
-    assert "starting again" not in said
+    code, output = ended(launcher)
+    assert code == exit_code, output
+    assert output.count("which is saved") == 2
+    assert "starting again" not in output
 
 
 @pytest.mark.faults
@@ -333,17 +334,17 @@ def test_a_run_stopped_in_two_processes_resumes_in_any_number(tmp_path, expected
     launcher = start(2, tmp_path / "w", "--checkpoint_every_steps=20")
     wait_until(lambda: complete(tmp_path / "w"), launcher)
     workers(launcher)[0].send_signal(signal.SIGTERM)
-    code, said = ended(launcher)
-    assert code == 75, said
+    code, output = ended(launcher)
+    assert code == 75, output
     for count, each in ((1, 8), (1, 2), (4, 1)):
         workdir = tmp_path / f"{count}x{each}"
         shutil.copytree(tmp_path / "w", workdir)
         if count == 1:
-            said = alone(workdir, devices=each).stderr
+            output = alone(workdir, devices=each).stderr
         else:
-            code, said = ended(start(count, workdir, devices=each))
-            assert code == 0, said
-        assert "going on from step" in said
+            code, output = ended(start(count, workdir, devices=each))
+            assert code == 0, output
+        assert "going on from step" in output
         assert outcome(workdir) == expected
 
 
@@ -377,9 +378,9 @@ def test_a_hanging_process_is_ended_and_prints_its_stacks(tmp_path):
     flags = ("--platform=cpu", "--num_devices=2", free_address(), f"--workdir={tmp_path}", "--step_timeout=4")
     results = together(faulty(0, "", *flags), faulty(1, "time.sleep(1000)", *flags))
     assert [code for code, *_ in results] == [76, 76]
-    said = "\n".join(results[1][1])
-    assert "had no result for 4 s (--step_timeout)" in said
-    assert "in validate" in said or "in <lambda>" in said
+    output = "\n".join(results[1][1])
+    assert "had no result for 4 s (--step_timeout)" in output
+    assert "in validate" in output or "in <lambda>" in output
 
 
 def test_the_watchdog_limit_grows_with_the_slowest_wait_and_can_be_disabled(monkeypatch):
@@ -411,20 +412,20 @@ def test_the_watchdog_limit_grows_with_the_slowest_wait_and_can_be_disabled(monk
     brisk.begin()
     brisk._watch()
     assert ends == ["0.6 s (step_timeout): it, a file system or another process hangs"]
-    for some, said in (
+    for some, message in (
         ((None, 2, 0), "give all three"),
         (("127.0.0.1:1", 2, None), "give all three"),
         (("127.0.0.1:1", 2, 2), "use 0 to 1"),
         (("127.0.0.1", 2, 0), "give the host and the port"),
     ):
-        with pytest.raises(InputError, match=said):
+        with pytest.raises(InputError, match=message):
             processes.join(*some)
     with Watchdog(0.0) as never:
         assert not never._thread.is_alive()
 
 
 @pytest.mark.parametrize(
-    ("first", "second", "said"),
+    ("first", "second", "message"),
     [
         (["--lr=0.1"], [], "--lr is 0.1 in process 0 and 0.03 in process 1"),
         (["--num_shards=1", "--batch_size=4"], ["--num_shards=1", "--batch_size=4"], "in each of 2 processes"),
@@ -433,7 +434,7 @@ def test_the_watchdog_limit_grows_with_the_slowest_wait_and_can_be_disabled(monk
         ([], ["--num_processes=3"], "--num_processes is 2 in process 0 and 3 in process 1"),
     ],
 )
-def test_bad_settings_of_several_processes_are_refused_in_one_line_in_each(tmp_path, first, second, said):
+def test_bad_settings_of_several_processes_are_refused_in_one_line_in_each(tmp_path, first, second, message):
     (tmp_path / "other").mkdir()
     common = ("--platform=cpu", "--num_devices=1", free_address(), "--num_processes=2", f"--workdir={tmp_path / 'w'}")
     starts = [
@@ -442,11 +443,11 @@ def test_bad_settings_of_several_processes_are_refused_in_one_line_in_each(tmp_p
     ]
     for code, lines, _, _ in together(*starts):
         assert (code, len(lines)) == (2, 1), lines
-        assert said in lines[0]
+        assert message in lines[0]
     assert not (tmp_path / "w").exists()
 
 
-def roll(port, *others, num_processes=3):
+def rendezvous_results(port, *others, num_processes=3):
     """What process 0 and the others make of a rendezvous: None if it succeeds."""
     results = {}
 
@@ -468,12 +469,12 @@ def roll(port, *others, num_processes=3):
 
 def test_the_rendezvous_reports_errors_to_all_processes(monkeypatch, capfd):
     port = int(free_address().rpartition(":")[2])
-    assert roll(port, (1, 3), (2, 3)) == [None, None, None]
-    for error in roll(port, (1, 3), (1, 3)):
+    assert rendezvous_results(port, (1, 3), (2, 3)) == [None, None, None]
+    for error in rendezvous_results(port, (1, 3), (1, 3)):
         assert isinstance(error, InputError)
         assert "process_id=1: two processes have it" in str(error)
     monkeypatch.setattr(rendezvous, "JOIN_SECONDS", 2)
-    zero, one = roll(port, (1, 3))
+    zero, one = rendezvous_results(port, (1, 3))
     assert isinstance(zero, ProcessLost)
     assert "process 2 did not come to process 0 at 127.0.0.1" in str(zero)
     assert str(one) == str(zero)
@@ -489,14 +490,14 @@ def test_a_process_0_that_stops_during_the_rendezvous_is_detected(monkeypatch, c
         with pytest.raises(ProcessLost, match=r"found no process 0 .*it says nothing for 0\.5 s"):
             rendezvous.join_rendezvous("127.0.0.1", port, 2, 1)
     with (
-        answering(b'{"missing": [2]}\n') as port,
+        server_sending(b'{"missing": [2]}\n') as port,
         pytest.raises(ProcessLost, match=r"says nothing for 0.5 s: it is stuck"),
     ):
         rendezvous.join_rendezvous("127.0.0.1", port, 3, 1)
 
 
 @contextlib.contextmanager
-def answering(said):
+def server_sending(payload):
     """The port of a server that sends each connection the same, and then nothing."""
     held = []
 
@@ -504,7 +505,7 @@ def answering(said):
         with contextlib.suppress(OSError):
             while True:
                 held.append(listener.accept()[0])
-                held[-1].sendall(said)
+                held[-1].sendall(payload)
 
     with socket.create_server(("127.0.0.1", 0)) as listener:
         thread = threading.Thread(target=serve, daemon=True)
@@ -516,7 +517,7 @@ def answering(said):
         connection.close()
 
 
-STRANGERS = (
+FOREIGN_MESSAGES = (
     b"GET / HTTP/1.1\r\n\r\n",
     b"[" * 100_000 + b"\n",
     b"[" * 60 + b"\n",
@@ -564,9 +565,9 @@ def test_foreign_connections_to_the_port_cost_a_run_only_one_log_line(monkeypatc
 
     dripping = threading.Thread(target=drip, args=(connected(port),))
     dripping.start()
-    for said in STRANGERS:
+    for payload in FOREIGN_MESSAGES:
         with contextlib.suppress(OSError), connected(port) as connection:  # it may be closed before all is sent
-            connection.sendall(said)
+            connection.sendall(payload)
     with connected(port) as connection:  # one of ours, which dies, and is started again below
         connection.sendall(b'{"process_id": 1, "num_processes": 3}\n')
     assert zero.is_alive()
@@ -600,7 +601,7 @@ def test_process_0_closes_a_connection_that_stays_silent(monkeypatch, capfd):
 
 
 @pytest.mark.parametrize(
-    "said",
+    "payload",
     [
         b"HTTP/1.1 400\r\n\r\n",
         b"[" * 100_000,
@@ -610,9 +611,12 @@ def test_process_0_closes_a_connection_that_stays_silent(monkeypatch, capfd):
         b"y" * 100_000,
     ],
 )
-def test_a_process_that_finds_a_foreign_server_retries_and_then_reports_it(monkeypatch, said):
+def test_a_process_that_finds_a_foreign_server_retries_and_then_reports_it(monkeypatch, payload):
     monkeypatch.setattr(rendezvous, "JOIN_SECONDS", 0.5)
-    with answering(said) as port, pytest.raises(ProcessLost, match="what answers there is no process 0 that waits"):
+    with (
+        server_sending(payload) as port,
+        pytest.raises(ProcessLost, match="what answers there is no process 0 that waits"),
+    ):
         rendezvous.join_rendezvous("127.0.0.1", port, 2, 1)
 
 

@@ -11,8 +11,8 @@ from flax import linen as nn
 import dpreg
 
 
-def is_ours(of):
-    return getattr(of, "__module__", "").partition(".")[0] == "dpreg"
+def is_ours(value):
+    return getattr(value, "__module__", "").partition(".")[0] == "dpreg"
 
 
 def members():

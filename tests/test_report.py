@@ -70,7 +70,7 @@ def test_a_record_truncated_by_a_crash_does_not_hide_the_others(tmp_path):
 def test_a_path_that_is_not_a_run_is_refused_in_one_line(runs, tmp_path):
     shutil.copytree(runs / "one", tmp_path / "cut")
     (tmp_path / "cut" / "summary.json").write_text("{")
-    for names, said in (
+    for names, message in (
         ((), "name the workdirs of some"),
         ((str(tmp_path / "no"),), "holds no finished run"),
         ((str(tmp_path / "cut"),), "is not a summary of dpreg"),
@@ -79,7 +79,7 @@ def test_a_path_that_is_not_a_run_is_refused_in_one_line(runs, tmp_path):
     ):
         done = command("report", *names)
         assert (done.returncode, len(done.stderr.splitlines())) == (2, 1), done.stderr
-        assert said in done.stderr
+        assert message in done.stderr
 
 
 def test_control_characters_in_names_are_escaped_in_the_terminal_and_the_page(runs, tmp_path):
@@ -102,7 +102,7 @@ def test_control_characters_in_names_are_escaped_in_the_terminal_and_the_page(ru
 
 
 @pytest.mark.parametrize(
-    ("summary", "said"),
+    ("summary", "message"),
     [
         (b"[]", "it is not an object"),
         (b"[" * 10**5, "nested too deeply"),
@@ -114,13 +114,13 @@ def test_control_characters_in_names_are_escaped_in_the_terminal_and_the_page(ru
         ({"rows_per_second": 10**400}, "'rows_per_second' is not a number"),
     ],
 )
-def test_a_malformed_summary_is_refused(runs, tmp_path, summary, said):
+def test_a_malformed_summary_is_refused(runs, tmp_path, summary, message):
     shutil.copytree(runs / "one", tmp_path / "w")
     file = tmp_path / "w" / "summary.json"
     file.write_bytes(
         summary if isinstance(summary, bytes) else json.dumps(json.loads(file.read_text()) | summary).encode()
     )
-    with pytest.raises(InputError, match=said) as caught:
+    with pytest.raises(InputError, match=message) as caught:
         read_run(tmp_path / "w")
     assert str(caught.value).isprintable()
 

@@ -152,9 +152,11 @@ def test_integer_weights_are_equivalent_to_repeated_rows(estimator):
     weight = np.random.default_rng(2).integers(0, 4, ROWS)
     by_weight = clone(estimator).fit(X[:300], y[:300], weight[:300])
     repeated = clone(estimator).fit(X[:300].repeat(weight[:300], axis=0), y[:300].repeat(weight[:300]))
-    of = "predict_proba" if isinstance(estimator, DataParallelClassifier) else "predict"
+    method = "predict_proba" if isinstance(estimator, DataParallelClassifier) else "predict"
     steps = getattr(estimator, "loss", "") == "huber"  # in float32
-    np.testing.assert_allclose(getattr(by_weight, of)(X), getattr(repeated, of)(X), rtol=1e-4 if steps else 1e-9)
+    np.testing.assert_allclose(
+        getattr(by_weight, method)(X), getattr(repeated, method)(X), rtol=1e-4 if steps else 1e-9
+    )
 
 
 @pytest.mark.parametrize(
@@ -309,7 +311,7 @@ def test_estimators_train_a_module_of_the_user():
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         ({"solver": "newton"}, "solver='newton': use auto, exact or sgd"),
         ({"solver": "exact", "model": "mlp"}, "solver='exact': it applies only to"),
@@ -322,10 +324,10 @@ def test_estimators_train_a_module_of_the_user():
         ({"loss": "gamma"}, "the target in row 4 is -5 and has to be above 0"),
     ],
 )
-def test_input_that_cannot_be_fitted_is_refused_in_one_line(arguments, said):
+def test_input_that_cannot_be_fitted_is_refused_in_one_line(arguments, message):
     y = np.abs(targets("squared")) + 1
     y[3] = -5
-    with pytest.raises(dpreg.InputError, match=said):
+    with pytest.raises(dpreg.InputError, match=message):
         DataParallelRegressor(**arguments).fit(X, y)
 
 
@@ -361,7 +363,8 @@ def test_redundant_columns_do_not_change_the_exact_solution(more):
 def test_scaling_all_weights_changes_nothing(weight):
     arguments = {"loss": "huber", "max_epochs": 2}
     coefs = [
-        DataParallelRegressor(**arguments).fit(X, Z, sample_weight=np.full(ROWS, of)).coef_ for of in (weight, 1.0)
+        DataParallelRegressor(**arguments).fit(X, Z, sample_weight=np.full(ROWS, value)).coef_
+        for value in (weight, 1.0)
     ]
     np.testing.assert_array_equal(*coefs)
 

@@ -390,8 +390,8 @@ def test_a_numpy_matrix_is_read_as_numbered_columns(read, tmp_path):
     np.testing.assert_array_equal(all_rows(data.train)["y"][:, 0], data.train.row)
     np.savez(tmp_path / "bad.npz", x=x, y=np.arange(3))
     np.save(tmp_path / "objects.npy", np.array([{}, 1], object), allow_pickle=True)
-    for name, said in (("bad.npz", "3 and 20 rows"), ("objects.npy", "not unpickled")):
-        with pytest.raises(dpreg.InputError, match=said):
+    for name, message in (("bad.npz", "3 and 20 rows"), ("objects.npy", "not unpickled")):
+        with pytest.raises(dpreg.InputError, match=message):
             read(name, target="y" if "npz" in name else "c")
 
 
@@ -405,7 +405,7 @@ def test_a_column_with_a_large_mean_keeps_its_digits(read, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("asked", "said"),
+    ("asked", "message"),
     [
         ({"features": ("k", "k")}, "'k' is asked for twice"),
         ({"target": ("y", "y")}, "'y' is asked for twice"),
@@ -422,15 +422,15 @@ def test_a_column_with_a_large_mean_keeps_its_digits(read, tmp_path):
         ({"features": "k", "validation_fraction": 0.99999999}, "no rows to fit besides those held out"),
     ],
 )
-def test_a_column_that_cannot_be_read_from_a_table_is_refused_in_one_line(read, columns, tmp_path, asked, said):
-    with pytest.raises(dpreg.InputError, match=said) as caught:
+def test_a_column_that_cannot_be_read_from_a_table_is_refused_in_one_line(read, columns, tmp_path, asked, message):
+    with pytest.raises(dpreg.InputError, match=message) as caught:
         read("t.parquet", **{"target": "y", **asked})
     assert "\n" not in str(caught.value)
     assert not list((tmp_path / "cache").glob("*"))
 
 
 @pytest.mark.parametrize(
-    ("content", "asked", "said"),
+    ("content", "asked", "message"),
     [
         ("a,y\n0,1\n1e-30,2\n", {"validation_dataset": "v.csv"}, "row 1: 'a' is not finite once it is scaled"),
         ("a,y,w\n1,1,0\n2,2,0\n", {"weight_column": "w"}, "all weights in column 'w' are 0"),
@@ -448,12 +448,12 @@ def test_a_column_that_cannot_be_read_from_a_table_is_refused_in_one_line(read, 
         ("a,y\n0,1\n1,2\n", {"validation_dataset": "none.csv"}, "there are no rows to hold out"),
     ],
 )
-def test_tables_that_would_be_misread_silently_are_refused(read, tmp_path, content, asked, said):
+def test_tables_that_would_be_misread_silently_are_refused(read, tmp_path, content, asked, message):
     (tmp_path / "t.csv").write_text(content)
     (tmp_path / "v.csv").write_text("a,y\n1e30,1\n")
     (tmp_path / "none.csv").write_text("a,y\n")
     (tmp_path / "light.csv").write_text("a,y,w\n1,1,0\n")
-    with pytest.raises(dpreg.InputError, match=said):
+    with pytest.raises(dpreg.InputError, match=message):
         read("t.csv", target="y", validation_fraction=0.0, **asked)
     assert not list((tmp_path / "cache").glob("*"))
 
@@ -721,9 +721,9 @@ def test_files_of_a_table_may_order_their_columns_differently(read, tmp_path):
     wanted = {"target": "y", "validation_fraction": 0.0, "standardize": False}
     data = read("p", **wanted)
     np.testing.assert_array_equal(all_rows(data.train)["x"][np.argsort(data.train.row)], [[1, 2], [4, 5]])
-    for wrong, said in (("y,b\n6,5\n", "2.csv: there is no column 'a'"), ("a,b,a,y\n1,2,3,4\n", "two columns 'a'")):
+    for wrong, message in (("y,b\n6,5\n", "2.csv: there is no column 'a'"), ("a,b,a,y\n1,2,3,4\n", "two columns 'a'")):
         (tmp_path / "p" / "2.csv").write_text(wrong)
-        with pytest.raises(dpreg.InputError, match=said):
+        with pytest.raises(dpreg.InputError, match=message):
             read("p", **wanted)
 
 

@@ -129,7 +129,7 @@ def test_gradient_clip_val_scales_the_global_gradient_to_its_norm():
 )
 def test_the_reported_gradient_norm_is_measured_before_clipping(reduction, backend, num_devices):
     """Against gradient descent in float64, on rows with weights that no number of devices divides."""
-    source, told = Rows(21, weighted=True).source(), []
+    source, reported = Rows(21, weighted=True).source(), []
     trainer = dpreg.Trainer(
         6,
         num_devices,
@@ -137,7 +137,7 @@ def test_the_reported_gradient_norm_is_measured_before_clipping(reduction, backe
         reduction=reduction,
         backend=backend,
         log_every_steps=1,
-        callbacks=[FunctionCallback(told.append)],
+        callbacks=[FunctionCallback(reported.append)],
     )
     trainer.fit(dpreg.LinearRegressionScratch(3, lr=0.5), dpreg.RegressionData(source, None, 24))
     x, y, c = np.c_[source.x, np.ones(21)].astype(np.float64), source.y.astype(np.float64), np.float64(source.weight)
@@ -148,7 +148,7 @@ def test_the_reported_gradient_norm_is_measured_before_clipping(reduction, backe
         expected.append(np.linalg.norm(gradient))
         theta -= 0.5 * gradient * min(1, 0.2 / expected[-1])
     assert expected[0] > 0.2  # it is clipped
-    norms = [progress.gradient_norm for progress in told if progress.train_loss is not None]
+    norms = [progress.gradient_norm for progress in reported if progress.train_loss is not None]
     np.testing.assert_allclose(norms, expected, rtol=1e-5)
 
 
@@ -353,8 +353,8 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_state(r
 
 @pytest.mark.parametrize("steps_per_block", [2, 9, None])
 def test_a_run_that_diverges_later_in_a_block_reports_the_steps_before(steps_per_block):
-    source, told = dpreg.ArraySource(np.ones((40, 1)), np.zeros(40)), []
-    record = FunctionCallback(lambda progress: told.append(progress) if progress.train_loss is not None else None)
+    source, reported = dpreg.ArraySource(np.ones((40, 1)), np.zeros(40)), []
+    record = FunctionCallback(lambda progress: reported.append(progress) if progress.train_loss is not None else None)
     trainer = dpreg.Trainer(20, 2, log_every_steps=2, steps_per_block=steps_per_block, callbacks=[record])
     with pytest.raises(dpreg.Diverged) as caught:  # each step takes w + b, and so the gradient, times 1 - 2 * 9
         trainer.fit(dpreg.LinearRegressionScratch(1, lr=9.0), dpreg.RegressionData(source, None, 8))
@@ -364,10 +364,10 @@ def test_a_run_that_diverges_later_in_a_block_reports_the_steps_before(steps_per
     assert step > 10
     assert caught.value.step - 1 == int(trainer.state.step) == step
     epochs = [point for epoch in range(step // 5) for point in (5 * epoch + 2, 5 * epoch + 4, 5 * epoch + 5)]
-    assert [p.step for p in told] == [*epochs, *range(step // 5 * 5 + 2, step + 1, 2)]
-    assert [p.audit[0] for p in told if p.epoch_ended] == [40] * (step // 5)
+    assert [p.step for p in reported] == [*epochs, *range(step // 5 * 5 + 2, step + 1, 2)]
+    assert [p.audit[0] for p in reported if p.epoch_ended] == [40] * (step // 5)
     assert trainer.loop.audit.used[0] == 8 * (step % 5)
-    norms = [p.gradient_norm for p in told if p.step % 5 == 4]
+    norms = [p.gradient_norm for p in reported if p.step % 5 == 4]
     np.testing.assert_allclose(np.divide(norms[1:], norms[:-1]), 17.0**5, rtol=1e-4)
 
 
@@ -409,19 +409,19 @@ def test_log_points_cover_the_epoch_without_overlap(reduction):
 )
 def test_devices_wait_between_epochs_only_for_validation(num_val, steps_per_block, dispatched, placement):
     def trained(epochs_at_once):
-        trainer, calls, told = dpreg.Trainer(12, 3, placement=placement, steps_per_block=steps_per_block), [], []
+        trainer, calls, reported = dpreg.Trainer(12, 3, placement=placement, steps_per_block=steps_per_block), [], []
         trainer.prepare_data(Rows(101).data(16, num_val=num_val))  # epochs of 7 steps
         trainer.prepare_model(Net(optax.sgd(0.05)))
         block = trainer.loop.program.train_block
         counted = lambda *arguments: calls.append(1) or block(*arguments)  # noqa: E731
         trainer.loop.program = dataclasses.replace(trainer.loop.program, train_block=counted)
-        trainer.add_callback(FunctionCallback(lambda progress: told.append((len(calls), progress))))
+        trainer.add_callback(FunctionCallback(lambda progress: reported.append((len(calls), progress))))
         while not trainer.done:
             trainer.fit_epochs(epochs_at_once)
-        first = next(number for number, progress in told if progress.epoch_ended)
+        first = next(number for number, progress in reported if progress.epoch_ended)
         curve = [
             (p.step, p.epoch, p.train_loss, p.gradient_norm, p.val_loss, p.metrics, np.array(p.audit).tolist())
-            for _, p in told
+            for _, p in reported
             if p.train_loss is not None
         ]
         return first, curve, jax.device_get((trainer.state.step, trainer.state.params, trainer.state.opt_state))
@@ -497,13 +497,13 @@ def batch_norm_by_hand(params, stats, x, y, weight, lr, steps):
     sizes = np.cumsum([0, *(leaf.size for leaf in leaves)])
 
     def forward(flat):
-        of = jax.tree.unflatten(
+        tree = jax.tree.unflatten(
             structure, [flat[a:b].reshape(leaf.shape) for a, b, leaf in zip(sizes, sizes[1:], leaves, strict=False)]
         )
-        h = x @ of["Dense_0"]["kernel"] + of["Dense_0"]["bias"]
+        h = x @ tree["Dense_0"]["kernel"] + tree["Dense_0"]["bias"]
         mean, var = h[weight > 0].mean(axis=0), h[weight > 0].var(axis=0)
-        h = (h - mean) / np.sqrt(var + 1e-5) * of["BatchNorm_0"]["scale"] + of["BatchNorm_0"]["bias"]
-        h = np.log1p(np.exp(h)) @ of["Dense_1"]["kernel"] + of["Dense_1"]["bias"]
+        h = (h - mean) / np.sqrt(var + 1e-5) * tree["BatchNorm_0"]["scale"] + tree["BatchNorm_0"]["bias"]
+        h = np.log1p(np.exp(h)) @ tree["Dense_1"]["kernel"] + tree["Dense_1"]["bias"]
         return (weight * (h[:, 0] - y) ** 2 / 2).sum() / weight.sum(), mean, var
 
     flat = np.concatenate([np.ravel(leaf) for leaf in leaves])
@@ -853,19 +853,19 @@ def _interrupt_after(seconds):
 
 @pytest.mark.parametrize("num_val", [0, 8])
 def test_ctrl_c_at_any_time_loses_nothing_and_training_resumes_to_the_same_bits(num_val):
-    told = []
+    reported = []
     trainer = dpreg.Trainer(
-        40, 2, steps_per_block=3, callbacks=[FunctionCallback(told.append)], patience=30 if num_val else 0
+        40, 2, steps_per_block=3, callbacks=[FunctionCallback(reported.append)], patience=30 if num_val else 0
     )
     trainer.prepare_data(Rows(101).data(16, num_val=num_val))
     trainer.prepare_model(Plain(optax.sgd(0.01, 0.9)))
     start = trainer.state
     began = time.perf_counter()
     trainer.fit_epochs()
-    seconds, whole, end = time.perf_counter() - began, [*told], jax.device_get(trainer.state)
+    seconds, whole, end = time.perf_counter() - began, [*reported], jax.device_get(trainer.state)
     interrupts, rng = 0, np.random.default_rng(num_val)
     for _ in range(4):
-        told.clear()
+        reported.clear()
         trainer.state = start
         while not trainer.done:
             thread = _interrupt_after(rng.uniform(0, seconds / 2))
@@ -878,11 +878,13 @@ def test_ctrl_c_at_any_time_loses_nothing_and_training_resumes_to_the_same_bits(
                 interrupts += 1
                 thread.join()
                 if not trainer.done:
-                    assert int(trainer.state.step) == trainer.step == (told[-1].step if told else 0)
+                    assert int(trainer.state.step) == trainer.step == (reported[-1].step if reported else 0)
             assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
         jax.tree.map(np.testing.assert_array_equal, jax.device_get(trainer.state), end)
-        for of in ("step", "train_loss", "gradient_norm", "val_loss"):
-            assert [getattr(p, of) for p in told if p.train_loss] == [getattr(p, of) for p in whole if p.train_loss]
+        for field in ("step", "train_loss", "gradient_norm", "val_loss"):
+            assert [getattr(p, field) for p in reported if p.train_loss] == [
+                getattr(p, field) for p in whole if p.train_loss
+            ]
     assert interrupts >= 4
 
 

@@ -134,11 +134,11 @@ if __name__ == "__main__":
         print(f"read by one product of BLAS, all cores: {statistics.median(limits):.1f} GB/s, and shares of it")
         for program, found in rounds.items():
             for name in found[0]:
-                of_all = statistics.median(of[name] for of in found)
-                share = statistics.median(of[name] / most for of, most in zip(found, limits, strict=True))
+                of_all = statistics.median(rates[name] for rates in found)
+                share = statistics.median(rates[name] / most for rates, most in zip(found, limits, strict=True))
                 print(f"{program:>14}: {name:40} {of_all:6.1f} GB/s  {share:5.2f}")
         for program in ("two devices", "two processes"):
             pairs = zip(rounds[program], rounds["a core"], strict=True)
             gained = statistics.median(two[STEPS] / (2 * one[STEPS]) for two, one in pairs)
-            beside = f", {median_ratio([of[STEPS] for of in rounds[program]], of_ddp):.2f}x DDP" if of_ddp else ""
+            beside = f", {median_ratio([rates[STEPS] for rates in rounds[program]], of_ddp):.2f}x DDP" if of_ddp else ""
             print(f"{program}: efficiency {gained:.2f}{beside}, {STEPS}", flush=True)

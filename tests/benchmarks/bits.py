@@ -270,13 +270,13 @@ def of_two_processes(seed: int, number: int) -> str:
     command = [sys.executable, __file__, f"--seed={seed}", f"--case={number}", f"--address={address}"]
     started = [subprocess.Popen([*command, f"--process={p}"], stdout=subprocess.PIPE, text=True) for p in (0, 1)]
     try:
-        told = [process.communicate(timeout=300)[0] for process in started]
+        outputs = [process.communicate(timeout=300)[0] for process in started]
     finally:
         for process in started:
             process.kill()
     if any(process.returncode for process in started):
         return "a process failed"
-    return json.loads(told[0].splitlines()[-1])
+    return json.loads(outputs[0].splitlines()[-1])
 
 
 def check(seed: int, number: int, many: bool) -> list[str]:

@@ -156,10 +156,10 @@ def compare(other: pathlib.Path) -> int:
             name, settings, _, *program = line.split("\t")
             found[name, settings].append(program)
         of_trees.append(found)
-    here, there = of_trees
+    here, others = of_trees
     differing = 0
-    for key in sorted(here.keys() | there.keys()):
-        pairs = itertools.zip_longest(here.get(key, []), there.get(key, []))
+    for key in sorted(here.keys() | others.keys()):
+        pairs = itertools.zip_longest(here.get(key, []), others.get(key, []))
         for number, (one, two) in enumerate(pairs):
             if one != two:
                 differing += 1

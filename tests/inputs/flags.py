@@ -83,9 +83,9 @@ def parse(arguments):
     """The config; None where it is refused in one line."""
     for name in flags.FLAGS:
         flags.FLAGS[name].unparse()
-    said = io.StringIO()
+    printed = io.StringIO()
     try:
-        with contextlib.redirect_stderr(said), contextlib.redirect_stdout(said), spell_as_flags():
+        with contextlib.redirect_stderr(printed), contextlib.redirect_stdout(printed), spell_as_flags():
             cli._parse(str, False, ["dpreg", *arguments])
             return Config.from_flags(flags.FLAGS)
     except SystemExit as end:
@@ -93,10 +93,10 @@ def parse(arguments):
     except InputError as error:
         check_line(str(error), "--")
         return None
-    assert code in (0, 2), f"exit code {code}: {said.getvalue()}"
+    assert code in (0, 2), f"exit code {code}: {printed.getvalue()}"
     if code == 2:
-        *lines, last = said.getvalue().removeprefix("dpreg: ").split("\n")
-        assert (len(lines), last) == (1, ""), f"not one line: {said.getvalue()!r}"
+        *lines, last = printed.getvalue().removeprefix("dpreg: ").split("\n")
+        assert (len(lines), last) == (1, ""), f"not one line: {printed.getvalue()!r}"
         check_line(lines[0])
     return None
 

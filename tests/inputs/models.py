@@ -199,13 +199,13 @@ def rows(rng, folder, missing):
 
 def by_script(folder):
     """What `predict.py` prints; None where it ends with exit code 2 and one line."""
-    out, said = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(said):
+    out, stderr = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(stderr):
         code = standalone.main([str(folder / "new.csv")], folder)
     assert code in (0, 2)
     if code:
-        *lines, last = said.getvalue().split("\n")
-        assert (len(lines), last, out.getvalue()) == (1, "", ""), said.getvalue()
+        *lines, last = stderr.getvalue().split("\n")
+        assert (len(lines), last, out.getvalue()) == (1, "", ""), stderr.getvalue()
         check_line(lines[0], "predict.py")
         return None
     _, *lines = csv.reader(io.StringIO(out.getvalue()))

@@ -20,46 +20,46 @@ ANSWERS = (b'{"missing": [1]}\n', b'{"all_are_there": true}\n', b'{"InputError":
 def run(rng, folder):
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    return (meet_strangers if rng.random() < 0.7 else find_a_stranger)(rng, port)
+    return (serve_among_foreign_connections if rng.random() < 0.7 else join_after_a_foreign_server)(rng, port)
 
 
-def meet_strangers(rng, port):
+def serve_among_foreign_connections(rng, port):
     """Process 0 among strangers: the other two come, and all go on."""
     payloads = [payload(rng) for _ in range(rng.integers(1, 8))]
     claims = any(is_hello(text) for text, _ in payloads)
     outcome = {}
     with quiet():
         processes = [thread(outcome, 0, serve_rendezvous, "127.0.0.1", port, 3)]
-        strangers = [thread(None, None, disturb, port, *each) for each in payloads]
+        foreign = [thread(None, None, disturb, port, *each) for each in payloads]
         time.sleep(0.05 * rng.random())
         processes += [thread(outcome, i, join_rendezvous, "127.0.0.1", port, 3, i) for i in (1, 2)]
         for running in processes[:1] if claims else processes:
             running.join(10)
-        for running in strangers:
+        for running in foreign:
             running.join(10)
     # Where a stranger says that it is a process of this run, process 0 ends; a process that comes later waits for it.
     waiting = {0} if claims else {0, 1, 2}
-    assert waiting <= {*outcome}, f"process {waiting - {*outcome}} waits; strangers sent {payloads!r:.300}"
+    assert waiting <= {*outcome}, f"process {waiting - {*outcome}} waits; foreign connections sent {payloads!r:.300}"
     errors = [error for error in outcome.values() if error is not None]
     for error in errors:
         assert isinstance(error, InputError), error
         check_line(str(error))
-    assert not errors or claims, f"{errors[0]}: strangers sent {payloads!r:.300}"
+    assert not errors or claims, f"{errors[0]}: foreign connections sent {payloads!r:.300}"
     return "refused" if errors else "correct"
 
 
-def find_a_stranger(rng, port):
+def join_after_a_foreign_server(rng, port):
     """Something else answers at the port first; then process 0 is there."""
     answer = damage_bytes(ANSWERS[rng.integers(len(ANSWERS))], rng) if rng.random() < 0.8 else payload(rng)[0]
     outcome = {}
-    with quiet(), socket.create_server(("127.0.0.1", port)) as stranger:
+    with quiet(), socket.create_server(("127.0.0.1", port)) as listener:
         other = thread(outcome, 1, join_rendezvous, "127.0.0.1", port, 2, 1)
-        stranger.settimeout(5)
-        connection = stranger.accept()[0]
+        listener.settimeout(5)
+        connection = listener.accept()[0]
         with contextlib.suppress(OSError):
             connection.sendall(answer)
         connection.close()
-        stranger.close()
+        listener.close()
         if not_over(other, 0.2):
             thread(outcome, 0, serve_rendezvous, "127.0.0.1", port, 2).join(10)
         other.join(10)

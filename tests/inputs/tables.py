@@ -281,8 +281,8 @@ def compare(data, frame, names, columns):
     values = {n: np.array([as_number(v) for v in c], float) for n, c in raw.items() if n not in categorical}
     gone = {n: np.array([is_missing(v) for v in c]) for n, c in raw.items()}
     weights = values[columns.weight_column] if columns.weight_column else np.ones(len(frame))
-    there = ~np.any(list(gone.values()), axis=0) if columns.missing == "drop" else np.ones(len(frame), bool)
-    assert sorted(number) == list(np.flatnonzero(there & (weights != 0))), "other rows"
+    kept = ~np.any(list(gone.values()), axis=0) if columns.missing == "drop" else np.ones(len(frame), bool)
+    assert sorted(number) == list(np.flatnonzero(kept & (weights != 0))), "other rows"
     np.testing.assert_array_equal(weight, weights[number].astype(np.float32))
     found = {feature: x[:, i] for i, feature in enumerate(data.schema.features)}
     target, fitted = values[columns.target[0]], (data.train.row, weights[data.train.row])
@@ -299,8 +299,8 @@ def compare(data, frame, names, columns):
 
 def seen_by_model(column, columns, fitted, weights):
     """A numeric column, with means for missing values, scaled; 0 where it is constant."""
-    there = ~np.isnan(column[fitted])
-    mean = np.average(column[fitted][there], weights=weights[there]) if there.any() else math.nan
+    present = ~np.isnan(column[fitted])
+    mean = np.average(column[fitted][present], weights=weights[present]) if present.any() else math.nan
     column = np.where(np.isnan(column), mean, column)
     if len({*column[fitted].tolist()}) == 1:
         return np.zeros(len(column))
