@@ -1,4 +1,4 @@
-"""The files of a table: each is read, whatever is in it or beside it, or named in one line."""
+"""Files of a table: each is read correctly, or refused in one line that names it."""
 
 import bz2
 import itertools
@@ -25,7 +25,7 @@ HEADER = "{'descr': '<f8', 'fortran_order': False, 'shape': %s}"
 
 @pytest.fixture
 def read(tmp_path, monkeypatch):
-    """Reads a table in the test's folder: its features, and by row what the model sees, unscaled, and the target."""
+    """Returns a function that reads a table: (feature names, {row: unscaled features and target})."""
     monkeypatch.chdir(tmp_path)
 
     def read_table(name, target="y", **columns):
@@ -38,7 +38,7 @@ def read(tmp_path, monkeypatch):
 
 
 def refused(read, name, **columns):
-    """The line that says why a table is not read, within seconds of computing."""
+    """Returns the one-line error of a table that must be refused within seconds of CPU time."""
     started = time.process_time()
     with pytest.raises(dpreg.InputError) as caught:
         read(name, **columns)
@@ -68,12 +68,12 @@ def test_a_folder_is_read_with_its_subfolders_and_every_compression(read):
     write("t/_SUCCESS", "")
     write("t/.part.crc", "x")
     write("t/_temporary/0.csv", "a,y\n99,99\n")
-    # In the order of the names: the folder b before the file b.csv.gz.
+    # Files are read in the order of their names: the folder b before the file b.csv.gz.
     expected = [[0.0], [2.0], [3.0], [1.0], [4.0]]
     for name in ("t", "t/**", "t/*", "t/../t"):
         assert read(name)[1] == expected, name
     assert read("t/**/*.csv*")[1] == expected[:-1]
-    many = bz2.compress(b"a,y\n0,0\n") + bz2.compress(b"1,1\n")  # streams that are concatenated
+    many = bz2.compress(b"a,y\n0,0\n") + bz2.compress(b"1,1\n")  # concatenated streams
     write("s.csv.bz2", many)
     assert read("s.csv.bz2")[2] == [0, 1]
     for suffix in (".pq", ".parq", ".parquet"):
@@ -105,7 +105,7 @@ def test_hive_partitions_are_columns_with_one_type_over_all_partitions(read):
         [2, 2, 3, 3],
     )
     assert read("h/**/*.parquet", missing="drop")[1] == read("h", missing="drop")[1]
-    assert read("h/year=2024")[0] == ("a", "month x")  # a folder that is named is no value
+    assert read("h/year=2024")[0] == ("a", "month x")  # A folder named in the path is not a value of a column.
     features = read("h", categorical=("year", "month x"), missing="mean")[0]
     assert features[1:] == (
         "year=2023",
@@ -116,7 +116,7 @@ def test_hive_partitions_are_columns_with_one_type_over_all_partitions(read):
         "month x=2",
         "month x=other",
     )
-    # A column that the files have, too, as polars writes them, has to say the same.
+    # If the files contain the column as well, as those of polars do, the values must agree.
     for k in (1, 2):
         write_parquet(f"own/k={k}/0.parquet", k=[k, k], y=[1.0, 2.0])
     assert read("own")[:2] == (("k",), [[1], [1], [2], [2]])
@@ -153,7 +153,7 @@ def test_the_type_of_a_column_comes_from_all_files_in_any_order(read):
     values = {1: 0, 2: 1, 3: 1, 4: 0}  # y -> a
     names = ("header", "missing", "ones", "booleans", "nothing")
     for number, order in enumerate(itertools.permutations(names)):
-        if number % 7 == 0:  # each part in each place
+        if number % 7 == 0:  # Each file comes in each place.
             for place, part in enumerate(order):
                 write(f"t/{place}.csv", PARTS[part])
             _, x, y = read("t", missing="drop")
@@ -351,7 +351,7 @@ def test_reading_time_is_linear_in_the_number_of_columns(read, monkeypatch):
     )
     started = time.process_time()
     features, x, _ = read("w.csv")
-    assert time.process_time() - started < 20  # quadratic: minutes
+    assert time.process_time() - started < 20  # Quadratic time would take minutes.
     assert list(features) == names
     np.testing.assert_array_equal(x, values.astype(np.float32))
     assert len(refused(read, "w.csv", target="z")) < 500

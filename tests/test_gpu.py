@@ -1,4 +1,4 @@
-"""On a GPU, where there is one: all other tests run on simulated CPU devices."""
+"""Tests on a real GPU, if one is available; all other tests run on simulated CPU devices."""
 
 import gzip
 import json
@@ -21,7 +21,7 @@ MLP = ("--model=mlp", "--hidden=128,64", "--optimizer=adam", "--lr=0.001", f"--w
 
 
 def environment(cache=None):
-    """Of a command on the GPU, which several may share."""
+    """Returns the environment of a command on the GPU, which several commands may share."""
     of_tests = ("NPROC", "JAX_COMPILATION_CACHE_DIR")
     kept = {name: value for name, value in os.environ.items() if name not in of_tests}
     return kept | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"} | ({"XDG_CACHE_HOME": str(cache)} if cache else {})
@@ -67,7 +67,7 @@ def test_a_gpu_run_has_the_result_of_the_cpu_run(tmp_path, flags):
 @pytest.mark.parametrize("reduction", ["pmean", "ordered"])
 @pytest.mark.parametrize("model", [(), MLP, (*MLP, "--precision=bfloat16")], ids=["linear", "mlp", "bfloat16"])
 def test_each_process_computes_the_same_bits(tmp_path, reduction, model):
-    """Also one that has to compile anew, and so to choose again among the ways to make a product."""
+    """This holds also for a process that recompiles, and so selects the algorithms of its products again."""
     flags = (*model, f"--reduction={reduction}", "--num_train=20003", "--batch_size=256")
     found = [trained(tmp_path / run, *flags, cache=tmp_path / f"cache-{run}") for run in ("a", "b")]
     assert found[0]["params_sha256"] == found[1]["params_sha256"]
@@ -125,7 +125,7 @@ for precision in ("float32", "bfloat16"):
 
 @pytest.mark.parametrize(("num_targets", "rounded"), [(1, (0, 1e-6)), (3, (1e-6, 4e-3))])
 def test_full_batch_steps_agree_with_float64(tmp_path, num_targets, rounded):
-    """Products of float32 are not rounded to TF32, of bfloat16 features with a vector neither, others in factors."""
+    """Float32 products use no TF32; bfloat16 products with a vector are not rounded, others only in their factors."""
     rng = np.random.default_rng(0)
     x = rng.standard_normal((4096, 256), np.float32)
     y = x @ rng.standard_normal((256, num_targets), np.float32)
@@ -135,7 +135,7 @@ def test_full_batch_steps_agree_with_float64(tmp_path, num_targets, rounded):
     done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
     bits = x.view(np.uint32)
-    nearest = ((bits + 0x7FFF + (bits >> 16 & 1)) & 0xFFFF0000).view(np.float32)  # bfloat16, ties to even
+    nearest = ((bits + 0x7FFF + (bits >> 16 & 1)) & 0xFFFF0000).view(np.float32)  # Rounds to bfloat16, ties to even.
     for precision, features, (least, most) in (("float32", x, (0, 1e-6)), ("bfloat16", nearest, rounded)):
         features, target = features.astype(np.float64), y.astype(np.float64)
         w, b = np.zeros((256, num_targets)), np.zeros(num_targets)

@@ -1,4 +1,4 @@
-"""The launchers: real Open MPI and Slurm where they are installed; the others as far as can be checked."""
+"""The launchers: Open MPI and Slurm run for real if they are installed; the others are checked statically."""
 
 import contextlib
 import dataclasses
@@ -76,14 +76,16 @@ def test_a_preempted_open_mpi_run_restarts_unless_it_was_asked_to_stop(tmp_path,
 
 @pytest.fixture
 def slurm(tmp_path):
-    """A cluster of one node on this host, with a configuration, keys and ports of its own; its environment."""
+    """Starts a Slurm cluster of one node, with its own configuration, key and ports; returns its environment."""
     host = socket.gethostname().split(".")[0]
     ports = []
     for _ in range(2):
         with socket.socket() as listener:
             listener.bind(("127.0.0.1", 0))
             ports.append(listener.getsockname()[1])
-    folder = pathlib.Path(os.environ.get("TMPDIR", "/tmp")) / f"dpreg-slurm-{os.getpid()}"  # short: it holds a socket
+    folder = (
+        pathlib.Path(os.environ.get("TMPDIR", "/tmp")) / f"dpreg-slurm-{os.getpid()}"
+    )  # The path is short because it holds a socket.
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(mode=0o755)
     (folder / "key").write_bytes(os.urandom(128))
@@ -162,7 +164,7 @@ ANY = object()
 METADATA = {"name": str, "labels": ANY, "annotations": ANY, "namespace": str}
 POD_SPEC = {
     "serviceAccountName": str,
-    "restartPolicy": ("Never",),  # a pod failure policy asks for it
+    "restartPolicy": ("Never",),  # A pod failure policy requires it.
     "terminationGracePeriodSeconds": int,
     "containers": [
         {
@@ -193,7 +195,7 @@ JOB_SPEC = {
     },
     "template": {"metadata": METADATA, "spec": POD_SPEC},
 }
-# The fields of jobset.x-k8s.io/v1alpha2 and those of batch/v1 and v1 below them, as far as a launcher may need them.
+# The fields of jobset.x-k8s.io/v1alpha2, and of batch/v1 and v1 inside it, that a launcher may need.
 JOBSET_SPEC = {
     "network": {"enableDNSHostnames": bool, "subdomain": str, "publishNotReadyAddresses": bool},
     "coordinator": {"replicatedJob": str, "jobIndex": int, "podIndex": int},

@@ -1,4 +1,4 @@
-"""The exact solution: to the digits of certified values and of statsmodels, the same on any devices and processes."""
+"""The exact solver agrees with certified values and statsmodels; devices and processes do not change its bits."""
 
 import functools
 import json
@@ -30,7 +30,7 @@ DIAMONDS = pathlib.Path(__file__).parent.parent.parent / "shared" / "data" / "di
 
 
 def digits(found, certified):
-    """Log relative error of the worst value, the measure of NIST's StRD."""
+    """Returns the log relative error of the worst value, the measure of NIST's StRD."""
     found, certified = np.ravel(found), np.ravel(certified)
     return -np.log10(np.maximum(np.abs(found - certified) / np.abs(certified), 1e-16).max())
 
@@ -40,7 +40,7 @@ NIST = json.loads((pathlib.Path(__file__).parent / "nist.json").read_text())
 
 @pytest.mark.parametrize("name", [name for name in NIST if name != "source"])
 def test_least_squares_reaches_the_certified_digits_of_nist(name, tmp_path):
-    """From a table to the result in float64, on any number of devices: no set has fewer digits than NumPy reaches."""
+    """Fits each data set in float64 on 1, 3 and 8 devices; no set may have fewer correct digits than NumPy reaches."""
     given = NIST[name]
     x, y = np.array(given["x"]), np.array(given["y"])
     x = x ** np.arange(1, given["degree"] + 1) if given["degree"] > 1 else x
@@ -59,7 +59,7 @@ def test_least_squares_reaches_the_certified_digits_of_nist(name, tmp_path):
     theirs = np.linalg.lstsq(np.column_stack([np.ones(len(x)), x])[:, intercept], y, rcond=None)[0]
     least = {"Filip": 7, "Wampler3": 10, "Wampler4": 7, "Wampler5": 6}.get(name, 13)
     assert digits(found, given["certified"]) >= max(least, min(digits(theirs, given["certified"]), 13))
-    if any(given["standard_deviation"]):  # where y is no exact polynomial
+    if any(given["standard_deviation"]):  # y is not an exact polynomial.
         assert digits(errors, given["standard_deviation"]) > min(least, 12)
 
 
@@ -89,7 +89,7 @@ def test_the_command_line_fits_longley_to_the_certified_values(tmp_path):
 
 
 def test_processes_synchronize_before_they_exchange_partial_results(monkeypatch):
-    """One may have its rows done long before the others, and is not to be taken for dead."""
+    """A process that finishes its rows long before the others must keep sending heartbeats."""
     met = []
     monkeypatch.setattr(processes, "allgather_text", lambda heartbeat: met.append(heartbeat))
 
@@ -126,7 +126,9 @@ def test_newton_finds_the_optimum_and_standard_errors_of_statsmodels(loss, inter
         "poisson": rng.poisson(np.exp(z)),
         "gamma": rng.gamma(2, np.exp(z) / 2),
     }[loss]
-    weight = rng.integers(0, 2 if loss == "gamma" else 3, 3001)  # more rows make the dispersion surer
+    weight = rng.integers(
+        0, 2 if loss == "gamma" else 3, 3001
+    )  # More rows make the estimate of the dispersion more precise.
     source = dpreg.ArraySource(x, y, weight, np.float64)
     fits = [
         Solver(source, Mesh(np.array(jax.devices()[:d]), ("data",)), 8).newton(FAMILIES[loss], intercept=intercept)
@@ -134,7 +136,7 @@ def test_newton_finds_the_optimum_and_standard_errors_of_statsmodels(loss, inter
     ]
     (fit, mean), (other, _) = fits
     assert (fit.w.tobytes(), fit.b.tobytes()) == (other.w.tobytes(), other.b.tobytes())
-    repeated = np.repeat(np.arange(3001), weight)  # whole weights are repeated rows
+    repeated = np.repeat(np.arange(3001), weight)  # Integer weights are equivalent to repeated rows.
     design = sm.add_constant(x[repeated]) if intercept else x[repeated]
     family = {
         "logistic": sm.families.Binomial(),
@@ -157,7 +159,7 @@ def test_newton_finds_the_optimum_and_standard_errors_of_statsmodels(loss, inter
     ):
         assert [float(v) for v in line.split()[3:5]] == pytest.approx([z, p], rel=0.006, abs=1e-300)
         assert (row.statistic, row.p) == pytest.approx((z, p), rel=1e-5, abs=1e-300)
-    if loss != "gamma":  # statsmodels takes its dispersion for known here
+    if loss != "gamma":  # Here statsmodels takes the dispersion as known.
         np.testing.assert_allclose(summarize_fit(fit, "abc").conf_int(), theirs.conf_int(), rtol=1e-6)
     found = summarize_fit(fit, "abc")
     assert found.deviance == pytest.approx(theirs.deviance, rel=1e-9)
@@ -167,7 +169,7 @@ def test_newton_finds_the_optimum_and_standard_errors_of_statsmodels(loss, inter
         assert found.null_deviance == pytest.approx(theirs.null_deviance, rel=1e-8)
     assert found.dispersion == pytest.approx(theirs.scale, rel=1e-6)
     np.testing.assert_allclose(found.covariance, theirs.cov_params(), rtol=1e-6, atol=1e-12 * found.covariance.max())
-    if loss == "gamma":  # weights of 0 and 1
+    if loss == "gamma":  # The weights are 0 and 1.
         assert (found.aic, found.bic) == pytest.approx((theirs.aic, theirs.bic_llf), rel=1e-8)
 
 
@@ -181,7 +183,7 @@ def test_newton_fits_large_counts(mean):
         fit, loss = Solver(source, Mesh(np.array(jax.devices()[:1]), ("data",)), 8).newton(FAMILIES["poisson"])
         theirs = sm.GLM(y, sm.add_constant(x), family=sm.families.Poisson()).fit()
         np.testing.assert_allclose([fit.b[0], *fit.w[:, 0]], theirs.params, rtol=1e-6, atol=1e-9)
-        m = y * np.exp(-(fit.b[0] + x @ fit.w[:, 0]))  # by log1p, without the difference of large numbers
+        m = y * np.exp(-(fit.b[0] + x @ fit.w[:, 0]))  # The gradient without cancellation of large numbers.
         own = np.exp(fit.b[0] + x @ fit.w[:, 0]) * (m * np.log(m) - m + 1)
         assert loss == pytest.approx(own.mean(), rel=1e-4)
         assert (
@@ -214,18 +216,25 @@ def test_newton_reports_that_no_optimum_exists():
     solver = Solver(dpreg.ArraySource(x, x > 0), Mesh(np.array(jax.devices()[:1]), ("data",)), 8)
     with pytest.raises(dpreg.InputError, match=r"no optimum within 30 steps.*l2"):
         solver.newton(FAMILIES["logistic"])
-    partly = np.repeat([0.0, 0, 1], 20), np.repeat([0.0, 1, 1], 20)  # one group alone is told for certain
+    partly = (
+        np.repeat([0.0, 0, 1], 20),
+        np.repeat([0.0, 1, 1], 20),
+    )  # Only one of the two groups has a class that is certain.
     with pytest.raises(dpreg.InputError, match="no optimum"):
         Solver(dpreg.ArraySource(*partly), Mesh(np.array(jax.devices()[:1]), ("data",)), 8).newton(FAMILIES["logistic"])
     with pytest.raises(dpreg.InputError, match=r"no optimum within 30 steps.*l2"):
         solver.softmax(2, l2=0)
     fit, _ = solver.newton(FAMILIES["logistic"], l2=0.01)
-    two_classes = solver.softmax(2, l2=0.02).w  # a half of the penalty for each of two weights of opposite signs
+    two_classes = solver.softmax(
+        2, l2=0.02
+    ).w  # Softmax splits the weight in two of opposite sign, each with half of the penalty.
     assert two_classes[0, 1] - two_classes[0, 0] == pytest.approx(fit.w[0, 0], rel=1e-9)
     theirs = LogisticRegression(C=1 / (0.01 * 50), tol=1e-10).fit(x[:, None], x > 0)
     assert fit.w[0, 0] == pytest.approx(theirs.coef_[0, 0], rel=1e-6)
     far = Solver(dpreg.ArraySource(x, np.exp(40 * x)), Mesh(np.array(jax.devices()[:1]), ("data",)), 8)
-    assert far.newton(FAMILIES["poisson"])[0].w[0, 0] == pytest.approx(40, rel=1e-4)  # by way of steps too far
+    assert far.newton(FAMILIES["poisson"])[0].w[0, 0] == pytest.approx(
+        40, rel=1e-4
+    )  # Newton's method must recover from steps that overshoot.
 
 
 def diamonds():
@@ -271,7 +280,7 @@ def test_the_fit_of_diamonds_agrees_with_statsmodels(weighted):
 
 @pytest.mark.parametrize("seed", range(8))
 def test_the_normal_equations_agree_with_the_decomposition_or_are_rejected(seed):
-    """Of features in any units, with weights, constants, categories of which one follows from the others, and zeros."""
+    """The features have any units, weights, constants, redundant categories and zeros."""
     rng = np.random.default_rng(seed)
     n, d, t = int(rng.integers(20, 400)), int(rng.integers(1, 12)), int(rng.integers(1, 4))
     x = rng.normal(size=(n, d)) @ rng.normal(size=(d, d)) * 10.0 ** rng.integers(-6, 7, d)
@@ -311,11 +320,14 @@ def test_the_normal_equations_are_rejected_where_they_lose_precision():
 
     assert trusted(x, y)
     for case in (
-        (x + np.array([0, 1e6, 0]), y),  # far from 0
+        (x + np.array([0, 1e6, 0]), y),  # The mean is far from 0.
         (x, y + 1e6),
-        (np.column_stack([x, x[:, 0] + 1e-5 * rng.normal(size=300)]), y),  # nearly a combination
+        (
+            np.column_stack([x, x[:, 0] + 1e-5 * rng.normal(size=300)]),
+            y,
+        ),  # The last column is nearly a combination of the others.
         (np.column_stack([x, x[:, 0] + 1e-9 * rng.normal(size=300)]), y),
-        (x, x @ [[1], [2], [3]]),  # nothing left to explain
+        (x, x @ [[1], [2], [3]]),  # The fit is perfect.
         (np.column_stack([x, one]), y),
     ):
         assert not trusted(*case)
@@ -361,7 +373,7 @@ def test_a_linear_combination_is_detected_at_any_precision_of_the_rows(dtype):
     x = (x - x.mean(axis=0)) / x.std(axis=0)
     source = dpreg.ArraySource(x, rng.normal(size=(300, 1)), dtype=dtype)
     fit = Solver(source, Mesh(np.array(jax.devices()[:1]), ("data",)), 8).least_squares()
-    assert len(fit.kept) == 3  # the last is no combination, if nearly
+    assert len(fit.kept) == 3  # The last column is nearly a combination of others, but not exactly.
     assert 3 in fit.kept
 
 
@@ -431,7 +443,7 @@ def test_columns_with_large_means_keep_their_digits(of_x, of_y, cuts):
     centred = x.astype(np.longdouble) - offset
     y = np.float64(centred @ [3, -2, 1] + of_y)[:, None] + rng.normal(size=(1000, 1))
     weight = rng.integers(1, 4, 1000).astype(np.float64)
-    # In extended precision, about the means.
+    # The reference is computed in extended precision, about the means.
     share = weight / np.longdouble(weight.sum())
     apart, target = centred - share @ centred, y.astype(np.longdouble) - of_y
     mean = share @ target
@@ -496,7 +508,7 @@ def test_null_deviance_of_a_near_perfect_fit_and_likelihood_of_weighted_rows_are
     y = x @ [1.0, 2.0] + 1e-7 * rng.normal(size=500)
     found = summarize_fit(of_one_device(x, y).least_squares(), "ab")
     assert found.null_deviance == pytest.approx(np.square(y - y.mean()).sum(), rel=1e-12)
-    weight = np.tile([0.2, 1.8], 250)  # of mean 1
+    weight = np.tile([0.2, 1.8], 250)  # The mean is 1.
     fit = of_one_device(x, y, weight).least_squares()
     weighted = summarize_fit(fit, "ab", weighted=True)
     assert (weighted.log_likelihood, weighted.aic, weighted.bic) == (None, None, None)

@@ -1,4 +1,4 @@
-"""Each loss, penalty, optimizer and schedule reaches what others find, on any number of devices."""
+"""Each loss, penalty, optimizer and schedule reaches the optimum of other packages, on any number of devices."""
 
 import json
 
@@ -41,7 +41,7 @@ def targets(name, x):
 
 
 def huber_optimum(x, y):
-    """Of statsmodels, which measures errors by their scale: by a first guess of it, which is kept."""
+    """Returns the optimum of statsmodels, whose Huber loss scales the errors; the scale is estimated once."""
 
     def robust(t):
         return sm.RLM(y, sm.add_constant(x), sm.robust.norms.HuberT(t)).fit(update_scale=False, maxiter=500, tol=1e-12)
@@ -79,7 +79,7 @@ FLAGS = {
 @pytest.mark.parametrize("name", OPTIMA)
 def test_each_loss_reaches_the_reference_optimum_with_the_same_bits(name, x):
     y = targets(name, x)
-    steep = name in ("absolute", "quantile")  # kinks: the steps have to shrink
+    steep = name in ("absolute", "quantile")  # The loss is not smooth, so the steps must shrink.
     flags = {"loss": name} | FLAGS.get(name, {}) | {"lr": 0.03 if steep else 0.3, "batch_size": ROWS}
     flags |= (
         {"optimizer": "adam", "lr_schedule": "linear"}
@@ -98,7 +98,7 @@ def test_each_loss_reaches_the_reference_optimum_with_the_same_bits(name, x):
         np.testing.assert_array_equal(one, eight)
     w, b = (np.asarray(value) for value in OPTIMA[name](x, y))
     ours_w, ours_b = found[0]["w"].T, found[0]["b"]
-    if name == "softmax":  # determined but for what all classes have in common
+    if name == "softmax":  # The parameters are determined up to a term common to all classes.
         ours_w, ours_b, w, b = (v - v.mean(axis=0) for v in (ours_w, ours_b, w, b))
     np.testing.assert_allclose(ours_w.reshape(w.shape), w, atol=1e-3)
     np.testing.assert_allclose(ours_b.reshape(b.shape), b, atol=1e-3)
@@ -147,7 +147,7 @@ def test_a_target_outside_the_domain_is_refused_with_its_first_row(name, value, 
 @pytest.mark.parametrize("reduction", ["pmean", "ordered"])
 @pytest.mark.parametrize(("name", "outlier"), [("poisson", 1e3), ("gamma", -1e3)])
 def test_an_outlier_of_weight_zero_does_not_change_the_result(name, outlier, reduction, x):
-    """Not even where the derivative of its loss is infinite."""
+    """This holds even where the derivative of the loss is infinite."""
     y, weight, found = targets(name, x)[:40], np.ones(40), []
     weight[[3, 17]] = 0
     for value in (outlier, 0.0):
@@ -257,7 +257,7 @@ def test_metrics_agree_with_float64_in_any_unit_of_the_target(unit):
     target = rng.normal([0.3, 5.0], [2.0, 0.1], (64, 2)) * [unit, 1.0]
     prediction = target + rng.normal(0, 0.5, (64, 2)) * [unit, 0.1]
     weight = rng.integers(0, 3, 64).astype(np.float64)
-    target[0], weight[0] = 3e38, 0  # which counts for nothing
+    target[0], weight[0] = 3e38, 0  # This row must not count.
     target, prediction, weight = (values.astype(np.float32) for values in (target, prediction, weight))
     model = dpreg.LinearRegressionScratch(1, 0.1, num_targets=2)
 

@@ -1,4 +1,4 @@
-"""The main entry point as users start it: its outputs and its exit codes."""
+"""The main entry point, started as users do: outputs and exit codes."""
 
 import dataclasses
 import gzip
@@ -61,7 +61,7 @@ def test_the_default_run_and_its_outputs(tmp_path):
     assert set(summary["seconds"]) == {"ingest", "compile", "train", "eval"}
     assert set(summary["metrics"]) == {"rmse", "mae", "r2"}
     w, b = (np.float32(summary["parameters"][name]) for name in "wb")
-    # The documented order of bytes: b before w.
+    # The documented order of the bytes is b before w.
     assert summary["params_sha256"] == hashlib.sha256(b.tobytes() + w.tobytes()).hexdigest()
 
     records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
@@ -72,7 +72,7 @@ def test_the_default_run_and_its_outputs(tmp_path):
     assert {r["learning_rate"] for r in records} == {0.03}
     assert all(r["gradient_norm"] > 0 for r in records)
     report = (tmp_path / "report.html").read_text()
-    # Losses, gap, learning rate, gradient norm, rows per second, calibration.
+    # The charts are losses, gap, learning rate, gradient norm, rows per second and calibration.
     assert report.count("<polyline") == 7
     for heading in (
         "Optimality gap",
@@ -98,7 +98,7 @@ def test_the_written_flags_repeat_the_run(tmp_path):
     assert "resume" not in (tmp_path / "a" / "flags.cfg").read_text()
     report = (tmp_path / "a" / "report.html").read_text()
     assert "The best possible is" in report
-    assert "Optimality gap" not in report  # of the loss with its penalty, which the curves are without
+    assert "Optimality gap" not in report  # The gap includes the penalty, and the curves do not.
 
 
 def test_ordered_runs_give_the_same_bits_in_different_processes(tmp_path):
@@ -228,7 +228,7 @@ def test_divergence_ends_with_exit_code_3_and_keeps_the_last_finite_state(tmp_pa
 
 
 def test_help_is_short_and_grouped_and_helpfull_is_complete():
-    """Each flag with what holds without it: in words, or as its default."""
+    """The help of each flag gives its default or describes it in words."""
     short, full = dpreg("--help"), dpreg("--helpfull")
     assert short.returncode == full.returncode == 0
     assert dpreg("--version").stdout == f"dpreg {package.__version__}\n"
@@ -280,7 +280,7 @@ def test_two_runs_cannot_share_a_workdir(tmp_path, monkeypatch):
         for folder in (one, other):
             with pytest.raises(InputError, match="another run uses it"), open_workdir(str(folder)):
                 pass
-    with open_workdir(str(one)):  # free again, and still there
+    with open_workdir(str(one)):  # The workdir is free again and still exists.
         assert not list(one.iterdir())
 
 
@@ -293,7 +293,7 @@ def test_a_run_holds_its_workdir_until_its_last_output(tmp_path, monkeypatch):
         tried.append(path)
 
     monkeypatch.setattr("dpreg.run.write_report", another)
-    monkeypatch.setattr("dpreg.run._stop_signals", SyncSignal)  # pytest's own are to stay
+    monkeypatch.setattr("dpreg.run._stop_signals", SyncSignal)  # The signal handlers of pytest must stay.
     run(Config(workdir=str(tmp_path / "w"), max_epochs=1, num_train=64, num_val=0))
     assert tried == [tmp_path / "w" / "report.html"]
 
@@ -318,9 +318,9 @@ def test_a_profile_traces_the_requested_steps(tmp_path):
     (trace,) = (tmp_path / "profile").rglob("perfetto_trace.json.gz")
     events = json.loads(gzip.decompress(trace.read_bytes()))["traceEvents"]
     assert [event["args"]["step_num"] for event in events if event.get("name") == "train"] == ["10"]
-    assert any("while" in event.get("name", "") for event in events)  # what the step is made of
+    assert any("while" in event.get("name", "") for event in events)  # The loop is a part of the step.
     assert list((tmp_path / "profile").rglob("*.xplane.pb"))
-    profiler = Profiler(tmp_path / "later", 0, 10, step=25)  # of a run that went on
+    profiler = Profiler(tmp_path / "later", 0, 10, step=25)  # The profiler of a resumed run.
     with profiler:
         pass
     assert not (tmp_path / "later").exists()
@@ -334,4 +334,4 @@ def test_a_profile_traces_the_requested_steps(tmp_path):
 def test_a_flagfile_can_hold_an_empty_list_instead_of_a_default():
     text = Config(hidden=()).to_flagfile()
     assert "--hidden=\n" in text
-    assert "--features" not in text  # empty by default
+    assert "--features" not in text  # It is empty by default.

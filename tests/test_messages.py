@@ -1,4 +1,4 @@
-"""Wrong command lines, as users type them: one line that says what, where and what to do, exit code 2, nothing left."""
+"""Wrong command lines: one line names the error, its place and the remedy; exit code 2, and no files are left."""
 
 import contextlib
 import json
@@ -15,7 +15,7 @@ from dpreg.outputs.workdir import make_folder
 
 ROOT = pathlib.Path(__file__).parent.parent
 
-# One process imports the entry point; each line runs in a copy of it, in its own folder, with files for its output.
+# One process imports the entry point; each command runs in a fork, in its own folder, with its output in files.
 _PROGRAM = """
 import importlib, json, os, sys
 module, codes = importlib.import_module(f"dpreg.{sys.argv[1]}"), []
@@ -29,7 +29,7 @@ for number, line in enumerate(json.load(sys.stdin)):
         sys.argv = [f"dpreg.{sys.argv[1]}", *line]
         try:
             module.main()
-        except SystemExit as end:  # the rest of an exit takes a second
+        except SystemExit as end:  # A normal interpreter exit takes a second.
             sys.stdout.flush()
             sys.stderr.flush()
             os._exit(end.code)
@@ -64,7 +64,7 @@ _TABLES = {
     "other/flags.cfg": "",
 }
 
-# entry point -> line -> the message.
+# entry point -> command line -> message.
 WRONG = {
     "main": {
         ("--batchsize=64",): "--batchsize: there is no such flag; use --batch_size, or see --help",

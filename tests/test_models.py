@@ -38,7 +38,7 @@ def test_squared_loss_is_per_row():
     np.testing.assert_array_equal(loss, [2.0, 1.0])
 
 
-@pytest.mark.parametrize("loss", [name for name in LOSSES if name != "softmax"])  # it has a logit for each class
+@pytest.mark.parametrize("loss", [name for name in LOSSES if name != "softmax"])  # softmax has a logit for each class.
 @pytest.mark.parametrize("shape", [(4,), (1, 4), (4, 2), (1, 1)])
 def test_a_prediction_never_broadcasts_against_a_target(loss, shape):
     for prediction, target in (((4, 1), shape), (shape, (4, 1))):
@@ -76,11 +76,11 @@ def test_sgd_is_a_value_that_does_not_retrace_and_chains():
     for seed in (1, 2, 3):
         params, state = step(params, tree(seed), state)
     assert len(traced) == 1
-    assert state == optimizer.init(tree(0))  # neither clipping nor SGD remembers anything
+    assert state == optimizer.init(tree(0))  # Neither clipping nor SGD has a state.
 
 
 class Noisy(dpreg.Module):
-    """A model whose layers differ in training; its subclasses say so by an argument of another name."""
+    """A model whose layers differ in training; each subclass has another name for the mode argument."""
 
     lr: float = 0.1
 
@@ -132,12 +132,12 @@ def test_the_training_flag_of_a_model_may_have_any_name_common_in_flax(kind):
         found, wanted = (forward(model, variables, batch, train, key if train else None) for model in (kind(), Train()))
         jax.tree.map(np.testing.assert_array_equal, found, wanted)
     w, b = (np.asarray(variables["params"]["dense"][name]) for name in ("kernel", "bias"))
-    np.testing.assert_allclose(found[0], x / np.sqrt(1 + 1e-5) @ w + b, rtol=1e-5)  # in evaluation
+    np.testing.assert_allclose(found[0], x / np.sqrt(1 + 1e-5) @ w + b, rtol=1e-5)  # evaluation mode
     assert not np.allclose(forward(kind(), variables, batch, True, key)[0], found[0])
 
 
 def model_with(layers, **arguments):
-    """A model of some layers in front of a Dense, each made by a function of the module, x and the mode."""
+    """Returns a model of some layers before a Dense layer; `layers` is a function of the module, x and the mode."""
 
     class Made(dpreg.Module):
         lr: float = 0.1
@@ -247,7 +247,7 @@ def test_an_optimizer_that_would_not_work_as_documented_is_refused_in_one_line(o
 
 
 def test_an_optimizer_may_use_the_mean_loss():
-    """`reduce_on_plateau` against gradient descent in float64, with a rate that is too high at first."""
+    """Compares `reduce_on_plateau` with gradient descent in float64; the initial rate is too high."""
     source = Rows(24, weighted=True).source()
     x, y, c = np.c_[source.x, np.ones(24)].astype(np.float64), source.y.astype(np.float64), np.float64(source.weight)
     start = linear(None).init(jax.random.key(0), source.x[:1])["params"]
@@ -263,7 +263,7 @@ def test_an_optimizer_may_use_the_mean_loss():
     assert 1e-3 < scale < 1
     optimizer = optax.chain(optax.sgd(rate), optax.contrib.reduce_on_plateau(factor=0.25, patience=2))
     trainer = dpreg.Trainer(12, 2)
-    with jax.numpy_dtype_promotion("standard"):  # which optax needs there
+    with jax.numpy_dtype_promotion("standard"):  # optax needs it here.
         trainer.fit(linear(optimizer), dpreg.RegressionData(source, None, 24))
     np.testing.assert_allclose(trainer.state.params["w"], theta[:3], rtol=1e-3)
 
@@ -274,7 +274,7 @@ def test_a_float32_run_starts_equally_after_a_float64_run():
         return [(leaf.dtype, np.asarray(leaf).tobytes()) for leaf in jax.tree.leaves(state)]
 
     before = leaves()
-    with jax.enable_x64(True):  # what a float64 run leaves behind
+    with jax.enable_x64(True):  # A float64 run leaves this setting on.
         assert leaves() == before
 
 
@@ -287,7 +287,7 @@ def test_the_digest_changes_if_and_only_if_the_computation_changes():
             return optax.sgd(0.1)
 
     class Renamed(Other):
-        """Says the same otherwise."""
+        """Computes the same with different code."""
 
         def configure_optimizers(self):
             rate = 0.1
@@ -318,7 +318,7 @@ def test_the_digest_changes_if_and_only_if_the_computation_changes():
         assert differ(digests(model)[1], prediction) == of_prediction
     newer = training.replace(jax.__version__, "99.0")
     assert not differ(training, newer.replace(training[:32], "0" * 32))
-    assert digests(linear(None)) == (None, None)  # its flags say what it computes
+    assert digests(linear(None)) == (None, None)  # Its flags already determine its computation.
 
 
 def test_the_digest_of_a_run_includes_settings_in_the_optimizer_state():

@@ -1,4 +1,4 @@
-"""Order is arithmetic: every row once an epoch, positions uniformly permuted, NumPy and JAX alike."""
+"""The order of rows: each row once per epoch, positions uniformly permuted, and NumPy and JAX agree."""
 
 import itertools
 import math
@@ -44,7 +44,7 @@ def test_all_permutations_of_a_few_rows_are_equally_frequent(size):
     expected = seeds / orders_there_are
     freedom = orders_there_are - 1
     chi_square = np.square(counts - expected).sum() / expected
-    assert chi_square < freedom + 5 * math.sqrt(2 * freedom)  # five standard deviations
+    assert chi_square < freedom + 5 * math.sqrt(2 * freedom)  # Five standard deviations.
 
 
 @pytest.mark.parametrize("size", [7, 13, 33, 100])

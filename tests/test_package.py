@@ -1,4 +1,4 @@
-"""What `pip install dpreg` brings: a wheel that works from an empty folder."""
+"""The package that `pip install dpreg` installs: a wheel that works from an empty folder."""
 
 import os
 import pathlib
@@ -12,7 +12,13 @@ import pytest
 from cluster import ROOT
 
 FILES, FOLDERS = ("pyproject.toml", "README.md", "LICENSE"), ("dpreg", "configs")
-SLOW = {"flax.nnx", "scipy.linalg", "scipy.special", "scipy.stats", "tensorflow_datasets"}  # imported where needed
+SLOW = {
+    "flax.nnx",
+    "scipy.linalg",
+    "scipy.special",
+    "scipy.stats",
+    "tensorflow_datasets",
+}  # These are imported only where needed.
 
 
 def python(*arguments):
@@ -23,7 +29,7 @@ def python(*arguments):
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory):
-    """The sdist, and the wheel made of it, of a copy of the sources and nothing else."""
+    """Builds the sdist, and the wheel from it, from a clean copy of the sources."""
     source, dist = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("dist")
     for name in FILES:
         shutil.copy(pathlib.Path(ROOT) / name, source)
@@ -35,7 +41,7 @@ def built(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def installed(built, tmp_path_factory):
-    """The unpacked wheel."""
+    """Unpacks the wheel and returns its folder."""
     (wheel,) = built.glob("*.whl")
     site = tmp_path_factory.mktemp("site")
     zipfile.ZipFile(wheel).extractall(site)

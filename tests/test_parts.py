@@ -1,4 +1,4 @@
-"""Rows of which each process holds a part give what one process with all of them gives; else all are alike, or none."""
+"""Rows split between processes give the results of one process; all other arguments must be equal in all processes."""
 
 import json
 
@@ -12,7 +12,7 @@ import dpreg
 
 @pytest.fixture(scope="module")
 def found():
-    """What each of two processes, with two devices each, found."""
+    """Returns the results of two processes with two devices each."""
     address = free_address()
     of_both = together(*((("tests/parts.py", address, str(process)), (), ROOT) for process in (0, 1)))
     results = []

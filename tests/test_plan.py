@@ -1,4 +1,4 @@
-"""What a compiled train step exchanges, holds and costs; on this machine, and for TPU slices that are not here."""
+"""Plans: collectives, memory and cost of a compiled train step, on this machine and for TPU slices that it lacks."""
 
 import dataclasses
 import json
@@ -39,11 +39,11 @@ def config_with(**changes):
 def test_a_linear_step_has_one_all_reduce_and_donates_the_state(config):
     found = plan(config)
     (one,) = found.collectives
-    # Of w (2), b, the loss and the weights: float32.
+    # The all-reduce holds w (2), b, the loss and the weights, in float32.
     assert (one.kind, one.size, one.devices, one.each_step) == ("all-reduce", 5 * 4, 8, True)
     assert found.state_donated
     rows = 5000 if found.placement == "device" else 64 * found.steps_per_call
-    assert found.memory.arguments > rows * (2 * 2 + 4 + 4) / 8  # of bfloat16 features at least
+    assert found.memory.arguments > rows * (2 * 2 + 4 + 4) / 8  # The features take at least 2 bytes each.
 
 
 def test_an_ordered_step_has_one_all_gather_and_on_one_device_none():
@@ -60,7 +60,7 @@ def test_a_perceptron_reduces_its_whole_gradient_in_one_collective():
 
 
 def test_the_gpu_compiler_options_exist_and_xla_flags_override_them(monkeypatch):
-    """Its options are known to that of the CPU, too."""
+    """The CPU compiler parses the GPU options as well, so it can check them."""
     monkeypatch.setenv("XLA_FLAGS", "")
     options = tuning.compiler_options(REDUCTION_BY_NAME["ordered"], "gpu")
     assert {"xla_gpu_autotune_level", "xla_gpu_enable_command_buffer"} < {*options}
@@ -76,7 +76,10 @@ def test_a_collective_inside_a_loop_counts_once_for_each_iteration():
         model="mlp", hidden=(4,), batch_norm=True, sync_batch_norm=True, accumulate_steps=3, num_devices=2
     )
     found = plan(config)
-    assert sorted({one.loops for one in found.collectives}) == [1, 2]  # the gradient, and within a part
+    assert sorted({one.loops for one in found.collectives}) == [
+        1,
+        2,
+    ]  # The gradient is reduced once, and the batch statistics in each accumulated batch.
     assert "3 times a step" in found.describe()
 
 
@@ -92,14 +95,14 @@ def test_a_collective_inside_a_loop_counts_once_for_each_iteration():
     ids=["one", "ordered", "eight", "accumulated", "in parts"],
 )
 def test_operations_and_bytes_of_a_step_match_the_formula(rows, changes):
-    """Of wide rows nearly all is in the products: x w and x^T g, a multiplication and an addition each."""
+    """With wide rows nearly all operations are in x w and x^T g, a multiplication and an addition each."""
     found = plan(config_with(w=tuple(np.linspace(-1, 1, 512)), **changes))
     assert found.operations == pytest.approx(2 * 2 * rows * 512, rel=0.35 if rows < 32 else 0.1)
     assert found.bytes_moved == pytest.approx(rows * (512 + 3) * 4 + 2 * 513 * 4, rel=0.01)
 
 
 def test_the_compiled_step_computes_no_more_than_the_formula():
-    """Of loops the compiler counts one turn: what lies outside grows with the steps of a call."""
+    """XLA counts one iteration of each loop, and the cost outside of the loops grows with the steps of a call."""
     data = dpreg.SyntheticRegressionData(np.ones(512), 1.0, num_train=640, num_val=0, batch_size=64)
     model = dpreg.LinearRegressionScratch(512, 0.1)
 
@@ -119,7 +122,7 @@ def test_held_out_rows_count_in_the_memory_of_a_plan():
 
 @pytest.mark.parametrize(("reduction", "part"), [("pmean", 5 << 20), ("ordered", 4 << 19)])
 def test_the_rows_of_a_large_batch_are_copied_in_chunks_that_fit_in_cache(reduction, part):
-    """At most 5 MB, or those of a shard."""
+    """A chunk has at most 5 MB, or the rows of a shard."""
     found = plan(config_with(w=(1.0,) * 512, num_devices=1, batch_size=8192, num_train=16384, reduction=reduction))
     rows = 16384 * (512 + 3) * 4
     assert rows < found.memory.arguments < 1.02 * rows
@@ -160,13 +163,13 @@ def test_an_existing_slice_is_parsed(name):
 
 
 def test_the_time_of_a_collective_follows_from_the_links_of_the_slice():
-    # A whole v5e pod: each chip has 200 GB/s one way, half of the 51.2 TB/s that the documents have for 256 chips.
+    # A v5e pod: each chip has 200 GB/s in one direction, half of the 51.2 TB/s documented for 256 chips.
     assert chips.parse_topology("v5e:16x16").seconds("all-reduce", 10**9) == pytest.approx(0.01, rel=0.01)
-    # Without a torus a chip of 2x2x1 has two of its six links: 3/4 of the bytes over 200 GB/s, twice; two hops, twice.
+    # Without a torus, a chip of 2x2x1 uses two of its six links: 3/4 of the bytes at 200 GB/s and two hops, both twice.
     assert chips.parse_topology("v5p:2x2x1").seconds("all-reduce", 10**9) == pytest.approx(2 * (0.75 / 200 + 2e-6))
     assert chips.parse_topology("v5p:2x2x1").seconds("all-gather", 10**9) == pytest.approx(0.75 / 200 + 2e-6)
     assert (chips.parse_topology("v5p:8x8x8").hops, chips.parse_topology("v5e:8x8").hops) == (12, 14)
-    # An axis of 16 has its ends linked, whatever the other has: three of four links, 150 GB/s.
+    # An axis of 16 is a ring even if the other axis is not: three of four links, 150 GB/s.
     half = chips.parse_topology("v5e:8x16")
     assert half.hops == 7 + 8
     assert half.seconds("all-reduce", 10**9) == pytest.approx(2e9 / 150e9, rel=0.01)
@@ -228,7 +231,7 @@ def test_the_tpu_configuration_compiles_for_slices(topology, count, tmp_path):
     done = by_flags(f"--topology={topology}", "--flagfile=configs/tpu.cfg", f"--workdir={tmp_path}")
     assert (done.returncode, done.stderr) == (0, ""), done.stderr
     found = json.loads((tmp_path / "plan.json").read_text())
-    # Where there are more devices than shards, as many rows for each.
+    # With more devices than shards, the shards become as many as the devices, with the same number of rows each.
     assert (found["devices"], found["num_shards"], found["batch_size"]) == (count, count, count * 4)
     assert [(c["kind"], c["size"], c["each_step"]) for c in found["collectives"]] == [("all-reduce", 20, True)]
     assert found["state_donated"]

@@ -1,4 +1,4 @@
-"""Precisions: float64 from the rows to the result; bfloat16 features with sums in float32."""
+"""Precisions: float64 throughout, and bfloat16 features with sums in float32."""
 
 import json
 
@@ -23,7 +23,7 @@ def _float64_off_again():
 
 
 def of_float64(num_rows, num_inputs=3, weighted=True):
-    """Rows whose last digits float32 has not."""
+    """Returns rows with more digits than float32 holds."""
     source, rng = Rows(num_rows, num_inputs, weighted).source(), np.random.default_rng(5)
     x = source.x + rng.uniform(-1e-9, 1e-9, source.x.shape)
     return dpreg.ArraySource(x, source.y.astype(np.float64) + 1e-10, source.weight, dtype=np.float64)
@@ -55,7 +55,7 @@ def test_ordered_gives_the_same_bits_in_any_precision(precision):
 
     def run(devices, **arguments):
         data = dpreg.RegressionData(source, source, 64)
-        with jax.numpy_dtype_promotion("standard"):  # the dropout of flax, and optax
+        with jax.numpy_dtype_promotion("standard"):  # Flax's dropout and optax need it.
             return digest(trained(model, data, 2, devices, reduction="ordered", precision=precision, **arguments))
 
     assert len({run(1), run(3, placement="host"), run(8)}) == 1
@@ -69,7 +69,7 @@ def test_bfloat16_trains_with_a_single_feature():
 
 def test_a_float64_run_does_not_change_later_runs():
     def run(precision):
-        model = Net(OPTIMIZERS["clip+momentum"])  # with dropout
+        model = Net(OPTIMIZERS["clip+momentum"])  # The model has dropout.
         data = dpreg.RegressionData(of_float64(203), None, 64)
         with jax.numpy_dtype_promotion("standard"):
             return digest(trained(model, data, 1, 2, precision=precision))
@@ -96,7 +96,7 @@ def test_bfloat16_rounds_only_features(placement):
             "y": np.float32,
             "weight": np.float32,
         }
-        # Here chips have no such products; one that has them rounds the parameters for them, too.
+        # This CPU has no bfloat16 products; a chip that has them rounds the parameters as well.
         np.testing.assert_allclose(trainer.state.params["w"], w, rtol=1e-6, atol=1e-7)
         np.testing.assert_allclose(trainer.state.params["b"], b, rtol=1e-6, atol=1e-7)
 

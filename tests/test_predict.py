@@ -1,4 +1,4 @@
-"""A trained model on new rows: every row once, in order, in original units, whatever devices predict it."""
+"""Prediction: each row once, in order, in original units, on any devices."""
 
 import dataclasses
 import hashlib
@@ -67,11 +67,11 @@ def config_of(folder, dataset, mode="predict", **flags):
 
 
 def expected(folder, columns):
-    """From the parameters in the summary, in float64."""
+    """Computes the predictions in float64 from the parameters in the summary."""
     summary = json.loads((folder / "w" / "summary.json").read_text())
     w, b = summary["parameters"]["w"], summary["parameters"]["b"]
     kind = json.loads((folder / "w" / "model" / "model.json").read_text())["schema"]["inputs"][0]
-    assert kind["others"] == 0  # so nothing is known of the unseen but the mean of the others
+    assert kind["others"] == 0  # An unseen category therefore gets the mean of the known ones.
     mean = np.average([w[f"kind={value}"] for value in kind["values"]], weights=kind["counts"])
     kinds = {kind: w.get(f"kind={kind}", mean) for kind in KINDS}
     linear = b + w["a"] * columns["a"] + w["b"] * columns["b"] + np.array([kinds[kind] for kind in columns["kind"]])
@@ -81,7 +81,7 @@ def expected(folder, columns):
 @pytest.mark.parametrize("rows", [1, 7, 8192, 20_011])
 def test_each_row_is_predicted_once_and_in_order(trained, rows, tmp_path):
     columns = table_of(rows, seed=1, kinds=4)
-    given = {name: columns[name] for name in ("b", "kind", "a")}  # no target, and in another order
+    given = {name: columns[name] for name in ("b", "kind", "a")}  # The table has no target and another column order.
     write(given, tmp_path / "new.parquet")
     files = set()
     for devices in (1, 3, 8):
@@ -196,7 +196,7 @@ def test_a_damaged_model_is_refused(trained, tmp_path):
 
 
 def reseal(folder, change, arrays=None):
-    """Writes a model with another description or other arrays, and with checksums that fit."""
+    """Changes the description or the arrays of a model, and updates the checksums."""
     model, before = standalone.read_model(folder)
     np.savez(folder / "parameters.npz", **(before if arrays is None else arrays(before)))
     model["parameters.npz"] = hashlib.sha256((folder / "parameters.npz").read_bytes()).hexdigest()
@@ -205,7 +205,7 @@ def reseal(folder, change, arrays=None):
 
 
 def tampered(folder):
-    """A name for each way to tamper with a model, the folder tampered with."""
+    """Tampers with a model in each way, and yields the name of the way."""
     (text, content), files = (path.read_bytes() for path in files_of(folder)), files_of(folder)
     model = json.loads(text)
     first = model["schema"]["inputs"][1]
@@ -283,7 +283,7 @@ def test_a_tampered_model_is_refused_in_one_line_by_dpreg_and_by_its_script(trai
         with pytest.raises(dpreg.InputError, match=r"w/model.*; run the training command again") as caught:
             predict(config_of(tmp_path, tmp_path / "new.csv"))
         assert str(caught.value).isprintable(), name
-        if "flag" in name and name not in ("no flags", "another flag"):  # of which the script knows two
+        if "flag" in name and name not in ("no flags", "another flag"):  # The script reads only two of the flags.
             continue
         with pytest.raises(ValueError, match="run the training command again"):
             standalone.predict(given, folder)
@@ -462,7 +462,7 @@ def test_the_prediction_script_keeps_all_digits_of_categories():
 
 @pytest.fixture(scope="module")
 def of_table(tmp_path_factory):
-    """A trainer of a table, and its predictions of raw columns in float64."""
+    """Returns a trainer of a table, and a function that predicts raw columns in float64."""
     folder = tmp_path_factory.mktemp("of_table")
     columns = table_of(400) | {"day": np.arange(400).astype("datetime64[D]")}
     columns["y"] = np.exp(columns["y"] / 10)
@@ -562,7 +562,7 @@ def test_an_array_must_have_the_columns_of_the_table_in_their_order(tmp_path):
 
 
 class Holding:
-    """A user's own source: the columns of a table as they are, with missing values."""
+    """A source defined by the user: raw columns of a table, with missing values."""
 
     def __init__(self, x):
         self.x = np.asarray(x, np.float32)

@@ -1,4 +1,4 @@
-"""Several processes: the same bits as one, and a run that outlives any of them."""
+"""Several processes: the same bits as one process, and recovery when any of them is lost."""
 
 import contextlib
 import itertools
@@ -61,8 +61,8 @@ def test_several_processes_give_the_bits_of_one_process(tmp_path, expected, coun
 @pytest.mark.parametrize(
     "flags",
     [
-        ("--num_train=19200", "--max_epochs=1"),  # 600 steps: a block of one process, three of two
-        ("--num_train=3200", "--max_epochs=7", "--num_val=0"),  # 5 epochs of 100 steps in a block, and 2
+        ("--num_train=19200", "--max_epochs=1"),  # 600 steps: one block in one process, three in two.
+        ("--num_train=3200", "--max_epochs=7", "--num_val=0"),  # Blocks of 5 and 2 epochs of 100 steps.
     ],
 )
 def test_different_block_lengths_in_one_and_two_processes_change_no_bit(tmp_path, flags):
@@ -105,13 +105,13 @@ for size in map(int, sys.argv[3:]):
 
 
 def test_processes_average_small_arrays_by_all_to_all_and_large_ones_by_all_reduce():
-    few, many = 1 << 14, (1 << 14) + 1  # of 4 devices: 256 KB together
+    few, many = 1 << 14, (1 << 14) + 1  # The limit is 256 KB in total for 4 devices.
     address = free_address()
     of_both = together(*((("-c", MEANS, address, str(i), str(few), str(many)), (), ROOT) for i in range(2)))
     for code, lines, out, _ in of_both:
         assert code == 0, lines
-        means = "{1.5} [-5.5]"  # of 0, 1, 2, 3; each exact, whatever the order
-        collectives = re.findall(r"all-.* \{.*", out)  # Gloo says something, too, and not always in whole lines
+        means = "{1.5} [-5.5]"  # The means of 0, 1, 2, 3 are exact in any order.
+        collectives = re.findall(r"all-.* \{.*", out)  # Gloo writes to stdout, too, and not always whole lines.
         assert collectives == [f"all-to-all {4 * 4 * few} {means}", f"all-reduce {4 * many} {means}"]
 
 
@@ -133,7 +133,7 @@ processes.allgather_text()
 
 @pytest.fixture
 def with_real_address(tmp_path):
-    """What to start a command with so that the host name resolves to an address that other hosts reach."""
+    """Returns a command prefix that makes the host name resolve to an address that other hosts can reach."""
     hosts = tmp_path / "hosts"
     own = [a.address for addresses in psutil.net_if_addrs().values() for a in addresses if a.family == socket.AF_INET]
     real = [address for address in own if not rendezvous.is_loopback(address)]
@@ -142,13 +142,13 @@ def with_real_address(tmp_path):
         hosts.write_text(f"127.0.0.1 localhost\n{real[0]} {socket.gethostname()}\n")
         if subprocess.run([*prefix, "true"], capture_output=True).returncode == 0:
             return prefix
-    return []  # not root, or no network: the host name may resolve to a loopback address
+    return []  # Not root, or no network: the host name may resolve to a loopback address.
 
 
 @pytest.mark.skipif(devices.cores() < 2, reason="one core")
 @pytest.mark.parametrize(("second", "several"), [([0, 1], True), ([0], False)])
 def test_processes_agree_on_cores_per_device_and_listen_only_on_the_loopback(second, several, with_real_address):
-    """Or they would compile other programs, of other bits; or be reached by others."""
+    """Otherwise they would compile programs with different bits, or accept connections of other hosts."""
     cores, address = sorted(os.sched_getaffinity(0)), free_address()
     of_each = [[str(cores[core]) for core in core_numbers] for core_numbers in ([0, 1], second)]
     for code, lines, out, _ in together(
@@ -170,7 +170,7 @@ def test_the_reason_why_jax_does_not_start_is_reported(monkeypatch):
 
 
 def test_a_process_waits_for_another_while_that_one_sends_heartbeats(monkeypatch, capfd):
-    """A meeting calls its heartbeat with each second; what comes at last is returned."""
+    """While `allgather_text` waits it calls its heartbeat every second; at last it returns the texts."""
     late, signs, now = [], [], [0.0]
     clock = types.SimpleNamespace(monotonic=lambda: now[0])
 
@@ -234,10 +234,10 @@ trainer.fit(dpreg.LinearRegressionScratch(1, 1e-4), dpreg.RegressionData(rows, r
 @pytest.mark.faults
 @pytest.mark.parametrize("where", ["before", "while training"])
 def test_a_program_that_misses_another_process_exits_with_76_and_names_it(where):
-    """A program of the user's own, in Python: it has no other watchdog."""
+    """This is a Python program of the user, which has no other watchdog."""
     address = free_address()
     of_both = together(*((("-c", LOST, address, str(i), where if i else "nowhere"), (), ROOT) for i in range(2)))
-    (code, lines, *_), (other, *_) = of_both  # within the time that `together` gives them
+    (code, lines, *_), (other, *_) = of_both  # Both end within the timeout of `together`.
     output = "\n".join(lines)
     assert (code, other) == (76, 76), output
     assert "process 1, without a sign of life for" in output
@@ -245,13 +245,13 @@ def test_a_program_that_misses_another_process_exits_with_76_and_names_it(where)
         assert "ProcessLost: process 0 waited in vain for process 1" in output
     else:
         assert "process 0 has no new result for" in output
-        assert "in fetch_in_order" in output  # of its stacks
+        assert "in fetch_in_order" in output  # The stacks are printed.
 
 
 @pytest.mark.faults
 @pytest.mark.parametrize(("victim", "how"), [(0, signal.SIGKILL), (1, signal.SIGSTOP)])
 def test_a_run_that_loses_a_process_restarts_and_ends_with_the_same_result(tmp_path, expected, victim, how):
-    # The first attempt alone is to start over.
+    # Only the first attempt starts from scratch.
     launcher = start(2, tmp_path, "--checkpoint_every_steps=50", "--resume=never", restarts=1)
     wait_until(lambda: complete(tmp_path), launcher)
     time.sleep(random.Random(victim).random())
@@ -281,7 +281,7 @@ def test_without_a_launcher_the_other_processes_exit_with_76_within_15_seconds(t
         end(running)
 
 
-# Blocks of 256 steps, which are not all under way at once; epochs of 2,560 that follow each other without a wait.
+# Blocks of 256 steps, not all of them in flight at once; epochs of 2,560 steps without a wait between them.
 LONG = (
     "--platform=cpu",
     "--reduction=ordered",
@@ -300,7 +300,7 @@ def test_sigterm_to_one_process_makes_all_save_within_an_epoch_and_exit_with_75(
     wait_until(lambda: complete(tmp_path / "w"), launcher)
     workers(launcher)[1].send_signal(signal.SIGTERM)
     time.sleep(0.5)
-    for worker in workers(launcher):  # a second one does no harm
+    for worker in workers(launcher):  # A second SIGTERM does no harm.
         worker.send_signal(signal.SIGTERM)
     code, output = ended(launcher)
     assert code == 75, output
@@ -321,7 +321,9 @@ def test_a_stopped_launcher_restarts_no_process(tmp_path, how, exit_code):
         2, tmp_path, "--checkpoint_every_seconds=0.3", "--max_epochs=10000", devices=1, restarts=3, work=LONG
     )
     wait_until(lambda: complete(tmp_path), launcher)
-    for process in (*workers(launcher), launcher) if how == signal.SIGINT else (launcher,):  # as a terminal sends it
+    for process in (
+        (*workers(launcher), launcher) if how == signal.SIGINT else (launcher,)
+    ):  # Ctrl-C in a terminal reaches all of them.
         process.send_signal(how)
     code, output = ended(launcher)
     assert code == exit_code, output
@@ -349,7 +351,7 @@ def test_a_run_stopped_in_two_processes_resumes_in_any_number(tmp_path, expected
 
 
 def faulty(number, fault, *flags):
-    """How to start a process whose validation does something else."""
+    """Returns the start of a process whose validation runs `fault` instead."""
     code = (
         f"import time; from dpreg.train.loop import Loop; Loop.validate = lambda self: {fault}; "
         "from dpreg.main import main; main()"
@@ -374,7 +376,7 @@ def test_an_exception_in_one_process_ends_all_with_76_and_the_reason(tmp_path, w
 
 @pytest.mark.faults
 def test_a_hanging_process_is_ended_and_prints_its_stacks(tmp_path):
-    """Its heartbeats go on: only the watchdog notices."""
+    """The heartbeats of the process go on: only the watchdog detects the hang."""
     flags = ("--platform=cpu", "--num_devices=2", free_address(), f"--workdir={tmp_path}", "--step_timeout=4")
     results = together(faulty(0, "", *flags), faulty(1, "time.sleep(1000)", *flags))
     assert [code for code, *_ in results] == [76, 76]
@@ -385,7 +387,7 @@ def test_a_hanging_process_is_ended_and_prints_its_stacks(tmp_path):
 
 def test_the_watchdog_limit_grows_with_the_slowest_wait_and_can_be_disabled(monkeypatch):
     watchdog = Watchdog()
-    assert watchdog.limit == 600  # nothing is measured yet
+    assert watchdog.limit == 600  # Nothing is measured yet.
     watchdog.begin()
     watchdog.progress()
     assert watchdog.limit == 120
@@ -401,7 +403,7 @@ def test_the_watchdog_limit_grows_with_the_slowest_wait_and_can_be_disabled(monk
     brisk._end = ends.append
 
     def tick(seconds):
-        """Results come with every third tick, up to the 60th; the watch ends with the 65th, after one tick too many."""
+        """Results come with every third tick up to the 60th; the watchdog must fire at the 65th, one tick too late."""
         now = next(ticks)
         if now % 3 == 0 and now <= 60:
             brisk.progress()
@@ -448,7 +450,7 @@ def test_bad_settings_of_several_processes_are_refused_in_one_line_in_each(tmp_p
 
 
 def rendezvous_results(port, *others, num_processes=3):
-    """What process 0 and the others make of a rendezvous: None if it succeeds."""
+    """Runs a rendezvous and returns the error of each process, or None if it succeeds."""
     results = {}
 
     def run(name, function, *arguments):
@@ -498,7 +500,7 @@ def test_a_process_0_that_stops_during_the_rendezvous_is_detected(monkeypatch, c
 
 @contextlib.contextmanager
 def server_sending(payload):
-    """The port of a server that sends each connection the same, and then nothing."""
+    """Yields the port of a server that sends the payload to each connection, and then nothing."""
     held = []
 
     def serve():
@@ -540,7 +542,7 @@ FOREIGN_MESSAGES = (
 
 
 def connected(port):
-    """A connection to process 0, once it listens."""
+    """Waits until process 0 listens, and returns a connection to it."""
     while True:
         try:
             return socket.create_connection(("127.0.0.1", port), timeout=60)
@@ -549,10 +551,12 @@ def connected(port):
 
 
 def test_foreign_connections_to_the_port_cost_a_run_only_one_log_line(monkeypatch, capfd):
-    """Bytes of all kinds, twelve connections that say nothing, one that drips: all at once, before the processes."""
+    """Before the processes connect: malformed messages, twelve silent connections, and one that sends byte by byte."""
     port, results = int(free_address().rpartition(":")[2]), []
     monkeypatch.setattr(rendezvous, "_MOST_UNKNOWN", 20)
-    monkeypatch.setattr(rendezvous, "_HELLO_SECONDS", 1000)  # who waits for those that say nothing, does not end
+    monkeypatch.setattr(
+        rendezvous, "_HELLO_SECONDS", 1000
+    )  # A rendezvous that waits for silent connections would not end.
     zero = threading.Thread(target=lambda: results.append(rendezvous.serve_rendezvous("127.0.0.1", port, 3)))
     zero.start()
 
@@ -566,9 +570,9 @@ def test_foreign_connections_to_the_port_cost_a_run_only_one_log_line(monkeypatc
     dripping = threading.Thread(target=drip, args=(connected(port),))
     dripping.start()
     for payload in FOREIGN_MESSAGES:
-        with contextlib.suppress(OSError), connected(port) as connection:  # it may be closed before all is sent
+        with contextlib.suppress(OSError), connected(port) as connection:  # Process 0 may close it before all is sent.
             connection.sendall(payload)
-    with connected(port) as connection:  # one of ours, which dies, and is started again below
+    with connected(port) as connection:  # A process of this run, which dies and is restarted below.
         connection.sendall(b'{"process_id": 1, "num_processes": 3}\n')
     assert zero.is_alive()
     others = [threading.Thread(target=rendezvous.join_rendezvous, args=("127.0.0.1", port, 3, i)) for i in (1, 2)]
@@ -594,7 +598,7 @@ def test_process_0_closes_a_connection_that_stays_silent(monkeypatch, capfd):
     with connected(port) as connection:
         connection.settimeout(60)
         assert connection.recv(1) == b""
-    rendezvous.join_rendezvous("127.0.0.1", port, 2, 1)  # which process 0 still waits for
+    rendezvous.join_rendezvous("127.0.0.1", port, 2, 1)  # Process 0 still waits for it.
     zero.join(60)
     assert results == [None]
     assert "it sends no whole message within 0.3 s" in capfd.readouterr().err

@@ -1,4 +1,4 @@
-"""`python -m dpreg.report`: runs beside each other."""
+"""`python -m dpreg.report` compares runs."""
 
 import json
 import re
@@ -25,7 +25,7 @@ def command(module, *arguments, cwd=ROOT):
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """The same run on one device and on two, and another run."""
+    """Trains the same run on one and on two devices, and another run."""
     folder = tmp_path_factory.mktemp("runs")
     for name, *flags in (("one", "--num_devices=1"), ("two", "--num_devices=2"), ("other", "--lr=0.1", "--patience=2")):
         done = command("main", "--platform=cpu", "--reduction=ordered", f"--workdir={folder / name}", *flags)
@@ -42,7 +42,7 @@ def test_the_report_compares_results_bits_and_flags_of_runs(runs):
     assert rows["rmse"] == [f"{summary['metrics']['rmse']:.6g}" for summary in summaries]
     assert rows["device_count"] == ["1", "2", str(summaries[2]["device_count"])]
     assert rows["--lr"] == ["0.03", "0.03", "0.1"]
-    assert "--seed" not in rows  # it is the same
+    assert "--seed" not in rows  # All runs have the same seed.
     assert rows["params_sha256"][0] == rows["params_sha256"][1] == summaries[0]["params_sha256"][:12]
     assert "parameters: other bits" in done.stdout
     page = (runs / "page.html").read_text()
@@ -144,7 +144,7 @@ def test_charts_escape_names_and_leave_out_values_that_are_not_finite():
         assert named in [text.text for text in drawing.iter() if text.tag.endswith("text")]
     assert [part.text for part in picture.findall(".//{*}tspan")] == [named, "other"]
     assert picture.get("aria-label").startswith(named)
-    assert "".join(within.find("div").itertext()).strip() == named  # the legend, of lines that have points
+    assert "".join(within.find("div").itertext()).strip() == named  # The legend lists the lines that have points.
 
 
 @pytest.mark.parametrize("values", [[1e299, -1e299], [5e-324, 1e299], [1e308], [5e-324]])

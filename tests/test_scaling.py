@@ -1,4 +1,4 @@
-"""What more devices buy: the arithmetic exactly, the runs by what they have to say."""
+"""Scaling with the number of devices: exact tests of the arithmetic, and of the output of runs."""
 
 import json
 import math
@@ -18,7 +18,7 @@ from dpreg.distributed import devices
 from dpreg.planning.exchange import Exchange
 from dpreg.scaling import Measurement, extrapolate
 
-SHOWN = pathlib.Path(ROOT) / "docs" / "6-scale.md"  # whose command is run here
+SHOWN = pathlib.Path(ROOT) / "docs" / "6-scale.md"  # Its command is run here.
 
 
 def test_latency_and_bandwidth_are_recovered_from_times():
@@ -32,7 +32,7 @@ def test_latency_and_bandwidth_are_recovered_from_times():
     off = Exchange.fit(4, seconds | {24: 4e-5})
     assert 0.1 < off.error < 1
     assert math.isinf(Exchange.fit(2, dict.fromkeys(seconds, 1e-5)).bandwidth)
-    # Measured beside other work: the line through these has a negative latency, and the best without is through 0.
+    # Times measured on a busy machine: the fitted line has a negative latency, so the best line passes through 0.
     noisy = {24: 1e-3, 65_536: 1e-5, 1 << 20: 5e-4}
     through_0 = Exchange.fit(2, noisy)
     size, measured = np.array(list(noisy)), np.array(list(noisy.values()))
@@ -41,7 +41,7 @@ def test_latency_and_bandwidth_are_recovered_from_times():
 
 
 def test_the_recommended_number_of_devices_keeps_an_efficiency_of_one_half():
-    # A step of 1 ms, 0.1 ms of which are not shared; sums of 10 us over two, 20 over four.
+    # A step of 1 ms, of which 0.1 ms do not scale; a reduction takes 10 us on two devices and 20 us on four.
     exchange = Exchange(2, 1e-5, 1e12, 0.0, {})
     runs = [
         Measurement(count, "strong", 0.0, 1 / (0.9e-3 / count + 0.1e-3 + latency), 0.0, 0.0, 1.0)

@@ -1,4 +1,4 @@
-"""Estimators of scikit-learn: its own checks, its own optima, and what data-parallel training promises."""
+"""The scikit-learn estimators: scikit-learn's checks and optima, and the guarantees of data-parallel training."""
 
 import os
 import pickle
@@ -30,7 +30,7 @@ from dpreg.sklearn import DataParallelClassifier, DataParallelRegressor
 from dpreg.solvers import softmax
 
 ROWS = 600
-# Of float32 kept in float64, far from mean 0 and deviation 1.
+# Float32 values stored as float64, far from mean 0 and deviation 1.
 X = np.random.default_rng(0).normal([5, -200, 0, 1], [1, 30, 0.01, 1], size=(ROWS, 4)).astype(np.float32).astype(float)
 Z = (X - [5, -200, 0, 1]) / [1, 30, 0.01, 1] @ [0.5, -0.3, 0.2, 0.1] + 0.4
 
@@ -68,11 +68,11 @@ def test_all_checks_of_scikit_learn_pass_and_none_is_skipped(name):
     code = (
         "import sys, dpreg.distributed.devices, dpreg.sklearn\n"
         "from sklearn.utils.estimator_checks import check_estimator\n"
-        "dpreg.distributed.devices.start('cpu')\n"  # with the compilation cache
+        "dpreg.distributed.devices.start('cpu')\n"  # This enables the compilation cache.
         "for check in check_estimator(getattr(dpreg.sklearn, sys.argv[1])()):\n"
         "    print(check['status'], check['expected_to_fail'])\n"
     )
-    # Without it, scikit-learn skips a check of its array API.
+    # Without it, scikit-learn skips a check of the array API.
     lines = run_python(code, name, SCIPY_ARRAY_API="1").splitlines()
     assert len(lines) > 50
     assert set(lines) == {"passed False"}
@@ -81,7 +81,7 @@ def test_all_checks_of_scikit_learn_pass_and_none_is_skipped(name):
 PATHS = {
     "huber": {"optimizer": "momentum", "lr": 0.3, "max_epochs": 500},
     "l1": {"optimizer": "sgd", "lr": 0.3, "max_epochs": 500},
-    "quantile": {"lr": 0.03, "max_epochs": 1500},  # kinks: the steps have to shrink
+    "quantile": {"lr": 0.03, "max_epochs": 1500},  # The loss is not smooth, so the steps must shrink.
 }
 
 
@@ -102,7 +102,7 @@ def test_coefficients_agree_with_the_optimum_of_scikit_learn(name, solver):
         "l1": lambda: linear_model.Lasso(alpha=0.1 * y.std(), tol=1e-12),
         "quantile": lambda: linear_model.QuantileRegressor(quantile=0.8, alpha=0),
     }.get(name, lambda: linear_model.LogisticRegression(C=100 / ROWS, tol=1e-12, max_iter=1000))()
-    # Their penalties are on the columns that they are given: give them those that ours are on.
+    # Scikit-learn penalizes the coefficients of its input columns; dpreg those of scaled columns, so scale the input.
     theirs.fit(scaler.transform(X), y)
     if name in ("logistic", "softmax"):
         ours = DataParallelClassifier(l2=0.01, solver=solver, **steps)
@@ -153,7 +153,7 @@ def test_integer_weights_are_equivalent_to_repeated_rows(estimator):
     by_weight = clone(estimator).fit(X[:300], y[:300], weight[:300])
     repeated = clone(estimator).fit(X[:300].repeat(weight[:300], axis=0), y[:300].repeat(weight[:300]))
     method = "predict_proba" if isinstance(estimator, DataParallelClassifier) else "predict"
-    steps = getattr(estimator, "loss", "") == "huber"  # in float32
+    steps = getattr(estimator, "loss", "") == "huber"  # This loss is fitted by float32 steps.
     np.testing.assert_allclose(
         getattr(by_weight, method)(X), getattr(repeated, method)(X), rtol=1e-4 if steps else 1e-9
     )
@@ -215,14 +215,14 @@ def test_data_frames_provide_the_feature_names():
     np.testing.assert_array_equal(DataParallelClassifier().fit(table, labels).classes_, ["no", "yes"])
 
 
-@pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")  # of three steps
+@pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")  # three steps do not converge
 def test_partial_fit_continues_from_the_current_state():
     y = targets("squared")
     exact = DataParallelRegressor(l2=0.1)
     for part in np.array_split(np.arange(ROWS), 7):
         exact.partial_fit(X[part], y[part])
     np.testing.assert_allclose(exact.coef_, DataParallelRegressor(l2=0.1).fit(X, y).coef_, rtol=1e-10)
-    # Epochs of one step: the momentum goes on, too.
+    # Epochs of one step: the momentum is kept, too.
     steps = {"solver": "sgd", "optimizer": "momentum", "lr_schedule": "constant", "batch_size": ROWS, "lr": 0.05}
     for model in ("concise", "mlp"):
         several = DataParallelRegressor(model=model, **steps)
@@ -230,7 +230,7 @@ def test_partial_fit_continues_from_the_current_state():
             several.partial_fit(X, y)
         once = DataParallelRegressor(model=model, **steps, max_epochs=3).fit(X, y)
         np.testing.assert_allclose(several.predict(X), once.predict(X), atol=1e-5 * y.std())
-    # From the optimum it stays there.
+    # It stays at the optimum.
     labels = targets("softmax")
     classifier = DataParallelClassifier(l2=0.01, batch_size=600, lr=1e-5).fit(X, labels)
     before = classifier.decision_function(X)
@@ -251,7 +251,7 @@ def test_sgd_fits_targets_with_a_large_mean():
 
 
 def test_sorted_rows_train_as_well_as_shuffled_rows():
-    iris = load_iris()  # sorted by class
+    iris = load_iris()  # The rows are sorted by class.
     order = np.random.default_rng(0).permutation(len(iris.target))
     for model in (DataParallelClassifier(solver="sgd"), DataParallelClassifier(model="mlp", hidden=(16,))):
         for rows in (np.arange(len(order)), order):
@@ -289,7 +289,7 @@ def test_estimators_fit_several_targets_and_few_rows():
         for n in (1, 3):
             few = DataParallelRegressor(solver=solver).fit(X[:n, :1], np.arange(n))
             assert np.isfinite(few.predict(X[:, :1])).all()
-    # Where rows do not tell columns apart: the shortest solution, as scikit-learn's.
+    # If the rows do not determine the coefficients: the solution of least norm, as in scikit-learn.
     wide = np.random.default_rng(0).normal(size=(10, 25))
     ours = DataParallelRegressor(standardize=False).fit(wide, wide[:, 0])
     theirs = linear_model.LinearRegression().fit(wide, wide[:, 0])
@@ -351,7 +351,7 @@ def test_scikit_learn_is_optional():
     ids=["constant", "linear", "sum"],
 )
 def test_redundant_columns_do_not_change_the_exact_solution(more):
-    """About their means nothing is left of them but rounding."""
+    """After centering, only rounding errors are left of them."""
     y = Z + np.random.default_rng(1).normal(size=ROWS)
     wanted = linear_model.LinearRegression().fit(X, y).predict(X)
     fitted = DataParallelRegressor(l2=0).fit(np.c_[X, more], y)
@@ -359,7 +359,7 @@ def test_redundant_columns_do_not_change_the_exact_solution(more):
     assert np.abs(fitted.coef_).max() < 100
 
 
-@pytest.mark.parametrize("weight", [2.0**-160, 2.0**130])  # float32 holds neither
+@pytest.mark.parametrize("weight", [2.0**-160, 2.0**130])  # Neither fits in float32.
 def test_scaling_all_weights_changes_nothing(weight):
     arguments = {"loss": "huber", "max_epochs": 2}
     coefs = [
@@ -370,7 +370,7 @@ def test_scaling_all_weights_changes_nothing(weight):
 
 
 def test_weights_that_are_all_zero_are_reported_before_missing_classes(monkeypatch):
-    # As old versions of scikit-learn.
+    # Old versions of scikit-learn do not check the weights.
     monkeypatch.setattr("dpreg.estimators.base._check_sample_weight", lambda weight, *_, **__: weight)
     with pytest.raises(ValueError, match="zero in every row"):
         DataParallelClassifier().fit(X, Z > 0, np.zeros(ROWS))
@@ -429,7 +429,7 @@ def test_a_perceptron_accepts_features_that_fit_in_float32_only_after_scaling():
 @pytest.mark.parametrize("loss", ["squared", "huber", "poisson"])
 @pytest.mark.parametrize(("small", "large"), [(1e-12, 1e6), (1e-9, 1e9)])
 def test_the_rounding_residue_of_a_linear_combination_is_not_a_direction(loss, small, large):
-    """Of a dropped column more is left in absolute terms than another column has in all."""
+    """The rounding residue of a dropped column is larger than all values of another column."""
     z = np.random.default_rng(0).normal(size=(120, 2))
     x, y = np.c_[small * z[:, 0], large * z[:, 1], 3 * large * z[:, 1]], z @ [1, 2]
     fitted = DataParallelRegressor(loss, standardize=False).fit(x, np.exp(y) if loss == "poisson" else y)
@@ -475,10 +475,10 @@ def test_values_whose_squares_overflow_are_refused(arguments):
     np.testing.assert_allclose(exact.coef_, [1e280, 2e280], rtol=1e-9)
     with pytest.raises(dpreg.InputError, match="scale it to 1 at most, or use smaller weights"):
         model.fit(x * 1e2, y, np.full(80, 1e300))
-    if "solver" not in arguments:  # steps know weights but as shares
+    if "solver" not in arguments:  # Steps use only relative weights.
         with pytest.raises(dpreg.InputError, match="its weights are as small"):
             model.fit(x, y, np.full(80, 1e-305))
-    x[3], y[3], weight[3] = 1e200, 1e200, 0  # counts for nothing
+    x[3], y[3], weight[3] = 1e200, 1e200, 0  # This row must not count.
     np.testing.assert_allclose(DataParallelRegressor().fit(x, y, weight).coef_, [1, 2], rtol=1e-9)
 
 
