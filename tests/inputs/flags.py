@@ -1,4 +1,4 @@
-"""Command lines and flagfiles: what is accepted is what was written, and repeats itself; else one line, exit code 2."""
+"""Command lines and flagfiles: accepted values are those written, and repeat; others give one line and exit code 2."""
 
 import contextlib
 import csv
@@ -61,7 +61,7 @@ def run(rng, folder):
 
 
 def draw_text(field, rng):
-    """A text for a flag: more often than not one that the flag takes."""
+    """Draws a text for a flag, usually a valid one."""
     choices, default, how = field.metadata["choices"], field.default, rng.random()
     if how < 0.6:
         good = choices or next((GOOD[kind] for kind in (bool, int, float) if type(default) is kind), GOOD[str])
@@ -80,7 +80,7 @@ def define():
 
 
 def parse(arguments):
-    """The config; None where it is refused in one line."""
+    """Returns the config, or None if the flags are refused in one line."""
     for name in flags.FLAGS:
         flags.FLAGS[name].unparse()
     printed = io.StringIO()
@@ -102,7 +102,7 @@ def parse(arguments):
 
 
 def check_values(config, given):
-    """Each flag has the value that its text spells, by the rules of Python and of CSV."""
+    """Checks that each flag has the value of its text, by the rules of Python and of CSV."""
     for name, text in given.items():
         value = getattr(config, name)
         if isinstance(value, tuple):

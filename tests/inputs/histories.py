@@ -1,4 +1,4 @@
-"""The files of a run that was stopped or compared: damaged lines are left out and counted, or one line is said."""
+"""Files of a run: damaged lines are skipped and counted, or the file is refused in one line."""
 
 import io
 import json
@@ -78,7 +78,7 @@ def damage(file, rng):
 
 
 def compare(workdir, folder, rng):
-    """What `python -m dpreg.report` does."""
+    """Does what `python -m dpreg.report` does."""
     try:
         runs = {str(workdir): report.read_run(workdir)}
     except InputError as error:
@@ -98,7 +98,7 @@ def compare(workdir, folder, rng):
 
 
 def go_on(workdir: pathlib.Path, step: int, messages):
-    """What a run does that goes on from a step: it keeps the whole lines up to it."""
+    """Resumes from a step, which keeps the complete lines up to it."""
     kept, starts = (
         whole_lines(workdir / "metrics.jsonl", {"step", "epoch", "train_loss"}),
         whole_lines(workdir / "starts.jsonl", {*STARTS[0]}),
@@ -114,7 +114,7 @@ def go_on(workdir: pathlib.Path, step: int, messages):
 
 
 def whole_lines(file, needed):
-    """The lines that have some members, and all of their types, read as strictly as JSON is."""
+    """Returns the lines that are strict JSON and have the needed members with the right types."""
     if not file.is_file():
         return []
     found = []

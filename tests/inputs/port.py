@@ -1,4 +1,4 @@
-"""The rendezvous port: strangers cost the run nothing, on either side."""
+"""The rendezvous port: foreign connections and foreign servers do not harm a run."""
 
 import contextlib
 import json
@@ -24,7 +24,7 @@ def run(rng, folder):
 
 
 def serve_among_foreign_connections(rng, port):
-    """Process 0 among strangers: the other two come, and all go on."""
+    """Foreign clients connect to process 0; the other two processes must still join."""
     payloads = [payload(rng) for _ in range(rng.integers(1, 8))]
     claims = any(is_hello(text) for text, _ in payloads)
     outcome = {}
@@ -37,7 +37,7 @@ def serve_among_foreign_connections(rng, port):
             running.join(10)
         for running in foreign:
             running.join(10)
-    # Where a stranger says that it is a process of this run, process 0 ends; a process that comes later waits for it.
+    # If a foreign client claims to be a process of this run, process 0 ends, and processes that come later wait for it.
     waiting = {0} if claims else {0, 1, 2}
     assert waiting <= {*outcome}, f"process {waiting - {*outcome}} waits; foreign connections sent {payloads!r:.300}"
     errors = [error for error in outcome.values() if error is not None]
@@ -49,7 +49,7 @@ def serve_among_foreign_connections(rng, port):
 
 
 def join_after_a_foreign_server(rng, port):
-    """Something else answers at the port first; then process 0 is there."""
+    """A foreign server answers at the port first; then process 0 starts."""
     answer = damage_bytes(ANSWERS[rng.integers(len(ANSWERS))], rng) if rng.random() < 0.8 else payload(rng)[0]
     outcome = {}
     with quiet(), socket.create_server(("127.0.0.1", port)) as listener:
@@ -73,7 +73,7 @@ def join_after_a_foreign_server(rng, port):
 
 
 def payload(rng):
-    """(bytes, how they come)."""
+    """Draws (bytes, how they are sent)."""
     how = ("at once", "in drips", "kept open", "reset")[rng.integers(4)]
     text = (
         HELLO,
@@ -86,7 +86,7 @@ def payload(rng):
 
 
 def is_hello(text):
-    """Whether a process of a run may have sent it: it then disagrees with the others, and that is said."""
+    """Returns whether a process of a run could have sent the text, so that an InputError is allowed."""
     try:
         message = json.loads(text)
         return isinstance(message["process_id"], int) and isinstance(message["num_processes"], int)
@@ -95,7 +95,7 @@ def is_hello(text):
 
 
 def disturb(port, text, how):
-    """Connects, and sends."""
+    """Connects and sends a text."""
     with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=2) as connection:
         if how == "in drips":
             for at in range(min(len(text), 40)):
@@ -131,7 +131,7 @@ def not_over(running, seconds):
 
 @contextlib.contextmanager
 def quiet():
-    """Without what is written to stderr itself."""
+    """Suppresses output to the file descriptor of stderr."""
     kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 2)
     try:
