@@ -1,4 +1,4 @@
-"""Tables and TFDS datasets: the right rows, once, scaled by the right moments, whatever file they come from."""
+"""Tables and TFDS datasets: each row once, scaled by the right moments, from files of any format."""
 
 import datetime
 import decimal
@@ -37,7 +37,7 @@ def all_rows(source):
 
 @pytest.fixture
 def read(tmp_path):
-    """Reads a table below the test's folder, with a cache of the test's own."""
+    """Returns a function that reads a table in the test's folder, with its own cache."""
 
     def read_table(name, *, batch_size=32, validation_dataset=None, data_dir=None, **columns):
         columns = {
@@ -107,10 +107,10 @@ def test_the_fingerprint_depends_only_on_the_rows_and_not_on_format_or_files(rea
     wanted = {"target": "y", "features": ("a", "kind"), "categorical": "kind"}
     prints = {name: read(name, **wanted).fingerprint() for name in KINDS}
     assert len(set(prints.values())) == 1, prints
-    for size, most in ((20_000, 63), (300, 61)):  # by way of the disk: buckets once, and buckets of buckets
+    for size, most in ((20_000, 63), (300, 61)):  # Rows are sorted on disk: in buckets, or in buckets of buckets.
         monkeypatch.setattr(shuffle, "_IN_MEMORY_BYTES", size)
         assert read("t.parquet", **wanted, max_categories=most).fingerprint() == prints["t.parquet"]
-    # Parts of which some hold a column as float32 and some as float64, on the way to disk at different widths.
+    # Some files store a column as float32 and some as float64, so the rows on disk differ in width.
     whole = pa.table(columns)
     in_float32 = whole.set_column(0, "a", whole["a"].cast(pa.float32(), safe=False))
     (tmp_path / "mixed").mkdir()
@@ -289,7 +289,7 @@ def test_a_model_receives_0_for_a_constant_column_whatever_its_value_at_predicti
     np.testing.assert_array_equal(data.schema.rows(other)["x"][:, :2], 0)
     w, _ = data.schema.parameters(np.ones((3, 1)), np.ones(1))
     np.testing.assert_array_equal(w[:2], 0)
-    # Without an intercept a column of ones is one.
+    # Without an intercept a constant column of ones is kept.
     kept = read("t.parquet", target="y", dates="day", validation_fraction=0.0, intercept=False, missing="drop")
     np.testing.assert_array_equal(all_rows(kept.train)["x"][:, 0], 17)
 
@@ -329,7 +329,7 @@ def test_features_that_are_constant_in_training_have_no_initial_weight(read, tmp
 
     w, b = parameters()
     np.testing.assert_allclose(np.append(w, b), [0, 2.5, 2.5, 3], atol=1e-5)
-    w, b = parameters(sigma=1.0)  # as asked for; but a constant column has no weight
+    w, b = parameters(sigma=1.0)  # The weights are random as requested, but that of a constant column is 0.
     assert w[0] == 0
     assert abs(w[1] - w[2]) > 0.01
     np.testing.assert_allclose([w[1] + w[2], b], [[5], [3]], atol=1e-5)
@@ -520,7 +520,7 @@ SHORT = st.one_of(st.floats(-1e6, 1e6).map(lambda v: round(v, 3)), st.floats(all
 
 
 def in_types_of_numbers(value):
-    """The same number as a column of each type that holds it, and as different programs write it."""
+    """Returns the number as columns of each type that can hold it, and as texts that different programs write."""
     number = float(value)
     yield pa.array([number])
     yield from (pa.array([text]) for text in (repr(number), f"{number:.16e}", repr(number).replace("e", "E")))
@@ -528,7 +528,7 @@ def in_types_of_numbers(value):
     for narrow in (np.float32, np.float16):
         with np.errstate(over="ignore"):
             as_narrow = narrow(value)
-        # The same whole number, or the same few decimals.
+        # The same integer, or the same number with few decimals.
         if float(as_narrow) == value if number.is_integer() else str(as_narrow) == str(number):
             yield pa.array(np.array([as_narrow]))
     if number.is_integer() and abs(value) < 10**22:
@@ -543,7 +543,7 @@ def in_types_of_numbers(value):
 
 
 def spellings(arrays):
-    """Of arrays of one value each, in tables and in `model/predict.py`."""
+    """Returns the spellings of the single values of arrays, by the table reader and by `model/predict.py`."""
     for array in arrays:
         for column in (array, array.dictionary_encode()):
             decoded = column.dictionary_decode() if pa.types.is_dictionary(column.type) else column
@@ -617,7 +617,7 @@ def test_a_category_is_recognized_if_its_column_has_another_type_at_prediction(r
         pyarrow.parquet.write_table(pa.table({"k": column, "y": np.arange(4.0)}), tmp_path / f"{name}.parquet")
         schema = read(f"{name}.parquet", target="y", categorical="k", validation_fraction=0.0).schema
         assert set(schema.inputs[0].values) == {"1000000000000000", "3", "-7", "1152921504606846976"}
-    (tmp_path / "v.csv").write_text("k,y\n3.1,1\n3.10,2\n7.00,3\n7,4\n")  # versions have names, not numbers
+    (tmp_path / "v.csv").write_text("k,y\n3.1,1\n3.10,2\n7.00,3\n7,4\n")  # Versions are text, not numbers.
     schema = read("v.csv", target="y", categorical="k", validation_fraction=0.0).schema
     assert schema.inputs[0].values == ("7", "3.1", "3.10")
     duration = pa.table({"k": pa.array([1, 2], pa.duration("s")), "y": [1.0, 2.0]})
@@ -653,7 +653,7 @@ def _damaged(content, how):
 
 @pytest.mark.parametrize("how", ["flip", "cut"])
 def test_a_damaged_cache_is_detected_and_rebuilt(read, tmp_path, how, caplog, monkeypatch):
-    """Of small tables when they are opened, of others as soon as a damaged block is read."""
+    """The damage of a small table is detected when it is opened; that of others when the damaged block is read."""
     rng = np.random.default_rng(0)
     pa.parquet.write_table(pa.table({name: rng.normal(size=5000) for name in "abcdyw"}), tmp_path / "many.parquet")
     monkeypatch.setattr(cache, "_BLOCK_BYTES", 1 << 12)
@@ -742,7 +742,7 @@ def test_dictionary_columns_and_foreign_byte_orders_are_decoded(read, tmp_path):
 
 
 def test_a_quoted_na_is_missing_in_a_number_and_text_in_a_category(read, tmp_path, monkeypatch):
-    """Also below the first block, by which Arrow chooses types; and then no row is read twice."""
+    """This holds also after the first block, from which Arrow infers types; and then no row is read twice."""
     monkeypatch.setattr(csv_files, "_BLOCK_BYTES", 1 << 10)
     full = [f'"{i}","{"NA" if i % 7 == 0 else "u"}","{i}"' for i in range(1000)]
     wanted = {"target": "y", "missing": "mean", "validation_fraction": 0.0, "standardize": False}
@@ -822,7 +822,7 @@ def test_tfds_features_are_selected_by_name(read, tmp_path):
 
 
 def test_imports_go_downward():
-    """Layers, lower ones first: a module imports from its own layer or from those below."""
+    """Lists the layers, lowest first: a module may import only from its own layer and from lower ones."""
     layers = [
         ("files", "spelling", "terminal", "tracing"),
         ("errors",),

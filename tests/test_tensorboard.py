@@ -1,4 +1,4 @@
-"""--tensorboard: event files that a real TensorBoard serves."""
+"""--tensorboard writes event files that a real TensorBoard serves."""
 
 import json
 import socket
@@ -24,7 +24,7 @@ def run(workdir, *flags):
 
 @pytest.fixture(scope="module")
 def served(tmp_path_factory):
-    """The workdir of a run that was taken up once, and what TensorBoard answers."""
+    """Yields the workdir of a run that was resumed once, and a function that queries TensorBoard."""
     folder = tmp_path_factory.mktemp("board")
     for flags in ("--max_epochs=1",), ("--max_epochs=3",):
         done = run(folder / "run", "--tensorboard", *flags)
@@ -49,7 +49,7 @@ def served(tmp_path_factory):
                     break
             except OSError:
                 assert server.poll() is None, server.stderr.read()
-            time.sleep(0.5)  # for the server of another project, which says nothing when it is ready
+            time.sleep(0.5)  # TensorBoard's server gives no signal when it is ready.
         yield folder / "run", answer
     finally:
         server.kill()
@@ -76,7 +76,7 @@ def test_the_hyperparameters_are_the_flags(served):
     found = group["hparams"]
     assert (group["name"], found["lr"], found["batch_size"]) == ("run", 0.03, 32)
     assert (found["model"], found["intercept"]) == ("linear", True)
-    assert "checkpoint_every_seconds" not in found  # which decides nothing
+    assert "checkpoint_every_seconds" not in found  # It does not affect the result.
 
 
 def test_a_resumed_run_discards_events_written_after_its_step(tmp_path):

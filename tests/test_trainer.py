@@ -1,4 +1,4 @@
-"""The loop: D2L's interface, separate traces, exact validation, and stopping where the loss does."""
+"""The training loop: D2L's interface, separate traces, exact validation, divergence, patience and interrupts."""
 
 import dataclasses
 import functools
@@ -43,7 +43,7 @@ def test_the_snippet_of_the_book_runs_on_all_devices():
     trainer.fit(model, data)
     params = trainer.state.params
     assert len(params["w"].devices()) == 8
-    # What 96 exact steps leave of the truth, 0.97**96, give or take what a sample of 1,000 rows does.
+    # 96 exact steps leave 0.97**96 of the initial error; the sample of 1,000 rows adds some noise.
     np.testing.assert_allclose(data.w - params["w"].reshape(data.w.shape), [0.107, -0.183], atol=0.06)
     np.testing.assert_allclose(data.b - params["b"], [0.226], atol=0.06)
     trainer = dpreg.Trainer(max_epochs=10)
@@ -73,7 +73,7 @@ def test_any_flax_module_with_a_loss_and_an_optimizer_trains():
 
 
 class Modes(dpreg.Module):
-    """Predicts differently in training: what tells a validation that runs the training trace."""
+    """Predicts differently in training, which reveals a validation that runs the training trace."""
 
     @nn.compact
     def __call__(self, x, train=False):
@@ -128,7 +128,7 @@ def test_gradient_clip_val_scales_the_global_gradient_to_its_norm():
     [*(("pmean", "jit", n) for n in (1, 2, 4, 8)), *(("ordered", "jit", n) for n in (1, 8)), ("pmean", "pmap", 4)],
 )
 def test_the_reported_gradient_norm_is_measured_before_clipping(reduction, backend, num_devices):
-    """Against gradient descent in float64, on rows with weights that no number of devices divides."""
+    """Compares with gradient descent in float64, on weighted rows that no number of devices divides."""
     source, reported = Rows(21, weighted=True).source(), []
     trainer = dpreg.Trainer(
         6,
@@ -147,7 +147,7 @@ def test_the_reported_gradient_norm_is_measured_before_clipping(reduction, backe
         gradient = x.T @ ((x @ theta - y) * c[:, None]) / c.sum()
         expected.append(np.linalg.norm(gradient))
         theta -= 0.5 * gradient * min(1, 0.2 / expected[-1])
-    assert expected[0] > 0.2  # it is clipped
+    assert expected[0] > 0.2  # The gradient is clipped.
     norms = [progress.gradient_norm for progress in reported if progress.train_loss is not None]
     np.testing.assert_allclose(norms, expected, rtol=1e-5)
 
@@ -188,7 +188,7 @@ def test_a_predictor_uses_the_batch_size_of_training():
 
 
 class Relative(dpreg.Module):
-    """A loss and a model that rows of zeros would make NaN: padding has to be real rows."""
+    """A model and a loss that are NaN for rows of zeros: padding must repeat real rows."""
 
     lr: float = 0.01
 
@@ -254,11 +254,11 @@ def test_a_validation_loss_that_is_not_finite_is_reported():
     with pytest.raises(dpreg.Diverged, match="validation loss is not finite after step 8"):
         trainer.fit(dpreg.LinearRegressionScratch(3, 0.1), dpreg.RegressionData(Rows(64).source(), val, 8))
     assert int(trainer.state.step) == trainer.step == 8
-    trainer.loop.require_idle()  # or it could not be saved
+    trainer.loop.require_idle()  # Otherwise the trainer could not be saved.
 
 
 def test_resuming_where_validation_failed_fails_again():
-    """A run that ended so does not end well when it is started once more."""
+    """A run whose validation failed must not succeed when it is started again."""
     val = dpreg.ArraySource(np.ones((4, 3)), np.array([0, 0, 1e30, 0]))
     model, data = dpreg.LinearRegressionScratch(3, 0.1), dpreg.RegressionData(Rows(64).source(), val, 8)
     trainer, again = dpreg.Trainer(1), dpreg.Trainer(1)
@@ -281,7 +281,7 @@ def test_patience_does_not_mistake_overflow_for_rows_of_weight_zero():
 @pytest.mark.parametrize("batch_size", [4, 12])
 @pytest.mark.parametrize("num_val", [0, 8])
 def test_shards_must_divide_each_accumulated_batch(batch_size, num_val):
-    """Else some rows would be in no part of any batch."""
+    """Otherwise some rows would be in no accumulated batch."""
     trainer = dpreg.Trainer(1, accumulate_steps=2, num_shards=8)
     with pytest.raises(dpreg.InputError, match=f"^batch_size={batch_size}: it is not a multiple of num_shards=8"):
         trainer.fit(dpreg.LinearRegressionScratch(3, 0.1), Rows(64).data(batch_size, num_val))
@@ -308,7 +308,7 @@ def test_rows_of_weight_zero_are_ignored_and_a_batch_of_them_has_loss_zero():
 
 
 class Twice(Net):
-    """Draws two masks by one key."""
+    """Draws two masks with the same key."""
 
     def __call__(self, x, train=False):
         if train:
@@ -323,7 +323,7 @@ def test_no_random_key_is_used_twice(reduction):
         data = dpreg.SyntheticRegressionData(np.ones(3), 1.0, num_train=100, num_val=20, batch_size=16)
         dpreg.Trainer(1, 2, reduction=reduction).fit(model, data)
 
-    jax.clear_caches()  # keys are looked at while functions are traced
+    jax.clear_caches()  # Keys are checked while functions are traced.
     with jax.debug_key_reuse(True):
         train(Net(optax.sgd(0.1)))
         with pytest.raises(dpreg.InputError, match="KeyReuseError"):
@@ -334,19 +334,19 @@ def test_no_random_key_is_used_twice(reduction):
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_state(reduction):
     x = np.ones((64, 1), np.float32)
     y = np.zeros(64)
-    y[0] = 1e30  # its square is not a float32
+    y[0] = 1e30  # Its square overflows float32.
     source = dpreg.ArraySource(x, y)
     trainer = dpreg.Trainer(5, 2, reduction=reduction, seed=1)
     with pytest.raises(dpreg.Diverged, match=r"not finite at step (\d+)") as caught:
         trainer.fit(dpreg.LinearRegressionScratch(1, lr=0.1), dpreg.RegressionData(source, None, 8))
     assert 1 <= caught.value.step <= 8
     assert int(trainer.state.step) == trainer.step == caught.value.step - 1
-    trainer.loop.require_idle()  # or it could not be saved
+    trainer.loop.require_idle()  # Otherwise the trainer could not be saved.
     w = 0.0
     model = dpreg.LinearRegressionScratch(1, lr=0.1)
     start = model.init(jax.random.key(1), x[:1])["params"]
     w, b = float(start["w"][0, 0]), 0.0
-    for _ in range(trainer.step):  # all good batches are alike: x = 1, y = 0
+    for _ in range(trainer.step):  # All other batches are equal: x = 1, y = 0.
         w, b = w - 0.1 * (w + b), b - 0.1 * (w + b)
     np.testing.assert_allclose(trainer.state.params["w"], [[w]], rtol=1e-5)
 
@@ -356,7 +356,7 @@ def test_a_run_that_diverges_later_in_a_block_reports_the_steps_before(steps_per
     source, reported = dpreg.ArraySource(np.ones((40, 1)), np.zeros(40)), []
     record = FunctionCallback(lambda progress: reported.append(progress) if progress.train_loss is not None else None)
     trainer = dpreg.Trainer(20, 2, log_every_steps=2, steps_per_block=steps_per_block, callbacks=[record])
-    with pytest.raises(dpreg.Diverged) as caught:  # each step takes w + b, and so the gradient, times 1 - 2 * 9
+    with pytest.raises(dpreg.Diverged) as caught:  # Each step multiplies w + b, and so the gradient, by 1 - 2 * 9.
         trainer.fit(dpreg.LinearRegressionScratch(1, lr=9.0), dpreg.RegressionData(source, None, 8))
     assert trainer.train.block_steps == {2: 2, 9: 5, None: 100}[steps_per_block]
     step = trainer.step
@@ -410,7 +410,7 @@ def test_log_points_cover_the_epoch_without_overlap(reduction):
 def test_devices_wait_between_epochs_only_for_validation(num_val, steps_per_block, dispatched, placement):
     def trained(epochs_at_once):
         trainer, calls, reported = dpreg.Trainer(12, 3, placement=placement, steps_per_block=steps_per_block), [], []
-        trainer.prepare_data(Rows(101).data(16, num_val=num_val))  # epochs of 7 steps
+        trainer.prepare_data(Rows(101).data(16, num_val=num_val))  # Each epoch has 7 steps.
         trainer.prepare_model(Net(optax.sgd(0.05)))
         block = trainer.loop.program.train_block
         counted = lambda *arguments: calls.append(1) or block(*arguments)  # noqa: E731
@@ -434,14 +434,17 @@ def test_devices_wait_between_epochs_only_for_validation(num_val, steps_per_bloc
 
 
 def test_sorted_and_periodic_tables_train_as_well_as_shuffled_ones(tmp_path):
-    """Ghost batch statistics of contiguous shards need shards that are random samples: ingest makes them so."""
+    """Batch statistics per contiguous shard need shards that are random samples; reading a table shuffles its rows."""
     rng = np.random.default_rng(0)
     x = rng.normal(size=(2048, 4))
     y = np.sin(x @ rng.normal(size=(4, 1))) + 0.1 * rng.normal(size=(2048, 1))
     val = dpreg.ArraySource(x[:512], y[:512])
     x, y = x[512:], y[512:]
     by_target = np.argsort(y[:, 0])
-    orders = {"sorted": by_target, "periodic": by_target.reshape(-1, 8).T.ravel()}  # 8 times from low to high
+    orders = {
+        "sorted": by_target,
+        "periodic": by_target.reshape(-1, 8).T.ravel(),
+    }  # The targets rise 8 times from low to high.
 
     def loss(train):
         trainer = dpreg.Trainer(20)
@@ -457,8 +460,8 @@ def test_sorted_and_periodic_tables_train_as_well_as_shuffled_ones(tmp_path):
     with jax.numpy_dtype_promotion("standard"):
         mixed = loss(dpreg.ArraySource(x, y))
         contiguous = loss(dpreg.ArraySource(x[by_target], y[by_target]))
-        assert contiguous > 5 * mixed  # so that the rest can fail
-        # 30 random orders gave 0.021 to 0.035, this one 0.026.
+        assert contiguous > 5 * mixed  # Shows that the order of the rows matters here.
+        # 30 random orders gave losses of 0.021 to 0.035; this one gives 0.026.
         assert loss(dpreg.PermutedSource(dpreg.ArraySource(x[by_target], y[by_target]))) < 1.4 * mixed
         for name in orders:
             assert loss(ingested(name)) < 1.4 * mixed, name
@@ -492,7 +495,7 @@ class OverTheBatch(dpreg.Module):
 
 
 def batch_norm_by_hand(params, stats, x, y, weight, lr, steps):
-    """SGD steps of a net with BatchNorm over all rows of weight above 0, float64; gradients by central differences."""
+    """Takes SGD steps of a net with BatchNorm over all rows of positive weight, in float64 with central differences."""
     leaves, structure = jax.tree.flatten(params)
     sizes = np.cumsum([0, *(leaf.size for leaf in leaves)])
 
@@ -525,7 +528,7 @@ def _float32_again():
 @pytest.mark.parametrize(
     ("devices", "backend", "rows"),
     [(2, "pmap", 37), (3, "jit", 37), (4, "pmap", 5), (8, "jit", 37), (8, "jit", 5), (1, "pmap", 5)],
-)  # 5 rows: shards without any
+)  # With 5 rows some shards have none.
 def test_batch_norm_over_the_batch_agrees_with_float64(devices, backend, rows):
     rng = np.random.default_rng(0)
     x, y = rng.normal(size=(rows, 3)), rng.normal(size=rows)
@@ -553,7 +556,7 @@ def test_batch_norm_over_the_batch_cannot_be_ordered():
 
 
 def test_an_mlp_normalises_over_the_batch(caplog):
-    """A step of all rows, of one shard or of eight."""
+    """Takes a step of all rows, with one or eight shards."""
 
     def trained(num_shards, **flags):
         config = Config(model="mlp", hidden=(5, 4), batch_norm=True, lr=0.1, **flags)
@@ -606,7 +609,7 @@ def test_the_compiled_step_communicates_once(kind, backend, accumulate):
     text = program(kind, "pmean", backend, accumulate)
     assert text.count(" all-reduce(") + text.count(" all-reduce-start(") == 1
     assert "all-gather" not in text
-    assert "input_output_alias" in text  # the state is donated
+    assert "input_output_alias" in text  # The state is donated.
 
 
 @pytest.mark.parametrize("kind", ["linear", "mlp"])
@@ -634,7 +637,7 @@ def test_batches_are_cut_into_equal_parts_or_not_at_all(rows, most, parts):
 
 @pytest.mark.parametrize("placement", ["device", "host"])
 def test_a_call_of_an_expensive_model_takes_few_steps(placement, monkeypatch):
-    """As many steps a call as `_OPERATIONS_OF_CALL` has room for, to the same result."""
+    """A call takes as many steps as `_OPERATIONS_OF_CALL` allows, with the same result."""
 
     def run():
         trainer = dpreg.Trainer(1, 1, placement=placement, reduction="ordered")
@@ -686,7 +689,7 @@ def test_steps_are_traced_once_and_results_are_fetched_once_per_block(monkeypatc
     monkeypatch.setattr(jax, "device_get", lambda value: fetched.append(1) or get(value))
     for epoch in range(1, 5):
         trainer.fit_epochs(1)
-        assert len(fetched) == epoch * (3 + 1)  # 7 steps are 3 blocks; 2 of validation are one
+        assert len(fetched) == epoch * (3 + 1)  # 7 steps make 3 blocks; 2 validation steps make one.
     assert len(traced) == before
 
 
@@ -751,7 +754,7 @@ def test_invalid_arguments_of_a_trainer_are_refused_in_one_line(arguments, messa
 
 
 def overfitted():
-    """More columns than rows: the validation loss has its minimum early."""
+    """Returns data with more columns than rows, whose validation loss has its minimum early."""
     rng = np.random.default_rng(7)
     x = rng.normal(size=(400, 30))
     y = x[:, 0] + rng.normal(size=400)
@@ -792,7 +795,7 @@ class Plain(Net):
 
 @pytest.mark.parametrize("backend", ["jit", "pmap"])
 def test_a_state_kept_by_the_user_stays_valid_while_training_goes_on(backend):
-    """The steps consume the state, and to read an array that was consumed ends the process."""
+    """The steps donate the state, and reading a donated array would crash the process."""
     kept = []
     trainer = dpreg.Trainer(3, 3, backend=backend)
     trainer.add_callback(FunctionCallback(lambda p: kept.append((trainer.state.params, trainer.variables))))
@@ -808,7 +811,7 @@ def test_a_state_kept_by_the_user_stays_valid_while_training_goes_on(backend):
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(first), of_first)
     assert np.isfinite([np.sum(leaf) for leaf in jax.tree.leaves(kept)]).all()
     assert not np.array_equal(*(state.params["Dense_0"]["bias"] for state in (of_first, of_end)))
-    # What is assigned is not consumed, either: the same state is trained from twice, to the same bits.
+    # An assigned state is not donated, either: training from it twice gives the same bits.
     for _ in range(2):
         trainer.state = first
         assert trainer.step == 4
@@ -842,7 +845,7 @@ def test_a_state_can_move_between_trainers_and_one_that_does_not_fit_is_refused(
 
 
 def _interrupt_after(seconds):
-    """A thread that sends this process a SIGINT that long after it is started."""
+    """Returns a thread that sends SIGINT to this process after the given seconds."""
 
     def send():
         time.sleep(seconds)
@@ -915,7 +918,7 @@ def test_a_second_ctrl_c_ends_training_at_once_and_a_kept_state_can_resume():
 
 
 def test_damaged_entries_of_the_compilation_cache_are_recompiled_and_rewritten(tmp_path, monkeypatch):
-    """Without a warning, which would be an error here; JAX would warn at each start, and keep them."""
+    """No warning may appear (it would be an error here); JAX itself would warn at each start and keep the entries."""
     monkeypatch.setattr(jax_cache, "get_file_cache", jax_cache.get_file_cache)
     before = {name: jax.config.values[name] for name in CACHE_OPTIONS}
     x = jnp.arange(3.0)

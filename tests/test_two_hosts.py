@@ -1,4 +1,4 @@
-"""Two network namespaces joined by a virtual cable, as two hosts, and the cable cut."""
+"""Two network namespaces joined by a virtual cable act as two hosts; then the cable is cut."""
 
 import contextlib
 import os
@@ -32,7 +32,7 @@ pytestmark = pytest.mark.skipif(not can_make_hosts(), reason="needs root, ip and
 
 @pytest.fixture
 def hosts(tmp_path):
-    """(command prefix of each host, a function that plugs and pulls the cable)."""
+    """Yields (command prefix of each host, function that connects and cuts the cable)."""
     names = {host: f"dpreg-{host}-{os.getpid()}" for host in HOSTS}
     with contextlib.ExitStack() as stack:
         for host, name in names.items():
@@ -55,7 +55,7 @@ def hosts(tmp_path):
 
 
 def launch(commands, *flags):
-    """A process on each host."""
+    """Starts a process on each host."""
     address = f"--coordinator_address={HOSTS['red']}:{PORT}"
     return [
         subprocess.Popen(
