@@ -1,4 +1,4 @@
-"""The tests run on 8 simulated CPU devices, strictly."""
+"""Runs the tests on 8 simulated CPU devices, with strict JAX settings."""
 
 import gc
 

@@ -71,13 +71,13 @@ def test_the_default_of_each_setting_is_stated_only_in_config():
 
 
 def test_only_entry_points_read_flags():
-    of_us = re.compile(rf"--(no)?({'|'.join(sorted({*NAMES, 'topology', 'flagfile', 'config_preset'}))})\b|--$")
+    flags = re.compile(rf"--(no)?({'|'.join(sorted({*NAMES, 'topology', 'flagfile', 'config_preset'}))})\b|--$")
     found = [
         (module, node.lineno, node.value)
         for module, tree in modules()
         if module not in KNOW_FLAGS
         for node in ast.walk(tree)
-        if isinstance(node, ast.Constant) and isinstance(node.value, str) and of_us.search(node.value)
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and flags.search(node.value)
     ]
     assert not found
 

@@ -264,7 +264,7 @@ def test_a_mistake_in_the_code_of_the_chapter_is_reported_in_one_line(data, repl
 
 
 class Net(d2l.Module):
-    """With BatchNorm and Dropout, and a mode."""
+    """A network with BatchNorm, Dropout and an argument for the mode."""
 
     lr: float
 

@@ -240,10 +240,10 @@ def test_products_are_rounded_before_they_are_added():
     def moved(a, b, c):
         return (jnp.negative((a * b).reshape(10, 100)) - c.reshape(10, 100)).reshape(-1) * -1
 
-    def of_one_term(a, b, c):
+    def dot_of_one_term(a, b, c):
         return jax.vmap(jnp.dot)(a[:, None], b[:, None]) + c
 
-    functions = [own, repeated, in_while, in_branch, reduced, moved, of_one_term]
+    functions = [own, repeated, in_while, in_branch, reduced, moved, dot_of_one_term]
     functions += [jax.jit(own), jax.checkpoint(lambda a, b, c: a * b + c)]
     for function in functions:
         traced = jax.make_jaxpr(function)(a, b, c)
@@ -303,7 +303,7 @@ def test_ordered_linear_gives_the_same_bits_on_any_number_of_devices(backend, pl
     ],
 )
 def test_ordered_network_gives_the_same_bits_on_any_number_of_devices(backend, placement, optimizer, devices):
-    """Also for the losses of validation."""
+    """Validation losses agree as well."""
     run = functools.partial(network_run, optimizer, "ragged", num_val=37)
     results = {n: run(n, backend=backend, placement=placement) for n in devices}
     assert results == dict.fromkeys(devices, run(8))

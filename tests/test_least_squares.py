@@ -254,12 +254,12 @@ def test_the_fit_of_diamonds_agrees_with_statsmodels(weighted):
     fits = [Solver(source, Mesh(np.array(jax.devices()[:d]), ("data",)), 8).least_squares(refine=True) for d in (1, 8)]
     assert len({(fit.w.tobytes(), fit.b.tobytes()) for fit in fits}) == 1
     fit = fits[0]
-    for (of_w, of_b), wanted in (
+    for (w, b), wanted in (
         ((fit.w, fit.b), theirs.params),
         (fit.standard_errors, theirs.bse),
         (fit.p_values, theirs.pvalues),
     ):
-        np.testing.assert_allclose([of_b[0], *of_w[:, 0]], wanted, rtol=1e-6, atol=1e-300)
+        np.testing.assert_allclose([b[0], *w[:, 0]], wanted, rtol=1e-6, atol=1e-300)
     assert fit.r2[0] == pytest.approx(theirs.rsquared, rel=1e-9)
     found = summarize_fit(fit, [f"x{j}" for j in range(x.shape[1])])
     for name, wanted in (
@@ -435,17 +435,17 @@ def test_an_sgd_run_reports_its_distance_from_the_optimum(tmp_path):
 
 
 @pytest.mark.parametrize("cuts", [(), (1,), (7, 500)])
-@pytest.mark.parametrize(("of_x", "of_y"), [(0.0, 1e15), (1e12, 0.0), (1e12, 1e15)])
-def test_columns_with_large_means_keep_their_digits(of_x, of_y, cuts):
+@pytest.mark.parametrize(("mean_of_x", "mean_of_y"), [(0.0, 1e15), (1e12, 0.0), (1e12, 1e15)])
+def test_columns_with_large_means_keep_their_digits(mean_of_x, mean_of_y, cuts):
     rng = np.random.default_rng(0)
-    offset = np.array([of_x, 0.0, 5.0])
+    offset = np.array([mean_of_x, 0.0, 5.0])
     x = rng.normal(size=(1000, 3)) + offset
     centred = x.astype(np.longdouble) - offset
-    y = np.float64(centred @ [3, -2, 1] + of_y)[:, None] + rng.normal(size=(1000, 1))
+    y = np.float64(centred @ [3, -2, 1] + mean_of_y)[:, None] + rng.normal(size=(1000, 1))
     weight = rng.integers(1, 4, 1000).astype(np.float64)
     # The reference is computed in extended precision, about the means.
     share = weight / np.longdouble(weight.sum())
-    apart, target = centred - share @ centred, y.astype(np.longdouble) - of_y
+    apart, target = centred - share @ centred, y.astype(np.longdouble) - mean_of_y
     mean = share @ target
     target = target - mean
     gram, moment = np.float64(apart.T @ (share[:, None] * apart)), np.float64(apart.T @ (share[:, None] * target))
@@ -457,11 +457,11 @@ def test_columns_with_large_means_keep_their_digits(of_x, of_y, cuts):
     np.testing.assert_allclose(fit.loss, squares[0] / 2, rtol=1e-11)
     estimator = DataParallelRegressor(standardize=len(cuts) == 1).fit(x, y[:, 0], weight)
     np.testing.assert_allclose(estimator.coef_, expected[:, 0], rtol=1e-11)
-    predicted = np.float64(apart @ expected[:, 0] + mean + of_y)
+    predicted = np.float64(apart @ expected[:, 0] + mean + mean_of_y)
     np.testing.assert_allclose(estimator.predict(x), predicted, rtol=4e-16, atol=1e-6)
 
 
-def of_one_device(x, y, weight=None):
+def solver_on_one_device(x, y, weight=None):
     source = dpreg.ArraySource(x, y, weight, np.float64)
     return Solver(source, Mesh(np.array(jax.devices()[:1]), ("data",)), 8)
 
@@ -471,12 +471,12 @@ def test_gamma_regression_does_not_depend_on_the_unit_of_the_target(unit):
     rng = np.random.default_rng(0)
     x = rng.normal(size=(500, 2))
     y = rng.gamma(2.0, np.exp(x @ [0.5, -0.3]))
-    fit, loss = of_one_device(x, y * unit).newton(FAMILIES["gamma"])
-    expected, of_unit = of_one_device(x, y).newton(FAMILIES["gamma"])
+    fit, loss = solver_on_one_device(x, y * unit).newton(FAMILIES["gamma"])
+    expected, expected_loss = solver_on_one_device(x, y).newton(FAMILIES["gamma"])
     np.testing.assert_allclose(fit.w, expected.w, rtol=1e-9)
     np.testing.assert_allclose(fit.standard_errors[0], expected.standard_errors[0], rtol=1e-9)
     assert fit.b[0] - expected.b[0] == pytest.approx(np.log(unit), rel=1e-9, abs=1e-9)
-    assert loss == pytest.approx(of_unit, rel=1e-9)
+    assert loss == pytest.approx(expected_loss, rel=1e-9)
 
 
 @pytest.mark.parametrize("far", [400.0, 500.0, 600.0, 900.0])
@@ -485,7 +485,7 @@ def test_newton_rejects_a_step_that_overflows(far):
     x = rng.normal(size=(2000, 1))
     y = rng.poisson(100 * np.exp(x[:, 0])).astype(float)
     x, y = np.vstack([x, [[far]]]), np.append(y, 0.0)
-    fit, _ = of_one_device(x, y).newton(FAMILIES["poisson"])
+    fit, _ = solver_on_one_device(x, y).newton(FAMILIES["poisson"])
     theirs = sm.GLM(y, sm.add_constant(x), sm.families.Poisson()).fit(tol=1e-14, start_params=[fit.b[0], fit.w[0, 0]])
     np.testing.assert_allclose([fit.b[0], fit.w[0, 0]], theirs.params, rtol=1e-7)
 
@@ -495,7 +495,7 @@ def test_huber_regression_does_not_depend_on_the_unit_of_the_target(unit):
     rng = np.random.default_rng(0)
     x = rng.normal(size=(700, 3))
     y = unit * (x @ [1.0, -2.0, 0.5] + rng.standard_t(3, 700))
-    w, b, loss, _ = of_one_device(x, y).robust(robust.Slopes(-1.0, 1.0, 1.0))
+    w, b, loss, _ = solver_on_one_device(x, y).robust(robust.Slopes(-1.0, 1.0, 1.0))
     error = y - x @ w[:, 0] - b
     slope = np.clip(error, -1, 1)
     assert abs(np.append(x.T @ slope, slope.sum())).max() / 700 < 1e-8
@@ -506,17 +506,17 @@ def test_null_deviance_of_a_near_perfect_fit_and_likelihood_of_weighted_rows_are
     rng = np.random.default_rng(0)
     x = rng.normal(size=(500, 2))
     y = x @ [1.0, 2.0] + 1e-7 * rng.normal(size=500)
-    found = summarize_fit(of_one_device(x, y).least_squares(), "ab")
+    found = summarize_fit(solver_on_one_device(x, y).least_squares(), "ab")
     assert found.null_deviance == pytest.approx(np.square(y - y.mean()).sum(), rel=1e-12)
     weight = np.tile([0.2, 1.8], 250)  # The mean is 1.
-    fit = of_one_device(x, y, weight).least_squares()
+    fit = solver_on_one_device(x, y, weight).least_squares()
     weighted = summarize_fit(fit, "ab", weighted=True)
     assert (weighted.log_likelihood, weighted.aic, weighted.bic) == (None, None, None)
     repeated = np.repeat(np.arange(500), rng.integers(1, 4, 500))
     counts = np.bincount(repeated)
     labels = (y + rng.logistic(size=500) > 0).astype(float)
     one, other = (
-        summarize_fit(of_one_device(*rows).newton(FAMILIES["logistic"])[0], "ab", weighted=w)
+        summarize_fit(solver_on_one_device(*rows).newton(FAMILIES["logistic"])[0], "ab", weighted=w)
         for rows, w in (((x, labels, counts), True), ((x[repeated], labels[repeated]), False))
     )
     assert (one.log_likelihood, one.aic) == pytest.approx((other.log_likelihood, other.aic), rel=1e-9)
@@ -526,4 +526,4 @@ def test_null_deviance_of_a_near_perfect_fit_and_likelihood_of_weighted_rows_are
 def test_a_problem_without_an_exact_solution_is_refused():
     for settings in ({"loss": "huber", "intercept": False, "standardize": False}, {"l1": 1.0}):
         with pytest.raises(dpreg.InputError, match="no exact solution"):
-            of_one_device(np.eye(3), np.ones(3)).solve(Config(**settings))
+            solver_on_one_device(np.eye(3), np.ones(3)).solve(Config(**settings))

@@ -313,9 +313,9 @@ def test_the_digest_changes_if_and_only_if_the_computation_changes():
 
     training, prediction = digests(Other())
     assert digests(Renamed()) == (training, prediction)
-    for model, of_prediction in ((Rate(), False), (Squared(), True), (Start(), False)):
+    for model, changes_prediction in ((Rate(), False), (Squared(), True), (Start(), False)):
         assert differ(digests(model)[0], training)
-        assert differ(digests(model)[1], prediction) == of_prediction
+        assert differ(digests(model)[1], prediction) == changes_prediction
     newer = training.replace(jax.__version__, "99.0")
     assert not differ(training, newer.replace(training[:32], "0" * 32))
     assert digests(linear(None)) == (None, None)  # Its flags already determine its computation.

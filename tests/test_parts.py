@@ -14,9 +14,9 @@ import dpreg
 def found():
     """Returns the results of two processes with two devices each."""
     address = free_address()
-    of_both = together(*((("tests/parts.py", address, str(process)), (), ROOT) for process in (0, 1)))
+    ended = together(*((("tests/parts.py", address, str(process)), (), ROOT) for process in (0, 1)))
     results = []
-    for code, lines, out, _ in of_both:
+    for code, lines, out, _ in ended:
         assert code == 0, "\n".join(lines)
         (line,) = (line for line in out.splitlines() if line.startswith("found "))
         results.append(json.loads(line.removeprefix("found ")))
@@ -34,10 +34,10 @@ def test_rows_split_between_processes_give_the_bits_of_one_process_with_all_rows
 
 
 def test_each_process_receives_the_predictions_of_its_own_rows(found):
-    own = [np.array(of_process["own predictions"]) for of_process in found]
+    own = [np.array(result["own predictions"]) for result in found]
     assert [len(rows) for rows in own] == [parts.CUTS[0], parts.ROWS - parts.CUTS[0]]
-    for of_process in found:
-        np.testing.assert_array_equal(np.concatenate(own), of_process["all predictions"])
+    for result in found:
+        np.testing.assert_array_equal(np.concatenate(own), result["all predictions"])
 
 
 @pytest.mark.parametrize(
@@ -62,8 +62,8 @@ def test_each_process_receives_the_predictions_of_its_own_rows(found):
     }.items(),
 )
 def test_arguments_that_differ_between_processes_are_refused_in_all_of_them(found, case, message):
-    for of_process in found:
-        assert message in of_process["refusals"][case]
+    for result in found:
+        assert message in result["refusals"][case]
 
 
 def test_from_parts_in_one_process_has_the_rows_of_that_process():

@@ -22,7 +22,7 @@ def _float64_off_again():
     jax.config.update("jax_enable_x64", False)
 
 
-def of_float64(num_rows, num_inputs=3, weighted=True):
+def float64_rows(num_rows, num_inputs=3, weighted=True):
     """Returns rows with more digits than float32 holds."""
     source, rng = Rows(num_rows, num_inputs, weighted).source(), np.random.default_rng(5)
     x = source.x + rng.uniform(-1e-9, 1e-9, source.x.shape)
@@ -32,7 +32,7 @@ def of_float64(num_rows, num_inputs=3, weighted=True):
 @pytest.mark.parametrize("reduction", ["pmean", "ordered"])
 @pytest.mark.parametrize("placement", ["device", "host"])
 def test_float64_agrees_with_float64(reduction, placement):
-    source, sampler = of_float64(1003, 5), Sampler(1003, 8, 64)
+    source, sampler = float64_rows(1003, 5), Sampler(1003, 8, 64)
     model = dpreg.LinearRegressionScratch(5, 0.03)
     start = jax.jit(model.init)(jax.random.key(0), np.zeros((1, 5), np.float32))["params"]
     batches = list(batches_of(sampler, 0, 3))
@@ -50,7 +50,7 @@ def test_float64_agrees_with_float64(reduction, placement):
 
 @pytest.mark.parametrize("precision", ["float64", "bfloat16"])
 def test_ordered_gives_the_same_bits_in_any_precision(precision):
-    source = of_float64(203)
+    source = float64_rows(203)
     model = Net(OPTIMIZERS["clip+momentum"])
 
     def run(devices, **arguments):
@@ -70,7 +70,7 @@ def test_bfloat16_trains_with_a_single_feature():
 def test_a_float64_run_does_not_change_later_runs():
     def run(precision):
         model = Net(OPTIMIZERS["clip+momentum"])  # The model has dropout.
-        data = dpreg.RegressionData(of_float64(203), None, 64)
+        data = dpreg.RegressionData(float64_rows(203), None, 64)
         with jax.numpy_dtype_promotion("standard"):
             return digest(trained(model, data, 1, 2, precision=precision))
 

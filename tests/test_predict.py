@@ -461,7 +461,7 @@ def test_the_prediction_script_keeps_all_digits_of_categories():
 
 
 @pytest.fixture(scope="module")
-def of_table(tmp_path_factory):
+def table_trainer(tmp_path_factory):
     """Returns a trainer of a table, and a function that predicts raw columns in float64."""
     folder = tmp_path_factory.mktemp("of_table")
     columns = table_of(400) | {"day": np.arange(400).astype("datetime64[D]")}
@@ -495,8 +495,8 @@ def frame_of(columns):
 
 
 @pytest.mark.parametrize("given", [dict, frame_of, pa.table, lambda columns: pa.table(columns).to_batches()[0]])
-def test_a_trainer_of_a_table_accepts_raw_columns(of_table, given):
-    trainer, _, columns, expected = of_table
+def test_a_trainer_of_a_table_accepts_raw_columns(table_trainer, given):
+    trainer, _, columns, expected = table_trainer
     columns = {name: values[:40].copy() for name, values in columns.items()}
     columns["kind"][:3] = "never seen"
     columns["b"][7] = np.nan
@@ -512,8 +512,8 @@ def test_a_trainer_of_a_table_accepts_raw_columns(of_table, given):
     assert loss == pytest.approx(weight @ logs**2 / weight.sum() / 2, rel=1e-3)
 
 
-def test_rows_that_are_already_encoded_are_not_encoded_again(of_table):
-    trainer, data, *_ = of_table
+def test_rows_that_are_already_encoded_are_not_encoded_again(table_trainer):
+    trainer, data, *_ = table_trainer
     found = trainer.evaluate(data.val)
     assert found == (pytest.approx(trainer.val_loss, rel=1e-6), pytest.approx(trainer.metrics, rel=1e-6))
     assert trainer.evaluate(dpreg.PermutedSource(data.val))[0] == pytest.approx(trainer.val_loss, rel=1e-6)

@@ -107,8 +107,8 @@ for size in map(int, sys.argv[3:]):
 def test_processes_average_small_arrays_by_all_to_all_and_large_ones_by_all_reduce():
     few, many = 1 << 14, (1 << 14) + 1  # The limit is 256 KB in total for 4 devices.
     address = free_address()
-    of_both = together(*((("-c", MEANS, address, str(i), str(few), str(many)), (), ROOT) for i in range(2)))
-    for code, lines, out, _ in of_both:
+    results = together(*((("-c", MEANS, address, str(i), str(few), str(many)), (), ROOT) for i in range(2)))
+    for code, lines, out, _ in results:
         assert code == 0, lines
         means = "{1.5} [-5.5]"  # The means of 0, 1, 2, 3 are exact in any order.
         collectives = re.findall(r"all-.* \{.*", out)  # Gloo writes to stdout, too, and not always whole lines.
@@ -150,9 +150,9 @@ def with_real_address(tmp_path):
 def test_processes_agree_on_cores_per_device_and_listen_only_on_the_loopback(second, several, with_real_address):
     """Otherwise they would compile programs with different bits, or accept connections of other hosts."""
     cores, address = sorted(os.sched_getaffinity(0)), free_address()
-    of_each = [[str(cores[core]) for core in core_numbers] for core_numbers in ([0, 1], second)]
+    cores_of_process = [[str(cores[core]) for core in core_numbers] for core_numbers in ([0, 1], second)]
     for code, lines, out, _ in together(
-        *((("-c", CORES, address, str(i), *core_numbers), (), ROOT) for i, core_numbers in enumerate(of_each)),
+        *((("-c", CORES, address, str(i), *core_numbers), (), ROOT) for i, core_numbers in enumerate(cores_of_process)),
         prefix=with_real_address,
     ):
         assert code == 0, lines
@@ -236,8 +236,8 @@ trainer.fit(dpreg.LinearRegressionScratch(1, 1e-4), dpreg.RegressionData(rows, r
 def test_a_program_that_misses_another_process_exits_with_76_and_names_it(where):
     """This is a Python program of the user, which has no other watchdog."""
     address = free_address()
-    of_both = together(*((("-c", LOST, address, str(i), where if i else "nowhere"), (), ROOT) for i in range(2)))
-    (code, lines, *_), (other, *_) = of_both  # Both end within the timeout of `together`.
+    results = together(*((("-c", LOST, address, str(i), where if i else "nowhere"), (), ROOT) for i in range(2)))
+    (code, lines, *_), (other, *_) = results  # Both end within the timeout of `together`.
     output = "\n".join(lines)
     assert (code, other) == (76, 76), output
     assert "process 1, without a sign of life for" in output

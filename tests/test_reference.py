@@ -21,12 +21,12 @@ def members():
         public = getattr(dpreg, name)
         for cls in filter(is_ours, public.__mro__ if inspect.isclass(public) else ()):
             for member in {**inspect.get_annotations(cls), **vars(cls)}:
-                of_flax = issubclass(cls, nn.Module) and member in {
+                added_by_flax = issubclass(cls, nn.Module) and member in {
                     "parent",
                     "name",
                     "scope",
                 }  # Flax adds these to every class.
-                if not member.startswith("_") and not of_flax:
+                if not member.startswith("_") and not added_by_flax:
                     yield cls, member, vars(cls).get(member)
 
 
@@ -37,8 +37,8 @@ def test_all_public_names_are_documented():
         if inspect.isroutine(what) or isinstance(what, (classmethod, staticmethod, property)) or hasattr(what, "func"):
             documented = inspect.getdoc(getattr(cls, name))
         else:
-            of_class = "\n".join(inspect.getdoc(base) or "" for base in cls.__mro__ if is_ours(base))
-            documented = re.search(rf"\b{name}\b", of_class)
+            docstrings = "\n".join(inspect.getdoc(base) or "" for base in cls.__mro__ if is_ours(base))
+            documented = re.search(rf"\b{name}\b", docstrings)
         if not documented:
             lacking.append(f"{cls.__name__}.{name}")
     assert not lacking
@@ -61,8 +61,8 @@ def test_pdoc_renders_a_page_with_all_public_names(tmp_path):
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     # Flax annotates a field of its TrainState with a name that only optax defines.
-    of_flax = "TrainState.*Import of ArrayTree failed"
-    assert not [line for line in done.stderr.splitlines() if "Warn" in line and not re.search(of_flax, line)]
+    flax_warning = "TrainState.*Import of ArrayTree failed"
+    assert not [line for line in done.stderr.splitlines() if "Warn" in line and not re.search(flax_warning, line)]
     page = (tmp_path / "dpreg.html").read_text()
     wanted = {*dpreg.__all__, *(f"{cls.__name__}.{name}" for cls, name, _ in members())}
     assert wanted <= set(re.findall(r'id="([^"]+)"', page))

@@ -99,10 +99,10 @@ def test_a_stopped_scaling_measurement_leaves_no_process():
     command = [sys.executable, "-m", "dpreg.scaling", "--platform=cpu", "--num_train=100000", "--max_epochs=10000"]
     scaling = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     try:
-        of_it = psutil.Process(scaling.pid)
-        wait_until(lambda: of_it.children(recursive=True), scaling)
+        process = psutil.Process(scaling.pid)
+        wait_until(lambda: process.children(recursive=True), scaling)
         time.sleep(1)
-        runs = of_it.children(recursive=True)
+        runs = process.children(recursive=True)
         assert runs
         scaling.terminate()
         assert scaling.wait(120) == 143

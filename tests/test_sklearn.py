@@ -202,13 +202,13 @@ def test_a_pickle_predicts_the_same_in_another_process(estimator, tmp_path):
 
 def test_data_frames_provide_the_feature_names():
     names, y = ["a", "b", "c", "d"], targets("squared")
-    of_arrays = DataParallelRegressor().fit(X, y)
+    from_arrays = DataParallelRegressor().fit(X, y)
     frame = pandas.DataFrame(X, columns=names)
     table = pyarrow.table({name: X[:, j] for j, name in enumerate(names)})
     for rows, target in ((frame, pandas.Series(y)), (table, pyarrow.array(y))):
         fitted = DataParallelRegressor().fit(rows, target)
         assert fitted.feature_names_in_.tolist() == names
-        np.testing.assert_array_equal(fitted.predict(rows), of_arrays.predict(X))
+        np.testing.assert_array_equal(fitted.predict(rows), from_arrays.predict(X))
     with pytest.raises(ValueError, match="feature names should match"):
         fitted.predict(frame[["b", "a", "c", "d"]])
     labels = pyarrow.array(targets("logistic"))

@@ -405,7 +405,7 @@ def test_log_points_cover_the_epoch_without_overlap(reduction):
 @pytest.mark.parametrize("placement", ["device", "host"])
 @pytest.mark.parametrize(
     ("num_val", "steps_per_block", "dispatched"),
-    [(0, 4, 4), (0, 17, 3), (20, 4, 2)],  # 2 calls are in flight while one is taken, the first two epochs or a part
+    [(0, 4, 4), (0, 17, 3), (20, 4, 2)],  # Up to 2 calls are in flight beside the one that is fetched.
 )
 def test_devices_wait_between_epochs_only_for_validation(num_val, steps_per_block, dispatched, placement):
     def trained(epochs_at_once):
@@ -564,13 +564,13 @@ def test_an_mlp_normalises_over_the_batch(caplog):
         trainer.fit(build_model(config, 3, 1), Rows(80, weighted=True).data(80))
         return jax.device_get(trainer.variables)
 
-    of_one = trained(1)
-    of_eight = trained(8, sync_batch_norm=True)
+    one_shard = trained(1)
+    eight_shards = trained(8, sync_batch_norm=True)
     assert "batch statistics" not in caplog.text
-    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-6), of_eight, of_one)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-6), eight_shards, one_shard)
     over_shards = trained(8)
     assert "batch statistics of 10 rows" in caplog.text
-    apart = over_shards["params"]["Dense_0"]["kernel"] - of_one["params"]["Dense_0"]["kernel"]
+    apart = over_shards["params"]["Dense_0"]["kernel"] - one_shard["params"]["Dense_0"]["kernel"]
     assert np.abs(apart).max() > 1e-3
 
 
@@ -704,7 +704,7 @@ def test_a_block_needs_one_transfer_per_column_and_one_for_its_arguments(placeme
     monkeypatch.setattr("dpreg.train.loop.call_arguments", lambda *a: clocks.append(1) or prepare(*a))
     for epoch in range(1, 4):
         trainer.fit_epochs(1)
-        assert (len(put), len(clocks)) == (epoch * 3 * columns, epoch * 3)  # 7 steps are 3 blocks
+        assert (len(put), len(clocks)) == (epoch * 3 * columns, epoch * 3)  # 7 steps make 3 blocks.
 
 
 def test_a_model_with_other_variables_is_refused():
@@ -804,20 +804,20 @@ def test_a_state_kept_by_the_user_stays_valid_while_training_goes_on(backend):
     start = trainer.state
     copies = jax.device_get(start)
     trainer.fit_epochs(1)
-    first, of_first = trainer.state, jax.device_get(trainer.state)
+    first, first_values = trainer.state, jax.device_get(trainer.state)
     trainer.fit_epochs()
-    of_end = jax.device_get(trainer.state)
+    end_values = jax.device_get(trainer.state)
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(start), copies)
-    jax.tree.map(np.testing.assert_array_equal, jax.device_get(first), of_first)
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(first), first_values)
     assert np.isfinite([np.sum(leaf) for leaf in jax.tree.leaves(kept)]).all()
-    assert not np.array_equal(*(state.params["Dense_0"]["bias"] for state in (of_first, of_end)))
+    assert not np.array_equal(*(state.params["Dense_0"]["bias"] for state in (first_values, end_values)))
     # An assigned state is not donated, either: training from it twice gives the same bits.
     for _ in range(2):
         trainer.state = first
         assert trainer.step == 4
         trainer.fit_epochs()
-        jax.tree.map(np.testing.assert_array_equal, jax.device_get(trainer.state), of_end)
-    jax.tree.map(np.testing.assert_array_equal, jax.device_get(first), of_first)
+        jax.tree.map(np.testing.assert_array_equal, jax.device_get(trainer.state), end_values)
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(first), first_values)
 
 
 def test_a_state_can_move_between_trainers_and_one_that_does_not_fit_is_refused():

@@ -15,7 +15,7 @@ import statistics
 import time
 
 from peers import ddp
-from turns import in_turns, median_ratio, of_two, on_a_core
+from turns import in_turns, in_two_processes, median_ratio, on_one_core
 
 NUM_INPUTS, ROWS, STEP, SLICE, EPOCHS, CALLS = 1024, 20_480, 2048, 32, 6, 15  # ROWS is per device, EPOCHS per call.
 ADDRESS = "127.0.0.1:29514"
@@ -85,14 +85,14 @@ def reached(devices, rank=None):
         rows = x[:SLICE]
         return lax.fori_loop(0, EPOCHS * ROWS // SLICE, lambda _, carry: both(rows, carry, w + 0 * carry), 0 * w)
 
-    def of_both(sums):
+    def sum_of_processes(sums):
         return lax.all_to_all(jnp.stack([sums, sums]), "data", 0, 0)
 
     def epoch(x, w, steps, turn, exchange):
         def step(k, w):
             carry = slices(x, k % (ROWS // STEP) * STEP, STEP // SLICE, functools.partial(turn, w=w), 0 * w)
             if exchange:
-                carry = lax.pmean(carry, "data") if rank is None else of_both(carry).mean(axis=0)
+                carry = lax.pmean(carry, "data") if rank is None else sum_of_processes(carry).mean(axis=0)
             return w - 1e-9 * carry
 
         return lax.fori_loop(0, steps, step, w)
@@ -118,30 +118,34 @@ def reached(devices, rank=None):
     return found
 
 
-def of_torch():
+def ddp_by_hand():
     """Returns the GB/s of training in PyTorch, with rows gathered by hand."""
     return 4 * (NUM_INPUTS + 2) * ddp(2 * ROWS, NUM_INPUTS, 2 * STEP, by_hand=True) / 1e9
 
 
 PROGRAMS = {
     "BLAS, all cores": limit,
-    "DDP, by hand": of_torch,
-    "a core": on_a_core(functools.partial(reached, 1)),
+    "DDP, by hand": ddp_by_hand,
+    "a core": on_one_core(functools.partial(reached, 1)),
     "two devices": functools.partial(reached, 2),
-    "two processes": of_two(functools.partial(reached, 1)),
+    "two processes": in_two_processes(functools.partial(reached, 1)),
 }
 
 if __name__ == "__main__":
     for _, rounds in in_turns(__doc__, PROGRAMS, {"wide": ()}, {"DDP, by hand": "torch"}):
-        limits, of_ddp = rounds.pop("BLAS, all cores"), rounds.pop("DDP, by hand", None)
+        limits, ddp_rates = rounds.pop("BLAS, all cores"), rounds.pop("DDP, by hand", None)
         print(f"read by one product of BLAS, all cores: {statistics.median(limits):.1f} GB/s, and shares of it")
         for program, found in rounds.items():
             for name in found[0]:
-                of_all = statistics.median(rates[name] for rates in found)
+                typical = statistics.median(rates[name] for rates in found)
                 share = statistics.median(rates[name] / most for rates, most in zip(found, limits, strict=True))
-                print(f"{program:>14}: {name:40} {of_all:6.1f} GB/s  {share:5.2f}")
+                print(f"{program:>14}: {name:40} {typical:6.1f} GB/s  {share:5.2f}")
         for program in ("two devices", "two processes"):
             pairs = zip(rounds[program], rounds["a core"], strict=True)
             gained = statistics.median(two[STEPS] / (2 * one[STEPS]) for two, one in pairs)
-            beside = f", {median_ratio([rates[STEPS] for rates in rounds[program]], of_ddp):.2f}x DDP" if of_ddp else ""
+            beside = (
+                f", {median_ratio([rates[STEPS] for rates in rounds[program]], ddp_rates):.2f}x DDP"
+                if ddp_rates
+                else ""
+            )
             print(f"{program}: efficiency {gained:.2f}{beside}, {STEPS}", flush=True)

@@ -263,7 +263,7 @@ def differences(case: Case, one: dict[str, np.ndarray], other: dict[str, np.ndar
     return wrong
 
 
-def of_two_processes(seed: int, number: int) -> str:
+def digest_of_two_processes(seed: int, number: int) -> str:
     """Returns the digest of a case computed by two processes, each with half of the maximal number of devices."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         address = f"127.0.0.1:{free.getsockname()[1]}"
@@ -286,7 +286,12 @@ def check(seed: int, number: int, many: bool) -> list[str]:
     expected = compute(case, first)
     differing = {layout: differences(case, expected, compute(case, layout)) for layout in others}
     wrong = [f"{first} and {layout} differ in {', '.join(n)[:300]}" for layout, n in differing.items() if n]
-    if many and case.reduction == "ordered" and case.shards > 1 and of_two_processes(seed, number) != digest(expected):
+    if (
+        many
+        and case.reduction == "ordered"
+        and case.shards > 1
+        and digest_of_two_processes(seed, number) != digest(expected)
+    ):
         wrong.append(f"{first} and two processes differ")
     return wrong and [f"{case}", *wrong, f"python tests/benchmarks/bits.py --seed={seed} --case={number}"]
 

@@ -43,12 +43,12 @@ class Case:
     loss: str = "squared"
 
 
-def shipped(name: str, *without: str) -> Callable[[], pd.DataFrame]:
+def from_statsmodels(name: str, *without: str) -> Callable[[], pd.DataFrame]:
     """Returns a loader of a statsmodels table."""
     return lambda: getattr(sm.datasets, name).load_pandas().data.drop(columns=[*without])
 
 
-def of_sklearn(load: Callable[..., object], **arguments: object) -> Callable[[], pd.DataFrame]:
+def from_sklearn(load: Callable[..., object], **arguments: object) -> Callable[[], pd.DataFrame]:
     """Returns a loader of a scikit-learn table."""
     return lambda: load(as_frame=True, **arguments).frame  # type: ignore[attr-defined]
 
@@ -85,19 +85,19 @@ def friedman() -> pd.DataFrame:
 
 
 CASES = (
-    Case("diabetes", of_sklearn(sk.load_diabetes, scaled=False), "target"),
-    Case("linnerud", lambda: of_sklearn(sk.load_linnerud)().drop(columns=["Waist", "Pulse"]), "Weight"),  # 20 rows
-    Case("breast_cancer", of_sklearn(sk.load_breast_cancer), "target", "logistic"),
-    Case("stackloss", shipped("stackloss"), "STACKLOSS"),  # 21 rows
-    Case("statecrime", lambda: shipped("statecrime")().reset_index(drop=True), "murder"),
-    Case("engel", shipped("engel"), "foodexp"),
-    Case("grunfeld", shipped("grunfeld", "firm"), "invest"),
-    Case("ccard", shipped("ccard"), "AVGEXP"),
-    Case("anes96", shipped("anes96"), "PID"),
-    Case("fair", shipped("fair"), "affairs"),
-    Case("visits", shipped("randhie"), "mdvis"),
-    Case("visits", shipped("randhie"), "mdvis", "poisson"),
-    Case("star98", shipped("star98", "NBELOW"), "NABOVE", "poisson"),
+    Case("diabetes", from_sklearn(sk.load_diabetes, scaled=False), "target"),
+    Case("linnerud", lambda: from_sklearn(sk.load_linnerud)().drop(columns=["Waist", "Pulse"]), "Weight"),  # 20 rows
+    Case("breast_cancer", from_sklearn(sk.load_breast_cancer), "target", "logistic"),
+    Case("stackloss", from_statsmodels("stackloss"), "STACKLOSS"),  # 21 rows
+    Case("statecrime", lambda: from_statsmodels("statecrime")().reset_index(drop=True), "murder"),
+    Case("engel", from_statsmodels("engel"), "foodexp"),
+    Case("grunfeld", from_statsmodels("grunfeld", "firm"), "invest"),
+    Case("ccard", from_statsmodels("ccard"), "AVGEXP"),
+    Case("anes96", from_statsmodels("anes96"), "PID"),
+    Case("fair", from_statsmodels("fair"), "affairs"),
+    Case("visits", from_statsmodels("randhie"), "mdvis"),
+    Case("visits", from_statsmodels("randhie"), "mdvis", "poisson"),
+    Case("star98", from_statsmodels("star98", "NBELOW"), "NABOVE", "poisson"),
     Case("prices", prices, "price"),
     Case("prices", prices, "price", "gamma"),
     Case("few_rows", few_rows, "y"),

@@ -145,7 +145,7 @@ def digests(tree: pathlib.Path) -> "subprocess.Popen[str]":
 def compare(other: pathlib.Path) -> int:
     """Prints the programs that differ between this checkout and the other, and returns their number."""
     running = [digests(tree) for tree in (HERE, other.resolve())]
-    of_trees = []
+    both = []
     for process in running:
         printed = process.communicate()[0]
         if process.returncode:
@@ -154,8 +154,8 @@ def compare(other: pathlib.Path) -> int:
         for line in printed.splitlines():
             name, settings, _, *program = line.split("\t")
             found[name, settings].append(program)
-        of_trees.append(found)
-    here, others = of_trees
+        both.append(found)
+    here, others = both
     differing = 0
     for key in sorted(here.keys() | others.keys()):
         pairs = itertools.zip_longest(here.get(key, []), others.get(key, []))

@@ -19,7 +19,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterable
 
-from turns import grain, in_turns, median_ratio, of_two, on_a_core, rows, steady_rate, tf_data
+from turns import grain, in_turns, in_two_processes, median_ratio, on_one_core, rows, steady_rate, tf_data
 
 Loader = Callable[..., Callable[[int], Iterable]]
 WORKLOADS = {"narrow": (20_000, 2, 32), "middle": (100_000, 32, 1024), "wide": (40_000, 1024, 4096)}
@@ -152,8 +152,8 @@ def dpreg(
     import dpreg as package
     from dpreg.distributed.devices import start
 
-    of_two = (None, None, None) if rank is None else (f"{ADDRESS}:29512", 2, rank)
-    start("cpu", devices, *of_two)
+    address = (None, None, None) if rank is None else (f"{ADDRESS}:29512", 2, rank)
+    start("cpu", devices, *address)
     data = package.RegressionData(package.ArraySource(*rows(num_rows, num_inputs)), None, batch)
     trainer = package.Trainer(1_000_000, devices, reduction=reduction, placement="device", platform="cpu")
     trainer.prepare_data(data)
@@ -169,8 +169,8 @@ def half(num_rows: int, num_inputs: int, batch: int) -> float:
 PROGRAMS = {
     "ddp": ddp,
     "ddp, by hand": functools.partial(ddp, by_hand=True),
-    "ddp x2": of_two(ddp),
-    "ddp x2, by hand": of_two(functools.partial(ddp, by_hand=True)),
+    "ddp x2": in_two_processes(ddp),
+    "ddp x2, by hand": in_two_processes(functools.partial(ddp, by_hand=True)),
     "sklearn": sklearn,
     "jax": jax_loop,
     "jax, tf.data": functools.partial(jax_loop, loader=tf_data),
@@ -179,12 +179,12 @@ PROGRAMS = {
     "pmean": dpreg,
     "ordered": functools.partial(dpreg, reduction="ordered"),
     "pmean, 2 devices": functools.partial(dpreg, devices=2),
-    "pmean x2": of_two(dpreg),
-    "ddp, by hand, a core": on_a_core(functools.partial(ddp, by_hand=True)),
-    "x @ w, a core": on_a_core(floor),
-    "pmean, a core": on_a_core(dpreg),
-    "ordered, a core": on_a_core(functools.partial(dpreg, reduction="ordered")),
-    "half, a core": on_a_core(half),
+    "pmean x2": in_two_processes(dpreg),
+    "ddp, by hand, a core": on_one_core(functools.partial(ddp, by_hand=True)),
+    "x @ w, a core": on_one_core(floor),
+    "pmean, a core": on_one_core(dpreg),
+    "ordered, a core": on_one_core(functools.partial(dpreg, reduction="ordered")),
+    "half, a core": on_one_core(half),
 }
 NEEDS = {program: "torch" for program in PROGRAMS if program.startswith("ddp")} | {
     "sklearn": "sklearn",

@@ -12,7 +12,7 @@ import sys
 import time
 
 SECONDS = 3.0  # The shortest time to measure.
-OF_TWO = "DPREG_BENCHMARK_OF_TWO"  # Environment variable with the rank of one of two processes.
+RANK = "DPREG_BENCHMARK_OF_TWO"  # Environment variable with the rank of one of two processes.
 
 
 def steady_rate(epoch, num_rows, epochs=None):
@@ -29,17 +29,17 @@ def steady_rate(epoch, num_rows, epochs=None):
     return done * num_rows / (time.perf_counter() - started)
 
 
-def of_two(program):
+def in_two_processes(program):
     """Returns the program run in two processes on this machine, one core each; its result is that of the first.
 
     Each process calls `program(*sizes, rank)` with its rank.
     """
 
     def both(*sizes):
-        if OF_TWO in os.environ:
-            return program(*sizes, rank=int(os.environ[OF_TWO]))
+        if RANK in os.environ:
+            return program(*sizes, rank=int(os.environ[RANK]))
         processes = [
-            subprocess.Popen([sys.executable, *sys.argv], env=os.environ | {OF_TWO: rank}, stdout=subprocess.PIPE)
+            subprocess.Popen([sys.executable, *sys.argv], env=os.environ | {RANK: rank}, stdout=subprocess.PIPE)
             for rank in "01"
         ]
         for process, core in zip(processes, sorted(os.sched_getaffinity(0)), strict=False):
@@ -52,7 +52,7 @@ def of_two(program):
     return both
 
 
-def on_a_core(program):
+def on_one_core(program):
     """Returns the program run on one core."""
 
     def alone(*sizes):
