@@ -134,7 +134,7 @@ PROGRAMS = {
 if __name__ == "__main__":
     for _, rounds in in_turns(__doc__, PROGRAMS, {"wide": ()}, {"DDP, by hand": "torch"}):
         limits, ddp_rates = rounds.pop("BLAS, all cores"), rounds.pop("DDP, by hand", None)
-        print(f"read by one product of BLAS, all cores: {statistics.median(limits):.1f} GB/s, and shares of it")
+        print(f"one product of BLAS on all cores: {statistics.median(limits):.1f} GB/s; shares of it:")
         for program, found in rounds.items():
             for name in found[0]:
                 typical = statistics.median(rates[name] for rates in found)

@@ -64,4 +64,4 @@ if __name__ == "__main__":
                 found[which].append(seconds(command, {"XDG_CACHE_HOME": folder}))
     for which, times in found.items():
         median = statistics.median(times)
-        print(f"{which:>14}: {median:6.2f} s, {median / statistics.median(found['d2l']):.2f} of the book's")
+        print(f"{which:>14}: {median:6.2f} s, {median / statistics.median(found['d2l']):.2f} of the time of d2l")

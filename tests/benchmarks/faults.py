@@ -131,7 +131,7 @@ def main():
         with tempfile.TemporaryDirectory() as folder:
             alone(pathlib.Path(folder), *flags)
             expected[flags] = outcome(pathlib.Path(folder))
-    print(f"{'moment':<12}{'process':<9}{'signal':<9}{'all gone':>10}{'stepping':>10}{'restarts':>10}", flush=True)
+    print(f"{'moment':<12}{'process':<9}{'signal':<9}{'all ended':>10}{'resumed':>10}{'restarts':>10}", flush=True)
     moments = [parsed.only] if parsed.only else list(MOMENTS)
     for _, moment, victim, how in itertools.product(range(parsed.rounds), moments, (0, 1), SIGNALS):
         result = case(victim, how, moment, expected, delays.random())
@@ -142,7 +142,7 @@ def main():
         result = five_kills(delays, expected)
         failures += result.startswith("WRONG")
         print(f"one run, a random process killed at five random moments, once while it saves: {result}")
-    print(f"{failures} wrong")
+    print(f"{failures} cases failed")
     return bool(failures)
 
 

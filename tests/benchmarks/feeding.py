@@ -105,4 +105,4 @@ if __name__ == "__main__":
         bare = ", ".join(f"{median_ratio(rates['host'], rates[g]):.2f} of {g}" for g in ("column[indices]", "np.take"))
         print(f"host placement: {best:.1f}x the best loader, {bare}")
         beside = median_ratio(rates["training, device"], rates["training, host"])
-        print(f"training from devices: {beside:.2f}x that from the host")
+        print(f"training with device placement: {beside:.2f}x that with host placement")

@@ -33,4 +33,4 @@ if __name__ == "__main__":
     found = {size: [run(size) for _ in range(ROUNDS)] for size in SIZES}
     for size, runs in found.items():
         times, memories = zip(*runs, strict=True)
-        print(f"{size:>12,} rows: {sorted(times)[ROUNDS // 2]:6.0f} ns a row, {max(memories):6.0f} MB")
+        print(f"{size:>12,} rows: {sorted(times)[ROUNDS // 2]:6.0f} ns per row, {max(memories):6.0f} MB")

@@ -210,11 +210,11 @@ if __name__ == "__main__":
         num_rows, num_inputs, batch = WORKLOADS[workload]
         least, work = 4 * (num_inputs + 2), 4 * num_inputs
         limit = min(bandwidth / least, operations / work)
-        print(f"\nrows, inputs, batch {WORKLOADS[workload]}: {least:,} bytes and {work:,} operations a row")
+        print(f"\nrows, inputs, batch {WORKLOADS[workload]}: {least:,} bytes and {work:,} operations per row")
         print(f"{'limit':>20} {limit:>16,.0f} rows/s")
         for program, found in rates.items():
             rate = statistics.median(found)
             print(f"{program:>20} {rate:>16,.0f} rows/s  {rate * least / 1e9:>7.2f} GB/s  {rate / limit:>6.3f} of it")
         for ours, others in ((ours, others) for ours, others in OURS.items() if ours in rates):
             beside = [f"{median_ratio(rates[ours], rates[other]):.2f}x {other}" for other in others if other in rates]
-            print(f"{ours}: {', '.join(beside) or 'beside none'}", flush=True)
+            print(f"{ours}: {', '.join(beside) or 'no peer'}", flush=True)

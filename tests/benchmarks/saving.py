@@ -46,8 +46,8 @@ def main():
             ]  # Each goes first once, to cancel drift.
     ratio = statistics.median(ratios)
     spread = statistics.stdev(ratios) / len(ratios) ** 0.5
-    print(f"a save every {parsed.seconds:g} s: {ratio:.3f} of the steps without (+- {spread:.3f})")
-    print(f"every 60 s, in proportion: {1 - (1 - ratio) * parsed.seconds / 60:.4f}")
+    print(f"saving every {parsed.seconds:g} s: {ratio:.3f} of the steps without saving (+- {spread:.3f})")
+    print(f"saving every 60 s, extrapolated: {1 - (1 - ratio) * parsed.seconds / 60:.4f}")
 
 
 if __name__ == "__main__":

@@ -38,7 +38,7 @@ def run(rng, folder):
         check_line(str(error))
         return "refused"
     sources = [source for source in (data.train, data.val) if source]
-    assert sum(map(len, sources)) == 30, "other rows"
+    assert sum(map(len, sources)) == 30, "the rows differ"
     assert data.schema.features == ("a", "b")
     return "correct"
 

@@ -55,8 +55,10 @@ def run(rng, folder):
     if not in_file:
         check_values(config, given)
     again = parse([f"--flagfile={write(folder / 'again.cfg', config.to_flagfile())}"])
-    assert again is not None, f"its own flagfile is refused: {config.to_flagfile()!r}"
-    assert again.shared() | {"resume": 0} == config.shared() | {"resume": 0}, "its own flagfile is another run"
+    assert again is not None, f"the flagfile that it wrote is refused: {config.to_flagfile()!r}"
+    assert again.shared() | {"resume": 0} == config.shared() | {"resume": 0}, (
+        "the flagfile that it wrote describes another run"
+    )
     return "correct"
 
 

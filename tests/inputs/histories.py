@@ -93,7 +93,7 @@ def compare(workdir, folder, rng):
         write_comparison(page, {name: run.records for name, run in runs.items()}, rows)
         assert page.read_text(encoding="utf-8").replace("\n", "").isprintable()
     whole = whole_lines(workdir / "metrics.jsonl", {"step", "epoch", "train_loss"})
-    assert runs[str(workdir)].records == whole, "other records"
+    assert runs[str(workdir)].records == whole, "the records differ"
     return "correct"
 
 

@@ -108,7 +108,7 @@ def damaged(rng, folder, missing):
         before[0].flags,
         schema_of(missing),
     )
-    assert found is None or np.array_equal(found, before[1]), "other predictions"
+    assert found is None or np.array_equal(found, before[1]), "the predictions differ"
     return "refused" if model is None and found is None else "correct"
 
 

@@ -63,7 +63,7 @@ def join_after_a_foreign_server(rng, port):
         if not_over(other, 0.2):
             thread(outcome, 0, serve_rendezvous, "127.0.0.1", port, 2).join(10)
         other.join(10)
-    assert 1 in outcome, f"process 1 waits after {answer!r:.300}"
+    assert 1 in outcome, f"process 1 still waits after {answer!r:.300}"
     error = outcome[1]
     assert error is None or isinstance(error, InputError), error
     if error is not None:

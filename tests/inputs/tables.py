@@ -282,7 +282,7 @@ def compare(data, frame, names, columns):
     gone = {n: np.array([is_missing(v) for v in c]) for n, c in raw.items()}
     weights = values[columns.weight_column] if columns.weight_column else np.ones(len(frame))
     kept = ~np.any(list(gone.values()), axis=0) if columns.missing == "drop" else np.ones(len(frame), bool)
-    assert sorted(number) == list(np.flatnonzero(kept & (weights != 0))), "other rows"
+    assert sorted(number) == list(np.flatnonzero(kept & (weights != 0))), "the rows differ"
     np.testing.assert_array_equal(weight, weights[number].astype(np.float32))
     found = {feature: x[:, i] for i, feature in enumerate(data.schema.features)}
     target, fitted = values[columns.target[0]], (data.train.row, weights[data.train.row])
