@@ -53,7 +53,7 @@ def several(processes, workdir, *flags, work=WORK):
     """Runs the same work in several processes without a launcher, with 8 devices in total."""
     where = (f"--num_devices={8 // processes}", f"--workdir={workdir}", free_address(), f"--num_processes={processes}")
     own = ([*work, *flags, *where, f"--process_id={number}"] for number in range(processes))
-    done = together(*((("-m", "dpreg.main"), flags, ROOT) for flags in own), timeout=240)
+    done = run_processes(*((("-m", "dpreg.main"), flags, ROOT) for flags in own), timeout=240)
     for code, lines, *_ in done:
         assert code == 0, lines
     return done
@@ -103,7 +103,7 @@ def has_logged_steps(workdir):
     return bool(read_records(workdir / "metrics.jsonl").whole)
 
 
-def together(*starts, timeout=100, prefix=()):
+def run_processes(*starts, timeout=100, prefix=()):
     """Runs processes without a launcher, each given as (command after python, flags, folder).
 
     Returns:

@@ -2,7 +2,7 @@
 
 import forked
 import pytest
-from cluster import ROOT, free_address, several, together
+from cluster import ROOT, free_address, run_processes, several
 
 from dpreg import doctor
 from dpreg.config import Config
@@ -66,7 +66,7 @@ def patched(code, number, *flags):
 def test_a_fault_in_one_process_is_found_by_all_processes(tmp_path, fault, check, message):
     flags = (*DOCTOR, free_address(), "--num_processes=2", f"--workdir={tmp_path}")
     both = fault if check == "all-reduce" else ""  # Both processes must run the same program.
-    results = together(patched(both or "pass", 0, *flags), patched(fault, 1, *flags))
+    results = run_processes(patched(both or "pass", 0, *flags), patched(fault, 1, *flags))
     for code, lines, _, _ in results:
         assert (code, len(lines)) == (2, 1), lines
         assert f"--mode=doctor: something is wrong with {check};" in lines[0]
@@ -84,7 +84,7 @@ def test_the_doctor_finds_different_rows_under_the_same_name(tmp_path):
         folder.mkdir()
         (folder / "t.csv").write_text("x,y\n" + "".join(f"{i},{i + number * (i == 7)}\n" for i in range(20)))
         starts.append((MAIN, [*flags, "--dataset=t.csv", f"--process_id={number}"], folder))
-    (code, _, out, _), _ = together(*starts)
+    (code, _, out, _), _ = run_processes(*starts)
     assert code == 2
     assert "process 1 reads other rows than process 0" in out
 

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import parts
 import pytest
-from cluster import ROOT, free_address, together
+from cluster import ROOT, free_address, run_processes
 
 import dpreg
 
@@ -14,7 +14,7 @@ import dpreg
 def found():
     """Returns the results of two processes with two devices each."""
     address = free_address()
-    ended = together(*((("tests/parts.py", address, str(process)), (), ROOT) for process in (0, 1)))
+    ended = run_processes(*((("tests/parts.py", address, str(process)), (), ROOT) for process in (0, 1)))
     results = []
     for code, lines, out, _ in ended:
         assert code == 0, "\n".join(lines)

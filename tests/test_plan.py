@@ -201,7 +201,7 @@ def test_a_slice_that_does_not_exist_is_refused(name, message):
         chips.parse_topology(name)
 
 
-def by_flags(*flags):
+def run_plan(*flags):
     return subprocess.run(
         [sys.executable, "-m", "dpreg.plan", *flags], cwd=ROOT, capture_output=True, text=True, timeout=300
     )
@@ -216,19 +216,19 @@ def test_the_time_of_a_gpu_collective_follows_from_the_slowest_link():
 
 
 def test_the_plan_command_writes_its_results(tmp_path):
-    done = by_flags("--flagfile=configs/cpu.cfg", f"--workdir={tmp_path}")
+    done = run_plan("--flagfile=configs/cpu.cfg", f"--workdir={tmp_path}")
     assert done.returncode == 0, done.stderr
     assert "all-reduce of 20 bytes over 8 devices, each step (exchange/psum); a device sends 35" in done.stdout
     (one,) = json.loads((tmp_path / "plan.json").read_text())["collectives"]
     assert (one["size"], one["wire_bytes"]) == (20, 35)
-    wrong = by_flags("--flagfile=configs/cpu.cfg", "--num_devices=9")
+    wrong = run_plan("--flagfile=configs/cpu.cfg", "--num_devices=9")
     assert (wrong.returncode, len(wrong.stderr.splitlines())) == (2, 1)
 
 
 @pytest.mark.parametrize(("topology", "count"), [("v5p:2x2x2", 8), ("v5e:2x4", 8), ("v6e:2x4", 8), ("v5p:8x8x8", 512)])
 def test_the_tpu_configuration_compiles_for_slices(topology, count, tmp_path):
     pytest.importorskip("libtpu")
-    done = by_flags(f"--topology={topology}", "--flagfile=configs/tpu.cfg", f"--workdir={tmp_path}")
+    done = run_plan(f"--topology={topology}", "--flagfile=configs/tpu.cfg", f"--workdir={tmp_path}")
     assert (done.returncode, done.stderr) == (0, ""), done.stderr
     found = json.loads((tmp_path / "plan.json").read_text())
     # With more devices than shards, the shards become as many as the devices, with the same number of rows each.
@@ -277,7 +277,7 @@ plan.plan(Config(num_train=4_000_000, batch_size=4096, num_val=0), "v5e:2x4")
 @pytest.mark.parametrize(("topology", "count"), [("a100:8", 8), ("h100:1x8", 8), ("h200:4x2", 8)])
 def test_the_gpu_configuration_compiles_for_gpus(topology, count, tmp_path):
     pytest.importorskip("jax_cuda13_plugin")
-    done = by_flags(f"--topology={topology}", "--flagfile=configs/gpu.cfg", f"--workdir={tmp_path}")
+    done = run_plan(f"--topology={topology}", "--flagfile=configs/gpu.cfg", f"--workdir={tmp_path}")
     assert done.returncode == 0, done.stderr
     found = json.loads((tmp_path / "plan.json").read_text())
     assert found["devices"] == count
@@ -289,11 +289,11 @@ def test_the_gpu_configuration_compiles_for_gpus(topology, count, tmp_path):
 
 def test_a_plan_that_fits_no_slice_is_refused_in_one_line(tmp_path):
     pytest.importorskip("libtpu")
-    uneven = by_flags("--topology=v5p:4x4x4", "--flagfile=configs/tpu.cfg", "--batch_size=30")
+    uneven = run_plan("--topology=v5p:4x4x4", "--flagfile=configs/tpu.cfg", "--batch_size=30")
     assert (uneven.returncode, len(uneven.stderr.splitlines())) == (2, 1)
     assert "--batch_size=30: it is not a multiple of --num_shards=8" in uneven.stderr
     wide = ("--model=mlp", "--hidden=100000,100000", "--batch_size=64", "--num_train=64", "--num_val=8")
-    large = by_flags("--topology=v5e:2x4", "--flagfile=configs/tpu.cfg", *wide)
+    large = run_plan("--topology=v5e:2x4", "--flagfile=configs/tpu.cfg", *wide)
     assert large.returncode == 2
     assert "DOES NOT FIT" in large.stdout or ("does not compile" in large.stderr and "memory" in large.stderr.lower())
 

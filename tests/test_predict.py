@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet
 import pytest
-from cluster import ROOT, free_address, together
+from cluster import ROOT, free_address, run_processes
 from models import Net, Rows
 from optax import sgd
 
@@ -133,7 +133,7 @@ def test_two_processes_predict_the_same_file(trained, tmp_path):
     common = ("--mode=predict", "--platform=cpu", "--num_devices=2", f"--workdir={trained / 'w'}", free_address())
     flags = (*common, f"--dataset={tmp_path / 'new.parquet'}", f"--output={tmp_path / 'p.parquet'}")
     starts = [(("-m", "dpreg.main"), (*flags, "--num_processes=2", f"--process_id={i}"), ROOT) for i in range(2)]
-    for code, lines, _, _ in together(*starts):
+    for code, lines, _, _ in run_processes(*starts):
         assert code == 0, lines
     assert (tmp_path / "p.parquet").read_bytes() == (trained / "p.parquet").read_bytes()
 
@@ -346,7 +346,7 @@ def test_processes_with_different_models_or_no_output_folder_end_with_one_line(t
             (("-m", "dpreg.main"), (*flags, f"--workdir={w}", f"--process_id={i}"), ROOT)
             for i, w in enumerate(workdirs)
         ]
-        return together(*starts)
+        return run_processes(*starts)
 
     for code, lines, *_ in both(trained / "w", other, output=tmp_path / "p.csv"):
         assert code == 2, lines

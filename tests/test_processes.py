@@ -28,9 +28,9 @@ from cluster import (
     free_address,
     has_logged_steps,
     outcome,
+    run_processes,
     several,
     start,
-    together,
     wait_until,
     workers,
 )
@@ -107,7 +107,7 @@ for size in map(int, sys.argv[3:]):
 def test_processes_average_small_arrays_by_all_to_all_and_large_ones_by_all_reduce():
     few, many = 1 << 14, (1 << 14) + 1  # The limit is 256 KB in total for 4 devices.
     address = free_address()
-    results = together(*((("-c", MEANS, address, str(i), str(few), str(many)), (), ROOT) for i in range(2)))
+    results = run_processes(*((("-c", MEANS, address, str(i), str(few), str(many)), (), ROOT) for i in range(2)))
     for code, lines, out, _ in results:
         assert code == 0, lines
         means = "{1.5} [-5.5]"  # The means of 0, 1, 2, 3 are exact in any order.
@@ -151,7 +151,7 @@ def test_processes_agree_on_cores_per_device_and_listen_only_on_the_loopback(sec
     """Otherwise they would compile programs with different bits, or accept connections of other hosts."""
     cores, address = sorted(os.sched_getaffinity(0)), free_address()
     cores_of_process = [[str(cores[core]) for core in core_numbers] for core_numbers in ([0, 1], second)]
-    for code, lines, out, _ in together(
+    for code, lines, out, _ in run_processes(
         *((("-c", CORES, address, str(i), *core_numbers), (), ROOT) for i, core_numbers in enumerate(cores_of_process)),
         prefix=with_real_address,
     ):
@@ -236,8 +236,8 @@ trainer.fit(dpreg.LinearRegressionScratch(1, 1e-4), dpreg.RegressionData(rows, r
 def test_a_program_that_misses_another_process_exits_with_76_and_names_it(where):
     """This is a Python program of the user, which has no other watchdog."""
     address = free_address()
-    results = together(*((("-c", LOST, address, str(i), where if i else "nowhere"), (), ROOT) for i in range(2)))
-    (code, lines, *_), (other, *_) = results  # Both end within the timeout of `together`.
+    results = run_processes(*((("-c", LOST, address, str(i), where if i else "nowhere"), (), ROOT) for i in range(2)))
+    (code, lines, *_), (other, *_) = results  # Both end within the timeout of `run_processes`.
     output = "\n".join(lines)
     assert (code, other) == (76, 76), output
     assert "process 1, without a sign of life for" in output
@@ -350,7 +350,7 @@ def test_a_run_stopped_in_two_processes_resumes_in_any_number(tmp_path, expected
         assert outcome(workdir) == expected
 
 
-def faulty(number, fault, *flags):
+def command_with_fault(number, fault, *flags):
     """Returns the start of a process whose validation runs `fault` instead."""
     code = (
         f"import time; from dpreg.train.loop import Loop; Loop.validate = lambda self: {fault}; "
@@ -366,7 +366,7 @@ def test_an_exception_in_one_process_ends_all_with_76_and_the_reason(tmp_path, w
     flags = ("--platform=cpu", "--num_devices=2", free_address(), f"--workdir={tmp_path}")
     faults = ["", ""]
     faults[who] = "int('boom')"
-    results = together(*(faulty(i, fault, *flags) for i, fault in enumerate(faults)))
+    results = run_processes(*(command_with_fault(i, fault, *flags) for i, fault in enumerate(faults)))
     for code, lines, _, _ in results:
         assert code == 76, lines
         assert any("the run lost a process" in line or "lost another process" in line for line in lines), lines
@@ -378,7 +378,7 @@ def test_an_exception_in_one_process_ends_all_with_76_and_the_reason(tmp_path, w
 def test_a_hanging_process_is_ended_and_prints_its_stacks(tmp_path):
     """The heartbeats of the process go on: only the watchdog detects the hang."""
     flags = ("--platform=cpu", "--num_devices=2", free_address(), f"--workdir={tmp_path}", "--step_timeout=4")
-    results = together(faulty(0, "", *flags), faulty(1, "time.sleep(1000)", *flags))
+    results = run_processes(command_with_fault(0, "", *flags), command_with_fault(1, "time.sleep(1000)", *flags))
     assert [code for code, *_ in results] == [76, 76]
     output = "\n".join(results[1][1])
     assert "had no result for 4 s (--step_timeout)" in output
@@ -443,7 +443,7 @@ def test_bad_settings_of_several_processes_are_refused_in_one_line_in_each(tmp_p
         (MAIN, [*common, f"--process_id={i}", *(flag.format(tmp_path) for flag in own)], ROOT)
         for i, own in enumerate((first, second))
     ]
-    for code, lines, _, _ in together(*starts):
+    for code, lines, _, _ in run_processes(*starts):
         assert (code, len(lines)) == (2, 1), lines
         assert message in lines[0]
     assert not (tmp_path / "w").exists()

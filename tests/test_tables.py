@@ -176,11 +176,11 @@ def test_categories_are_one_hot_and_rare_ones_count_as_other(read, columns):
 
 
 @pytest.fixture
-def holed(tmp_path):
+def table_with_gaps(tmp_path):
     (tmp_path / "holed.csv").write_text("a,c,y\n1,u,1\n,v,2\n3,,3\n4,u,\n5,u,5\nnan,v,6\n")
 
 
-def test_missing_values_are_an_error_with_their_counts(read, holed, tmp_path):
+def test_missing_values_are_an_error_with_their_counts(read, table_with_gaps, tmp_path):
     with pytest.raises(dpreg.InputError) as caught:
         read("holed.csv", target="y", categorical="c", validation_fraction=0.0)
     file = tmp_path / "holed.csv"
@@ -193,7 +193,7 @@ def test_missing_values_are_an_error_with_their_counts(read, holed, tmp_path):
     assert not list((tmp_path / "cache").iterdir())
 
 
-def test_missing_rows_are_dropped_or_filled_with_the_mean(read, holed):
+def test_missing_rows_are_dropped_or_filled_with_the_mean(read, table_with_gaps):
     wanted = {"target": "y", "categorical": "c", "validation_fraction": 0.0}
     assert sorted(read("holed.csv", **wanted, missing="drop").train.row) == [0, 4]
     data = read("holed.csv", target="a", features=("y", "c"), categorical="c", missing="drop", validation_fraction=0.0)

@@ -45,7 +45,7 @@ def run(rng, folder):
     logger.addHandler(handler)
     try:
         ended = compare(workdir, folder, rng)
-        go_on(workdir, int(rng.integers(0, 70)), messages)
+        resume(workdir, int(rng.integers(0, 70)), messages)
     finally:
         logger.removeHandler(handler)
     for message in messages:
@@ -97,7 +97,7 @@ def compare(workdir, folder, rng):
     return "correct"
 
 
-def go_on(workdir: pathlib.Path, step: int, messages):
+def resume(workdir: pathlib.Path, step: int, messages):
     """Resumes from a step, which keeps the complete lines up to it."""
     kept, starts = (
         whole_lines(workdir / "metrics.jsonl", {"step", "epoch", "train_loss"}),

@@ -60,7 +60,7 @@ def join_after_a_foreign_server(rng, port):
             connection.sendall(answer)
         connection.close()
         listener.close()
-        if not_over(other, 0.2):
+        if still_running(other, 0.2):
             thread(outcome, 0, serve_rendezvous, "127.0.0.1", port, 2).join(10)
         other.join(10)
     assert 1 in outcome, f"process 1 still waits after {answer!r:.300}"
@@ -124,7 +124,7 @@ def thread(outcome, name, work, *arguments):
     return running
 
 
-def not_over(running, seconds):
+def still_running(running, seconds):
     running.join(seconds)
     return running.is_alive()
 
