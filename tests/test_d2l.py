@@ -183,9 +183,8 @@ def test_a_mean_loss_gives_the_bits_of_a_per_row_loss_on_ragged_weighted_rows():
 
 def test_a_penalty_inside_the_loss_is_exact():
     def penalised(self, params, X, y, state):
-        other = state.apply_fn(
-            {"params": {**params, "b": 0 * params["b"]}}, *X
-        )  # These are not the parameters of the step.
+        # These are not the parameters of the step.
+        other = state.apply_fn({"params": {**params, "b": 0 * params["b"]}}, *X)
         penalty = 3 * (params["w"] ** 2).sum() / 2 + (state.params["w"] ** 2).sum()  # no gradient through state.params
         return ((other + params["b"] - y) ** 2 / 2).mean() + penalty
 

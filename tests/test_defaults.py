@@ -122,11 +122,12 @@ def test_separable_classes_get_a_penalty_that_is_reported(tables):
     ("flags", "solver", "why"),
     [
         (("--lr=0.1",), "sgd", "--lr=0.1 is one of steps; for the exact solution use --solver=exact"),
+        # the default, given explicitly
         (
             ("--max_epochs=3",),
             "sgd",
             "--max_epochs=3 is one of steps",
-        ),  # the default, given explicitly
+        ),
         (("--l1=1",), "sgd", "--l1=1.0 has no exact solution"),
         (("--loss=huber", "--nointercept", "--nostandardize"), "sgd", "--loss=huber has none with --nointercept"),
         (("--model=mlp", "--max_epochs=1"), "sgd", "--model=mlp has no exact solution"),

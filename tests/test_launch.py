@@ -83,9 +83,8 @@ def slurm(tmp_path):
         with socket.socket() as listener:
             listener.bind(("127.0.0.1", 0))
             ports.append(listener.getsockname()[1])
-    folder = (
-        pathlib.Path(os.environ.get("TMPDIR", "/tmp")) / f"dpreg-slurm-{os.getpid()}"
-    )  # The path is short because it holds a socket.
+    # The path is short because it holds a socket.
+    folder = pathlib.Path(os.environ.get("TMPDIR", "/tmp")) / f"dpreg-slurm-{os.getpid()}"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(mode=0o755)
     (folder / "key").write_bytes(os.urandom(128))

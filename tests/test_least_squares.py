@@ -126,9 +126,8 @@ def test_newton_finds_the_optimum_and_standard_errors_of_statsmodels(loss, inter
         "poisson": rng.poisson(np.exp(z)),
         "gamma": rng.gamma(2, np.exp(z) / 2),
     }[loss]
-    weight = rng.integers(
-        0, 2 if loss == "gamma" else 3, 3001
-    )  # More rows make the estimate of the dispersion more precise.
+    # More rows make the estimate of the dispersion more precise.
+    weight = rng.integers(0, 2 if loss == "gamma" else 3, 3001)
     source = dpreg.ArraySource(x, y, weight, np.float64)
     fits = [
         Solver(source, Mesh(np.array(jax.devices()[:d]), ("data",)), 8).newton(FAMILIES[loss], intercept=intercept)
@@ -183,7 +182,7 @@ def test_newton_fits_large_counts(mean):
         fit, loss = Solver(source, Mesh(np.array(jax.devices()[:1]), ("data",)), 8).newton(FAMILIES["poisson"])
         theirs = sm.GLM(y, sm.add_constant(x), family=sm.families.Poisson()).fit()
         np.testing.assert_allclose([fit.b[0], *fit.w[:, 0]], theirs.params, rtol=1e-6, atol=1e-9)
-        m = y * np.exp(-(fit.b[0] + x @ fit.w[:, 0]))  # The gradient without cancellation of large numbers.
+        m = y * np.exp(-(fit.b[0] + x @ fit.w[:, 0]))  # The loss by y/mean, without subtracting large numbers.
         own = np.exp(fit.b[0] + x @ fit.w[:, 0]) * (m * np.log(m) - m + 1)
         assert loss == pytest.approx(own.mean(), rel=1e-4)
         assert (
@@ -216,10 +215,11 @@ def test_newton_reports_that_no_optimum_exists():
     solver = Solver(dpreg.ArraySource(x, x > 0), Mesh(np.array(jax.devices()[:1]), ("data",)), 8)
     with pytest.raises(dpreg.InputError, match=r"no optimum within 30 steps.*l2"):
         solver.newton(FAMILIES["logistic"])
+    # Only one of the two groups has a class that is certain.
     partly = (
         np.repeat([0.0, 0, 1], 20),
         np.repeat([0.0, 1, 1], 20),
-    )  # Only one of the two groups has a class that is certain.
+    )
     with pytest.raises(dpreg.InputError, match="no optimum"):
         Solver(dpreg.ArraySource(*partly), Mesh(np.array(jax.devices()[:1]), ("data",)), 8).newton(FAMILIES["logistic"])
     with pytest.raises(dpreg.InputError, match=r"no optimum within 30 steps.*l2"):
@@ -232,9 +232,8 @@ def test_newton_reports_that_no_optimum_exists():
     theirs = LogisticRegression(C=1 / (0.01 * 50), tol=1e-10).fit(x[:, None], x > 0)
     assert fit.w[0, 0] == pytest.approx(theirs.coef_[0, 0], rel=1e-6)
     far = Solver(dpreg.ArraySource(x, np.exp(40 * x)), Mesh(np.array(jax.devices()[:1]), ("data",)), 8)
-    assert far.newton(FAMILIES["poisson"])[0].w[0, 0] == pytest.approx(
-        40, rel=1e-4
-    )  # Newton's method must recover from steps that overshoot.
+    # Newton's method must recover from steps that overshoot.
+    assert far.newton(FAMILIES["poisson"])[0].w[0, 0] == pytest.approx(40, rel=1e-4)
 
 
 def diamonds():
@@ -322,10 +321,11 @@ def test_the_normal_equations_are_rejected_where_they_lose_precision():
     for case in (
         (x + np.array([0, 1e6, 0]), y),  # The mean is far from 0.
         (x, y + 1e6),
+        # The last column is nearly a combination of the others.
         (
             np.column_stack([x, x[:, 0] + 1e-5 * rng.normal(size=300)]),
             y,
-        ),  # The last column is nearly a combination of the others.
+        ),
         (np.column_stack([x, x[:, 0] + 1e-9 * rng.normal(size=300)]), y),
         (x, x @ [[1], [2], [3]]),  # The fit is perfect.
         (np.column_stack([x, one]), y),

@@ -12,13 +12,14 @@ import pytest
 from cluster import ROOT
 
 FILES, FOLDERS = ("pyproject.toml", "README.md", "LICENSE"), ("dpreg", "configs")
+# These are imported only where needed.
 SLOW = {
     "flax.nnx",
     "scipy.linalg",
     "scipy.special",
     "scipy.stats",
     "tensorflow_datasets",
-}  # These are imported only where needed.
+}
 
 
 def python(*arguments):

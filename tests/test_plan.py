@@ -76,10 +76,11 @@ def test_a_collective_inside_a_loop_counts_once_for_each_iteration():
         model="mlp", hidden=(4,), batch_norm=True, sync_batch_norm=True, accumulate_steps=3, num_devices=2
     )
     found = plan(config)
+    # The gradient is reduced once, and the batch statistics in each accumulated batch.
     assert sorted({one.loops for one in found.collectives}) == [
         1,
         2,
-    ]  # The gradient is reduced once, and the batch statistics in each accumulated batch.
+    ]
     assert "3 times a step" in found.describe()
 
 

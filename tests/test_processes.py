@@ -321,9 +321,8 @@ def test_a_stopped_launcher_restarts_no_process(tmp_path, how, exit_code):
         2, tmp_path, "--checkpoint_every_seconds=0.3", "--max_epochs=10000", devices=1, restarts=3, work=LONG
     )
     wait_until(lambda: complete(tmp_path), launcher)
-    for process in (
-        (*workers(launcher), launcher) if how == signal.SIGINT else (launcher,)
-    ):  # Ctrl-C in a terminal reaches all of them.
+    # Ctrl-C in a terminal reaches all of them.
+    for process in (*workers(launcher), launcher) if how == signal.SIGINT else (launcher,):
         process.send_signal(how)
     code, output = ended(launcher)
     assert code == exit_code, output
@@ -554,9 +553,8 @@ def test_foreign_connections_to_the_port_cost_a_run_only_one_log_line(monkeypatc
     """Before the processes connect: malformed messages, twelve silent connections, and one that sends byte by byte."""
     port, results = int(free_address().rpartition(":")[2]), []
     monkeypatch.setattr(rendezvous, "_MOST_UNKNOWN", 20)
-    monkeypatch.setattr(
-        rendezvous, "_HELLO_SECONDS", 1000
-    )  # A rendezvous that waits for silent connections would not end.
+    # A rendezvous that waits for silent connections would not end.
+    monkeypatch.setattr(rendezvous, "_HELLO_SECONDS", 1000)
     zero = threading.Thread(target=lambda: results.append(rendezvous.serve_rendezvous("127.0.0.1", port, 3)))
     zero.start()
 

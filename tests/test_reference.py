@@ -21,11 +21,12 @@ def members():
         public = getattr(dpreg, name)
         for cls in filter(is_ours, public.__mro__ if inspect.isclass(public) else ()):
             for member in {**inspect.get_annotations(cls), **vars(cls)}:
+                # Flax adds these to every class.
                 added_by_flax = issubclass(cls, nn.Module) and member in {
                     "parent",
                     "name",
                     "scope",
-                }  # Flax adds these to every class.
+                }
                 if not member.startswith("_") and not added_by_flax:
                     yield cls, member, vars(cls).get(member)
 

@@ -107,7 +107,7 @@ def test_the_fingerprint_depends_only_on_the_rows_and_not_on_format_or_files(rea
     wanted = {"target": "y", "features": ("a", "kind"), "categorical": "kind"}
     prints = {name: read(name, **wanted).fingerprint() for name in KINDS}
     assert len(set(prints.values())) == 1, prints
-    for size, most in ((20_000, 63), (300, 61)):  # Rows are sorted on disk: in buckets, or in buckets of buckets.
+    for size, most in ((20_000, 63), (300, 61)):  # Rows are shuffled on disk: in buckets, or in buckets of buckets.
         monkeypatch.setattr(shuffle, "_IN_MEMORY_BYTES", size)
         assert read("t.parquet", **wanted, max_categories=most).fingerprint() == prints["t.parquet"]
     # Some files store a column as float32 and some as float64, so the rows on disk differ in width.

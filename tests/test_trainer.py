@@ -441,10 +441,11 @@ def test_sorted_and_periodic_tables_train_as_well_as_shuffled_ones(tmp_path):
     val = dpreg.ArraySource(x[:512], y[:512])
     x, y = x[512:], y[512:]
     by_target = np.argsort(y[:, 0])
+    # The targets rise 8 times from low to high.
     orders = {
         "sorted": by_target,
         "periodic": by_target.reshape(-1, 8).T.ravel(),
-    }  # The targets rise 8 times from low to high.
+    }
 
     def loss(train):
         trainer = dpreg.Trainer(20)
@@ -525,10 +526,11 @@ def _float32_again():
 
 
 @pytest.mark.usefixtures("_float32_again")
+# With 5 rows some shards have none.
 @pytest.mark.parametrize(
     ("devices", "backend", "rows"),
     [(2, "pmap", 37), (3, "jit", 37), (4, "pmap", 5), (8, "jit", 37), (8, "jit", 5), (1, "pmap", 5)],
-)  # With 5 rows some shards have none.
+)
 def test_batch_norm_over_the_batch_agrees_with_float64(devices, backend, rows):
     rng = np.random.default_rng(0)
     x, y = rng.normal(size=(rows, 3)), rng.normal(size=rows)

@@ -62,9 +62,8 @@ def reached(devices, rank=None):
     from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
     if rank is not None:
-        os.sched_setscheduler(
-            0, os.SCHED_BATCH, os.sched_param(0)
-        )  # Otherwise Gloo's thread occupies the core for 3 ms.
+        # Otherwise Gloo's thread occupies the core for 3 ms.
+        os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
         jax.distributed.initialize(ADDRESS, 2, rank)
 

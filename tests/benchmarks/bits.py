@@ -321,9 +321,8 @@ def main() -> None:
     flags.add_argument("--address", help=argparse.SUPPRESS)
     flags.add_argument("--process", type=int, help=argparse.SUPPRESS)
     asked = flags.parse_args()
-    logging.disable(
-        logging.WARNING
-    )  # Warnings about the number of threads do not matter: it is equal for all layouts here.
+    # Warnings about the number of threads do not matter: it is equal for all layouts here.
+    logging.disable(logging.WARNING)
     if asked.address:
         devices.start("cpu", MOST_DEVICES // 2, asked.address, 2, asked.process, threads=THREADS)
         case, _ = draw(asked.seed, asked.case)

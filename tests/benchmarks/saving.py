@@ -40,10 +40,11 @@ def main():
         turn(True)
         ratios = []
         for _ in range(parsed.pairs):
+            # Each goes first once, to cancel drift.
             ratios += [
                 turn(True) / turn(False),
                 1 / (turn(False) / turn(True)),
-            ]  # Each goes first once, to cancel drift.
+            ]
     ratio = statistics.median(ratios)
     spread = statistics.stdev(ratios) / len(ratios) ** 0.5
     print(f"saving every {parsed.seconds:g} s: {ratio:.3f} of the steps without saving (+- {spread:.3f})")

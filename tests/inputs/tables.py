@@ -212,9 +212,10 @@ def read_independently(suffix, written, content, table):
             content = gzip.decompress(written)
         elif written != compress(content, suffix):
             return None
+        # Blank lines are not rows.
         header = next(
             row for row in csv.reader(io.StringIO(content.removeprefix(b"\xef\xbb\xbf").decode(), newline="")) if row
-        )  # Blank lines are not rows.
+        )
         frame = pd.read_csv(
             io.BytesIO(content),
             header=0,
