@@ -1,4 +1,4 @@
-"""Runs of several processes on this machine, as a user starts them: for tests and tests/benchmarks/faults.py."""
+"""Helpers that run dpreg in several processes on this machine, for tests and tests/benchmarks/faults.py."""
 
 import contextlib
 import json
@@ -14,12 +14,12 @@ import psutil
 from dpreg.outputs.metrics import read_records
 
 ROOT = pathlib.Path(__file__).parent.parent
-# 600 steps of real work: 20 epochs of 30 steps
+# A short run of 600 steps: 20 epochs of 30 steps.
 WORK = ("--platform=cpu", "--reduction=ordered", "--num_train=960", "--batch_size=32", "--max_epochs=20", "--lr=0.01")
 
 
 def start(processes, workdir, *flags, devices=None, restarts=0, work=WORK):
-    """launch/local.py in the background; its output is in one pipe."""
+    """Starts launch/local.py in the background, with stdout and stderr in one pipe."""
     command = [sys.executable, "launch/local.py", f"--processes={processes}", f"--max_restarts={restarts}"]
     return subprocess.Popen(
         [*command, "--", *work, f"--num_devices={devices or 8 // processes}", f"--workdir={workdir}", *flags],
@@ -31,36 +31,36 @@ def start(processes, workdir, *flags, devices=None, restarts=0, work=WORK):
 
 
 def ended(launcher, timeout=240):
-    """Its exit code and what it said. No process of it outlives this."""
+    """Waits for the launcher to end, kills what is left of it and returns (exit code, output)."""
     try:
-        said = launcher.communicate(timeout=timeout)[0]
+        output = launcher.communicate(timeout=timeout)[0]
     finally:
         for process in psutil.Process().children(recursive=True):
-            with contextlib.suppress(psutil.NoSuchProcess):  # also a zombie is none
+            with contextlib.suppress(psutil.NoSuchProcess):  # A zombie raises this as well.
                 if "dpreg.main" in " ".join(process.cmdline()):
                     process.kill()
-    return launcher.returncode, said
+    return launcher.returncode, output
 
 
 def alone(workdir, *flags, devices=8, work=WORK):
-    """The same work in one process."""
+    """Runs the same work in one process."""
     done = forked.run("-m", "dpreg.main", *work, f"--num_devices={devices}", f"--workdir={workdir}", *flags)
     assert done.returncode == 0, done.stderr
     return done
 
 
 def several(processes, workdir, *flags, work=WORK):
-    """The same work in some processes started by hand, with 8 devices in all."""
+    """Runs the same work in several processes without a launcher, with 8 devices in total."""
     where = (f"--num_devices={8 // processes}", f"--workdir={workdir}", free_address(), f"--num_processes={processes}")
     own = ([*work, *flags, *where, f"--process_id={number}"] for number in range(processes))
-    done = together(*((("-m", "dpreg.main"), flags, ROOT) for flags in own), timeout=240)
+    done = run_processes(*((("-m", "dpreg.main"), flags, ROOT) for flags in own), timeout=240)
     for code, lines, *_ in done:
         assert code == 0, lines
     return done
 
 
 def outcome(workdir):
-    """All of a run that may not depend on who ran it."""
+    """Returns all results of a run that must not depend on devices and processes."""
     curve = [
         {k: v for k, v in r.items() if k != "rows_per_second"} for r in read_records(workdir / "metrics.jsonl").whole
     ]
@@ -69,7 +69,7 @@ def outcome(workdir):
 
 
 def workers(launcher):
-    """The processes of the run, by their ids."""
+    """Returns the processes of the run, sorted by process id."""
     try:
         children = psutil.Process(launcher.pid).children()
         return sorted(children, key=lambda p: int(p.cmdline()[-1].removeprefix("--process_id=")))
@@ -78,7 +78,7 @@ def workers(launcher):
 
 
 def wait_until(condition, launcher, seconds=120):
-    """Waits until the condition holds, or the run has ended; whether it holds."""
+    """Waits until the condition holds or the run has ended, and returns the last value of the condition."""
     deadline = time.monotonic() + seconds
     while not (held := condition()) and launcher.poll() is None and time.monotonic() < deadline:
         time.sleep(0.01)
@@ -86,28 +86,28 @@ def wait_until(condition, launcher, seconds=120):
 
 
 def complete(workdir):
-    """The steps of the checkpoints that are whole."""
+    """Returns the steps of the complete checkpoints."""
     folder = workdir / "checkpoints"
     return [int(path.name) for path in folder.iterdir() if path.name.isdigit()] if folder.exists() else []
 
 
 def free_address():
-    """A flag with an address that nobody uses."""
+    """Returns a --coordinator_address flag with a free port."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return f"--coordinator_address=127.0.0.1:{listener.getsockname()[1]}"
 
 
-def stepping(workdir):
-    """Whether steps have been told of."""
+def has_logged_steps(workdir):
+    """Returns whether metrics.jsonl has the record of at least one step."""
     return bool(read_records(workdir / "metrics.jsonl").whole)
 
 
-def together(*starts, timeout=100, prefix=()):
-    """Processes started by hand, each by its (command after python, flags, folder).
+def run_processes(*starts, timeout=100, prefix=()):
+    """Runs processes without a launcher, each given as (command after python, flags, folder).
 
     Returns:
-      Of each its exit code, lines of stderr, stdout and seconds.
+      (exit code, lines of stderr, stdout, seconds) of each process.
     """
     running, began, pipes = [], time.monotonic(), {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     for command, flags, folder in starts:
@@ -127,7 +127,7 @@ def together(*starts, timeout=100, prefix=()):
 
 
 def end(running):
-    """Kills what still runs, and closes its pipes."""
+    """Kills the processes that still run and closes their pipes."""
     for process in running:
         process.kill()
         process.communicate()

@@ -1,4 +1,4 @@
-"""The tests run on 8 simulated CPU devices, strictly."""
+"""Runs the tests on 8 simulated CPU devices, with strict JAX settings."""
 
 import gc
 
@@ -6,10 +6,10 @@ import jax
 
 from dpreg.distributed import devices
 
-devices.start("cpu", 8, threads=8)  # as a run does, the compilation cache included
+devices.start("cpu", 8, threads=8)  # As a run does, with the compilation cache.
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
 def pytest_collection_finish():
-    gc.freeze()  # what was imported, or the collector looks at all of it for each of the many programs that are traced
+    gc.freeze()  # Otherwise each garbage collection during tracing scans all imported objects.

@@ -1,8 +1,8 @@
-"""Python in processes of their own, each forked from one that has imported dpreg: a start takes no seconds of import.
+"""Runs Python in new processes forked from one that has imported dpreg, which saves seconds of import at each start.
 
-As a fresh process each has its own JAX, signals, folder, output and exit code. `run` and `Process` are as `run` and
-`Popen` of subprocess, but for the interpreter, which is no argument. What depends on the import itself, or on variables
-that are read by it, needs a fresh process.
+Each process has its own JAX, signals, folder, output and exit code. `run` and `Process` work like `run` and
+`Popen` of subprocess, but without the interpreter as an argument. Tests of the import itself, or of variables
+that it reads, need a fresh process.
 """
 
 import contextlib
@@ -21,11 +21,11 @@ import time
 import weakref
 
 ROOT = pathlib.Path(__file__).parent.parent
-IMPORTED = ("dpreg.main", "dpreg.report", "scipy.linalg", "scipy.special")  # none of which starts JAX, or threads of it
+IMPORTED = ("dpreg.main", "dpreg.report", "scipy.linalg", "scipy.special")  # None of them starts JAX or its threads.
 
 
 def run(*arguments, timeout=240, **where):
-    """`python ARGUMENTS` to its end, as `start` takes it."""
+    """Runs `python ARGUMENTS` to its end; the arguments are those of `start`."""
     with start(*arguments, **where) as process:
         out, err = process.communicate(timeout)
         return subprocess.CompletedProcess(process.args, process.returncode, out, err)
@@ -35,13 +35,13 @@ def start(*arguments, cwd=ROOT, env=None):
     """Starts `python ARGUMENTS`: `-m MODULE ...`, `-c CODE ...` or `FILE ...`.
 
     Args:
-      env: what differs from the environment of this process; None removes a variable.
+      env: changes to the environment of this process; None removes a variable.
     """
     return _parent().start([*map(str, arguments)], str(cwd), env or {})
 
 
 class Process:
-    """A process that was started; it is killed when its context is left."""
+    """A started process; leaving its context kills it."""
 
     def __init__(self, parent, pid, arguments, files):
         self.pid, self.args, self.returncode = pid, arguments, None
@@ -55,9 +55,9 @@ class Process:
         self.wait(60)
 
     def send_signal(self, number):
-        """Sends it a signal, if it still runs."""
+        """Sends a signal if the process still runs."""
         if self.poll() is None:
-            os.kill(self.pid, number)  # its parent may have reaped it just now, but has started no other since
+            os.kill(self.pid, number)  # No other process can have this pid yet.
 
     def terminate(self):
         """Sends SIGTERM."""
@@ -69,14 +69,14 @@ class Process:
             self.send_signal(signal.SIGKILL)
 
     def poll(self):
-        """Its exit code; None while it runs."""
+        """Returns the exit code, or None while the process runs."""
         if self.returncode is None:
             self._parent.listen(0)
             self.returncode = self._parent.ended.get(self.pid)
         return self.returncode
 
     def wait(self, timeout=240):
-        """Its exit code, once it has ended."""
+        """Waits for the process to end and returns its exit code."""
         until = time.monotonic() + timeout
         while self.poll() is None:
             if (rest := until - time.monotonic()) < 0:
@@ -85,13 +85,13 @@ class Process:
         return self.returncode
 
     def communicate(self, timeout=240):
-        """What it printed, on stdout and on stderr, once it has ended."""
+        """Waits for the process to end and returns (stdout, stderr)."""
         self.wait(timeout)
         return tuple(file.read_text(errors="replace") for file in self._files)
 
 
 class _Parent:
-    """The process that has imported dpreg and forks the others."""
+    """The process that has imported dpreg and forks all others."""
 
     def __init__(self):
         self._folder, self._count, self._text = tempfile.TemporaryDirectory(), 0, b""
@@ -110,7 +110,7 @@ class _Parent:
         return Process(self, self.started.pop(), arguments, files)
 
     def listen(self, seconds):
-        """Takes in which process was started, and which have ended."""
+        """Reads which processes have started and which have ended."""
         if select.select([self._process.stdout], [], [], seconds)[0]:
             text = os.read(self._process.stdout.fileno(), 1 << 16)
             assert text, "the process that forks the others has ended"
@@ -129,15 +129,15 @@ def _parent(kept=[]):  # noqa: B006
 
 
 def _serve():
-    """Forks a process for each request, and says when it ends."""
+    """Forks a process for each request and reports its pid and its exit code."""
     for module in IMPORTED:
         importlib.import_module(module)
-    gc.freeze()  # else each process would copy what the collector looks at
+    gc.freeze()  # Garbage collection would otherwise copy the shared memory pages in each process.
     wakes, waker = os.pipe()
     os.set_blocking(waker, False)
     signal.set_wakeup_fd(waker)
     signal.signal(signal.SIGCHLD, lambda *_: None)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # as a terminal sends it to all: pytest ends this one
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C in a terminal reaches this process too; pytest ends it.
     waiting = b""
     while True:
         ready = select.select([0, wakes], [], [])[0]
@@ -166,7 +166,7 @@ def _say(*message):
 
 
 def _run(arguments, files, cwd, env):
-    """Makes the process that was forked one that was started by `python ARGUMENTS`."""
+    """Turns the forked process into one that runs `python ARGUMENTS`."""
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     for stream, path in enumerate((os.devnull, *files)):

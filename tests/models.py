@@ -1,4 +1,4 @@
-"""Models that tests train: what a user would write."""
+"""Models that tests train, as a user would write them."""
 
 import dataclasses
 from collections.abc import Callable
@@ -12,7 +12,7 @@ import dpreg
 
 
 class Net(dpreg.Module):
-    """Everything that makes a step more than a gradient: BatchNorm, Dropout, an optimizer with a state."""
+    """A network with BatchNorm, Dropout and an optimizer that keeps a state."""
 
     optimizer: optax.GradientTransformation
     width: int = 16
@@ -32,7 +32,7 @@ class Net(dpreg.Module):
 
 
 class Foreign(nn.Module):
-    """Not a `dpreg.Module`: any flax module with a loss and an optimizer will do."""
+    """A flax module with a loss and an optimizer that is not a `dpreg.Module`."""
 
     @nn.compact
     def __call__(self, x):
@@ -47,7 +47,7 @@ class Foreign(nn.Module):
 
 @dataclasses.dataclass
 class Rows:
-    """Random regression rows [n, d], with sample weights some of which are 0."""
+    """Random regression rows [n, d]; some of the optional sample weights are 0."""
 
     num_rows: int
     num_inputs: int = 3

@@ -1,4 +1,4 @@
-"""What each of two processes of `test_parts.py` does: trains on its own part of the rows, and gives what is refused."""
+"""The program of the two processes of `test_parts.py`: trains on its own rows, and makes calls that must be refused."""
 
 import hashlib
 import json
@@ -13,7 +13,7 @@ from dpreg.data.pipeline import CastSource
 from dpreg.models.losses import make_loss
 from dpreg.solvers.solver import Solver
 
-ROWS, HELD_OUT, CUTS = 203, 50, (61, 50)  # of process 0; the others are of process 1, which has none held out
+ROWS, HELD_OUT, CUTS = 203, 50, (61, 50)  # CUTS: rows of process 0. Process 1 has the others, and no held-out rows.
 
 
 def arrays(number, seed):
@@ -33,7 +33,7 @@ def sha_of(*values):
 
 
 def results(data, placement):
-    """All that comes of training on the rows, to the last bit."""
+    """Returns all results of training on the rows, bit by bit."""
     trainer = dpreg.Trainer(3, num_shards=4, reduction="ordered", placement=placement, seed=3)
     trainer.fit(dpreg.LinearRegressionScratch(3, 0.05), data)
     params = trainer.state.params
@@ -49,14 +49,14 @@ def results(data, placement):
 
 
 def refusals(process, trainer):
-    """What the processes are told when what they give is not alike."""
-    model, said = dpreg.LinearRegressionScratch(3, 0.05), {}
+    """Returns the error messages of calls whose arguments differ between the processes."""
+    model, messages = dpreg.LinearRegressionScratch(3, 0.05), {}
 
     def refused(name, function):
         try:
             function()
         except dpreg.InputError as error:
-            said[name] = str(error)
+            messages[name] = str(error)
 
     def fit(data, model=model, **settings):
         settings = {"max_epochs": 1, "num_shards": 4} | settings
@@ -85,7 +85,7 @@ def refusals(process, trainer):
     logistic = dpreg.LinearRegressionScratch(3, 0.05, objective=make_loss("logistic"))
     refused("target", fit(dpreg.RegressionData.from_parts(labels), logistic))
     refused("shuffled", lambda: dpreg.PermutedSource(dpreg.RegressionData.from_parts(narrow and source(9, 0)).train))
-    return said
+    return messages
 
 
 def main(address, process):

@@ -1,4 +1,4 @@
-"""Runs a command in a pseudo-terminal of 100 columns and prints what it showed: `terminal.py COMMAND ...`."""
+"""Runs a command in a pseudo-terminal of 100 columns and prints its output: `terminal.py COMMAND ...`."""
 
 import fcntl
 import os

@@ -1,4 +1,4 @@
-"""Every epoch proves that it used each row once; what does not is an error."""
+"""The audit: each epoch must use each row exactly once; otherwise the run ends with an error."""
 
 import numpy as np
 import pytest
@@ -12,7 +12,7 @@ from dpreg.train.callback import FunctionCallback
 
 
 def tag(index):
-    """The tag of a row, computed in Python integers."""
+    """Returns the tag of a row, computed with Python integers."""
 
     def mix(word, key):
         word = (word ^ key) * 0x9E3779B1 % 2**32
@@ -30,15 +30,15 @@ def audits_of(trainer, data):
     return audits
 
 
-def test_tags_are_odd_and_tell_rows_apart():
+def test_tags_are_odd_and_differ_between_rows():
     tags = row_tag(np.arange(100_000))
     assert tags[:50].tolist() == [tag(i) for i in range(50)]
     assert (tags % 2 == 1).all()
-    assert len(np.unique(tags)) > 99_990  # a birthday problem among 2**31
+    assert len(np.unique(tags)) > 99_990  # Among 2**31 tags a few collide (birthday problem).
 
 
 @pytest.mark.parametrize("rows", [3, 37, 160])
-def test_an_epoch_uses_each_row_once_on_any_devices(rows):
+def test_an_epoch_uses_each_row_once_on_any_number_of_devices(rows):
     due = [rows, sum(map(tag, range(rows))) % 2**32]
     data = Rows(rows, weighted=True).data(16, num_val=5)
     layouts = (
@@ -56,20 +56,20 @@ def test_an_epoch_uses_each_row_once_on_any_devices(rows):
 
 
 def repeated(self, step, shard, seed):
-    """As the sampler, whose strips are of one row here, but the first row of each shard takes the place of the last."""
+    """Samples like dpreg (strips have one row here), but replaces the last row of each shard by its first row."""
     strips, size = Sampler.true_strips(self, step, shard, seed), self.shard_size(shard)[..., None]
     return strips * (strips != size - 1).astype(np.int32)
 
 
 def dropped(self, step, shard, seed):
-    """As the sampler, but without the last row of each shard."""
+    """Samples like dpreg, but drops the last row of each shard."""
     strips, size = Sampler.true_strips(self, step, shard, seed), self.shard_size(shard)[..., None]
     return strips + (strips == size - 1).astype(np.int32)
 
 
 @pytest.mark.parametrize("placement", ["device", "host"])
 @pytest.mark.parametrize("fault", [repeated, dropped])
-def test_a_row_used_twice_or_not_at_all_ends_the_run(monkeypatch, fault, placement):
+def test_a_row_that_is_repeated_or_dropped_ends_the_run(monkeypatch, fault, placement):
     monkeypatch.setattr(Sampler, "true_strips", Sampler.strips, raising=False)
     monkeypatch.setattr(Sampler, "strips", fault)
     trainer = dpreg.Trainer(2, 4, placement=placement)
@@ -79,7 +79,7 @@ def test_a_row_used_twice_or_not_at_all_ends_the_run(monkeypatch, fault, placeme
     assert f" {153 - 8 * (fault is dropped)} rows with tags" in str(caught.value)
 
 
-def test_steps_that_were_not_taken_are_not_counted():
+def test_the_audit_does_not_count_steps_that_were_not_taken():
     data = Rows(160).data(16)
     data.train.y[100] = np.float32(1e38)
     trainer = dpreg.Trainer(5)

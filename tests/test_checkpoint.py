@@ -1,4 +1,4 @@
-"""A run that is stopped anywhere goes on to the same bits and the same curve, on any devices."""
+"""Checkpoints: a run stopped at any step resumes to the same bits and the same curve, on any devices."""
 
 import contextlib
 import functools
@@ -32,12 +32,12 @@ ROOT = pathlib.Path(__file__).parent.parent
 
 @pytest.fixture(autouse=True, scope="module")
 def _promotion():
-    with jax.numpy_dtype_promotion("standard"):  # which `optax.add_noise` needs
+    with jax.numpy_dtype_promotion("standard"):  # `optax.add_noise` needs it.
         yield
 
 
 def prepare(trainer, width=16, activation=nn.relu):
-    """With a random key in the optimizer's state, which is saved and restored as well."""
+    """Prepares a model whose optimizer state holds a random key, which must be saved and restored too."""
     noisy = optax.chain(optax.add_noise(1e-4, 0.5, key=0), optax.sgd(0.05, momentum=0.9))
     trainer.prepare_model(Net(noisy, width=width, activation=activation))
 
@@ -50,7 +50,7 @@ def prepared(num_val=20, activation=nn.relu, **arguments):
 
 
 def train(folder, stop_at=None, identity=IDENTITY, **arguments):
-    """Trains for 3 epochs of 10 steps, or until a signal comes at a step, going on from what lies in the folder."""
+    """Trains for 3 epochs of 10 steps, or until a signal at step `stop_at`; resumes from a checkpoint in the folder."""
     folder.mkdir(exist_ok=True)
     trainer = prepared(**arguments)
     sync_signal = SyncSignal()
@@ -99,7 +99,7 @@ def test_a_stopped_run_goes_on_to_the_same_bits_on_other_devices(tmp_path, whole
     assert outcome(tmp_path, trainer) == whole
 
 
-def test_a_run_that_is_stopped_with_two_epochs_in_flight_goes_on_to_the_same_bits(tmp_path):
+def test_a_run_stopped_with_two_epochs_in_flight_resumes_to_the_same_bits(tmp_path):
     trainer, _ = train(tmp_path / "whole", num_val=0)
     whole = outcome(tmp_path / "whole", trainer)
     trainer, sync_signal = prepared(num_val=0), SyncSignal()
@@ -113,14 +113,14 @@ def test_a_run_that_is_stopped_with_two_epochs_in_flight_goes_on_to_the_same_bit
             trainer.add_callback(callback)
         with pytest.raises(Preempted):
             trainer.fit_epochs()
-    assert trainer.step == 12  # told of 8 steps, with 4 more under way, 2 of them of the next epoch
+    assert trainer.step == 12  # 8 steps were reported; 4 more were in flight, 2 of them in the next epoch.
     trainer, began_at = train(folder, num_val=0, num_devices=3)
     assert began_at == 12
     assert outcome(folder, trainer) == whole
 
 
 @pytest.mark.parametrize(("num_val", "step", "after"), [(0, 2, 6), (0, 10, 14), (20, 9, 10)])
-def test_a_trainer_whose_callback_raised_before_all_was_reported_does_not_go_on(tmp_path, num_val, step, after):
+def test_a_trainer_does_not_go_on_if_a_callback_raised_before_all_steps_were_reported(tmp_path, num_val, step, after):
     def enough(progress):
         if progress.step == step:
             raise StopIteration
@@ -134,7 +134,7 @@ def test_a_trainer_whose_callback_raised_before_all_was_reported_does_not_go_on(
 
 
 @pytest.mark.parametrize("num_val", [0, 20])
-def test_a_callback_may_save_and_raise_at_the_end_of_an_epoch_that_is_validated(tmp_path, num_val):
+def test_a_callback_may_save_and_raise_at_the_end_of_a_validated_epoch(tmp_path, num_val):
     def save_and_raise(progress):
         if progress.epoch_ended and progress.step == 20 and not saved:
             saved.append(1)
@@ -155,8 +155,8 @@ def test_a_callback_may_save_and_raise_at_the_end_of_an_epoch_that_is_validated(
             assert leaves_of(trainer) == leaves_of(whole)
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # Orbax drops tasks when one fails
-def test_a_flipped_byte_in_any_file_is_noticed_and_the_checkpoint_before_is_used(tmp_path, caplog):
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # of tasks that Orbax abandons
+def test_a_flipped_byte_in_any_file_is_detected_and_the_previous_checkpoint_is_used(tmp_path, caplog):
     saved = {stop: leaves_of(train(tmp_path / "w", stop)[0]) for stop in (4, 7)}
     trainer, noticed = prepared(), []
     newest = tmp_path / "w" / "checkpoints" / "7"
@@ -180,12 +180,12 @@ def test_a_flipped_byte_in_any_file_is_noticed_and_the_checkpoint_before_is_used
         )
         if trainer.step == 4:
             noticed.append(file.name)
-    gc.collect()  # the tasks that Orbax dropped complain here, not in a later test
+    gc.collect()  # Raises the warnings of tasks that Orbax abandoned here and not in a later test.
     assert {"metadata", "manifest.ocdbt"} <= set(noticed)
     assert any(len(name) == 32 for name in noticed)  # Orbax's data files
 
 
-def test_a_flipped_byte_in_what_the_run_is_is_damage_not_another_run(tmp_path, caplog):
+def test_a_flipped_byte_in_the_identity_file_is_reported_as_damage_not_as_another_run(tmp_path, caplog):
     train(tmp_path, 4)
     train(tmp_path, 7)
     file = tmp_path / "checkpoints" / "7" / "meta" / "metadata"
@@ -199,7 +199,7 @@ def test_a_flipped_byte_in_what_the_run_is_is_damage_not_another_run(tmp_path, c
     assert "checkpoint 7 is damaged, and renamed to damaged-7-" in caplog.text
 
 
-def test_another_model_under_the_same_flags_is_refused_and_nothing_is_lost(tmp_path):
+def test_resuming_with_another_model_under_the_same_flags_is_refused_and_loses_nothing(tmp_path):
     train(tmp_path, 4)
     trainer = prepared()
     prepare(trainer, width=8)
@@ -211,7 +211,7 @@ def test_another_model_under_the_same_flags_is_refused_and_nothing_is_lost(tmp_p
     assert (tmp_path / "checkpoints" / "4").exists()
 
 
-def test_a_model_whose_code_computes_something_else_by_now_is_refused(tmp_path, monkeypatch):
+def test_resuming_with_model_code_that_changed_its_computation_is_refused(tmp_path, monkeypatch):
     trainer, _ = train(tmp_path, 4)
     was, changed = trainer.loop.computation, prepared(activation=lambda x: nn.relu(x) * 1.0625)
     with Checkpoints(tmp_path / "checkpoints", IDENTITY) as checkpoints:
@@ -222,18 +222,18 @@ def test_a_model_whose_code_computes_something_else_by_now_is_refused(tmp_path, 
         rewritten = prepared(activation=lambda x: nn.relu(x), num_devices=1, backend="pmap", placement="host")
         assert rewritten.loop.computation == was
         assert checkpoints.restore(rewritten)
-        # Other versions of the libraries may trace the same computation otherwise.
+        # Other versions of the libraries may trace the same computation differently.
         monkeypatch.setattr(
             type(changed.loop), "computation", was.replace(jax.__version__, "99.0").replace(was[:32], "0")
         )
         assert checkpoints.restore(changed)
 
 
-def test_the_curve_outlives_a_process_that_dies_at_once_after_a_resume(tmp_path):
+def test_the_curve_survives_a_crash_right_after_a_resume(tmp_path):
     train(tmp_path, 7)
     path = tmp_path / "metrics.jsonl"
     before = path.read_text()
-    writer = MetricsWriter(path, 7)  # not closed, nothing written
+    writer = MetricsWriter(path, 7)  # It is not closed, so nothing is written.
     assert path.read_text() == before
     writer.__exit__()
 
@@ -253,7 +253,7 @@ DAMAGES = {
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_a_damaged_curve_is_set_aside_and_the_run_goes_on_with_its_whole_lines(damage, tmp_path, caplog):
+def test_a_damaged_curve_is_set_aside_and_the_run_resumes_with_its_complete_lines(damage, tmp_path, caplog):
     path = tmp_path / "metrics.jsonl"
     path.write_bytes(DAMAGES[damage])
     MetricsWriter(path, 2).__exit__()
@@ -266,13 +266,13 @@ def test_a_damaged_curve_is_set_aside_and_the_run_goes_on_with_its_whole_lines(d
     assert len(caplog.messages) == 1
 
 
-def test_a_file_in_the_place_of_checkpoints_is_refused(tmp_path):
+def test_a_file_where_the_checkpoint_folder_belongs_is_refused(tmp_path):
     (tmp_path / "checkpoints").touch()
     with pytest.raises(dpreg.InputError, match="checkpoints: is not a folder; move it away, or name another workdir"):
         Checkpoints(tmp_path / "checkpoints", IDENTITY)
 
 
-def test_what_is_no_file_in_the_place_of_a_curve_is_set_aside(tmp_path, caplog):
+def test_a_curve_path_that_is_not_a_regular_file_is_set_aside(tmp_path, caplog):
     (tmp_path / "metrics.jsonl").mkdir()
     os.mkfifo(tmp_path / "starts.jsonl")
     MetricsWriter(tmp_path / "metrics.jsonl").__exit__()
@@ -281,17 +281,17 @@ def test_what_is_no_file_in_the_place_of_a_curve_is_set_aside(tmp_path, caplog):
     assert (start["step"], (tmp_path / "metrics.jsonl").read_text(), len(caplog.messages)) == (7, "", 2)
 
 
-def test_a_run_whose_curve_is_lost_goes_on_to_the_same_bits(tmp_path, whole):
+def test_a_run_without_its_curve_resumes_to_the_same_bits(tmp_path, whole):
     train(tmp_path, 7)
     curve = (tmp_path / "metrics.jsonl").read_bytes()
     (tmp_path / "metrics.jsonl").write_bytes(curve[:-20] + bytes(20))
     trainer, began_at = train(tmp_path)
     bits, lines, *losses = outcome(tmp_path, trainer)
     assert (began_at, bits, *losses) == (7, whole[0], *whole[2:])
-    assert lines == [line for line in whole[1] if line["step"] != 6]  # the last before the signal
+    assert lines == [line for line in whole[1] if line["step"] != 6]  # Step 6 is the last one before the signal.
 
 
-def test_a_file_system_in_trouble_is_no_damaged_checkpoint(tmp_path, monkeypatch):
+def test_an_error_of_the_file_system_is_not_taken_for_a_damaged_checkpoint(tmp_path, monkeypatch):
     train(tmp_path, 4)
     with Checkpoints(tmp_path / "checkpoints", IDENTITY) as checkpoints:
         for error in (OSError(5, "Input/output error"), ValueError("PERMISSION_DENIED: no"), MemoryError()):
@@ -306,7 +306,7 @@ def test_a_file_system_in_trouble_is_no_damaged_checkpoint(tmp_path, monkeypatch
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["4"]
 
 
-def test_an_epoch_that_was_not_audited_from_its_start_is_not_audited(tmp_path):
+def test_an_epoch_resumed_without_its_audit_is_not_audited(tmp_path):
     train(tmp_path, 4, audit=False)
     train(tmp_path)
     audits = [
@@ -317,7 +317,7 @@ def test_an_epoch_that_was_not_audited_from_its_start_is_not_audited(tmp_path):
     assert audits[1]["rows"] == 153
 
 
-def test_another_run_is_refused_by_the_names_of_what_differs(tmp_path):
+def test_resuming_another_run_is_refused_with_the_settings_that_differ(tmp_path):
     train(tmp_path, 4)
     with pytest.raises(dpreg.InputError, match=r"another run: lr was 0\.05 and is 0\.1"):
         train(tmp_path, identity={"lr": 0.1})
@@ -344,24 +344,24 @@ EPOCHS = "--max_epochs=200"
 
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory):
-    """The workdir of a run that nobody killed."""
+    """Returns the workdir of a run that was not killed."""
     workdir = tmp_path_factory.mktemp("uninterrupted")
     assert run(workdir, EPOCHS, "--num_devices=1").returncode == 0
     return workdir
 
 
 @pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
-def test_a_killed_process_loses_nothing_but_time(tmp_path, how, uninterrupted):
+def test_a_killed_process_resumes_to_the_result_of_an_uninterrupted_run(tmp_path, how, uninterrupted):
     process = forked.start(*command(tmp_path / "w", EPOCHS, "--num_devices=2", "--checkpoint_every_seconds=0.3"))
     folder = tmp_path / "w" / "checkpoints"
     wait_for(lambda: folder.exists() and any(path.name.isdigit() for path in folder.iterdir()), process)
     os.kill(process.pid, how)
-    said = process.communicate(timeout=120)[1]
-    assert process.returncode == {signal.SIGTERM: 75, signal.SIGINT: 130}.get(how, -how), said
+    stderr = process.communicate(timeout=120)[1]
+    assert process.returncode == {signal.SIGTERM: 75, signal.SIGINT: 130}.get(how, -how), stderr
     if how != signal.SIGKILL:
         verb = "interrupted" if how == signal.SIGINT else "stopped"
-        assert f"{verb} at step " in said.splitlines()[-1]
-        assert "the same command resumes from there" in said.splitlines()[-1]
+        assert f"{verb} at step " in stderr.splitlines()[-1]
+        assert "the same command resumes from there" in stderr.splitlines()[-1]
     done = run(tmp_path / "w", EPOCHS, "--num_devices=1")
     assert "going on from step" in done.stderr
     summaries = [json.loads((workdir / "summary.json").read_text()) for workdir in (tmp_path / "w", uninterrupted)]
@@ -372,7 +372,7 @@ def test_a_killed_process_loses_nothing_but_time(tmp_path, how, uninterrupted):
         assert resumed | {"rows_per_second": 0} == expected | {"rows_per_second": 0}
 
 
-def test_resume_never_starts_over_and_must_needs_something(tmp_path):
+def test_resume_never_starts_over_and_resume_must_needs_a_checkpoint(tmp_path):
     assert run(tmp_path / "w", "--max_epochs=1").returncode == 0
     again = run(tmp_path / "w", "--max_epochs=1", "--resume=never")
     assert (again.returncode, "going on" in again.stderr) == (0, False)
@@ -386,7 +386,7 @@ def test_resume_never_starts_over_and_must_needs_something(tmp_path):
 
 
 @pytest.mark.parametrize("stop_at", [7, 10, 20])
-def test_the_best_epoch_is_remembered(tmp_path, stop_at):
+def test_a_resumed_run_remembers_the_best_epoch(tmp_path, stop_at):
     def train_with_patience(folder, stop_at=None, num_devices=8):
         trainer, _ = train(folder, stop_at, patience=5, num_devices=num_devices)
         variables = [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(trainer.loop.best.variables)]
@@ -412,8 +412,8 @@ def _save_more_than_fits(folder, trainer, again):
 
 
 @pytest.mark.parametrize("again", [True, False])
-def test_a_file_system_that_refuses_a_checkpoint_is_one_line_and_the_last_whole_one_is_kept(tmp_path, again, capfd):
-    """Orbax writes in the background: the next save raises, or the end."""
+def test_a_failed_save_is_reported_in_one_line_and_keeps_the_last_complete_checkpoint(tmp_path, again, capfd):
+    """Orbax writes in the background: the error is raised by the next save or when the checkpoints are closed."""
     trainer = dpreg.Trainer(4, 1)
     trainer.prepare_data(dpreg.RegressionData(dpreg.ArraySource(np.ones((16, 1 << 14)), np.ones(16)), batch_size=8))
     trainer.prepare_model(dpreg.LinearRegressionScratch(1 << 14, 1e-6))  # random parameters of 64 kB

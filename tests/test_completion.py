@@ -1,4 +1,4 @@
-"""What shells complete, asked of the shells themselves."""
+"""Completion of flags and values, tested in real shells."""
 
 import dataclasses
 import os
@@ -27,7 +27,7 @@ def dpreg(*arguments):
 
 @pytest.fixture(scope="module")
 def scripts(tmp_path_factory):
-    """A file with the script for each shell that is here."""
+    """Writes the completion script of each installed shell to a file."""
     folder = tmp_path_factory.mktemp("completion")
     for shell in filter(shutil.which, SHELLS):
         printed = dpreg(f"--shell_completion={shell}")
@@ -43,8 +43,8 @@ def files(tmp_path):
     return tmp_path
 
 
-def told(shell, text, folder):
-    """What a shell prints that runs a text in a folder, with nothing on stderr."""
+def shell_output(shell, text, folder):
+    """Runs a script in a shell and returns the lines of its stdout; stderr must be empty."""
     if not shutil.which(shell):
         pytest.skip(f"there is no {shell}")
     bare = {"bash": ("--norc",), "zsh": ("-f",), "fish": ("--no-config",)}[shell]
@@ -54,7 +54,7 @@ def told(shell, text, folder):
 
 
 def bash(scripts, folder, *words):
-    """The candidates for the last word, and the options that go with them."""
+    """Returns the candidates for the last word, and the options of `compopt`."""
     driver = f"""
         set -u
         compopt() {{ echo "option $2"; }}
@@ -64,7 +64,7 @@ def bash(scripts, folder, *words):
         _dpreg
         [[ ${{#COMPREPLY[@]}} == 0 ]] || printf '%s\\n' "${{COMPREPLY[@]}}"
     """
-    lines = told("bash", driver, folder)
+    lines = shell_output("bash", driver, folder)
     options = {line.removeprefix("option ") for line in lines if line.startswith("option ")}
     return [line for line in lines if not line.startswith("option ")], options
 
@@ -76,7 +76,7 @@ def test_bash_completes_every_flag(scripts, files):
         if field.metadata:
             both = {field.name, f"no{field.name}"}
             assert f"{field.name}=" in offered or both <= offered, field.name
-    listed = dpreg("--helpfull").stdout  # which has booleans as --[no]name
+    listed = dpreg("--helpfull").stdout  # It lists booleans as --[no]name.
     for name in offered - {"help", "helpfull", "version", "flagfile="}:
         bare = name.removesuffix("=").removeprefix("no") if f"--{name}:" not in listed else name
         assert f"--{name.removesuffix('=')}:" in listed or f"--[no]{bare}:" in listed, name
@@ -107,15 +107,15 @@ def test_bash_completes_every_flag(scripts, files):
 )
 def test_bash_completes_values(word, candidates, scripts, files):
     flag, _, value = word.partition("=")
-    cut = (flag, "=", *([value] if value else []))  # as bash does
+    cut = (flag, "=", *([value] if value else []))  # Bash splits words at "=" like this.
     found, options = bash(scripts, files, "--seed", "=", "3", *cut)
     assert sorted(found) == sorted(candidates)
     assert options == ({"filenames"} if flag in ("--dataset", "--flagfile", "--workdir") else set())
-    whole, _ = bash(scripts, files, word)  # as it does without = in COMP_WORDBREAKS
+    whole, _ = bash(scripts, files, word)  # The same word if COMP_WORDBREAKS has no "=".
     assert sorted(whole) == sorted(f"{flag}={candidate}" for candidate in candidates)
 
 
-def test_bash_puts_a_space_where_no_value_follows(scripts, files):
+def test_bash_appends_a_space_only_where_no_value_follows(scripts, files):
     assert bash(scripts, files, "--noaud") == (["--noaudit"], set())
     assert bash(scripts, files, "--num_sh") == (["--num_shards="], {"nospace"})
     assert bash(scripts, files, "--nothing") == ([], set())
@@ -134,7 +134,7 @@ def test_bash_puts_a_space_where_no_value_follows(scripts, files):
     ],
 )
 def test_zsh_completes(typed, shown, scripts, files):
-    """Typed in a terminal, with a tab and a return after it, which takes a last = or / away again."""
+    """Types a line, a tab and a return in a terminal; the return removes a trailing "=" or "/"."""
     if not shutil.which("zsh"):
         pytest.skip("there is no zsh")
     (files / "table one.csv").unlink()
@@ -165,11 +165,11 @@ def test_zsh_completes(typed, shown, scripts, files):
 )
 def test_fish_completes(typed, candidates, scripts, files):
     text = f"source {scripts / 'fish'}; complete -C {shlex.quote('dpreg ' + typed)}"
-    found = [line.partition("\t")[0] for line in told("fish", text, files)]
+    found = [line.partition("\t")[0] for line in shell_output("fish", text, files)]
     assert sorted({name.removesuffix("=") if "=" not in typed else name for name in found}) == candidates
 
 
-def test_an_unknown_shell_is_one_line_and_no_script():
+def test_an_unknown_shell_is_refused_in_one_line_without_a_script():
     done = dpreg("--shell_completion=tcsh")
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == "dpreg: --shell_completion=tcsh: use bash or zsh or fish\n"

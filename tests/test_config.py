@@ -1,4 +1,4 @@
-"""Settings: each default and each rule in one place, in messages that name them as the caller does."""
+"""Settings: each default and each rule is stated once, and messages spell settings as the caller does."""
 
 import ast
 import dataclasses
@@ -21,7 +21,7 @@ from dpreg.step.reduce import REDUCTION_BY_NAME
 
 PACKAGE = pathlib.Path(dpreg.__file__).parent
 NAMES = {field.name for field in dataclasses.fields(Config) if field.metadata}
-# These start commands or define flags; all others are below them.
+# These modules start commands or define flags; no other module may mention flags.
 KNOW_FLAGS = ("main", "plan", "scaling", "report", "cli", "completion", "spelling", "config.flags")
 
 
@@ -37,7 +37,7 @@ def raised(function, *arguments, **named):
     return str(caught.value)
 
 
-def test_no_default_of_a_setting_is_stated_twice():
+def test_the_default_of_each_setting_is_stated_only_in_config():
     """A signature or a field that has a setting's name takes its default from `Config`."""
     stated = []
     for module, tree in modules():
@@ -56,10 +56,10 @@ def test_no_default_of_a_setting_is_stated_twice():
         if not (isinstance(default, ast.Constant) and default.value is None)
     ]
     assert {*literal} == {
-        ("estimators.base", "l2"),  # of the classifier: another one than that of a run
+        ("estimators.base", "l2"),  # The classifier has its own default.
         ("d2l.module", "sigma"),  # as the book prints it
-        ("data.pipeline", "num_shards"),  # until `shard` is called
-        # No settings, in spite of their names.
+        ("data.pipeline", "num_shards"),  # It holds until `shard` is called.
+        # These are not settings, although they have the name of one.
         ("solvers.inference", "target"),
         ("solvers.solver", "target"),
         ("models.losses", "num_classes"),
@@ -70,20 +70,20 @@ def test_no_default_of_a_setting_is_stated_twice():
     assert inspect.signature(dpreg.Trainer).parameters["num_shards"].default == 8  # as help() shows it
 
 
-def test_below_the_entry_points_nobody_knows_flags():
-    of_us = re.compile(rf"--(no)?({'|'.join(sorted({*NAMES, 'topology', 'flagfile', 'config_preset'}))})\b|--$")
+def test_only_entry_points_read_flags():
+    flags = re.compile(rf"--(no)?({'|'.join(sorted({*NAMES, 'topology', 'flagfile', 'config_preset'}))})\b|--$")
     found = [
         (module, node.lineno, node.value)
         for module, tree in modules()
         if module not in KNOW_FLAGS
         for node in ast.walk(tree)
-        if isinstance(node, ast.Constant) and isinstance(node.value, str) and of_us.search(node.value)
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and flags.search(node.value)
     ]
     assert not found
 
 
-def test_settings_are_spelled_when_a_message_is_made_and_not_at_import():
-    """A command makes `spell` write flags only after all imports."""
+def test_a_message_spells_settings_when_it_is_formatted_and_not_at_import():
+    """A command switches `spell` to flags only after all imports."""
     for module, tree in modules():
         waiting = [*tree.body]
         while waiting:
@@ -136,7 +136,7 @@ def diverge():
             "--loss=softmax: it has one target of labels, and there are 2; name one",
         ),
         (
-            lambda: Config(dataset="my lr=1, --lr.csv"),  # what users have named is not rewritten
+            lambda: Config(dataset="my lr=1, --lr.csv"),  # Names chosen by users are not rewritten.
             "dataset='my lr=1, --lr.csv': name the column to predict, with target=('COLUMN',)",
             "--dataset='my lr=1, --lr.csv': name the column to predict, with --target=COLUMN",
         ),
@@ -147,12 +147,12 @@ def diverge():
         ),
     ],
 )
-def test_a_message_names_settings_as_the_caller_does(cause, in_python, in_a_command, capsys):
+def test_a_message_spells_settings_as_the_caller_does(cause, in_python, in_a_command, capsys):
     assert raised(cause) == in_python
     with pytest.raises(SystemExit):
         cli._run_main(lambda argv: cause(), [])
     assert capsys.readouterr().err == f"dpreg: {in_a_command}\n"
-    assert raised(cause) == in_python  # again, once the command has ended
+    assert raised(cause) == in_python  # The spelling is that of Python again after the command has ended.
 
 
 def test_a_flag_in_a_message_can_be_pasted_into_a_shell():
@@ -181,17 +181,17 @@ WRONG = {
 
 
 @pytest.mark.parametrize("name", WRONG)
-def test_a_trainer_and_a_config_refuse_the_same_values_in_the_same_words(name):
+def test_trainer_and_config_refuse_the_same_values_with_the_same_message(name):
     for value in WRONG[name]:
-        said = raised(Config, **{name: value})
-        assert said.startswith(f"{name}=")
-        assert raised(dpreg.Trainer, **{"max_epochs": 1, name: value}) == said
+        message = raised(Config, **{name: value})
+        assert message.startswith(f"{name}=")
+        assert raised(dpreg.Trainer, **{"max_epochs": 1, name: value}) == message
 
 
 @pytest.mark.parametrize(
     "wrong", [{"noise": -1}, {"num_train": 0}, {"num_val": -1}, {"batch_size": 0}, {"seed": 2**31}]
 )
-def test_synthetic_rows_and_a_config_refuse_the_same_values_in_the_same_words(wrong):
+def test_synthetic_data_and_config_refuse_the_same_values_with_the_same_message(wrong):
     assert raised(dpreg.SyntheticRegressionData, w=[1.0], b=0.0, **wrong) == raised(Config, **wrong)
 
 
@@ -209,12 +209,12 @@ def test_synthetic_rows_and_a_config_refuse_the_same_values_in_the_same_words(wr
         (lambda num_devices: dpreg.start("cpu", num_devices), {"num_devices": 0}),
     ],
 )
-def test_models_and_rows_have_the_rules_of_a_config(make, wrong):
+def test_models_and_data_check_values_by_the_rules_of_config(make, wrong):
     assert raised(make, **wrong) == raised(Config, **wrong)
 
 
-def test_values_become_those_of_the_type_of_their_setting():
-    """A number of NumPy or a list is as good as a plain one, in what is written and compared, too."""
+def test_config_converts_values_to_the_type_of_their_setting():
+    """NumPy numbers and lists become plain Python values, which are written and compared equally."""
     found = Config(lr=np.float32(0.5), b=1, num_shards=np.int64(4), hidden=[8, np.int32(2)], w=np.array([1, 2]))
     same = Config(lr=0.5, b=1.0, num_shards=4, hidden=(8, 2), w=(1.0, 2.0))
     assert (found, found.to_flagfile(), repr(found)) == (same, same.to_flagfile(), repr(same))
@@ -224,5 +224,5 @@ def test_values_become_those_of_the_type_of_their_setting():
     assert raised(Config, w=(1, 10**400)) == "w=(1.0, inf): use a finite number"
 
 
-def test_each_reduction_that_can_be_chosen_is_known_to_the_step():
+def test_the_step_implements_each_reduction_that_can_be_chosen():
     assert tuple(REDUCTION_BY_NAME) == REDUCTIONS

@@ -1,4 +1,4 @@
-"""The names of Dive into Deep Learning: its section 3.4 as printed, and what differs in its loops."""
+"""The API of Dive into Deep Learning: its section 3.4 as printed, and custom training loops."""
 
 import types
 import xml.etree.ElementTree
@@ -14,7 +14,7 @@ import dpreg
 from dpreg import d2l
 from dpreg.data.sampler import Sampler
 
-# The section's code, its slips corrected.
+# The code of the section, with its mistakes corrected.
 CHAPTER = """
 class LinearRegressionScratch(d2l.Module):
     num_inputs: int
@@ -40,7 +40,7 @@ class SGD(d2l.HyperParameters):
 def configure_optimizers(self): return SGD(self.lr)
 """
 
-# The section's loop, which it adds to `d2l.Trainer`.
+# The training loop that the section adds to `d2l.Trainer`.
 LOOP = """
 def prepare_batch(self, batch):
     return batch
@@ -62,7 +62,7 @@ def fit_epoch(self):
 
 
 def run(code):
-    """The names that code of a notebook defines."""
+    """Runs the code of a notebook and returns the names that it defines."""
     names = {"__name__": "__main__", "d2l": d2l, "jax": jax, "jnp": jnp, "nn": nn, "optax": optax}
     exec(code, names)
     return types.SimpleNamespace(**names)
@@ -94,7 +94,7 @@ def fit(trainer, model, data):
 
 
 def sgd_in_numpy(loader, epochs, lr, decay=0.0):
-    """Minibatch SGD of the mean squared error in float64, with a penalty decay / 2 |w|^2: b, then w."""
+    """Minibatch SGD on the mean squared error plus decay / 2 |w|^2, in float64; returns b, then w."""
     w, b = None, 0.0
     for epoch in range(epochs):
         loader.epoch = epoch
@@ -124,7 +124,7 @@ def test_the_chapter_trains_to_the_numbers_of_linear_regression_scratch(chapter,
 
 
 def test_the_loop_of_the_chapter_is_called_and_gives_the_same_parameters(data, monkeypatch):
-    slip = run(CHAPTER.replace("(1,)", "(1)"))  # which the initializer takes, too
+    slip = run(CHAPTER.replace("(1,)", "(1)"))  # The initializer accepts this shape, too.
     compiled, by_hand = (slip.LinearRegressionScratch(2, lr=0.03, sigma=0.0) for _ in range(2))
     trainer = d2l.Trainer(3)
     expected = fit(trainer, compiled, data)
@@ -155,7 +155,7 @@ def test_the_loop_of_the_chapter_is_called_and_gives_the_same_parameters(data, m
 
 
 def rows(number=50, weighted=False, validated=True):
-    """Rows whose shards and batches are ragged, as the data module of dpreg."""
+    """Returns a data module of dpreg whose last shard and batch are not full."""
     rng = np.random.default_rng(0)
     x, y = rng.standard_normal((number, 3)), rng.standard_normal(number)
     weight = rng.integers(0, 3, number) + (np.arange(number) == 0) if weighted else None
@@ -165,7 +165,7 @@ def rows(number=50, weighted=False, validated=True):
 
 
 def with_loss(function, base=d2l.LinearRegressionScratch, **members):
-    """A subclass of a model, with another loss."""
+    """Returns a subclass of a model with another loss."""
     return type("Mine", (base,), {"loss": function, "__module__": __name__, **members})
 
 
@@ -173,7 +173,7 @@ def squares(self, params, X, y, state):
     return ((state.apply_fn({"params": params}, *X) - y) ** 2 / 2).mean()
 
 
-def test_ragged_weighted_rows_give_the_bits_of_a_loss_for_each_row():
+def test_a_mean_loss_gives_the_bits_of_a_per_row_loss_on_ragged_weighted_rows():
     mine, settings = with_loss(squares), {"reduction": "ordered", "num_devices": 3}
     trainer, theirs = d2l.Trainer(2, **settings), dpreg.Trainer(2, **settings)
     found = fit(trainer, mine(3, lr=0.1), rows(weighted=True))
@@ -181,12 +181,11 @@ def test_ragged_weighted_rows_give_the_bits_of_a_loss_for_each_row():
     assert trainer.engine.val_loss == theirs.val_loss
 
 
-def test_a_penalty_within_the_loss_is_exact():
+def test_a_penalty_inside_the_loss_is_exact():
     def penalised(self, params, X, y, state):
-        other = state.apply_fn(
-            {"params": {**params, "b": 0 * params["b"]}}, *X
-        )  # other parameters than those of the step
-        penalty = 3 * (params["w"] ** 2).sum() / 2 + (state.params["w"] ** 2).sum()  # state.params: no gradient
+        # These are not the parameters of the step.
+        other = state.apply_fn({"params": {**params, "b": 0 * params["b"]}}, *X)
+        penalty = 3 * (params["w"] ** 2).sum() / 2 + (state.params["w"] ** 2).sum()  # no gradient through state.params
         return ((other + params["b"] - y) ** 2 / 2).mean() + penalty
 
     trainer = d2l.Trainer(2)
@@ -194,7 +193,7 @@ def test_a_penalty_within_the_loss_is_exact():
     np.testing.assert_allclose(found, sgd_in_numpy(trainer.train_dataloader, 2, 0.05, decay=3), rtol=1e-4, atol=1e-6)
 
 
-def test_parts_of_the_loop_that_are_overridden_are_called():
+def test_overridden_methods_of_the_loop_are_called():
     class Trainer(d2l.Trainer):
         def prepare_batch(self, batch):
             return 2 * batch[0], batch[1]
@@ -207,7 +206,7 @@ def test_parts_of_the_loop_that_are_overridden_are_called():
     w, b = np.zeros(3), 0.0
     trainer.train_dataloader.epoch = 0
     for x, y in trainer.train_dataloader:
-        assert (x == x.astype(jnp.bfloat16).astype(x.dtype)).all()  # as the devices have the rows
+        assert (x == x.astype(jnp.bfloat16).astype(x.dtype)).all()  # On the devices the rows are bfloat16.
         x, error = 2 * np.asarray(x, float), 2 * np.asarray(x, float) @ w + b - np.asarray(y, float)[:, 0]
         w, b = w - 0.1 * np.clip(x.T @ error / len(x), -0.1, 0.1), b - 0.1 * np.clip(error.mean(), -0.1, 0.1)
     np.testing.assert_allclose(found, [b, *w], rtol=1e-4)
@@ -228,7 +227,7 @@ def test_parts_of_the_loop_that_are_overridden_are_called():
 
 
 @pytest.mark.parametrize(
-    ("replaced", "by", "said"),
+    ("replaced", "by", "message"),
     [
         (
             "return optax.EmptyState()",
@@ -254,17 +253,17 @@ def test_parts_of_the_loop_that_are_overridden_are_called():
         ("lr: float", "lr: float; training: bool = True", "has a field 'training', which no step sets"),
     ],
 )
-def test_a_slip_is_named_in_one_line(data, replaced, by, said):
+def test_a_mistake_in_the_code_of_the_chapter_is_reported_in_one_line(data, replaced, by, message):
     assert replaced in CHAPTER
     model = run(CHAPTER.replace(replaced, by)).LinearRegressionScratch(2, lr=0.03)
     with pytest.raises(dpreg.InputError) as caught:
         d2l.Trainer(1).fit(model, data)
-    assert said in str(caught.value)
+    assert message in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
 class Net(d2l.Module):
-    """With BatchNorm and Dropout, and a mode."""
+    """A network with BatchNorm, Dropout and an argument for the mode."""
 
     lr: float
 
@@ -281,7 +280,7 @@ class Net(d2l.Module):
         return optax.sgd(self.lr)
 
 
-def test_dropout_and_batch_norm_are_those_of_the_step_and_other_features_are_refused():
+def test_dropout_and_batch_norm_act_as_in_the_step_and_other_features_are_refused():
     class Theirs(dpreg.Module):
         lr: float
         setup, forward = Net.setup, Net.forward
@@ -302,13 +301,13 @@ def test_dropout_and_batch_norm_are_those_of_the_step_and_other_features_are_ref
         dpreg.Trainer(1).fit(Net(0.1), rows())
 
 
-def test_what_steps_by_hand_cannot_do_is_refused():
+def test_options_that_a_custom_loop_does_not_support_are_refused():
     class Mine(d2l.Trainer):
         def prepare_batch(self, batch):
             return batch
 
     linear = d2l.LinearRegressionScratch(3, lr=0.1)
-    for trainer, model, data, said in (
+    for trainer, model, data, message in (
         (Mine(1), Net(0.1), rows(validated=False), "does not update the statistics of BatchNorm"),
         (
             Mine(1, callbacks=[dpreg.Callback()]),
@@ -323,7 +322,7 @@ def test_what_steps_by_hand_cannot_do_is_refused():
     ):
         with pytest.raises(dpreg.InputError) as caught:
             trainer.fit(model, data)
-        assert said in str(caught.value)
+        assert message in str(caught.value)
     with pytest.raises(dpreg.Diverged):
         Mine(3).fit(d2l.LinearRegressionScratch(3, lr=1e30), rows(validated=False))
     weighted = d2l.Loader(rows(weighted=True).train, Sampler(50, 1, 16))
@@ -331,7 +330,7 @@ def test_what_steps_by_hand_cannot_do_is_refused():
         list(weighted)
 
 
-def test_a_data_module_of_the_book_gives_the_rows_of_its_arrays(data):
+def test_a_data_module_of_the_book_yields_the_rows_of_its_arrays(data):
     class Data(d2l.DataModule):
         def __init__(self, num_train, num_val, batch_size):
             self.save_hyperparameters()
@@ -366,7 +365,7 @@ def test_a_data_module_of_the_book_gives_the_rows_of_its_arrays(data):
         trainer.fit(model, d2l.DataModule())
 
 
-def test_a_key_draws_the_parameters_and_apply_init_may_be_overridden():
+def test_a_key_initializes_the_parameters_and_apply_init_may_be_overridden():
     class Ones(d2l.LinearRegressionScratch):
         def apply_init(self, dummy_input, key):
             assert dummy_input[0].shape == (1, 3)
@@ -382,7 +381,7 @@ def test_a_key_draws_the_parameters_and_apply_init_may_be_overridden():
     trainer.fit(model, rows(), key)
     np.testing.assert_allclose(values(trainer.state.params), drawn, rtol=1e-6)
     model = Ones(3, **still)
-    for _ in range(2):  # each a figure of its own
+    for _ in range(2):  # Each call draws a new figure.
         assert (fit(trainer, model, rows()) == 1).all()
         assert len(model.board.points["val_loss"]) == 1
 
@@ -397,7 +396,7 @@ def test_fit_epoch_of_dpreg_trains_one_epoch():
     np.testing.assert_array_equal(values(one.state.params), fit(other, dpreg.LinearRegressionScratch(3, 0.1), rows()))
 
 
-def test_the_board_draws_in_a_notebook_alone(monkeypatch):
+def test_the_board_draws_only_in_a_notebook(monkeypatch):
     class Handle(list):
         update = list.append
 

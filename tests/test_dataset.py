@@ -1,4 +1,4 @@
-"""The pipeline: both placements give the same batches, whatever the devices."""
+"""The data pipeline: both placements give the same batches on any number of devices."""
 
 import dataclasses
 import itertools
@@ -19,7 +19,7 @@ def mesh(num_devices):
 
 
 def batches(dataset):
-    """All batches as [steps, shards, b, ...], read the way the compiled step reads them."""
+    """Returns all batches as [steps, shards, b, ...], read as the compiled step reads them."""
     first, count = (np.asarray(part) for part in dataset.shard_ranges)
     steps = []
     for block in dataset:
@@ -61,7 +61,7 @@ def test_batches_do_not_depend_on_devices_or_placement(rows, run, monkeypatch):
     assert sorted(reference["y"][once][real].ravel()) == sorted(source.y[source.weight > 0].ravel())
 
 
-def test_each_device_asks_only_for_its_own_rows():
+def test_each_device_reads_only_its_own_rows():
     asked = []
 
     class Recorder(dpreg.ArraySource):
@@ -78,7 +78,7 @@ def test_each_device_asks_only_for_its_own_rows():
         assert indices <= set(range(20 * device, 20 * device + 20))
 
 
-def test_a_limit_of_steps_holds_until_the_next_one_and_moves_no_rows():
+def test_a_step_limit_holds_until_the_next_one_and_copies_no_rows():
     source = dpreg.ArraySource(np.arange(80.0), np.arange(80.0))
     dataset = dpreg.Dataset(source).batch(8).shard(mesh(2), num_shards=8).place("device")
     rows = dataset.data
@@ -106,7 +106,7 @@ def test_auto_keeps_small_rows_on_the_devices_and_streams_large_ones():
     assert small.resolved_placement == "device"
 
 
-def test_a_container_has_less_memory_than_its_machine(monkeypatch, tmp_path):
+def test_the_memory_limit_of_a_container_is_respected(monkeypatch, tmp_path):
     (tmp_path / "max").write_text("max\n")
     (tmp_path / "limit").write_text("64000\n")
     pipeline = dpreg.Dataset(Rows(1000).source()).batch(8).shard(mesh(2), num_shards=8)
@@ -115,12 +115,12 @@ def test_a_container_has_less_memory_than_its_machine(monkeypatch, tmp_path):
         assert dataclasses.replace(pipeline).resolved_placement == placement
 
 
-def test_a_dataset_without_devices_says_so():
+def test_a_dataset_without_devices_is_refused():
     with pytest.raises(dpreg.InputError, match="shard"):
         next(iter(dpreg.Dataset(Rows(10).source()).batch(8)))
 
 
-def test_shuffled_is_a_fixed_order_of_the_same_rows():
+def test_a_permuted_source_has_the_same_rows_in_a_fixed_order():
     source = Rows(100).source()
     shuffled = dpreg.PermutedSource(source)[np.arange(100)]["y"]
     assert not np.array_equal(shuffled, source.y)
@@ -128,7 +128,7 @@ def test_shuffled_is_a_fixed_order_of_the_same_rows():
 
 
 @pytest.mark.parametrize("width", [1, 2, 3, 5, 33])
-def test_a_synthetic_row_does_not_depend_on_those_asked_for_with_it(width):
+def test_a_synthetic_row_does_not_depend_on_the_other_rows_of_the_request(width):
     source = dpreg.SyntheticRegressionData(np.linspace(-3, 3, width), 4.2, num_train=5000).train
     whole = source[np.arange(5000)]
     for indices in (np.arange(1), np.arange(17), np.arange(300), np.arange(4999, 0, -3), np.arange(2000) * 7 % 5000):

@@ -1,4 +1,4 @@
-"""What a run on a table does where its settings do not say: the solver, the steps, the start."""
+"""Defaults of a run on a table: the solver, the batch size and epochs, and the initial parameters."""
 
 import json
 import re
@@ -18,7 +18,7 @@ from dpreg.train.defaults import constant_fit, read_rows
 
 @pytest.fixture(scope="module")
 def tables(tmp_path_factory):
-    """Tables by name: features far from each other in unit, targets far from 0, few rows, kinks, separable classes."""
+    """Writes tables with features in very different units, large targets, few rows, outliers or separable classes."""
     rng, folder = np.random.default_rng(0), tmp_path_factory.mktemp("tables")
     x = rng.normal(size=(900, 3)) * [1, 1e4, 1e-3] + [5, 2e5, 0]
     z = (x - [5, 2e5, 0]) / [1, 1e4, 1e-3] @ [1.0, -0.5, 0.3]
@@ -36,7 +36,7 @@ def tables(tmp_path_factory):
 
 
 def fitted(folder, name, *flags):
-    """(the summary, the flags of the run, what it printed) of a default run; no row is held out."""
+    """Runs dpreg with its defaults and no held-out rows; returns (summary, flags, stderr)."""
     workdir = folder / re.sub(r"\W", "_", name + "".join(flags))
     table = f"--dataset={folder / name}.csv"
     outcome = forked.run(
@@ -58,7 +58,7 @@ def parameters(summary):
     return np.array([summary["parameters"]["b"], *summary["parameters"]["w"].values()])
 
 
-def test_the_default_run_has_the_parameters_of_statsmodels(tables):
+def test_the_default_run_finds_the_parameters_of_statsmodels(tables):
     folder, x, targets = tables
     a = sm.add_constant(x)
     for name, flags, theirs in (
@@ -71,14 +71,14 @@ def test_the_default_run_has_the_parameters_of_statsmodels(tables):
         ),
         ("yes", ("--loss=logistic",), sm.GLM(targets["yes"] * 1.0, a, sm.families.Binomial()).fit(tol=1e-14).params),
     ):
-        summary, lines, said = fitted(folder, name, *flags)
-        np.testing.assert_allclose(parameters(summary), theirs, rtol=2e-5)  # the rows are float32
+        summary, lines, stderr = fitted(folder, name, *flags)
+        np.testing.assert_allclose(parameters(summary), theirs, rtol=2e-5)  # The rows are float32.
         assert "--solver=exact" in lines
-        assert "solver exact: the least loss" in said
-        assert "for steps of an optimizer use --solver=sgd" in said
+        assert "solver exact: the least loss" in stderr
+        assert "for steps of an optimizer use --solver=sgd" in stderr
 
 
-def test_the_default_run_of_losses_with_kinks_is_at_the_optimum(tables):
+def test_the_default_run_of_a_nonsmooth_loss_reaches_the_optimum(tables):
     folder, x, targets = tables
     summary, *_ = fitted(folder, "price", "--loss=quantile", "--quantile=0.8")
     scaled = (x - x.mean(axis=0)) / x.std(axis=0)
@@ -91,11 +91,11 @@ def test_the_default_run_of_losses_with_kinks_is_at_the_optimum(tables):
     assert summary["train_loss"] == pytest.approx(-likely.mean(), rel=1e-6)
 
 
-def test_classes_that_can_be_told_apart_get_a_penalty_that_is_said(tables):
+def test_separable_classes_get_a_penalty_that_is_reported(tables):
     folder, x, targets = tables
-    summary, lines, said = fitted(folder, "parted", "--loss=logistic")
+    summary, lines, stderr = fitted(folder, "parted", "--loss=logistic")
     assert f"--l2={1 / 900!r}" in lines
-    assert "no finite weights have the least loss" in said
+    assert "no finite weights have the least loss" in stderr
     scaled = (x - x.mean(axis=0)) / x.std(axis=0)
     model = LogisticRegression(C=1.0, tol=1e-10).fit(scaled, targets["parted"])
     w = model.coef_[0] / x.std(axis=0)
@@ -108,7 +108,7 @@ def test_classes_that_can_be_told_apart_get_a_penalty_that_is_said(tables):
     )
     assert asked.returncode == 2
     assert "no optimum" in asked.stderr
-    # Its flags.cfg repeats the run, also in its own folder; and so does the first command.
+    # Its flags.cfg repeats the run, even in its own folder, and so does the original command.
     (workdir,) = [path for path in folder.glob("parted*") if path.is_dir()]
     parameters_before = (workdir / "model" / "parameters.npz").read_bytes()
     again = forked.run("-m", "dpreg.main", f"--flagfile={workdir}/flags.cfg", f"--workdir={workdir}", "--platform=cpu")
@@ -122,7 +122,12 @@ def test_classes_that_can_be_told_apart_get_a_penalty_that_is_said(tables):
     ("flags", "solver", "why"),
     [
         (("--lr=0.1",), "sgd", "--lr=0.1 is one of steps; for the exact solution use --solver=exact"),
-        (("--max_epochs=3",), "sgd", "--max_epochs=3 is one of steps"),  # the default, but given
+        # the default, given explicitly
+        (
+            ("--max_epochs=3",),
+            "sgd",
+            "--max_epochs=3 is one of steps",
+        ),
         (("--l1=1",), "sgd", "--l1=1.0 has no exact solution"),
         (("--loss=huber", "--nointercept", "--nostandardize"), "sgd", "--loss=huber has none with --nointercept"),
         (("--model=mlp", "--max_epochs=1"), "sgd", "--model=mlp has no exact solution"),
@@ -131,11 +136,11 @@ def test_classes_that_can_be_told_apart_get_a_penalty_that_is_said(tables):
         (("--solver=exact",), "exact", None),
     ],
 )
-def test_the_solver_is_chosen_by_what_is_asked_and_one_line_says_why(tables, flags, solver, why):
-    _, lines, said = fitted(tables[0], "price", *flags)
+def test_the_flags_choose_the_solver_and_one_line_gives_the_reason(tables, flags, solver, why):
+    _, lines, stderr = fitted(tables[0], "price", *flags)
     assert f"--solver={solver}" in lines
-    assert (why is None) == ("solver " not in said)
-    assert why is None or f"solver {solver}: {why}" in said
+    assert (why is None) == ("solver " not in stderr)
+    assert why is None or f"solver {solver}: {why}" in stderr
 
 
 def config_of(tables, name, **settings):
@@ -147,7 +152,7 @@ def config_of(tables, name, **settings):
 
 @pytest.mark.parametrize("rows", [1, 40, 900, 70_000])
 @pytest.mark.parametrize("num_shards", [1, 3, 8, 300])
-def test_batches_and_epochs_fit_the_rows(tables, rows, num_shards, monkeypatch):
+def test_default_batch_size_and_epochs_fit_the_number_of_rows(tables, rows, num_shards, monkeypatch):
     rng = np.random.default_rng(0)
     data = dpreg.RegressionData(dpreg.ArraySource(rng.normal(size=(rows, 2)), np.ones(rows)))
     monkeypatch.setattr("dpreg.train.defaults.build_data", lambda config, progress: data)
@@ -159,17 +164,17 @@ def test_batches_and_epochs_fit_the_rows(tables, rows, num_shards, monkeypatch):
         steps = -(-rows // config.batch_size) * config.max_epochs
         assert steps >= (4000 if model == "mlp" else 3000) or config.max_epochs >= (10 if model == "mlp" else 3)
         assert config.warmup_steps < steps
-        again, *_ = read_rows(config)  # a run that is repeated by its flags.cfg
+        again, *_ = read_rows(config)  # The run repeated by its flags.cfg.
         assert again == config
 
 
-def test_what_is_chosen_depends_on_no_digit_that_machines_compute_differently(tables):
+def test_chosen_settings_do_not_depend_on_digits_that_differ_between_machines(tables):
     config, data, _ = read_rows(config_of(tables, "price", solver="sgd"))
     for value in (config.lr, config.l2, *constant_fit(config, data)):
         assert float(f"{value:.6g}") == value
 
 
-def test_settings_that_are_given_are_kept(tables):
+def test_settings_given_by_the_user_are_kept(tables):
     given = {"batch_size": 48, "max_epochs": 2, "lr": 0.5, "optimizer": "momentum", "lr_schedule": "linear"}
     config, *_ = read_rows(config_of(tables, "price", model="mlp", target_transform="log", **given))
     assert {name: getattr(config, name) for name in given} == given
@@ -180,30 +185,30 @@ def test_settings_that_are_given_are_kept(tables):
     ("loss", "optimizer"),
     [("squared", "sgd"), ("squared", "adam"), ("huber", "sgd"), ("absolute", "momentum"), ("quantile", "adam")],
 )
-def test_steps_with_default_settings_come_near_the_optimum_of_a_linear_model(tables, loss, optimizer):
-    """Of a target in the hundreds of thousands, and features from thousandths to ten thousands."""
+def test_sgd_with_default_settings_comes_near_the_optimum_of_a_linear_model(tables, loss, optimizer):
+    """The target is of order 1e5, and the features range from 1e-3 to 1e4."""
     summary, *_ = fitted(tables[0], "price", "--solver=sgd", f"--loss={loss}", f"--optimizer={optimizer}")
     best, *_ = fitted(tables[0], "price", f"--loss={loss}")
     assert summary["train_loss"] < 1.03 * best["train_loss"]
 
 
 @pytest.mark.parametrize("name", ["visits", "cost", "yes"])
-def test_steps_of_other_losses_come_near_the_optimum(tables, name):
+def test_sgd_with_other_losses_comes_near_the_optimum(tables, name):
     loss = {"visits": "poisson", "cost": "gamma", "yes": "logistic"}[name]
     summary, *_ = fitted(tables[0], name, "--solver=sgd", f"--loss={loss}")
     best, *_ = fitted(tables[0], name, f"--loss={loss}")
     assert summary["train_loss"] < 1.03 * best["train_loss"]
 
 
-def test_a_network_explains_what_a_line_does_whatever_the_unit_of_the_target(tables):
+def test_a_network_explains_as_much_as_a_linear_model_in_any_unit_of_the_target(tables):
     folder, x, targets = tables
     share = sm.OLS(targets["price"], sm.add_constant(x)).fit().rsquared
     summary, lines, _ = fitted(folder, "price", "--model=mlp", "--max_epochs=60")
     assert "--target_transform=standardize" in lines
-    assert 1 - 2 * summary["train_loss"] > share - 0.05  # in units of the deviation of the target
+    assert 1 - 2 * summary["train_loss"] > share - 0.05  # The loss is in units of the target's standard deviation.
 
 
-def test_biases_start_at_the_constant_fit(tables):
+def test_the_bias_starts_at_the_best_constant_prediction(tables):
     for name, loss, expected in (
         ("price", "squared", np.mean),
         ("price", "absolute", np.median),
@@ -220,7 +225,7 @@ def test_biases_start_at_the_constant_fit(tables):
     assert constant_fit(Config(), dpreg.SyntheticRegressionData([2.0], 1.0)) is None
 
 
-def test_a_solution_that_does_not_fit_into_memory_is_refused(tables, monkeypatch):
+def test_an_exact_solution_that_does_not_fit_into_memory_is_refused(tables, monkeypatch):
     monkeypatch.setattr("dpreg.solvers.solver.host_bytes", lambda: 1000)
     with pytest.raises(
         dpreg.InputError, match=r"an exact solution for 2 features needs .* GB of memory, and this machine"

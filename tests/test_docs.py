@@ -1,4 +1,4 @@
-"""What the README and the guide show runs: every fenced block, page by page and in its order."""
+"""Every fenced block of the README and the guide runs, page by page in order."""
 
 import os
 import pathlib
@@ -16,7 +16,7 @@ import pytest
 from cluster import ROOT
 
 PAGES = [pathlib.Path(ROOT) / "README.md", *sorted((pathlib.Path(ROOT) / "docs").glob("*.md"))]
-ELSEWHERE = ("-m pip install", "-m dpreg.scaling")  # `.ci/run` and a newcomer run these, and test_scaling.py
+ELSEWHERE = ("-m pip install", "-m dpreg.scaling")  # `.ci/run` and test_scaling.py run these.
 
 
 def blocks(page, language):
@@ -24,7 +24,7 @@ def blocks(page, language):
 
 
 def diamonds(path):
-    """The table of the README's example: the real one where it is here, else one of the same columns."""
+    """Provides the table of the README's example, or one with the same columns if it is not available."""
     real = pathlib.Path(ROOT).parent / "shared" / "data" / "diamonds.parquet"
     if real.exists():
         path.symlink_to(real)
@@ -37,7 +37,7 @@ def diamonds(path):
 
 
 def run(command, folder):
-    """In an empty folder beside which dpreg is installed, as far as a shell can tell."""
+    """Runs a command in an empty folder, with dpreg importable as if it were installed."""
     for name in ("launch", "configs", "tests"):
         (folder / name).symlink_to(pathlib.Path(ROOT) / name)
     diamonds(folder / "diamonds.parquet")
@@ -57,7 +57,7 @@ def test_the_snippets_of_a_page_run(page, tmp_path):
 
 
 def marked(page):
-    """The page, with the mark of the tests whose processes wait for each other for most of their time."""
+    """Returns the page as a parameter, marked `faults` if its processes mostly wait for each other."""
     marks = [pytest.mark.faults] if page.stem in ("4-processes", "5-faults") else []
     return pytest.param(page, id=page.stem, marks=marks)
 
@@ -76,7 +76,7 @@ def test_the_first_command_of_the_readme_trains(tmp_path):
     assert "error in estimating w" in run([*command, f"--workdir={tmp_path / 'w'}"], tmp_path)
 
 
-def test_the_notebook_is_the_first_page_and_runs():
+def test_the_notebook_has_the_content_of_the_first_page_and_runs():
     notebook = nbformat.read(PAGES[1].with_suffix(".ipynb"), as_version=4)
     code = [cell.source for cell in notebook.cells if cell.cell_type == "code"]
     assert code == [block.strip() for block in blocks(PAGES[1], "python")]
@@ -90,7 +90,7 @@ def test_the_notebook_is_the_first_page_and_runs():
     assert curve["text/plain"].startswith("train_loss")
 
 
-def test_links_lead_somewhere():
+def test_links_point_to_existing_files():
     for page in PAGES:
         for link in re.findall(r"\]\(([^)#]+)", page.read_text()):
             assert link.startswith("http") or (page.parent / link).exists(), f"{page.name}: {link}"

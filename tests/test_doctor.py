@@ -1,8 +1,8 @@
-"""--mode=doctor names what would keep a run from starting."""
+"""--mode=doctor reports what would prevent a run from starting."""
 
 import forked
 import pytest
-from cluster import ROOT, free_address, several, together
+from cluster import ROOT, free_address, run_processes, several
 
 from dpreg import doctor
 from dpreg.config import Config
@@ -15,22 +15,22 @@ DOCTOR = ("--mode=doctor", "--platform=cpu", "--num_devices=2")
 
 
 def findings(out):
-    words = [line.split() for line in out.splitlines()]  # Gloo says something, too
+    words = [line.split() for line in out.splitlines()]  # Gloo writes lines, too.
     return {line[1]: line[0] for line in words if len(line) > 1 and line[1] in CHECKS}
 
 
-def test_all_is_well_and_nothing_is_left_behind(tmp_path):
+def test_the_doctor_passes_all_checks_and_leaves_no_files(tmp_path):
     done = forked.run(*MAIN, *DOCTOR, f"--workdir={tmp_path / 'a' / 'b'}")
     assert (done.returncode, done.stderr) == (0, "")
     assert findings(done.stdout) == dict.fromkeys(CHECKS, "ok")
     assert not (tmp_path / "a").exists()
-    said = "".join(out for _, _, out, _ in several(2, tmp_path / "c", "--mode=doctor"))
-    assert said.count("ok  ") == len(CHECKS)
-    assert "reached by 2 processes" in said
+    output = "".join(out for _, _, out, _ in several(2, tmp_path / "c", "--mode=doctor"))
+    assert output.count("ok  ") == len(CHECKS)
+    assert "reached by 2 processes" in output
     assert not (tmp_path / "c").exists()
 
 
-def test_batches_and_checkpoints_that_cannot_be_are_found(tmp_path):
+def test_the_doctor_finds_impossible_batch_sizes_and_checkpoint_folders(tmp_path):
     done = forked.run(*MAIN, *DOCTOR, "--batch_size=33", f"--workdir={tmp_path}")
     assert done.returncode == 2
     assert findings(done.stdout) == dict.fromkeys(CHECKS, "ok") | {"rows": "WRONG"}
@@ -51,7 +51,7 @@ def patched(code, number, *flags):
 
 
 @pytest.mark.parametrize(
-    ("fault", "check", "said"),
+    ("fault", "check", "message"),
     [
         (
             "from dpreg import doctor; doctor.package_versions = lambda: {'jax': '0.1'}",
@@ -63,20 +63,20 @@ def patched(code, number, *flags):
         ("from dpreg import doctor; doctor.read_rows = lambda config: open('/nowhere')", "rows", "No such file"),
     ],
 )
-def test_what_is_wrong_in_one_process_is_found_by_all(tmp_path, fault, check, said):
+def test_a_fault_in_one_process_is_found_by_all_processes(tmp_path, fault, check, message):
     flags = (*DOCTOR, free_address(), "--num_processes=2", f"--workdir={tmp_path}")
-    both = fault if check == "all-reduce" else ""  # the program has to be the same
-    results = together(patched(both or "pass", 0, *flags), patched(fault, 1, *flags))
+    both = fault if check == "all-reduce" else ""  # Both processes must run the same program.
+    results = run_processes(patched(both or "pass", 0, *flags), patched(fault, 1, *flags))
     for code, lines, _, _ in results:
         assert (code, len(lines)) == (2, 1), lines
         assert f"--mode=doctor: something is wrong with {check};" in lines[0]
     out = results[0][2]
     assert findings(out) == dict.fromkeys(CHECKS, "ok") | {check: "WRONG"}
-    assert said in out
-    assert not findings(results[1][2])  # the first alone reports
+    assert message in out
+    assert not findings(results[1][2])  # Only process 0 prints the findings.
 
 
-def test_other_rows_under_the_same_name_are_found(tmp_path):
+def test_the_doctor_finds_different_rows_under_the_same_name(tmp_path):
     starts = []
     flags = (*DOCTOR, free_address(), "--num_processes=2", f"--workdir={tmp_path / 'w'}", "--target=y")
     for number in range(2):
@@ -84,23 +84,23 @@ def test_other_rows_under_the_same_name_are_found(tmp_path):
         folder.mkdir()
         (folder / "t.csv").write_text("x,y\n" + "".join(f"{i},{i + number * (i == 7)}\n" for i in range(20)))
         starts.append((MAIN, [*flags, "--dataset=t.csv", f"--process_id={number}"], folder))
-    (code, _, out, _), _ = together(*starts)
+    (code, _, out, _), _ = run_processes(*starts)
     assert code == 2
     assert "process 1 reads other rows than process 0" in out
 
 
 @pytest.mark.parametrize(
-    ("coordinator", "hosts", "said"),
+    ("coordinator", "hosts", "message"),
     [
         ("127.0.0.1:1", [["a", "10.0.0.1"], ["b", "10.0.0.2"]], "only one machine can reach it; use an address"),
         ("10.0.0.1:1", [["a", "10.0.0.1"], ["b", "127.0.1.1"]], "process 1: its host b resolves its own name to 127"),
         ("10.0.0.1:1", [["a", "10.0.0.1"], ["b", ""]], "resolves its own name to nothing"),
     ],
 )
-def test_addresses_that_other_hosts_cannot_reach_are_found(monkeypatch, coordinator, hosts, said):
+def test_the_doctor_finds_addresses_that_other_hosts_cannot_reach(monkeypatch, coordinator, hosts, message):
     monkeypatch.setattr(processes, "coordinator", lambda: coordinator)
     monkeypatch.setattr(doctor, "_allgather", lambda value: hosts)
-    with pytest.raises(InputError, match=said):
+    with pytest.raises(InputError, match=message):
         doctor._check_network(Config())
     monkeypatch.setattr(doctor, "_allgather", lambda value: [hosts[0]] * 2)
     assert "reached by 2 processes on a" in doctor._check_network(Config())

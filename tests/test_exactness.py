@@ -1,4 +1,4 @@
-"""The promise: the answer does not depend on how many devices computed it."""
+"""Exactness: the result of a run does not depend on the number of devices."""
 
 import contextlib
 import functools
@@ -34,7 +34,7 @@ sys.path.insert(0, os.path.join(ROOT, "tests", "benchmarks"))
 
 import bits
 
-DEVICES = (1, 2, 3, 4, 6, 8)  # of 8 shards; of six devices the last two have none
+DEVICES = (1, 2, 3, 4, 6, 8)  # There are 8 shards; of six devices the last two have none.
 LAYOUTS = list(itertools.product(("jit", "pmap"), ("device", "host")))
 OPTIMIZERS = {
     "adam": optax.adam(0.01),
@@ -66,7 +66,7 @@ def linear_run(w=(2, -3.4), num_train=1003, **arguments):
     return digest(trained(dpreg.LinearRegressionScratch(len(w), 0.03), data, reduction="ordered", **arguments))
 
 
-def test_ordered_holds_for_rows_generated_in_pieces_of_any_size():
+def test_ordered_holds_for_rows_generated_in_chunks_of_any_size():
     run = functools.partial(linear_run, (1.5, -2.7, 3.1, 0.3, -0.9), 5000)
     assert len({run(num_devices=n, placement=p) for n, p in ((1, "device"), (8, "device"), (3, "host"))}) == 1
 
@@ -76,7 +76,7 @@ def test_ordered_holds_for_rows_generated_in_pieces_of_any_size():
     [(2, 3001, 32), (8, 5003, 1024), (32, 9001, 1024), (200, 3001, 256), (64, 20_003, 16_384), (3, 250_007, 200_000)],
 )
 def test_ordered_holds_for_batches_of_any_size(inputs, rows, batch):
-    """However the compiler is asked for loops, and rows are copied: see step.py and dataset.py."""
+    """The loops of the step and the copies of rows differ with these sizes."""
     rng = np.random.default_rng(0)
     source = dpreg.ArraySource(rng.standard_normal((rows, inputs)), rng.standard_normal((rows, 1)))
 
@@ -89,14 +89,14 @@ def test_ordered_holds_for_batches_of_any_size(inputs, rows, batch):
 
 
 class Centred(dpreg.LinearRegressionScratch):
-    """Of a shard's rows together."""
+    """Subtracts the mean of all rows of a shard."""
 
     def __call__(self, x):
         return super().__call__(x - x.mean(axis=0, keepdims=True))
 
 
 class Noisy(dpreg.Module):
-    """At random without an argument that says so."""
+    """Draws random numbers although it has no argument for the training mode."""
 
     lr: float = 0.01
 
@@ -106,7 +106,7 @@ class Noisy(dpreg.Module):
 
 
 @pytest.mark.parametrize("model", [Centred(3, 0.01), Noisy()])
-def test_models_that_take_rows_together_see_whole_shards_on_any_devices(model):
+def test_models_that_combine_rows_see_whole_shards_on_any_number_of_devices(model):
     def run(num_devices):
         return trained(model, Rows(1003).data(64), 1, num_devices)[0]
 
@@ -124,7 +124,7 @@ def network_run(optimizer, size, num_devices=8, num_val=0, **arguments):
 
 
 @pytest.mark.parametrize(("reduction", "rows"), [("pmean", 90), ("ordered", 1003)])
-def test_accumulated_batches_are_the_larger_batch_on_any_devices(reduction, rows):
+def test_accumulated_batches_equal_one_larger_batch_on_any_number_of_devices(reduction, rows):
     def trained(batch, accumulate, devices, backend="jit", placement="device"):
         trainer = dpreg.Trainer(
             3,
@@ -152,7 +152,7 @@ def test_accumulated_batches_are_the_larger_batch_on_any_devices(reduction, rows
 
 
 def per_leaf_norms():
-    """Scales each leaf to the norm of its gradient, as LARS and LAMB do, and adds the spread of the gradients."""
+    """Scales each leaf by the norm of its gradient, as LARS and LAMB do, and adds the spread of the gradients."""
 
     def update(updates, state, params):
         del params
@@ -163,7 +163,7 @@ def per_leaf_norms():
 
 
 def largest_only():
-    """Keeps the half of the gradient with the largest values: a sort."""
+    """Keeps the larger half of the gradient's values, which needs a sort."""
 
     def update(updates, state, params):
         del params
@@ -174,7 +174,7 @@ def largest_only():
 
 
 class WeightNormed(dpreg.Module):
-    """Computes with a function of the parameters alone: the same in every shard of a step."""
+    """Uses a value that depends only on the parameters, and so is the same in every shard of a step."""
 
     optimizer: optax.GradientTransformation
 
@@ -187,8 +187,8 @@ class WeightNormed(dpreg.Module):
 
 @pytest.mark.parametrize("inputs", [17, 33, 127])
 @pytest.mark.parametrize("optimizer", ["clip", "per-leaf norms", "sort", "weight norm"])
-def test_ordered_holds_for_whatever_an_update_computes_of_the_gradient(optimizer, inputs):
-    """Of it alone: the compiler would move that out of a loop that only the state changes in."""
+def test_ordered_holds_for_any_function_of_the_gradient_in_the_update(optimizer, inputs):
+    """XLA would hoist a function of only the gradient out of a loop in which only the state changes."""
     model = {
         "clip": dpreg.LinearRegressionScratch(inputs, 0.1),
         "per-leaf norms": dpreg.LinearRegressionScratch(inputs, 0.1, optimizer=per_leaf_norms()),
@@ -204,17 +204,17 @@ def test_ordered_holds_for_whatever_an_update_computes_of_the_gradient(optimizer
 
 
 @pytest.mark.parametrize(("seed", "case"), [(42, 101), (43, 35), (51, 23), (52, 45)])
-def test_ordered_holds_for_the_cases_that_the_search_has_found(seed, case):
-    """By tests/benchmarks/bits.py: squared gradients in the optimizer's state, and divisions by one scalar (attention).
+def test_ordered_holds_for_the_failures_that_the_random_search_has_found(seed, case):
+    """Found by tests/benchmarks/bits.py: squared gradients in the optimizer's state, and divisions by a scalar.
 
-    LLVM contracted the former into fused multiply-adds in some programs; XLA made products of the latter.
+    LLVM contracted the former into fused multiply-adds in some programs; XLA replaced the latter by multiplications.
     """
     with jax.numpy_dtype_promotion("standard"):
         assert bits.check(seed, case, many=False) == []
 
 
 def test_products_are_rounded_before_they_are_added():
-    """Through all control flow, beside IEEE arithmetic one operation at a time."""
+    """Compares all kinds of control flow with IEEE arithmetic that rounds after each operation."""
     random = np.random.default_rng(0)
     a, b, c = (random.standard_normal(1000).astype(np.float32) for _ in range(3))
     product = (a * b) + c  # NumPy rounds after each operation
@@ -234,16 +234,16 @@ def test_products_are_rounded_before_they_are_added():
     def in_branch(a, b, c):
         return lax.cond(a[0] > -1e9, lambda: a * b + c, lambda: c)
 
-    def reduced(a, b, c):  # by a function that is traced, but not called on the operands
+    def reduced(a, b, c):  # The reducer is traced, but not called on these operands.
         return lax.reduce(jnp.stack([a * b, c]), np.float32(0), lambda p, q: jnp.where(p > 1e9, p, p + q), (0,))
 
     def moved(a, b, c):
         return (jnp.negative((a * b).reshape(10, 100)) - c.reshape(10, 100)).reshape(-1) * -1
 
-    def of_one_term(a, b, c):
+    def dot_of_one_term(a, b, c):
         return jax.vmap(jnp.dot)(a[:, None], b[:, None]) + c
 
-    functions = [own, repeated, in_while, in_branch, reduced, moved, of_one_term]
+    functions = [own, repeated, in_while, in_branch, reduced, moved, dot_of_one_term]
     functions += [jax.jit(own), jax.checkpoint(lambda a, b, c: a * b + c)]
     for function in functions:
         traced = jax.make_jaxpr(function)(a, b, c)
@@ -252,13 +252,13 @@ def test_products_are_rounded_before_they_are_added():
 
 
 class Drawing(Net):
-    """Its optimizer draws as well, by a key of its own making."""
+    """A network whose optimizer also draws random numbers, with a key that it makes itself."""
 
     def configure_optimizers(self):
         return optax.chain(optax.add_noise(0.1, 0.5, 3), self.optimizer)
 
 
-def test_the_random_numbers_of_a_run_do_not_depend_on_the_settings_of_the_process():
+def test_random_numbers_of_a_run_do_not_depend_on_the_jax_settings_of_the_process():
     def run(num_devices):
         data = dpreg.SyntheticRegressionData([1.0, 2.0, 3.0], 4.2, num_train=203, num_val=21, batch_size=64)
         return digest(trained(Drawing(OPTIMIZERS["adam"]), data, 1, num_devices, reduction="ordered"))
@@ -276,7 +276,7 @@ def test_the_random_numbers_of_a_run_do_not_depend_on_the_settings_of_the_proces
 
 
 def test_metrics_do_not_depend_on_how_many_steps_a_call_takes():
-    """Nor on the steps that fill up the last call."""
+    """Steps that pad the last call do not count, either."""
     rows = Rows(1003, weighted=True).source()
 
     def run(steps, num_devices):
@@ -299,11 +299,11 @@ def test_ordered_linear_gives_the_same_bits_on_any_number_of_devices(backend, pl
     [
         ("jit", "device", "adam", (1, 2, 4, 6)),
         ("jit", "host", "clip+momentum", (1, 3)),
-        ("pmap", "device", "clip+momentum", (3, 8)),  # the same body, whatever the placement
+        ("pmap", "device", "clip+momentum", (3, 8)),  # The step is the same for both placements.
     ],
 )
 def test_ordered_network_gives_the_same_bits_on_any_number_of_devices(backend, placement, optimizer, devices):
-    """Also for the losses of validation."""
+    """Validation losses agree as well."""
     run = functools.partial(network_run, optimizer, "ragged", num_val=37)
     results = {n: run(n, backend=backend, placement=placement) for n in devices}
     assert results == dict.fromkeys(devices, run(8))
@@ -320,7 +320,7 @@ def test_ordered_network_with_few_rows_gives_the_same_bits(backend, placement, o
 
 @pytest.mark.parametrize(("model", "optimizer"), [("linear", "lbfgs"), ("mlp", "momentum")])
 def test_ordered_holds_for_several_targets(model, optimizer):
-    """Also for the losses told: how rows are read from where they lie must not change what is made of them."""
+    """Reported losses agree as well: how rows are read from memory must not change the arithmetic."""
     x = np.random.default_rng(0).normal(size=(403, 5))
     rows = dpreg.ArraySource(x, np.stack([x.sum(axis=1), x[:, 0]], axis=1))
     data = dpreg.RegressionData(rows, dpreg.ArraySource(*(rows[np.arange(77)][name] for name in "xy")), 32)
@@ -333,7 +333,7 @@ def test_ordered_holds_for_several_targets(model, optimizer):
 
 
 def test_every_process_compiles_the_same_program(tmp_path):
-    """Whatever the order in which Python hashes names: or none finds in the cache what another has compiled."""
+    """The program must not depend on Python's hash seed; otherwise no process finds it in the cache of another."""
     program = (
         "import dpreg; from dpreg.train.build import build_model; from dpreg.config import Config\n"
         "dpreg.start('cpu', 2, threads=8)\n"
@@ -342,7 +342,7 @@ def test_every_process_compiles_the_same_program(tmp_path):
         "dpreg.Trainer(1, reduction='ordered').fit(model, data)\n"
     )
     found = []
-    for seed in "12":  # of fresh processes
+    for seed in "12":  # A hash seed needs a fresh process.
         environment = os.environ | {"PYTHONHASHSEED": seed, "XDG_CACHE_HOME": str(tmp_path)}
         subprocess.run([sys.executable, "-c", program], env=environment, check=True, capture_output=True, timeout=240)
         found.append({path.name for path in tmp_path.rglob("*-cache")})
@@ -351,7 +351,7 @@ def test_every_process_compiles_the_same_program(tmp_path):
 
 
 def test_ordered_holds_on_any_number_of_cores(tmp_path):
-    """Products of this size are shared by the threads that XLA has, and added up as these divide them."""
+    """XLA divides products of this size among its threads, and the division determines the order of the sums."""
     flags = "--platform=cpu --reduction=ordered --model=mlp --num_train=8192 --batch_size=8192 --num_val=4096"
     cores = sorted(os.sched_getaffinity(0))
     runs = {"one": (1, cores[:1]), "all": (1, cores), "eight": (8, cores)}
@@ -361,12 +361,12 @@ def test_ordered_holds_on_any_number_of_cores(tmp_path):
             *("-c", bound, *flags.split(), f"--num_devices={n}", f"--workdir={tmp_path / name}"), env={"NPROC": None}
         )
         assert done.returncode == 0, done.stderr
-    told = [json.loads((tmp_path / name / "summary.json").read_text()) for name in runs]
-    assert len({(of["params_sha256"], of["val_loss"], of["train_loss"]) for of in told}) == 1
+    summaries = [json.loads((tmp_path / name / "summary.json").read_text()) for name in runs]
+    assert len({(s["params_sha256"], s["val_loss"], s["train_loss"]) for s in summaries}) == 1
 
 
 def test_ordered_linear_holds_on_any_number_of_threads():
-    """Large shards are shared by them; a product with a vector is none of what they add up in another way."""
+    """Threads divide large shards, but the order of the sums in a matrix-vector product does not depend on them."""
     program = (
         "import sys, hashlib, numpy, dpreg\n"
         "dpreg.start('cpu', int(sys.argv[1]), threads=int(sys.argv[2]))\n"
@@ -385,7 +385,7 @@ def test_ordered_linear_holds_on_any_number_of_threads():
 
 
 @pytest.mark.parametrize("targets", [1, 2])
-def test_what_threads_add_up_in_another_way_is_said(caplog, targets):
+def test_products_whose_sums_depend_on_the_number_of_threads_cause_a_warning(caplog, targets):
     data = dpreg.RegressionData(dpreg.ArraySource(np.zeros((40, 3)), np.zeros((40, targets))), None, 8)
     model = dpreg.LinearRegressionScratch(3, 0.1, num_targets=targets)
     trained(model, data, 1, 2, reduction="ordered", num_shards=4)
@@ -393,7 +393,7 @@ def test_what_threads_add_up_in_another_way_is_said(caplog, targets):
 
 
 class Features(dpreg.LinearRegressionScratch):
-    """A product of matrices, if not with parameters."""
+    """Has a product of matrices, but not one with parameters."""
 
     row_wise: ClassVar[bool] = True
 
@@ -401,15 +401,15 @@ class Features(dpreg.LinearRegressionScratch):
         return super().__call__(jnp.tanh(x @ jnp.eye(self.num_inputs)))
 
 
-def test_a_product_of_matrices_without_parameters_is_none_of_vectors(caplog):
+def test_a_matrix_product_without_parameters_causes_the_thread_warning(caplog):
     data, how = Rows(40).data(8), {"reduction": "ordered", "num_shards": 4}
-    for model, said in ((dpreg.LinearRegressionScratch(3, 0.1), False), (Features(3, 0.1), True)):
+    for model, warns in ((dpreg.LinearRegressionScratch(3, 0.1), False), (Features(3, 0.1), True)):
         trained(model, data, 1, 2, **how)
-        assert ("products are shared by 8 threads" in caplog.text) == said
+        assert ("products are shared by 8 threads" in caplog.text) == warns
 
 
 def test_ordered_holds_for_another_activation():
-    """Of one shard a device the compiler once knew which: a gelu network showed it."""
+    """With one shard per device XLA once specialized the program to that shard, which changed a gelu network."""
     data, model = Rows(150, num_inputs=5).data(40), Net(optax.sgd(0.05), activation=nn.gelu)
     assert len({digest(trained(model, data, 1, n, reduction="ordered")) for n in (1, 8)}) == 1
 
@@ -426,7 +426,7 @@ def test_steps_per_block_do_not_change_the_result(reduction, model):
 
 
 def sgd_in_float64(x, y, weight, lr, batches, start):
-    """Weighted minibatch SGD on linear least squares, as the book has it; nothing of dpreg in it."""
+    """Weighted minibatch SGD on linear least squares as in the book, without any code of dpreg."""
     w, b = np.array(start[0], np.float64), np.array(start[1], np.float64)
     losses = []
     for rows in batches:
@@ -472,7 +472,9 @@ def test_agrees_with_sgd_in_float64(reduction, backend, placement, weighted):
 
 @pytest.mark.parametrize("reduction", ["pmean", "ordered"])
 @pytest.mark.parametrize(("batch", "accumulate", "run"), [(256, 1, 8), (256, 3, 8), (24, 4, 4)])
-def test_agrees_with_float64_in_runs_of_rows_and_parts_of_batches(reduction, batch, accumulate, run, monkeypatch):
+def test_agrees_with_float64_for_any_strip_length_and_accumulated_batches(
+    reduction, batch, accumulate, run, monkeypatch
+):
     monkeypatch.setattr("dpreg.data.sampler._FEWEST_STRIPS", 8)
     monkeypatch.setattr(tuning, "_CHUNK_BYTES_ONE_CORE", 300)
     monkeypatch.setattr(tuning, "_CHUNK_BYTES_SHARED", 300)
@@ -499,7 +501,7 @@ def test_agrees_with_float64_in_runs_of_rows_and_parts_of_batches(reduction, bat
 
 
 def network_in_float64(model, source, batch_size, seed, epochs):
-    """The same training of `Net`, shard by shard in float64, on real rows only: no padding, no masks, no dpreg.
+    """Trains `Net` shard by shard in float64 on real rows only: no padding, no masks, no code of dpreg.
 
     Rows of weight 0 are left out as well. Dropout draws its mask in float32, as the float32 model does.
     """

@@ -1,4 +1,4 @@
-"""The files of a table: each is read, whatever is in it or beside it, or named in one line."""
+"""Files of a table: each is read correctly, or refused in one line that names it."""
 
 import bz2
 import itertools
@@ -25,7 +25,7 @@ HEADER = "{'descr': '<f8', 'fortran_order': False, 'shape': %s}"
 
 @pytest.fixture
 def read(tmp_path, monkeypatch):
-    """Reads a table in the test's folder: its features, and by row what the model sees, unscaled, and the target."""
+    """Returns a function that reads a table: (feature names, {row: unscaled features and target})."""
     monkeypatch.chdir(tmp_path)
 
     def read_table(name, target="y", **columns):
@@ -38,7 +38,7 @@ def read(tmp_path, monkeypatch):
 
 
 def refused(read, name, **columns):
-    """The line that says why a table is not read, within seconds of computing."""
+    """Returns the one-line error of a table that must be refused within seconds of CPU time."""
     started = time.process_time()
     with pytest.raises(dpreg.InputError) as caught:
         read(name, **columns)
@@ -58,7 +58,7 @@ def write_parquet(path, **columns):
     pyarrow.parquet.write_table(pa.table(columns), path)
 
 
-def test_a_folder_is_read_whole_with_the_folders_in_it_and_every_compression(read):
+def test_a_folder_is_read_with_its_subfolders_and_every_compression(read):
     for row, name in enumerate(("a.csv", "b.csv.gz", "b/c.csv.bz2", "b/d/e.csv.zst", "f.CSV")):
         content = f"a,y\n{row},{10 * row}\n".encode()
         pathlib.Path("t", name).parent.mkdir(parents=True, exist_ok=True)
@@ -68,12 +68,12 @@ def test_a_folder_is_read_whole_with_the_folders_in_it_and_every_compression(rea
     write("t/_SUCCESS", "")
     write("t/.part.crc", "x")
     write("t/_temporary/0.csv", "a,y\n99,99\n")
-    # In the order of the names: the folder b before the file b.csv.gz.
+    # Files are read in the order of their names: the folder b before the file b.csv.gz.
     expected = [[0.0], [2.0], [3.0], [1.0], [4.0]]
     for name in ("t", "t/**", "t/*", "t/../t"):
         assert read(name)[1] == expected, name
     assert read("t/**/*.csv*")[1] == expected[:-1]
-    many = bz2.compress(b"a,y\n0,0\n") + bz2.compress(b"1,1\n")  # streams that are concatenated
+    many = bz2.compress(b"a,y\n0,0\n") + bz2.compress(b"1,1\n")  # concatenated streams
     write("s.csv.bz2", many)
     assert read("s.csv.bz2")[2] == [0, 1]
     for suffix in (".pq", ".parq", ".parquet"):
@@ -81,13 +81,13 @@ def test_a_folder_is_read_whole_with_the_folders_in_it_and_every_compression(rea
     assert read("p")[2] == [2, 2, 2]
 
 
-def test_what_cannot_be_read_in_a_folder_is_named(read):
+def test_files_of_a_folder_that_cannot_be_read_are_named(read):
     write("t/a.csv", "a,y\n1,2\n")
     write("t/b/notes.txt", "")
     write("t/c.csv.xz", "")
-    said = refused(read, "t")
-    assert "'t/b/notes.txt', 't/c.csv.xz' cannot be read" in said
-    assert "such as 't/**/*.csv'" in said
+    message = refused(read, "t")
+    assert "'t/b/notes.txt', 't/c.csv.xz' cannot be read" in message
+    assert "such as 't/**/*.csv'" in message
     assert read("t/**/*.csv")[2] == [2]
     assert "'t/c.csv.xz' cannot be read" in refused(read, "t/*")
     write("t/c.parquet", "")
@@ -96,7 +96,7 @@ def test_what_cannot_be_read_in_a_folder_is_named(read):
     assert "of different kinds, .csv and .parquet" in refused(read, "t")
 
 
-def test_folders_of_hive_are_columns_with_types_from_all_of_them(read):
+def test_hive_partitions_are_columns_with_one_type_over_all_partitions(read):
     for year, month, y in (("2024", "01", 3.0), ("2023", "12", 2.0), ("__HIVE_DEFAULT_PARTITION__", "02", 1.0)):
         write_parquet(f"h/year={year}/month%20x={month}/0.parquet", a=[y, y], y=[y, y])
     assert read("h", missing="drop") == (
@@ -105,7 +105,7 @@ def test_folders_of_hive_are_columns_with_types_from_all_of_them(read):
         [2, 2, 3, 3],
     )
     assert read("h/**/*.parquet", missing="drop")[1] == read("h", missing="drop")[1]
-    assert read("h/year=2024")[0] == ("a", "month x")  # a folder that is named is no value
+    assert read("h/year=2024")[0] == ("a", "month x")  # A folder named in the path is not a value of a column.
     features = read("h", categorical=("year", "month x"), missing="mean")[0]
     assert features[1:] == (
         "year=2023",
@@ -116,7 +116,7 @@ def test_folders_of_hive_are_columns_with_types_from_all_of_them(read):
         "month x=2",
         "month x=other",
     )
-    # A column that the files have, too, as polars writes them, has to say the same.
+    # If the files contain the column as well, as those of polars do, the values must agree.
     for k in (1, 2):
         write_parquet(f"own/k={k}/0.parquet", k=[k, k], y=[1.0, 2.0])
     assert read("own")[:2] == (("k",), [[1], [1], [2], [2]])
@@ -130,7 +130,7 @@ def test_folders_of_hive_are_columns_with_types_from_all_of_them(read):
     assert "text/k=u/0.parquet, row 1: column 'k' has 'u', which is no number" in refused(read, "text")
 
 
-def test_parts_have_the_same_columns_whichever_is_first(read):
+def test_files_of_a_table_must_have_the_same_columns_whichever_is_first(read):
     for first, second in itertools.permutations(("a,y\n1,1\n", "a,b,y\n1,2,3\n")):
         write("t/0.csv", first)
         write("t/1.csv", second)
@@ -149,11 +149,11 @@ PARTS = {
 }
 
 
-def test_a_columns_type_comes_from_all_parts_in_any_order(read):
+def test_the_type_of_a_column_comes_from_all_files_in_any_order(read):
     values = {1: 0, 2: 1, 3: 1, 4: 0}  # y -> a
     names = ("header", "missing", "ones", "booleans", "nothing")
     for number, order in enumerate(itertools.permutations(names)):
-        if number % 7 == 0:  # each part in each place
+        if number % 7 == 0:  # Each file comes in each place.
             for place, part in enumerate(order):
                 write(f"t/{place}.csv", PARTS[part])
             _, x, y = read("t", missing="drop")
@@ -171,7 +171,7 @@ def test_a_columns_type_comes_from_all_parts_in_any_order(read):
     assert "column 'a' has a number besides 0 and 1" in refused(read, "w.csv")
 
 
-def test_a_type_does_not_depend_on_the_block_that_shows_it(read, monkeypatch):
+def test_the_type_of_a_column_does_not_depend_on_which_block_reveals_it(read, monkeypatch):
     monkeypatch.setattr("dpreg.tables.csv_files._BLOCK_BYTES", 1 << 10)
     rows = [f"{i % 2},2020-01-01,{i}" for i in range(500)]
     for at in (0, 250, 499):
@@ -184,7 +184,7 @@ def test_a_type_does_not_depend_on_the_block_that_shows_it(read, monkeypatch):
         np.testing.assert_allclose(np.array(x)[:, 1], 18262 + 0.5 * (np.arange(500) == at), atol=1e-2)
 
 
-def test_dates_of_any_precision_and_zone_are_days_in_any_order(read):
+def test_dates_of_any_precision_and_time_zone_become_days_in_any_file_order(read):
     values = {
         "2020-01-01": 18262,
         " 2020-01-01 12:00": 18262.5,
@@ -201,7 +201,7 @@ def test_dates_of_any_precision_and_zone_are_days_in_any_order(read):
     assert "d/9.csv, row 1: column 'd' has '5', which is no date" in refused(read, "d", dates=("d",))
 
 
-def test_an_index_of_pandas_is_no_feature_unless_it_is_named(read, caplog):
+def test_a_pandas_index_is_a_feature_only_if_it_is_named(read, caplog):
     frame = pd.DataFrame({"a": [1.0, 2.0], "y": [3.0, 4.0]}, index=[5, 7])
     for name, index in (("__index_level_0__", frame), ("k", frame.rename_axis("k"))):
         index.to_parquet("t.parquet")
@@ -223,7 +223,7 @@ def test_an_index_of_pandas_is_no_feature_unless_it_is_named(read, caplog):
 
 
 @pytest.mark.parametrize("change", ["replaced", "touched", "removed", "added"])
-def test_a_table_that_changes_while_it_is_read_is_not_kept(tmp_path, monkeypatch, change):
+def test_a_table_that_changes_while_it_is_read_is_not_cached(tmp_path, monkeypatch, change):
     monkeypatch.chdir(tmp_path)
     for part in (0, 1):
         write_parquet(f"t/{part}.parquet", a=np.arange(4.0), y=np.arange(4.0))
@@ -237,16 +237,16 @@ def test_a_table_that_changes_while_it_is_read_is_not_kept(tmp_path, monkeypatch
         os.utime("t/0.parquet")
     else:
         os.replace("new.parquet", "t/2.parquet" if change == "added" else "t/1.parquet")
-    said = r"^t: '.*/[012].parquet' changed while the table was read; start again$"
-    with pytest.raises(dpreg.InputError, match=said):
+    message = r"^t: '.*/[012].parquet' changed while the table was read; start again$"
+    with pytest.raises(dpreg.InputError, match=message):
         list(rows)
-    with pytest.raises(dpreg.InputError, match=said):
+    with pytest.raises(dpreg.InputError, match=message):
         ingest(table, dpreg.Columns(target=("y",)), tmp_path / "cache")
     assert not list((tmp_path / "cache").iterdir())
     assert len(list(open_table("t").read({"a": NUMBERS}))) == {"removed": 1, "added": 3}.get(change, 2)
 
 
-def test_what_is_no_regular_file_is_refused_before_it_is_opened(read):
+def test_a_path_that_is_not_a_regular_file_is_refused_before_it_is_opened(read):
     os.mkfifo("f.csv")
     os.symlink("/dev/zero", "zero.csv")
     with socket.socket(socket.AF_UNIX) as listening:
@@ -257,7 +257,7 @@ def test_what_is_no_regular_file_is_refused_before_it_is_opened(read):
     os.symlink("../loop", "loop/again")
     write("twice/a.csv", "a,y\n1,2\n")
     os.symlink("a.csv", "twice/b.csv")
-    for name, said in {
+    for name, message in {
         "f.csv": "is a pipe or a device",
         "zero.csv": "is a pipe or a device",
         "s.csv": "is a pipe or a device",
@@ -269,7 +269,7 @@ def test_what_is_no_regular_file_is_refused_before_it_is_opened(read):
         "a\nb.csv": "cannot be printed",
         "a\0b.csv": "cannot be printed",
     }.items():
-        assert said in refused(read, name), name
+        assert message in refused(read, name), name
     write("u\u2028.csv", "a,y\n1,2\n")
     write(os.fsdecode(b"v\xff.csv"), "a,y\n1,2\n")
     for name in ("u*.csv", "v*.csv"):
@@ -278,7 +278,7 @@ def test_what_is_no_regular_file_is_refused_before_it_is_opened(read):
 
 @pytest.mark.parametrize("flag", ["workdir", "output", "cache_dir", "data_dir"])
 @pytest.mark.parametrize("name", ["w\udcff", "w\n", "w\u2028x", "w\x1b[2J"])
-def test_paths_that_cannot_be_printed_are_refused_before_anything_starts(flag, name):
+def test_unprintable_paths_are_refused_before_anything_starts(flag, name):
     with pytest.raises(dpreg.InputError, match=f"{flag}=.* cannot be printed; rename it|no flagfile holds"):
         Config(**{flag: name})
 
@@ -288,15 +288,15 @@ def header_of_npy(text, data=b""):
     return b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text + data
 
 
-def test_numpy_files_are_as_long_as_they_say(read):
-    for shape, said in {
+def test_numpy_files_whose_size_contradicts_their_header_are_refused(read):
+    for shape, message in {
         "(1000000000000, 2)": "takes 16,000,000,000,000 bytes, and it has 32",
         "(1000000000000,)": "takes 8,000,000,000,000 bytes, and it has 32",
         "(1, 2)": "takes 16 bytes, and it has 32",
         "(0, 1000000000000)": "more than 1,048,576 columns",
     }.items():
         write("n.npy", header_of_npy(HEADER % shape, bytes(32)))
-        assert said in refused(read, "n.npy", target="c1")
+        assert message in refused(read, "n.npy", target="c1")
     write("n.npy", header_of_npy("{'descr': '|S0', 'fortran_order': False, 'shape': (1000000000000,)}"))
     assert "values of 0 bytes" in refused(read, "n.npy", target="c")
     zipfile.ZipFile("none.npz", "w").close()
@@ -308,7 +308,7 @@ def test_numpy_files_are_as_long_as_they_say(read):
     assert "there are no arrays" in refused(read, "none.npz")
 
 
-def test_a_damaged_npz_is_read_rightly_or_refused(read):
+def test_a_damaged_npz_is_read_correctly_or_refused(read):
     columns = {"a": np.arange(8.0), "y": np.arange(8.0) ** 2}
     np.savez("s.npz", **columns)
     np.savez_compressed("c.npz", **columns)
@@ -324,9 +324,9 @@ def test_a_damaged_npz_is_read_rightly_or_refused(read):
         assert refusals > len(whole) / 10
 
 
-def test_text_that_is_no_csv_is_refused_in_one_line(read, monkeypatch):
+def test_text_that_is_not_csv_is_refused_in_one_line(read, monkeypatch):
     monkeypatch.setattr("dpreg.tables.csv_files._BLOCK_BYTES", 1 << 16)
-    for content, said in {
+    for content, message in {
         "a,y\n1,2\n".encode("utf-16"): "it is written in UTF-16; save it in UTF-8",
         b"a\x1bb,y\n1,2\n": "has characters that cannot be printed; rename it",
         "a\u2028b,y\n1,2\n".encode(): "has characters that cannot be printed; rename it",
@@ -337,12 +337,12 @@ def test_text_that_is_no_csv_is_refused_in_one_line(read, monkeypatch):
         b"": "Empty CSV file",
     }.items():
         write("t.csv", content)
-        assert said in refused(read, "t.csv"), said
+        assert message in refused(read, "t.csv"), message
     write("t.csv", "\ufeffa,y\r\n1,2\r\n3,4\r\n")
     assert read("t.csv") == (("a",), [[1], [3]], [2, 4])
 
 
-def test_many_columns_take_time_in_proportion(read, monkeypatch):
+def test_reading_time_is_linear_in_the_number_of_columns(read, monkeypatch):
     columns, rows = 20_000, 3
     names = [f"column{i}" for i in range(columns)]
     values = np.arange(rows * columns).reshape(rows, columns)
@@ -351,7 +351,7 @@ def test_many_columns_take_time_in_proportion(read, monkeypatch):
     )
     started = time.process_time()
     features, x, _ = read("w.csv")
-    assert time.process_time() - started < 20  # quadratic: minutes
+    assert time.process_time() - started < 20  # Quadratic time would take minutes.
     assert list(features) == names
     np.testing.assert_array_equal(x, values.astype(np.float32))
     assert len(refused(read, "w.csv", target="z")) < 500

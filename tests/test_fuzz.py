@@ -1,4 +1,4 @@
-"""A fixed few of the inputs of tests/benchmarks/fuzz.py: each ends correct, or refused in one line, in time."""
+"""Runs a fixed few inputs of tests/benchmarks/fuzz.py: each is read correctly or refused in one line, in time."""
 
 import pathlib
 import sys
@@ -16,13 +16,13 @@ SEED = 2026
 
 
 @pytest.mark.parametrize("kind", COUNTS)
-def test_strange_inputs_end_correct_or_refused_in_one_line_in_time(kind):
+def test_malformed_inputs_are_read_correctly_or_refused_in_one_line_in_time(kind):
     ends = set()
     for number in range(COUNTS[kind]):
         began, computed = time.monotonic(), time.process_time()
         _, ended = fuzz.run(SEED, number, kind)
         computed, took = time.process_time() - computed, time.monotonic() - began
-        # Computing is measured, for the machine may do other work; waiting, that it ends.
+        # Limits CPU time, as the machine may be busy, and wall time only to end a hang.
         assert max(computed, took / 6) < fuzz.LIMIT_SECONDS, f"fuzz.run({SEED}, {number}, {kind!r})"
         ends.add(ended)
     assert {"correct", "refused"} <= ends | ({"refused"} if kind == "port" else set())

@@ -1,4 +1,4 @@
-"""On a GPU, where there is one: all other tests run on simulated CPU devices."""
+"""Tests on a real GPU, if one is available; all other tests run on simulated CPU devices."""
 
 import gzip
 import json
@@ -21,7 +21,7 @@ MLP = ("--model=mlp", "--hidden=128,64", "--optimizer=adam", "--lr=0.001", f"--w
 
 
 def environment(cache=None):
-    """Of a command on the GPU, which several may share."""
+    """Returns the environment of a command on the GPU, which several commands may share."""
     of_tests = ("NPROC", "JAX_COMPILATION_CACHE_DIR")
     kept = {name: value for name, value in os.environ.items() if name not in of_tests}
     return kept | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"} | ({"XDG_CACHE_HOME": str(cache)} if cache else {})
@@ -54,7 +54,7 @@ RUNS = {
 
 
 @pytest.mark.parametrize("flags", RUNS.values(), ids=RUNS)
-def test_a_run_ends_as_on_the_cpu(tmp_path, flags):
+def test_a_gpu_run_has_the_result_of_the_cpu_run(tmp_path, flags):
     found = trained(tmp_path / "gpu", *flags)
     finished("dpreg.main", "--config_preset=cpu", f"--workdir={tmp_path}/cpu", *flags)
     wanted = json.loads((tmp_path / "cpu" / "summary.json").read_text())
@@ -67,7 +67,7 @@ def test_a_run_ends_as_on_the_cpu(tmp_path, flags):
 @pytest.mark.parametrize("reduction", ["pmean", "ordered"])
 @pytest.mark.parametrize("model", [(), MLP, (*MLP, "--precision=bfloat16")], ids=["linear", "mlp", "bfloat16"])
 def test_each_process_computes_the_same_bits(tmp_path, reduction, model):
-    """Also one that has to compile anew, and so to choose again among the ways to make a product."""
+    """This holds also for a process that recompiles, and so selects the algorithms of its products again."""
     flags = (*model, f"--reduction={reduction}", "--num_train=20003", "--batch_size=256")
     found = [trained(tmp_path / run, *flags, cache=tmp_path / f"cache-{run}") for run in ("a", "b")]
     assert found[0]["params_sha256"] == found[1]["params_sha256"]
@@ -96,7 +96,7 @@ def test_ordered_bits_do_not_depend_on_the_number_of_gpus(tmp_path, model):
 
 
 @pytest.mark.parametrize("reduction", ["pmean", "ordered"])
-def test_a_killed_run_goes_on_to_the_same_bits(tmp_path, reduction):
+def test_a_killed_run_resumes_to_the_same_bits(tmp_path, reduction):
     flags = (*MLP, f"--reduction={reduction}", "--num_train=200000", "--max_epochs=10", "--checkpoint_every_steps=2000")
     whole = trained(tmp_path / "whole", *flags)
     command = [sys.executable, "-m", "dpreg.main", "--config_preset=gpu", f"--workdir={tmp_path}/killed", *flags]
@@ -124,8 +124,8 @@ for precision in ("float32", "bfloat16"):
 
 
 @pytest.mark.parametrize(("num_targets", "rounded"), [(1, (0, 1e-6)), (3, (1e-6, 4e-3))])
-def test_steps_of_the_whole_table_are_those_in_float64(tmp_path, num_targets, rounded):
-    """Products of float32 are not rounded to TF32, of bfloat16 features with a vector neither, others in factors."""
+def test_full_batch_steps_agree_with_float64(tmp_path, num_targets, rounded):
+    """Float32 products use no TF32; bfloat16 products with a vector are not rounded, others only in their factors."""
     rng = np.random.default_rng(0)
     x = rng.standard_normal((4096, 256), np.float32)
     y = x @ rng.standard_normal((256, num_targets), np.float32)
@@ -135,7 +135,7 @@ def test_steps_of_the_whole_table_are_those_in_float64(tmp_path, num_targets, ro
     done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
     bits = x.view(np.uint32)
-    nearest = ((bits + 0x7FFF + (bits >> 16 & 1)) & 0xFFFF0000).view(np.float32)  # bfloat16, ties to even
+    nearest = ((bits + 0x7FFF + (bits >> 16 & 1)) & 0xFFFF0000).view(np.float32)  # Rounds to bfloat16, ties to even.
     for precision, features, (least, most) in (("float32", x, (0, 1e-6)), ("bfloat16", nearest, rounded)):
         features, target = features.astype(np.float64), y.astype(np.float64)
         w, b = np.zeros((256, num_targets)), np.zeros(num_targets)
@@ -146,19 +146,19 @@ def test_steps_of_the_whole_table_are_those_in_float64(tmp_path, num_targets, ro
         assert least <= np.linalg.norm(found - w) / np.linalg.norm(w) < most
 
 
-def test_the_doctor_and_the_plan_know_the_gpu(tmp_path):
-    said = finished("dpreg.main", "--config_preset=gpu", "--mode=doctor")
-    assert "WRONG" not in said
-    assert "gpu" in said
-    said = finished("dpreg.plan", "--flagfile=configs/gpu.cfg", f"--workdir={tmp_path}")
-    told = json.loads((tmp_path / "plan.json").read_text())
-    assert told["fits"]
-    assert told["state_donated"]
-    assert told["kind"].startswith("NVIDIA")
-    assert told["capacity"] > 1e9
+def test_the_doctor_and_the_plan_recognize_the_gpu(tmp_path):
+    output = finished("dpreg.main", "--config_preset=gpu", "--mode=doctor")
+    assert "WRONG" not in output
+    assert "gpu" in output
+    output = finished("dpreg.plan", "--flagfile=configs/gpu.cfg", f"--workdir={tmp_path}")
+    results = json.loads((tmp_path / "plan.json").read_text())
+    assert results["fits"]
+    assert results["state_donated"]
+    assert results["kind"].startswith("NVIDIA")
+    assert results["capacity"] > 1e9
 
 
-def test_a_profile_has_the_kernels_of_the_steps(tmp_path):
+def test_a_profile_contains_the_kernels_of_the_steps(tmp_path):
     trained(tmp_path, "--profile=10:20")
     (trace,) = (tmp_path / "profile").rglob("perfetto_trace.json.gz")
     events = json.loads(gzip.decompress(trace.read_bytes()))["traceEvents"]

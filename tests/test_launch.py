@@ -1,4 +1,4 @@
-"""The launchers: real Open MPI and Slurm where they are installed; the others as far as can be checked."""
+"""The launchers: Open MPI and Slurm run for real if they are installed; the others are checked statically."""
 
 import contextlib
 import dataclasses
@@ -37,7 +37,7 @@ def alone(tmp_path_factory):
 
 
 @pytest.mark.skipif(not shutil.which("mpirun"), reason="Open MPI is not installed")
-def test_open_mpi_trains_to_the_bits_of_one_process(tmp_path, alone):
+def test_an_open_mpi_run_gives_the_bits_of_one_process(tmp_path, alone):
     environment = os.environ | {"MPIRUN_FLAGS": "--allow-run-as-root --oversubscribe", "PYTHON": sys.executable}
     command = [LAUNCH / "mpi.sh", "2", *WORK, f"--workdir={tmp_path}"]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240)
@@ -49,7 +49,7 @@ def test_open_mpi_trains_to_the_bits_of_one_process(tmp_path, alone):
 @pytest.mark.faults
 @pytest.mark.skipif(not shutil.which("mpirun"), reason="Open MPI is not installed")
 @pytest.mark.parametrize("whom", ["a process", "the script"])
-def test_a_preempted_run_of_open_mpi_is_started_again_unless_it_was_told_to_stop(tmp_path, whom):
+def test_a_preempted_open_mpi_run_restarts_unless_it_was_asked_to_stop(tmp_path, whom):
     environment = os.environ | {"MPIRUN_FLAGS": "--allow-run-as-root --oversubscribe", "PYTHON": sys.executable}
     flags = [*WORK, "--num_train=20000", "--max_epochs=4", f"--workdir={tmp_path}", "--checkpoint_every_steps=100"]
     script = subprocess.Popen(
@@ -65,25 +65,26 @@ def test_a_preempted_run_of_open_mpi_is_started_again_unless_it_was_told_to_stop
         below = psutil.Process(script.pid).children(recursive=True)
         workers = [process for process in below if process.cmdline()[1:3] == ["-m", "dpreg.main"]]
         (script if whom == "the script" else workers[1]).send_signal(signal.SIGTERM)
-        said = script.communicate(timeout=200)[1]
+        output = script.communicate(timeout=200)[1]
     finally:
         for process in [*below, script]:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
-    assert ("going on from step" in said) == (whom == "a process"), said
-    assert script.returncode == (0 if whom == "a process" else 75), said
+    assert ("going on from step" in output) == (whom == "a process"), output
+    assert script.returncode == (0 if whom == "a process" else 75), output
 
 
 @pytest.fixture
 def slurm(tmp_path):
-    """A cluster of one node on this host, with a configuration, keys and ports of its own; its environment."""
+    """Starts a Slurm cluster of one node, with its own configuration, key and ports; returns its environment."""
     host = socket.gethostname().split(".")[0]
     ports = []
     for _ in range(2):
         with socket.socket() as listener:
             listener.bind(("127.0.0.1", 0))
             ports.append(listener.getsockname()[1])
-    folder = pathlib.Path(os.environ.get("TMPDIR", "/tmp")) / f"dpreg-slurm-{os.getpid()}"  # short: it holds a socket
+    # The path is short because it holds a socket.
+    folder = pathlib.Path(os.environ.get("TMPDIR", "/tmp")) / f"dpreg-slurm-{os.getpid()}"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(mode=0o755)
     (folder / "key").write_bytes(os.urandom(128))
@@ -135,7 +136,7 @@ PartitionName=all Nodes=ALL Default=YES MaxTime=INFINITE State=UP
 
 @pytest.mark.faults
 @pytest.mark.skipif(not shutil.which("slurmctld") or os.geteuid() != 0, reason="needs Slurm and root to start it")
-def test_slurm_trains_to_the_bits_of_one_process(tmp_path, slurm, alone):
+def test_a_slurm_run_gives_the_bits_of_one_process(tmp_path, slurm, alone):
     log = tmp_path / "log"
     command = ["sbatch", "--wait", f"--output={log}", "--overcommit", "--ntasks=2", LAUNCH / "slurm.sbatch"]
     done = subprocess.run(
@@ -162,7 +163,7 @@ ANY = object()
 METADATA = {"name": str, "labels": ANY, "annotations": ANY, "namespace": str}
 POD_SPEC = {
     "serviceAccountName": str,
-    "restartPolicy": ("Never",),  # a pod failure policy asks for it
+    "restartPolicy": ("Never",),  # A pod failure policy requires it.
     "terminationGracePeriodSeconds": int,
     "containers": [
         {
@@ -193,7 +194,7 @@ JOB_SPEC = {
     },
     "template": {"metadata": METADATA, "spec": POD_SPEC},
 }
-# The fields of jobset.x-k8s.io/v1alpha2 and those of batch/v1 and v1 below them, as far as a launcher may need them.
+# The fields of jobset.x-k8s.io/v1alpha2, and of batch/v1 and v1 inside it, that a launcher may need.
 JOBSET_SPEC = {
     "network": {"enableDNSHostnames": bool, "subdomain": str, "publishNotReadyAddresses": bool},
     "coordinator": {"replicatedJob": str, "jobIndex": int, "podIndex": int},
@@ -234,7 +235,7 @@ def check_fields(value, fields, path):
         assert type(value) is fields, path
 
 
-def test_the_jobset_has_fields_that_exist():
+def test_the_jobset_uses_only_fields_that_exist():
     *roles, jobset = yaml.safe_load_all((LAUNCH / "gke_jobset.yaml").read_text())
     assert [document["kind"] for document in roles] == ["ServiceAccount", "Role", "RoleBinding"]
     assert (jobset["apiVersion"], jobset["kind"]) == ("jobset.x-k8s.io/v1alpha2", "JobSet")
@@ -252,7 +253,7 @@ def test_the_jobset_has_fields_that_exist():
     assert {argument.removeprefix("--").partition("=")[0] for argument in container["args"]} <= known
 
 
-def test_every_launcher_says_what_was_run():
+def test_every_launcher_documents_what_was_not_run():
     for path in LAUNCH.iterdir():
         if path.suffix in (".sh", ".sbatch", ".yaml"):
             assert "Not run:" in path.read_text(), path.name

@@ -1,4 +1,4 @@
-"""The exact solution: to the digits of certified values and of statsmodels, the same on any devices and processes."""
+"""The exact solver agrees with certified values and statsmodels; devices and processes do not change its bits."""
 
 import functools
 import json
@@ -30,7 +30,7 @@ DIAMONDS = pathlib.Path(__file__).parent.parent.parent / "shared" / "data" / "di
 
 
 def digits(found, certified):
-    """Log relative error of the worst value, the measure of NIST's StRD."""
+    """Returns the log relative error of the worst value, the measure of NIST's StRD."""
     found, certified = np.ravel(found), np.ravel(certified)
     return -np.log10(np.maximum(np.abs(found - certified) / np.abs(certified), 1e-16).max())
 
@@ -39,8 +39,8 @@ NIST = json.loads((pathlib.Path(__file__).parent / "nist.json").read_text())
 
 
 @pytest.mark.parametrize("name", [name for name in NIST if name != "source"])
-def test_the_certified_values_of_nist(name, tmp_path):
-    """From a table to the result in float64, on any number of devices: no set has fewer digits than NumPy reaches."""
+def test_least_squares_reaches_the_certified_digits_of_nist(name, tmp_path):
+    """Fits each data set in float64 on 1, 3 and 8 devices; no set may have fewer correct digits than NumPy reaches."""
     given = NIST[name]
     x, y = np.array(given["x"]), np.array(given["y"])
     x = x ** np.arange(1, given["degree"] + 1) if given["degree"] > 1 else x
@@ -59,11 +59,11 @@ def test_the_certified_values_of_nist(name, tmp_path):
     theirs = np.linalg.lstsq(np.column_stack([np.ones(len(x)), x])[:, intercept], y, rcond=None)[0]
     least = {"Filip": 7, "Wampler3": 10, "Wampler4": 7, "Wampler5": 6}.get(name, 13)
     assert digits(found, given["certified"]) >= max(least, min(digits(theirs, given["certified"]), 13))
-    if any(given["standard_deviation"]):  # where y is no exact polynomial
+    if any(given["standard_deviation"]):  # y is not an exact polynomial.
         assert digits(errors, given["standard_deviation"]) > min(least, 12)
 
 
-def test_longley_by_way_of_the_flags(tmp_path):
+def test_the_command_line_fits_longley_to_the_certified_values(tmp_path):
     given = NIST["Longley"]
     x = np.array(given["x"])
     pd.DataFrame({**{f"x{j}": c for j, c in enumerate(x.T)}, "y": given["y"]}).to_csv(tmp_path / "t.csv", index=False)
@@ -88,8 +88,8 @@ def test_longley_by_way_of_the_flags(tmp_path):
     assert "-3.48226e+06" in done.stdout
 
 
-def test_processes_meet_before_what_they_found_does(monkeypatch):
-    """One may have its rows done long before the others, and is not to be taken for dead."""
+def test_processes_synchronize_before_they_exchange_partial_results(monkeypatch):
+    """A process that finishes its rows long before the others must keep sending heartbeats."""
     met = []
     monkeypatch.setattr(processes, "allgather_text", lambda heartbeat: met.append(heartbeat))
 
@@ -104,7 +104,7 @@ def test_processes_meet_before_what_they_found_does(monkeypatch):
 
 
 @pytest.mark.parametrize("cuts", [(), (5,), range(1, 16)])
-def test_parts_of_longley_put_together(cuts):
+def test_combined_parts_of_longley_give_the_certified_values(cuts):
     given = NIST["Longley"]
     x, y = np.array(given["x"]), np.array(given["y"])[:, None]
     blocks = zip(np.split(x, list(cuts)), np.split(y, list(cuts)), strict=True)
@@ -117,7 +117,7 @@ def test_parts_of_longley_put_together(cuts):
 
 @pytest.mark.parametrize("loss", ["logistic", "poisson", "gamma"])
 @pytest.mark.parametrize("intercept", [True, False])
-def test_newton_finds_the_optimum_and_errors_of_statsmodels(loss, intercept):
+def test_newton_finds_the_optimum_and_standard_errors_of_statsmodels(loss, intercept):
     rng = np.random.default_rng(3)
     x = rng.normal(size=(3001, 3)) * [1, 30, 0.1] + [0, 100 * intercept, 0]
     z = x @ [0.5, 0.02, -3] - 2 * intercept
@@ -126,7 +126,8 @@ def test_newton_finds_the_optimum_and_errors_of_statsmodels(loss, intercept):
         "poisson": rng.poisson(np.exp(z)),
         "gamma": rng.gamma(2, np.exp(z) / 2),
     }[loss]
-    weight = rng.integers(0, 2 if loss == "gamma" else 3, 3001)  # more rows make the dispersion surer
+    # More rows make the estimate of the dispersion more precise.
+    weight = rng.integers(0, 2 if loss == "gamma" else 3, 3001)
     source = dpreg.ArraySource(x, y, weight, np.float64)
     fits = [
         Solver(source, Mesh(np.array(jax.devices()[:d]), ("data",)), 8).newton(FAMILIES[loss], intercept=intercept)
@@ -134,7 +135,7 @@ def test_newton_finds_the_optimum_and_errors_of_statsmodels(loss, intercept):
     ]
     (fit, mean), (other, _) = fits
     assert (fit.w.tobytes(), fit.b.tobytes()) == (other.w.tobytes(), other.b.tobytes())
-    repeated = np.repeat(np.arange(3001), weight)  # whole weights are repeated rows
+    repeated = np.repeat(np.arange(3001), weight)  # Integer weights are equivalent to repeated rows.
     design = sm.add_constant(x[repeated]) if intercept else x[repeated]
     family = {
         "logistic": sm.families.Binomial(),
@@ -157,7 +158,7 @@ def test_newton_finds_the_optimum_and_errors_of_statsmodels(loss, intercept):
     ):
         assert [float(v) for v in line.split()[3:5]] == pytest.approx([z, p], rel=0.006, abs=1e-300)
         assert (row.statistic, row.p) == pytest.approx((z, p), rel=1e-5, abs=1e-300)
-    if loss != "gamma":  # statsmodels takes its dispersion for known here
+    if loss != "gamma":  # Here statsmodels takes the dispersion as known.
         np.testing.assert_allclose(summarize_fit(fit, "abc").conf_int(), theirs.conf_int(), rtol=1e-6)
     found = summarize_fit(fit, "abc")
     assert found.deviance == pytest.approx(theirs.deviance, rel=1e-9)
@@ -167,12 +168,12 @@ def test_newton_finds_the_optimum_and_errors_of_statsmodels(loss, intercept):
         assert found.null_deviance == pytest.approx(theirs.null_deviance, rel=1e-8)
     assert found.dispersion == pytest.approx(theirs.scale, rel=1e-6)
     np.testing.assert_allclose(found.covariance, theirs.cov_params(), rtol=1e-6, atol=1e-12 * found.covariance.max())
-    if loss == "gamma":  # weights of 0 and 1
+    if loss == "gamma":  # The weights are 0 and 1.
         assert (found.aic, found.bic) == pytest.approx((theirs.aic, theirs.bic_llf), rel=1e-8)
 
 
 @pytest.mark.parametrize("mean", [1e3, 1e6, 1e9])
-def test_newton_takes_large_counts(mean):
+def test_newton_fits_large_counts(mean):
     for seed in range(8):
         rng = np.random.default_rng(seed)
         x = rng.normal(size=(500, 2))
@@ -181,7 +182,7 @@ def test_newton_takes_large_counts(mean):
         fit, loss = Solver(source, Mesh(np.array(jax.devices()[:1]), ("data",)), 8).newton(FAMILIES["poisson"])
         theirs = sm.GLM(y, sm.add_constant(x), family=sm.families.Poisson()).fit()
         np.testing.assert_allclose([fit.b[0], *fit.w[:, 0]], theirs.params, rtol=1e-6, atol=1e-9)
-        m = y * np.exp(-(fit.b[0] + x @ fit.w[:, 0]))  # by log1p, without the difference of large numbers
+        m = y * np.exp(-(fit.b[0] + x @ fit.w[:, 0]))  # The loss by y/mean, without subtracting large numbers.
         own = np.exp(fit.b[0] + x @ fit.w[:, 0]) * (m * np.log(m) - m + 1)
         assert loss == pytest.approx(own.mean(), rel=1e-4)
         assert (
@@ -190,7 +191,7 @@ def test_newton_takes_large_counts(mean):
         )
 
 
-def test_newton_leaves_out_rows_without_weight():
+def test_newton_ignores_rows_of_weight_zero():
     rng = np.random.default_rng(0)
     x, y = rng.normal(size=200), rng.poisson(2.0, 200)
     found = [
@@ -202,30 +203,37 @@ def test_newton_leaves_out_rows_without_weight():
     np.testing.assert_allclose(found[0][0].w, found[1][0].w, rtol=1e-9)
 
 
-def test_no_degrees_of_freedom_are_no_proof():
+def test_without_degrees_of_freedom_there_is_no_significance():
     fit = RFactor.of(np.array([[1.0], [2.0]]), np.array([[2.0], [4.5]]), np.ones(2)).solve()
     assert all(np.isnan(part).all() for part in (*fit.standard_errors, *fit.p_values))
     assert "not used" not in str(summarize_fit(fit, ["x"]))
     assert "0 degrees of freedom" in str(summarize_fit(fit, ["x"]))
 
 
-def test_newton_says_where_there_is_no_optimum():
+def test_newton_reports_that_no_optimum_exists():
     x = np.linspace(-1, 1, 50)
     solver = Solver(dpreg.ArraySource(x, x > 0), Mesh(np.array(jax.devices()[:1]), ("data",)), 8)
     with pytest.raises(dpreg.InputError, match=r"no optimum within 30 steps.*l2"):
         solver.newton(FAMILIES["logistic"])
-    partly = np.repeat([0.0, 0, 1], 20), np.repeat([0.0, 1, 1], 20)  # one group alone is told for certain
+    # Only one of the two groups has a class that is certain.
+    partly = (
+        np.repeat([0.0, 0, 1], 20),
+        np.repeat([0.0, 1, 1], 20),
+    )
     with pytest.raises(dpreg.InputError, match="no optimum"):
         Solver(dpreg.ArraySource(*partly), Mesh(np.array(jax.devices()[:1]), ("data",)), 8).newton(FAMILIES["logistic"])
     with pytest.raises(dpreg.InputError, match=r"no optimum within 30 steps.*l2"):
         solver.softmax(2, l2=0)
     fit, _ = solver.newton(FAMILIES["logistic"], l2=0.01)
-    two_classes = solver.softmax(2, l2=0.02).w  # a half of the penalty for each of two weights of opposite signs
+    two_classes = solver.softmax(
+        2, l2=0.02
+    ).w  # Softmax splits the weight in two of opposite sign, each with half of the penalty.
     assert two_classes[0, 1] - two_classes[0, 0] == pytest.approx(fit.w[0, 0], rel=1e-9)
     theirs = LogisticRegression(C=1 / (0.01 * 50), tol=1e-10).fit(x[:, None], x > 0)
     assert fit.w[0, 0] == pytest.approx(theirs.coef_[0, 0], rel=1e-6)
     far = Solver(dpreg.ArraySource(x, np.exp(40 * x)), Mesh(np.array(jax.devices()[:1]), ("data",)), 8)
-    assert far.newton(FAMILIES["poisson"])[0].w[0, 0] == pytest.approx(40, rel=1e-4)  # by way of steps too far
+    # Newton's method must recover from steps that overshoot.
+    assert far.newton(FAMILIES["poisson"])[0].w[0, 0] == pytest.approx(40, rel=1e-4)
 
 
 def diamonds():
@@ -237,7 +245,7 @@ def diamonds():
 
 @pytest.mark.skipif(not DIAMONDS.exists(), reason="the table of diamonds is not here")
 @pytest.mark.parametrize("weighted", [False, True])
-def test_diamonds_are_fitted_as_statsmodels_fits_them(weighted):
+def test_the_fit_of_diamonds_agrees_with_statsmodels(weighted):
     x, y = diamonds()
     weight = np.random.default_rng(0).uniform(0.5, 2, len(y)) if weighted else np.ones(len(y))
     theirs = sm.WLS(y, sm.add_constant(x), weight).fit()
@@ -245,12 +253,12 @@ def test_diamonds_are_fitted_as_statsmodels_fits_them(weighted):
     fits = [Solver(source, Mesh(np.array(jax.devices()[:d]), ("data",)), 8).least_squares(refine=True) for d in (1, 8)]
     assert len({(fit.w.tobytes(), fit.b.tobytes()) for fit in fits}) == 1
     fit = fits[0]
-    for (of_w, of_b), wanted in (
+    for (w, b), wanted in (
         ((fit.w, fit.b), theirs.params),
         (fit.standard_errors, theirs.bse),
         (fit.p_values, theirs.pvalues),
     ):
-        np.testing.assert_allclose([of_b[0], *of_w[:, 0]], wanted, rtol=1e-6, atol=1e-300)
+        np.testing.assert_allclose([b[0], *w[:, 0]], wanted, rtol=1e-6, atol=1e-300)
     assert fit.r2[0] == pytest.approx(theirs.rsquared, rel=1e-9)
     found = summarize_fit(fit, [f"x{j}" for j in range(x.shape[1])])
     for name, wanted in (
@@ -264,14 +272,14 @@ def test_diamonds_are_fitted_as_statsmodels_fits_them(weighted):
         assert getattr(found, name) == pytest.approx(wanted, rel=1e-8), name
     np.testing.assert_allclose(found.covariance, theirs.cov_params(), rtol=1e-6, atol=1e-9 * found.covariance.max())
     np.testing.assert_allclose(found.conf_int(), theirs.conf_int(), rtol=1e-6)
-    told = str(summarize_fit(fit, [f"x{j}" for j in range(x.shape[1])])).splitlines()
-    for line, p in zip(told[1:-1], theirs.pvalues, strict=True):
+    lines = str(summarize_fit(fit, [f"x{j}" for j in range(x.shape[1])])).splitlines()
+    for line, p in zip(lines[1:-1], theirs.pvalues, strict=True):
         assert float(line.split()[4]) == pytest.approx(p, rel=0.006, abs=1e-300)
 
 
 @pytest.mark.parametrize("seed", range(8))
-def test_sums_of_products_give_what_the_decomposition_gives_or_nothing(seed):
-    """Of features in any units, with weights, constants, categories of which one follows from the others, and zeros."""
+def test_the_normal_equations_agree_with_the_decomposition_or_are_rejected(seed):
+    """The features have any units, weights, constants, redundant categories and zeros."""
     rng = np.random.default_rng(seed)
     n, d, t = int(rng.integers(20, 400)), int(rng.integers(1, 12)), int(rng.integers(1, 4))
     x = rng.normal(size=(n, d)) @ rng.normal(size=(d, d)) * 10.0 ** rng.integers(-6, 7, d)
@@ -301,7 +309,7 @@ def test_sums_of_products_give_what_the_decomposition_gives_or_nothing(seed):
                     np.testing.assert_allclose(ours, theirs, rtol=1e-9)
 
 
-def test_sums_of_products_are_not_trusted_with_what_they_lose():
+def test_the_normal_equations_are_rejected_where_they_lose_precision():
     rng = np.random.default_rng(0)
     x, one = rng.normal(size=(300, 3)), np.ones(300)
     y = x @ [[1], [2], [3]] + rng.normal(size=(300, 1))
@@ -311,18 +319,22 @@ def test_sums_of_products_are_not_trusted_with_what_they_lose():
 
     assert trusted(x, y)
     for case in (
-        (x + np.array([0, 1e6, 0]), y),  # far from 0
+        (x + np.array([0, 1e6, 0]), y),  # The mean is far from 0.
         (x, y + 1e6),
-        (np.column_stack([x, x[:, 0] + 1e-5 * rng.normal(size=300)]), y),  # nearly a combination
+        # The last column is nearly a combination of the others.
+        (
+            np.column_stack([x, x[:, 0] + 1e-5 * rng.normal(size=300)]),
+            y,
+        ),
         (np.column_stack([x, x[:, 0] + 1e-9 * rng.normal(size=300)]), y),
-        (x, x @ [[1], [2], [3]]),  # nothing left to explain
+        (x, x @ [[1], [2], [3]]),  # The fit is perfect.
         (np.column_stack([x, one]), y),
     ):
         assert not trusted(*case)
 
 
 @pytest.mark.parametrize("l2", [0.0, 0.01])
-def test_wide_least_squares_are_those_of_the_decomposition_with_pivots(l2, monkeypatch):
+def test_wide_least_squares_agree_with_the_pivoted_decomposition(l2, monkeypatch):
     rng = np.random.default_rng(0)
     x = rng.normal(size=(900, 300)) @ (np.eye(300) + 0.02 * rng.normal(size=(300, 300)))
     r = RFactor.of(x, x[:, :2] + rng.normal(size=(900, 2)), np.ones(900))
@@ -339,7 +351,7 @@ def test_wide_least_squares_are_those_of_the_decomposition_with_pivots(l2, monke
         np.testing.assert_allclose(ours, theirs, rtol=1e-9)
 
 
-def test_collinear_and_constant_columns_are_named_and_change_nothing():
+def test_collinear_and_constant_columns_are_reported_and_change_nothing():
     rng = np.random.default_rng(1)
     x = rng.normal(size=(200, 3)) * [1, 1e4, 1e-4] + [0, 1e6, 0]
     y = x @ [1, 1e-3, 5e3] + 2 + rng.normal(size=200)
@@ -354,18 +366,18 @@ def test_collinear_and_constant_columns_are_named_and_change_nothing():
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
-def test_a_combination_is_found_whatever_its_rows_were_rounded_to(dtype):
+def test_a_linear_combination_is_detected_at_any_precision_of_the_rows(dtype):
     rng = np.random.default_rng(2)
     x = rng.normal([1, 5], size=(300, 2))
     x = np.column_stack([x, x.sum(axis=1), x[:, 0] + 1e-4 * rng.normal(size=300)])
     x = (x - x.mean(axis=0)) / x.std(axis=0)
     source = dpreg.ArraySource(x, rng.normal(size=(300, 1)), dtype=dtype)
     fit = Solver(source, Mesh(np.array(jax.devices()[:1]), ("data",)), 8).least_squares()
-    assert len(fit.kept) == 3  # the last is no combination, if nearly
+    assert len(fit.kept) == 3  # The last column is nearly a combination of others, but not exactly.
     assert 3 in fit.kept
 
 
-def test_a_penalty_is_ridge_and_a_loss_is_that_of_the_rows():
+def test_the_penalty_is_ridge_and_the_reported_loss_excludes_it():
     source = Rows(300, weighted=True).source()
     x, y, weight = source.x.astype(np.float64), source.y.astype(np.float64), source.weight.astype(np.float64)
     triangle = RFactor.of(x, y, weight)
@@ -380,7 +392,7 @@ def test_a_penalty_is_ridge_and_a_loss_is_that_of_the_rows():
 
 
 @pytest.mark.parametrize("rows", [3, 37, 5000])
-def test_devices_do_not_change_a_bit(rows):
+def test_the_number_of_devices_does_not_change_a_bit_of_the_solution(rows):
     source = Rows(rows, num_inputs=2, weighted=rows > 3).source()
     found = [
         Solver(source, Mesh(np.array(jax.devices()[:devices]), ("data",)), 8).triangle().packed().tobytes()
@@ -393,7 +405,7 @@ def test_devices_do_not_change_a_bit(rows):
     assert (ours.rows, ours.weight) == (whole.rows, pytest.approx(whole.weight, rel=1e-12))
 
 
-def test_a_run_by_the_exact_solver_on_any_processes(tmp_path):
+def test_the_exact_solver_gives_the_same_bits_on_any_number_of_processes(tmp_path):
     work = ("--platform=cpu", "--solver=exact", "--num_train=1003", "--noise=0.5", "--w=1,-2,3")
     alone(tmp_path / "one", devices=3, work=work)
     several(2, tmp_path / "two", work=work)
@@ -410,7 +422,7 @@ def test_a_run_by_the_exact_solver_on_any_processes(tmp_path):
     assert found["not_used"] == []
 
 
-def test_a_run_by_sgd_says_how_far_it_is_from_the_best(tmp_path):
+def test_an_sgd_run_reports_its_distance_from_the_optimum(tmp_path):
     done = alone(tmp_path, "--max_epochs=1", devices=2, work=("--platform=cpu", "--noise=1"))
     found = json.loads((tmp_path / "summary.json").read_text())
     rows = dpreg.SyntheticRegressionData([2, -3.4], 4.2, 1.0).train[np.arange(1000)]
@@ -423,17 +435,17 @@ def test_a_run_by_sgd_says_how_far_it_is_from_the_best(tmp_path):
 
 
 @pytest.mark.parametrize("cuts", [(), (1,), (7, 500)])
-@pytest.mark.parametrize(("of_x", "of_y"), [(0.0, 1e15), (1e12, 0.0), (1e12, 1e15)])
-def test_columns_far_from_zero_keep_their_digits(of_x, of_y, cuts):
+@pytest.mark.parametrize(("mean_of_x", "mean_of_y"), [(0.0, 1e15), (1e12, 0.0), (1e12, 1e15)])
+def test_columns_with_large_means_keep_their_digits(mean_of_x, mean_of_y, cuts):
     rng = np.random.default_rng(0)
-    offset = np.array([of_x, 0.0, 5.0])
+    offset = np.array([mean_of_x, 0.0, 5.0])
     x = rng.normal(size=(1000, 3)) + offset
     centred = x.astype(np.longdouble) - offset
-    y = np.float64(centred @ [3, -2, 1] + of_y)[:, None] + rng.normal(size=(1000, 1))
+    y = np.float64(centred @ [3, -2, 1] + mean_of_y)[:, None] + rng.normal(size=(1000, 1))
     weight = rng.integers(1, 4, 1000).astype(np.float64)
-    # In extended precision, about the means.
+    # The reference is computed in extended precision, about the means.
     share = weight / np.longdouble(weight.sum())
-    apart, target = centred - share @ centred, y.astype(np.longdouble) - of_y
+    apart, target = centred - share @ centred, y.astype(np.longdouble) - mean_of_y
     mean = share @ target
     target = target - mean
     gram, moment = np.float64(apart.T @ (share[:, None] * apart)), np.float64(apart.T @ (share[:, None] * target))
@@ -445,11 +457,11 @@ def test_columns_far_from_zero_keep_their_digits(of_x, of_y, cuts):
     np.testing.assert_allclose(fit.loss, squares[0] / 2, rtol=1e-11)
     estimator = DataParallelRegressor(standardize=len(cuts) == 1).fit(x, y[:, 0], weight)
     np.testing.assert_allclose(estimator.coef_, expected[:, 0], rtol=1e-11)
-    predicted = np.float64(apart @ expected[:, 0] + mean + of_y)
+    predicted = np.float64(apart @ expected[:, 0] + mean + mean_of_y)
     np.testing.assert_allclose(estimator.predict(x), predicted, rtol=4e-16, atol=1e-6)
 
 
-def of_one_device(x, y, weight=None):
+def solver_on_one_device(x, y, weight=None):
     source = dpreg.ArraySource(x, y, weight, np.float64)
     return Solver(source, Mesh(np.array(jax.devices()[:1]), ("data",)), 8)
 
@@ -459,59 +471,59 @@ def test_gamma_regression_does_not_depend_on_the_unit_of_the_target(unit):
     rng = np.random.default_rng(0)
     x = rng.normal(size=(500, 2))
     y = rng.gamma(2.0, np.exp(x @ [0.5, -0.3]))
-    fit, loss = of_one_device(x, y * unit).newton(FAMILIES["gamma"])
-    expected, of_unit = of_one_device(x, y).newton(FAMILIES["gamma"])
+    fit, loss = solver_on_one_device(x, y * unit).newton(FAMILIES["gamma"])
+    expected, expected_loss = solver_on_one_device(x, y).newton(FAMILIES["gamma"])
     np.testing.assert_allclose(fit.w, expected.w, rtol=1e-9)
     np.testing.assert_allclose(fit.standard_errors[0], expected.standard_errors[0], rtol=1e-9)
     assert fit.b[0] - expected.b[0] == pytest.approx(np.log(unit), rel=1e-9, abs=1e-9)
-    assert loss == pytest.approx(of_unit, rel=1e-9)
+    assert loss == pytest.approx(expected_loss, rel=1e-9)
 
 
 @pytest.mark.parametrize("far", [400.0, 500.0, 600.0, 900.0])
-def test_a_step_that_overflows_is_taken_back(far):
+def test_newton_rejects_a_step_that_overflows(far):
     rng = np.random.default_rng(0)
     x = rng.normal(size=(2000, 1))
     y = rng.poisson(100 * np.exp(x[:, 0])).astype(float)
     x, y = np.vstack([x, [[far]]]), np.append(y, 0.0)
-    fit, _ = of_one_device(x, y).newton(FAMILIES["poisson"])
+    fit, _ = solver_on_one_device(x, y).newton(FAMILIES["poisson"])
     theirs = sm.GLM(y, sm.add_constant(x), sm.families.Poisson()).fit(tol=1e-14, start_params=[fit.b[0], fit.w[0, 0]])
     np.testing.assert_allclose([fit.b[0], fit.w[0, 0]], theirs.params, rtol=1e-7)
 
 
 @pytest.mark.parametrize("unit", [1e-3, 1.0, 1e3, 1e8])
-def test_huber_regression_of_targets_of_any_size(unit):
+def test_huber_regression_does_not_depend_on_the_unit_of_the_target(unit):
     rng = np.random.default_rng(0)
     x = rng.normal(size=(700, 3))
     y = unit * (x @ [1.0, -2.0, 0.5] + rng.standard_t(3, 700))
-    w, b, loss, _ = of_one_device(x, y).robust(robust.Slopes(-1.0, 1.0, 1.0))
+    w, b, loss, _ = solver_on_one_device(x, y).robust(robust.Slopes(-1.0, 1.0, 1.0))
     error = y - x @ w[:, 0] - b
     slope = np.clip(error, -1, 1)
     assert abs(np.append(x.T @ slope, slope.sum())).max() / 700 < 1e-8
     assert loss == pytest.approx(np.where(abs(error) < 1, error**2 / 2, abs(error) - 0.5).mean(), rel=1e-9)
 
 
-def test_the_null_deviance_of_a_nearly_perfect_fit_and_the_likelihood_of_weighted_rows():
+def test_null_deviance_of_a_near_perfect_fit_and_likelihood_of_weighted_rows_are_correct():
     rng = np.random.default_rng(0)
     x = rng.normal(size=(500, 2))
     y = x @ [1.0, 2.0] + 1e-7 * rng.normal(size=500)
-    found = summarize_fit(of_one_device(x, y).least_squares(), "ab")
+    found = summarize_fit(solver_on_one_device(x, y).least_squares(), "ab")
     assert found.null_deviance == pytest.approx(np.square(y - y.mean()).sum(), rel=1e-12)
-    weight = np.tile([0.2, 1.8], 250)  # of mean 1
-    fit = of_one_device(x, y, weight).least_squares()
+    weight = np.tile([0.2, 1.8], 250)  # The mean is 1.
+    fit = solver_on_one_device(x, y, weight).least_squares()
     weighted = summarize_fit(fit, "ab", weighted=True)
     assert (weighted.log_likelihood, weighted.aic, weighted.bic) == (None, None, None)
     repeated = np.repeat(np.arange(500), rng.integers(1, 4, 500))
     counts = np.bincount(repeated)
     labels = (y + rng.logistic(size=500) > 0).astype(float)
     one, other = (
-        summarize_fit(of_one_device(*rows).newton(FAMILIES["logistic"])[0], "ab", weighted=w)
+        summarize_fit(solver_on_one_device(*rows).newton(FAMILIES["logistic"])[0], "ab", weighted=w)
         for rows, w in (((x, labels, counts), True), ((x[repeated], labels[repeated]), False))
     )
     assert (one.log_likelihood, one.aic) == pytest.approx((other.log_likelihood, other.aic), rel=1e-9)
     assert one.bic is None
 
 
-def test_what_has_no_exact_solution_is_refused():
+def test_a_problem_without_an_exact_solution_is_refused():
     for settings in ({"loss": "huber", "intercept": False, "standardize": False}, {"l1": 1.0}):
         with pytest.raises(dpreg.InputError, match="no exact solution"):
-            of_one_device(np.eye(3), np.ones(3)).solve(Config(**settings))
+            solver_on_one_device(np.eye(3), np.ones(3)).solve(Config(**settings))

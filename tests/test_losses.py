@@ -1,4 +1,4 @@
-"""Each loss, penalty, optimizer and schedule reaches what others find, on any number of devices."""
+"""Each loss, penalty, optimizer and schedule reaches the optimum of other packages, on any number of devices."""
 
 import json
 
@@ -41,7 +41,7 @@ def targets(name, x):
 
 
 def huber_optimum(x, y):
-    """Of statsmodels, which measures errors by their scale: by a first guess of it, which is kept."""
+    """Returns the optimum of statsmodels, whose Huber loss scales the errors; the scale is estimated once."""
 
     def robust(t):
         return sm.RLM(y, sm.add_constant(x), sm.robust.norms.HuberT(t)).fit(update_scale=False, maxiter=500, tol=1e-12)
@@ -77,9 +77,9 @@ FLAGS = {
 
 
 @pytest.mark.parametrize("name", OPTIMA)
-def test_a_loss_reaches_the_optimum_of_others_to_the_same_bits(name, x):
+def test_each_loss_reaches_the_reference_optimum_with_the_same_bits(name, x):
     y = targets(name, x)
-    steep = name in ("absolute", "quantile")  # kinks: the steps have to shrink
+    steep = name in ("absolute", "quantile")  # The loss is not smooth, so the steps must shrink.
     flags = {"loss": name} | FLAGS.get(name, {}) | {"lr": 0.03 if steep else 0.3, "batch_size": ROWS}
     flags |= (
         {"optimizer": "adam", "lr_schedule": "linear"}
@@ -98,7 +98,7 @@ def test_a_loss_reaches_the_optimum_of_others_to_the_same_bits(name, x):
         np.testing.assert_array_equal(one, eight)
     w, b = (np.asarray(value) for value in OPTIMA[name](x, y))
     ours_w, ours_b = found[0]["w"].T, found[0]["b"]
-    if name == "softmax":  # determined but for what all classes have in common
+    if name == "softmax":  # The parameters are determined up to a term common to all classes.
         ours_w, ours_b, w, b = (v - v.mean(axis=0) for v in (ours_w, ours_b, w, b))
     np.testing.assert_allclose(ours_w.reshape(w.shape), w, atol=1e-3)
     np.testing.assert_allclose(ours_b.reshape(b.shape), b, atol=1e-3)
@@ -108,7 +108,7 @@ def test_a_loss_reaches_the_optimum_of_others_to_the_same_bits(name, x):
 
 
 @pytest.mark.parametrize("name", LOSSES)
-def test_the_gradient_is_that_of_differences_in_float64(name):
+def test_gradients_agree_with_finite_differences_in_float64(name):
     rng = np.random.default_rng(3)
     loss = make_loss(name, 0.7, 0.3, 3)
     z = rng.normal(size=(20, 3 if name == "softmax" else 1))
@@ -128,7 +128,7 @@ def test_the_gradient_is_that_of_differences_in_float64(name):
 
 
 @pytest.mark.parametrize(
-    ("name", "value", "said"),
+    ("name", "value", "message"),
     [
         ("logistic", 0.5, "in row 8 is 0.5 and has to be 0 or 1"),
         ("softmax", 2, "in row 8 is 2 and has to be a label from 0 to 1"),
@@ -136,18 +136,18 @@ def test_the_gradient_is_that_of_differences_in_float64(name):
         ("gamma", 0, "in row 8 is 0 and has to be above 0"),
     ],
 )
-def test_targets_outside_of_a_domain_name_the_first_row(name, value, said):
+def test_a_target_outside_the_domain_is_refused_with_its_first_row(name, value, message):
     y = np.ones(40)
     y[[30, 7]] = value
     trainer, data = dpreg.Trainer(1), dpreg.RegressionData(dpreg.ArraySource(np.ones((40, 2)), y), None, 8)
-    with pytest.raises(dpreg.InputError, match=said):
+    with pytest.raises(dpreg.InputError, match=message):
         trainer.fit(build_model(Config(loss=name), 2, 1), data)
 
 
 @pytest.mark.parametrize("reduction", ["pmean", "ordered"])
 @pytest.mark.parametrize(("name", "outlier"), [("poisson", 1e3), ("gamma", -1e3)])
-def test_an_outlier_without_weight_counts_for_nothing(name, outlier, reduction, x):
-    """Not even where the derivative of its loss is infinite."""
+def test_an_outlier_of_weight_zero_does_not_change_the_result(name, outlier, reduction, x):
+    """This holds even where the derivative of the loss is infinite."""
     y, weight, found = targets(name, x)[:40], np.ones(40), []
     weight[[3, 17]] = 0
     for value in (outlier, 0.0):
@@ -161,7 +161,7 @@ def test_an_outlier_without_weight_counts_for_nothing(name, outlier, reduction, 
     np.testing.assert_array_equal(*found)
 
 
-def test_a_target_outside_of_a_domain_is_named_as_the_user_numbers_its_row():
+def test_a_target_outside_the_domain_is_named_by_the_users_row_number():
     y = np.ones(40)
     y[7] = -1
     source = dpreg.PermutedSource(dpreg.PermutedSource(dpreg.ArraySource(np.ones((40, 2)), y)))
@@ -170,7 +170,7 @@ def test_a_target_outside_of_a_domain_is_named_as_the_user_numbers_its_row():
 
 
 @pytest.mark.parametrize("name", ["constant", "linear", "cosine", "inverse_sqrt"])
-def test_schedules_warm_up_and_then_fall(name):
+def test_schedules_warm_up_and_then_decay(name):
     rates = [float(make_schedule(name, 0.5, 110, 10)(step)) for step in (0, 5, 10, 60, 110)]
     falls = {
         "constant": [0.5, 0.5, 0.5],
@@ -182,7 +182,7 @@ def test_schedules_warm_up_and_then_fall(name):
 
 
 @pytest.mark.parametrize("name", ["sgd", "momentum", "adam", "adamw", "lbfgs"])
-def test_every_optimizer_finds_least_squares_without_a_penalty_on_the_bias(name, x):
+def test_every_optimizer_reaches_least_squares_and_does_not_penalize_the_bias(name, x):
     y = x @ [1.0, -2.0, 3.0, 0.5] + 10
     with jax.numpy_dtype_promotion("standard"):
         trainer = dpreg.Trainer(600)
@@ -202,7 +202,7 @@ def test_every_optimizer_finds_least_squares_without_a_penalty_on_the_bias(name,
     ],
     ids=lambda flags: flags[0],
 )
-def test_models_by_their_flags(flags, tmp_path):
+def test_flags_build_the_model_they_describe(flags, tmp_path):
     code = "from flax import linen as nn\nimport dpreg\nclass Plain(dpreg.Module):\n    @nn.compact\n"
     (tmp_path / "models_of_user.py").write_text(f"{code}    def __call__(self, x):\n        return nn.Dense(1)(x)\n")
     command = ("-m", "dpreg.main", "--platform=cpu", "--num_devices=2", *flags, "--lr=0.03", "--max_epochs=40")
@@ -215,7 +215,7 @@ def test_models_by_their_flags(flags, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("flags", "said"),
+    ("flags", "message"),
     [
         ({"loss": "l3"}, "loss='l3': use squared"),
         ({"model": "nowhere:Net"}, "model='nowhere:Net': ModuleNotFoundError"),
@@ -226,13 +226,13 @@ def test_models_by_their_flags(flags, tmp_path):
         ({"hidden": (0,)}, r"hidden=\(0,\): use"),
     ],
 )
-def test_what_cannot_be_built_is_one_line(flags, said):
-    with pytest.raises(dpreg.InputError, match=said):
+def test_a_model_that_cannot_be_built_is_refused_in_one_line(flags, message):
+    with pytest.raises(dpreg.InputError, match=message):
         build_model(Config(**flags), 2, 1)
 
 
 @pytest.mark.parametrize("transform", ["none", "standardize", "log"])
-def test_pinball_is_in_the_units_of_the_table(transform, tmp_path):
+def test_pinball_loss_is_in_the_units_of_the_table(transform, tmp_path):
     rng = np.random.default_rng(0)
     x = rng.normal(size=(200, 2))
     y = 1000 + 50 * x @ rng.normal(size=(2, 2)) + rng.normal(size=(200, 2))
@@ -252,12 +252,12 @@ def test_pinball_is_in_the_units_of_the_table(transform, tmp_path):
 
 
 @pytest.mark.parametrize("unit", [1e-36, 1e-20, 1.0, 1e19, 1e36])
-def test_metrics_are_those_of_float64_whatever_the_unit_of_the_targets(unit):
+def test_metrics_agree_with_float64_in_any_unit_of_the_target(unit):
     rng = np.random.default_rng(0)
     target = rng.normal([0.3, 5.0], [2.0, 0.1], (64, 2)) * [unit, 1.0]
     prediction = target + rng.normal(0, 0.5, (64, 2)) * [unit, 0.1]
     weight = rng.integers(0, 3, 64).astype(np.float64)
-    target[0], weight[0] = 3e38, 0  # which counts for nothing
+    target[0], weight[0] = 3e38, 0  # This row must not count.
     target, prediction, weight = (values.astype(np.float32) for values in (target, prediction, weight))
     model = dpreg.LinearRegressionScratch(1, 0.1, num_targets=2)
 

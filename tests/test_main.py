@@ -1,4 +1,4 @@
-"""The main entry point as users start it: its outputs and its exit codes."""
+"""The main entry point, started as users do: outputs and exit codes."""
 
 import dataclasses
 import gzip
@@ -61,7 +61,7 @@ def test_the_default_run_and_its_outputs(tmp_path):
     assert set(summary["seconds"]) == {"ingest", "compile", "train", "eval"}
     assert set(summary["metrics"]) == {"rmse", "mae", "r2"}
     w, b = (np.float32(summary["parameters"][name]) for name in "wb")
-    # The documented order of bytes: b before w.
+    # The documented order of the bytes is b before w.
     assert summary["params_sha256"] == hashlib.sha256(b.tobytes() + w.tobytes()).hexdigest()
 
     records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
@@ -72,7 +72,7 @@ def test_the_default_run_and_its_outputs(tmp_path):
     assert {r["learning_rate"] for r in records} == {0.03}
     assert all(r["gradient_norm"] > 0 for r in records)
     report = (tmp_path / "report.html").read_text()
-    # Losses, gap, learning rate, gradient norm, rows per second, calibration.
+    # The charts are losses, gap, learning rate, gradient norm, rows per second and calibration.
     assert report.count("<polyline") == 7
     for heading in (
         "Optimality gap",
@@ -89,7 +89,7 @@ def test_the_default_run_and_its_outputs(tmp_path):
     assert list((tmp_path / "checkpoints").iterdir()) == [tmp_path / "checkpoints" / "96"]
 
 
-def test_the_flags_it_wrote_repeat_the_run(tmp_path):
+def test_the_written_flags_repeat_the_run(tmp_path):
     first = ("--platform=cpu", "--num_devices=3", "--reduction=ordered", "--w=1,2,3", "--num_train=77", "--b=-1")
     finished(*first, "--l2=0.5", "--resume=never", f"--workdir={tmp_path / 'a'}")
     finished(f"--flagfile={tmp_path / 'a' / 'flags.cfg'}", f"--workdir={tmp_path / 'b'}")
@@ -98,10 +98,10 @@ def test_the_flags_it_wrote_repeat_the_run(tmp_path):
     assert "resume" not in (tmp_path / "a" / "flags.cfg").read_text()
     report = (tmp_path / "a" / "report.html").read_text()
     assert "The best possible is" in report
-    assert "Optimality gap" not in report  # of the loss with its penalty, which the curves are without
+    assert "Optimality gap" not in report  # The gap includes the penalty, and the curves do not.
 
 
-def test_ordered_runs_agree_to_the_bit_between_processes(tmp_path):
+def test_ordered_runs_give_the_same_bits_in_different_processes(tmp_path):
     common = ("--platform=cpu", "--reduction=ordered", "--num_train=1003", "--batch_size=64")
     hashes = set()
     for name, rest in {
@@ -114,7 +114,7 @@ def test_ordered_runs_agree_to_the_bit_between_processes(tmp_path):
     assert len(hashes) == 1
 
 
-def test_a_tfds_dataset_prepared_on_disk(tmp_path):
+def test_a_run_reads_a_tfds_dataset_prepared_on_disk(tmp_path):
     arguments = (CPU, "--dataset=tfds:synthetic_regression", f"--data_dir={tmp_path / 'data'}")
     finished(*arguments, f"--workdir={tmp_path / 'a'}", "--max_epochs=10")
     w = summary_of(tmp_path / "a")["parameters"]["w"]
@@ -124,7 +124,7 @@ def test_a_tfds_dataset_prepared_on_disk(tmp_path):
     assert summary_of(tmp_path / "a")["params_sha256"] == summary_of(tmp_path / "b")["params_sha256"]
 
 
-def test_a_table(tmp_path):
+def test_a_run_on_a_table_reports_its_columns_and_parameters(tmp_path):
     rng = np.random.default_rng(0)
     x = rng.normal(size=(500, 2)) * [3, 0.01] + [1000, 5]
     y = x @ [2.0, -30.0] + 7 + rng.normal(size=500)
@@ -180,7 +180,7 @@ def test_real_diamonds_are_fitted_to_within_a_thousandth_of_least_squares(tmp_pa
     assert r2(ours) == pytest.approx(r2(best), abs=1e-3)
 
 
-def test_platforms_that_are_not_there_are_named(tmp_path):
+def test_a_missing_platform_is_named(tmp_path):
     environment = os.environ | {"JAX_PLATFORMS": "cuda"}
     command = [sys.executable, "-m", "dpreg.main", f"--workdir={tmp_path / 'w'}"]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240)
@@ -188,7 +188,7 @@ def test_platforms_that_are_not_there_are_named(tmp_path):
     assert "JAX_PLATFORMS=cuda" in done.stderr
 
 
-def test_column_names_with_commas_repeat_from_the_flags_written(tmp_path):
+def test_written_flags_repeat_column_names_with_commas(tmp_path):
     (tmp_path / "t.csv").write_text('a,"b,c", y\n' + "".join(f"{i},{i * i % 7},{i % 5}\n" for i in range(50)))
     quoted = '--features="b,c",a'
     finished("--platform=cpu", f"--dataset={tmp_path / 't.csv'}", "--target=y", quoted, f"--workdir={tmp_path / 'a'}")
@@ -197,7 +197,7 @@ def test_column_names_with_commas_repeat_from_the_flags_written(tmp_path):
     assert summary_of(tmp_path / "a")["params_sha256"] == summary_of(tmp_path / "b")["params_sha256"]
 
 
-def test_a_workdir_that_cannot_be_written(tmp_path):
+def test_a_workdir_that_cannot_be_written_is_refused(tmp_path):
     (tmp_path / "file").write_text("")
     done = dpreg(f"--workdir={tmp_path / 'file' / 'w'}")
     assert (done.returncode, done.stdout) == (2, "")
@@ -205,14 +205,14 @@ def test_a_workdir_that_cannot_be_written(tmp_path):
     assert "cannot be written" in done.stderr
 
 
-def test_bad_input_leaves_an_earlier_run_alone(tmp_path):
+def test_bad_input_does_not_change_the_files_of_an_earlier_run(tmp_path):
     finished("--platform=cpu", "--max_epochs=1", f"--workdir={tmp_path}")
     before = {path: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
     assert dpreg("--batch_size=30", f"--workdir={tmp_path}").returncode == 2
     assert {path: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()} == before
 
 
-def test_divergence_is_exit_code_3_and_keeps_the_last_good_state(tmp_path):
+def test_divergence_ends_with_exit_code_3_and_keeps_the_last_finite_state(tmp_path):
     import orbax.checkpoint as ocp
 
     done = dpreg(CPU, "--lr=30", f"--workdir={tmp_path}")
@@ -227,8 +227,8 @@ def test_divergence_is_exit_code_3_and_keeps_the_last_good_state(tmp_path):
     assert np.isfinite(state["params"]["w"]).all()
 
 
-def test_help_is_short_and_grouped_and_helpfull_complete():
-    """Each flag with what holds without it: in words, or as its default."""
+def test_help_is_short_and_grouped_and_helpfull_is_complete():
+    """The help of each flag gives its default or describes it in words."""
     short, full = dpreg("--help"), dpreg("--helpfull")
     assert short.returncode == full.returncode == 0
     assert dpreg("--version").stdout == f"dpreg {package.__version__}\n"
@@ -244,7 +244,7 @@ def test_help_is_short_and_grouped_and_helpfull_complete():
     assert "\nThis command\n  --topology" in plan.stdout
 
 
-def test_a_terminal_shows_a_bar(tmp_path):
+def test_a_terminal_shows_a_progress_bar(tmp_path):
     script = pathlib.Path(__file__).with_name("terminal.py")
     done = subprocess.run(
         [sys.executable, script, sys.executable, "-m", "dpreg.main", CPU, f"--workdir={tmp_path}"],
@@ -258,7 +258,7 @@ def test_a_terminal_shows_a_bar(tmp_path):
     assert "rows/s" in done.stdout
 
 
-def test_a_run_that_cannot_start_takes_no_other_run_with_it(tmp_path):
+def test_a_run_that_cannot_start_does_not_harm_another_run(tmp_path):
     def cannot_start(workdir, beside=None):
         with open_workdir(str(workdir)):
             if beside:
@@ -273,18 +273,18 @@ def test_a_run_that_cannot_start_takes_no_other_run_with_it(tmp_path):
     assert not (tmp_path / "new").exists()
 
 
-def test_two_runs_are_never_in_one_workdir(tmp_path, monkeypatch):
+def test_two_runs_cannot_share_a_workdir(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with open_workdir(None) as one, open_workdir(None) as other:
         assert one != other
         for folder in (one, other):
             with pytest.raises(InputError, match="another run uses it"), open_workdir(str(folder)):
                 pass
-    with open_workdir(str(one)):  # free again, and still there
+    with open_workdir(str(one)):  # The workdir is free again and still exists.
         assert not list(one.iterdir())
 
 
-def test_a_run_has_its_workdir_until_its_last_output(tmp_path, monkeypatch):
+def test_a_run_holds_its_workdir_until_its_last_output(tmp_path, monkeypatch):
     tried = []
 
     def another(path, *others, **named):
@@ -293,17 +293,17 @@ def test_a_run_has_its_workdir_until_its_last_output(tmp_path, monkeypatch):
         tried.append(path)
 
     monkeypatch.setattr("dpreg.run.write_report", another)
-    monkeypatch.setattr("dpreg.run._stop_signals", SyncSignal)  # pytest's own are to stay
+    monkeypatch.setattr("dpreg.run._stop_signals", SyncSignal)  # The signal handlers of pytest must stay.
     run(Config(workdir=str(tmp_path / "w"), max_epochs=1, num_train=64, num_val=0))
     assert tried == [tmp_path / "w" / "report.html"]
 
 
-def test_a_stopped_run_tells_the_folder_that_its_command_does_not_name():
-    for folder, said in (
+def test_a_stopped_run_prints_its_folder_if_the_command_does_not_name_it():
+    for folder, message in (
         (pathlib.Path("runs/now"), "the same command with workdir='runs/now' resumes"),
         (None, "d resumes"),
     ):
-        with pytest.raises(Preempted, match=said), _to_go_on_in(folder):
+        with pytest.raises(Preempted, match=message), _to_go_on_in(folder):
             raise Preempted(3)
 
 
@@ -313,14 +313,14 @@ def test_several_processes_need_a_workdir(monkeypatch):
         pass
 
 
-def test_a_profile_is_a_trace_of_these_steps(tmp_path):
+def test_a_profile_traces_the_requested_steps(tmp_path):
     finished(CPU, "--num_devices=2", "--profile=10:20", f"--workdir={tmp_path}")
     (trace,) = (tmp_path / "profile").rglob("perfetto_trace.json.gz")
     events = json.loads(gzip.decompress(trace.read_bytes()))["traceEvents"]
     assert [event["args"]["step_num"] for event in events if event.get("name") == "train"] == ["10"]
-    assert any("while" in event.get("name", "") for event in events)  # what the step is made of
+    assert any("while" in event.get("name", "") for event in events)  # The loop is a part of the step.
     assert list((tmp_path / "profile").rglob("*.xplane.pb"))
-    profiler = Profiler(tmp_path / "later", 0, 10, step=25)  # of a run that went on
+    profiler = Profiler(tmp_path / "later", 0, 10, step=25)  # The profiler of a resumed run.
     with profiler:
         pass
     assert not (tmp_path / "later").exists()
@@ -331,7 +331,7 @@ def test_a_profile_is_a_trace_of_these_steps(tmp_path):
     )
 
 
-def test_a_flagfile_holds_an_empty_list_in_place_of_a_default():
+def test_a_flagfile_can_hold_an_empty_list_instead_of_a_default():
     text = Config(hidden=()).to_flagfile()
     assert "--hidden=\n" in text
-    assert "--features" not in text  # empty by default
+    assert "--features" not in text  # It is empty by default.

@@ -1,4 +1,4 @@
-"""Wrong command lines, as users type them: one line that says what, where and what to do, exit code 2, nothing left."""
+"""Wrong command lines: one line names the error, its place and the remedy; exit code 2, and no files are left."""
 
 import contextlib
 import json
@@ -15,7 +15,7 @@ from dpreg.outputs.workdir import make_folder
 
 ROOT = pathlib.Path(__file__).parent.parent
 
-# One process imports the entry point; each line runs in a copy of it, in its own folder, with files for its output.
+# One process imports the entry point; each command runs in a fork, in its own folder, with its output in files.
 _PROGRAM = """
 import importlib, json, os, sys
 module, codes = importlib.import_module(f"dpreg.{sys.argv[1]}"), []
@@ -29,7 +29,7 @@ for number, line in enumerate(json.load(sys.stdin)):
         sys.argv = [f"dpreg.{sys.argv[1]}", *line]
         try:
             module.main()
-        except SystemExit as end:  # the rest of an exit takes a second
+        except SystemExit as end:  # A normal interpreter exit takes a second.
             sys.stdout.flush()
             sys.stderr.flush()
             os._exit(end.code)
@@ -64,7 +64,7 @@ _TABLES = {
     "other/flags.cfg": "",
 }
 
-# entry point -> line -> the message.
+# entry point -> command line -> message.
 WRONG = {
     "main": {
         ("--batchsize=64",): "--batchsize: there is no such flag; use --batch_size, or see --help",
@@ -231,23 +231,23 @@ WRONG = {
 
 
 @pytest.mark.parametrize(
-    ("raised", "code", "said"),
+    ("raised", "code", "message"),
     [
         (KeyboardInterrupt(), 130, "dpreg: interrupted\n"),
         (InputError("a: b;\n c"), 2, "dpreg: a: b; c\n"),
         (PermissionError(13, "no", "file"), 2, "dpreg: file: no; repair it, or name another\n"),
     ],
 )
-def test_every_entry_point_ends_with_one_line(raised, code, said, capsys):
+def test_every_entry_point_reports_an_error_in_one_line(raised, code, message, capsys):
     def main(argv):
         raise raised
 
     with pytest.raises(SystemExit) as end:
         cli._run_main(main, [])
-    assert (end.value.code, capsys.readouterr().err) == (code, said)
+    assert (end.value.code, capsys.readouterr().err) == (code, message)
 
 
-def test_an_error_takes_away_what_was_made_but_no_checkpoint(tmp_path):
+def test_an_error_removes_the_new_files_but_no_checkpoint(tmp_path):
     for name, kept in (("new/w", False), ("run", True)):
         with contextlib.suppress(InputError), make_folder(tmp_path / name) as folder:
             if kept:
@@ -258,7 +258,7 @@ def test_an_error_takes_away_what_was_made_but_no_checkpoint(tmp_path):
 
 
 @pytest.mark.parametrize("name", WRONG)
-def test_wrong_lines_are_told_in_one_line_with_what_to_do_and_leave_nothing(name, tmp_path):
+def test_a_wrong_command_is_refused_in_one_line_with_a_remedy_and_leaves_no_files(name, tmp_path):
     tables, here = tmp_path / "tables", tmp_path / "here"
     for file, text in _TABLES.items():
         (tables / file).parent.mkdir(parents=True, exist_ok=True)
@@ -277,24 +277,24 @@ def test_wrong_lines_are_told_in_one_line_with_what_to_do_and_leave_nothing(name
     )
     assert done.returncode == 0, done.stderr
     wrong = []
-    for number, (code, said) in enumerate(zip(json.loads(done.stdout), WRONG[name].values(), strict=True)):
-        out, told = ((here / f"{number}.{stream}").read_text() for stream in (1, 2))
+    for number, (code, message) in enumerate(zip(json.loads(done.stdout), WRONG[name].values(), strict=True)):
+        out, stderr = ((here / f"{number}.{stream}").read_text() for stream in (1, 2))
         left = list((here / str(number)).iterdir())
-        one_line = told.startswith("dpreg: ") and told[:-1].isprintable() and not told.endswith(".\n")
-        if (code, out, left, one_line) != (2, "", [], True) or said.format(tables) not in told:
-            wrong.append((lines[number], code, out, told, left))
+        one_line = stderr.startswith("dpreg: ") and stderr[:-1].isprintable() and not stderr.endswith(".\n")
+        if (code, out, left, one_line) != (2, "", [], True) or message.format(tables) not in stderr:
+            wrong.append((lines[number], code, out, stderr, left))
     assert not wrong, "\n".join(map(str, wrong))
     assert [path for path in sorted(tables.rglob("*")) if "cache" not in path.parts] == before
 
 
 @pytest.mark.parametrize(
-    ("flags", "said"),
+    ("flags", "message"),
     [
         ((), "local: the following arguments are required: --processes; see --help"),
         (("--processes=0",), "local: --processes=0: use 1 or more; see --help"),
         (("--processes=2", "--max_restarts=-1"), "local: --max_restarts=-1: use 0 or more; see --help"),
     ],
 )
-def test_the_launcher_tells_what_is_wrong_in_one_line(flags, said):
+def test_the_launcher_reports_a_wrong_command_in_one_line(flags, message):
     done = subprocess.run([sys.executable, ROOT / "launch" / "local.py", *flags], capture_output=True, text=True)
-    assert (done.returncode, done.stdout, done.stderr) == (2, "", said + "\n")
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", message + "\n")

@@ -19,7 +19,7 @@ from dpreg.step.digest import differ, digest_prediction, digest_training
 from dpreg.step.state import forward, initial_state
 
 
-def test_linear_model_starts_as_the_book_says():
+def test_linear_model_is_initialized_as_in_the_book():
     model = dpreg.LinearRegressionScratch(2000, lr=0.03, sigma=0.5)
     params = model.init(jax.random.key(3), jnp.zeros((1, 2000)))["params"]
     assert params["w"].shape == (2000, 1)
@@ -38,7 +38,7 @@ def test_squared_loss_is_per_row():
     np.testing.assert_array_equal(loss, [2.0, 1.0])
 
 
-@pytest.mark.parametrize("loss", [name for name in LOSSES if name != "softmax"])  # it has a logit for each class
+@pytest.mark.parametrize("loss", [name for name in LOSSES if name != "softmax"])  # softmax has a logit for each class.
 @pytest.mark.parametrize("shape", [(4,), (1, 4), (4, 2), (1, 1)])
 def test_a_prediction_never_broadcasts_against_a_target(loss, shape):
     for prediction, target in (((4, 1), shape), (shape, (4, 1))):
@@ -76,11 +76,11 @@ def test_sgd_is_a_value_that_does_not_retrace_and_chains():
     for seed in (1, 2, 3):
         params, state = step(params, tree(seed), state)
     assert len(traced) == 1
-    assert state == optimizer.init(tree(0))  # neither clipping nor SGD remembers anything
+    assert state == optimizer.init(tree(0))  # Neither clipping nor SGD has a state.
 
 
 class Noisy(dpreg.Module):
-    """A model whose layers differ in training; its subclasses say so by an argument of another name."""
+    """A model whose layers differ in training; each subclass has another name for the mode argument."""
 
     lr: float = 0.1
 
@@ -123,7 +123,7 @@ class Inherited(Deterministic):
 
 
 @pytest.mark.parametrize("kind", [Training, IsTraining, Deterministic, Both, Inherited])
-def test_a_model_learns_of_its_mode_by_any_name_that_flax_users_give_it(kind):
+def test_the_training_flag_of_a_model_may_have_any_name_common_in_flax(kind):
     x = np.random.default_rng(0).normal(size=(8, 3)).astype(np.float32)
     batch, key = {"x": jnp.asarray(x), "weight": jnp.ones(8)}, jax.random.key(1)
     state = initial_state(kind(), x, 0, np.dtype("float32"))
@@ -132,12 +132,12 @@ def test_a_model_learns_of_its_mode_by_any_name_that_flax_users_give_it(kind):
         found, wanted = (forward(model, variables, batch, train, key if train else None) for model in (kind(), Train()))
         jax.tree.map(np.testing.assert_array_equal, found, wanted)
     w, b = (np.asarray(variables["params"]["dense"][name]) for name in ("kernel", "bias"))
-    np.testing.assert_allclose(found[0], x / np.sqrt(1 + 1e-5) @ w + b, rtol=1e-5)  # in evaluation
+    np.testing.assert_allclose(found[0], x / np.sqrt(1 + 1e-5) @ w + b, rtol=1e-5)  # evaluation mode
     assert not np.allclose(forward(kind(), variables, batch, True, key)[0], found[0])
 
 
-def of(layers, **arguments):
-    """A model of some layers in front of a Dense, each made by a function of the module, x and the mode."""
+def model_with(layers, **arguments):
+    """Returns a model of some layers before a Dense layer; `layers` is a function of the module, x and the mode."""
 
     class Made(dpreg.Module):
         lr: float = 0.1
@@ -177,35 +177,47 @@ def noise_where_there_is_some(module, x, train):
 
 
 @pytest.mark.parametrize(
-    ("model", "said"),
+    ("model", "message"),
     [
         (Misnamed(), "Misnamed.__call__ has an argument 'is_train', which dpreg does not pass; use train, training"),
-        (of(lambda _, x, train: nn.Dropout(0.5, deterministic=True)(x)), "the Dropout 'Dropout_0' is never on"),
-        (of(lambda _, x, train: nn.Dropout(0.5, deterministic=False)(x)), "draws random numbers in evaluation, too"),
-        (of(lambda _, x, train: nn.BatchNorm(False)(x)), "the BatchNorm 'BatchNorm_0' is on in evaluation, too"),
-        (of(attention), "the MultiHeadDotProductAttention 'MultiHeadDotProductAttention_0' is never on"),
-        (of(noise), "from the stream 'noise', and is given 'dropout' alone"),
-        (of(noise_where_there_is_some), "from the stream 'noise', and is given 'dropout' alone"),
-        (of(lambda _, x, train: nn.Dropout(0.5)(x)), 'cannot be traced: ValueError: Parameter "deterministic" must be'),
-        (of(lambda _, x, train: x @ jnp.ones((2, 2))), "Made cannot be traced: TypeError: dot_general"),
-        (of(lambda _, x, train: x, parameter_dtype=jnp.bfloat16), "['params']['Dense_0']['bias'] as bfloat16; keep"),
+        (model_with(lambda _, x, train: nn.Dropout(0.5, deterministic=True)(x)), "the Dropout 'Dropout_0' is never on"),
+        (
+            model_with(lambda _, x, train: nn.Dropout(0.5, deterministic=False)(x)),
+            "draws random numbers in evaluation, too",
+        ),
+        (
+            model_with(lambda _, x, train: nn.BatchNorm(False)(x)),
+            "the BatchNorm 'BatchNorm_0' is on in evaluation, too",
+        ),
+        (model_with(attention), "the MultiHeadDotProductAttention 'MultiHeadDotProductAttention_0' is never on"),
+        (model_with(noise), "from the stream 'noise', and is given 'dropout' alone"),
+        (model_with(noise_where_there_is_some), "from the stream 'noise', and is given 'dropout' alone"),
+        (
+            model_with(lambda _, x, train: nn.Dropout(0.5)(x)),
+            'cannot be traced: ValueError: Parameter "deterministic" must be',
+        ),
+        (model_with(lambda _, x, train: x @ jnp.ones((2, 2))), "Made cannot be traced: TypeError: dot_general"),
+        (
+            model_with(lambda _, x, train: x, parameter_dtype=jnp.bfloat16),
+            "['params']['Dense_0']['bias'] as bfloat16; keep",
+        ),
         (Plain(), "Plain has no loss and no configure_optimizers; derive it from dpreg.Module"),
         (Plain, "Plain is a class; give an instance"),
         (nnx.Linear(3, 1, rngs=nnx.Rngs(0)), "Linear is a module of flax.nnx; give one of flax.linen"),
         (object(), "object is no flax module"),
     ],
 )
-def test_a_model_that_dpreg_cannot_train_is_one_line(model, said):
+def test_a_model_that_dpreg_cannot_train_is_refused_in_one_line(model, message):
     with (
         jax.numpy_dtype_promotion("standard"),
-        pytest.raises(dpreg.InputError, match=re.escape(said)) as caught,
+        pytest.raises(dpreg.InputError, match=re.escape(message)) as caught,
     ):
         dpreg.Trainer(1).fit(model, Rows(16).data(8))
     assert "\n" not in str(caught.value)
 
 
-def test_a_batch_norm_may_be_frozen_on_purpose():
-    model = of(lambda _, x, train: nn.Dropout(0.5, deterministic=not train)(nn.BatchNorm(True)(x)))
+def test_a_batch_norm_may_be_frozen():
+    model = model_with(lambda _, x, train: nn.Dropout(0.5, deterministic=not train)(nn.BatchNorm(True)(x)))
     initial_state(model, np.ones((1, 3)), 0, np.dtype("float32"))
 
 
@@ -214,7 +226,7 @@ def linear(optimizer):
 
 
 @pytest.mark.parametrize(
-    ("optimizer", "said"),
+    ("optimizer", "message"),
     [
         (optax.lbfgs(), "evaluates the loss at other parameters"),
         (optax.MultiSteps(optax.sgd(0.1), 4), "use accumulate_steps"),
@@ -229,13 +241,13 @@ def linear(optimizer):
         ),
     ],
 )
-def test_an_optimizer_that_would_not_do_what_it_says_is_one_line(optimizer, said):
-    with pytest.raises(dpreg.InputError, match=re.escape(said)):
+def test_an_optimizer_that_would_not_work_as_documented_is_refused_in_one_line(optimizer, message):
+    with pytest.raises(dpreg.InputError, match=re.escape(message)):
         initial_state(linear(optimizer), np.ones((1, 3)), 0, np.dtype("float32"))
 
 
-def test_an_optimizer_may_look_at_the_mean_loss():
-    """`reduce_on_plateau` against gradient descent in float64, with a rate that is too high at first."""
+def test_an_optimizer_may_use_the_mean_loss():
+    """Compares `reduce_on_plateau` with gradient descent in float64; the initial rate is too high."""
     source = Rows(24, weighted=True).source()
     x, y, c = np.c_[source.x, np.ones(24)].astype(np.float64), source.y.astype(np.float64), np.float64(source.weight)
     start = linear(None).init(jax.random.key(0), source.x[:1])["params"]
@@ -251,22 +263,22 @@ def test_an_optimizer_may_look_at_the_mean_loss():
     assert 1e-3 < scale < 1
     optimizer = optax.chain(optax.sgd(rate), optax.contrib.reduce_on_plateau(factor=0.25, patience=2))
     trainer = dpreg.Trainer(12, 2)
-    with jax.numpy_dtype_promotion("standard"):  # which optax needs there
+    with jax.numpy_dtype_promotion("standard"):  # optax needs it here.
         trainer.fit(linear(optimizer), dpreg.RegressionData(source, None, 24))
     np.testing.assert_allclose(trainer.state.params["w"], theta[:3], rtol=1e-3)
 
 
-def test_a_float32_run_begins_alike_after_a_float64_run():
+def test_a_float32_run_starts_equally_after_a_float64_run():
     def leaves():
         state = initial_state(linear(optax.lbfgs(0.1, linesearch=None)), np.ones((1, 3)), 0, np.dtype("float32"))
         return [(leaf.dtype, np.asarray(leaf).tobytes()) for leaf in jax.tree.leaves(state)]
 
     before = leaves()
-    with jax.enable_x64(True):  # what a float64 run leaves behind
+    with jax.enable_x64(True):  # A float64 run leaves this setting on.
         assert leaves() == before
 
 
-def test_the_digest_of_a_computation_changes_with_what_is_computed_and_with_nothing_else():
+def test_the_digest_changes_if_and_only_if_the_computation_changes():
     class Other(Plain):
         def loss(self, prediction, target):
             return jnp.abs(prediction - target)[:, 0]
@@ -275,7 +287,7 @@ def test_the_digest_of_a_computation_changes_with_what_is_computed_and_with_noth
             return optax.sgd(0.1)
 
     class Renamed(Other):
-        """Says the same otherwise."""
+        """Computes the same with different code."""
 
         def configure_optimizers(self):
             rate = 0.1
@@ -301,15 +313,15 @@ def test_the_digest_of_a_computation_changes_with_what_is_computed_and_with_noth
 
     training, prediction = digests(Other())
     assert digests(Renamed()) == (training, prediction)
-    for model, of_prediction in ((Rate(), False), (Squared(), True), (Start(), False)):
+    for model, changes_prediction in ((Rate(), False), (Squared(), True), (Start(), False)):
         assert differ(digests(model)[0], training)
-        assert differ(digests(model)[1], prediction) == of_prediction
+        assert differ(digests(model)[1], prediction) == changes_prediction
     newer = training.replace(jax.__version__, "99.0")
     assert not differ(training, newer.replace(training[:32], "0" * 32))
-    assert digests(linear(None)) == (None, None)  # its flags say what it computes
+    assert digests(linear(None)) == (None, None)  # Its flags already determine its computation.
 
 
-def test_a_setting_in_the_state_of_an_optimizer_is_part_of_what_a_run_computes():
+def test_the_digest_of_a_run_includes_settings_in_the_optimizer_state():
     def computation(rate):
         trainer = dpreg.Trainer(1, 1)
         trainer.prepare_data(Rows(16).data(8))
@@ -325,7 +337,7 @@ def with_method(name, base, *arguments):
 
 
 @pytest.mark.parametrize(
-    ("part", "name", "said"),
+    ("part", "name", "message"),
     [
         *(("model", name, "override loss (one value") for name in ("training_step", "optimizer_step")),
         *(("model", name, "validation measures the loss") for name in ("validation_step", "predict_step")),
@@ -336,7 +348,7 @@ def with_method(name, base, *arguments):
         *(("data", name, "give rows by a dpreg.Source") for name in ("get_dataloader", "train_dataloader")),
     ],
 )
-def test_a_method_of_another_loop_is_refused_by_name(part, name, said):
+def test_a_hook_of_another_training_library_is_refused_by_name(part, name, message):
     parts = {
         "model": (dpreg.LinearRegressionScratch, 3, 0.1),
         "trainer": (dpreg.Trainer, 1),
@@ -345,10 +357,10 @@ def test_a_method_of_another_loop_is_refused_by_name(part, name, said):
     made = {key: with_method(name if key == part else "helper", *arguments) for key, arguments in parts.items()}
     with pytest.raises(dpreg.InputError, match=re.escape(f"Mine.{name}: dpreg does not call it; ")) as caught:
         made["trainer"].fit(made["model"], made["data"])
-    assert said in str(caught.value)
+    assert message in str(caught.value)
 
 
-def test_a_hook_of_an_object_is_refused_and_a_part_of_a_loss_is_not():
+def test_a_hook_set_on_an_instance_is_refused_and_a_helper_of_the_loss_is_not():
     trainer = dpreg.Trainer(1)
     trainer.fit_epoch = lambda: None
     with pytest.raises(dpreg.InputError, match=r"Trainer\.fit_epoch: dpreg does not call it"):
@@ -367,13 +379,13 @@ def test_a_hook_of_an_object_is_refused_and_a_part_of_a_loss_is_not():
     dpreg.Trainer(1).fit(Whole(3, 0.1), Rows(16).data(8))
 
 
-def test_a_method_added_to_a_class_of_dpreg_is_refused_as_well(monkeypatch):
+def test_a_hook_added_to_a_dpreg_class_is_refused(monkeypatch):
     monkeypatch.setattr(dpreg.Trainer, "fit_epoch", lambda self: None, raising=False)  # as `d2l.add_to_class` does
     with pytest.raises(dpreg.InputError, match=r"Trainer\.fit_epoch: dpreg does not call it"):
         dpreg.Trainer(1).fit(dpreg.LinearRegressionScratch(3, 0.1), Rows(16).data(8))
 
 
-def test_former_names_work_and_warn():
+def test_deprecated_names_work_and_warn():
     with pytest.deprecated_call(match="PermutedSource"):
         assert dpreg.Shuffled is dpreg.PermutedSource
     with pytest.deprecated_call(match="audit_total"):

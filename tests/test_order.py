@@ -1,4 +1,4 @@
-"""Order is arithmetic: every row once an epoch, positions uniformly permuted, NumPy and JAX alike."""
+"""The order of rows: each row once per epoch, positions uniformly permuted, and NumPy and JAX agree."""
 
 import itertools
 import math
@@ -16,14 +16,14 @@ from dpreg.errors import InputError
 @pytest.mark.parametrize("size", [1, 2, 3, 7, 33, 64, 65, 1000, 4097])
 def test_permute_is_a_bijection_and_the_same_in_numpy_and_jax(size):
     positions = np.arange(size + 3)
-    there = permute(positions, size, 5, 2, 3)
-    assert sorted(there[:size]) == list(range(size))
-    assert list(there[size:]) == [size, size + 1, size + 2]
-    np.testing.assert_array_equal(permute(jnp.asarray(positions), size, 5, 2, 3), there)
-    assert permute(0, size, 5, 2, 3) == there[0]
+    permuted = permute(positions, size, 5, 2, 3)
+    assert sorted(permuted[:size]) == list(range(size))
+    assert list(permuted[size:]) == [size, size + 1, size + 2]
+    np.testing.assert_array_equal(permute(jnp.asarray(positions), size, 5, 2, 3), permuted)
+    assert permute(0, size, 5, 2, 3) == permuted[0]
 
 
-def test_permute_takes_positions_in_any_memory_order():
+def test_permute_accepts_positions_in_any_memory_layout():
     position = np.arange(20_000, dtype=np.int32).reshape(200, 100)
     turned = permute(np.asfortranarray(position), np.int32(20_000), 1)
     np.testing.assert_array_equal(turned, permute(position, np.int32(20_000), 1))
@@ -35,7 +35,7 @@ def test_permute_depends_on_every_part_of_the_key():
 
 
 @pytest.mark.parametrize("size", [2, 3, 4, 5])
-def test_all_orders_of_a_few_rows_are_equally_frequent(size):
+def test_all_permutations_of_a_few_rows_are_equally_frequent(size):
     seeds = 50_000
     orders = permute(np.arange(size)[None], size, np.arange(seeds)[:, None], 1, 0)
     _, counts = np.unique(orders @ size ** np.arange(size), return_counts=True)
@@ -44,7 +44,7 @@ def test_all_orders_of_a_few_rows_are_equally_frequent(size):
     expected = seeds / orders_there_are
     freedom = orders_there_are - 1
     chi_square = np.square(counts - expected).sum() / expected
-    assert chi_square < freedom + 5 * math.sqrt(2 * freedom)  # five standard deviations
+    assert chi_square < freedom + 5 * math.sqrt(2 * freedom)  # Five standard deviations.
 
 
 @pytest.mark.parametrize("size", [7, 13, 33, 100])
@@ -87,7 +87,7 @@ def test_every_row_is_used_exactly_once_an_epoch(shards, per_shard):
 @pytest.mark.parametrize(
     ("shards", "batch", "strip"), [(1, 256, 16), (2, 64, 8), (2, 24, 2), (4, 28, 1), (8, 64, 2), (3, 60, 4)]
 )
-def test_rows_stay_together_in_strips_that_every_epoch_orders_anew(shards, batch, strip):
+def test_rows_stay_together_in_strips_and_each_epoch_permutes_the_strips(shards, batch, strip):
     for rows in range(2100, 2117):
         sampler = Sampler(rows, shards, batch)
         assert sampler.strip_rows == strip
@@ -109,28 +109,28 @@ def test_rows_stay_together_in_strips_that_every_epoch_orders_anew(shards, batch
     ("rows", "shards", "batch", "strip"),
     [(1000, 8, 32, 1), (20_000, 8, 32, 4), (100_000, 8, 1024, 32), (40_000, 8, 4096, 32), (10**9, 1, 32, 4)],
 )
-def test_strips_are_short_beside_a_shard_and_a_batch(rows, shards, batch, strip):
+def test_strips_are_short_compared_with_a_shard_and_a_batch(rows, shards, batch, strip):
     assert Sampler(rows, shards, batch).strip_rows == strip
 
 
 @pytest.mark.parametrize("size", [2**31, 2**31 - 1, 2**16 + 1, 2**20, 999_999])
-def test_permute_stays_inside_and_apart_at_any_size(size):
+def test_permute_stays_in_range_and_is_injective_at_any_size(size):
     positions = np.unique(np.random.default_rng(0).integers(0, size, 50_000)).astype(np.uint32)
-    there = permute(positions, size, 1).astype(np.int64)
-    assert len(np.unique(there)) == len(positions)
-    assert there.min() >= 0
-    assert there.max() < size
-    np.testing.assert_array_equal(permute(jnp.asarray(positions), np.uint32(size), 1), there)
+    permuted = permute(positions, size, 1).astype(np.int64)
+    assert len(np.unique(permuted)) == len(positions)
+    assert permuted.min() >= 0
+    assert permuted.max() < size
+    np.testing.assert_array_equal(permute(jnp.asarray(positions), np.uint32(size), 1), permuted)
 
 
-def test_a_hash_becomes_a_number_below_any_other():
+def test_a_hash_maps_uniformly_to_numbers_below_any_bound():
     words = np.random.default_rng(0).integers(0, 2**32, 1000, np.uint32)
     for size in (1, 2, 3, 1000, 2**15 + 1, 2**16):
         exact = (words.astype(np.uint64) * np.uint64(size)) >> np.uint64(32)
         np.testing.assert_array_equal(sampler._scaled(words, np.uint32(size)), exact)
 
 
-def test_padding_comes_last_and_empty_slots_are_all_padding():
+def test_padding_comes_last_and_shards_without_rows_are_all_padding():
     sampler = Sampler(11, 4, 16)
     assert sampler.positions(np.array(0), np.array(3), 0).tolist()[2:] == [2, 2]
     assert sampler.positions(np.array(0), np.array(5), 0).tolist() == [0, 0, 0, 0]

@@ -1,4 +1,4 @@
-"""What `pip install dpreg` brings: a wheel that works from an empty folder."""
+"""The package that `pip install dpreg` installs: a wheel that works from an empty folder."""
 
 import os
 import pathlib
@@ -12,7 +12,14 @@ import pytest
 from cluster import ROOT
 
 FILES, FOLDERS = ("pyproject.toml", "README.md", "LICENSE"), ("dpreg", "configs")
-SLOW = {"flax.nnx", "scipy.linalg", "scipy.special", "scipy.stats", "tensorflow_datasets"}  # imported where needed
+# These are imported only where needed.
+SLOW = {
+    "flax.nnx",
+    "scipy.linalg",
+    "scipy.special",
+    "scipy.stats",
+    "tensorflow_datasets",
+}
 
 
 def python(*arguments):
@@ -23,7 +30,7 @@ def python(*arguments):
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory):
-    """The sdist, and the wheel made of it, of a copy of the sources and nothing else."""
+    """Builds the sdist, and the wheel from it, from a clean copy of the sources."""
     source, dist = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("dist")
     for name in FILES:
         shutil.copy(pathlib.Path(ROOT) / name, source)
@@ -35,32 +42,32 @@ def built(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def installed(built, tmp_path_factory):
-    """The unpacked wheel."""
+    """Unpacks the wheel and returns its folder."""
     (wheel,) = built.glob("*.whl")
     site = tmp_path_factory.mktemp("site")
     zipfile.ZipFile(wheel).extractall(site)
     return site
 
 
-def test_a_registry_would_take_both_files(built):
+def test_twine_accepts_the_sdist_and_the_wheel(built):
     files = sorted(map(str, built.iterdir()))
     assert [pathlib.Path(file).suffix for file in files] == [".whl", ".gz"]
     assert python("-m", "twine", "--no-color", "check", "--strict", *files).count("PASSED") == 2
 
 
-def test_the_wheel_has_every_module_the_types_the_templates_and_the_presets(installed):
-    there = {str(path.relative_to(installed)) for path in installed.rglob("*") if path.is_file()}
+def test_the_wheel_contains_all_modules_types_templates_and_presets(installed):
+    names = {str(path.relative_to(installed)) for path in installed.rglob("*") if path.is_file()}
     modules = {str(path.relative_to(ROOT)) for path in (pathlib.Path(ROOT) / "dpreg").rglob("*.py")}
     templates = {str(path.relative_to(ROOT)) for path in (pathlib.Path(ROOT) / "dpreg/outputs/html").iterdir()}
     presets = {f"dpreg/presets/{path.name}" for path in (pathlib.Path(ROOT) / "configs").glob("*.cfg")}
     assert templates
-    assert modules | templates | presets | {"dpreg/py.typed"} <= there
-    assert not any(name.startswith(("tests", "launch")) for name in there)
+    assert modules | templates | presets | {"dpreg/py.typed"} <= names
+    assert not any(name.startswith(("tests", "launch")) for name in names)
     (points,) = installed.glob("*.dist-info/entry_points.txt")
     assert "dpreg = dpreg.main:main" in points.read_text()
 
 
-def test_a_run_by_a_preset_from_an_empty_folder(installed, tmp_path):
+def test_a_preset_runs_from_an_empty_folder(installed, tmp_path):
     code = f"import sys; from dpreg.main import main; assert not {SLOW} & {{*sys.modules}}; main()"
     done = subprocess.run(
         [sys.executable, "-c", code, "--config_preset=cpu", "--max_epochs=1", "--workdir=w"],
@@ -75,7 +82,7 @@ def test_a_run_by_a_preset_from_an_empty_folder(installed, tmp_path):
     assert "<h1>synthetic</h1>" in (tmp_path / "w" / "report.html").read_text()
 
 
-def test_the_version_stands_in_the_changelog_and_the_citation():
+def test_the_changelog_and_the_citation_have_the_current_version():
     import dpreg
 
     assert f"## {dpreg.__version__}" in (pathlib.Path(ROOT) / "CHANGELOG.md").read_text()

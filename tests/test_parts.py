@@ -1,22 +1,22 @@
-"""Rows of which each process holds a part give what one process with all of them gives; else all are alike, or none."""
+"""Rows split between processes give the results of one process; all other arguments must be equal in all processes."""
 
 import json
 
 import numpy as np
 import parts
 import pytest
-from cluster import ROOT, free_address, together
+from cluster import ROOT, free_address, run_processes
 
 import dpreg
 
 
 @pytest.fixture(scope="module")
 def found():
-    """What each of two processes, with two devices each, found."""
+    """Returns the results of two processes with two devices each."""
     address = free_address()
-    of_both = together(*((("tests/parts.py", address, str(process)), (), ROOT) for process in (0, 1)))
+    ended = run_processes(*((("tests/parts.py", address, str(process)), (), ROOT) for process in (0, 1)))
     results = []
-    for code, lines, out, _ in of_both:
+    for code, lines, out, _ in ended:
         assert code == 0, "\n".join(lines)
         (line,) = (line for line in out.splitlines() if line.startswith("found "))
         results.append(json.loads(line.removeprefix("found ")))
@@ -24,7 +24,7 @@ def found():
 
 
 @pytest.mark.parametrize("placement", ["device", "host"])
-def test_parts_give_the_bits_of_one_process_with_all_rows(found, placement):
+def test_rows_split_between_processes_give_the_bits_of_one_process_with_all_rows(found, placement):
     data = dpreg.RegressionData(parts.source(parts.ROWS, 1), parts.source(parts.HELD_OUT, 2), batch_size=16)
     expected = json.loads(json.dumps(parts.results(data, placement)[1]))
     for process in (0, 1):
@@ -33,15 +33,15 @@ def test_parts_give_the_bits_of_one_process_with_all_rows(found, placement):
     assert found[0]["fingerprint"] == found[1]["fingerprint"]
 
 
-def test_each_process_gets_the_predictions_of_its_own_rows(found):
-    own = [np.array(of_process["own predictions"]) for of_process in found]
+def test_each_process_receives_the_predictions_of_its_own_rows(found):
+    own = [np.array(result["own predictions"]) for result in found]
     assert [len(rows) for rows in own] == [parts.CUTS[0], parts.ROWS - parts.CUTS[0]]
-    for of_process in found:
-        np.testing.assert_array_equal(np.concatenate(own), of_process["all predictions"])
+    for result in found:
+        np.testing.assert_array_equal(np.concatenate(own), result["all predictions"])
 
 
 @pytest.mark.parametrize(
-    ("case", "said"),
+    ("case", "message"),
     {
         "unequal lengths": "fit: processes 0 and 1 have different training rows: 100 rows and 130 rows; give the same",
         "other values": "fit: processes 0 and 1 have different training rows: both 100 rows, with other values; give",
@@ -61,12 +61,12 @@ def test_each_process_gets_the_predictions_of_its_own_rows(found):
         "shuffled": "give from_parts a PermutedSource of each part",
     }.items(),
 )
-def test_what_processes_do_not_give_alike_is_refused_in_all_of_them(found, case, said):
-    for of_process in found:
-        assert said in of_process["refusals"][case]
+def test_arguments_that_differ_between_processes_are_refused_in_all_of_them(found, case, message):
+    for result in found:
+        assert message in result["refusals"][case]
 
 
-def test_parts_of_one_process_are_its_rows():
+def test_from_parts_in_one_process_has_the_rows_of_that_process():
     rows = parts.source(30, 0)
     data = dpreg.RegressionData.from_parts(rows, batch_size=8)
     assert (data.train, data.val, data.batch_size) == (rows, None, 8)

@@ -1,4 +1,4 @@
-"""Precisions: float64 from the rows to the result; bfloat16 features with sums in float32."""
+"""Precisions: float64 throughout, and bfloat16 features with sums in float32."""
 
 import json
 
@@ -22,8 +22,8 @@ def _float64_off_again():
     jax.config.update("jax_enable_x64", False)
 
 
-def of_float64(num_rows, num_inputs=3, weighted=True):
-    """Rows whose last digits float32 has not."""
+def float64_rows(num_rows, num_inputs=3, weighted=True):
+    """Returns rows with more digits than float32 holds."""
     source, rng = Rows(num_rows, num_inputs, weighted).source(), np.random.default_rng(5)
     x = source.x + rng.uniform(-1e-9, 1e-9, source.x.shape)
     return dpreg.ArraySource(x, source.y.astype(np.float64) + 1e-10, source.weight, dtype=np.float64)
@@ -32,7 +32,7 @@ def of_float64(num_rows, num_inputs=3, weighted=True):
 @pytest.mark.parametrize("reduction", ["pmean", "ordered"])
 @pytest.mark.parametrize("placement", ["device", "host"])
 def test_float64_agrees_with_float64(reduction, placement):
-    source, sampler = of_float64(1003, 5), Sampler(1003, 8, 64)
+    source, sampler = float64_rows(1003, 5), Sampler(1003, 8, 64)
     model = dpreg.LinearRegressionScratch(5, 0.03)
     start = jax.jit(model.init)(jax.random.key(0), np.zeros((1, 5), np.float32))["params"]
     batches = list(batches_of(sampler, 0, 3))
@@ -50,27 +50,27 @@ def test_float64_agrees_with_float64(reduction, placement):
 
 @pytest.mark.parametrize("precision", ["float64", "bfloat16"])
 def test_ordered_gives_the_same_bits_in_any_precision(precision):
-    source = of_float64(203)
+    source = float64_rows(203)
     model = Net(OPTIMIZERS["clip+momentum"])
 
     def run(devices, **arguments):
         data = dpreg.RegressionData(source, source, 64)
-        with jax.numpy_dtype_promotion("standard"):  # the dropout of flax, and optax
+        with jax.numpy_dtype_promotion("standard"):  # Flax's dropout and optax need it.
             return digest(trained(model, data, 2, devices, reduction="ordered", precision=precision, **arguments))
 
     assert len({run(1), run(3, placement="host"), run(8)}) == 1
 
 
-def test_bfloat16_of_one_feature_trains():
+def test_bfloat16_trains_with_a_single_feature():
     trainer = dpreg.Trainer(3, 2, precision="bfloat16")
     trainer.fit(dpreg.LinearRegressionScratch(1, 0.1), Rows(200, 1).data(32))
     assert trainer.train_loss < 0.4
 
 
-def test_a_run_in_float64_leaves_later_ones_alone():
+def test_a_float64_run_does_not_change_later_runs():
     def run(precision):
-        model = Net(OPTIMIZERS["clip+momentum"])  # with dropout
-        data = dpreg.RegressionData(of_float64(203), None, 64)
+        model = Net(OPTIMIZERS["clip+momentum"])  # The model has dropout.
+        data = dpreg.RegressionData(float64_rows(203), None, 64)
         with jax.numpy_dtype_promotion("standard"):
             return digest(trained(model, data, 1, 2, precision=precision))
 
@@ -80,7 +80,7 @@ def test_a_run_in_float64_leaves_later_ones_alone():
 
 
 @pytest.mark.parametrize("placement", ["device", "host"])
-def test_bfloat16_rounds_features_and_nothing_else(placement):
+def test_bfloat16_rounds_only_features(placement):
     source, sampler = Rows(1003, 5, weighted=True).source(), Sampler(1003, 8, 64)
     model = dpreg.LinearRegressionScratch(5, 0.03)
     start = model.init(jax.random.key(0), source.x[:1])["params"]
@@ -96,12 +96,12 @@ def test_bfloat16_rounds_features_and_nothing_else(placement):
             "y": np.float32,
             "weight": np.float32,
         }
-        # Here chips have no such products; one that has them rounds the parameters for them, too.
+        # This CPU has no bfloat16 products; a chip that has them rounds the parameters as well.
         np.testing.assert_allclose(trainer.state.params["w"], w, rtol=1e-6, atol=1e-7)
         np.testing.assert_allclose(trainer.state.params["b"], b, rtol=1e-6, atol=1e-7)
 
 
-def test_bfloat16_asks_for_products_with_sums_in_float32():
+def test_bfloat16_products_accumulate_in_float32():
     data = Rows(200).data(64)
     asked = {}
     for precision in ("float32", "bfloat16"):
@@ -124,7 +124,7 @@ def _predicted(trainer, x):
     return forward(dpreg.LinearRegressionScratch(3, 0.03), trainer.variables, batch, train=False, platform="tpu")[0]
 
 
-def test_a_predictor_of_float64():
+def test_a_float64_predictor_computes_in_float64():
     rng = np.random.default_rng(0)
     x, w = rng.normal(size=(1001, 3)), rng.normal(size=(3, 1))
     mesh = dpreg.Trainer(1, 8).mesh
@@ -135,7 +135,7 @@ def test_a_predictor_of_float64():
     np.testing.assert_allclose(np.concatenate(list(found)), x @ w + 0.1, rtol=1e-14, atol=1e-14)
 
 
-def test_a_run_in_float64_goes_on_to_the_same_bits(tmp_path):
+def test_a_float64_run_resumes_to_the_same_bits(tmp_path):
     work = ("--platform=cpu", "--precision=float64", "--noise=0.5", "--num_train=300", "--num_val=50")
     alone(tmp_path / "whole", "--max_epochs=2", devices=2, work=work)
     alone(tmp_path / "parts", "--max_epochs=1", devices=2, work=work)

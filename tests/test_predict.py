@@ -1,4 +1,4 @@
-"""A trained model on new rows: every row once, in order, in original units, whatever devices predict it."""
+"""Prediction: each row once, in order, in original units, on any devices."""
 
 import dataclasses
 import hashlib
@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet
 import pytest
-from cluster import ROOT, free_address, together
+from cluster import ROOT, free_address, run_processes
 from models import Net, Rows
 from optax import sgd
 
@@ -67,11 +67,11 @@ def config_of(folder, dataset, mode="predict", **flags):
 
 
 def expected(folder, columns):
-    """From the parameters in the summary, in float64."""
+    """Computes the predictions in float64 from the parameters in the summary."""
     summary = json.loads((folder / "w" / "summary.json").read_text())
     w, b = summary["parameters"]["w"], summary["parameters"]["b"]
     kind = json.loads((folder / "w" / "model" / "model.json").read_text())["schema"]["inputs"][0]
-    assert kind["others"] == 0  # so nothing is known of the unseen but the mean of the others
+    assert kind["others"] == 0  # An unseen category therefore gets the mean of the known ones.
     mean = np.average([w[f"kind={value}"] for value in kind["values"]], weights=kind["counts"])
     kinds = {kind: w.get(f"kind={kind}", mean) for kind in KINDS}
     linear = b + w["a"] * columns["a"] + w["b"] * columns["b"] + np.array([kinds[kind] for kind in columns["kind"]])
@@ -79,9 +79,9 @@ def expected(folder, columns):
 
 
 @pytest.mark.parametrize("rows", [1, 7, 8192, 20_011])
-def test_every_row_is_predicted_once_and_in_order(trained, rows, tmp_path):
+def test_each_row_is_predicted_once_and_in_order(trained, rows, tmp_path):
     columns = table_of(rows, seed=1, kinds=4)
-    given = {name: columns[name] for name in ("b", "kind", "a")}  # no target, and in another order
+    given = {name: columns[name] for name in ("b", "kind", "a")}  # The table has no target and another column order.
     write(given, tmp_path / "new.parquet")
     files = set()
     for devices in (1, 3, 8):
@@ -120,10 +120,10 @@ def test_rows_with_missing_values_have_no_prediction(trained, tmp_path, capsys):
     found = pyarrow.csv.read_csv(tmp_path / "p.csv")
     wanted = expected(trained, columns)
     assert [i for i, value in enumerate(found["predicted_y"].to_pylist()) if value is None] == [3, 49]
-    there = ~np.isnan(wanted)
-    np.testing.assert_allclose(np.array(found["predicted_y"].to_pylist(), float)[there], wanted[there], rtol=1e-5)
+    present = ~np.isnan(wanted)
+    np.testing.assert_allclose(np.array(found["predicted_y"].to_pylist(), float)[present], wanted[present], rtol=1e-5)
     predict(config_of(trained, tmp_path / "new.parquet", "evaluate"))
-    assert json.loads(capsys.readouterr().out)["rows"] == np.count_nonzero(columns["w"][there])
+    assert json.loads(capsys.readouterr().out)["rows"] == np.count_nonzero(columns["w"][present])
 
 
 @pytest.mark.parametrize("trained", ["log"], indirect=True)
@@ -133,13 +133,13 @@ def test_two_processes_predict_the_same_file(trained, tmp_path):
     common = ("--mode=predict", "--platform=cpu", "--num_devices=2", f"--workdir={trained / 'w'}", free_address())
     flags = (*common, f"--dataset={tmp_path / 'new.parquet'}", f"--output={tmp_path / 'p.parquet'}")
     starts = [(("-m", "dpreg.main"), (*flags, "--num_processes=2", f"--process_id={i}"), ROOT) for i in range(2)]
-    for code, lines, _, _ in together(*starts):
+    for code, lines, _, _ in run_processes(*starts):
         assert code == 0, lines
     assert (tmp_path / "p.parquet").read_bytes() == (trained / "p.parquet").read_bytes()
 
 
 @pytest.mark.parametrize(
-    ("flags", "said"),
+    ("flags", "message"),
     [
         ({"workdir": None}, "with workdir"),
         ({"workdir": "{}"}, "there is no model"),
@@ -162,7 +162,7 @@ def test_two_processes_predict_the_same_file(trained, tmp_path):
         ({"dataset": "{}/none.csv"}, "there are no rows"),
     ],
 )
-def test_what_cannot_be_predicted_is_one_line_and_no_file(trained, tmp_path, flags, said):
+def test_a_prediction_that_is_impossible_is_refused_in_one_line_without_a_file(trained, tmp_path, flags, message):
     columns = table_of(9000)
     write({"kind": columns["kind"], "b": columns["b"]}, tmp_path / "short.csv")
     (tmp_path / "none.csv").write_text("a,b,kind\n")
@@ -174,7 +174,7 @@ def test_what_cannot_be_predicted_is_one_line_and_no_file(trained, tmp_path, fla
     columns["a"] = np.array(["x" if i == 8999 else str(i) for i in range(9000)])
     write(columns, tmp_path / "words.csv")
     flags = {name: value.format(tmp_path) if isinstance(value, str) else value for name, value in flags.items()}
-    with pytest.raises(dpreg.InputError, match=said) as caught:
+    with pytest.raises(dpreg.InputError, match=message) as caught:
         predict(config_of(trained, **{"dataset": tmp_path / "words.csv", "output": str(tmp_path / "p.csv"), **flags}))
     assert "\n" not in str(caught.value)
     assert not [path for path in tmp_path.rglob("*") if "p.csv" in path.name]
@@ -196,7 +196,7 @@ def test_a_damaged_model_is_refused(trained, tmp_path):
 
 
 def reseal(folder, change, arrays=None):
-    """Writes a model with another description or other arrays, and with checksums that fit."""
+    """Changes the description or the arrays of a model, and updates the checksums."""
     model, before = standalone.read_model(folder)
     np.savez(folder / "parameters.npz", **(before if arrays is None else arrays(before)))
     model["parameters.npz"] = hashlib.sha256((folder / "parameters.npz").read_bytes()).hexdigest()
@@ -205,7 +205,7 @@ def reseal(folder, change, arrays=None):
 
 
 def tampered(folder):
-    """A name for each way to tamper with a model, the folder tampered with."""
+    """Tampers with a model in each way, and yields the name of the way."""
     (text, content), files = (path.read_bytes() for path in files_of(folder)), files_of(folder)
     model = json.loads(text)
     first = model["schema"]["inputs"][1]
@@ -273,7 +273,7 @@ def files_of(folder):
 
 
 @pytest.mark.parametrize("trained", ["none"], indirect=True)
-def test_a_model_that_was_tampered_with_is_refused_in_one_line_by_dpreg_and_by_its_script(trained, tmp_path, capsys):
+def test_a_tampered_model_is_refused_in_one_line_by_dpreg_and_by_its_script(trained, tmp_path, capsys):
     shutil.copytree(trained / "w", tmp_path / "w")
     write(table_of(20), tmp_path / "new.csv")
     folder = tmp_path / "w" / "model"
@@ -283,7 +283,7 @@ def test_a_model_that_was_tampered_with_is_refused_in_one_line_by_dpreg_and_by_i
         with pytest.raises(dpreg.InputError, match=r"w/model.*; run the training command again") as caught:
             predict(config_of(tmp_path, tmp_path / "new.csv"))
         assert str(caught.value).isprintable(), name
-        if "flag" in name and name not in ("no flags", "another flag"):  # of which the script knows two
+        if "flag" in name and name not in ("no flags", "another flag"):  # The script reads only two of the flags.
             continue
         with pytest.raises(ValueError, match="run the training command again"):
             standalone.predict(given, folder)
@@ -295,7 +295,7 @@ def test_a_model_that_was_tampered_with_is_refused_in_one_line_by_dpreg_and_by_i
     assert "model.json is not what was written" in done.stderr
 
 
-def test_nothing_to_evaluate_is_no_perfect_loss(trained, tmp_path):
+def test_an_evaluation_without_rows_is_refused(trained, tmp_path):
     columns = table_of(20)
     write(columns | {"a": np.full(20, np.nan)}, tmp_path / "gone.parquet")
     write(columns | {"w": np.zeros(20)}, tmp_path / "weightless.parquet")
@@ -305,7 +305,7 @@ def test_nothing_to_evaluate_is_no_perfect_loss(trained, tmp_path):
 
 
 @pytest.mark.parametrize("trained", ["none"], indirect=True)
-def test_a_model_predicts_with_as_many_threads_as_it_was_trained_with(trained, tmp_path):
+def test_prediction_uses_the_number_of_threads_of_the_training(trained, tmp_path):
     shutil.copytree(trained / "w", tmp_path / "w")
     asked = Config(mode="evaluate", dataset="new.csv", workdir="nowhere")
     assert threads_of(asked) is None
@@ -318,7 +318,7 @@ def test_a_model_predicts_with_as_many_threads_as_it_was_trained_with(trained, t
         assert threads_of(asked) == threads
 
 
-def test_targets_that_a_loss_does_not_take_are_not_evaluated():
+def test_targets_outside_the_domain_of_the_loss_are_not_evaluated():
     rng = np.random.default_rng(0)
     x, y = rng.normal(size=(90, 2)), rng.integers(0, 2, size=(90, 1)).astype(float)
     trainer = dpreg.Trainer(1, 2)
@@ -333,7 +333,7 @@ def test_targets_that_a_loss_does_not_take_are_not_evaluated():
 
 
 @pytest.mark.parametrize("trained", ["none"], indirect=True)
-def test_processes_with_other_models_or_nowhere_to_write_end_with_a_line(trained, tmp_path):
+def test_processes_with_different_models_or_no_output_folder_end_with_one_line(trained, tmp_path):
     write(table_of(30_000, seed=4), tmp_path / "new.parquet")
     other = tmp_path / "other"
     shutil.copytree(trained / "w", other)
@@ -346,7 +346,7 @@ def test_processes_with_other_models_or_nowhere_to_write_end_with_a_line(trained
             (("-m", "dpreg.main"), (*flags, f"--workdir={w}", f"--process_id={i}"), ROOT)
             for i, w in enumerate(workdirs)
         ]
-        return together(*starts)
+        return run_processes(*starts)
 
     for code, lines, *_ in both(trained / "w", other, output=tmp_path / "p.csv"):
         assert code == 2, lines
@@ -356,14 +356,14 @@ def test_processes_with_other_models_or_nowhere_to_write_end_with_a_line(trained
         assert "cannot be written" in lines[-1]
 
 
-def test_a_model_forgets_by_which_table_it_was_validated():
+def test_a_model_does_not_need_its_validation_table_to_predict():
     trained = Config(dataset="t.csv", target=("y",), validation_dataset="v.csv")
     asked = Config(mode="evaluate", dataset="new.csv", workdir="w")
     assert asked.use_model_settings(json.loads(json.dumps(trained.identity()))).validation_dataset is None
 
 
 @pytest.mark.parametrize("trained", ["none"], indirect=True)
-def test_a_stopped_prediction_leaves_nothing(trained, tmp_path):
+def test_a_stopped_prediction_leaves_no_files(trained, tmp_path):
     write(table_of(3_000_000, seed=4), tmp_path / "new.parquet")
     flags = (f"--workdir={trained / 'w'}", f"--dataset={tmp_path / 'new.parquet'}", f"--output={tmp_path / 'p.csv'}")
     with forked.start("-m", "dpreg.main", "--platform=cpu", "--mode=predict", *flags) as running:
@@ -374,7 +374,7 @@ def test_a_stopped_prediction_leaves_nothing(trained, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["new.parquet"]
 
 
-def test_a_trainer_predicts_and_evaluates_in_python():
+def test_a_trainer_predicts_and_evaluates_from_python():
     data = Rows(300).data(16, num_val=77)
     trainer = dpreg.Trainer(2, 3, reduction="ordered")
     trainer.fit(Net(sgd(0.05)), data)
@@ -385,7 +385,7 @@ def test_a_trainer_predicts_and_evaluates_in_python():
     assert np.sqrt(np.mean((prediction - data.val.y) ** 2)) == pytest.approx(metrics["rmse"], rel=1e-6)
 
 
-def test_the_script_beside_the_model_needs_numpy_alone(trained, tmp_path):
+def test_the_prediction_script_needs_only_numpy(trained, tmp_path):
     columns = table_of(203, seed=1, kinds=4)
     given = {name: columns[name].tolist() for name in ("b", "kind", "a")}
     given["a"][5] = given["kind"][7] = None
@@ -408,20 +408,20 @@ def test_the_script_beside_the_model_needs_numpy_alone(trained, tmp_path):
 
 
 @pytest.mark.parametrize("loss", LOSSES)
-def test_the_script_knows_each_link(loss):
+def test_the_prediction_script_implements_each_link(loss):
     z = np.random.default_rng(0).normal(size=(20, 3))
     np.testing.assert_allclose(
         standalone._apply_inverse_link(z, loss), make_loss(loss, num_classes=3).mean(jnp.float32(z)), rtol=1e-5
     )
 
 
-def test_the_script_takes_as_missing_what_csv_files_write_for_it():
+def test_the_prediction_script_recognizes_missing_values_as_csv_files_write_them():
     assert set(pyarrow.csv.ConvertOptions().null_values) <= standalone.MISSING
 
 
-def test_the_script_says_in_a_line_what_it_cannot_predict(trained, tmp_path):
+def test_the_prediction_script_refuses_bad_input_in_one_line(trained, tmp_path):
     script = trained / "w" / "model" / "predict.py"
-    for text, said in (
+    for text, message in (
         ("a,b,kind\n1,2\n", "row 1 has 2 values, and there are 3 columns"),
         ("a,b,kind\n", "there are no rows"),
         ("a,b,kind\n1,inf,red\n", "'inf' is not finite"),
@@ -432,10 +432,10 @@ def test_the_script_says_in_a_line_what_it_cannot_predict(trained, tmp_path):
         (tmp_path / "t.csv").write_text(text)
         done = subprocess.run([sys.executable, script, tmp_path / "t.csv"], capture_output=True, text=True)
         assert (done.returncode, len(done.stderr.splitlines()), done.stdout) == (2, 1, ""), text
-        assert said in done.stderr
+        assert message in done.stderr
 
 
-def test_a_category_called_none_is_one_and_none_is_missing():
+def test_the_text_none_is_a_category_and_the_value_none_is_missing():
     column = {"kind": "category", "name": "c", "values": ["None", "NaT"], "counts": [3, 2], "others": 1}
     seen = standalone._encode_column(column, ["None", "NaT", None, np.datetime64("NaT"), "NA", "<NA>"], True)
     np.testing.assert_array_equal(seen.argmax(axis=1), [0, 1, 2, 2, 2, 2])
@@ -446,7 +446,7 @@ def test_a_category_called_none_is_one_and_none_is_missing():
     ]
 
 
-def test_the_script_reads_long_texts_and_times_of_utc(trained, tmp_path):
+def test_the_prediction_script_reads_long_texts_and_utc_times(trained, tmp_path):
     (tmp_path / "t.csv").write_text("a,b,kind,text\n1,2,red," + "x" * 200_000 + "\n")
     script = trained / "w" / "model" / "predict.py"
     done = subprocess.run([sys.executable, script, tmp_path / "t.csv"], capture_output=True, text=True)
@@ -454,15 +454,15 @@ def test_the_script_reads_long_texts_and_times_of_utc(trained, tmp_path):
     assert standalone._to_number("2026-01-02T12:00:00Z", days=True) == (date(2026, 1, 2) - date(1970, 1, 1)).days + 0.5
 
 
-def test_the_script_keeps_all_digits_of_categories():
+def test_the_prediction_script_keeps_all_digits_of_categories():
     column = {"kind": "category", "name": "c", "values": ["1234567", "2.5"], "counts": [3, 2], "others": 1}
     seen = standalone._encode_column(column, [1234567.0, np.float64(1234567), 1234567, 2.5, "2.50", None], True)
     np.testing.assert_array_equal(seen.argmax(axis=1), [0, 0, 0, 1, 2, 2])
 
 
 @pytest.fixture(scope="module")
-def of_table(tmp_path_factory):
-    """A trainer of a table, and its predictions of raw columns in float64."""
+def table_trainer(tmp_path_factory):
+    """Returns a trainer of a table, and a function that predicts raw columns in float64."""
     folder = tmp_path_factory.mktemp("of_table")
     columns = table_of(400) | {"day": np.arange(400).astype("datetime64[D]")}
     columns["y"] = np.exp(columns["y"] / 10)
@@ -495,8 +495,8 @@ def frame_of(columns):
 
 
 @pytest.mark.parametrize("given", [dict, frame_of, pa.table, lambda columns: pa.table(columns).to_batches()[0]])
-def test_a_trainer_of_a_table_takes_its_columns_as_they_are_there(of_table, given):
-    trainer, _, columns, expected = of_table
+def test_a_trainer_of_a_table_accepts_raw_columns(table_trainer, given):
+    trainer, _, columns, expected = table_trainer
     columns = {name: values[:40].copy() for name, values in columns.items()}
     columns["kind"][:3] = "never seen"
     columns["b"][7] = np.nan
@@ -505,21 +505,21 @@ def test_a_trainer_of_a_table_takes_its_columns_as_they_are_there(of_table, give
     assert np.flatnonzero(np.isnan(found)).tolist() == [7]
     np.testing.assert_allclose(found[:, 0], wanted, rtol=1e-5)
     loss, metrics = trainer.evaluate(given(columns))
-    there = ~np.isnan(wanted)
-    error, weight = (wanted - columns["y"])[there], columns["w"][there]
+    present = ~np.isnan(wanted)
+    error, weight = (wanted - columns["y"])[present], columns["w"][present]
     assert metrics["rmse"] == pytest.approx(np.sqrt(weight @ error**2 / weight.sum()), rel=1e-4)
-    logs = np.log(wanted / columns["y"])[there]
+    logs = np.log(wanted / columns["y"])[present]
     assert loss == pytest.approx(weight @ logs**2 / weight.sum() / 2, rel=1e-3)
 
 
-def test_rows_that_a_trainer_has_read_are_not_encoded_again(of_table):
-    trainer, data, *_ = of_table
+def test_rows_that_are_already_encoded_are_not_encoded_again(table_trainer):
+    trainer, data, *_ = table_trainer
     found = trainer.evaluate(data.val)
     assert found == (pytest.approx(trainer.val_loss, rel=1e-6), pytest.approx(trainer.metrics, rel=1e-6))
     assert trainer.evaluate(dpreg.PermutedSource(data.val))[0] == pytest.approx(trainer.val_loss, rel=1e-6)
 
 
-def test_an_array_has_the_columns_of_the_table_in_their_order(tmp_path):
+def test_an_array_must_have_the_columns_of_the_table_in_their_order(tmp_path):
     x, y = np.arange(50.0, 250.0), 3 * np.arange(50.0, 250.0) + 7
     write({"y": y, "x": x, "store": np.arange(200) % 3}, tmp_path / "t.parquet")
     columns = dpreg.Columns(target=("y",), missing="mean", categorical=("store",), target_transform="standardize")
@@ -536,7 +536,7 @@ def test_an_array_has_the_columns_of_the_table_in_their_order(tmp_path):
     other = dpreg.read_table(
         str(tmp_path / "t.parquet"), dataclasses.replace(columns, max_categories=2), cache_dir=str(tmp_path)
     )
-    for wrong, said in (
+    for wrong, message in (
         ([[1.0]], "x: shape [1, 1]; the columns of the table, as they are there, are: 'x', 'store'; give"),
         ({"x": [1.0]}, "x: column 'store' is not there; use one of 'x'"),
         ({"x": [1.0, 2.0], "store": [1]}, "x: the columns are not equally long: 'x' has 2, 'store' has 1"),
@@ -544,15 +544,15 @@ def test_an_array_has_the_columns_of_the_table_in_their_order(tmp_path):
         ({"x": 1.0, "store": 1}, "x: column 'x' is no sequence of values of one type"),
         ([[np.inf, 1]], "x, row 1: column 'x' has a value that is not finite"),
     ):
-        with pytest.raises(dpreg.InputError, match=re.escape(said)):
+        with pytest.raises(dpreg.InputError, match=re.escape(message)):
             trainer.predict(wrong)
-    for wrong, said in (
+    for wrong, message in (
         (other.val, "scaled and coded by the columns of another table"),
         ({"x": [1.0], "store": [1]}, "column 'y' is not there"),
         (dpreg.ArraySource([[1.0]], [1.0]), "the rows have 1 columns in x; the columns of the table"),
         (rows, "the rows: shape"),
     ):
-        with pytest.raises(dpreg.InputError, match=said):
+        with pytest.raises(dpreg.InputError, match=message):
             trainer.evaluate(wrong)
     without = dpreg.Trainer(1)
     without.fit(dpreg.LinearRegressionScratch(3, 0.1), Rows(20).data(8))
@@ -562,7 +562,7 @@ def test_an_array_has_the_columns_of_the_table_in_their_order(tmp_path):
 
 
 class Holding:
-    """A user's own source: the columns of a table as they are, with missing values."""
+    """A source defined by the user: raw columns of a table, with missing values."""
 
     def __init__(self, x):
         self.x = np.asarray(x, np.float32)
@@ -578,7 +578,7 @@ class Holding:
         return "Holding"
 
 
-def test_what_misses_a_value_has_no_prediction_however_it_is_handed_over(tmp_path):
+def test_a_row_with_a_missing_value_has_no_prediction_in_any_input_format(tmp_path):
     x, z = np.arange(40.0), np.arange(40) % 2
     pyarrow.parquet.write_table(pa.table({"x": x, "z": z, "y": 3 * x + 7 - 2 * z}), tmp_path / "t.parquet")
     data = dpreg.read_table(

@@ -1,4 +1,4 @@
-"""Several processes: the same bits as one, and a run that outlives any of them."""
+"""Several processes: the same bits as one process, and recovery when any of them is lost."""
 
 import contextlib
 import itertools
@@ -26,11 +26,11 @@ from cluster import (
     end,
     ended,
     free_address,
+    has_logged_steps,
     outcome,
+    run_processes,
     several,
     start,
-    stepping,
-    together,
     wait_until,
     workers,
 )
@@ -50,9 +50,9 @@ def expected(tmp_path_factory):
 
 
 @pytest.mark.parametrize(("count", "flags"), [(4, ()), (2, ("--backend=pmap", "--placement=host"))])
-def test_processes_give_the_bits_of_one(tmp_path, expected, count, flags):
-    (_, said, *_), *_ = several(count, tmp_path, *flags)
-    assert any(f"8 cpu devices of {count} processes" in line for line in said), said
+def test_several_processes_give_the_bits_of_one_process(tmp_path, expected, count, flags):
+    (_, lines, *_), *_ = several(count, tmp_path, *flags)
+    assert any(f"8 cpu devices of {count} processes" in line for line in lines), lines
     assert outcome(tmp_path) == expected
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert (summary["process_count"], summary["device_count"]) == (count, 8)
@@ -61,17 +61,17 @@ def test_processes_give_the_bits_of_one(tmp_path, expected, count, flags):
 @pytest.mark.parametrize(
     "flags",
     [
-        ("--num_train=19200", "--max_epochs=1"),  # 600 steps: a block of one process, three of two
-        ("--num_train=3200", "--max_epochs=7", "--num_val=0"),  # 5 epochs of 100 steps in a block, and 2
+        ("--num_train=19200", "--max_epochs=1"),  # 600 steps: one block in one process, three in two.
+        ("--num_train=3200", "--max_epochs=7", "--num_val=0"),  # Blocks of 5 and 2 epochs of 100 steps.
     ],
 )
-def test_longer_blocks_in_one_process_than_in_two_change_no_bit(tmp_path, flags):
+def test_different_block_lengths_in_one_and_two_processes_change_no_bit(tmp_path, flags):
     several(2, tmp_path / "two", *flags)
     alone(tmp_path / "one", *flags)
     assert outcome(tmp_path / "two") == outcome(tmp_path / "one")
 
 
-def test_pmean_is_equal_to_rounding(tmp_path):
+def test_pmean_in_two_processes_agrees_up_to_rounding(tmp_path):
     several(2, tmp_path / "two", "--reduction=pmean")
     alone(tmp_path / "one", "--reduction=pmean")
     (_, two, *_), (_, one, *_) = outcome(tmp_path / "two"), outcome(tmp_path / "one")
@@ -104,15 +104,15 @@ for size in map(int, sys.argv[3:]):
 """
 
 
-def test_between_processes_each_averages_few_bytes_and_many_are_added():
-    few, many = 1 << 14, (1 << 14) + 1  # of 4 devices: 256 KB together
+def test_processes_average_small_arrays_by_all_to_all_and_large_ones_by_all_reduce():
+    few, many = 1 << 14, (1 << 14) + 1  # The limit is 256 KB in total for 4 devices.
     address = free_address()
-    of_both = together(*((("-c", MEANS, address, str(i), str(few), str(many)), (), ROOT) for i in range(2)))
-    for code, lines, out, _ in of_both:
+    results = run_processes(*((("-c", MEANS, address, str(i), str(few), str(many)), (), ROOT) for i in range(2)))
+    for code, lines, out, _ in results:
         assert code == 0, lines
-        means = "{1.5} [-5.5]"  # of 0, 1, 2, 3; each exact, whatever the order
-        said = re.findall(r"all-.* \{.*", out)  # Gloo says something, too, and not always in whole lines
-        assert said == [f"all-to-all {4 * 4 * few} {means}", f"all-reduce {4 * many} {means}"]
+        means = "{1.5} [-5.5]"  # The means of 0, 1, 2, 3 are exact in any order.
+        collectives = re.findall(r"all-.* \{.*", out)  # Gloo writes to stdout, too, and not always whole lines.
+        assert collectives == [f"all-to-all {4 * 4 * few} {means}", f"all-reduce {4 * many} {means}"]
 
 
 CORES = """
@@ -133,35 +133,34 @@ processes.allgather_text()
 
 @pytest.fixture
 def with_real_address(tmp_path):
-    """What to start a command with so that the host name resolves to an address that other hosts reach."""
+    """Returns a command prefix that makes the host name resolve to an address that other hosts can reach."""
     hosts = tmp_path / "hosts"
-    own = [a.address for of in psutil.net_if_addrs().values() for a in of if a.family == socket.AF_INET]
+    own = [a.address for addresses in psutil.net_if_addrs().values() for a in addresses if a.family == socket.AF_INET]
     real = [address for address in own if not rendezvous.is_loopback(address)]
     prefix = ["unshare", "--mount", "sh", "-c", 'mount --bind "$0" /etc/hosts && exec "$@"', str(hosts)]
     if real and shutil.which("unshare"):
         hosts.write_text(f"127.0.0.1 localhost\n{real[0]} {socket.gethostname()}\n")
         if subprocess.run([*prefix, "true"], capture_output=True).returncode == 0:
             return prefix
-    return []  # not root, or no network: the host name may resolve to a loopback address
+    return []  # Not root, or no network: the host name may resolve to a loopback address.
 
 
 @pytest.mark.skipif(devices.cores() < 2, reason="one core")
 @pytest.mark.parametrize(("second", "several"), [([0, 1], True), ([0], False)])
-def test_processes_agree_whether_a_device_has_several_cores_and_listen_on_the_loopback_alone(
-    second, several, with_real_address
-):
-    """Or they would compile other programs, of other bits; or be reached by others."""
+def test_processes_agree_on_cores_per_device_and_listen_only_on_the_loopback(second, several, with_real_address):
+    """Otherwise they would compile programs with different bits, or accept connections of other hosts."""
     cores, address = sorted(os.sched_getaffinity(0)), free_address()
-    of_each = [[str(cores[core]) for core in of] for of in ([0, 1], second)]
-    for code, lines, out, _ in together(
-        *((("-c", CORES, address, str(i), *of), (), ROOT) for i, of in enumerate(of_each)), prefix=with_real_address
+    cores_of_process = [[str(cores[core]) for core in core_numbers] for core_numbers in ([0, 1], second)]
+    for code, lines, out, _ in run_processes(
+        *((("-c", CORES, address, str(i), *core_numbers), (), ROOT) for i, core_numbers in enumerate(cores_of_process)),
+        prefix=with_real_address,
     ):
         assert code == 0, lines
         assert f"several {several}" in out
         assert "listens at {'127.0.0.1'}" in out
 
 
-def test_why_jax_does_not_start_is_told(monkeypatch):
+def test_the_reason_why_jax_does_not_start_is_reported(monkeypatch):
     def none():
         raise RuntimeError("no address\nfor this host")
 
@@ -170,8 +169,8 @@ def test_why_jax_does_not_start_is_told(monkeypatch):
         devices.start("cpu")
 
 
-def test_a_process_waits_for_another_while_that_one_shows_signs_of_life(monkeypatch, capfd):
-    """A meeting calls its heartbeat with each second; what comes at last is returned."""
+def test_a_process_waits_for_another_while_that_one_sends_heartbeats(monkeypatch, capfd):
+    """While `allgather_text` waits it calls its heartbeat every second; at last it returns the texts."""
     late, signs, now = [], [], [0.0]
     clock = types.SimpleNamespace(monotonic=lambda: now[0])
 
@@ -234,55 +233,55 @@ trainer.fit(dpreg.LinearRegressionScratch(1, 1e-4), dpreg.RegressionData(rows, r
 
 @pytest.mark.faults
 @pytest.mark.parametrize("where", ["before", "while training"])
-def test_a_program_whose_other_process_does_not_come_ends_with_76_and_names_it(where):
-    """A program of the user's own, in Python: it has no other watchdog."""
+def test_a_program_that_misses_another_process_exits_with_76_and_names_it(where):
+    """This is a Python program of the user, which has no other watchdog."""
     address = free_address()
-    of_both = together(*((("-c", LOST, address, str(i), where if i else "nowhere"), (), ROOT) for i in range(2)))
-    (code, lines, *_), (other, *_) = of_both  # within the time that `together` gives them
-    said = "\n".join(lines)
-    assert (code, other) == (76, 76), said
-    assert "process 1, without a sign of life for" in said
+    results = run_processes(*((("-c", LOST, address, str(i), where if i else "nowhere"), (), ROOT) for i in range(2)))
+    (code, lines, *_), (other, *_) = results  # Both end within the timeout of `run_processes`.
+    output = "\n".join(lines)
+    assert (code, other) == (76, 76), output
+    assert "process 1, without a sign of life for" in output
     if where == "before":
-        assert "ProcessLost: process 0 waited in vain for process 1" in said
+        assert "ProcessLost: process 0 waited in vain for process 1" in output
     else:
-        assert "process 0 has no new result for" in said
-        assert "in fetch_in_order" in said  # of its stacks
+        assert "process 0 has no new result for" in output
+        assert "in fetch_in_order" in output  # The stacks are printed.
 
 
 @pytest.mark.faults
 @pytest.mark.parametrize(("victim", "how"), [(0, signal.SIGKILL), (1, signal.SIGSTOP)])
-def test_a_lost_process_costs_nothing_but_time(tmp_path, expected, victim, how):
-    # The first attempt alone is to start over.
+def test_a_run_that_loses_a_process_restarts_and_ends_with_the_same_result(tmp_path, expected, victim, how):
+    # Only the first attempt starts from scratch.
     launcher = start(2, tmp_path, "--checkpoint_every_steps=50", "--resume=never", restarts=1)
     wait_until(lambda: complete(tmp_path), launcher)
     time.sleep(random.Random(victim).random())
     workers(launcher)[victim].send_signal(how)
-    code, said = ended(launcher)
-    assert code == 0, said
-    assert "starting again" in said
-    assert "going on from step" in said
+    code, output = ended(launcher)
+    assert code == 0, output
+    assert "starting again" in output
+    assert "going on from step" in output
     assert outcome(tmp_path) == expected
 
 
 @pytest.mark.faults
 @pytest.mark.parametrize(("victim", "how"), [(2, signal.SIGKILL), (0, signal.SIGSTOP)])
-def test_without_a_launcher_the_others_end_with_76_within_15_seconds(tmp_path, victim, how):
+def test_without_a_launcher_the_other_processes_exit_with_76_within_15_seconds(tmp_path, victim, how):
     flags = (*WORK, "--max_epochs=10000", "--num_devices=2", free_address(), f"--workdir={tmp_path}")
     running = [forked.start(*MAIN, *flags, "--num_processes=3", f"--process_id={i}") for i in range(3)]
     try:
-        wait_until(lambda: stepping(tmp_path), running[0])
+        wait_until(lambda: has_logged_steps(tmp_path), running[0])
         running[victim].send_signal(how)
         sent = time.monotonic()
         for number in {0, 1, 2} - {victim}:
-            said = running[number].communicate(timeout=60)[1]
-            assert running[number].returncode == 76, said
+            output = running[number].communicate(timeout=60)[1]
+            assert running[number].returncode == 76, output
             assert time.monotonic() - sent < 15
-            assert "start all again to go on from the newest checkpoint" in said
+            assert "start all again to go on from the newest checkpoint" in output
     finally:
         end(running)
 
 
-# Blocks of 256 steps, which are not all under way at once; epochs of 2,560 that follow each other without a wait.
+# Blocks of 256 steps, not all of them in flight at once; epochs of 2,560 steps without a wait between them.
 LONG = (
     "--platform=cpu",
     "--reduction=ordered",
@@ -294,20 +293,20 @@ LONG = (
 
 
 @pytest.mark.faults
-def test_sigterm_to_one_process_saves_in_all_within_an_epoch_and_exits_75(tmp_path):
+def test_sigterm_to_one_process_makes_all_save_within_an_epoch_and_exit_with_75(tmp_path):
     epochs = "--max_epochs=30"
     often = ("--checkpoint_every_seconds=0.1", "--keep=1000")
     launcher = start(2, tmp_path / "w", epochs, *often, devices=1, work=LONG)
     wait_until(lambda: complete(tmp_path / "w"), launcher)
     workers(launcher)[1].send_signal(signal.SIGTERM)
     time.sleep(0.5)
-    for worker in workers(launcher):  # a second one does no harm
+    for worker in workers(launcher):  # A second SIGTERM does no harm.
         worker.send_signal(signal.SIGTERM)
-    code, said = ended(launcher)
-    assert code == 75, said
-    assert said.count("the same command resumes from there") == 2
+    code, output = ended(launcher)
+    assert code == 75, output
+    assert output.count("the same command resumes from there") == 2
     stopped_at = max(complete(tmp_path / "w"))
-    assert f"stopped at step {stopped_at:,}," in said
+    assert f"stopped at step {stopped_at:,}," in output
     assert any(step % 2560 for step in complete(tmp_path / "w")), "none was saved within an epoch"
     for name in ("w", "whole"):
         done = alone(tmp_path / name, epochs, devices=1, work=LONG)
@@ -317,40 +316,41 @@ def test_sigterm_to_one_process_saves_in_all_within_an_epoch_and_exits_75(tmp_pa
 
 @pytest.mark.faults
 @pytest.mark.parametrize(("how", "exit_code"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
-def test_a_launcher_that_is_told_to_stop_starts_nothing_again(tmp_path, how, exit_code):
+def test_a_stopped_launcher_restarts_no_process(tmp_path, how, exit_code):
     launcher = start(
         2, tmp_path, "--checkpoint_every_seconds=0.3", "--max_epochs=10000", devices=1, restarts=3, work=LONG
     )
     wait_until(lambda: complete(tmp_path), launcher)
-    for process in (*workers(launcher), launcher) if how == signal.SIGINT else (launcher,):  # as a terminal sends it
+    # Ctrl-C in a terminal reaches all of them.
+    for process in (*workers(launcher), launcher) if how == signal.SIGINT else (launcher,):
         process.send_signal(how)
-    code, said = ended(launcher)
-    assert code == exit_code, said
-    assert said.count("which is saved") == 2
-    assert "starting again" not in said
+    code, output = ended(launcher)
+    assert code == exit_code, output
+    assert output.count("which is saved") == 2
+    assert "starting again" not in output
 
 
 @pytest.mark.faults
-def test_a_run_stopped_in_two_processes_goes_on_in_any_number(tmp_path, expected):
+def test_a_run_stopped_in_two_processes_resumes_in_any_number(tmp_path, expected):
     launcher = start(2, tmp_path / "w", "--checkpoint_every_steps=20")
     wait_until(lambda: complete(tmp_path / "w"), launcher)
     workers(launcher)[0].send_signal(signal.SIGTERM)
-    code, said = ended(launcher)
-    assert code == 75, said
+    code, output = ended(launcher)
+    assert code == 75, output
     for count, each in ((1, 8), (1, 2), (4, 1)):
         workdir = tmp_path / f"{count}x{each}"
         shutil.copytree(tmp_path / "w", workdir)
         if count == 1:
-            said = alone(workdir, devices=each).stderr
+            output = alone(workdir, devices=each).stderr
         else:
-            code, said = ended(start(count, workdir, devices=each))
-            assert code == 0, said
-        assert "going on from step" in said
+            code, output = ended(start(count, workdir, devices=each))
+            assert code == 0, output
+        assert "going on from step" in output
         assert outcome(workdir) == expected
 
 
-def faulty(number, fault, *flags):
-    """How to start a process whose validation does something else."""
+def command_with_fault(number, fault, *flags):
+    """Returns the start of a process whose validation runs `fault` instead."""
     code = (
         f"import time; from dpreg.train.loop import Loop; Loop.validate = lambda self: {fault}; "
         "from dpreg.main import main; main()"
@@ -361,11 +361,11 @@ def faulty(number, fault, *flags):
 
 @pytest.mark.faults
 @pytest.mark.parametrize("who", [0, 1])
-def test_an_exception_in_one_process_ends_all_with_76_and_its_reason(tmp_path, who):
+def test_an_exception_in_one_process_ends_all_with_76_and_the_reason(tmp_path, who):
     flags = ("--platform=cpu", "--num_devices=2", free_address(), f"--workdir={tmp_path}")
     faults = ["", ""]
     faults[who] = "int('boom')"
-    results = together(*(faulty(i, fault, *flags) for i, fault in enumerate(faults)))
+    results = run_processes(*(command_with_fault(i, fault, *flags) for i, fault in enumerate(faults)))
     for code, lines, _, _ in results:
         assert code == 76, lines
         assert any("the run lost a process" in line or "lost another process" in line for line in lines), lines
@@ -374,19 +374,19 @@ def test_an_exception_in_one_process_ends_all_with_76_and_its_reason(tmp_path, w
 
 
 @pytest.mark.faults
-def test_a_process_that_hangs_is_ended_with_its_stacks(tmp_path):
-    """Its heartbeats go on: only the watchdog notices."""
+def test_a_hanging_process_is_ended_and_prints_its_stacks(tmp_path):
+    """The heartbeats of the process go on: only the watchdog detects the hang."""
     flags = ("--platform=cpu", "--num_devices=2", free_address(), f"--workdir={tmp_path}", "--step_timeout=4")
-    results = together(faulty(0, "", *flags), faulty(1, "time.sleep(1000)", *flags))
+    results = run_processes(command_with_fault(0, "", *flags), command_with_fault(1, "time.sleep(1000)", *flags))
     assert [code for code, *_ in results] == [76, 76]
-    said = "\n".join(results[1][1])
-    assert "had no result for 4 s (--step_timeout)" in said
-    assert "in validate" in said or "in <lambda>" in said
+    output = "\n".join(results[1][1])
+    assert "had no result for 4 s (--step_timeout)" in output
+    assert "in validate" in output or "in <lambda>" in output
 
 
-def test_the_deadline_grows_with_the_slowest_wait_and_can_be_off(monkeypatch):
+def test_the_watchdog_limit_grows_with_the_slowest_wait_and_can_be_disabled(monkeypatch):
     watchdog = Watchdog()
-    assert watchdog.limit == 600  # nothing is measured yet
+    assert watchdog.limit == 600  # Nothing is measured yet.
     watchdog.begin()
     watchdog.progress()
     assert watchdog.limit == 120
@@ -402,7 +402,7 @@ def test_the_deadline_grows_with_the_slowest_wait_and_can_be_off(monkeypatch):
     brisk._end = ends.append
 
     def tick(seconds):
-        """Results come with every third tick, up to the 60th; the watch ends with the 65th, after one tick too many."""
+        """Results come with every third tick up to the 60th; the watchdog must fire at the 65th, one tick too late."""
         now = next(ticks)
         if now % 3 == 0 and now <= 60:
             brisk.progress()
@@ -413,20 +413,20 @@ def test_the_deadline_grows_with_the_slowest_wait_and_can_be_off(monkeypatch):
     brisk.begin()
     brisk._watch()
     assert ends == ["0.6 s (step_timeout): it, a file system or another process hangs"]
-    for some, said in (
+    for some, message in (
         ((None, 2, 0), "give all three"),
         (("127.0.0.1:1", 2, None), "give all three"),
         (("127.0.0.1:1", 2, 2), "use 0 to 1"),
         (("127.0.0.1", 2, 0), "give the host and the port"),
     ):
-        with pytest.raises(InputError, match=said):
+        with pytest.raises(InputError, match=message):
             processes.join(*some)
     with Watchdog(0.0) as never:
         assert not never._thread.is_alive()
 
 
 @pytest.mark.parametrize(
-    ("first", "second", "said"),
+    ("first", "second", "message"),
     [
         (["--lr=0.1"], [], "--lr is 0.1 in process 0 and 0.03 in process 1"),
         (["--num_shards=1", "--batch_size=4"], ["--num_shards=1", "--batch_size=4"], "in each of 2 processes"),
@@ -435,21 +435,21 @@ def test_the_deadline_grows_with_the_slowest_wait_and_can_be_off(monkeypatch):
         ([], ["--num_processes=3"], "--num_processes is 2 in process 0 and 3 in process 1"),
     ],
 )
-def test_what_several_processes_cannot_do_is_one_line_in_each(tmp_path, first, second, said):
+def test_bad_settings_of_several_processes_are_refused_in_one_line_in_each(tmp_path, first, second, message):
     (tmp_path / "other").mkdir()
     common = ("--platform=cpu", "--num_devices=1", free_address(), "--num_processes=2", f"--workdir={tmp_path / 'w'}")
     starts = [
         (MAIN, [*common, f"--process_id={i}", *(flag.format(tmp_path) for flag in own)], ROOT)
         for i, own in enumerate((first, second))
     ]
-    for code, lines, _, _ in together(*starts):
+    for code, lines, _, _ in run_processes(*starts):
         assert (code, len(lines)) == (2, 1), lines
-        assert said in lines[0]
+        assert message in lines[0]
     assert not (tmp_path / "w").exists()
 
 
-def roll(port, *others, num_processes=3):
-    """What process 0 and the others make of a rendezvous: None if it succeeds."""
+def rendezvous_results(port, *others, num_processes=3):
+    """Runs a rendezvous and returns the error of each process, or None if it succeeds."""
     results = {}
 
     def run(name, function, *arguments):
@@ -468,14 +468,14 @@ def roll(port, *others, num_processes=3):
     return [results[name] for name in range(-1, len(others))]
 
 
-def test_the_roll_call_tells_all_what_is_wrong(monkeypatch, capfd):
+def test_the_rendezvous_reports_errors_to_all_processes(monkeypatch, capfd):
     port = int(free_address().rpartition(":")[2])
-    assert roll(port, (1, 3), (2, 3)) == [None, None, None]
-    for error in roll(port, (1, 3), (1, 3)):
+    assert rendezvous_results(port, (1, 3), (2, 3)) == [None, None, None]
+    for error in rendezvous_results(port, (1, 3), (1, 3)):
         assert isinstance(error, InputError)
         assert "process_id=1: two processes have it" in str(error)
     monkeypatch.setattr(rendezvous, "JOIN_SECONDS", 2)
-    zero, one = roll(port, (1, 3))
+    zero, one = rendezvous_results(port, (1, 3))
     assert isinstance(zero, ProcessLost)
     assert "process 2 did not come to process 0 at 127.0.0.1" in str(zero)
     assert str(one) == str(zero)
@@ -483,7 +483,7 @@ def test_the_roll_call_tells_all_what_is_wrong(monkeypatch, capfd):
         rendezvous.join_rendezvous("127.0.0.1", port, 2, 1)
 
 
-def test_a_process_0_that_stops_during_the_roll_call_is_noticed(monkeypatch, capfd):
+def test_a_process_0_that_stops_during_the_rendezvous_is_detected(monkeypatch, capfd):
     monkeypatch.setattr(rendezvous, "HEARTBEAT_SECONDS", 0.5)
     monkeypatch.setattr(rendezvous, "JOIN_SECONDS", 2)
     with socket.create_server(("127.0.0.1", 0)) as listener:
@@ -491,22 +491,22 @@ def test_a_process_0_that_stops_during_the_roll_call_is_noticed(monkeypatch, cap
         with pytest.raises(ProcessLost, match=r"found no process 0 .*it says nothing for 0\.5 s"):
             rendezvous.join_rendezvous("127.0.0.1", port, 2, 1)
     with (
-        answering(b'{"missing": [2]}\n') as port,
+        server_sending(b'{"missing": [2]}\n') as port,
         pytest.raises(ProcessLost, match=r"says nothing for 0.5 s: it is stuck"),
     ):
         rendezvous.join_rendezvous("127.0.0.1", port, 3, 1)
 
 
 @contextlib.contextmanager
-def answering(said):
-    """The port of a server that sends each connection the same, and then nothing."""
+def server_sending(payload):
+    """Yields the port of a server that sends the payload to each connection, and then nothing."""
     held = []
 
     def serve():
         with contextlib.suppress(OSError):
             while True:
                 held.append(listener.accept()[0])
-                held[-1].sendall(said)
+                held[-1].sendall(payload)
 
     with socket.create_server(("127.0.0.1", 0)) as listener:
         thread = threading.Thread(target=serve, daemon=True)
@@ -518,7 +518,7 @@ def answering(said):
         connection.close()
 
 
-STRANGERS = (
+FOREIGN_MESSAGES = (
     b"GET / HTTP/1.1\r\n\r\n",
     b"[" * 100_000 + b"\n",
     b"[" * 60 + b"\n",
@@ -541,7 +541,7 @@ STRANGERS = (
 
 
 def connected(port):
-    """A connection to process 0, once it listens."""
+    """Waits until process 0 listens, and returns a connection to it."""
     while True:
         try:
             return socket.create_connection(("127.0.0.1", port), timeout=60)
@@ -549,11 +549,12 @@ def connected(port):
             time.sleep(0.01)
 
 
-def test_no_stranger_at_the_port_costs_a_run_more_than_a_line(monkeypatch, capfd):
-    """Bytes of all kinds, twelve connections that say nothing, one that drips: all at once, before the processes."""
+def test_foreign_connections_to_the_port_cost_a_run_only_one_log_line(monkeypatch, capfd):
+    """Before the processes connect: malformed messages, twelve silent connections, and one that sends byte by byte."""
     port, results = int(free_address().rpartition(":")[2]), []
     monkeypatch.setattr(rendezvous, "_MOST_UNKNOWN", 20)
-    monkeypatch.setattr(rendezvous, "_HELLO_SECONDS", 1000)  # who waits for those that say nothing, does not end
+    # A rendezvous that waits for silent connections would not end.
+    monkeypatch.setattr(rendezvous, "_HELLO_SECONDS", 1000)
     zero = threading.Thread(target=lambda: results.append(rendezvous.serve_rendezvous("127.0.0.1", port, 3)))
     zero.start()
 
@@ -566,10 +567,10 @@ def test_no_stranger_at_the_port_costs_a_run_more_than_a_line(monkeypatch, capfd
 
     dripping = threading.Thread(target=drip, args=(connected(port),))
     dripping.start()
-    for said in STRANGERS:
-        with contextlib.suppress(OSError), connected(port) as connection:  # it may be closed before all is sent
-            connection.sendall(said)
-    with connected(port) as connection:  # one of ours, which dies, and is started again below
+    for payload in FOREIGN_MESSAGES:
+        with contextlib.suppress(OSError), connected(port) as connection:  # Process 0 may close it before all is sent.
+            connection.sendall(payload)
+    with connected(port) as connection:  # A process of this run, which dies and is restarted below.
         connection.sendall(b'{"process_id": 1, "num_processes": 3}\n')
     assert zero.is_alive()
     others = [threading.Thread(target=rendezvous.join_rendezvous, args=("127.0.0.1", port, 3, i)) for i in (1, 2)]
@@ -587,7 +588,7 @@ def test_no_stranger_at_the_port_costs_a_run_more_than_a_line(monkeypatch, capfd
     assert "process 0 ignores a connection from 127.0.0.1, which is no process of this run" in line
 
 
-def test_process_0_closes_a_connection_that_says_nothing_in_time(monkeypatch, capfd):
+def test_process_0_closes_a_connection_that_stays_silent(monkeypatch, capfd):
     monkeypatch.setattr(rendezvous, "_HELLO_SECONDS", 0.3)
     port, results = int(free_address().rpartition(":")[2]), []
     zero = threading.Thread(target=lambda: results.append(rendezvous.serve_rendezvous("127.0.0.1", port, 2)))
@@ -595,14 +596,14 @@ def test_process_0_closes_a_connection_that_says_nothing_in_time(monkeypatch, ca
     with connected(port) as connection:
         connection.settimeout(60)
         assert connection.recv(1) == b""
-    rendezvous.join_rendezvous("127.0.0.1", port, 2, 1)  # which process 0 still waits for
+    rendezvous.join_rendezvous("127.0.0.1", port, 2, 1)  # Process 0 still waits for it.
     zero.join(60)
     assert results == [None]
     assert "it sends no whole message within 0.3 s" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize(
-    "said",
+    "payload",
     [
         b"HTTP/1.1 400\r\n\r\n",
         b"[" * 100_000,
@@ -612,13 +613,16 @@ def test_process_0_closes_a_connection_that_says_nothing_in_time(monkeypatch, ca
         b"y" * 100_000,
     ],
 )
-def test_a_process_that_finds_a_stranger_for_process_0_tries_again_and_then_says_so(monkeypatch, said):
+def test_a_process_that_finds_a_foreign_server_retries_and_then_reports_it(monkeypatch, payload):
     monkeypatch.setattr(rendezvous, "JOIN_SECONDS", 0.5)
-    with answering(said) as port, pytest.raises(ProcessLost, match="what answers there is no process 0 that waits"):
+    with (
+        server_sending(payload) as port,
+        pytest.raises(ProcessLost, match="what answers there is no process 0 that waits"),
+    ):
         rendezvous.join_rendezvous("127.0.0.1", port, 2, 1)
 
 
-def test_a_port_that_is_taken_is_noticed():
+def test_a_port_in_use_is_reported():
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         listener.listen()

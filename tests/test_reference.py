@@ -1,4 +1,4 @@
-"""The reference that pdoc makes of the docstrings: complete, and without a warning of ours."""
+"""The API reference that pdoc renders from the docstrings: complete, and without warnings caused by dpreg."""
 
 import inspect
 import re
@@ -11,54 +11,59 @@ from flax import linen as nn
 import dpreg
 
 
-def is_ours(of):
-    return getattr(of, "__module__", "").partition(".")[0] == "dpreg"
+def is_ours(value):
+    return getattr(value, "__module__", "").partition(".")[0] == "dpreg"
 
 
 def members():
-    """Of each public class, with what it inherits from others of dpreg: (class, name, what it is)."""
+    """Yields (class, name, member) of all public classes, including members inherited from classes of dpreg."""
     for name in dpreg.__all__:
         public = getattr(dpreg, name)
         for cls in filter(is_ours, public.__mro__ if inspect.isclass(public) else ()):
             for member in {**inspect.get_annotations(cls), **vars(cls)}:
-                of_flax = issubclass(cls, nn.Module) and member in {"parent", "name", "scope"}  # added to every class
-                if not member.startswith("_") and not of_flax:
+                # Flax adds these to every class.
+                added_by_flax = issubclass(cls, nn.Module) and member in {
+                    "parent",
+                    "name",
+                    "scope",
+                }
+                if not member.startswith("_") and not added_by_flax:
                     yield cls, member, vars(cls).get(member)
 
 
-def test_all_that_is_public_is_documented():
-    """Functions and properties by a docstring of their own, other attributes in that of their class."""
+def test_all_public_names_are_documented():
+    """Functions and properties have their own docstring; other attributes are described in that of their class."""
     lacking = [name for name in dpreg.__all__ if not getattr(dpreg, name).__doc__]
     for cls, name, what in members():
         if inspect.isroutine(what) or isinstance(what, (classmethod, staticmethod, property)) or hasattr(what, "func"):
             documented = inspect.getdoc(getattr(cls, name))
         else:
-            of_class = "\n".join(inspect.getdoc(base) or "" for base in cls.__mro__ if is_ours(base))
-            documented = re.search(rf"\b{name}\b", of_class)
+            docstrings = "\n".join(inspect.getdoc(base) or "" for base in cls.__mro__ if is_ours(base))
+            documented = re.search(rf"\b{name}\b", docstrings)
         if not documented:
             lacking.append(f"{cls.__name__}.{name}")
     assert not lacking
 
 
-def test_the_package_says_where_each_name_belongs():
+def test_the_package_docstring_lists_each_public_name():
     for name in dpreg.__all__:
         assert f"`{name}`" in dpreg.__doc__
 
 
-def test_all_that_is_public_has_a_short_example():
-    """Which runs: pytest collects them, of `dpreg/`."""
+def test_all_public_names_have_a_short_example():
+    """The examples run, as pytest collects the doctests of `dpreg/`."""
     for name in dpreg.__all__:
         (example,) = re.findall(r"(?:^ *(?:>>>|\.\.\.).*\n?)+", getattr(dpreg, name).__doc__, re.MULTILINE)[:1] or [""]
         assert 0 < len(example.splitlines()) < 9, name
 
 
-def test_pdoc_makes_a_page_of_the_public_list(tmp_path):
+def test_pdoc_renders_a_page_with_all_public_names(tmp_path):
     command = [sys.executable, "-m", "pdoc", "--docformat", "google", "dpreg", "-o", str(tmp_path)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    # flax annotates a field of its TrainState with a name that only optax knows.
-    of_flax = "TrainState.*Import of ArrayTree failed"
-    assert not [line for line in done.stderr.splitlines() if "Warn" in line and not re.search(of_flax, line)]
+    # Flax annotates a field of its TrainState with a name that only optax defines.
+    flax_warning = "TrainState.*Import of ArrayTree failed"
+    assert not [line for line in done.stderr.splitlines() if "Warn" in line and not re.search(flax_warning, line)]
     page = (tmp_path / "dpreg.html").read_text()
     wanted = {*dpreg.__all__, *(f"{cls.__name__}.{name}" for cls, name, _ in members())}
     assert wanted <= set(re.findall(r'id="([^"]+)"', page))

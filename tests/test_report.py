@@ -1,4 +1,4 @@
-"""`python -m dpreg.report`: runs beside each other."""
+"""`python -m dpreg.report` compares runs."""
 
 import json
 import re
@@ -25,7 +25,7 @@ def command(module, *arguments, cwd=ROOT):
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """The same run on one device and on two, and another run."""
+    """Trains the same run on one and on two devices, and another run."""
     folder = tmp_path_factory.mktemp("runs")
     for name, *flags in (("one", "--num_devices=1"), ("two", "--num_devices=2"), ("other", "--lr=0.1", "--patience=2")):
         done = command("main", "--platform=cpu", "--reduction=ordered", f"--workdir={folder / name}", *flags)
@@ -33,7 +33,7 @@ def runs(tmp_path_factory):
     return folder
 
 
-def test_runs_are_compared_by_results_bits_and_flags(runs):
+def test_the_report_compares_results_bits_and_flags_of_runs(runs):
     done = command("report", *(str(runs / name) for name in NAMES), f"--output={runs / 'page.html'}")
     assert done.returncode == 0, done.stderr
     rows = {line.split()[0]: line.split()[1:] for line in done.stdout.splitlines() if len(line.split()) > 1}
@@ -42,7 +42,7 @@ def test_runs_are_compared_by_results_bits_and_flags(runs):
     assert rows["rmse"] == [f"{summary['metrics']['rmse']:.6g}" for summary in summaries]
     assert rows["device_count"] == ["1", "2", str(summaries[2]["device_count"])]
     assert rows["--lr"] == ["0.03", "0.03", "0.1"]
-    assert "--seed" not in rows  # it is the same
+    assert "--seed" not in rows  # All runs have the same seed.
     assert rows["params_sha256"][0] == rows["params_sha256"][1] == summaries[0]["params_sha256"][:12]
     assert "parameters: other bits" in done.stdout
     page = (runs / "page.html").read_text()
@@ -55,7 +55,7 @@ def test_runs_are_compared_by_results_bits_and_flags(runs):
     assert "parameters: the same bits" in same.stdout
 
 
-def test_a_start_that_a_crash_cut_off_takes_no_other_with_it(tmp_path):
+def test_a_record_truncated_by_a_crash_does_not_hide_the_others(tmp_path):
     history = tmp_path / "starts.jsonl"
     note_start(history, 0, 8, 1)
     with history.open("a") as file:
@@ -67,10 +67,10 @@ def test_a_start_that_a_crash_cut_off_takes_no_other_with_it(tmp_path):
     ]
 
 
-def test_what_is_no_run_is_one_line(runs, tmp_path):
+def test_a_path_that_is_not_a_run_is_refused_in_one_line(runs, tmp_path):
     shutil.copytree(runs / "one", tmp_path / "cut")
     (tmp_path / "cut" / "summary.json").write_text("{")
-    for names, said in (
+    for names, message in (
         ((), "name the workdirs of some"),
         ((str(tmp_path / "no"),), "holds no finished run"),
         ((str(tmp_path / "cut"),), "is not a summary of dpreg"),
@@ -79,10 +79,10 @@ def test_what_is_no_run_is_one_line(runs, tmp_path):
     ):
         done = command("report", *names)
         assert (done.returncode, len(done.stderr.splitlines())) == (2, 1), done.stderr
-        assert said in done.stderr
+        assert message in done.stderr
 
 
-def test_names_from_files_do_not_reach_the_terminal_or_the_page_as_escapes(runs, tmp_path):
+def test_control_characters_in_names_are_escaped_in_the_terminal_and_the_page(runs, tmp_path):
     hostile = tmp_path / "\x1b[2J\u202e<b>"
     shutil.copytree(runs / "one", hostile)
     summary = json.loads((hostile / "summary.json").read_text())
@@ -102,7 +102,7 @@ def test_names_from_files_do_not_reach_the_terminal_or_the_page_as_escapes(runs,
 
 
 @pytest.mark.parametrize(
-    ("summary", "said"),
+    ("summary", "message"),
     [
         (b"[]", "it is not an object"),
         (b"[" * 10**5, "nested too deeply"),
@@ -114,18 +114,18 @@ def test_names_from_files_do_not_reach_the_terminal_or_the_page_as_escapes(runs,
         ({"rows_per_second": 10**400}, "'rows_per_second' is not a number"),
     ],
 )
-def test_a_summary_of_another_kind_is_refused(runs, tmp_path, summary, said):
+def test_a_malformed_summary_is_refused(runs, tmp_path, summary, message):
     shutil.copytree(runs / "one", tmp_path / "w")
     file = tmp_path / "w" / "summary.json"
     file.write_bytes(
         summary if isinstance(summary, bytes) else json.dumps(json.loads(file.read_text()) | summary).encode()
     )
-    with pytest.raises(InputError, match=said) as caught:
+    with pytest.raises(InputError, match=message) as caught:
         read_run(tmp_path / "w")
     assert str(caught.value).isprintable()
 
 
-def test_names_are_escaped_and_values_that_are_not_finite_left_out():
+def test_charts_escape_names_and_leave_out_values_that_are_not_finite():
     hostile = "<b>&\"'\x1b[2J\u202e\ud800"
     named = r"""<b>&"'\x1b[2J\u202e\ud800"""
     points = {hostile: [(0, 1.0), (1, float("nan")), (2, 3.0), (3, float("inf")), (float("inf"), 2.0)], "other": []}
@@ -144,11 +144,11 @@ def test_names_are_escaped_and_values_that_are_not_finite_left_out():
         assert named in [text.text for text in drawing.iter() if text.tag.endswith("text")]
     assert [part.text for part in picture.findall(".//{*}tspan")] == [named, "other"]
     assert picture.get("aria-label").startswith(named)
-    assert "".join(within.find("div").itertext()).strip() == named  # the legend, of lines that have points
+    assert "".join(within.find("div").itertext()).strip() == named  # The legend lists the lines that have points.
 
 
 @pytest.mark.parametrize("values", [[1e299, -1e299], [5e-324, 1e299], [1e308], [5e-324]])
-def test_a_chart_of_any_floats_can_be_drawn(values):
+def test_a_chart_of_arbitrary_floats_is_valid(values):
     points = list(enumerate(values))
     for drawing in (
         chart.picture({"run": points}, "epoch", "loss"),
@@ -160,7 +160,7 @@ def test_a_chart_of_any_floats_can_be_drawn(values):
 
 
 @pytest.mark.parametrize("limits", [None, (0, 1), (-1, 1), (1e-3, 1)])
-def test_a_logarithmic_axis_leaves_out_what_has_no_logarithm(limits):
+def test_a_logarithmic_axis_leaves_out_values_without_a_logarithm(limits):
     points = {"loss": [(0, 0.0), (1, 5e-324), (2, -1.0), (3, 0.01), (4, 1.0)]}
     drawing = chart.live(points, "x", limits=(None, limits), logarithmic=(False, True))
     (line,) = xml.etree.ElementTree.fromstring(drawing).findall(".//{*}polyline")
@@ -171,26 +171,26 @@ def test_a_logarithmic_axis_leaves_out_what_has_no_logarithm(limits):
 
 
 @pytest.mark.parametrize("values", [[0.0], [1.0, 1.0], [4.6e18], [-1e300], [1e18, 1e18 + 4096], [-3.0, 1e-9, 7e5]])
-def test_an_axis_holds_its_values_and_has_ticks_apart(values):
+def test_an_axis_covers_its_values_and_its_ticks_do_not_overlap(values):
     axis = chart._even(values)
     assert all(0 <= axis.share(value) <= 1 for value in values)
     assert len({f"{tick:.12g}" for tick in axis.ticks}) == len(axis.ticks) >= 2
 
 
 @pytest.mark.parametrize("value", [0.03, -4.6e18, 1e-12])
-def test_a_constant_has_an_axis_of_its_size(value):
+def test_the_axis_of_a_constant_has_its_order_of_magnitude(value):
     axis = chart._even([value, value])
     np.testing.assert_allclose([axis.low, axis.high], sorted((0.5 * value, 1.5 * value)))
     assert axis.ticks[0] <= value <= axis.ticks[-1]
 
 
-def test_an_intercept_is_no_feature_of_its_name():
+def test_the_intercept_is_distinct_from_a_feature_named_intercept():
     for names, intercept in ((("b", "w"), "(intercept)"), (("(intercept)", "(intercept)_"), "(intercept)__")):
         shown = _parameters({"w": dict(zip(names, (1.5, 2.5), strict=True)), "b": 3.5})
         assert shown == [(names[0], 1.5), (names[1], 2.5), (intercept, 3.5)]
 
 
-def test_the_calibration_counts_a_row_of_weight_2_as_two():
+def test_calibration_counts_a_row_of_weight_2_as_two_rows():
     rng = np.random.default_rng(0)
     predicted, observed, weight = rng.normal(size=200), rng.normal(size=200), rng.integers(1, 4, 200).astype(float)
     found = np.array(calibration(Compared(predicted, observed, weight)))

@@ -1,4 +1,4 @@
-"""What more devices buy: the arithmetic exactly, the runs by what they have to say."""
+"""Scaling with the number of devices: exact tests of the arithmetic, and of the output of runs."""
 
 import json
 import math
@@ -18,10 +18,10 @@ from dpreg.distributed import devices
 from dpreg.planning.exchange import Exchange
 from dpreg.scaling import Measurement, extrapolate
 
-SHOWN = pathlib.Path(ROOT) / "docs" / "6-scale.md"  # whose command is run here
+SHOWN = pathlib.Path(ROOT) / "docs" / "6-scale.md"  # Its command is run here.
 
 
-def test_latency_and_bandwidth_are_found_again():
+def test_latency_and_bandwidth_are_recovered_from_times():
     seconds = {size: 2e-5 + size / 3e9 for size in (24, 4096, 65_536, 1 << 20, 4 << 20)}
     found = Exchange.fit(4, seconds)
     assert (found.latency, found.bandwidth) == (pytest.approx(2e-5), pytest.approx(3e9))
@@ -32,7 +32,7 @@ def test_latency_and_bandwidth_are_found_again():
     off = Exchange.fit(4, seconds | {24: 4e-5})
     assert 0.1 < off.error < 1
     assert math.isinf(Exchange.fit(2, dict.fromkeys(seconds, 1e-5)).bandwidth)
-    # Measured beside other work: the line through these has a negative latency, and the best without is through 0.
+    # Times measured on a busy machine: the fitted line has a negative latency, so the best line passes through 0.
     noisy = {24: 1e-3, 65_536: 1e-5, 1 << 20: 5e-4}
     through_0 = Exchange.fit(2, noisy)
     size, measured = np.array(list(noisy)), np.array(list(noisy.values()))
@@ -40,8 +40,8 @@ def test_latency_and_bandwidth_are_found_again():
     assert (through_0.latency, through_0.bandwidth) == (0.0, pytest.approx(1 / slope))
 
 
-def test_devices_pay_until_each_does_half_of_what_one_does_alone():
-    # A step of 1 ms, 0.1 ms of which are not shared; sums of 10 us over two, 20 over four.
+def test_the_recommended_number_of_devices_keeps_an_efficiency_of_one_half():
+    # A step of 1 ms, of which 0.1 ms do not scale; a reduction takes 10 us on two devices and 20 us on four.
     exchange = Exchange(2, 1e-5, 1e12, 0.0, {})
     runs = [
         Measurement(count, "strong", 0.0, 1 / (0.9e-3 / count + 0.1e-3 + latency), 0.0, 0.0, 1.0)
@@ -59,7 +59,7 @@ def test_devices_pay_until_each_does_half_of_what_one_does_alone():
 
 @pytest.mark.faults
 @pytest.mark.skipif(devices.cores() < 2, reason="one core")
-def test_a_run_on_one_core_and_on_two(tmp_path):
+def test_scaling_measures_a_run_on_one_and_two_cores(tmp_path):
     (command,) = re.findall(r"^python (-m dpreg.scaling .*)$", SHOWN.read_text(), re.MULTILINE)
     done = subprocess.run(
         [sys.executable, *command.split(), f"--workdir={tmp_path}"],
@@ -88,21 +88,21 @@ def test_a_run_on_one_core_and_on_two(tmp_path):
     assert shown.count("http") == 0
 
 
-def test_a_run_that_diverges_is_one_line():
+def test_a_run_that_diverges_is_reported_in_one_line():
     command = [sys.executable, "-m", "dpreg.scaling", "--platform=cpu", "--lr=1e9", "--num_val=0"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 3
     assert "a run on 1 device: the loss is not finite at step" in done.stderr.splitlines()[-1]
 
 
-def test_a_stopped_scaling_leaves_no_run_behind():
+def test_a_stopped_scaling_measurement_leaves_no_process():
     command = [sys.executable, "-m", "dpreg.scaling", "--platform=cpu", "--num_train=100000", "--max_epochs=10000"]
     scaling = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     try:
-        of_it = psutil.Process(scaling.pid)
-        wait_until(lambda: of_it.children(recursive=True), scaling)
+        process = psutil.Process(scaling.pid)
+        wait_until(lambda: process.children(recursive=True), scaling)
         time.sleep(1)
-        runs = of_it.children(recursive=True)
+        runs = process.children(recursive=True)
         assert runs
         scaling.terminate()
         assert scaling.wait(120) == 143

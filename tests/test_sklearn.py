@@ -1,4 +1,4 @@
-"""Estimators of scikit-learn: its own checks, its own optima, and what data-parallel training promises."""
+"""The scikit-learn estimators: scikit-learn's checks and optima, and the guarantees of data-parallel training."""
 
 import os
 import pickle
@@ -30,7 +30,7 @@ from dpreg.sklearn import DataParallelClassifier, DataParallelRegressor
 from dpreg.solvers import softmax
 
 ROWS = 600
-# Of float32 kept in float64, far from mean 0 and deviation 1.
+# Float32 values stored as float64, far from mean 0 and deviation 1.
 X = np.random.default_rng(0).normal([5, -200, 0, 1], [1, 30, 0.01, 1], size=(ROWS, 4)).astype(np.float32).astype(float)
 Z = (X - [5, -200, 0, 1]) / [1, 30, 0.01, 1] @ [0.5, -0.3, 0.2, 0.1] + 0.4
 
@@ -68,11 +68,11 @@ def test_all_checks_of_scikit_learn_pass_and_none_is_skipped(name):
     code = (
         "import sys, dpreg.distributed.devices, dpreg.sklearn\n"
         "from sklearn.utils.estimator_checks import check_estimator\n"
-        "dpreg.distributed.devices.start('cpu')\n"  # with the compilation cache
+        "dpreg.distributed.devices.start('cpu')\n"  # This enables the compilation cache.
         "for check in check_estimator(getattr(dpreg.sklearn, sys.argv[1])()):\n"
         "    print(check['status'], check['expected_to_fail'])\n"
     )
-    # Without it, scikit-learn skips a check of its array API.
+    # Without it, scikit-learn skips a check of the array API.
     lines = run_python(code, name, SCIPY_ARRAY_API="1").splitlines()
     assert len(lines) > 50
     assert set(lines) == {"passed False"}
@@ -81,7 +81,7 @@ def test_all_checks_of_scikit_learn_pass_and_none_is_skipped(name):
 PATHS = {
     "huber": {"optimizer": "momentum", "lr": 0.3, "max_epochs": 500},
     "l1": {"optimizer": "sgd", "lr": 0.3, "max_epochs": 500},
-    "quantile": {"lr": 0.03, "max_epochs": 1500},  # kinks: the steps have to shrink
+    "quantile": {"lr": 0.03, "max_epochs": 1500},  # The loss is not smooth, so the steps must shrink.
 }
 
 
@@ -91,7 +91,7 @@ EXACT, STEPS = ("squared", "poisson", "logistic", "softmax", "l2"), ("gamma", "l
 @pytest.mark.parametrize(
     ("name", "solver"), [(name, "exact") for name in EXACT] + [(name, "sgd") for name in EXACT + STEPS]
 )
-def test_coefficients_are_those_of_the_optimum(name, solver):
+def test_coefficients_agree_with_the_optimum_of_scikit_learn(name, solver):
     steps = {} if solver == "exact" else PATHS.get(name, PATHS["huber"]) | {"batch_size": ROWS}
     y, scaler = targets(name), StandardScaler().fit(X)
     theirs = {
@@ -102,7 +102,7 @@ def test_coefficients_are_those_of_the_optimum(name, solver):
         "l1": lambda: linear_model.Lasso(alpha=0.1 * y.std(), tol=1e-12),
         "quantile": lambda: linear_model.QuantileRegressor(quantile=0.8, alpha=0),
     }.get(name, lambda: linear_model.LogisticRegression(C=100 / ROWS, tol=1e-12, max_iter=1000))()
-    # Their penalties are on the columns that they are given: give them those that ours are on.
+    # Scikit-learn penalizes the coefficients of its input columns; dpreg those of scaled columns, so scale the input.
     theirs.fit(scaler.transform(X), y)
     if name in ("logistic", "softmax"):
         ours = DataParallelClassifier(l2=0.01, solver=solver, **steps)
@@ -120,7 +120,7 @@ def test_coefficients_are_those_of_the_optimum(name, solver):
         assert 0 < (ours.coef_ == 0).sum() < 4
 
 
-def test_sums_of_softmax_are_those_of_its_loss_differentiated():
+def test_the_sums_for_softmax_agree_with_automatic_differentiation():
     rng = np.random.default_rng(3)
     theta, x = rng.normal(size=(3, 4)), rng.normal(size=(20, 2))
     y, weight = rng.integers(0, 4, (20, 1)).astype(float), rng.random(20)
@@ -147,14 +147,16 @@ def test_sums_of_softmax_are_those_of_its_loss_differentiated():
     ],
     ids=["squared", "poisson", "huber", "classes"],
 )
-def test_weights_count_as_repeated_rows(estimator):
+def test_integer_weights_are_equivalent_to_repeated_rows(estimator):
     y = targets("logistic" if isinstance(estimator, DataParallelClassifier) else "poisson")
     weight = np.random.default_rng(2).integers(0, 4, ROWS)
     by_weight = clone(estimator).fit(X[:300], y[:300], weight[:300])
     repeated = clone(estimator).fit(X[:300].repeat(weight[:300], axis=0), y[:300].repeat(weight[:300]))
-    of = "predict_proba" if isinstance(estimator, DataParallelClassifier) else "predict"
-    steps = getattr(estimator, "loss", "") == "huber"  # in float32
-    np.testing.assert_allclose(getattr(by_weight, of)(X), getattr(repeated, of)(X), rtol=1e-4 if steps else 1e-9)
+    method = "predict_proba" if isinstance(estimator, DataParallelClassifier) else "predict"
+    steps = getattr(estimator, "loss", "") == "huber"  # This loss is fitted by float32 steps.
+    np.testing.assert_allclose(
+        getattr(by_weight, method)(X), getattr(repeated, method)(X), rtol=1e-4 if steps else 1e-9
+    )
 
 
 @pytest.mark.parametrize(
@@ -166,7 +168,7 @@ def test_weights_count_as_repeated_rows(estimator):
     ],
     ids=["least squares", "newton and steps", "mlp"],
 )
-def test_the_same_bits_on_any_number_of_devices(estimator):
+def test_estimators_give_the_same_bits_on_any_number_of_devices(estimator):
     y = targets("softmax" if isinstance(estimator, DataParallelClassifier) else "squared")
     found = []
     for num_devices in (1, 2, 8):
@@ -198,29 +200,29 @@ def test_a_pickle_predicts_the_same_in_another_process(estimator, tmp_path):
     np.testing.assert_array_equal(np.load(tmp_path / "found.npy"), expected)
 
 
-def test_tables_give_their_names():
+def test_data_frames_provide_the_feature_names():
     names, y = ["a", "b", "c", "d"], targets("squared")
-    of_arrays = DataParallelRegressor().fit(X, y)
+    from_arrays = DataParallelRegressor().fit(X, y)
     frame = pandas.DataFrame(X, columns=names)
     table = pyarrow.table({name: X[:, j] for j, name in enumerate(names)})
     for rows, target in ((frame, pandas.Series(y)), (table, pyarrow.array(y))):
         fitted = DataParallelRegressor().fit(rows, target)
         assert fitted.feature_names_in_.tolist() == names
-        np.testing.assert_array_equal(fitted.predict(rows), of_arrays.predict(X))
+        np.testing.assert_array_equal(fitted.predict(rows), from_arrays.predict(X))
     with pytest.raises(ValueError, match="feature names should match"):
         fitted.predict(frame[["b", "a", "c", "d"]])
     labels = pyarrow.array(targets("logistic"))
     np.testing.assert_array_equal(DataParallelClassifier().fit(table, labels).classes_, ["no", "yes"])
 
 
-@pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")  # of three steps
-def test_partial_fit_goes_on_from_where_it_was():
+@pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")  # three steps do not converge
+def test_partial_fit_continues_from_the_current_state():
     y = targets("squared")
     exact = DataParallelRegressor(l2=0.1)
     for part in np.array_split(np.arange(ROWS), 7):
         exact.partial_fit(X[part], y[part])
     np.testing.assert_allclose(exact.coef_, DataParallelRegressor(l2=0.1).fit(X, y).coef_, rtol=1e-10)
-    # Epochs of one step: the momentum goes on, too.
+    # Epochs of one step: the momentum is kept, too.
     steps = {"solver": "sgd", "optimizer": "momentum", "lr_schedule": "constant", "batch_size": ROWS, "lr": 0.05}
     for model in ("concise", "mlp"):
         several = DataParallelRegressor(model=model, **steps)
@@ -228,7 +230,7 @@ def test_partial_fit_goes_on_from_where_it_was():
             several.partial_fit(X, y)
         once = DataParallelRegressor(model=model, **steps, max_epochs=3).fit(X, y)
         np.testing.assert_allclose(several.predict(X), once.predict(X), atol=1e-5 * y.std())
-    # From the optimum it stays there.
+    # It stays at the optimum.
     labels = targets("softmax")
     classifier = DataParallelClassifier(l2=0.01, batch_size=600, lr=1e-5).fit(X, labels)
     before = classifier.decision_function(X)
@@ -239,7 +241,7 @@ def test_partial_fit_goes_on_from_where_it_was():
         classifier.partial_fit(X[:2], [0, 7])
 
 
-def test_large_means_are_reached_by_steps():
+def test_sgd_fits_targets_with_a_large_mean():
     x = np.random.default_rng(0).normal(size=(300, 4))
     y = np.exp(14 + x @ [0.3, -0.2, 0.1, 0]) * np.random.default_rng(1).gamma(3, 1 / 3, 300)
     ours = DataParallelRegressor("gamma").fit(x, y)
@@ -248,8 +250,8 @@ def test_large_means_are_reached_by_steps():
     np.testing.assert_allclose(ours.coef_, theirs.coef_, atol=0.02)
 
 
-def test_sorted_rows_train_as_mixed_ones_do():
-    iris = load_iris()  # sorted by class
+def test_sorted_rows_train_as_well_as_shuffled_rows():
+    iris = load_iris()  # The rows are sorted by class.
     order = np.random.default_rng(0).permutation(len(iris.target))
     for model in (DataParallelClassifier(solver="sgd"), DataParallelClassifier(model="mlp", hidden=(16,))):
         for rows in (np.arange(len(order)), order):
@@ -261,7 +263,7 @@ def test_sorted_rows_train_as_mixed_ones_do():
     assert np.abs(found.predict(X) - y).mean() < 1.002 * np.abs(best.predict(X) - y).mean()
 
 
-def test_in_pipelines_and_searches():
+def test_estimators_work_in_pipelines_and_searches():
     y = targets("logistic") == "yes"
     grid = {"dataparallelclassifier__l2": [1e-3, 1e2], "dataparallelclassifier__standardize": [True, False]}
     search = GridSearchCV(make_pipeline(StandardScaler(), DataParallelClassifier()), grid, cv=3).fit(X, y)
@@ -272,7 +274,7 @@ def test_in_pipelines_and_searches():
     np.testing.assert_array_equal(again.predict_proba(X), search.predict_proba(X))
 
 
-def test_several_targets_and_few_rows():
+def test_estimators_fit_several_targets_and_few_rows():
     y = np.c_[targets("squared"), X @ [1, 2, 3, 4]]
     linear, theirs = DataParallelRegressor().fit(X, y), linear_model.LinearRegression().fit(X, y)
     np.testing.assert_allclose(linear.coef_, theirs.coef_, rtol=1e-6)
@@ -287,7 +289,7 @@ def test_several_targets_and_few_rows():
         for n in (1, 3):
             few = DataParallelRegressor(solver=solver).fit(X[:n, :1], np.arange(n))
             assert np.isfinite(few.predict(X[:, :1])).all()
-    # Where rows do not tell columns apart: the shortest solution, as scikit-learn's.
+    # If the rows do not determine the coefficients: the solution of least norm, as in scikit-learn.
     wide = np.random.default_rng(0).normal(size=(10, 25))
     ours = DataParallelRegressor(standardize=False).fit(wide, wide[:, 0])
     theirs = linear_model.LinearRegression().fit(wide, wide[:, 0])
@@ -299,7 +301,7 @@ def test_several_targets_and_few_rows():
     np.testing.assert_allclose(doubled.coef_[:, 5], 0, atol=1e-12)
 
 
-def test_modules_of_the_user():
+def test_estimators_train_a_module_of_the_user():
     y = targets("absolute") / 1000
     foreign = DataParallelRegressor(model=Foreign(), standardize=True).fit(X, y)
     best = linear_model.QuantileRegressor(quantile=0.5, alpha=0).fit(X, y)
@@ -309,7 +311,7 @@ def test_modules_of_the_user():
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         ({"solver": "newton"}, "solver='newton': use auto, exact or sgd"),
         ({"solver": "exact", "model": "mlp"}, "solver='exact': it applies only to"),
@@ -322,10 +324,10 @@ def test_modules_of_the_user():
         ({"loss": "gamma"}, "the target in row 4 is -5 and has to be above 0"),
     ],
 )
-def test_what_cannot_be_fitted_is_one_line(arguments, said):
+def test_input_that_cannot_be_fitted_is_refused_in_one_line(arguments, message):
     y = np.abs(targets("squared")) + 1
     y[3] = -5
-    with pytest.raises(dpreg.InputError, match=said):
+    with pytest.raises(dpreg.InputError, match=message):
         DataParallelRegressor(**arguments).fit(X, y)
 
 
@@ -348,8 +350,8 @@ def test_scikit_learn_is_optional():
     [np.full((ROWS, 1), 0.1), np.c_[X[:, 1] / 3 + 0.1, X[:, 1] / 7], X[:, :1] + X[:, 3:]],
     ids=["constant", "linear", "sum"],
 )
-def test_columns_that_say_nothing_new_have_no_say_in_the_exact_solution(more):
-    """About their means nothing is left of them but rounding."""
+def test_redundant_columns_do_not_change_the_exact_solution(more):
+    """After centering, only rounding errors are left of them."""
     y = Z + np.random.default_rng(1).normal(size=ROWS)
     wanted = linear_model.LinearRegression().fit(X, y).predict(X)
     fitted = DataParallelRegressor(l2=0).fit(np.c_[X, more], y)
@@ -357,17 +359,18 @@ def test_columns_that_say_nothing_new_have_no_say_in_the_exact_solution(more):
     assert np.abs(fitted.coef_).max() < 100
 
 
-@pytest.mark.parametrize("weight", [2.0**-160, 2.0**130])  # float32 holds neither
-def test_all_weights_times_a_number_change_nothing(weight):
+@pytest.mark.parametrize("weight", [2.0**-160, 2.0**130])  # Neither fits in float32.
+def test_scaling_all_weights_changes_nothing(weight):
     arguments = {"loss": "huber", "max_epochs": 2}
     coefs = [
-        DataParallelRegressor(**arguments).fit(X, Z, sample_weight=np.full(ROWS, of)).coef_ for of in (weight, 1.0)
+        DataParallelRegressor(**arguments).fit(X, Z, sample_weight=np.full(ROWS, value)).coef_
+        for value in (weight, 1.0)
     ]
     np.testing.assert_array_equal(*coefs)
 
 
-def test_no_weight_at_all_is_said_before_there_are_no_classes(monkeypatch):
-    # As old versions of scikit-learn.
+def test_weights_that_are_all_zero_are_reported_before_missing_classes(monkeypatch):
+    # Old versions of scikit-learn do not check the weights.
     monkeypatch.setattr("dpreg.estimators.base._check_sample_weight", lambda weight, *_, **__: weight)
     with pytest.raises(ValueError, match="zero in every row"):
         DataParallelClassifier().fit(X, Z > 0, np.zeros(ROWS))
@@ -375,7 +378,7 @@ def test_no_weight_at_all_is_said_before_there_are_no_classes(monkeypatch):
 
 @pytest.mark.parametrize(("loss", "quantile"), [("absolute", 0.5), ("quantile", 0.9), ("quantile", 0.05)])
 @pytest.mark.parametrize("weighted", [False, True])
-def test_quantiles_are_those_of_a_linear_program(loss, quantile, weighted):
+def test_quantile_regression_agrees_with_a_linear_program(loss, quantile, weighted):
     rng = np.random.default_rng(0)
     x = rng.normal(size=(203, 3)) * [1, 10, 0.1] + [3, 0, 1]
     y = x @ [3, -2, 1] + 4 + rng.standard_t(2, size=203)
@@ -397,14 +400,14 @@ def test_robust_losses_reach_the_optimum_of_rows_without_noise(loss):
 
 
 @pytest.mark.parametrize("loss", ["huber", "absolute", "gamma"])
-def test_steps_that_end_far_from_the_optimum_warn(loss):
+def test_sgd_that_ends_far_from_the_optimum_warns(loss):
     x = np.random.default_rng(0).normal(size=(200, 3))
     y = np.exp(x @ [0.9, -0.6, 0.3]) if loss == "gamma" else x @ [3, -2, 1]
     with pytest.warns(ConvergenceWarning, match="max_epochs=2 ended far from the optimum"):
         DataParallelRegressor(loss, solver="sgd", max_epochs=2, lr=0.001).fit(x, y)
 
 
-def test_a_constant_column_has_no_weight_whatever_the_solver():
+def test_a_constant_column_has_coefficient_zero_with_either_solver():
     x = np.c_[np.random.default_rng(0).normal(size=(200, 2)), np.full(200, 17.0)]
     y = x @ [3, -2, 0] + 5
     for arguments in ({"solver": "sgd"}, {"solver": "sgd", "standardize": False}, {"loss": "huber"}, {}):
@@ -417,7 +420,7 @@ def test_a_constant_column_has_no_weight_whatever_the_solver():
     np.testing.assert_array_equal(mlp.predict(other), mlp.predict(x))
 
 
-def test_a_perceptron_takes_features_that_float32_holds_only_scaled():
+def test_a_perceptron_accepts_features_that_fit_in_float32_only_after_scaling():
     x = np.random.default_rng(0).normal(size=(80, 2))
     fits = [DataParallelRegressor(model="mlp", hidden=(4,), max_epochs=1).fit(c * x, x[:, 0]) for c in (1.0, 2.0**140)]
     np.testing.assert_allclose(fits[1].predict(2.0**140 * x), fits[0].predict(x), rtol=1e-5)
@@ -425,8 +428,8 @@ def test_a_perceptron_takes_features_that_float32_holds_only_scaled():
 
 @pytest.mark.parametrize("loss", ["squared", "huber", "poisson"])
 @pytest.mark.parametrize(("small", "large"), [(1e-12, 1e6), (1e-9, 1e9)])
-def test_what_rounding_leaves_of_a_combination_is_no_direction(loss, small, large):
-    """Of a dropped column more is left in absolute terms than another column has in all."""
+def test_the_rounding_residue_of_a_linear_combination_is_not_a_direction(loss, small, large):
+    """The rounding residue of a dropped column is larger than all values of another column."""
     z = np.random.default_rng(0).normal(size=(120, 2))
     x, y = np.c_[small * z[:, 0], large * z[:, 1], 3 * large * z[:, 1]], z @ [1, 2]
     fitted = DataParallelRegressor(loss, standardize=False).fit(x, np.exp(y) if loss == "poisson" else y)
@@ -436,7 +439,7 @@ def test_what_rounding_leaves_of_a_combination_is_no_direction(loss, small, larg
 @pytest.mark.parametrize("loss", ["squared", "huber", "poisson"])
 @pytest.mark.parametrize("standardize", [True, False])
 @pytest.mark.parametrize(("origin", "unit"), [(4e14, 1), (1.7e15, 1), (1_760_000_000_000_000_000, 256), (1e17, 16)])
-def test_a_column_that_varies_is_none_of_one_value_however_far_from_0(loss, standardize, origin, unit):
+def test_a_column_that_varies_is_not_taken_for_constant_however_large_its_mean(loss, standardize, origin, unit):
     rng = np.random.default_rng(0)
     z = np.c_[rng.normal(size=120), rng.integers(0, 2, 120)]
     x, y = np.c_[z[:, 0], origin + unit * z[:, 1]], z @ [0.3, 0.2]
@@ -446,7 +449,7 @@ def test_a_column_that_varies_is_none_of_one_value_however_far_from_0(loss, stan
     assert not fitted._fitted.schema.constant.any()
 
 
-def test_columns_of_one_value_are_known_of_all_parts():
+def test_constant_columns_are_detected_over_all_parts():
     x = np.c_[np.arange(40.0) % 7, np.full(40, 0.1), 4e14 + (np.arange(40) > 25)]
     parts, y = DataParallelRegressor(), x @ [3, 0, 2] - 8e14
     found = [parts.partial_fit(x[i : i + 10], y[i : i + 10])._fitted.schema.constant.tolist() for i in range(0, 40, 10)]
@@ -458,7 +461,7 @@ def test_columns_of_one_value_are_known_of_all_parts():
 
 
 @pytest.mark.parametrize("arguments", [{}, {"l2": 0.1, "standardize": False}, {"loss": "huber"}, {"solver": "sgd"}])
-def test_values_whose_squares_are_no_numbers_are_refused(arguments):
+def test_values_whose_squares_overflow_are_refused(arguments):
     x = np.random.default_rng(0).normal(size=(80, 2))
     y, weight = x @ [1, 2], np.ones(80)
     model = DataParallelRegressor(**arguments)
@@ -472,15 +475,15 @@ def test_values_whose_squares_are_no_numbers_are_refused(arguments):
     np.testing.assert_allclose(exact.coef_, [1e280, 2e280], rtol=1e-9)
     with pytest.raises(dpreg.InputError, match="scale it to 1 at most, or use smaller weights"):
         model.fit(x * 1e2, y, np.full(80, 1e300))
-    if "solver" not in arguments:  # steps know weights but as shares
+    if "solver" not in arguments:  # Steps use only relative weights.
         with pytest.raises(dpreg.InputError, match="its weights are as small"):
             model.fit(x, y, np.full(80, 1e-305))
-    x[3], y[3], weight[3] = 1e200, 1e200, 0  # counts for nothing
+    x[3], y[3], weight[3] = 1e200, 1e200, 0  # This row must not count.
     np.testing.assert_allclose(DataParallelRegressor().fit(x, y, weight).coef_, [1, 2], rtol=1e-9)
 
 
 @pytest.mark.parametrize("loss", ["poisson", "gamma"])
-def test_a_target_of_no_weight_may_be_outside_the_domain(loss):
+def test_a_target_of_weight_zero_may_be_outside_the_domain(loss):
     x, weight = np.random.default_rng(0).normal(size=(80, 2)), np.ones(80)
     y = np.exp(x @ [0.3, -0.2])
     y[3], weight[3] = -3, 0
@@ -493,7 +496,7 @@ def test_a_target_of_no_weight_may_be_outside_the_domain(loss):
 
 
 @pytest.mark.parametrize("loss", ["squared", "poisson", "logistic"])
-def test_the_summary_is_that_of_statsmodels(loss):
+def test_the_summary_agrees_with_statsmodels(loss):
     y = targets(loss)
     model = DataParallelClassifier(l2=0) if loss == "logistic" else DataParallelRegressor(loss, l2=0)
     found = model.fit(X, y).summary_

@@ -1,4 +1,4 @@
-"""Tables and TFDS datasets: the right rows, once, scaled by the right moments, whatever file they come from."""
+"""Tables and TFDS datasets: each row once, scaled by the right moments, from files of any format."""
 
 import datetime
 import decimal
@@ -37,7 +37,7 @@ def all_rows(source):
 
 @pytest.fixture
 def read(tmp_path):
-    """Reads a table below the test's folder, with a cache of the test's own."""
+    """Returns a function that reads a table in the test's folder, with its own cache."""
 
     def read_table(name, *, batch_size=32, validation_dataset=None, data_dir=None, **columns):
         columns = {
@@ -86,7 +86,7 @@ KINDS = ["t.parquet", "t.csv", "t.csv.gz", "t.npz", "t2.npz", "parts", "parts/pa
 
 
 @pytest.mark.parametrize("name", KINDS)
-def test_every_row_is_in_one_part_and_keeps_its_columns_together(read, columns, name):
+def test_each_row_is_in_one_split_and_keeps_its_columns_together(read, columns, name):
     data = read(name, target="y", features=("k", "a", "flag"), validation_fraction=0.2, standardize=False)
     assert data.schema.features == ("k", "a", "flag")
     parts = [all_rows(data.train), all_rows(data.val)]
@@ -103,14 +103,14 @@ def test_every_row_is_in_one_part_and_keeps_its_columns_together(read, columns, 
     np.testing.assert_array_equal(again.val.row, data.val.row)
 
 
-def test_the_same_rows_have_the_same_fingerprint_however_they_are_stored_and_cut(read, columns, tmp_path, monkeypatch):
+def test_the_fingerprint_depends_only_on_the_rows_and_not_on_format_or_files(read, columns, tmp_path, monkeypatch):
     wanted = {"target": "y", "features": ("a", "kind"), "categorical": "kind"}
     prints = {name: read(name, **wanted).fingerprint() for name in KINDS}
     assert len(set(prints.values())) == 1, prints
-    for size, most in ((20_000, 63), (300, 61)):  # by way of the disk: buckets once, and buckets of buckets
+    for size, most in ((20_000, 63), (300, 61)):  # Rows are shuffled on disk: in buckets, or in buckets of buckets.
         monkeypatch.setattr(shuffle, "_IN_MEMORY_BYTES", size)
         assert read("t.parquet", **wanted, max_categories=most).fingerprint() == prints["t.parquet"]
-    # Parts of which some hold a column as float32 and some as float64, on the way to disk at different widths.
+    # Some files store a column as float32 and some as float64, so the rows on disk differ in width.
     whole = pa.table(columns)
     in_float32 = whole.set_column(0, "a", whole["a"].cast(pa.float32(), safe=False))
     (tmp_path / "mixed").mkdir()
@@ -126,7 +126,7 @@ def test_the_same_rows_have_the_same_fingerprint_however_they_are_stored_and_cut
     )
 
 
-def test_numbers_are_standardised_by_the_training_rows(read, columns):
+def test_numeric_features_are_standardised_with_the_moments_of_the_training_rows(read, columns):
     data = read("t.parquet", target="y", features=("k", "a"), target_transform="standardize")
     x = all_rows(data.train)["x"].astype(np.float64)
     np.testing.assert_allclose(x.mean(0), 0, atol=1e-5)
@@ -138,7 +138,7 @@ def test_numbers_are_standardised_by_the_training_rows(read, columns):
 
 
 @pytest.mark.parametrize("cuts", [(), (1,), (3, 3, 999), range(0, 5000, 7)])
-def test_moments_are_those_of_float64_on_ill_scaled_columns(cuts):
+def test_moments_of_ill_scaled_columns_agree_with_float64(cuts):
     rng = np.random.default_rng(2)
     values = rng.normal(size=(5000, 4)) * [1, 1e-3, 1e8, 1] + [1e6, 5e3, 0, -1e9]
     values[rng.random(values.shape) < 0.1] = np.nan
@@ -155,7 +155,7 @@ def test_moments_are_those_of_float64_on_ill_scaled_columns(cuts):
     assert moments.scale(5000, True)[3] == (7.0, 1.0)
 
 
-def test_categories_are_one_hot_with_the_rest_as_other(read, columns):
+def test_categories_are_one_hot_and_rare_ones_count_as_other(read, columns):
     data = read(
         "t.parquet", target="y", features=("kind", "k"), categorical="kind", max_categories=2, standardize=False
     )
@@ -176,11 +176,11 @@ def test_categories_are_one_hot_with_the_rest_as_other(read, columns):
 
 
 @pytest.fixture
-def holed(tmp_path):
+def table_with_gaps(tmp_path):
     (tmp_path / "holed.csv").write_text("a,c,y\n1,u,1\n,v,2\n3,,3\n4,u,\n5,u,5\nnan,v,6\n")
 
 
-def test_missing_values_are_an_error_with_their_counts(read, holed, tmp_path):
+def test_missing_values_are_an_error_with_their_counts(read, table_with_gaps, tmp_path):
     with pytest.raises(dpreg.InputError) as caught:
         read("holed.csv", target="y", categorical="c", validation_fraction=0.0)
     file = tmp_path / "holed.csv"
@@ -193,14 +193,14 @@ def test_missing_values_are_an_error_with_their_counts(read, holed, tmp_path):
     assert not list((tmp_path / "cache").iterdir())
 
 
-def test_missing_rows_are_dropped_or_filled_with_the_mean(read, holed):
+def test_missing_rows_are_dropped_or_filled_with_the_mean(read, table_with_gaps):
     wanted = {"target": "y", "categorical": "c", "validation_fraction": 0.0}
     assert sorted(read("holed.csv", **wanted, missing="drop").train.row) == [0, 4]
     data = read("holed.csv", target="a", features=("y", "c"), categorical="c", missing="drop", validation_fraction=0.0)
     assert sorted(data.train.row) == [0, 4]
 
 
-def test_a_missing_feature_has_the_mean_and_a_missing_category_is_other(read, tmp_path):
+def test_a_missing_number_becomes_the_mean_and_a_missing_category_becomes_other(read, tmp_path):
     (tmp_path / "h.csv").write_text("a,c,y\n1,u,1\n,v,2\n3,,3\n8,u,4\n")
     data = read("h.csv", target="y", categorical="c", missing="mean", validation_fraction=0.0)
     order = np.argsort(data.train.row)
@@ -211,7 +211,7 @@ def test_a_missing_feature_has_the_mean_and_a_missing_category_is_other(read, tm
     np.testing.assert_array_equal(x[:, 1:], [[1, 0, 0], [0, 1, 0], [0, 0, 1], [1, 0, 0]])
 
 
-def test_weights_exclusions_and_a_table_held_out(read, columns, tmp_path):
+def test_weights_excluded_columns_and_a_validation_table_are_applied(read, columns, tmp_path):
     weighted = pa.table({**columns, "w": np.arange(1000) % 3 + 1})
     pyarrow.parquet.write_table(weighted, tmp_path / "w.parquet")
     pyarrow.parquet.write_table(weighted.slice(0, 10), tmp_path / "v.parquet")
@@ -227,7 +227,7 @@ def test_weights_exclusions_and_a_table_held_out(read, columns, tmp_path):
 
 @pytest.mark.parametrize("suffix", ["csv", "parquet"])
 @pytest.mark.parametrize("asked", [{"target_transform": "log"}, {"missing": "mean", "max_categories": 2}])
-def test_a_row_of_weight_0_is_as_if_it_were_not_there(read, tmp_path, suffix, asked):
+def test_a_row_of_weight_0_changes_nothing(read, tmp_path, suffix, asked):
     rng = np.random.default_rng(0)
     rows = pa.table(
         {
@@ -257,7 +257,7 @@ def test_a_row_of_weight_0_is_as_if_it_were_not_there(read, tmp_path, suffix, as
     np.testing.assert_array_equal(np.sort(held_out.row), kept)
 
 
-def test_integer_weights_are_repeated_rows_in_moments_and_categories(read, tmp_path):
+def test_integer_weights_are_equivalent_to_repeated_rows_in_moments_and_categories(read, tmp_path):
     rng = np.random.default_rng(1)
     columns = {"a": rng.normal(1e6, 1, 200), "c": rng.choice([*"uvwx"], 200), "y": rng.normal(size=200)}
     columns["a"][::7] = np.nan
@@ -278,7 +278,7 @@ def test_integer_weights_are_repeated_rows_in_moments_and_categories(read, tmp_p
 
 
 @pytest.mark.parametrize("asked", [{}, {"standardize": False}, {"missing": "mean"}])
-def test_a_model_sees_0_of_a_column_with_one_value_whatever_is_predicted(read, tmp_path, asked):
+def test_a_model_receives_0_for_a_constant_column_whatever_its_value_at_prediction(read, tmp_path, asked):
     day = np.full(50, np.datetime64("2026-01-01", "D"))
     store = pa.array([17.0] * 49 + [None if "missing" in asked else 17.0])
     table = pa.table({"store": store, "day": day, "a": np.arange(50.0), "y": np.arange(50.0)})
@@ -289,12 +289,12 @@ def test_a_model_sees_0_of_a_column_with_one_value_whatever_is_predicted(read, t
     np.testing.assert_array_equal(data.schema.rows(other)["x"][:, :2], 0)
     w, _ = data.schema.parameters(np.ones((3, 1)), np.ones(1))
     np.testing.assert_array_equal(w[:2], 0)
-    # Without an intercept a column of ones is one.
+    # Without an intercept a constant column of ones is kept.
     kept = read("t.parquet", target="y", dates="day", validation_fraction=0.0, intercept=False, missing="drop")
     np.testing.assert_array_equal(all_rows(kept.train)["x"][:, 0], 17)
 
 
-def test_integer_weights_are_repeated_rows_under_a_penalty(tmp_path):
+def test_integer_weights_are_equivalent_to_repeated_rows_under_a_penalty(tmp_path):
     rng = np.random.default_rng(2)
     columns = {"a": rng.normal(3, 2, 60), "c": rng.choice([*"uvw"], 60), "y": rng.poisson(2.0, 60).astype(float)}
     weight = rng.integers(1, 5, 60)
@@ -315,7 +315,7 @@ def test_integer_weights_are_repeated_rows_under_a_penalty(tmp_path):
 
 
 @pytest.mark.parametrize("kind", [dpreg.LinearRegressionScratch, LinearRegression])
-def test_what_rows_say_nothing_about_has_no_initial_weight(read, tmp_path, kind):
+def test_features_that_are_constant_in_training_have_no_initial_weight(read, tmp_path, kind):
     a = np.random.default_rng(0).normal(size=80)
     table = pa.table({"store": np.full(80, 17), "a": a, "again": a, "y": 5 * a + 3})
     pyarrow.parquet.write_table(table, tmp_path / "t.parquet")
@@ -329,7 +329,7 @@ def test_what_rows_say_nothing_about_has_no_initial_weight(read, tmp_path, kind)
 
     w, b = parameters()
     np.testing.assert_allclose(np.append(w, b), [0, 2.5, 2.5, 3], atol=1e-5)
-    w, b = parameters(sigma=1.0)  # as asked for; but a constant column has no weight
+    w, b = parameters(sigma=1.0)  # The weights are random as requested, but that of a constant column is 0.
     assert w[0] == 0
     assert abs(w[1] - w[2]) > 0.01
     np.testing.assert_allclose([w[1] + w[2], b], [[5], [3]], atol=1e-5)
@@ -337,7 +337,7 @@ def test_what_rows_say_nothing_about_has_no_initial_weight(read, tmp_path, kind)
         parameters(intercept=False)
 
 
-def test_the_second_time_nothing_is_read_and_a_changed_file_is_noticed(read, columns, tmp_path, monkeypatch):
+def test_a_second_read_uses_the_cache_and_a_changed_file_is_detected(read, columns, tmp_path, monkeypatch):
     first = read("t.parquet", target="y", exclude="kind")
     with monkeypatch.context() as patch:
         patch.setattr(ingest, "_write", None)
@@ -347,7 +347,7 @@ def test_the_second_time_nothing_is_read_and_a_changed_file_is_noticed(read, col
     assert read("t.parquet", target="y", exclude="kind").fingerprint() != first.fingerprint()
 
 
-def test_an_interrupted_ingest_leaves_nothing_and_two_at_once_do_no_harm(read, columns, tmp_path, monkeypatch):
+def test_an_interrupted_ingest_leaves_no_files_and_two_at_once_do_no_harm(read, columns, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(
             ingest, "_encode", lambda *arguments: (_ for _ in ()).throw(OSError(28, "No space left on device"))
@@ -379,7 +379,7 @@ def test_an_interrupted_ingest_leaves_nothing_and_two_at_once_do_no_harm(read, c
     )
 
 
-def test_a_matrix_of_numpy_is_columns_of_one_name(read, tmp_path):
+def test_a_numpy_matrix_is_read_as_numbered_columns(read, tmp_path):
     x, y = np.arange(40.0).reshape(20, 2), np.arange(20.0)
     np.savez(tmp_path / "m.npz", x=x, y=y)
     data = read("m.npz", target="y", features="x", standardize=False, validation_fraction=0.0)
@@ -390,12 +390,12 @@ def test_a_matrix_of_numpy_is_columns_of_one_name(read, tmp_path):
     np.testing.assert_array_equal(all_rows(data.train)["y"][:, 0], data.train.row)
     np.savez(tmp_path / "bad.npz", x=x, y=np.arange(3))
     np.save(tmp_path / "objects.npy", np.array([{}, 1], object), allow_pickle=True)
-    for name, said in (("bad.npz", "3 and 20 rows"), ("objects.npy", "not unpickled")):
-        with pytest.raises(dpreg.InputError, match=said):
+    for name, message in (("bad.npz", "3 and 20 rows"), ("objects.npy", "not unpickled")):
+        with pytest.raises(dpreg.InputError, match=message):
             read(name, target="y" if "npz" in name else "c")
 
 
-def test_a_column_far_from_zero_keeps_its_digits(read, tmp_path):
+def test_a_column_with_a_large_mean_keeps_its_digits(read, tmp_path):
     pyarrow.parquet.write_table(
         pa.table({"t": 1.7e9 + np.arange(100.0), "y": 0.5 * np.arange(100.0)}), tmp_path / "t.parquet"
     )
@@ -405,7 +405,7 @@ def test_a_column_far_from_zero_keeps_its_digits(read, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("asked", "said"),
+    ("asked", "message"),
     [
         ({"features": ("k", "k")}, "'k' is asked for twice"),
         ({"target": ("y", "y")}, "'y' is asked for twice"),
@@ -422,15 +422,15 @@ def test_a_column_far_from_zero_keeps_its_digits(read, tmp_path):
         ({"features": "k", "validation_fraction": 0.99999999}, "no rows to fit besides those held out"),
     ],
 )
-def test_what_cannot_be_taken_from_a_table_is_one_line(read, columns, tmp_path, asked, said):
-    with pytest.raises(dpreg.InputError, match=said) as caught:
+def test_a_column_that_cannot_be_read_from_a_table_is_refused_in_one_line(read, columns, tmp_path, asked, message):
+    with pytest.raises(dpreg.InputError, match=message) as caught:
         read("t.parquet", **{"target": "y", **asked})
     assert "\n" not in str(caught.value)
     assert not list((tmp_path / "cache").glob("*"))
 
 
 @pytest.mark.parametrize(
-    ("content", "asked", "said"),
+    ("content", "asked", "message"),
     [
         ("a,y\n0,1\n1e-30,2\n", {"validation_dataset": "v.csv"}, "row 1: 'a' is not finite once it is scaled"),
         ("a,y,w\n1,1,0\n2,2,0\n", {"weight_column": "w"}, "all weights in column 'w' are 0"),
@@ -448,12 +448,12 @@ def test_what_cannot_be_taken_from_a_table_is_one_line(read, columns, tmp_path, 
         ("a,y\n0,1\n1,2\n", {"validation_dataset": "none.csv"}, "there are no rows to hold out"),
     ],
 )
-def test_what_would_be_wrong_in_silence_is_refused(read, tmp_path, content, asked, said):
+def test_tables_that_would_be_misread_silently_are_refused(read, tmp_path, content, asked, message):
     (tmp_path / "t.csv").write_text(content)
     (tmp_path / "v.csv").write_text("a,y\n1e30,1\n")
     (tmp_path / "none.csv").write_text("a,y\n")
     (tmp_path / "light.csv").write_text("a,y,w\n1,1,0\n")
-    with pytest.raises(dpreg.InputError, match=said):
+    with pytest.raises(dpreg.InputError, match=message):
         read("t.csv", target="y", validation_fraction=0.0, **asked)
     assert not list((tmp_path / "cache").glob("*"))
 
@@ -463,7 +463,7 @@ def test_a_value_too_small_to_square_is_not_scaled_to_infinity(read, tmp_path):
     assert np.isfinite(all_rows(read("t.parquet", target="y", validation_fraction=0.0).train)["x"]).all()
 
 
-def test_categories_that_are_numbers_or_called_other(read, tmp_path):
+def test_categories_may_be_numbers_or_be_called_other(read, tmp_path):
     kinds = ["other", "b", "other", "", None, "b"]
     numbers = [1.0, np.nan, -0.0, 0.0, 1.0, 2.0]
     table = pa.table({"c": kinds, "n": numbers, "y": np.arange(6.0)})
@@ -485,12 +485,12 @@ def test_categories_that_are_numbers_or_called_other(read, tmp_path):
         {"target": "y"},
     ],
 )
-def test_columns_that_cannot_be_are_refused_in_python_too(wrong):
+def test_invalid_columns_are_refused_in_python(wrong):
     with pytest.raises(dpreg.InputError, match=f"^{next(iter(wrong))}="):
         Columns(**wrong)
 
 
-def test_one_category_has_one_spelling_in_any_file(read, tmp_path):
+def test_a_category_has_one_spelling_in_any_file_format(read, tmp_path):
     columns = {
         "number": np.array([1, 2, 1, 30]),
         "flag": np.array([True, False, True, True]),
@@ -520,7 +520,7 @@ SHORT = st.one_of(st.floats(-1e6, 1e6).map(lambda v: round(v, 3)), st.floats(all
 
 
 def in_types_of_numbers(value):
-    """The same number as a column of each type that holds it, and as different programs write it."""
+    """Returns the number as columns of each type that can hold it, and as texts that different programs write."""
     number = float(value)
     yield pa.array([number])
     yield from (pa.array([text]) for text in (repr(number), f"{number:.16e}", repr(number).replace("e", "E")))
@@ -528,7 +528,7 @@ def in_types_of_numbers(value):
     for narrow in (np.float32, np.float16):
         with np.errstate(over="ignore"):
             as_narrow = narrow(value)
-        # The same whole number, or the same few decimals.
+        # The same integer, or the same number with few decimals.
         if float(as_narrow) == value if number.is_integer() else str(as_narrow) == str(number):
             yield pa.array(np.array([as_narrow]))
     if number.is_integer() and abs(value) < 10**22:
@@ -543,7 +543,7 @@ def in_types_of_numbers(value):
 
 
 def spellings(arrays):
-    """Of arrays of one value each, in tables and in `model/predict.py`."""
+    """Returns the spellings of the single values of arrays, by the table reader and by `model/predict.py`."""
     for array in arrays:
         for column in (array, array.dictionary_encode()):
             decoded = column.dictionary_decode() if pa.types.is_dictionary(column.type) else column
@@ -558,7 +558,7 @@ def spellings(arrays):
 
 
 @hypothesis.given(st.one_of(WHOLE.filter(lambda v: int(float(v)) == v), SHORT))
-def test_a_number_has_one_spelling_whatever_the_type_of_its_column(value):
+def test_a_number_has_one_spelling_in_any_column_type(value):
     found = set(spellings(in_types_of_numbers(value)))
     assert len(found) == 1, found
     (text,) = found
@@ -568,7 +568,7 @@ def test_a_number_has_one_spelling_whatever_the_type_of_its_column(value):
         assert found == {standalone.normalize_category(str(value))}
 
 
-def test_values_that_are_different_have_different_spellings():
+def test_different_values_have_different_spellings():
     numbers = [0, 1, -1, 0.1, 1e15, 1e15 + 1, 2**53, 2**60, 2**60 + 1, 2**63 - 1, 1e22, 1e23, 1e-5, 0.30000000000000004]
     texts = ["01", "1a", "1e3", "12E5", "0x1", "+1", "1,000", "v1.0", "inf", "1.0.0", "٣", "1_0", "true", "2026-01-01"]
     found = [standalone.normalize_category(standalone.to_text(value)) for value in [*numbers, *texts]]
@@ -577,7 +577,7 @@ def test_values_that_are_different_have_different_spellings():
     assert standalone.normalize_category("0.12345678901234567890123") == "0.12345678901234567890123"
 
 
-def test_booleans_dates_and_times_have_one_spelling_whatever_the_type_of_their_column():
+def test_booleans_dates_and_times_have_one_spelling_in_any_column_type():
     moment = datetime.datetime(2026, 1, 2, 3, 4, 5, 120_000)
     utc = moment.replace(tzinfo=datetime.UTC)
     cases = {
@@ -607,7 +607,7 @@ def test_booleans_dates_and_times_have_one_spelling_whatever_the_type_of_their_c
             assert standalone.normalize_category(standalone.to_text(array[0].as_py())) == text, array.type
 
 
-def test_a_category_is_known_when_its_column_has_another_type_at_prediction(read, tmp_path):
+def test_a_category_is_recognized_if_its_column_has_another_type_at_prediction(read, tmp_path):
     values = {
         "int": [10**15, 3, -7, 2**60],
         "float": [1e15, 3.0, -7.0, 2.0**60],
@@ -617,7 +617,7 @@ def test_a_category_is_known_when_its_column_has_another_type_at_prediction(read
         pyarrow.parquet.write_table(pa.table({"k": column, "y": np.arange(4.0)}), tmp_path / f"{name}.parquet")
         schema = read(f"{name}.parquet", target="y", categorical="k", validation_fraction=0.0).schema
         assert set(schema.inputs[0].values) == {"1000000000000000", "3", "-7", "1152921504606846976"}
-    (tmp_path / "v.csv").write_text("k,y\n3.1,1\n3.10,2\n7.00,3\n7,4\n")  # versions have names, not numbers
+    (tmp_path / "v.csv").write_text("k,y\n3.1,1\n3.10,2\n7.00,3\n7,4\n")  # Versions are text, not numbers.
     schema = read("v.csv", target="y", categorical="k", validation_fraction=0.0).schema
     assert schema.inputs[0].values == ("7", "3.1", "3.10")
     duration = pa.table({"k": pa.array([1, 2], pa.duration("s")), "y": [1.0, 2.0]})
@@ -626,7 +626,7 @@ def test_a_category_is_known_when_its_column_has_another_type_at_prediction(read
         read("d.parquet", target="y", categorical="k")
 
 
-def test_what_float32_cannot_tell_is_refused_where_it_is_not_scaled(read, tmp_path):
+def test_unscaled_values_that_float32_cannot_distinguish_are_refused(read, tmp_path):
     noise = np.random.default_rng(0).normal(size=200)
     pyarrow.parquet.write_table(pa.table({"a": noise + 1e9, "y": noise + 1e9}), tmp_path / "t.parquet")
     with pytest.raises(dpreg.InputError, match=r"'y' varies by .* around 1e\+09, .*target_transform='standardize'"):
@@ -637,7 +637,7 @@ def test_what_float32_cannot_tell_is_refused_where_it_is_not_scaled(read, tmp_pa
     np.testing.assert_allclose(*(all_rows(data.train)[name] for name in "xy"), atol=1e-6)
 
 
-def test_a_cache_without_its_manifest_is_made_anew(read, columns, tmp_path):
+def test_a_cache_without_its_manifest_is_rebuilt(read, columns, tmp_path):
     first = read("t.parquet", target="y", exclude="kind").fingerprint()
     (manifest,) = (tmp_path / "cache").glob("*/manifest.json")
     manifest.unlink()
@@ -652,8 +652,8 @@ def _damaged(content, how):
 
 
 @pytest.mark.parametrize("how", ["flip", "cut"])
-def test_a_damaged_cache_is_read_anew_and_never_believed(read, tmp_path, how, caplog, monkeypatch):
-    """Of small tables when they are opened, of others as soon as a damaged block is read."""
+def test_a_damaged_cache_is_detected_and_rebuilt(read, tmp_path, how, caplog, monkeypatch):
+    """The damage of a small table is detected when it is opened; that of others when the damaged block is read."""
     rng = np.random.default_rng(0)
     pa.parquet.write_table(pa.table({name: rng.normal(size=5000) for name in "abcdyw"}), tmp_path / "many.parquet")
     monkeypatch.setattr(cache, "_BLOCK_BYTES", 1 << 12)
@@ -685,7 +685,7 @@ def test_a_damaged_cache_is_read_anew_and_never_believed(read, tmp_path, how, ca
         jax.tree.map(np.testing.assert_array_equal, content(), whole)
 
 
-def test_dates_are_days_where_asked_for(read, tmp_path):
+def test_dates_become_days_if_requested(read, tmp_path):
     days = np.array(["1970-01-01", "2026-11-23", "1969-12-31", "2000-02-29"], "datetime64[D]")
     columns = {
         "date": days,
@@ -714,20 +714,20 @@ def test_dates_are_days_where_asked_for(read, tmp_path):
         read("bad.csv", dates="d", **wanted)
 
 
-def test_parts_may_order_their_columns_otherwise(read, tmp_path):
+def test_files_of_a_table_may_order_their_columns_differently(read, tmp_path):
     (tmp_path / "p").mkdir()
     (tmp_path / "p" / "1.csv").write_text("a, b,y\n1,2,3\n")
     (tmp_path / "p" / "2.csv").write_text("y,b ,a\n6,5,4\n")
     wanted = {"target": "y", "validation_fraction": 0.0, "standardize": False}
     data = read("p", **wanted)
     np.testing.assert_array_equal(all_rows(data.train)["x"][np.argsort(data.train.row)], [[1, 2], [4, 5]])
-    for wrong, said in (("y,b\n6,5\n", "2.csv: there is no column 'a'"), ("a,b,a,y\n1,2,3,4\n", "two columns 'a'")):
+    for wrong, message in (("y,b\n6,5\n", "2.csv: there is no column 'a'"), ("a,b,a,y\n1,2,3,4\n", "two columns 'a'")):
         (tmp_path / "p" / "2.csv").write_text(wrong)
-        with pytest.raises(dpreg.InputError, match=said):
+        with pytest.raises(dpreg.InputError, match=message):
             read("p", **wanted)
 
 
-def test_dictionaries_and_other_byte_orders_are_values(read, tmp_path):
+def test_dictionary_columns_and_foreign_byte_orders_are_decoded(read, tmp_path):
     kinds, values = ["u", "v", "u"], np.arange(3.0)
     table = pa.table({"k": pa.array(kinds).dictionary_encode(), "n": pa.array(values).dictionary_encode(), "y": values})
     pyarrow.parquet.write_table(table, tmp_path / "t.parquet")
@@ -741,8 +741,8 @@ def test_dictionaries_and_other_byte_orders_are_values(read, tmp_path):
     np.testing.assert_array_equal(all_rows(read("t.npz", **wanted).train)["x"][:, 0], data.train.row)
 
 
-def test_in_quotes_a_missing_number_is_missing_and_a_category_is_text(read, tmp_path, monkeypatch):
-    """Also below the first block, by which Arrow chooses types; and then no row is read twice."""
+def test_a_quoted_na_is_missing_in_a_number_and_text_in_a_category(read, tmp_path, monkeypatch):
+    """This holds also after the first block, from which Arrow infers types; and then no row is read twice."""
     monkeypatch.setattr(csv_files, "_BLOCK_BYTES", 1 << 10)
     full = [f'"{i}","{"NA" if i % 7 == 0 else "u"}","{i}"' for i in range(1000)]
     wanted = {"target": "y", "missing": "mean", "validation_fraction": 0.0, "standardize": False}
@@ -759,14 +759,14 @@ def test_in_quotes_a_missing_number_is_missing_and_a_category_is_text(read, tmp_
         np.testing.assert_array_equal(all_rows(read("t.csv", exclude="c", **wanted).train)["x"].sum(), x[:, 0].sum())
 
 
-def test_a_column_has_its_name_before_a_group_of_columns(read, tmp_path):
+def test_a_column_name_takes_precedence_over_a_group_of_columns(read, tmp_path):
     rows = np.zeros(9, [("y", "f8"), ("c", "f8")])
     rows["c"] = np.arange(9)
     np.save(tmp_path / "s.npy", rows)
     assert read("s.npy", target="y", features="c", validation_fraction=0.0).schema.features == ("c",)
 
 
-def test_a_value_of_another_type_far_below_is_named(read, tmp_path):
+def test_a_value_of_another_type_in_a_later_block_is_named(read, tmp_path):
     lines = [f"{i},{i % 2 == 0}" for i in range(1_500_000)]
     lines[1_400_000] = "x,True"
     (tmp_path / "t.csv").write_text("\n".join(["a,y", *lines]) + "\n")
@@ -798,7 +798,7 @@ def test_parameters_in_original_units_predict_the_same():
     assert Schema.from_json(schema.to_json()) == schema
 
 
-def test_the_tfds_builder_holds_the_synthetic_rows(read, tmp_path):
+def test_the_tfds_builder_contains_the_synthetic_rows(read, tmp_path):
     source = dpreg.SyntheticRegressionData((1.0, 2.0, 3.0), -1.0, num_train=130, num_val=20, seed=5)
     builder = SyntheticRegression(source, data_dir=tmp_path)
     builder.download_and_prepare(file_format="array_record")
@@ -809,7 +809,7 @@ def test_the_tfds_builder_holds_the_synthetic_rows(read, tmp_path):
     assert "tensorflow" not in sys.modules
 
 
-def test_tfds_features_are_chosen_by_name(read, tmp_path):
+def test_tfds_features_are_selected_by_name(read, tmp_path):
     SyntheticRegression(data_dir=tmp_path).download_and_prepare(file_format="array_record")
     data = read("tfds:synthetic_regression", features="x1", target="y", data_dir=str(tmp_path))
     assert (data.num_inputs, data.num_targets, data.schema.features) == (1, 1, ("x1",))
@@ -822,7 +822,7 @@ def test_tfds_features_are_chosen_by_name(read, tmp_path):
 
 
 def test_imports_go_downward():
-    """Layers, lower ones first: a module imports from its own layer or from those below."""
+    """Lists the layers, lowest first: a module may import only from its own layer and from lower ones."""
     layers = [
         ("files", "spelling", "terminal", "tracing"),
         ("errors",),

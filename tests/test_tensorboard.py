@@ -1,4 +1,4 @@
-"""--tensorboard: event files that a real TensorBoard serves."""
+"""--tensorboard writes event files that a real TensorBoard serves."""
 
 import json
 import socket
@@ -24,7 +24,7 @@ def run(workdir, *flags):
 
 @pytest.fixture(scope="module")
 def served(tmp_path_factory):
-    """The workdir of a run that was taken up once, and what TensorBoard answers."""
+    """Yields the workdir of a run that was resumed once, and a function that queries TensorBoard."""
     folder = tmp_path_factory.mktemp("board")
     for flags in ("--max_epochs=1",), ("--max_epochs=3",):
         done = run(folder / "run", "--tensorboard", *flags)
@@ -49,14 +49,14 @@ def served(tmp_path_factory):
                     break
             except OSError:
                 assert server.poll() is None, server.stderr.read()
-            time.sleep(0.5)  # for the server of another project, which says nothing when it is ready
+            time.sleep(0.5)  # TensorBoard's server gives no signal when it is ready.
         yield folder / "run", answer
     finally:
         server.kill()
         server.communicate()
 
 
-def test_the_scalars_are_those_of_the_metrics(served):
+def test_the_scalars_agree_with_the_metrics(served):
     workdir, answer = served
     records = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     assert len(records) == 24
@@ -76,10 +76,10 @@ def test_the_hyperparameters_are_the_flags(served):
     found = group["hparams"]
     assert (group["name"], found["lr"], found["batch_size"]) == ("run", 0.03, 32)
     assert (found["model"], found["intercept"]) == ("linear", True)
-    assert "checkpoint_every_seconds" not in found  # which decides nothing
+    assert "checkpoint_every_seconds" not in found  # It does not affect the result.
 
 
-def test_a_run_that_goes_on_forgets_what_was_written_after_its_step(tmp_path):
+def test_a_resumed_run_discards_events_written_after_its_step(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     for begin, end in ((0, 6), (3, 5)):
@@ -93,7 +93,7 @@ def test_a_run_that_goes_on_forgets_what_was_written_after_its_step(tmp_path):
     ]
 
 
-def test_without_its_package_the_flag_is_refused_at_once(tmp_path):
+def test_without_tensorboard_installed_the_flag_is_refused_at_once(tmp_path):
     program = "import sys; sys.modules['tensorboard'] = None; from dpreg.main import main; main()"
     command = [sys.executable, "-c", program, *RUN, "--tensorboard", f"--workdir={tmp_path / 'w'}"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240)

@@ -1,4 +1,4 @@
-"""The loop: D2L's interface, separate traces, exact validation, and stopping where the loss does."""
+"""The training loop: D2L's interface, separate traces, exact validation, divergence, patience and interrupts."""
 
 import dataclasses
 import functools
@@ -43,7 +43,7 @@ def test_the_snippet_of_the_book_runs_on_all_devices():
     trainer.fit(model, data)
     params = trainer.state.params
     assert len(params["w"].devices()) == 8
-    # What 96 exact steps leave of the truth, 0.97**96, give or take what a sample of 1,000 rows does.
+    # 96 exact steps leave 0.97**96 of the initial error; the sample of 1,000 rows adds some noise.
     np.testing.assert_allclose(data.w - params["w"].reshape(data.w.shape), [0.107, -0.183], atol=0.06)
     np.testing.assert_allclose(data.b - params["b"], [0.226], atol=0.06)
     trainer = dpreg.Trainer(max_epochs=10)
@@ -73,7 +73,7 @@ def test_any_flax_module_with_a_loss_and_an_optimizer_trains():
 
 
 class Modes(dpreg.Module):
-    """Predicts differently in training: what tells a validation that runs the training trace."""
+    """Predicts differently in training, which reveals a validation that runs the training trace."""
 
     @nn.compact
     def __call__(self, x, train=False):
@@ -127,9 +127,9 @@ def test_gradient_clip_val_scales_the_global_gradient_to_its_norm():
     ("reduction", "backend", "num_devices"),
     [*(("pmean", "jit", n) for n in (1, 2, 4, 8)), *(("ordered", "jit", n) for n in (1, 8)), ("pmean", "pmap", 4)],
 )
-def test_the_gradient_norm_is_that_of_the_mean_loss_before_it_is_clipped(reduction, backend, num_devices):
-    """Against gradient descent in float64, on rows with weights that no number of devices divides."""
-    source, told = Rows(21, weighted=True).source(), []
+def test_the_reported_gradient_norm_is_measured_before_clipping(reduction, backend, num_devices):
+    """Compares with gradient descent in float64, on weighted rows that no number of devices divides."""
+    source, reported = Rows(21, weighted=True).source(), []
     trainer = dpreg.Trainer(
         6,
         num_devices,
@@ -137,7 +137,7 @@ def test_the_gradient_norm_is_that_of_the_mean_loss_before_it_is_clipped(reducti
         reduction=reduction,
         backend=backend,
         log_every_steps=1,
-        callbacks=[FunctionCallback(told.append)],
+        callbacks=[FunctionCallback(reported.append)],
     )
     trainer.fit(dpreg.LinearRegressionScratch(3, lr=0.5), dpreg.RegressionData(source, None, 24))
     x, y, c = np.c_[source.x, np.ones(21)].astype(np.float64), source.y.astype(np.float64), np.float64(source.weight)
@@ -147,12 +147,12 @@ def test_the_gradient_norm_is_that_of_the_mean_loss_before_it_is_clipped(reducti
         gradient = x.T @ ((x @ theta - y) * c[:, None]) / c.sum()
         expected.append(np.linalg.norm(gradient))
         theta -= 0.5 * gradient * min(1, 0.2 / expected[-1])
-    assert expected[0] > 0.2  # it is clipped
-    norms = [progress.gradient_norm for progress in told if progress.train_loss is not None]
+    assert expected[0] > 0.2  # The gradient is clipped.
+    norms = [progress.gradient_norm for progress in reported if progress.train_loss is not None]
     np.testing.assert_allclose(norms, expected, rtol=1e-5)
 
 
-def test_predictions_are_compared_with_what_was_observed():
+def test_predictions_are_paired_with_observed_targets():
     val = Rows(101, weighted=True, seed=4).source()
     trainer = dpreg.Trainer(1, 3)
     trainer.fit(dpreg.LinearRegressionScratch(3, lr=0.1), dpreg.RegressionData(Rows(40).source(), val, 8))
@@ -166,7 +166,7 @@ def test_predictions_are_compared_with_what_was_observed():
     np.testing.assert_array_equal(weight, val.weight[rows])
 
 
-def test_a_predictor_predicts_what_it_did_after_further_steps():
+def test_a_predictor_does_not_change_with_further_steps():
     trainer = dpreg.Trainer(2, 3)
     trainer.prepare_data(Rows(40).data(8))
     trainer.prepare_model(dpreg.LinearRegressionScratch(3, lr=0.1))
@@ -178,7 +178,7 @@ def test_a_predictor_predicts_what_it_did_after_further_steps():
     np.testing.assert_array_equal(predictor.predict(x), before)
 
 
-def test_a_predictor_takes_as_many_rows_at_once_as_training():
+def test_a_predictor_uses_the_batch_size_of_training():
     rows = []
     for accumulate in (1, 16):
         trainer = dpreg.Trainer(1, 2, accumulate_steps=accumulate)
@@ -188,7 +188,7 @@ def test_a_predictor_takes_as_many_rows_at_once_as_training():
 
 
 class Relative(dpreg.Module):
-    """A loss and a model that rows of zeros would make NaN: padding has to be real rows."""
+    """A model and a loss that are NaN for rows of zeros: padding must repeat real rows."""
 
     lr: float = 0.01
 
@@ -202,7 +202,7 @@ class Relative(dpreg.Module):
 
 
 @pytest.mark.parametrize("placement", ["device", "host"])
-def test_padding_does_no_harm_to_a_loss_that_zeros_would(placement):
+def test_padding_does_no_harm_to_a_loss_that_is_nan_for_zeros(placement):
     trainer = dpreg.Trainer(2, placement=placement)
     trainer.fit(Relative(), Rows(100).data(32))
     assert math.isfinite(trainer.train_loss)
@@ -243,22 +243,22 @@ class Flat(Foreign):
         return jnp.abs(prediction - target[:, 0])
 
 
-def test_a_prediction_without_columns_is_refused_where_it_is_measured():
+def test_a_one_dimensional_prediction_is_refused_when_metrics_are_computed():
     with pytest.raises(dpreg.InputError, match="one column for each target"):
         dpreg.Trainer(1).fit(Flat(), Rows(64).data(32, num_val=8))
 
 
-def test_a_validation_loss_that_is_not_finite_says_so():
+def test_a_validation_loss_that_is_not_finite_is_reported():
     val = dpreg.ArraySource(np.ones((4, 3)), np.array([0, 0, 1e30, 0]))
     trainer = dpreg.Trainer(2)
     with pytest.raises(dpreg.Diverged, match="validation loss is not finite after step 8"):
         trainer.fit(dpreg.LinearRegressionScratch(3, 0.1), dpreg.RegressionData(Rows(64).source(), val, 8))
     assert int(trainer.state.step) == trainer.step == 8
-    trainer.loop.require_idle()  # or it could not be saved
+    trainer.loop.require_idle()  # Otherwise the trainer could not be saved.
 
 
-def test_going_on_where_validation_failed_fails_again():
-    """A run that ended so does not end well when it is started once more."""
+def test_resuming_where_validation_failed_fails_again():
+    """A run whose validation failed must not succeed when it is started again."""
     val = dpreg.ArraySource(np.ones((4, 3)), np.array([0, 0, 1e30, 0]))
     model, data = dpreg.LinearRegressionScratch(3, 0.1), dpreg.RegressionData(Rows(64).source(), val, 8)
     trainer, again = dpreg.Trainer(1), dpreg.Trainer(1)
@@ -271,7 +271,7 @@ def test_going_on_where_validation_failed_fails_again():
     assert caught.value.exit_code == 3
 
 
-def test_patience_does_not_take_overflow_for_rows_without_weight():
+def test_patience_does_not_mistake_overflow_for_rows_of_weight_zero():
     val = dpreg.ArraySource(np.full((4, 3), 1e4) * [[1], [-1], [1], [-1]], np.ones(4))
     data = dpreg.RegressionData(dpreg.ArraySource(Rows(64).source().x, np.ones(64)), val, 8)
     with pytest.raises(dpreg.Diverged, match="validation"):
@@ -280,14 +280,14 @@ def test_patience_does_not_take_overflow_for_rows_without_weight():
 
 @pytest.mark.parametrize("batch_size", [4, 12])
 @pytest.mark.parametrize("num_val", [0, 8])
-def test_shards_divide_each_batch_that_is_accumulated(batch_size, num_val):
-    """Else some rows would be in no part of any batch."""
+def test_shards_must_divide_each_accumulated_batch(batch_size, num_val):
+    """Otherwise some rows would be in no accumulated batch."""
     trainer = dpreg.Trainer(1, accumulate_steps=2, num_shards=8)
     with pytest.raises(dpreg.InputError, match=f"^batch_size={batch_size}: it is not a multiple of num_shards=8"):
         trainer.fit(dpreg.LinearRegressionScratch(3, 0.1), Rows(64).data(batch_size, num_val))
 
 
-def test_processes_keep_their_rows_where_the_one_with_least_memory_can(monkeypatch):
+def test_the_process_with_least_memory_decides_the_placement_of_rows(monkeypatch):
     data, settings = Rows(64).data(8), dpreg.Trainer(1, 2).settings
     assert lay_out(data, settings).train.resolved_placement == "device"
     monkeypatch.setattr(jax, "process_count", lambda: 2)
@@ -295,7 +295,7 @@ def test_processes_keep_their_rows_where_the_one_with_least_memory_can(monkeypat
     assert lay_out(data, settings).train.resolved_placement == "host"
 
 
-def test_rows_of_weight_zero_count_for_nothing_and_all_of_them_give_zeros():
+def test_rows_of_weight_zero_are_ignored_and_a_batch_of_them_has_loss_zero():
     source = Rows(100).source()
     ghost = dpreg.ArraySource(source.x, source.y, np.zeros(100))
     for model in (dpreg.LinearRegressionScratch(3, lr=0.1), Net(optax.sgd(0.1))):
@@ -308,7 +308,7 @@ def test_rows_of_weight_zero_count_for_nothing_and_all_of_them_give_zeros():
 
 
 class Twice(Net):
-    """Draws two masks by one key."""
+    """Draws two masks with the same key."""
 
     def __call__(self, x, train=False):
         if train:
@@ -323,7 +323,7 @@ def test_no_random_key_is_used_twice(reduction):
         data = dpreg.SyntheticRegressionData(np.ones(3), 1.0, num_train=100, num_val=20, batch_size=16)
         dpreg.Trainer(1, 2, reduction=reduction).fit(model, data)
 
-    jax.clear_caches()  # keys are looked at while functions are traced
+    jax.clear_caches()  # Keys are checked while functions are traced.
     with jax.debug_key_reuse(True):
         train(Net(optax.sgd(0.1)))
         with pytest.raises(dpreg.InputError, match="KeyReuseError"):
@@ -334,29 +334,29 @@ def test_no_random_key_is_used_twice(reduction):
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_state(reduction):
     x = np.ones((64, 1), np.float32)
     y = np.zeros(64)
-    y[0] = 1e30  # its square is not a float32
+    y[0] = 1e30  # Its square overflows float32.
     source = dpreg.ArraySource(x, y)
     trainer = dpreg.Trainer(5, 2, reduction=reduction, seed=1)
     with pytest.raises(dpreg.Diverged, match=r"not finite at step (\d+)") as caught:
         trainer.fit(dpreg.LinearRegressionScratch(1, lr=0.1), dpreg.RegressionData(source, None, 8))
     assert 1 <= caught.value.step <= 8
     assert int(trainer.state.step) == trainer.step == caught.value.step - 1
-    trainer.loop.require_idle()  # or it could not be saved
+    trainer.loop.require_idle()  # Otherwise the trainer could not be saved.
     w = 0.0
     model = dpreg.LinearRegressionScratch(1, lr=0.1)
     start = model.init(jax.random.key(1), x[:1])["params"]
     w, b = float(start["w"][0, 0]), 0.0
-    for _ in range(trainer.step):  # all good batches are alike: x = 1, y = 0
+    for _ in range(trainer.step):  # All other batches are equal: x = 1, y = 0.
         w, b = w - 0.1 * (w + b), b - 0.1 * (w + b)
     np.testing.assert_allclose(trainer.state.params["w"], [[w]], rtol=1e-5)
 
 
 @pytest.mark.parametrize("steps_per_block", [2, 9, None])
-def test_a_run_that_diverges_in_a_later_epoch_of_a_block_is_told_up_to_there(steps_per_block):
-    source, told = dpreg.ArraySource(np.ones((40, 1)), np.zeros(40)), []
-    record = FunctionCallback(lambda progress: told.append(progress) if progress.train_loss is not None else None)
+def test_a_run_that_diverges_later_in_a_block_reports_the_steps_before(steps_per_block):
+    source, reported = dpreg.ArraySource(np.ones((40, 1)), np.zeros(40)), []
+    record = FunctionCallback(lambda progress: reported.append(progress) if progress.train_loss is not None else None)
     trainer = dpreg.Trainer(20, 2, log_every_steps=2, steps_per_block=steps_per_block, callbacks=[record])
-    with pytest.raises(dpreg.Diverged) as caught:  # each step takes w + b, and so the gradient, times 1 - 2 * 9
+    with pytest.raises(dpreg.Diverged) as caught:  # Each step multiplies w + b, and so the gradient, by 1 - 2 * 9.
         trainer.fit(dpreg.LinearRegressionScratch(1, lr=9.0), dpreg.RegressionData(source, None, 8))
     assert trainer.train.block_steps == {2: 2, 9: 5, None: 100}[steps_per_block]
     step = trainer.step
@@ -364,14 +364,14 @@ def test_a_run_that_diverges_in_a_later_epoch_of_a_block_is_told_up_to_there(ste
     assert step > 10
     assert caught.value.step - 1 == int(trainer.state.step) == step
     epochs = [point for epoch in range(step // 5) for point in (5 * epoch + 2, 5 * epoch + 4, 5 * epoch + 5)]
-    assert [p.step for p in told] == [*epochs, *range(step // 5 * 5 + 2, step + 1, 2)]
-    assert [p.audit[0] for p in told if p.epoch_ended] == [40] * (step // 5)
+    assert [p.step for p in reported] == [*epochs, *range(step // 5 * 5 + 2, step + 1, 2)]
+    assert [p.audit[0] for p in reported if p.epoch_ended] == [40] * (step // 5)
     assert trainer.loop.audit.used[0] == 8 * (step % 5)
-    norms = [p.gradient_norm for p in told if p.step % 5 == 4]
+    norms = [p.gradient_norm for p in reported if p.step % 5 == 4]
     np.testing.assert_allclose(np.divide(norms[1:], norms[:-1]), 17.0**5, rtol=1e-4)
 
 
-def test_a_call_counts_the_rows_of_the_steps_that_it_took():
+def test_a_call_counts_only_the_rows_of_steps_that_were_taken():
     source = Rows(40, seed=3).source()
     source.y[17] = np.float32(1e38)
     trainer = dpreg.Trainer(4, 2)
@@ -388,7 +388,7 @@ def test_a_call_counts_the_rows_of_the_steps_that_it_took():
 
 
 @pytest.mark.parametrize("reduction", ["pmean", "ordered"])
-def test_log_points_tile_the_epoch(reduction):
+def test_log_points_cover_the_epoch_without_overlap(reduction):
     records = []
     trainer = dpreg.Trainer(
         2, log_every_steps=3, callbacks=[FunctionCallback(records.append)], reduction=reduction, steps_per_block=4
@@ -405,23 +405,23 @@ def test_log_points_tile_the_epoch(reduction):
 @pytest.mark.parametrize("placement", ["device", "host"])
 @pytest.mark.parametrize(
     ("num_val", "steps_per_block", "dispatched"),
-    [(0, 4, 4), (0, 17, 3), (20, 4, 2)],  # 2 calls are in flight while one is taken, the first two epochs or a part
+    [(0, 4, 4), (0, 17, 3), (20, 4, 2)],  # Up to 2 calls are in flight beside the one that is fetched.
 )
-def test_devices_wait_between_epochs_for_validation_alone(num_val, steps_per_block, dispatched, placement):
+def test_devices_wait_between_epochs_only_for_validation(num_val, steps_per_block, dispatched, placement):
     def trained(epochs_at_once):
-        trainer, calls, told = dpreg.Trainer(12, 3, placement=placement, steps_per_block=steps_per_block), [], []
-        trainer.prepare_data(Rows(101).data(16, num_val=num_val))  # epochs of 7 steps
+        trainer, calls, reported = dpreg.Trainer(12, 3, placement=placement, steps_per_block=steps_per_block), [], []
+        trainer.prepare_data(Rows(101).data(16, num_val=num_val))  # Each epoch has 7 steps.
         trainer.prepare_model(Net(optax.sgd(0.05)))
         block = trainer.loop.program.train_block
         counted = lambda *arguments: calls.append(1) or block(*arguments)  # noqa: E731
         trainer.loop.program = dataclasses.replace(trainer.loop.program, train_block=counted)
-        trainer.add_callback(FunctionCallback(lambda progress: told.append((len(calls), progress))))
+        trainer.add_callback(FunctionCallback(lambda progress: reported.append((len(calls), progress))))
         while not trainer.done:
             trainer.fit_epochs(epochs_at_once)
-        first = next(number for number, progress in told if progress.epoch_ended)
+        first = next(number for number, progress in reported if progress.epoch_ended)
         curve = [
             (p.step, p.epoch, p.train_loss, p.gradient_norm, p.val_loss, p.metrics, np.array(p.audit).tolist())
-            for _, p in told
+            for _, p in reported
             if p.train_loss is not None
         ]
         return first, curve, jax.device_get((trainer.state.step, trainer.state.params, trainer.state.opt_state))
@@ -433,15 +433,19 @@ def test_devices_wait_between_epochs_for_validation_alone(num_val, steps_per_blo
     jax.tree.map(np.testing.assert_array_equal, one_by_one[2], together[2])
 
 
-def test_sorted_and_periodic_tables_train_as_well_as_mixed_ones(tmp_path):
-    """Ghost batch statistics of contiguous shards need shards that are random samples: ingest makes them so."""
+def test_sorted_and_periodic_tables_train_as_well_as_shuffled_ones(tmp_path):
+    """Batch statistics per contiguous shard need shards that are random samples; reading a table shuffles its rows."""
     rng = np.random.default_rng(0)
     x = rng.normal(size=(2048, 4))
     y = np.sin(x @ rng.normal(size=(4, 1))) + 0.1 * rng.normal(size=(2048, 1))
     val = dpreg.ArraySource(x[:512], y[:512])
     x, y = x[512:], y[512:]
     by_target = np.argsort(y[:, 0])
-    orders = {"sorted": by_target, "periodic": by_target.reshape(-1, 8).T.ravel()}  # 8 times from low to high
+    # The targets rise 8 times from low to high.
+    orders = {
+        "sorted": by_target,
+        "periodic": by_target.reshape(-1, 8).T.ravel(),
+    }
 
     def loss(train):
         trainer = dpreg.Trainer(20)
@@ -457,8 +461,8 @@ def test_sorted_and_periodic_tables_train_as_well_as_mixed_ones(tmp_path):
     with jax.numpy_dtype_promotion("standard"):
         mixed = loss(dpreg.ArraySource(x, y))
         contiguous = loss(dpreg.ArraySource(x[by_target], y[by_target]))
-        assert contiguous > 5 * mixed  # so that the rest can fail
-        # 30 random orders gave 0.021 to 0.035, this one 0.026.
+        assert contiguous > 5 * mixed  # Shows that the order of the rows matters here.
+        # 30 random orders gave losses of 0.021 to 0.035; this one gives 0.026.
         assert loss(dpreg.PermutedSource(dpreg.ArraySource(x[by_target], y[by_target]))) < 1.4 * mixed
         for name in orders:
             assert loss(ingested(name)) < 1.4 * mixed, name
@@ -492,18 +496,18 @@ class OverTheBatch(dpreg.Module):
 
 
 def batch_norm_by_hand(params, stats, x, y, weight, lr, steps):
-    """SGD steps of a net with BatchNorm over all rows of weight above 0, float64; gradients by central differences."""
+    """Takes SGD steps of a net with BatchNorm over all rows of positive weight, in float64 with central differences."""
     leaves, structure = jax.tree.flatten(params)
     sizes = np.cumsum([0, *(leaf.size for leaf in leaves)])
 
     def forward(flat):
-        of = jax.tree.unflatten(
+        tree = jax.tree.unflatten(
             structure, [flat[a:b].reshape(leaf.shape) for a, b, leaf in zip(sizes, sizes[1:], leaves, strict=False)]
         )
-        h = x @ of["Dense_0"]["kernel"] + of["Dense_0"]["bias"]
+        h = x @ tree["Dense_0"]["kernel"] + tree["Dense_0"]["bias"]
         mean, var = h[weight > 0].mean(axis=0), h[weight > 0].var(axis=0)
-        h = (h - mean) / np.sqrt(var + 1e-5) * of["BatchNorm_0"]["scale"] + of["BatchNorm_0"]["bias"]
-        h = np.log1p(np.exp(h)) @ of["Dense_1"]["kernel"] + of["Dense_1"]["bias"]
+        h = (h - mean) / np.sqrt(var + 1e-5) * tree["BatchNorm_0"]["scale"] + tree["BatchNorm_0"]["bias"]
+        h = np.log1p(np.exp(h)) @ tree["Dense_1"]["kernel"] + tree["Dense_1"]["bias"]
         return (weight * (h[:, 0] - y) ** 2 / 2).sum() / weight.sum(), mean, var
 
     flat = np.concatenate([np.ravel(leaf) for leaf in leaves])
@@ -522,10 +526,11 @@ def _float32_again():
 
 
 @pytest.mark.usefixtures("_float32_again")
+# With 5 rows some shards have none.
 @pytest.mark.parametrize(
     ("devices", "backend", "rows"),
     [(2, "pmap", 37), (3, "jit", 37), (4, "pmap", 5), (8, "jit", 37), (8, "jit", 5), (1, "pmap", 5)],
-)  # 5 rows: shards without any
+)
 def test_batch_norm_over_the_batch_agrees_with_float64(devices, backend, rows):
     rng = np.random.default_rng(0)
     x, y = rng.normal(size=(rows, 3)), rng.normal(size=rows)
@@ -553,7 +558,7 @@ def test_batch_norm_over_the_batch_cannot_be_ordered():
 
 
 def test_an_mlp_normalises_over_the_batch(caplog):
-    """A step of all rows, of one shard or of eight."""
+    """Takes a step of all rows, with one or eight shards."""
 
     def trained(num_shards, **flags):
         config = Config(model="mlp", hidden=(5, 4), batch_norm=True, lr=0.1, **flags)
@@ -561,13 +566,13 @@ def test_an_mlp_normalises_over_the_batch(caplog):
         trainer.fit(build_model(config, 3, 1), Rows(80, weighted=True).data(80))
         return jax.device_get(trainer.variables)
 
-    of_one = trained(1)
-    of_eight = trained(8, sync_batch_norm=True)
+    one_shard = trained(1)
+    eight_shards = trained(8, sync_batch_norm=True)
     assert "batch statistics" not in caplog.text
-    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-6), of_eight, of_one)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-6), eight_shards, one_shard)
     over_shards = trained(8)
     assert "batch statistics of 10 rows" in caplog.text
-    apart = over_shards["params"]["Dense_0"]["kernel"] - of_one["params"]["Dense_0"]["kernel"]
+    apart = over_shards["params"]["Dense_0"]["kernel"] - one_shard["params"]["Dense_0"]["kernel"]
     assert np.abs(apart).max() > 1e-3
 
 
@@ -606,7 +611,7 @@ def test_the_compiled_step_communicates_once(kind, backend, accumulate):
     text = program(kind, "pmean", backend, accumulate)
     assert text.count(" all-reduce(") + text.count(" all-reduce-start(") == 1
     assert "all-gather" not in text
-    assert "input_output_alias" in text  # the state is donated
+    assert "input_output_alias" in text  # The state is donated.
 
 
 @pytest.mark.parametrize("kind", ["linear", "mlp"])
@@ -617,7 +622,7 @@ def test_the_compiled_ordered_step_gathers_once(kind):
 
 
 @pytest.mark.parametrize("reduction", ["pmean", "ordered"])
-def test_one_device_meets_nobody(reduction):
+def test_the_step_of_one_device_has_no_collective(reduction):
     trainer = dpreg.Trainer(1, 1, reduction=reduction)
     trainer.prepare_data(Rows(100).data(16, num_val=20))
     trainer.prepare_model(dpreg.LinearRegressionScratch(3, 0.1))
@@ -633,8 +638,8 @@ def test_batches_are_cut_into_equal_parts_or_not_at_all(rows, most, parts):
 
 
 @pytest.mark.parametrize("placement", ["device", "host"])
-def test_calls_of_models_that_compute_much_are_short(placement, monkeypatch):
-    """As many steps a call as `_OPERATIONS_OF_CALL` has room for, to the same result."""
+def test_a_call_of_an_expensive_model_takes_few_steps(placement, monkeypatch):
+    """A call takes as many steps as `_OPERATIONS_OF_CALL` allows, with the same result."""
 
     def run():
         trainer = dpreg.Trainer(1, 1, placement=placement, reduction="ordered")
@@ -655,12 +660,12 @@ def test_calls_of_models_that_compute_much_are_short(placement, monkeypatch):
     ("platform", "operations", "alone", "steps"),
     [("cpu", 1 << 30, 8, 64), ("gpu", 1 << 30, 0, 2048), ("gpu", 1 << 20, 512, 64), ("tpu", 1 << 50, 1, 1)],
 )
-def test_calls_are_as_long_as_a_platform_takes_a_second_for(platform, operations, alone, steps):
+def test_a_call_takes_about_a_second_on_each_platform(platform, operations, alone, steps):
     assert steps_of_call(platform, operations, alone) == steps
 
 
 @pytest.mark.parametrize(("reduction", "num_devices"), [("pmean", 1), ("pmean", 8), ("ordered", 1)])
-def test_loops_are_one_function_where_they_need_one_core(reduction, num_devices, monkeypatch):
+def test_loops_are_compiled_as_one_function_where_a_device_has_one_core(reduction, num_devices, monkeypatch):
     monkeypatch.setattr("dpreg.distributed.devices.cores", lambda: 4)
     several_cores = reduction == "pmean" and num_devices == 1
     for kind, rows, whole in (("linear", 100, True), ("linear", 100_000, not several_cores), ("mlp", 3000, False)):
@@ -668,7 +673,7 @@ def test_loops_are_one_function_where_they_need_one_core(reduction, num_devices,
         assert ("xla_cpu_small_call" in text) == whole, (kind, rows)
 
 
-def test_steps_are_traced_once_and_fetched_once_a_block(monkeypatch):
+def test_steps_are_traced_once_and_results_are_fetched_once_per_block(monkeypatch):
     traced = []
 
     class Counting(dpreg.LinearRegressionScratch):
@@ -686,12 +691,12 @@ def test_steps_are_traced_once_and_fetched_once_a_block(monkeypatch):
     monkeypatch.setattr(jax, "device_get", lambda value: fetched.append(1) or get(value))
     for epoch in range(1, 5):
         trainer.fit_epochs(1)
-        assert len(fetched) == epoch * (3 + 1)  # 7 steps are 3 blocks; 2 of validation are one
+        assert len(fetched) == epoch * (3 + 1)  # 7 steps make 3 blocks; 2 validation steps make one.
     assert len(traced) == before
 
 
 @pytest.mark.parametrize(("placement", "columns"), [("device", 0), ("host", 4)])
-def test_a_block_costs_one_transfer_a_column_and_one_for_its_clock(placement, columns, monkeypatch):
+def test_a_block_needs_one_transfer_per_column_and_one_for_its_arguments(placement, columns, monkeypatch):
     trainer = dpreg.Trainer(3, steps_per_block=3, placement=placement)
     trainer.prepare_data(Rows(100).data(16))
     trainer.prepare_model(dpreg.LinearRegressionScratch(3, 0.1))
@@ -701,7 +706,7 @@ def test_a_block_costs_one_transfer_a_column_and_one_for_its_clock(placement, co
     monkeypatch.setattr("dpreg.train.loop.call_arguments", lambda *a: clocks.append(1) or prepare(*a))
     for epoch in range(1, 4):
         trainer.fit_epochs(1)
-        assert (len(put), len(clocks)) == (epoch * 3 * columns, epoch * 3)  # 7 steps are 3 blocks
+        assert (len(put), len(clocks)) == (epoch * 3 * columns, epoch * 3)  # 7 steps make 3 blocks.
 
 
 def test_a_model_with_other_variables_is_refused():
@@ -717,7 +722,7 @@ def test_a_model_with_other_variables_is_refused():
         dpreg.Trainer(1).fit(Counter(), Rows(10).data(8))
 
 
-def test_processes_with_unequal_devices_are_told_so(monkeypatch):
+def test_processes_with_unequal_devices_are_refused(monkeypatch):
     class Device(NamedTuple):
         process_index: int
         platform: str = "cpu"
@@ -744,14 +749,14 @@ def test_processes_with_unequal_devices_are_told_so(monkeypatch):
         ({"max_epochs": 0}, "max_epochs=0: use 1 or more"),
     ],
 )
-def test_what_a_trainer_cannot_do_is_one_line(arguments, message):
+def test_invalid_arguments_of_a_trainer_are_refused_in_one_line(arguments, message):
     with pytest.raises(dpreg.InputError, match=message) as caught:
         dpreg.Trainer(**{"max_epochs": 1, **arguments})
     assert "\n" not in str(caught.value)
 
 
 def overfitted():
-    """More columns than rows: the validation loss has its minimum early."""
+    """Returns data with more columns than rows, whose validation loss has its minimum early."""
     rng = np.random.default_rng(7)
     x = rng.normal(size=(400, 30))
     y = x[:, 0] + rng.normal(size=400)
@@ -760,7 +765,7 @@ def overfitted():
 
 
 @pytest.mark.parametrize("num_devices", [1, 8])
-def test_patience_ends_a_run_with_the_best_epoch(num_devices):
+def test_patience_stops_a_run_and_restores_the_best_epoch(num_devices):
     def trained(max_epochs, **arguments):
         trainer = dpreg.Trainer(max_epochs, num_devices, reduction="ordered", **arguments)
         curve = []
@@ -791,8 +796,8 @@ class Plain(Net):
 
 
 @pytest.mark.parametrize("backend", ["jit", "pmap"])
-def test_what_a_user_keeps_of_the_state_stays_alive_while_training_goes_on(backend):
-    """The steps consume the state, and to read an array that was consumed ends the process."""
+def test_a_state_kept_by_the_user_stays_valid_while_training_goes_on(backend):
+    """The steps donate the state, and reading a donated array would crash the process."""
     kept = []
     trainer = dpreg.Trainer(3, 3, backend=backend)
     trainer.add_callback(FunctionCallback(lambda p: kept.append((trainer.state.params, trainer.variables))))
@@ -801,23 +806,23 @@ def test_what_a_user_keeps_of_the_state_stays_alive_while_training_goes_on(backe
     start = trainer.state
     copies = jax.device_get(start)
     trainer.fit_epochs(1)
-    first, of_first = trainer.state, jax.device_get(trainer.state)
+    first, first_values = trainer.state, jax.device_get(trainer.state)
     trainer.fit_epochs()
-    of_end = jax.device_get(trainer.state)
+    end_values = jax.device_get(trainer.state)
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(start), copies)
-    jax.tree.map(np.testing.assert_array_equal, jax.device_get(first), of_first)
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(first), first_values)
     assert np.isfinite([np.sum(leaf) for leaf in jax.tree.leaves(kept)]).all()
-    assert not np.array_equal(*(state.params["Dense_0"]["bias"] for state in (of_first, of_end)))
-    # What is assigned is not consumed, either: the same state is trained from twice, to the same bits.
+    assert not np.array_equal(*(state.params["Dense_0"]["bias"] for state in (first_values, end_values)))
+    # An assigned state is not donated, either: training from it twice gives the same bits.
     for _ in range(2):
         trainer.state = first
         assert trainer.step == 4
         trainer.fit_epochs()
-        jax.tree.map(np.testing.assert_array_equal, jax.device_get(trainer.state), of_end)
-    jax.tree.map(np.testing.assert_array_equal, jax.device_get(first), of_first)
+        jax.tree.map(np.testing.assert_array_equal, jax.device_get(trainer.state), end_values)
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(first), first_values)
 
 
-def test_a_state_moves_between_trainers_and_one_that_does_not_fit_is_refused():
+def test_a_state_can_move_between_trainers_and_one_that_does_not_fit_is_refused():
     trainers = [dpreg.Trainer(2, num_devices) for num_devices in (2, 1)]
     for trainer in trainers:
         trainer.prepare_data(Rows(64).data(16))
@@ -842,7 +847,7 @@ def test_a_state_moves_between_trainers_and_one_that_does_not_fit_is_refused():
 
 
 def _interrupt_after(seconds):
-    """A thread that sends this process a SIGINT that long after it is started."""
+    """Returns a thread that sends SIGINT to this process after the given seconds."""
 
     def send():
         time.sleep(seconds)
@@ -852,20 +857,20 @@ def _interrupt_after(seconds):
 
 
 @pytest.mark.parametrize("num_val", [0, 8])
-def test_ctrl_c_loses_nothing_wherever_it_comes_and_training_goes_on_to_the_same_bits(num_val):
-    told = []
+def test_ctrl_c_at_any_time_loses_nothing_and_training_resumes_to_the_same_bits(num_val):
+    reported = []
     trainer = dpreg.Trainer(
-        40, 2, steps_per_block=3, callbacks=[FunctionCallback(told.append)], patience=30 if num_val else 0
+        40, 2, steps_per_block=3, callbacks=[FunctionCallback(reported.append)], patience=30 if num_val else 0
     )
     trainer.prepare_data(Rows(101).data(16, num_val=num_val))
     trainer.prepare_model(Plain(optax.sgd(0.01, 0.9)))
     start = trainer.state
     began = time.perf_counter()
     trainer.fit_epochs()
-    seconds, whole, end = time.perf_counter() - began, [*told], jax.device_get(trainer.state)
+    seconds, whole, end = time.perf_counter() - began, [*reported], jax.device_get(trainer.state)
     interrupts, rng = 0, np.random.default_rng(num_val)
     for _ in range(4):
-        told.clear()
+        reported.clear()
         trainer.state = start
         while not trainer.done:
             thread = _interrupt_after(rng.uniform(0, seconds / 2))
@@ -878,15 +883,17 @@ def test_ctrl_c_loses_nothing_wherever_it_comes_and_training_goes_on_to_the_same
                 interrupts += 1
                 thread.join()
                 if not trainer.done:
-                    assert int(trainer.state.step) == trainer.step == (told[-1].step if told else 0)
+                    assert int(trainer.state.step) == trainer.step == (reported[-1].step if reported else 0)
             assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
         jax.tree.map(np.testing.assert_array_equal, jax.device_get(trainer.state), end)
-        for of in ("step", "train_loss", "gradient_norm", "val_loss"):
-            assert [getattr(p, of) for p in told if p.train_loss] == [getattr(p, of) for p in whole if p.train_loss]
+        for field in ("step", "train_loss", "gradient_norm", "val_loss"):
+            assert [getattr(p, field) for p in reported if p.train_loss] == [
+                getattr(p, field) for p in whole if p.train_loss
+            ]
     assert interrupts >= 4
 
 
-def test_a_second_ctrl_c_ends_training_at_once_and_a_state_that_was_kept_goes_on():
+def test_a_second_ctrl_c_ends_training_at_once_and_a_kept_state_can_resume():
     trainer = dpreg.Trainer(20, 2, steps_per_block=2)
     trainer.prepare_data(Rows(101).data(16))
     trainer.prepare_model(dpreg.LinearRegressionScratch(3, 0.1))
@@ -912,8 +919,8 @@ def test_a_second_ctrl_c_ends_training_at_once_and_a_state_that_was_kept_goes_on
     jax.tree.map(np.testing.assert_array_equal, trainer.state.params, end.params)
 
 
-def test_damaged_entries_of_the_compilation_cache_are_compiled_again_and_written_whole(tmp_path, monkeypatch):
-    """Without a warning, which would be an error here; JAX would warn at each start, and keep them."""
+def test_damaged_entries_of_the_compilation_cache_are_recompiled_and_rewritten(tmp_path, monkeypatch):
+    """No warning may appear (it would be an error here); JAX itself would warn at each start and keep the entries."""
     monkeypatch.setattr(jax_cache, "get_file_cache", jax_cache.get_file_cache)
     before = {name: jax.config.values[name] for name in CACHE_OPTIONS}
     x = jnp.arange(3.0)
@@ -946,7 +953,7 @@ def test_damaged_entries_of_the_compilation_cache_are_compiled_again_and_written
     ("name", "right"),
     [("on_epoch_end", "on_epoch"), ("on_step", "on_steps"), ("on_logs", "on_log"), ("on_sinc", "on_sync")],
 )
-def test_a_method_of_a_callback_that_is_no_event_is_refused_with_the_right_one(name, right):
+def test_a_callback_method_that_is_no_event_is_refused_with_a_suggestion(name, right):
     callback = type("Mine", (dpreg.Callback,), {name: lambda self, progress: None, "__module__": __name__})()
     refused = (
         f"^Mine.{name}: dpreg.Callback has no such event; define {right}, or another of on_steps, on_log, on_epoch"
@@ -957,7 +964,7 @@ def test_a_method_of_a_callback_that_is_no_event_is_refused_with_the_right_one(n
         dpreg.Trainer(1).add_callback(callback)
 
 
-def test_a_helper_of_a_callback_may_be_named_like_an_event():
+def test_a_helper_method_of_a_callback_may_have_a_name_like_an_event():
     class Counts(dpreg.Callback):
         improved, val_loss = 0, np.inf
 

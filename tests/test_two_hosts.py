@@ -1,4 +1,4 @@
-"""Two network namespaces joined by a virtual cable, as two hosts, and the cable cut."""
+"""Two network namespaces joined by a virtual cable act as two hosts; then the cable is cut."""
 
 import contextlib
 import os
@@ -32,7 +32,7 @@ pytestmark = pytest.mark.skipif(not can_make_hosts(), reason="needs root, ip and
 
 @pytest.fixture
 def hosts(tmp_path):
-    """(command prefix of each host, a function that plugs and pulls the cable)."""
+    """Yields (command prefix of each host, function that connects and cuts the cable)."""
     names = {host: f"dpreg-{host}-{os.getpid()}" for host in HOSTS}
     with contextlib.ExitStack() as stack:
         for host, name in names.items():
@@ -55,7 +55,7 @@ def hosts(tmp_path):
 
 
 def launch(commands, *flags):
-    """A process on each host."""
+    """Starts a process on each host."""
     address = f"--coordinator_address={HOSTS['red']}:{PORT}"
     return [
         subprocess.Popen(
@@ -71,18 +71,18 @@ def launch(commands, *flags):
 
 def results(running, timeout):
     try:
-        said = ["\n".join(process.communicate(timeout=timeout)) for process in running]
+        outputs = ["\n".join(process.communicate(timeout=timeout)) for process in running]
     finally:
         end(running)
-    return [process.returncode for process in running], said
+    return [process.returncode for process in running], outputs
 
 
 @pytest.mark.faults
-def test_a_cut_cable_ends_both_hosts_and_the_next_attempt_finishes_to_the_same_bits(tmp_path, hosts):
+def test_a_cut_cable_ends_both_hosts_and_a_restart_finishes_with_the_same_bits(tmp_path, hosts):
     commands, cable = hosts
-    codes, said = results(launch(commands, "--mode=doctor", "--platform=cpu", f"--workdir={tmp_path / 'd'}"), 100)
-    assert codes == [0, 0], said
-    assert "reached by 2 processes on blue, red" in said[0]
+    codes, outputs = results(launch(commands, "--mode=doctor", "--platform=cpu", f"--workdir={tmp_path / 'd'}"), 100)
+    assert codes == [0, 0], outputs
+    assert "reached by 2 processes on blue, red" in outputs[0]
 
     work = (*WORK, "--num_train=3200")  # 2000 steps
     flags = (*work, "--num_devices=4", f"--workdir={tmp_path / 'w'}", "--checkpoint_every_steps=100")
@@ -90,14 +90,14 @@ def test_a_cut_cable_ends_both_hosts_and_the_next_attempt_finishes_to_the_same_b
     assert wait_until(lambda: complete(tmp_path / "w"), running[0])
     cable("down")
     cut = time.monotonic()
-    codes, said = results(running, 60)
-    assert codes == [76, 76], said
+    codes, outputs = results(running, 60)
+    assert codes == [76, 76], outputs
     assert time.monotonic() - cut < 15
-    assert all("start all again to go on from the newest checkpoint" in text for text in said)
+    assert all("start all again to go on from the newest checkpoint" in text for text in outputs)
 
     cable("up")
-    codes, said = results(launch(commands, *flags), 240)
-    assert codes == [0, 0], said
-    assert "going on from step" in said[0]
+    codes, outputs = results(launch(commands, *flags), 240)
+    assert codes == [0, 0], outputs
+    assert "going on from step" in outputs[0]
     alone(tmp_path / "alone", work=work)
     assert outcome(tmp_path / "w") == outcome(tmp_path / "alone")

@@ -1,11 +1,12 @@
-"""What the compiler's loops reach at the wide workload without dpreg: `python tests/benchmarks/bare.py`.
+"""Measures XLA's loops on the wide workload without dpreg: `python tests/benchmarks/bare.py`.
 
-Rows in their order, in slices that stay in cache; on one core, on two simulated devices of one process, and in two
-processes with a core each, which send each other their sums over Gloo. First the two products alone over rows that are
-in cache, then from memory: the prediction alone, the prediction and the gradient, and both with a sum over the devices
-and an update each step, which is the least that training does. Beside it the rows read by one product of NumPy's BLAS
-on all cores, and by PyTorch's DDP that gathers by hand, where that is installed. GB/s of all devices, medians of 15
-calls, and shares of what BLAS reads.
+The loops read rows in order, in slices that fit in cache. They run on one core, on two simulated devices of one
+process, and in two processes with one core each, which exchange their sums over Gloo. The first program computes the
+two products on rows that stay in cache. The others read rows from memory: the prediction alone, the prediction and the
+gradient, and both with a sum over the devices and an update in each step, which is the least work of training.
+
+For comparison, rows are also read by one product of NumPy's BLAS on all cores, and by PyTorch's DDP with batches
+gathered by hand, if PyTorch is installed. Figures are GB/s of all devices, medians of 15 calls, and shares of BLAS.
 """
 
 import functools
@@ -14,19 +15,19 @@ import statistics
 import time
 
 from peers import ddp
-from turns import in_turns, median_ratio, of_two, on_a_core
+from turns import in_turns, in_two_processes, median_ratio, on_one_core
 
-NUM_INPUTS, ROWS, STEP, SLICE, EPOCHS, CALLS = 1024, 20_480, 2048, 32, 6, 15  # rows: of each device; epochs: of a call
+NUM_INPUTS, ROWS, STEP, SLICE, EPOCHS, CALLS = 1024, 20_480, 2048, 32, 6, 15  # ROWS is per device, EPOCHS per call.
 ADDRESS = "127.0.0.1:29514"
 STEPS = "both, with a sum and an update a step"
-FLAGS = (  # a loop that exchanges nothing is one function
+FLAGS = (  # A loop without collectives is compiled as one function.
     "--xla_force_host_platform_device_count={} --xla_cpu_multi_thread_eigen=false "
     f"--xla_backend_extra_options=xla_cpu_small_while_loop_byte_threshold={2**63 - 1}"
 )
 
 
 def gigabytes(call, size):
-    """A second, of so many bytes a call."""
+    """Returns GB/s of calls that read the given number of bytes."""
     call(), call()
     seconds = []
     for _ in range(CALLS):
@@ -37,14 +38,14 @@ def gigabytes(call, size):
 
 
 def values(devices):
-    """Rows [n, d] float32, as many as these devices have."""
+    """Returns the rows [n, d] of the given number of devices, float32."""
     import numpy as np
 
     return np.random.default_rng(0).standard_normal((devices * ROWS, NUM_INPUTS), np.float32)
 
 
 def limit():
-    """What one product reads, on all cores."""
+    """Returns the GB/s of one product on all cores."""
     import numpy as np
 
     x, ones = values(2), np.ones(NUM_INPUTS, np.float32)
@@ -52,7 +53,7 @@ def limit():
 
 
 def reached(devices, rank=None):
-    """{program: GB/s} of all devices: those of this process, or of two where `rank` says which it is."""
+    """Returns {program: GB/s} of all devices of this process, or of two processes if `rank` is given."""
     os.environ |= {"XLA_FLAGS": FLAGS.format(devices), "JAX_PLATFORMS": "cpu"}
     import jax
     import jax.numpy as jnp
@@ -61,7 +62,8 @@ def reached(devices, rank=None):
     from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
     if rank is not None:
-        os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))  # or Gloo's thread takes the core for 3 ms
+        # Otherwise Gloo's thread occupies the core for 3 ms.
+        os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
         jax.distributed.initialize(ADDRESS, 2, rank)
 
@@ -82,14 +84,14 @@ def reached(devices, rank=None):
         rows = x[:SLICE]
         return lax.fori_loop(0, EPOCHS * ROWS // SLICE, lambda _, carry: both(rows, carry, w + 0 * carry), 0 * w)
 
-    def of_both(sums):
+    def sum_of_processes(sums):
         return lax.all_to_all(jnp.stack([sums, sums]), "data", 0, 0)
 
     def epoch(x, w, steps, turn, exchange):
         def step(k, w):
             carry = slices(x, k % (ROWS // STEP) * STEP, STEP // SLICE, functools.partial(turn, w=w), 0 * w)
             if exchange:
-                carry = lax.pmean(carry, "data") if rank is None else of_both(carry).mean(axis=0)
+                carry = lax.pmean(carry, "data") if rank is None else sum_of_processes(carry).mean(axis=0)
             return w - 1e-9 * carry
 
         return lax.fori_loop(0, steps, step, w)
@@ -115,30 +117,34 @@ def reached(devices, rank=None):
     return found
 
 
-def of_torch():
-    """What training reads in PyTorch, of rows gathered by hand."""
+def ddp_by_hand():
+    """Returns the GB/s of training in PyTorch, with rows gathered by hand."""
     return 4 * (NUM_INPUTS + 2) * ddp(2 * ROWS, NUM_INPUTS, 2 * STEP, by_hand=True) / 1e9
 
 
 PROGRAMS = {
     "BLAS, all cores": limit,
-    "DDP, by hand": of_torch,
-    "a core": on_a_core(functools.partial(reached, 1)),
+    "DDP, by hand": ddp_by_hand,
+    "a core": on_one_core(functools.partial(reached, 1)),
     "two devices": functools.partial(reached, 2),
-    "two processes": of_two(functools.partial(reached, 1)),
+    "two processes": in_two_processes(functools.partial(reached, 1)),
 }
 
 if __name__ == "__main__":
     for _, rounds in in_turns(__doc__, PROGRAMS, {"wide": ()}, {"DDP, by hand": "torch"}):
-        limits, of_ddp = rounds.pop("BLAS, all cores"), rounds.pop("DDP, by hand", None)
-        print(f"read by one product of BLAS, all cores: {statistics.median(limits):.1f} GB/s, and shares of it")
+        limits, ddp_rates = rounds.pop("BLAS, all cores"), rounds.pop("DDP, by hand", None)
+        print(f"one product of BLAS on all cores: {statistics.median(limits):.1f} GB/s; shares of it:")
         for program, found in rounds.items():
             for name in found[0]:
-                of_all = statistics.median(of[name] for of in found)
-                share = statistics.median(of[name] / most for of, most in zip(found, limits, strict=True))
-                print(f"{program:>14}: {name:40} {of_all:6.1f} GB/s  {share:5.2f}")
+                typical = statistics.median(rates[name] for rates in found)
+                share = statistics.median(rates[name] / most for rates, most in zip(found, limits, strict=True))
+                print(f"{program:>14}: {name:40} {typical:6.1f} GB/s  {share:5.2f}")
         for program in ("two devices", "two processes"):
             pairs = zip(rounds[program], rounds["a core"], strict=True)
             gained = statistics.median(two[STEPS] / (2 * one[STEPS]) for two, one in pairs)
-            beside = f", {median_ratio([of[STEPS] for of in rounds[program]], of_ddp):.2f}x DDP" if of_ddp else ""
+            beside = (
+                f", {median_ratio([rates[STEPS] for rates in rounds[program]], ddp_rates):.2f}x DDP"
+                if ddp_rates
+                else ""
+            )
             print(f"{program}: efficiency {gained:.2f}{beside}, {STEPS}", flush=True)

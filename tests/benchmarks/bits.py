@@ -1,9 +1,9 @@
-"""Searches for runs whose answer depends on the devices: `python tests/benchmarks/bits.py --minutes=60 --seed=1`.
+"""Searches for runs whose result depends on the devices: `python tests/benchmarks/bits.py --minutes=60 --seed=1`.
 
-Case `number` of a seed is a run drawn at random: rows, model, loss, optimizer, shards and more. Under `ordered` the
-bits of its parameters, optimizer state, curve, metrics and predictions must be equal on all layouts that are drawn for
-it: devices, processes, backend, placement, steps a call. Under `pmean` they must agree to 1e-5 of their size. What
-differs is printed with the command that repeats it, and the exit code is then 1.
+Case `number` of a seed is a random run: rows, model, loss, optimizer, shards and more. Under `ordered`, the bits of its
+parameters, optimizer state, curve, metrics and predictions must be equal on all layouts drawn for it: devices,
+processes, backend, placement and steps per call. Under `pmean` they must agree to a relative tolerance of 1e-5.
+Differences are printed with the command that reproduces them, and the exit code is then 1.
 """
 
 import argparse
@@ -30,19 +30,19 @@ from dpreg.train.build import build_model, objective_and_optimizer
 from dpreg.train.callback import FunctionCallback
 
 THREADS, MOST_DEVICES, MOST_STEPS = 8, 8, 40
-STATUS_SECONDS, CACHED_CASES = 60.0, 50  # between lines; whose programs stay in memory
-PROCESSES_EVERY = 25  # cases of which one is also computed by two processes, as they take seconds to start
+STATUS_SECONDS, CACHED_CASES = 60.0, 50  # seconds between status lines; cases whose programs stay in memory
+PROCESSES_EVERY = 25  # One case of so many also runs in two processes, which take seconds to start.
 TOLERANCE = 1e-5
 NAMED = ("linear", "concise", "mlp")
 OWN = ("weight norm", "layer norm", "gru", "attention", "embedding", "conv")
 OURS = ("sgd", "momentum", "adam", "adamw", "lbfgs")
 OPTAX = ("adagrad", "rmsprop", "lamb", "lars", "lion", "adafactor", "novograd", "yogi", "adabelief", "nadam", "agc")
-SMOOTH = ("sgd", "momentum")  # an update that is a smooth function of the gradient does not amplify its rounding
+SMOOTH = ("sgd", "momentum")  # These updates are smooth in the gradient and do not amplify its rounding.
 
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """A run, whatever computes it."""
+    """The settings of a run that determine its result."""
 
     seed: int
     rows: int
@@ -68,7 +68,7 @@ class Case:
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """What computes a run."""
+    """The devices, processes and options that compute a run."""
 
     devices: int
     backend: str
@@ -77,13 +77,13 @@ class Layout:
 
 
 def draw(seed: int, number: int) -> tuple[Case, list[Layout]]:
-    """The case of that number, and the layouts to compute it on."""
+    """Draws the case of a number, and the layouts on which to compute it."""
     rng = np.random.default_rng((seed, number))
 
     def one(*values):
         return values[rng.integers(len(values))]
 
-    def size(most):  # as often small as large
+    def size(most):  # small and large sizes equally often
         return int(np.exp(rng.uniform(0, np.log(most + 1))))
 
     reduction = one("ordered", "ordered", "ordered", "pmean")
@@ -120,7 +120,7 @@ def draw(seed: int, number: int) -> tuple[Case, list[Layout]]:
 
 
 def rows_of(case: Case, number: int, key: int) -> dpreg.ArraySource:
-    """Rows with targets that the loss is defined for."""
+    """Returns rows with targets in the domain of the loss."""
     rng = np.random.default_rng((case.seed, key))
     x = rng.normal(size=(number, case.features))
     z = x @ rng.normal(size=(case.features, case.targets)) / case.features**0.5 + rng.normal(
@@ -139,7 +139,7 @@ def rows_of(case: Case, number: int, key: int) -> dpreg.ArraySource:
 
 
 class Own(dpreg.Module):
-    """Models as users write them: what mixes values within a row, in the ways that layers of flax do."""
+    """A model as users write them, with flax layers that mix the values of a row."""
 
     kind: str = ""
     outputs: int = 1
@@ -169,14 +169,14 @@ class Own(dpreg.Module):
 
 
 def optax_optimizer(name: str):
-    """One of optax's optimizers."""
+    """Returns an optimizer of optax."""
     if name == "agc":
         return optax.chain(optax.adaptive_grad_clip(0.1), optax.sgd(0.01, momentum=0.9, nesterov=True))
     return getattr(optax, name)(0.003)
 
 
 def model_of(case: Case, num_steps: int):
-    """The model with its loss and its optimizer."""
+    """Returns the model with its loss and its optimizer."""
     named = case.model in NAMED
     config = Config(
         model=case.model if named else "linear",
@@ -200,7 +200,7 @@ def model_of(case: Case, num_steps: int):
 
 
 def compute(case: Case, layout: Layout) -> dict[str, np.ndarray]:
-    """The run on a layout: every number that it gives, by its name."""
+    """Computes the run on a layout and returns all its numbers by name."""
     val = rows_of(case, case.val_rows, 1) if case.val_rows else None
     if val is not None and not val.weight.any():
         val = None
@@ -242,7 +242,7 @@ def compute(case: Case, layout: Layout) -> dict[str, np.ndarray]:
 
 
 def digest(found: dict[str, np.ndarray]) -> str:
-    """Of all bits."""
+    """Returns a digest of all bits."""
     whole = hashlib.sha256()
     for name, value in sorted(found.items()):
         whole.update(f"{name} {value.dtype} {value.shape}".encode() + np.ascontiguousarray(value).tobytes())
@@ -250,10 +250,10 @@ def digest(found: dict[str, np.ndarray]) -> str:
 
 
 def differences(case: Case, one: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> list[str]:
-    """The names of what differs: in any bit, or under pmean by more than the tolerance."""
+    """Returns the names of arrays that differ: in any bit, or under pmean by more than the tolerance."""
     if case.reduction == "ordered":
         return [name for name in one if digest({name: one[name]}) != digest({name: other[name]})]
-    tolerance = TOLERANCE if case.precision != "bfloat16" else 1e-2  # the digits that bfloat16 has
+    tolerance = TOLERANCE if case.precision != "bfloat16" else 1e-2  # the precision of bfloat16
     wrong = []
     for name, value in one.items():
         a, b = value.astype(np.float64), other[name].astype(np.float64)
@@ -263,36 +263,41 @@ def differences(case: Case, one: dict[str, np.ndarray], other: dict[str, np.ndar
     return wrong
 
 
-def of_two_processes(seed: int, number: int) -> str:
-    """The digest of a case as two processes compute it, each with half of the most devices that there may be."""
+def digest_of_two_processes(seed: int, number: int) -> str:
+    """Returns the digest of a case computed by two processes, each with half of the maximal number of devices."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         address = f"127.0.0.1:{free.getsockname()[1]}"
     command = [sys.executable, __file__, f"--seed={seed}", f"--case={number}", f"--address={address}"]
     started = [subprocess.Popen([*command, f"--process={p}"], stdout=subprocess.PIPE, text=True) for p in (0, 1)]
     try:
-        told = [process.communicate(timeout=300)[0] for process in started]
+        outputs = [process.communicate(timeout=300)[0] for process in started]
     finally:
         for process in started:
             process.kill()
     if any(process.returncode for process in started):
         return "a process failed"
-    return json.loads(told[0].splitlines()[-1])
+    return json.loads(outputs[0].splitlines()[-1])
 
 
 def check(seed: int, number: int, many: bool) -> list[str]:
-    """What is wrong with a case: lines for people."""
+    """Returns a description of what differs in a case, as lines."""
     case, layouts = draw(seed, number)
     first, *others = layouts
     expected = compute(case, first)
     differing = {layout: differences(case, expected, compute(case, layout)) for layout in others}
     wrong = [f"{first} and {layout} differ in {', '.join(n)[:300]}" for layout, n in differing.items() if n]
-    if many and case.reduction == "ordered" and case.shards > 1 and of_two_processes(seed, number) != digest(expected):
+    if (
+        many
+        and case.reduction == "ordered"
+        and case.shards > 1
+        and digest_of_two_processes(seed, number) != digest(expected)
+    ):
         wrong.append(f"{first} and two processes differ")
     return wrong and [f"{case}", *wrong, f"python tests/benchmarks/bits.py --seed={seed} --case={number}"]
 
 
 def search(seed: int, minutes: float, first: int) -> int:
-    """Cases one after the other, until the time is over: how many differ."""
+    """Checks case after case until the time is over, and returns how many differ."""
     ends, shown, number, found = time.monotonic() + 60 * minutes, time.monotonic(), first, 0
     while time.monotonic() < ends:
         lines = check(seed, number, many=number % PROCESSES_EVERY == PROCESSES_EVERY - 1)
@@ -307,16 +312,17 @@ def search(seed: int, minutes: float, first: int) -> int:
 
 
 def main() -> None:
-    """Searches, or repeats a case, or is one of two processes."""
+    """Searches, reproduces a case, or runs as one of two processes."""
     flags = argparse.ArgumentParser(description=__doc__)
     flags.add_argument("--minutes", type=float, default=2.0)
     flags.add_argument("--seed", type=int, default=0)
     flags.add_argument("--first", type=int, default=0, help="the number of the first case")
-    flags.add_argument("--case", type=int, help="this one alone")
+    flags.add_argument("--case", type=int, help="check only this case")
     flags.add_argument("--address", help=argparse.SUPPRESS)
     flags.add_argument("--process", type=int, help=argparse.SUPPRESS)
     asked = flags.parse_args()
-    logging.disable(logging.WARNING)  # of numbers of threads, which are the same for all layouts here
+    # Warnings about the number of threads do not matter: it is equal for all layouts here.
+    logging.disable(logging.WARNING)
     if asked.address:
         devices.start("cpu", MOST_DEVICES // 2, asked.address, 2, asked.process, threads=THREADS)
         case, _ = draw(asked.seed, asked.case)

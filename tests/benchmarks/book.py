@@ -1,8 +1,8 @@
-"""The run of D2L section 3.4 from the shell to its end, by dpreg and by the book's own library, in turns.
+"""Times the run of D2L section 3.4 from the shell to its end, with dpreg and with the book's library, in turns.
 
-`python tests/benchmarks/book.py` needs `d2l` and what its module for JAX imports (`pip install d2l --no-deps`, then
-tensorflow, tensorflow-datasets, gym, pandas, requests, matplotlib, ipython). Prints medians and their ratio: of a first
-run of dpreg, which compiles, and of later ones.
+`python tests/benchmarks/book.py` needs `d2l` and what its JAX module imports (`pip install d2l --no-deps`, then
+tensorflow, tensorflow-datasets, gym, pandas, requests, matplotlib, ipython). It prints medians and their ratio, for a
+first run of dpreg, which compiles, and for later runs.
 """
 
 import os
@@ -14,10 +14,10 @@ import time
 
 ROUNDS = 5
 
-# The model, as the section defines it, on the library's data and trainer.
+# The model of the section, on the library's data and trainer.
 D2L = """
 import jax
-jax.random.PRNGKeyArray = jax.Array  # the library asks for it; JAX has it no more
+jax.random.PRNGKeyArray = jax.Array  # The library needs it; JAX removed it.
 from d2l import jax as d2l
 from flax import linen as nn
 from jax import numpy as jnp
@@ -48,7 +48,7 @@ trainer.fit(LinearRegressionScratch(2, lr=0.03), data)
 
 
 def seconds(command: list[str], environment: dict[str, str]) -> float:
-    """That a command takes."""
+    """Returns the seconds that a command takes."""
     began = time.perf_counter()
     subprocess.run(command, env=os.environ | environment, check=True, capture_output=True)
     return time.perf_counter() - began
@@ -64,4 +64,4 @@ if __name__ == "__main__":
                 found[which].append(seconds(command, {"XDG_CACHE_HOME": folder}))
     for which, times in found.items():
         median = statistics.median(times)
-        print(f"{which:>14}: {median:6.2f} s, {median / statistics.median(found['d2l']):.2f} of the book's")
+        print(f"{which:>14}: {median:6.2f} s, {median / statistics.median(found['d2l']):.2f} of the time of d2l")

@@ -1,10 +1,10 @@
-"""What happens when a process of a run is killed: every victim, signal and moment, and how long it takes.
+"""Kills processes of a run: every victim, signal and moment, and measures how long the recovery takes.
 
     python tests/benchmarks/faults.py [--rounds 1] [--only saving]
 
-Each case trains 600 steps in two processes of `launch/local.py`, hits one process, and compares what comes out of
-the restarted run with the run of one process that nothing happened to: parameters to the bit, and every line of
-metrics.jsonl. Prints the seconds from the signal to the end of all processes, and to the first step after it.
+Each case trains 600 steps in two processes of `launch/local.py`, sends a signal to one process, and compares the
+restarted run with an undisturbed run of one process: the bits of the parameters, and every line of metrics.jsonl.
+It prints the seconds from the signal to the end of all processes, and to the first step after it.
 """
 
 import argparse
@@ -23,7 +23,7 @@ import psutil
 from cluster import alone, complete, outcome, start, wait_until, workers
 
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGSTOP)
-# Evaluation takes most of the time, so that a random moment falls into it.
+# Evaluation takes most of the time, so that a random moment is likely during it.
 EVALUATING = ("--num_val=150000",)
 
 
@@ -39,7 +39,7 @@ def is_alive(process):
         return False
 
 
-# When to hit: a condition to wait for, a random delay after it in seconds, and flags that go with it.
+# When to send the signal: a condition to wait for, the longest random delay after it in seconds, and flags.
 MOMENTS = {
     "joining": (lambda workdir: True, 4.0, ()),
     "compiling": (lambda workdir: workdir.exists(), 2.5, ()),
@@ -51,7 +51,7 @@ MOMENTS = {
 
 
 def case(victim, how, moment, expected, random_delay):
-    """Runs one case: (seconds to the end of all, seconds to the next step, times restarted), or what went wrong."""
+    """Runs one case; returns (seconds to the end of all, seconds to the next step, restarts), or the error."""
     condition, delay, flags = MOMENTS[moment]
     with tempfile.TemporaryDirectory() as folder:
         workdir = pathlib.Path(folder) / "w"
@@ -87,7 +87,7 @@ def case(victim, how, moment, expected, random_delay):
 
 
 def kill_one(launcher, workdir, delays, while_it_saves):
-    """Kills a random process some time after the next checkpoint, and waits for the end of all."""
+    """Kills a random process some time after the next checkpoint, and waits until all have ended."""
     newest = max(complete(workdir), default=0)
     wait_until(lambda: max(complete(workdir), default=0) > newest, launcher)
     if while_it_saves:
@@ -100,7 +100,7 @@ def kill_one(launcher, workdir, delays, while_it_saves):
 
 
 def five_kills(delays, expected):
-    """One run whose processes are killed five times."""
+    """Runs one run whose processes are killed five times."""
     with tempfile.TemporaryDirectory() as folder:
         workdir = pathlib.Path(folder) / "w"
         launcher = start(2, workdir, "--checkpoint_every_steps=20", restarts=10)
@@ -131,7 +131,7 @@ def main():
         with tempfile.TemporaryDirectory() as folder:
             alone(pathlib.Path(folder), *flags)
             expected[flags] = outcome(pathlib.Path(folder))
-    print(f"{'moment':<12}{'process':<9}{'signal':<9}{'all gone':>10}{'stepping':>10}{'restarts':>10}", flush=True)
+    print(f"{'moment':<12}{'process':<9}{'signal':<9}{'all ended':>10}{'resumed':>10}{'restarts':>10}", flush=True)
     moments = [parsed.only] if parsed.only else list(MOMENTS)
     for _, moment, victim, how in itertools.product(range(parsed.rounds), moments, (0, 1), SIGNALS):
         result = case(victim, how, moment, expected, delays.random())
@@ -142,7 +142,7 @@ def main():
         result = five_kills(delays, expected)
         failures += result.startswith("WRONG")
         print(f"one run, a random process killed at five random moments, once while it saves: {result}")
-    print(f"{failures} wrong")
+    print(f"{failures} cases failed")
     return bool(failures)
 
 

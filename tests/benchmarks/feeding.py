@@ -1,9 +1,9 @@
-"""Rows per second into the device, of dpreg beside the loaders of others: `python tests/benchmarks/feeding.py`.
+"""Measures rows per second into the device, of dpreg and of other loaders: `python tests/benchmarks/feeding.py`.
 
-The others are the extra `peers`. The same rows in memory, shuffled each epoch, in batches; each loader as
-its own documentation uses it, its batches handed to JAX (PyTorch's stay PyTorch's). The two gathers of NumPy are the
-least that can be done on the host: the same rows in the same batches, and nothing else. Below, training of a linear
-model from either placement.
+The other loaders need the extra `peers`. All read the same rows from memory, shuffled each epoch, in batches. Each
+loader is used as in its own documentation, and its batches are passed to JAX (those of PyTorch stay in PyTorch). The
+two NumPy gathers are the least work on the host: the same rows in the same batches, and nothing else. The last lines
+are the training of a linear model with either placement.
 """
 
 import functools
@@ -105,4 +105,4 @@ if __name__ == "__main__":
         bare = ", ".join(f"{median_ratio(rates['host'], rates[g]):.2f} of {g}" for g in ("column[indices]", "np.take"))
         print(f"host placement: {best:.1f}x the best loader, {bare}")
         beside = median_ratio(rates["training, device"], rates["training, host"])
-        print(f"training from devices: {beside:.2f}x that from the host")
+        print(f"training with device placement: {beside:.2f}x that with host placement")

@@ -1,11 +1,11 @@
-"""How good the default fit is: `python tests/benchmarks/fits.py` (15 minutes; `--only=NAME` for one table).
+"""Measures the quality of default fits: `python tests/benchmarks/fits.py` (15 minutes; `--only=NAME` for one table).
 
-Each table, of those that packages ship and of some that are drawn, is split by this program: a fifth is held out from
-all. dpreg fits the rest as a person would who names the table, the target and at most the loss, once with the default
-model and once with `--model=mlp`. Beside it stand the best linear model of the same rows (statsmodels, by maximum
-likelihood), and scikit-learn's MLPRegressor on standardised features and targets with its own defaults.
+This program splits each table, shipped with a package or generated, and holds out a fifth of the rows from all fits.
+dpreg fits the rest with only the table, the target and possibly the loss given, once with the default model and once
+with `--model=mlp`. The peers are the best linear model of the same rows (statsmodels, by maximum likelihood), and
+scikit-learn's MLPRegressor with its defaults on standardised features and targets.
 
-Prints the share of the deviance (for squared loss of the variance) of the held-out rows that each explains.
+It prints the share of the deviance (for squared loss, of the variance) of the held-out rows that each explains.
 """
 
 import argparse
@@ -35,7 +35,7 @@ FAMILIES = {
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """A table, its target, and the loss that the person names."""
+    """A table, its target, and the loss that the user gives."""
 
     name: str
     table: Callable[[], pd.DataFrame]
@@ -43,18 +43,18 @@ class Case:
     loss: str = "squared"
 
 
-def shipped(name: str, *without: str) -> Callable[[], pd.DataFrame]:
-    """A table of statsmodels."""
+def from_statsmodels(name: str, *without: str) -> Callable[[], pd.DataFrame]:
+    """Returns a loader of a statsmodels table."""
     return lambda: getattr(sm.datasets, name).load_pandas().data.drop(columns=[*without])
 
 
-def of_sklearn(load: Callable[..., object], **arguments: object) -> Callable[[], pd.DataFrame]:
-    """A table of scikit-learn."""
+def from_sklearn(load: Callable[..., object], **arguments: object) -> Callable[[], pd.DataFrame]:
+    """Returns a loader of a scikit-learn table."""
     return lambda: load(as_frame=True, **arguments).frame  # type: ignore[attr-defined]
 
 
 def prices() -> pd.DataFrame:
-    """Skewed prices: a few rows make up most of the sum."""
+    """Returns skewed prices: a few rows make up most of the sum."""
     rng = np.random.default_rng(1)
     x = rng.normal(size=(5000, 5)) * [1, 10, 1000, 1, 0.01] + [0, 50, 2000, 3, 1]
     z = (x - x.mean(axis=0)) / x.std(axis=0) @ [0.8, -0.4, 0.3, 0.0, 0.2]
@@ -62,7 +62,7 @@ def prices() -> pd.DataFrame:
 
 
 def few_rows() -> pd.DataFrame:
-    """60 rows of 20 columns."""
+    """Returns 60 rows of 20 columns."""
     rng = np.random.default_rng(2)
     x = rng.normal(size=(60, 20))
     return pd.DataFrame(x, columns=[f"x{j}" for j in range(20)]).assign(
@@ -71,7 +71,7 @@ def few_rows() -> pd.DataFrame:
 
 
 def many_rows() -> pd.DataFrame:
-    """A million rows, curved."""
+    """Returns a million rows of a nonlinear function."""
     rng = np.random.default_rng(3)
     x = rng.normal(size=(1_000_000, 10)).astype(np.float32)
     y = x @ rng.normal(size=10) + np.sin(2 * x[:, 0]) * x[:, 1] + rng.normal(size=len(x))
@@ -79,25 +79,25 @@ def many_rows() -> pd.DataFrame:
 
 
 def friedman() -> pd.DataFrame:
-    """Friedman's first, a standard of curved regression."""
+    """Returns Friedman's first problem, a standard of nonlinear regression."""
     x, y = sk.make_friedman1(2000, noise=1.0, random_state=0)
     return pd.DataFrame(x, columns=[f"x{j}" for j in range(10)]).assign(y=y)
 
 
 CASES = (
-    Case("diabetes", of_sklearn(sk.load_diabetes, scaled=False), "target"),
-    Case("linnerud", lambda: of_sklearn(sk.load_linnerud)().drop(columns=["Waist", "Pulse"]), "Weight"),  # 20 rows
-    Case("breast_cancer", of_sklearn(sk.load_breast_cancer), "target", "logistic"),
-    Case("stackloss", shipped("stackloss"), "STACKLOSS"),  # 21 rows
-    Case("statecrime", lambda: shipped("statecrime")().reset_index(drop=True), "murder"),
-    Case("engel", shipped("engel"), "foodexp"),
-    Case("grunfeld", shipped("grunfeld", "firm"), "invest"),
-    Case("ccard", shipped("ccard"), "AVGEXP"),
-    Case("anes96", shipped("anes96"), "PID"),
-    Case("fair", shipped("fair"), "affairs"),
-    Case("visits", shipped("randhie"), "mdvis"),
-    Case("visits", shipped("randhie"), "mdvis", "poisson"),
-    Case("star98", shipped("star98", "NBELOW"), "NABOVE", "poisson"),
+    Case("diabetes", from_sklearn(sk.load_diabetes, scaled=False), "target"),
+    Case("linnerud", lambda: from_sklearn(sk.load_linnerud)().drop(columns=["Waist", "Pulse"]), "Weight"),  # 20 rows
+    Case("breast_cancer", from_sklearn(sk.load_breast_cancer), "target", "logistic"),
+    Case("stackloss", from_statsmodels("stackloss"), "STACKLOSS"),  # 21 rows
+    Case("statecrime", lambda: from_statsmodels("statecrime")().reset_index(drop=True), "murder"),
+    Case("engel", from_statsmodels("engel"), "foodexp"),
+    Case("grunfeld", from_statsmodels("grunfeld", "firm"), "invest"),
+    Case("ccard", from_statsmodels("ccard"), "AVGEXP"),
+    Case("anes96", from_statsmodels("anes96"), "PID"),
+    Case("fair", from_statsmodels("fair"), "affairs"),
+    Case("visits", from_statsmodels("randhie"), "mdvis"),
+    Case("visits", from_statsmodels("randhie"), "mdvis", "poisson"),
+    Case("star98", from_statsmodels("star98", "NBELOW"), "NABOVE", "poisson"),
     Case("prices", prices, "price"),
     Case("prices", prices, "price", "gamma"),
     Case("few_rows", few_rows, "y"),
@@ -107,17 +107,17 @@ CASES = (
 
 
 def explained(family: sm.families.Family, y: np.ndarray, mean: np.ndarray, null: float) -> float:
-    """1 - deviance / that of the mean of the rows fitted."""
+    """Returns 1 - deviance / null deviance, with the mean of the fitted rows as the null model."""
     with np.errstate(all="ignore"):
         return float(1 - family.deviance(y, mean) / family.deviance(y, np.full(len(y), null)))
 
 
 def run(folder: pathlib.Path, case: Case, model: str) -> tuple[np.ndarray | None, float]:
-    """(predictions of the held-out rows, None where the run failed; seconds of the run)."""
+    """Returns (predictions of the held-out rows, or None if the run failed; seconds of the run)."""
     start = [sys.executable, "-m", "dpreg.main", "--platform=cpu", f"--workdir={folder}/{model}"]
     fit = [*start, f"--dataset={folder}/train.csv", f"--target={case.target}", f"--loss={case.loss}"]
     fit += [f"--model={model}"]
-    if model == "linear":  # or it would fit other rows than the best linear model; a network stops by rows of its own
+    if model == "linear":  # All rows, as for the best linear model; a network holds out its own rows to stop early.
         fit.append("--validation_fraction=0")
     began = time.perf_counter()
     code = subprocess.run(fit, capture_output=True, text=True, check=False)
@@ -135,7 +135,7 @@ def run(folder: pathlib.Path, case: Case, model: str) -> tuple[np.ndarray | None
 
 
 def measure(case: Case) -> dict[str, float]:
-    """The shares explained by dpreg and by the others."""
+    """Returns the shares explained by dpreg and by the peers."""
     table = case.table().dropna()
     held = np.random.default_rng(0).permutation(len(table)) < max(len(table) // 5, 3)
     train, held_out = table[~held], table[held]

@@ -1,11 +1,12 @@
-"""Inputs as faults and strangers make them, by the thousand: every one ends correct, or refused in one line, in time.
+"""Tries thousands of malformed inputs: each must be read correctly, or refused in one line, in time.
 
     python tests/benchmarks/fuzz.py [--inputs=10000] [--seed=0] [--minutes=0] [--only=tables] [--first=0]
 
-Tables, other files, command lines and flagfiles, model folders, the files of a run, and the rendezvous port; the
-modules are in tests/inputs. An input is a function of the seed and its number alone. "Correct" is by an independent
-reader: pandas, NumPy, json, csv. What ends otherwise, takes more than 10 s or 6 GiB is printed, with the command that
-repeats it, and the exit code is 1. At the end a few whole commands are started on damaged inputs, of a minute at most.
+The inputs are tables, other files, command lines and flagfiles, model folders, files of a run, and connections to the
+rendezvous port; the modules are in tests/inputs. An input depends only on the seed and its number. An independent
+reader (pandas, NumPy, json or csv) decides what is "correct". Any other outcome, and an input that takes more than 10 s
+or 6 GiB, is printed with the command that reproduces it, and the exit code is 1. At the end a few whole commands run on
+damaged inputs, for at most a minute each.
 """
 
 import argparse
@@ -27,34 +28,34 @@ import warnings
 TESTS = pathlib.Path(__file__).parent.parent
 sys.path.insert(0, str(TESTS))
 
-# The share of each kind.
+# The share of each kind of input.
 KINDS = {"tables": 36, "files": 4, "flags": 20, "models": 20, "histories": 15, "port": 5}
 LIMIT_SECONDS = 10.0
 MOST_BYTES = 6 << 30
 
 
 def kind_of(seed, number):
-    """The module that makes an input."""
+    """Returns the kind of an input, which is the module that makes it."""
     return random.Random(f"{seed} {number}").choices([*KINDS], [*KINDS.values()])[0]
 
 
 def run(seed, number, kind=None):
-    """Makes an input, hands it over, and checks how that ends: (kind, "correct" or "refused")."""
+    """Makes an input, passes it to dpreg and checks the outcome; returns (kind, "correct" or "refused")."""
     import numpy as np
 
     kind = kind or kind_of(seed, number)
     module = importlib.import_module(f"inputs.{kind}")
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of pandas and NumPy, on what is odd
+        warnings.simplefilter("ignore")  # Pandas and NumPy warn about unusual values.
         return kind, module.run(np.random.default_rng([seed, number]), pathlib.Path(folder))
 
 
 def work(seed, first, end, only):
-    """Runs inputs in this process; prints a line of JSON for each."""
+    """Runs inputs in this process and prints a line of JSON for each."""
     resource.setrlimit(resource.RLIMIT_AS, (MOST_BYTES, MOST_BYTES))
-    logging.getLogger().addHandler(logging.NullHandler())  # warnings are counted, not shown
+    logging.getLogger().addHandler(logging.NullHandler())  # Warnings are counted and not shown.
     for kind in KINDS:
-        importlib.import_module(f"inputs.{kind}")  # takes seconds, which are none of an input's
+        importlib.import_module(f"inputs.{kind}")  # The import takes seconds, which must not count for the first input.
     for number in range(first, end):
         if only and kind_of(seed, number) != only:
             continue
@@ -68,18 +69,18 @@ def work(seed, first, end, only):
 
 
 class Worker:
-    """A process that runs inputs; it is killed with one that takes too long."""
+    """A process that runs inputs; it is killed if an input takes too long."""
 
     def __init__(self, seed, first, end, only):
         command = [sys.executable, __file__, f"--seed={seed}", f"--work={first}:{end}"]
         command += [f"--only={only}"] if only else []
-        # On stderr is what processes at the rendezvous port say while they wait.
+        # Processes at the rendezvous port write to stderr while they wait.
         self._process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
         self._selector = selectors.DefaultSelector()
         self._selector.register(self._process.stdout, selectors.EVENT_READ)
 
     def read(self, seconds):
-        """The next line; None where there is none in time, or the process has ended."""
+        """Returns the next line, or None after the timeout or the end of the process."""
         line = self._process.stdout.readline() if self._selector.select(seconds) else b""
         return json.loads(line) if line else None
 
@@ -89,7 +90,7 @@ class Worker:
 
 
 def results(seed, first, end, only):
-    """(number, how it ended, seconds, traceback) of each input, whatever happens to the process that runs it."""
+    """Yields (number, outcome, seconds, traceback) of each input, even if the process that runs it dies."""
     while first < end:
         worker, number = Worker(seed, first, end, only), None
         while (line := worker.read(60 if number is None else 2 * LIMIT_SECONDS)) is not None:
@@ -99,7 +100,7 @@ def results(seed, first, end, only):
                 yield number, line["ended"], line["seconds"], line["trace"]
                 first, number = number + 1, -1
         code = worker.end()
-        if number in (None, -1):  # there are no more of that kind
+        if number in (None, -1):  # No input of that kind is left.
             return
         yield number, f"no answer: the process was killed, or ended with {code}", 2 * LIMIT_SECONDS, ""
         first = number + 1
@@ -109,7 +110,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--inputs", type=int, default=10_000)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--minutes", type=float, default=0, help="end after as many; 0 for no end")
+    parser.add_argument("--minutes", type=float, default=0, help="stop after so many minutes; 0 for no limit")
     parser.add_argument("--first", type=int, default=0, help="the number of the first input")
     parser.add_argument("--only", choices=[*KINDS])
     parser.add_argument("--commands", type=int, default=10, help="how many commands are started at the end")

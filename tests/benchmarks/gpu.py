@@ -1,9 +1,9 @@
-"""Rows per second of dpreg on a GPU beside what its memory allows: `python tests/benchmarks/gpu.py`.
+"""Measures rows per second of dpreg on a GPU against its memory bandwidth: `python tests/benchmarks/gpu.py`.
 
-Rows wait on the device, `Trainer.fit_epochs` trains on them. Each program runs in a process of its own, the programs in
-turn, in steady state. "copy" copies 4 GB from device memory to device memory, in bytes read and written; shares of it
-are of the bytes of each row, counted once. "ddp" is PyTorch's DistributedDataParallel over NCCL, batches gathered by
-index on the device (left out without PyTorch); "jax" is the loop of Flax's examples, a call for each batch.
+The rows are on the device, and `Trainer.fit_epochs` trains on them. Each program runs in its own process, in turns, in
+steady state. "copy" copies 4 GB within device memory and counts bytes read and written; the shares of it count the
+bytes of each row once. "ddp" is PyTorch's DistributedDataParallel over NCCL, with batches gathered by index on the
+device (left out without PyTorch); "jax" is the loop of Flax's examples, with one call for each batch.
 """
 
 import functools
@@ -18,7 +18,7 @@ WORKLOADS = {"wide": (1_000_000, 1024, 65_536), "narrow": (10_000_000, 64, 65_53
 
 
 def copy(num_rows: int, num_inputs: int, batch: int) -> float:
-    """Bytes/s, read and written."""
+    """Returns bytes/s, read and written."""
     import jax
     import jax.numpy as jnp
 
@@ -34,7 +34,7 @@ def copy(num_rows: int, num_inputs: int, batch: int) -> float:
 
 
 def dpreg(num_rows: int, num_inputs: int, batch: int, reduction: str = "pmean", precision: str = "float32") -> float:
-    """Epochs of `Trainer.fit_epochs`, rows on the device."""
+    """Returns rows/s of `Trainer.fit_epochs` with rows on the device."""
     import jax
     import numpy as np
 
@@ -54,7 +54,7 @@ def dpreg(num_rows: int, num_inputs: int, batch: int, reduction: str = "pmean", 
 
 
 def ddp(num_rows: int, num_inputs: int, batch: int) -> float:
-    """The same work in PyTorch, on the GPU."""
+    """Returns rows/s of the same work in PyTorch on the GPU."""
     import torch
     from torch.nn.parallel import DistributedDataParallel
 

@@ -1,7 +1,8 @@
-"""Time a row and memory as the rows grow: `python tests/benchmarks/growth.py`.
+"""Measures time per row and memory as the number of rows grows: `python tests/benchmarks/growth.py`.
 
-Synthetic rows, drawn by JAX as they are needed, one epoch of 100,000,000 and as many epochs as make 10,000,000 rows of
-fewer: each a run from the shell. Prints nanoseconds a row in steady state and the largest resident memory.
+JAX generates the synthetic rows when they are needed: one epoch of 100,000,000 rows, or as many epochs of fewer rows as
+make 10,000,000. Each is a run from the shell. It prints nanoseconds per row in steady state and the largest resident
+memory.
 """
 
 import json
@@ -16,7 +17,7 @@ ROUNDS = 3
 
 
 def run(num_rows: int) -> tuple[float, float]:
-    """(nanoseconds a row, MB) of a run."""
+    """Returns (nanoseconds per row, MB) of a run."""
     with tempfile.TemporaryDirectory() as folder:
         flags = f"--num_train={num_rows} --max_epochs={max(1, 10_000_000 // num_rows)} --num_val=0 --batch_size=1024"
         more = f"--platform=cpu --placement=host --nooptimality --workdir={folder}/run"
@@ -32,4 +33,4 @@ if __name__ == "__main__":
     found = {size: [run(size) for _ in range(ROUNDS)] for size in SIZES}
     for size, runs in found.items():
         times, memories = zip(*runs, strict=True)
-        print(f"{size:>12,} rows: {sorted(times)[ROUNDS // 2]:6.0f} ns a row, {max(memories):6.0f} MB")
+        print(f"{size:>12,} rows: {sorted(times)[ROUNDS // 2]:6.0f} ns per row, {max(memories):6.0f} MB")

@@ -1,12 +1,11 @@
-"""Compares the programs that two checkouts hand to XLA: `python tests/benchmarks/lowered.py --other=../before`.
+"""Compares the programs that two checkouts pass to XLA: `python tests/benchmarks/lowered.py --other=../before`.
 
-A change that only moves or renames code leaves every program, before XLA optimizes it, and its compiler options as they
-were. For each of many configurations the programs of this checkout and of the other are compared by their digests;
-those that differ are listed, and the exit code is then 1. Nothing is trained, and no digest is stored: they change with
-JAX.
+A change that only moves or renames code changes neither the programs before XLA optimizes them nor their compiler
+options. This script compares digests of the programs of many configurations between this checkout and the other, lists
+those that differ, and then ends with exit code 1. It trains nothing, and stores no digest, as they change with JAX.
 
-`--print=CHECKOUT` prints the digests of one checkout, a line for each program. Only `dpreg.start`, `dpreg.Trainer`, its
-`fit`, and `dpreg.models.mlp.MLP` have to be in both.
+`--print=CHECKOUT` prints the digests of one checkout, one line for each program. Both checkouts need only
+`dpreg.start`, `dpreg.Trainer`, its `fit`, and `dpreg.models.mlp.MLP`.
 """
 
 import argparse
@@ -20,11 +19,11 @@ import subprocess
 import sys
 
 HERE = pathlib.Path(__file__).resolve().parent.parent.parent
-SMALL = 4000  # characters of a program that is no step, and has to be compiled to reach the steps
+SMALL = 4000  # Programs with fewer characters are not steps; they are compiled, because the steps need them.
 
 
 def configurations():
-    """(name, a function that makes the model, the data, arguments of the trainer) of each configuration."""
+    """Yields (name, function that returns the model, data and trainer arguments) of each configuration."""
     import jax.numpy as jnp
     import numpy as np
     import optax
@@ -44,7 +43,7 @@ def configurations():
             return nn.Dense(1)(nn.relu(nn.Dense(16)(x)))
 
     class Foreign(nn.Module):
-        """No `dpreg.Module`."""
+        """A flax module that is not a `dpreg.Module`."""
 
         @nn.compact
         def __call__(self, x):
@@ -100,7 +99,7 @@ def configurations():
 
 
 class NotRunError(Exception):
-    """A step was called, which was not compiled."""
+    """Raised when a step is called, as steps are not compiled."""
 
 
 def print_digests(tree: str) -> None:
@@ -137,16 +136,16 @@ def print_digests(tree: str) -> None:
 
 
 def digests(tree: pathlib.Path) -> "subprocess.Popen[str]":
-    """A process that prints those of a checkout."""
+    """Starts a process that prints the digests of a checkout."""
     command = [sys.executable, __file__, f"--print={tree}"]
     environment = os.environ | {"PYTHONPATH": str(tree)}
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
 
 
 def compare(other: pathlib.Path) -> int:
-    """How many programs differ between this checkout and the other; prints each."""
+    """Prints the programs that differ between this checkout and the other, and returns their number."""
     running = [digests(tree) for tree in (HERE, other.resolve())]
-    of_trees = []
+    both = []
     for process in running:
         printed = process.communicate()[0]
         if process.returncode:
@@ -155,11 +154,11 @@ def compare(other: pathlib.Path) -> int:
         for line in printed.splitlines():
             name, settings, _, *program = line.split("\t")
             found[name, settings].append(program)
-        of_trees.append(found)
-    here, there = of_trees
+        both.append(found)
+    here, others = both
     differing = 0
-    for key in sorted(here.keys() | there.keys()):
-        pairs = itertools.zip_longest(here.get(key, []), there.get(key, []))
+    for key in sorted(here.keys() | others.keys()):
+        pairs = itertools.zip_longest(here.get(key, []), others.get(key, []))
         for number, (one, two) in enumerate(pairs):
             if one != two:
                 differing += 1

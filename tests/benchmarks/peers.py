@@ -1,15 +1,15 @@
-"""Rows per second of dpreg beside its peers, in one run: `python tests/benchmarks/peers.py`.
+"""Measures rows per second of dpreg and its peers, in one run: `python tests/benchmarks/peers.py`.
 
-The peers are the extra `peers`; those that are not installed are left out. Each program runs in a process of its own,
-or in two that average their gradients ("x2", a core each, over Gloo), the programs in turn, in steady state. Each
-peer's program is the idiomatic one of its own documentation; "ddp, by hand" gathers batches by index instead of by
-DataLoader. "x @ w" is one product of all rows with a vector, by the BLAS of NumPy on all cores, which reads each row
-once. "pmean, 2 devices" is one process that simulates two devices; "a core" is a process that has but one; "half, a
-core" is such a process with half of the rows and of the batch: two ("x2") have twice its rate at best.
+The peers are the extra `peers`; those that are not installed are left out. Each program runs in its own process, or in
+two that average their gradients ("x2": one core each, over Gloo), in turns, in steady state. The program of each peer
+is the idiomatic one of its documentation; "ddp, by hand" gathers batches by index instead of with DataLoader.
+"x @ w" is one product of all rows with a vector, by NumPy's BLAS on all cores, which reads each row once.
+"pmean, 2 devices" is one process that simulates two devices; "a core" is a process on one core; "half, a core" is such
+a process with half of the rows and of the batch: two of them ("x2") have at best twice its rate.
 
-Prints medians of the rounds, and ratios: medians of those in the same round, since absolute figures drift with the
-machine. The limit is what the memory allows, or the cores: each value of a row has to be read once and takes four
-operations. Rows that fit into caches are read faster than from memory: shares of it are then above 1.
+It prints medians of the rounds, and medians of ratios within a round, since absolute figures drift with the machine.
+The limit is that of the memory or of the cores: each value of a row must be read once and takes four operations. Rows
+that fit in cache are read faster than from memory, so their shares of the limit can be above 1.
 """
 
 import atexit
@@ -19,7 +19,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterable
 
-from turns import grain, in_turns, median_ratio, of_two, on_a_core, rows, steady_rate, tf_data
+from turns import grain, in_turns, in_two_processes, median_ratio, on_one_core, rows, steady_rate, tf_data
 
 Loader = Callable[..., Callable[[int], Iterable]]
 WORKLOADS = {"narrow": (20_000, 2, 32), "middle": (100_000, 32, 1024), "wide": (40_000, 1024, 4096)}
@@ -27,7 +27,7 @@ ADDRESS = "127.0.0.1"
 
 
 def ddp(num_rows: int, num_inputs: int, batch: int, by_hand: bool = False, rank: int | None = None) -> float:
-    """The loop of the DistributedDataParallel tutorial: DataLoader, DistributedSampler, gloo."""
+    """Runs the loop of the DistributedDataParallel tutorial: DataLoader, DistributedSampler, gloo."""
     import torch
     from torch.nn.parallel import DistributedDataParallel
     from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
@@ -68,7 +68,7 @@ def ddp(num_rows: int, num_inputs: int, batch: int, by_hand: bool = False, rank:
 
 
 def sklearn(num_rows: int, num_inputs: int, batch: int) -> float:
-    """SGDRegressor, which takes rows one by one: an epoch is `fit` with one iteration."""
+    """Runs SGDRegressor, which takes rows one by one: an epoch is `fit` with one iteration."""
     from sklearn.linear_model import SGDRegressor
 
     del batch
@@ -78,7 +78,7 @@ def sklearn(num_rows: int, num_inputs: int, batch: int) -> float:
 
 
 def jax_loop(num_rows: int, num_inputs: int, batch: int, loader: Loader | None = None) -> float:
-    """The loop of Flax's examples: a jitted step on a TrainState and a call for each batch, by permuted indices."""
+    """Runs the loop of Flax's examples: a jitted step on a TrainState, one call per batch, permuted indices."""
     import jax
     import jax.numpy as jnp
     import numpy as np
@@ -117,7 +117,7 @@ def jax_loop(num_rows: int, num_inputs: int, batch: int, loader: Loader | None =
 
 
 def floor(num_rows: int, num_inputs: int, batch: int) -> float:
-    """All rows read once, by a product with a vector."""
+    """Reads all rows once, by a product with a vector."""
     import numpy as np
 
     del batch
@@ -127,7 +127,7 @@ def floor(num_rows: int, num_inputs: int, batch: int) -> float:
 
 
 def best_rate(work: Callable[[], object], amount: float) -> float:
-    """How much a second, at best."""
+    """Returns the best rate, in units of `amount` per second."""
     found = 0.0
     for _ in range(9):
         started = time.perf_counter()
@@ -137,7 +137,7 @@ def best_rate(work: Callable[[], object], amount: float) -> float:
 
 
 def limits() -> tuple[float, float]:
-    """(bytes/s read from memory, float32 operations/s) of the machine, by the BLAS of NumPy on all cores."""
+    """Returns (bytes/s read from memory, float32 operations/s) of the machine, by NumPy's BLAS on all cores."""
     import numpy as np
 
     x, w = np.ones((1 << 17, 1 << 10), np.float32), np.ones(1 << 10, np.float32)
@@ -148,12 +148,12 @@ def limits() -> tuple[float, float]:
 def dpreg(
     num_rows: int, num_inputs: int, batch: int, reduction: str = "pmean", devices: int = 1, rank: int | None = None
 ) -> float:
-    """The same work through `Trainer.fit_epochs`, rows on the devices."""
+    """Runs the same work with `Trainer.fit_epochs`, rows on the devices."""
     import dpreg as package
     from dpreg.distributed.devices import start
 
-    of_two = (None, None, None) if rank is None else (f"{ADDRESS}:29512", 2, rank)
-    start("cpu", devices, *of_two)
+    address = (None, None, None) if rank is None else (f"{ADDRESS}:29512", 2, rank)
+    start("cpu", devices, *address)
     data = package.RegressionData(package.ArraySource(*rows(num_rows, num_inputs)), None, batch)
     trainer = package.Trainer(1_000_000, devices, reduction=reduction, placement="device", platform="cpu")
     trainer.prepare_data(data)
@@ -162,15 +162,15 @@ def dpreg(
 
 
 def half(num_rows: int, num_inputs: int, batch: int) -> float:
-    """What each of two processes has to do, alone."""
+    """Runs the work of one of two processes alone."""
     return dpreg(num_rows // 2, num_inputs, batch // 2)
 
 
 PROGRAMS = {
     "ddp": ddp,
     "ddp, by hand": functools.partial(ddp, by_hand=True),
-    "ddp x2": of_two(ddp),
-    "ddp x2, by hand": of_two(functools.partial(ddp, by_hand=True)),
+    "ddp x2": in_two_processes(ddp),
+    "ddp x2, by hand": in_two_processes(functools.partial(ddp, by_hand=True)),
     "sklearn": sklearn,
     "jax": jax_loop,
     "jax, tf.data": functools.partial(jax_loop, loader=tf_data),
@@ -179,12 +179,12 @@ PROGRAMS = {
     "pmean": dpreg,
     "ordered": functools.partial(dpreg, reduction="ordered"),
     "pmean, 2 devices": functools.partial(dpreg, devices=2),
-    "pmean x2": of_two(dpreg),
-    "ddp, by hand, a core": on_a_core(functools.partial(ddp, by_hand=True)),
-    "x @ w, a core": on_a_core(floor),
-    "pmean, a core": on_a_core(dpreg),
-    "ordered, a core": on_a_core(functools.partial(dpreg, reduction="ordered")),
-    "half, a core": on_a_core(half),
+    "pmean x2": in_two_processes(dpreg),
+    "ddp, by hand, a core": on_one_core(functools.partial(ddp, by_hand=True)),
+    "x @ w, a core": on_one_core(floor),
+    "pmean, a core": on_one_core(dpreg),
+    "ordered, a core": on_one_core(functools.partial(dpreg, reduction="ordered")),
+    "half, a core": on_one_core(half),
 }
 NEEDS = {program: "torch" for program in PROGRAMS if program.startswith("ddp")} | {
     "sklearn": "sklearn",
@@ -192,7 +192,7 @@ NEEDS = {program: "torch" for program in PROGRAMS if program.startswith("ddp")} 
     "jax, grain": "grain",
 }
 ALONE = ("ddp", "ddp, by hand", "sklearn", "jax", "jax, tf.data", "jax, grain", "x @ w")
-OURS = {  # and whom they are compared with
+OURS = {  # the programs of dpreg, and the peers of each
     "pmean": ALONE,
     "ordered": (*ALONE, "pmean"),
     "pmean, 2 devices": (*ALONE, "pmean"),
@@ -210,11 +210,11 @@ if __name__ == "__main__":
         num_rows, num_inputs, batch = WORKLOADS[workload]
         least, work = 4 * (num_inputs + 2), 4 * num_inputs
         limit = min(bandwidth / least, operations / work)
-        print(f"\nrows, inputs, batch {WORKLOADS[workload]}: {least:,} bytes and {work:,} operations a row")
+        print(f"\nrows, inputs, batch {WORKLOADS[workload]}: {least:,} bytes and {work:,} operations per row")
         print(f"{'limit':>20} {limit:>16,.0f} rows/s")
         for program, found in rates.items():
             rate = statistics.median(found)
             print(f"{program:>20} {rate:>16,.0f} rows/s  {rate * least / 1e9:>7.2f} GB/s  {rate / limit:>6.3f} of it")
         for ours, others in ((ours, others) for ours, others in OURS.items() if ours in rates):
             beside = [f"{median_ratio(rates[ours], rates[other]):.2f}x {other}" for other in others if other in rates]
-            print(f"{ours}: {', '.join(beside) or 'beside none'}", flush=True)
+            print(f"{ours}: {', '.join(beside) or 'no peer'}", flush=True)

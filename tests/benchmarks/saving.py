@@ -1,9 +1,9 @@
-"""What checkpoints cost while a run trains: steps with a save against steps without one, in turns.
+"""Measures the cost of checkpoints during training: steps with a save against steps without one, in turns.
 
     python tests/benchmarks/saving.py [--pairs 15] [--seconds 5]
 
-Each turn trains for a few seconds, with a save at its beginning or without. The median ratio of their steps is what
-saving at that interval costs; a longer interval costs in proportion less.
+Each turn trains for a few seconds, with or without a save at its start. The median ratio of their steps is the cost of
+saving at that interval; at a longer interval the cost is proportionally less.
 """
 
 import argparse
@@ -40,11 +40,15 @@ def main():
         turn(True)
         ratios = []
         for _ in range(parsed.pairs):
-            ratios += [turn(True) / turn(False), 1 / (turn(False) / turn(True))]  # either goes first, against drift
+            # Each goes first once, to cancel drift.
+            ratios += [
+                turn(True) / turn(False),
+                1 / (turn(False) / turn(True)),
+            ]
     ratio = statistics.median(ratios)
     spread = statistics.stdev(ratios) / len(ratios) ** 0.5
-    print(f"a save every {parsed.seconds:g} s: {ratio:.3f} of the steps without (+- {spread:.3f})")
-    print(f"every 60 s, in proportion: {1 - (1 - ratio) * parsed.seconds / 60:.4f}")
+    print(f"saving every {parsed.seconds:g} s: {ratio:.3f} of the steps without saving (+- {spread:.3f})")
+    print(f"saving every 60 s, extrapolated: {1 - (1 - ratio) * parsed.seconds / 60:.4f}")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What benchmarks share: programs take turns, each in a process of its own, and are measured in their steady state."""
+"""Shared code of the benchmarks: programs run in turns, each in its own process, and are timed in steady state."""
 
 import argparse
 import contextlib
@@ -11,14 +11,14 @@ import subprocess
 import sys
 import time
 
-SECONDS = 3.0  # at least this long is measured
-OF_TWO = "DPREG_BENCHMARK_OF_TWO"  # which of two processes this is
+SECONDS = 3.0  # The shortest time to measure.
+RANK = "DPREG_BENCHMARK_OF_TWO"  # Environment variable with the rank of one of two processes.
 
 
 def steady_rate(epoch, num_rows, epochs=None):
-    """Rows per second of `epoch(number)` after the first two, over SECONDS, or over so many.
+    """Returns rows per second of `epoch(number)` after the first two epochs, over SECONDS or over `epochs`.
 
-    Processes that exchange something have to do the same number.
+    Processes that communicate must run the same number of epochs.
     """
     epoch(0)
     epoch(1)
@@ -29,17 +29,17 @@ def steady_rate(epoch, num_rows, epochs=None):
     return done * num_rows / (time.perf_counter() - started)
 
 
-def of_two(program):
-    """The same program in two processes of this machine, each on a core of its own: the first one's figure.
+def in_two_processes(program):
+    """Returns the program run in two processes on this machine, one core each; its result is that of the first.
 
-    `program(*sizes, rank)` is given which of them it is.
+    Each process calls `program(*sizes, rank)` with its rank.
     """
 
     def both(*sizes):
-        if OF_TWO in os.environ:
-            return program(*sizes, rank=int(os.environ[OF_TWO]))
+        if RANK in os.environ:
+            return program(*sizes, rank=int(os.environ[RANK]))
         processes = [
-            subprocess.Popen([sys.executable, *sys.argv], env=os.environ | {OF_TWO: rank}, stdout=subprocess.PIPE)
+            subprocess.Popen([sys.executable, *sys.argv], env=os.environ | {RANK: rank}, stdout=subprocess.PIPE)
             for rank in "01"
         ]
         for process, core in zip(processes, sorted(os.sched_getaffinity(0)), strict=False):
@@ -52,8 +52,8 @@ def of_two(program):
     return both
 
 
-def on_a_core(program):
-    """The same program on one core alone."""
+def on_one_core(program):
+    """Returns the program run on one core."""
 
     def alone(*sizes):
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:1])
@@ -63,7 +63,7 @@ def on_a_core(program):
 
 
 def rows(num_rows, num_inputs):
-    """X [n, d] and y [n, 1], float32."""
+    """Returns X [n, d] and y [n, 1], float32."""
     import numpy as np
 
     rng = np.random.default_rng(0)
@@ -72,7 +72,7 @@ def rows(num_rows, num_inputs):
 
 
 def tf_data(x, y, batch):
-    """The batches of an epoch, by its number, as tf.data's guide has them."""
+    """Returns a function of the epoch that yields its batches, as in tf.data's guide."""
     import tensorflow as tf
 
     dataset = tf.data.Dataset.from_tensor_slices((x, y)).shuffle(len(x)).batch(batch, drop_remainder=True)
@@ -81,7 +81,7 @@ def tf_data(x, y, batch):
 
 
 def grain(x, y, batch):
-    """The batches of an epoch, by its number, as Grain's documentation has them."""
+    """Returns a function of the epoch that yields its batches, as in Grain's documentation."""
     import grain as package
 
     class Source:
@@ -100,9 +100,9 @@ def grain(x, y, batch):
 
 @contextlib.contextmanager
 def awake():
-    """Keeps all cores from halting, by a process on each that yields to any other.
+    """Keeps all cores from halting, by a process of lowest priority on each.
 
-    In a virtual machine an idle core halts, and is back some 100 us after a thread is to be woken on it.
+    In a virtual machine an idle core halts, and takes some 100 us to wake up for a thread.
     """
     yielding = "import os\nos.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))\nwhile True: os.sched_yield()"
     processes = [subprocess.Popen([sys.executable, "-c", yielding]) for _ in os.sched_getaffinity(0)]
@@ -117,12 +117,12 @@ def awake():
 
 
 def in_turns(description, programs, workloads, needs, some=False):
-    """Yields (workload, {program: rows/s of each round}); in the process of one program it runs that instead.
+    """Yields (workload, {program: rows/s of each round}); in the process of a single program it runs that program.
 
     Args:
-      programs: name -> function of a workload's sizes that gives rows/s.
+      programs: name -> function of a workload's sizes that returns rows/s.
       workloads: name -> sizes.
-      needs: program -> the package it needs; where that is not installed the program is left out.
+      needs: program -> the package it needs; without that package the program is left out.
       some: whether `--only` may leave out others.
     """
     absent = {program: package for program, package in needs.items() if not importlib.util.find_spec(package)}
@@ -132,7 +132,9 @@ def in_turns(description, programs, workloads, needs, some=False):
     parser.add_argument("--workload", choices=workloads)
     parser.add_argument("--rounds", type=int, default=3)
     if some:
-        parser.add_argument("--only", action="append", choices=programs, help="this program, and others so named")
+        parser.add_argument(
+            "--only", action="append", choices=programs, help="run only this program; repeat the flag for others"
+        )
     parser.add_argument("--awake", action="store_true", help="keep idle cores from halting, for all programs alike")
     arguments = parser.parse_args()
     if arguments.program:
@@ -158,7 +160,7 @@ def in_turns(description, programs, workloads, needs, some=False):
 
 
 def median_ratio(above, below):
-    """Median over the rounds of one program's figure over another's of the same round: neighbours in time."""
+    """Returns the median over the rounds of the ratio of two programs in the same round, close in time."""
     return statistics.median(a / b for a, b in zip(above, below, strict=True))
 
 

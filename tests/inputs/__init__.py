@@ -1,6 +1,6 @@
-"""Inputs as faults, strangers and odd programs make them, each with an independent check of what dpreg makes of it.
+"""Malformed and unusual inputs, each with an independent check of how dpreg handles it.
 
-Each module has `run(rng, folder)`, which makes one input in an empty folder, hands it to dpreg, and gives the word for
-how that ended: "correct", or "refused" where dpreg said no in one printable line. It raises an AssertionError for
-anything else. The command is tests/benchmarks/fuzz.py; tests/test_fuzz.py runs a fixed few.
+Each module has `run(rng, folder)`, which makes one input in an empty folder, passes it to dpreg, and returns
+"correct", or "refused" if dpreg refused the input in one printable line. It raises an AssertionError for
+any other outcome. tests/benchmarks/fuzz.py runs many of them, tests/test_fuzz.py a fixed few.
 """

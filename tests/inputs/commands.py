@@ -1,4 +1,4 @@
-"""Whole commands on damaged inputs: exit code 0, or 2 and one line; each starts Python, and takes seconds."""
+"""Whole commands on damaged inputs: exit code 0, or 2 with one line. Each starts Python, which takes seconds."""
 
 import os
 import pathlib

@@ -1,4 +1,4 @@
-"""What a path may lead to: pipes, devices, folders, names of other encodings, and headers that promise terabytes."""
+"""Unusual paths: pipes, devices, folders, names in other encodings, and headers that announce terabytes."""
 
 import io
 import os
@@ -38,7 +38,7 @@ def run(rng, folder):
         check_line(str(error))
         return "refused"
     sources = [source for source in (data.train, data.val) if source]
-    assert sum(map(len, sources)) == 30, "other rows"
+    assert sum(map(len, sources)) == 30, "the rows differ"
     assert data.schema.features == ("a", "b")
     return "correct"
 
@@ -58,7 +58,7 @@ def make_device(rng, folder):
 
 
 def make_folder(rng, folder):
-    """A folder with tables, and with what may lie beside them."""
+    """Makes a folder with tables and other files."""
     for part in range(rng.integers(0, 2)):
         (folder / f"p{part}.csv").write_text(ROWS)
     for _ in range(rng.integers(0, 3)):
@@ -84,7 +84,7 @@ def make_odd_name(rng, folder):
 
 
 def make_promise(rng, folder):
-    """An array of any size, by its header, and few bytes of it."""
+    """Writes an array whose header states any size, but with few bytes of data."""
     shape, kind = (
         HUGE[rng.integers(len(HUGE))],
         ("<f8", "|b1", "<U9", "<f2", "<c16", "|O", "<M8[s]", "|V9")[rng.integers(8)],

@@ -1,4 +1,4 @@
-"""Command lines and flagfiles: what is accepted is what was written, and repeats itself; else one line, exit code 2."""
+"""Command lines and flagfiles: accepted values are those written, and repeat; others give one line and exit code 2."""
 
 import contextlib
 import csv
@@ -55,13 +55,15 @@ def run(rng, folder):
     if not in_file:
         check_values(config, given)
     again = parse([f"--flagfile={write(folder / 'again.cfg', config.to_flagfile())}"])
-    assert again is not None, f"its own flagfile is refused: {config.to_flagfile()!r}"
-    assert again.shared() | {"resume": 0} == config.shared() | {"resume": 0}, "its own flagfile is another run"
+    assert again is not None, f"the flagfile that it wrote is refused: {config.to_flagfile()!r}"
+    assert again.shared() | {"resume": 0} == config.shared() | {"resume": 0}, (
+        "the flagfile that it wrote describes another run"
+    )
     return "correct"
 
 
 def draw_text(field, rng):
-    """A text for a flag: more often than not one that the flag takes."""
+    """Draws a text for a flag, usually a valid one."""
     choices, default, how = field.metadata["choices"], field.default, rng.random()
     if how < 0.6:
         good = choices or next((GOOD[kind] for kind in (bool, int, float) if type(default) is kind), GOOD[str])
@@ -80,12 +82,12 @@ def define():
 
 
 def parse(arguments):
-    """The config; None where it is refused in one line."""
+    """Returns the config, or None if the flags are refused in one line."""
     for name in flags.FLAGS:
         flags.FLAGS[name].unparse()
-    said = io.StringIO()
+    printed = io.StringIO()
     try:
-        with contextlib.redirect_stderr(said), contextlib.redirect_stdout(said), spell_as_flags():
+        with contextlib.redirect_stderr(printed), contextlib.redirect_stdout(printed), spell_as_flags():
             cli._parse(str, False, ["dpreg", *arguments])
             return Config.from_flags(flags.FLAGS)
     except SystemExit as end:
@@ -93,16 +95,16 @@ def parse(arguments):
     except InputError as error:
         check_line(str(error), "--")
         return None
-    assert code in (0, 2), f"exit code {code}: {said.getvalue()}"
+    assert code in (0, 2), f"exit code {code}: {printed.getvalue()}"
     if code == 2:
-        *lines, last = said.getvalue().removeprefix("dpreg: ").split("\n")
-        assert (len(lines), last) == (1, ""), f"not one line: {said.getvalue()!r}"
+        *lines, last = printed.getvalue().removeprefix("dpreg: ").split("\n")
+        assert (len(lines), last) == (1, ""), f"not one line: {printed.getvalue()!r}"
         check_line(lines[0])
     return None
 
 
 def check_values(config, given):
-    """Each flag has the value that its text spells, by the rules of Python and of CSV."""
+    """Checks that each flag has the value of its text, by the rules of Python and of CSV."""
     for name, text in given.items():
         value = getattr(config, name)
         if isinstance(value, tuple):

@@ -1,4 +1,4 @@
-"""The files of a run that was stopped or compared: damaged lines are left out and counted, or one line is said."""
+"""Files of a run: damaged lines are skipped and counted, or the file is refused in one line."""
 
 import io
 import json
@@ -45,7 +45,7 @@ def run(rng, folder):
     logger.addHandler(handler)
     try:
         ended = compare(workdir, folder, rng)
-        go_on(workdir, int(rng.integers(0, 70)), messages)
+        resume(workdir, int(rng.integers(0, 70)), messages)
     finally:
         logger.removeHandler(handler)
     for message in messages:
@@ -78,7 +78,7 @@ def damage(file, rng):
 
 
 def compare(workdir, folder, rng):
-    """What `python -m dpreg.report` does."""
+    """Does what `python -m dpreg.report` does."""
     try:
         runs = {str(workdir): report.read_run(workdir)}
     except InputError as error:
@@ -93,12 +93,12 @@ def compare(workdir, folder, rng):
         write_comparison(page, {name: run.records for name, run in runs.items()}, rows)
         assert page.read_text(encoding="utf-8").replace("\n", "").isprintable()
     whole = whole_lines(workdir / "metrics.jsonl", {"step", "epoch", "train_loss"})
-    assert runs[str(workdir)].records == whole, "other records"
+    assert runs[str(workdir)].records == whole, "the records differ"
     return "correct"
 
 
-def go_on(workdir: pathlib.Path, step: int, messages):
-    """What a run does that goes on from a step: it keeps the whole lines up to it."""
+def resume(workdir: pathlib.Path, step: int, messages):
+    """Resumes from a step, which keeps the complete lines up to it."""
     kept, starts = (
         whole_lines(workdir / "metrics.jsonl", {"step", "epoch", "train_loss"}),
         whole_lines(workdir / "starts.jsonl", {*STARTS[0]}),
@@ -114,7 +114,7 @@ def go_on(workdir: pathlib.Path, step: int, messages):
 
 
 def whole_lines(file, needed):
-    """The lines that have some members, and all of their types, read as strictly as JSON is."""
+    """Returns the lines that are strict JSON and have the needed members with the right types."""
     if not file.is_file():
         return []
     found = []

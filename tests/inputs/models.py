@@ -1,4 +1,4 @@
-"""Model folders: whole, or refused in one line by dpreg and by the script beside the model; and the rows for it."""
+"""Model folders, intact or refused in one line by dpreg and by the prediction script; and rows to predict."""
 
 import contextlib
 import csv
@@ -27,7 +27,7 @@ from .refusal import check_line
 
 
 def schema_of(missing):
-    """Of a table with a number, categories and a date; with --missing=mean, means stand for missing values."""
+    """Returns the schema of a table with a number, categories and a date; --missing=mean replaces missing values."""
     fill = missing == "mean"
     return Schema(
         (
@@ -86,7 +86,7 @@ def run(rng, folder):
 
 @functools.cache
 def written(missing):
-    """The files of a model, as a run writes them."""
+    """Writes a model as a run does, and returns its files."""
     data = types.SimpleNamespace(schema=schema_of(missing), num_inputs=6, num_targets=1)
     with tempfile.TemporaryDirectory() as name:
         folder = pathlib.Path(name)
@@ -95,7 +95,7 @@ def written(missing):
 
 
 def damaged(rng, folder, missing):
-    """Bytes of one file: either reader refuses it, or has the model that was written."""
+    """Damages bytes of one file: each reader refuses it, or reads the model that was written."""
     before = load_model(folder), predict(folder)
     name = ("model.json", "parameters.npz")[rng.integers(2)]
     content = written(missing)[name]
@@ -108,12 +108,12 @@ def damaged(rng, folder, missing):
         before[0].flags,
         schema_of(missing),
     )
-    assert found is None or np.array_equal(found, before[1]), "other predictions"
+    assert found is None or np.array_equal(found, before[1]), "the predictions differ"
     return "refused" if model is None and found is None else "correct"
 
 
 def resealed(rng, folder, missing):
-    """Other values with checksums that fit: what is taken for a model predicts as its own numbers say."""
+    """Changes values and updates the checksums: an accepted model must predict what its numbers imply."""
     model, arrays = standalone.read_model(folder)
     if rng.random() < 0.3:
         content = write_arrays(rng, arrays)
@@ -144,14 +144,14 @@ def write_arrays(rng, arrays):
         return damage_bytes(stream.getvalue(), rng)
     if rng.random() < 0.2:
         stream = io.BytesIO()
-        with zipfile.ZipFile(stream, "w") as members:  # an array of 8 TB, and no bytes of it
+        with zipfile.ZipFile(stream, "w") as members:  # The header announces 8 TB, and there is no data.
             head = b"\x93NUMPY\x01\x00v\x00{'descr': '<f8', 'fortran_order': False, 'shape': (1000000000000,), }"
             members.writestr("params/w.npy", head.ljust(127) + b"\n")
     return stream.getvalue()
 
 
 def by_hand(folder):
-    """The predictions for ROWS, from the numbers in the files."""
+    """Computes the predictions for ROWS from the numbers in the files."""
     model = json.loads((folder / "model.json").read_text())
     with np.load(folder / "parameters.npz") as arrays:
         by_size = {array.ndim: array.astype(float) for array in arrays.values()}
@@ -183,7 +183,7 @@ def days(text):
 
 
 def rows(rng, folder, missing):
-    """A table for the model, damaged or with odd cells: the script and dpreg predict the same, or refuse."""
+    """Writes a damaged or unusual table: the script and dpreg must predict the same, or refuse it."""
     if rng.random() < 0.5:
         content = damage_bytes(ROWS.encode(), rng)
     else:
@@ -200,14 +200,14 @@ def rows(rng, folder, missing):
 
 
 def by_script(folder):
-    """What `predict.py` prints; None where it ends with exit code 2 and one line."""
-    out, said = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(said):
+    """Returns what `predict.py` prints, or None if it ends with exit code 2 and one line."""
+    out, stderr = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(stderr):
         code = standalone.main([str(folder / "new.csv")], folder)
     assert code in (0, 2)
     if code:
-        *lines, last = said.getvalue().split("\n")
-        assert (len(lines), last, out.getvalue()) == (1, "", ""), said.getvalue()
+        *lines, last = stderr.getvalue().split("\n")
+        assert (len(lines), last, out.getvalue()) == (1, "", ""), stderr.getvalue()
         check_line(lines[0], "predict.py")
         return None
     _, *lines = csv.reader(io.StringIO(out.getvalue()))
@@ -215,7 +215,7 @@ def by_script(folder):
 
 
 def by_dpreg(folder, missing):
-    """What dpreg predicts, in float64; None where it refuses."""
+    """Returns what dpreg predicts in float64, or None if it refuses."""
     schema = schema_of(missing)
     try:
         table, columns = open_table(str(folder / "new.csv")), columns_of(schema, config_of(missing).columns(), False)
@@ -256,7 +256,7 @@ def predict_or_refused(folder):
     try:
         return predict(folder)
     except KeyError:
-        return None  # a column by another name
+        return None  # A column has another name.
     except ValueError as error:
         check_line("".join(c if c.isprintable() else "?" for c in str(error)))
         return None

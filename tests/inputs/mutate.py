@@ -1,4 +1,4 @@
-"""Damage: to bytes, to texts, and to values of JSON."""
+"""Random damage to bytes, texts and JSON values."""
 
 import copy
 import math
@@ -41,7 +41,7 @@ VALUES = (
 
 
 def damage_bytes(content: bytes, rng) -> bytes:
-    """One to three faults of a disk, a transfer or an editor."""
+    """Makes one to three errors like those of a disk, a transfer or an editor."""
     for _ in range(rng.integers(1, 4)):
         at, end = sorted(rng.integers(0, len(content) + 1, 2).tolist())
         span = content[at : min(end, at + 64)]
@@ -64,7 +64,7 @@ def damage_bytes(content: bytes, rng) -> bytes:
 
 
 def damage_json(value, rng):
-    """Another value in one place of a value of JSON, a member less, or one more."""
+    """Replaces, removes or adds one value inside a JSON value."""
     value = copy.deepcopy(value)
     places = [(None, None)]
 

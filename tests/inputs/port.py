@@ -1,4 +1,4 @@
-"""The rendezvous port: strangers cost the run nothing, on either side."""
+"""The rendezvous port: foreign connections and foreign servers do not harm a run."""
 
 import contextlib
 import json
@@ -20,50 +20,50 @@ ANSWERS = (b'{"missing": [1]}\n', b'{"all_are_there": true}\n', b'{"InputError":
 def run(rng, folder):
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    return (meet_strangers if rng.random() < 0.7 else find_a_stranger)(rng, port)
+    return (serve_among_foreign_connections if rng.random() < 0.7 else join_after_a_foreign_server)(rng, port)
 
 
-def meet_strangers(rng, port):
-    """Process 0 among strangers: the other two come, and all go on."""
+def serve_among_foreign_connections(rng, port):
+    """Foreign clients connect to process 0; the other two processes must still join."""
     payloads = [payload(rng) for _ in range(rng.integers(1, 8))]
     claims = any(is_hello(text) for text, _ in payloads)
     outcome = {}
     with quiet():
         processes = [thread(outcome, 0, serve_rendezvous, "127.0.0.1", port, 3)]
-        strangers = [thread(None, None, disturb, port, *each) for each in payloads]
+        foreign = [thread(None, None, disturb, port, *each) for each in payloads]
         time.sleep(0.05 * rng.random())
         processes += [thread(outcome, i, join_rendezvous, "127.0.0.1", port, 3, i) for i in (1, 2)]
         for running in processes[:1] if claims else processes:
             running.join(10)
-        for running in strangers:
+        for running in foreign:
             running.join(10)
-    # Where a stranger says that it is a process of this run, process 0 ends; a process that comes later waits for it.
+    # If a foreign client claims to be a process of this run, process 0 ends, and processes that come later wait for it.
     waiting = {0} if claims else {0, 1, 2}
-    assert waiting <= {*outcome}, f"process {waiting - {*outcome}} waits; strangers sent {payloads!r:.300}"
+    assert waiting <= {*outcome}, f"process {waiting - {*outcome}} waits; foreign connections sent {payloads!r:.300}"
     errors = [error for error in outcome.values() if error is not None]
     for error in errors:
         assert isinstance(error, InputError), error
         check_line(str(error))
-    assert not errors or claims, f"{errors[0]}: strangers sent {payloads!r:.300}"
+    assert not errors or claims, f"{errors[0]}: foreign connections sent {payloads!r:.300}"
     return "refused" if errors else "correct"
 
 
-def find_a_stranger(rng, port):
-    """Something else answers at the port first; then process 0 is there."""
+def join_after_a_foreign_server(rng, port):
+    """A foreign server answers at the port first; then process 0 starts."""
     answer = damage_bytes(ANSWERS[rng.integers(len(ANSWERS))], rng) if rng.random() < 0.8 else payload(rng)[0]
     outcome = {}
-    with quiet(), socket.create_server(("127.0.0.1", port)) as stranger:
+    with quiet(), socket.create_server(("127.0.0.1", port)) as listener:
         other = thread(outcome, 1, join_rendezvous, "127.0.0.1", port, 2, 1)
-        stranger.settimeout(5)
-        connection = stranger.accept()[0]
+        listener.settimeout(5)
+        connection = listener.accept()[0]
         with contextlib.suppress(OSError):
             connection.sendall(answer)
         connection.close()
-        stranger.close()
-        if not_over(other, 0.2):
+        listener.close()
+        if still_running(other, 0.2):
             thread(outcome, 0, serve_rendezvous, "127.0.0.1", port, 2).join(10)
         other.join(10)
-    assert 1 in outcome, f"process 1 waits after {answer!r:.300}"
+    assert 1 in outcome, f"process 1 still waits after {answer!r:.300}"
     error = outcome[1]
     assert error is None or isinstance(error, InputError), error
     if error is not None:
@@ -73,7 +73,7 @@ def find_a_stranger(rng, port):
 
 
 def payload(rng):
-    """(bytes, how they come)."""
+    """Draws (bytes, how they are sent)."""
     how = ("at once", "in drips", "kept open", "reset")[rng.integers(4)]
     text = (
         HELLO,
@@ -86,7 +86,7 @@ def payload(rng):
 
 
 def is_hello(text):
-    """Whether a process of a run may have sent it: it then disagrees with the others, and that is said."""
+    """Returns whether a process of a run could have sent the text, so that an InputError is allowed."""
     try:
         message = json.loads(text)
         return isinstance(message["process_id"], int) and isinstance(message["num_processes"], int)
@@ -95,7 +95,7 @@ def is_hello(text):
 
 
 def disturb(port, text, how):
-    """Connects, and sends."""
+    """Connects and sends a text."""
     with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=2) as connection:
         if how == "in drips":
             for at in range(min(len(text), 40)):
@@ -124,14 +124,14 @@ def thread(outcome, name, work, *arguments):
     return running
 
 
-def not_over(running, seconds):
+def still_running(running, seconds):
     running.join(seconds)
     return running.is_alive()
 
 
 @contextlib.contextmanager
 def quiet():
-    """Without what is written to stderr itself."""
+    """Suppresses output to the file descriptor of stderr."""
     kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 2)
     try:

@@ -1,4 +1,4 @@
-"""Tables in files: read as pandas or NumPy read them, or refused in one line that says where."""
+"""Tables in files: read as pandas or NumPy read them, or refused in one line with the position."""
 
 import csv
 import dataclasses
@@ -16,7 +16,7 @@ import dpreg
 from .mutate import damage_bytes
 from .refusal import check_line
 
-# What Arrow takes for missing, and pandas is told to.
+# The texts that Arrow takes for missing; pandas is configured to do the same.
 MISSING = ("", "#N/A", "#N/A N/A", "#NA", "-1.#IND", "-1.#QNAN", "-NaN", "-nan", "1.#IND", "1.#QNAN", "N/A", "NA")
 MISSING += ("NULL", "NaN", "n/a", "nan", "null")
 NAMES = (
@@ -60,11 +60,11 @@ SUFFIXES = (".csv", ".csv", ".csv.gz", ".csv.zst", ".csv.bz2", ".parquet", ".npy
 
 
 def draw_table(rng):
-    """(names, kinds, values): columns of Python values, None where one is missing."""
-    if rng.random() < 0.4:  # nothing is odd about it
+    """Draws (names, kinds, values): columns of Python values, with None for missing ones."""
+    if rng.random() < 0.4:  # a plain table
         rows = int(rng.integers(10, 13))
         return ["a", "b", "y"], ["float"] * 3, [rng.uniform(1, 1e6, rows).tolist() for _ in range(3)]
-    tame = rng.random() < 0.8  # most others are refused
+    tame = rng.random() < 0.8  # Most other tables are refused.
     count, rows = int(rng.integers(2 if tame else 1, 5)), int(rng.integers(5 if tame else 0, 13))
     kinds = rng.choice(["float", "float", "float", "int", "huge", "bool", "text", "text", "null"], count).tolist()
     names = [draw_name(rng, tame) for _ in range(count)]
@@ -98,7 +98,7 @@ def draw_value(kind, rng, tame):
 
 
 def draw_columns(rng, names, kinds):
-    """What is asked of a table: its last column is the target."""
+    """Draws the settings of the columns; the last column is the target."""
     stripped = [name.strip() for name in names]
     texts = tuple(n for n, kind in zip(stripped[:-1], kinds, strict=False) if kind == "text")
     return dpreg.Columns(
@@ -131,7 +131,7 @@ def run(rng, folder):
     whole = rng.random() < 0.4
     plain = whole and is_plain(names, kinds, values) and columns.target[0] in names
     if not whole and (suffix.startswith(".csv") and rng.random() < 0.7):
-        content = damage_bytes(content, rng)  # before it is compressed
+        content = damage_bytes(content, rng)  # The damage comes before compression.
         written, whole = compress(content, suffix), True
     else:
         written = compress(content, suffix)
@@ -195,7 +195,7 @@ def compress(content, suffix):
 
 
 def read_independently(suffix, written, content, table):
-    """(names, columns) as pandas, NumPy or this module have them; None where those cannot, or nobody else can."""
+    """Reads (names, columns) by pandas, NumPy or this module; None if no independent reader can."""
     if suffix == ".parquet":
         names, values = table
         return (
@@ -212,9 +212,10 @@ def read_independently(suffix, written, content, table):
             content = gzip.decompress(written)
         elif written != compress(content, suffix):
             return None
+        # Blank lines are not rows.
         header = next(
             row for row in csv.reader(io.StringIO(content.removeprefix(b"\xef\xbb\xbf").decode(), newline="")) if row
-        )  # blank lines are none
+        )
         frame = pd.read_csv(
             io.BytesIO(content),
             header=0,
@@ -240,12 +241,12 @@ def read_arrays(suffix, written):
             else:
                 columns[name] = array.tolist()
         return list(columns), pd.DataFrame({i: pd.Series(v, dtype=object) for i, v in enumerate(columns.values())})
-    except Exception:  # NumPy raises many kinds
+    except Exception:  # NumPy raises many types of exceptions.
         return None
 
 
 def read_or_refused(folder, file, columns):
-    """The rows; or the line that says why not, and nothing is left of them then."""
+    """Returns the rows, or the error message; after an error no files are left."""
     try:
         return dpreg.read_table(str(file), columns, cache_dir=str(folder / "cache"))
     except dpreg.InputError as error:
@@ -257,7 +258,7 @@ def read_or_refused(folder, file, columns):
 
 
 def is_plain(names, kinds, values):
-    """Whether nothing at all is odd about a table."""
+    """Returns whether a table has nothing unusual."""
     return (
         len(set(names)) == len(names) > 1
         and all(name.isascii() and name.isalnum() for name in names)
@@ -270,7 +271,7 @@ def is_plain(names, kinds, values):
 
 
 def compare(data, frame, names, columns):
-    """The rows read are those of the frame that have a weight, once."""
+    """Checks that the rows read are those of the frame with nonzero weight, each once."""
     sources = [source for source in (data.train, data.val) if source]
     number = np.concatenate([source.row for source in sources])
     x, y, weight = (
@@ -281,8 +282,8 @@ def compare(data, frame, names, columns):
     values = {n: np.array([as_number(v) for v in c], float) for n, c in raw.items() if n not in categorical}
     gone = {n: np.array([is_missing(v) for v in c]) for n, c in raw.items()}
     weights = values[columns.weight_column] if columns.weight_column else np.ones(len(frame))
-    there = ~np.any(list(gone.values()), axis=0) if columns.missing == "drop" else np.ones(len(frame), bool)
-    assert sorted(number) == list(np.flatnonzero(there & (weights != 0))), "other rows"
+    kept = ~np.any(list(gone.values()), axis=0) if columns.missing == "drop" else np.ones(len(frame), bool)
+    assert sorted(number) == list(np.flatnonzero(kept & (weights != 0))), "the rows differ"
     np.testing.assert_array_equal(weight, weights[number].astype(np.float32))
     found = {feature: x[:, i] for i, feature in enumerate(data.schema.features)}
     target, fitted = values[columns.target[0]], (data.train.row, weights[data.train.row])
@@ -298,9 +299,9 @@ def compare(data, frame, names, columns):
 
 
 def seen_by_model(column, columns, fitted, weights):
-    """A numeric column, with means for missing values, scaled; 0 where it is constant."""
-    there = ~np.isnan(column[fitted])
-    mean = np.average(column[fitted][there], weights=weights[there]) if there.any() else math.nan
+    """Returns a numeric column scaled, with means for missing values, or 0 if it is constant."""
+    present = ~np.isnan(column[fitted])
+    mean = np.average(column[fitted][present], weights=weights[present]) if present.any() else math.nan
     column = np.where(np.isnan(column), mean, column)
     if len({*column[fitted].tolist()}) == 1:
         return np.zeros(len(column))
@@ -308,7 +309,7 @@ def seen_by_model(column, columns, fitted, weights):
 
 
 def compare_category(name, words, found, number, fitted, weights):
-    """Each row has a 1 for its category; for one that was not in training, what stands for it."""
+    """Checks that each row has a 1 for its category, or the substitute of a category that was not in training."""
     kinds = [c for c in found if c.startswith(f"{name}=")]
     seen = dict.fromkeys((words[row] for row in fitted), 0.0)
     for row, weight in zip(fitted, weights, strict=True):
@@ -318,7 +319,7 @@ def compare_category(name, words, found, number, fitted, weights):
         ones = [kind for kind, value in values.items() if value]
         if words[row] in seen and words[row] is not None:
             assert ones == [f"{name}={words[row]}"], (ones, words[row])
-        elif None in seen:  # in training, too, there were some without
+        elif None in seen:  # Some training rows had no category, either.
             assert ones == kinds[-1:], (ones, words[row])
         else:
             shares = {f"{name}={word}": np.float32(count / sum(seen.values())) for word, count in seen.items()}
@@ -326,7 +327,7 @@ def compare_category(name, words, found, number, fitted, weights):
 
 
 def as_number(value):
-    """NaN for what is missing; None for no number."""
+    """Returns NaN for a missing value and None for a text that is not a number."""
     if is_missing(value):
         return math.nan
     try:
