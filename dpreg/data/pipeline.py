@@ -37,7 +37,7 @@ _BLOCK_BYTES, _RESIDENT_BLOCK_BYTES_OF_CPU, _RESIDENT_BLOCK_ROWS = 16 << 20, 1 <
 # steps are slow enough that the overhead of a call is small.
 _BLOCK_STEPS, BLOCK_STEPS_AMONG_PROCESSES = 1 << 12, 1 << 8
 # A block of several short epochs: enough steps that the overhead of a call is small, and few enough to be interrupted.
-_BLOCK_STEPS_ACROSS_EPOCHS = 1 << 9
+_BLOCK_STEPS_ACROSS_EPOCHS = 1 << 11
 _TAG_ROWS = 1 << 18  # hashed at a time, so that they stay in cache
 # The share of a device's memory up to which all rows are kept there. CPU devices use the host's memory, which holds the
 # rows already.
