@@ -219,7 +219,7 @@ def _trained(
         config = dataclasses.replace(config, l2=1 / len(data.train))  # as scikit-learn's classifiers have by default
         solution = solver.solve(config)
         progress.say(
-            f"no finite weights have the least loss, as where features tell two classes apart: solved with "
+            "no finite weights have the least loss, as where features separate two classes: solved with "
             f"{spell('l2', config.l2)}, which is 1 / rows; give another {spell('l2')} to choose"
         )
     if config.solver != "sgd":

@@ -8,7 +8,7 @@ from absl import flags
 
 from dpreg.config.devices import DeviceSettings
 from dpreg.config.flags import parse_flags, write_flagfile
-from dpreg.config.model import GLM_LOSSES, LOSSES, ModelSettings
+from dpreg.config.model import GLM_LOSSES, LOCATED_LOSSES, ModelSettings
 from dpreg.config.optimizer import OptimizerSettings
 from dpreg.config.rows import Columns, RowSettings
 from dpreg.config.run import RunSettings
@@ -69,7 +69,7 @@ class Config(RunSettings, DeviceSettings, OptimizerSettings, ModelSettings, RowS
             scaled = f"{spell('standardize', True)}, or " if self.intercept else ""
             remedy = f"use {scaled}{spell('precision', 'float32')}"
             self._refuse("precision", f"it keeps only three digits of the features; {remedy}")
-        if self.loss not in LOSSES[:4] and self.target_transform != "none":
+        if self.loss not in LOCATED_LOSSES and self.target_transform != "none":
             loss = spell("loss", self.loss)
             self._refuse("target_transform", f"{loss} is defined for the target without a transform; leave one out")
 

@@ -9,7 +9,8 @@ MODELS = ("linear", "concise", "mlp")
 ACTIVATIONS = ("relu", "tanh", "gelu", "sigmoid")
 GLM_LOSSES = ("logistic", "poisson", "gamma")  # those of generalised linear models with one prediction a row
 SEPARABLE_LOSSES = ("logistic", "softmax", "poisson")  # without a least value where features tell targets for certain
-LOSSES = ("squared", "huber", "absolute", "quantile", "logistic", "softmax", "poisson", "gamma")
+LOCATED_LOSSES = ("squared", "huber", "absolute", "quantile")  # of the difference of target and prediction
+LOSSES = (*LOCATED_LOSSES, "logistic", "softmax", "poisson", "gamma")
 
 
 @dataclasses.dataclass(frozen=True)

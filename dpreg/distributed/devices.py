@@ -105,7 +105,7 @@ def cores() -> int:
 
 
 def have_several_cores(mesh: Mesh) -> bool:
-    """Whether each device has more than one core of its own in all processes. It is a barrier."""
+    """Whether every process has more cores than devices. This is a barrier."""
     of_all = processes.allgather_text("several" if cores() > len(mesh.local_devices) else "one")
     return "one" not in of_all
 

@@ -15,6 +15,7 @@ from sklearn.utils import check_random_state
 from sklearn.utils.validation import _check_sample_weight, check_is_fitted, validate_data
 
 from dpreg.config import Config
+from dpreg.config.model import LOCATED_LOSSES
 from dpreg.data.schema import Number, Schema
 from dpreg.data.sources import ArraySource, PermutedSource, RegressionData, first_outside
 from dpreg.distributed import devices
@@ -34,7 +35,6 @@ from dpreg.train.build import build_trainer
 from dpreg.train.trainer import Trainer
 
 _MAX_EXACT = 1024  # "auto" is exact up to this number of parameters, as the time grows with its square or third power
-_SCALABLE_LOSSES = ("squared", "huber", "absolute", "quantile")  # losses whose targets can be standardized
 _LOG_LINK_LOSSES = ("poisson", "gamma")
 SOLVERS = ("auto", "exact", "sgd")
 STANDARDIZE = True
@@ -144,7 +144,7 @@ class Estimator(BaseEstimator):
           InputError: if it is requested, and there is none for the model, the loss or the penalty.
         """
         config = fitted.config
-        solvable = fitted.is_linear and not config.l1 and config.loss in (*_SCALABLE_LOSSES, "softmax", *FAMILIES)
+        solvable = fitted.is_linear and not config.l1 and config.loss in (*LOCATED_LOSSES, "softmax", *FAMILIES)
         if self.solver == "exact" and not solvable:
             raise InputError("solver='exact': it applies only to model='linear' without l1; use solver='auto'")
         size = (1 + self.n_features_in_) * fitted.outputs
@@ -263,7 +263,7 @@ class Estimator(BaseEstimator):
                 f"column {column!r} varies by less than {SMALLEST:g}, or its weights are as small; scale it"
             )
         scaled = np.full(len(mean), self.standardize)
-        scaled[d:] &= fitted.config.loss in _SCALABLE_LOSSES
+        scaled[d:] &= fitted.config.loss in LOCATED_LOSSES
         mean = np.where(scaled | (constant & (np.arange(len(mean)) < d)), mean, 0.0)
         units = list(zip(mean.tolist(), np.where(scaled & ~constant, deviation, 1.0).tolist(), strict=True))
         return Schema(

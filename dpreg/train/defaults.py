@@ -11,13 +11,12 @@ from typing import Any
 import numpy as np
 
 from dpreg.config import Config
-from dpreg.config.model import GLM_LOSSES, MODELS
+from dpreg.config.model import LOCATED_LOSSES, MODELS
 from dpreg.data.sources import RegressionData
 from dpreg.spelling import spell
 from dpreg.tables.ingest import Progress
 from dpreg.train.build import build_data
 
-_LOCATED = ("squared", "huber", "absolute", "quantile")  # losses of the difference of target and prediction
 # Settings that say how steps are taken: whoever gives one asks for steps.
 _OF_STEPS = (
     *("optimizer", "lr", "lr_schedule", "warmup_steps", "max_epochs", "patience", "batch_size", "sigma"),
@@ -51,7 +50,7 @@ def read_rows(config: Config, progress: Progress = lambda what, rows: None) -> t
     Raises:
       InputError: as `build_data`.
     """
-    scaled = config.dataset != "synthetic" and config.model == "mlp" and config.loss in _LOCATED
+    scaled = config.dataset != "synthetic" and config.model == "mlp" and config.loss in LOCATED_LOSSES
     scaled = scaled and not (config.loss == "huber" and config.is_given("huber_delta"))  # a unit of the target
     if scaled and not config.is_given("target_transform"):  # targets of a network are scaled, whatever their unit
         config = dataclasses.replace(config, target_transform="standardize")
@@ -79,8 +78,7 @@ def _choose_solver(config: Config, data: RegressionData) -> tuple[str, str]:
             return "sgd", why
     if given := [name for name in _OF_STEPS if config.is_given(name)]:
         return "sgd", f"{spell(given[0], getattr(config, given[0]))} is one of steps"
-    outputs = config.num_classes if config.loss == "softmax" else data.num_targets
-    size = (1 + data.num_inputs) * (1 if config.loss in _LOCATED or config.loss in GLM_LOSSES else outputs)
+    size = (1 + data.num_inputs) * (config.num_classes if config.loss == "softmax" else 1)
     widest = _WIDEST.get(config.loss, _WIDEST_OF_OTHERS)
     if size > widest:
         return "sgd", f"{size:,} parameters are more than the {widest:,} up to which an exact solution is fast"
@@ -143,7 +141,7 @@ def _rate_of_linear_model(config: Config, data: RegressionData, batch: int) -> f
     if config.optimizer == "lbfgs":
         return 1.0
     if config.optimizer in ("adam", "adamw"):
-        return 0.03 * (deviation or 1.0) if config.loss in _LOCATED else 0.03
+        return 0.03 * (deviation or 1.0) if config.loss in LOCATED_LOSSES else 0.03
     if config.optimizer == "momentum":
         rate /= 10
     if config.loss == "huber":
