@@ -41,7 +41,7 @@ from dpreg.outputs.progress import ProgressDisplay
 from dpreg.outputs.workdir import make_folder
 from dpreg.planning.exchange import Exchange, measure_exchange
 from dpreg.spelling import spell
-from dpreg.terminal import show
+from dpreg.terminal import printable, show
 
 KINDS = ("strong", "weak")  # scaling with a fixed batch, or with a fixed batch per device
 _MIN_EFFICIENCY = 0.5  # more devices do not pay below this
@@ -134,6 +134,8 @@ class Runner:
     ) -> list[str]:
         """Runs Python in `count` processes, and returns the text on stdout of each.
 
+        Processes that end because they lost another one are started again once, after their messages were shown.
+
         Args:
           arguments: the arguments of Python.
           count: the number of processes.
@@ -144,6 +146,24 @@ class Runner:
           InputError: with the message of the first process that failed, or after a timeout.
         """
         run = f"a run on {count} device{'s' if count > 1 else ''}"
+        results = self._await_processes(run, arguments, count, as_flags, on_devices)
+        if any(code == ProcessLost.exit_code for code, *_ in results):
+            print(*(printable(line) for _, _, text in results for line in text.splitlines()), sep="\n", file=sys.stderr)
+            print(f"{run} lost a process, as it says above; it is started again", file=sys.stderr, flush=True)
+            results = self._await_processes(run, arguments, count, as_flags, on_devices)
+        # Processes that lost another one come last: the message of that one has the cause.
+        for code, _, stderr in sorted(results, key=lambda result: result[0] == ProcessLost.exit_code):
+            if code:
+                line = stderr.strip().splitlines()[-1:] or [f"it ended with exit code {code}"]
+                failed = InputError(f"{run}: {line[0].removeprefix('dpreg: ')}")
+                failed.exit_code = max(code, 1)
+                raise failed
+        return [stdout for _, stdout, _ in results]
+
+    def _await_processes(
+        self, run: str, arguments: list[str], count: int, as_flags: bool, on_devices: bool
+    ) -> list[tuple[int, str, str]]:
+        """(exit code, stdout, stderr) of each of the processes of `_run_python`."""
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
@@ -168,15 +188,7 @@ class Runner:
                     outputs = [*pool.map(lambda process: process.communicate(timeout=_TIMEOUT_SECONDS), running)]
             except subprocess.TimeoutExpired as error:
                 raise InputError(f"{run} takes more than {_TIMEOUT_SECONDS:,} s; use fewer rows") from error
-        results = zip([process.returncode for process in running], outputs, strict=True)
-        # Processes that lost another one come last: the message of that one has the cause.
-        for code, (_, stderr) in sorted(results, key=lambda result: result[0] == ProcessLost.exit_code):
-            if code:
-                line = stderr.strip().splitlines()[-1:] or [f"it ended with exit code {code}"]
-                failed = InputError(f"{run}: {line[0].removeprefix('dpreg: ')}")
-                failed.exit_code = max(code, 1)
-                raise failed
-        return [stdout for stdout, _ in outputs]
+        return [(process.returncode, *output) for process, output in zip(running, outputs, strict=True)]
 
 
 @contextlib.contextmanager

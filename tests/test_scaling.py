@@ -14,9 +14,11 @@ import psutil
 import pytest
 from cluster import ROOT, end, wait_until
 
+from dpreg.config import Config
 from dpreg.distributed import devices
+from dpreg.errors import InputError
 from dpreg.planning.exchange import Exchange
-from dpreg.scaling import Measurement, extrapolate
+from dpreg.scaling import Measurement, Runner, extrapolate
 
 SHOWN = pathlib.Path(ROOT) / "docs" / "6-scale.md"  # Its command is run here.
 
@@ -93,6 +95,30 @@ def test_a_run_that_diverges_is_reported_in_one_line():
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 3
     assert "a run on 1 device: the loss is not finite at step" in done.stderr.splitlines()[-1]
+
+
+@pytest.mark.parametrize("lost", [1, 2])
+def test_processes_that_lost_another_are_started_again_once_and_what_they_say_is_shown(tmp_path, capfd, lost):
+    program = f"""
+import pathlib, sys
+starts = len(list(pathlib.Path({str(tmp_path)!r}).glob("start*"))) // 2
+(pathlib.Path({str(tmp_path)!r}) / ("start" + sys.argv[3] + str(starts))).touch()
+print("result", sys.argv[3])
+if starts < {lost} and sys.argv[3] == "1":
+    print("the cause\\nthe last line", file=sys.stderr)
+    sys.exit(76)
+"""
+    runner = Runner(Config(platform="cpu"))
+    if lost == 1:
+        assert runner._run_python(["-c", program], 2) == ["result 0\n", "result 1\n"]
+    else:
+        with pytest.raises(InputError, match="a run on 2 devices: the last line") as error:
+            runner._run_python(["-c", program], 2)
+        assert error.value.exit_code == 76
+    shown = capfd.readouterr().err
+    assert (
+        shown == "the cause\nthe last line\na run on 2 devices lost a process, as it says above; it is started again\n"
+    )
 
 
 def test_a_stopped_scaling_measurement_leaves_no_process():
