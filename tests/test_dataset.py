@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 from models import Rows
 
 import dpreg
-from dpreg.data.reader import read_block
+from dpreg.data.reader import in_parts, read_block
 
 
 def mesh(num_devices):
@@ -30,7 +30,7 @@ def batches(dataset):
             )
             shards = first[device] + np.arange(dataset.slots)
             held, first_step = jax.tree.map(jnp.asarray, local), jnp.int32(block.first_step)
-            read = read_block(dataset, held, jnp.asarray(shards), first_step, 5)
+            read = read_block(dataset, held, jnp.asarray(shards), first_step, jnp.int32(block.num_steps), 5)
             stacked = [read.of_slots(k) for k in range(block.num_steps)]
             for k, slot in itertools.product(range(block.num_steps), range(dataset.slots)):
                 for name, column in read.of_slot(k, slot).items():
@@ -44,8 +44,9 @@ def batches(dataset):
     return jax.tree.map(lambda *leaves: np.concatenate(leaves), *steps)
 
 
-@pytest.mark.parametrize(("rows", "run"), [(3, 1), (37, 2)])
-def test_batches_do_not_depend_on_devices_or_placement(rows, run, monkeypatch):
+@pytest.mark.parametrize(("rows", "run", "at_once"), [(3, 1, 128), (37, 2, 128), (37, 2, 1)])
+def test_batches_do_not_depend_on_devices_or_placement(rows, run, at_once, monkeypatch):
+    monkeypatch.setattr("dpreg.data.reader._STEPS_AT_ONCE", at_once)
     monkeypatch.setattr("dpreg.data.sampler._FEWEST_STRIPS", 2 if run > 1 else 128)
     source = Rows(rows, weighted=True).source()
     reference = None
@@ -59,6 +60,23 @@ def test_batches_do_not_depend_on_devices_or_placement(rows, run, monkeypatch):
     once = slice(len(reference["y"]) // 2)
     real = reference["weight"][once] > 0
     assert sorted(reference["y"][once][real].ravel()) == sorted(source.y[source.weight > 0].ravel())
+
+
+@pytest.mark.parametrize("num_steps", [1, 4, 5, 10])
+def test_a_short_call_computes_little_more_than_its_own_steps(num_steps, monkeypatch):
+    monkeypatch.setattr("dpreg.data.reader._STEPS_AT_ONCE", 4)
+    computed = []
+
+    def of_steps(steps):
+        jax.debug.callback(lambda steps: computed.extend(steps.tolist()), steps)
+        return jnp.stack([steps * 3, steps + 1], axis=1)
+
+    found = jax.jit(lambda n: in_parts(of_steps, n, 10))(num_steps)
+    jax.effects_barrier()
+    expected = np.stack([np.arange(10) * 3, np.arange(10) + 1], axis=1)
+    np.testing.assert_array_equal(found[:num_steps], expected[:num_steps])
+    assert found.shape == (10, 2)
+    assert sorted(set(computed)) == list(range({1: 4, 4: 4, 5: 8, 10: 10}[num_steps]))
 
 
 def test_each_device_reads_only_its_own_rows():

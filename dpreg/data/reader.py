@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.sharding import Mesh
@@ -25,14 +26,41 @@ class BatchReader(NamedTuple):
     of_slot: Callable[..., Batch]
 
 
-def read_block(dataset: Dataset, data: Batch, shards: Array, first_step: Array, seed: Array) -> BatchReader:
+_STEPS_AT_ONCE = 128  # whose strips are computed by one operation
+
+
+def in_parts(of_steps: Callable[[Array], Array], num_steps: Array, block_steps: int) -> Array:
+    """[block_steps, ...]: what a function gives for the steps of a block, computed only as far as a call takes them.
+
+    Args:
+      of_steps: (numbers of steps within the block, [n] int32) -> [n, ...].
+      num_steps: those that the call takes, an int32 scalar; the result is unspecified from there on.
+      block_steps: the steps of the block, K.
+    """
+    if block_steps <= _STEPS_AT_ONCE:
+        return of_steps(jnp.arange(block_steps, dtype=jnp.int32))
+    part = jnp.arange(_STEPS_AT_ONCE, dtype=jnp.int32)
+    shape = jax.eval_shape(of_steps, part)
+
+    def fill(i: Array, found: Array) -> Array:
+        start = jnp.minimum(i * _STEPS_AT_ONCE, block_steps - _STEPS_AT_ONCE)
+        return lax.dynamic_update_slice_in_dim(found, of_steps(start + part), start, 0)
+
+    found = jnp.zeros((block_steps, *shape.shape[1:]), shape.dtype)
+    filled: Array = lax.fori_loop(0, -(-num_steps // _STEPS_AT_ONCE), fill, found)
+    return filled
+
+
+def read_block(
+    dataset: Dataset, data: Batch, shards: Array, first_step: Array, num_steps: Array, seed: Array
+) -> BatchReader:
     """The reader of a block of a dataset, for use in a traced function on one device.
 
     Args:
       dataset: the pipeline of the rows.
       data: this device's part of `Block.data`.
       shards: [slots] int32, the shards of this device.
-      first_step, seed: int32 scalars.
+      first_step, num_steps, seed: int32 scalars; step `num_steps` of the block is not read, nor any later one.
 
     Returns:
       Functions that read rows of step `first_step + k`: {"x": [b, d], "y": [b, t], "weight": [b]}; with tags also
@@ -49,8 +77,12 @@ def read_block(dataset: Dataset, data: Batch, shards: Array, first_step: Array, 
 
     fetch = _fetch_from_block(data)
     if dataset.resolved_placement == "device":
-        steps = first_step + jnp.arange(dataset.block_steps, dtype=jnp.int32)
-        fetch = _fetch_by_strips(dataset, data, dataset.sampler.strips(steps[:, None], shards[None, :], seed))
+
+        def strips(steps: Array) -> Array:
+            found: Array = dataset.sampler.strips((first_step + steps)[:, None], shards[None, :], seed)
+            return found
+
+        fetch = _fetch_by_strips(dataset, data, in_parts(strips, num_steps, dataset.block_steps))
     return BatchReader(
         rows=lambda k, *chunk: fetch(lambda c: of_step(c, k).reshape(-1, *c.shape[3:]), 0, *chunk),
         of_slots=lambda k, *chunk: fetch(lambda c: of_step(c, k), 1, *chunk),

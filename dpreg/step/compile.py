@@ -146,7 +146,7 @@ def compile_eval_block(
     def block(variables: PyTree, data: PyTree, shard_range: ShardRange, packed: Array) -> Array:
         call_args = CallArgs(*packed)
         shards = shard_range.first + jnp.arange(layout.slots, dtype=jnp.int32)
-        read = layout.reader(data, shards, call_args.first_step, call_args.seed)
+        read = layout.reader(data, shards, call_args.first_step, call_args.num_steps, call_args.seed)
 
         def wanted(variables: PyTree, batch: PyTree) -> PyTree:
             return evaluate(variables, forward(model, variables, batch, train=False, platform=platform)[0], batch)

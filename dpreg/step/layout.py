@@ -71,7 +71,7 @@ class BatchLayout(NamedTuple):
     """The static shapes and functions by which rows reach the steps.
 
     Attributes:
-      reader: (data, shards [slots], first step, seed) -> BatchReader, traced inside the step.
+      reader: (data, shards [slots], first step, number of steps, seed) -> BatchReader, traced inside the step.
       device_axis: the axis of the data that is sharded over devices.
       block_steps: the steps of a call, K; the last one before a sync point may take fewer.
       slots: slots for shards on a device; the last devices may hold fewer shards.
@@ -80,7 +80,7 @@ class BatchLayout(NamedTuple):
       row_bytes: bytes of a row.
     """
 
-    reader: Callable[[PyTree, Array, Array, Array], BatchReader]
+    reader: Callable[[PyTree, Array, Array, Array, Array], BatchReader]
     device_axis: int
     block_steps: int
     slots: int

@@ -9,7 +9,7 @@ import optax
 from jax import Array, lax
 from jax.sharding import Mesh
 
-from dpreg.data.reader import BatchReader
+from dpreg.data.reader import BatchReader, in_parts
 from dpreg.models.losses import row_losses
 from dpreg.step.layout import BatchLayout, CallArgs, ShardRange
 from dpreg.step.reduce import (
@@ -85,17 +85,16 @@ def train_block(
     """Runs `num_steps` consecutive steps; `compile_train_block` documents what it returns."""
     call_args, layout = CallArgs(*packed), spec.layout
     shards = shard_range.first + jnp.arange(layout.slots, dtype=jnp.int32)
-    read = layout.reader(data, shards, call_args.first_step, call_args.seed)
+    read = layout.reader(data, shards, call_args.first_step, call_args.num_steps, call_args.seed)
     call = Call(call_args, shard_range, shards, read, jax.random.fold_in(make_key(call_args.seed), TRAINING_KEY))
 
     def step(k: Array, carry: tuple[TrainState, Array]) -> tuple[TrainState, Array]:
         state, record = train_step(spec, call, carry[0], k)
         return state, lax.dynamic_update_index_in_dim(carry[1], record, k, 0)
 
-    steps = jnp.arange(layout.block_steps, dtype=jnp.int32)
     history = jnp.zeros((layout.block_steps, 3), data["weight"].dtype)
     state, history = lax.fori_loop(0, call_args.num_steps, step, (state, history))
-    return state, history, rows_used(call, state, steps, tagged="tag" in data)
+    return state, history, rows_used(call, state, layout.block_steps, tagged="tag" in data)
 
 
 def train_step(spec: StepSpec, call: Call, state: TrainState, k: Array) -> tuple[TrainState, Array]:
@@ -216,10 +215,14 @@ def update_state(state: TrainState, sums: Sums, step: Array) -> tuple[TrainState
     return kept, optax.tree.norm(gradient).astype(value.dtype)
 
 
-def rows_used(call: Call, state: TrainState, steps: Array, tagged: bool) -> Array:
+def rows_used(call: Call, state: TrainState, block_steps: int, tagged: bool) -> Array:
     """[block_steps, 2] uint32: how many tagged rows each step used on this device, and the sum of their tags."""
     if not tagged:
-        return jnp.zeros((len(steps), 2), jnp.uint32)
-    tags = jax.vmap(lambda k: call.read.rows(k)["tag"])(steps)
-    tags = jnp.where((call.args.first_step + steps < state.step)[:, None], tags, 0)
-    return jnp.stack([(tags > 0).sum(axis=1, dtype=tags.dtype), tags.sum(axis=1, dtype=tags.dtype)], 1)
+        return jnp.zeros((block_steps, 2), jnp.uint32)
+
+    def of_steps(steps: Array) -> Array:
+        tags = jax.vmap(lambda k: call.read.rows(k)["tag"])(steps)
+        tags = jnp.where((call.args.first_step + steps < state.step)[:, None], tags, 0)
+        return jnp.stack([(tags > 0).sum(axis=1, dtype=tags.dtype), tags.sum(axis=1, dtype=tags.dtype)], 1)
+
+    return in_parts(of_steps, call.args.num_steps, block_steps)
