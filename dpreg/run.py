@@ -41,8 +41,8 @@ from dpreg.outputs.summary import (
 )
 from dpreg.outputs.tensorboard import TensorBoardWriter, require_tensorboard
 from dpreg.outputs.workdir import open_workdir, write_whole
+from dpreg.solvers.fit import Fit
 from dpreg.solvers.solver import Solver
-from dpreg.solvers.tsqr import Fit
 from dpreg.spelling import spell
 from dpreg.step.digest import digest_prediction
 from dpreg.terminal import printable, show
@@ -150,7 +150,7 @@ def _write_outputs(
         if "gap" in found:
             print(f"loss {found['loss']:.6g}, best possible {found['best']:.6g}{_above(found['gap'])}")
         if config.solver != "sgd":
-            fits = describe_fit(data, fit)
+            fits = describe_fit(config, data, fit)
             summary["fit"] = [each.to_json() for each in fits]
             for each in fits:
                 show("", *([f"{each.target}:"] if len(fits) > 1 or each.target.startswith("log(") else []))
@@ -222,6 +222,10 @@ def _trained(
             "no finite weights have the least loss, as where features separate two classes: solved with "
             f"{spell('l2', config.l2)}, which is 1 / rows; give another {spell('l2')} to choose"
         )
+    if solution.alpha is not None:
+        config = dataclasses.replace(config, negative_binomial_alpha=solution.alpha)
+        trainer.prepare_model(build_model(config, data.num_inputs, data.num_targets))
+        progress.say(f"the most likely {spell('negative_binomial_alpha')} is {solution.alpha:.6g}")
     if config.solver != "sgd":
         trainer.set_linear_params(solution.w, solution.b, solution.loss)
         checkpoints.save(trainer)

@@ -15,6 +15,7 @@ try:
 except ImportError as missing:
     raise ImportError("dpreg.sklearn: needs scikit-learn 1.6 or newer; pip install 'dpreg[sklearn]'") from missing
 
+from dpreg.config.model import LOG_LINK_LOSSES
 from dpreg.errors import InputError
 from dpreg.estimators.base import DEFAULTS, SOLVERS, STANDARDIZE, Estimator, check_sample_weight
 from dpreg.step.state import Model
@@ -26,16 +27,20 @@ class DataParallelRegressor(MultiOutputMixin, RegressorMixin, Estimator):
     """Regression on all devices, as a scikit-learn estimator. The number of devices does not affect the result.
 
     Args:
-      loss: "squared", "huber", "absolute", "quantile", or with a log link "poisson" or "gamma".
+      loss: "squared", "huber", "absolute", "quantile", or with a log link "poisson", "gamma", "tweedie" or
+        "negative_binomial".
       huber_delta: the error beyond which the loss "huber" is linear. Its unit is that of the fitted target: with
         `standardize`, the standard deviation of y.
       quantile: the quantile of the loss "quantile", in (0, 1).
+      tweedie_power: the power of the loss "tweedie", in (1, 2).
+      negative_binomial_alpha: the alpha of the loss "negative_binomial"; None for the most likely one, exact solvers
+        only.
       model: "linear", "concise" (flax.linen.Dense) or "mlp"; PACKAGE.MODULE:CLASS; or a flax module that predicts a
         column for each target. A `dpreg.Module` gets this loss, and this optimizer if it has none; other modules have
         their own.
       hidden: the widths of an mlp's hidden layers.
       solver: "exact" solves linear models to the optimum, in float64 on the host: least squares in one pass over the
-        rows, and the other losses except for "gamma" by Newton's method. "sgd" trains with `optimizer`, in float32 on
+        rows, and the other losses by Newton's method. "sgd" trains with `optimizer`, in float32 on
         the devices; a `ConvergenceWarning` tells that a linear model is far from its optimum. "auto" is "exact" if that
         supports the model and the loss, and there are at most 1024 parameters; otherwise "sgd".
       optimizer: of solver "sgd": "sgd", "momentum", "adam", "adamw" or "lbfgs".
@@ -69,6 +74,8 @@ class DataParallelRegressor(MultiOutputMixin, RegressorMixin, Estimator):
         *,
         huber_delta: float = DEFAULTS.huber_delta,
         quantile: float = DEFAULTS.quantile,
+        tweedie_power: float = DEFAULTS.tweedie_power,
+        negative_binomial_alpha: float | None = DEFAULTS.negative_binomial_alpha,
         model: str | Model = DEFAULTS.model,
         hidden: Sequence[int] = DEFAULTS.hidden,
         solver: str = SOLVERS[0],
@@ -86,6 +93,7 @@ class DataParallelRegressor(MultiOutputMixin, RegressorMixin, Estimator):
         random_state: Any = DEFAULTS.seed,
     ):
         self.loss, self.huber_delta, self.quantile = loss, huber_delta, quantile
+        self.tweedie_power, self.negative_binomial_alpha = tweedie_power, negative_binomial_alpha
         super().__init__(
             model=model,
             hidden=hidden,
@@ -128,7 +136,13 @@ class DataParallelRegressor(MultiOutputMixin, RegressorMixin, Estimator):
     def _fit(self, X: Any, y: Any, sample_weight: ArrayLike | None, partial: bool) -> Self:  # noqa: N803
         if self.loss in ("logistic", "softmax"):
             raise InputError(f"loss={self.loss!r}: it is a loss of classification; use DataParallelClassifier")
-        config = self._config(loss=self.loss, huber_delta=self.huber_delta, quantile=self.quantile)
+        config = self._config(
+            loss=self.loss,
+            huber_delta=self.huber_delta,
+            quantile=self.quantile,
+            tweedie_power=self.tweedie_power,
+            negative_binomial_alpha=self.negative_binomial_alpha,
+        )
         first = not (partial and hasattr(self, "_fitted"))
         x, y = validate_data(self, X, y, reset=first, dtype=np.float64, order="C", multi_output=True, y_numeric=True)
         weight = check_sample_weight(sample_weight, x)
@@ -142,7 +156,7 @@ class DataParallelRegressor(MultiOutputMixin, RegressorMixin, Estimator):
           [n] or [n, t] float64, like y in `fit`.
         """
         margins = self._margins(X)
-        means = np.exp(margins) if self._fitted.config.loss in ("poisson", "gamma") else margins
+        means = np.exp(margins) if self._fitted.config.loss in LOG_LINK_LOSSES else margins
         return means[:, 0] if self._fitted.one_column else means
 
 

@@ -9,7 +9,7 @@ import csv
 import io
 import pathlib
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -38,12 +38,18 @@ def spell(name: str, *values: Any) -> str:
     ('--lr', '--lr=-1.0', '--loss=huber or absolute', '--nointercept')
     """
     if not _as_flags:
-        return f"{name}={' or '.join(map(_argument_text, values))}" if values else name
+        return f"{name}={_either(map(_argument_text, values))}" if values else name
     if not values or values[0] is True:
         return f"--{name}"
     if values[0] is False:
         return f"--no{name}"
-    return f"--{name}={' or '.join(map(_quote_for_shell, map(flag_text, values)))}"
+    return f"--{name}={_either(map(_quote_for_shell, map(flag_text, values)))}"
+
+
+def _either(texts: Iterable[str]) -> str:
+    """`a`, `a or b`, `a, b or c`."""
+    *others, last = texts
+    return f"{', '.join(others)} or {last}" if others else last
 
 
 def flag_text(value: Any) -> str:

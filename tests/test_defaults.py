@@ -226,7 +226,7 @@ def test_the_bias_starts_at_the_best_constant_prediction(tables):
 
 
 def test_an_exact_solution_that_does_not_fit_into_memory_is_refused(tables, monkeypatch):
-    monkeypatch.setattr("dpreg.solvers.solver.host_bytes", lambda: 1000)
+    monkeypatch.setattr("dpreg.solvers.passes.host_bytes", lambda: 1000)
     with pytest.raises(
         dpreg.InputError, match=r"an exact solution for 2 features needs .* GB of memory, and this machine"
     ):

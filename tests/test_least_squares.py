@@ -339,7 +339,7 @@ def test_wide_least_squares_agree_with_the_pivoted_decomposition(l2, monkeypatch
     x = rng.normal(size=(900, 300)) @ (np.eye(300) + 0.02 * rng.normal(size=(300, 300)))
     r = RFactor.of(x, x[:, :2] + rng.normal(size=(900, 2)), np.ones(900))
     fast = r.solve(l2)
-    monkeypatch.setattr(tsqr, "_WIDE", 1000)
+    monkeypatch.setattr(tsqr, "WIDE", 1000)
     careful = r.solve(l2)
     assert fast.kept == careful.kept
     np.testing.assert_allclose(fast.w, careful.w, rtol=1e-9, atol=1e-12)
@@ -495,7 +495,7 @@ def test_huber_regression_does_not_depend_on_the_unit_of_the_target(unit):
     rng = np.random.default_rng(0)
     x = rng.normal(size=(700, 3))
     y = unit * (x @ [1.0, -2.0, 0.5] + rng.standard_t(3, 700))
-    w, b, loss, _ = solver_on_one_device(x, y).robust(robust.Slopes(-1.0, 1.0, 1.0))
+    w, b, loss, *_ = solver_on_one_device(x, y).robust(robust.Slopes(-1.0, 1.0, 1.0))
     error = y - x @ w[:, 0] - b
     slope = np.clip(error, -1, 1)
     assert abs(np.append(x.T @ slope, slope.sum())).max() / 700 < 1e-8
@@ -510,17 +510,18 @@ def test_null_deviance_of_a_near_perfect_fit_and_likelihood_of_weighted_rows_are
     assert found.null_deviance == pytest.approx(np.square(y - y.mean()).sum(), rel=1e-12)
     weight = np.tile([0.2, 1.8], 250)  # The mean is 1.
     fit = solver_on_one_device(x, y, weight).least_squares()
-    weighted = summarize_fit(fit, "ab", weighted=True)
+    weighted = summarize_fit(fit, "ab", weights="precision")
     assert (weighted.log_likelihood, weighted.aic, weighted.bic) == (None, None, None)
     repeated = np.repeat(np.arange(500), rng.integers(1, 4, 500))
     counts = np.bincount(repeated)
     labels = (y + rng.logistic(size=500) > 0).astype(float)
     one, other = (
-        summarize_fit(solver_on_one_device(*rows).newton(FAMILIES["logistic"])[0], "ab", weighted=w)
-        for rows, w in (((x, labels, counts), True), ((x[repeated], labels[repeated]), False))
+        summarize_fit(solver_on_one_device(*rows).newton(FAMILIES["logistic"], counts=True)[0], "ab", weights=w)
+        for rows, w in (((x, labels, counts), "frequency"), ((x[repeated], labels[repeated]), None))
     )
     assert (one.log_likelihood, one.aic) == pytest.approx((other.log_likelihood, other.aic), rel=1e-9)
-    assert one.bic is None
+    assert (one.rows, one.degrees_of_freedom) == (other.rows, other.degrees_of_freedom)
+    assert one.bic == pytest.approx(other.bic, rel=1e-9)
 
 
 def test_a_problem_without_an_exact_solution_is_refused():

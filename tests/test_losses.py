@@ -117,6 +117,8 @@ def test_gradients_agree_with_finite_differences_in_float64(name):
         "softmax": rng.integers(0, 3, (20, 1)),
         "poisson": rng.poisson(2.0, (20, 1)),
         "gamma": rng.gamma(2.0, size=(20, 1)),
+        "tweedie": rng.gamma(2.0, size=(20, 1)) * rng.integers(0, 2, (20, 1)),
+        "negative_binomial": rng.poisson(2.0, (20, 1)),
     }.get(name, rng.normal(size=(20, 1)))
     with jax.enable_x64(True):
         z, y = jnp.asarray(z), jnp.asarray(y, jnp.float64)

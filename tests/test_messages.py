@@ -139,13 +139,16 @@ WRONG = {
         ("--hidden=1.5",): "--hidden=1.5: give whole numbers separated by commas",
         ("--profile=5:3",): "--profile=5:3: give two steps, the earlier first, such as --profile=100:200",
         ("--profile=500:600", "--max_epochs=1"): "--profile=500:600: the run has 32 steps; name two of them, from 0",
-        ("--solver=irls", "--loss=huber"): "--loss=logistic or poisson or gamma, without --l1; use --solver=sgd",
+        (
+            "--solver=irls",
+            "--loss=huber",
+        ): "tweedie or negative_binomial, without --l1; use --solver=sgd",
         ("--solver=exact", "--l1=0.1"): "--solver=exact: it applies only to --model=linear or concise, without --l1",
         (
             "--solver=exact",
             "--loss=huber",
             "--nointercept",
-        ): "with --nointercept it applies only to --loss=squared or logistic",
+        ): "with --nointercept it applies only to --loss=squared, logistic",
         ("--solver=exact", "--patience=3"): "--patience=3: it applies only to --solver=sgd; leave one out",
         ("--l1=0.1", "--optimizer=adam"): "only --optimizer=sgd reaches its optimum; use that, or --l2",
         ("--num_processes=2",): "go together; give all three",

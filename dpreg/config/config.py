@@ -8,7 +8,8 @@ from absl import flags
 
 from dpreg.config.devices import DeviceSettings
 from dpreg.config.flags import parse_flags, write_flagfile
-from dpreg.config.model import GLM_LOSSES, LOCATED_LOSSES, ModelSettings
+from dpreg.config.inference import InferenceSettings
+from dpreg.config.model import DISPERSED_LOSSES, GLM_LOSSES, LOCATED_LOSSES, ModelSettings
 from dpreg.config.optimizer import OptimizerSettings
 from dpreg.config.rows import Columns, RowSettings
 from dpreg.config.run import RunSettings
@@ -24,7 +25,7 @@ _CHANGEABLE = ("dataset", "batch_size", "missing")
 
 @document
 @dataclasses.dataclass(frozen=True)
-class Config(RunSettings, DeviceSettings, OptimizerSettings, ModelSettings, RowSettings):
+class Config(RunSettings, DeviceSettings, OptimizerSettings, InferenceSettings, ModelSettings, RowSettings):
     """The settings of a run. Each is also the flag of the same name. The defaults are those of D2L section 3.4.
 
     Raises:
@@ -65,6 +66,7 @@ class Config(RunSettings, DeviceSettings, OptimizerSettings, ModelSettings, RowS
                 "sync_batch_norm", f"it needs all shards at once, and {ordered} computes them one by one; leave one out"
             )
         self._check_solver()
+        self._check_inference()
         if self.precision == "bfloat16" and self.dataset != "synthetic" and not self.standardizes:
             scaled = f"{spell('standardize', True)}, or " if self.intercept else ""
             remedy = f"use {scaled}{spell('precision', 'float32')}"
@@ -86,6 +88,23 @@ class Config(RunSettings, DeviceSettings, OptimizerSettings, ModelSettings, RowS
         if self.solver == "irls" and not newton:
             losses = spell("loss", *GLM_LOSSES)
             self._refuse("solver", f"it applies only to {linear} with {losses}, {no_l1}; {remedy}")
+
+    def _check_inference(self) -> None:
+        """Refuses a covariance and weights of a kind where no standard errors are computed."""
+        if self.loss == "negative_binomial" and self.negative_binomial_alpha is None and self.solver == "sgd":
+            self._refuse("loss", f"steps do not estimate alpha; give {spell('negative_binomial_alpha')}")
+        for name in ("covariance", "weights"):
+            if getattr(self, name) is None:
+                continue
+            losses = ("squared", *GLM_LOSSES)
+            if not self.has_exact_solution or self.loss not in losses or self.solver == "sgd":
+                exact = f"{spell('solver', 'exact')} of {spell('loss', *losses)}"
+                self._refuse(name, f"it applies only to the standard errors of {exact}; leave it out")
+        if self.covariance not in (None, "classic") and self.l2:
+            self._refuse("covariance", f"standard errors are unknown with {spell('l2', self.l2)}; leave one out")
+        if self.covariance == "classic" and self.weights == "importance":
+            weights = spell("weights", self.weights)
+            self._refuse("covariance", f"it does not hold for {weights}; use {spell('covariance', 'HC1')}")
 
     def _check_prediction(self) -> None:
         """Refuses settings with which the modes evaluate and predict cannot run."""
@@ -117,6 +136,16 @@ class Config(RunSettings, DeviceSettings, OptimizerSettings, ModelSettings, RowS
     def has_exact_solution(self) -> bool:
         """Whether `dpreg.solvers` finds the least loss of such a model; for auto also where it is too wide."""
         return self.is_linear and not self.l1 and (self.intercept or self.loss in ("squared", *GLM_LOSSES))
+
+    @property
+    def kind_of_weights(self) -> str:
+        """What the weights of rows are: "frequency", "precision" or "importance"."""
+        return self.weights or ("precision" if self.loss in DISPERSED_LOSSES else "frequency")
+
+    @property
+    def covariance_type(self) -> str:
+        """The covariance of the coefficients of an exact solution."""
+        return self.covariance or ("HC1" if self.weights == "importance" and not self.l2 else "classic")
 
     def is_least_squares(self) -> bool:
         """Whether this is a linear least-squares problem without l1, which `dpreg.solvers.tsqr` solves exactly."""

@@ -7,10 +7,12 @@ from dpreg.spelling import spell
 
 MODELS = ("linear", "concise", "mlp")
 ACTIVATIONS = ("relu", "tanh", "gelu", "sigmoid")
-GLM_LOSSES = ("logistic", "poisson", "gamma")  # those of generalised linear models with one prediction a row
+LOG_LINK_LOSSES = ("poisson", "gamma", "tweedie", "negative_binomial")
+GLM_LOSSES = ("logistic", *LOG_LINK_LOSSES)  # those of generalised linear models with one prediction a row
+DISPERSED_LOSSES = ("squared", "gamma", "tweedie")  # whose variance has a factor that the mean does not give
 SEPARABLE_LOSSES = ("logistic", "softmax", "poisson")  # without a least value where features tell targets for certain
 LOCATED_LOSSES = ("squared", "huber", "absolute", "quantile")  # of the difference of target and prediction
-LOSSES = (*LOCATED_LOSSES, "logistic", "softmax", "poisson", "gamma")
+LOSSES = (*LOCATED_LOSSES, "logistic", "softmax", *LOG_LINK_LOSSES)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,6 +69,20 @@ class ModelSettings(Settings):
     )
     quantile: float = setting(
         0.5, "For the loss quantile: the quantile to fit, above 0 and below 1.", affects_result=True, gt=0, lt=1
+    )
+    tweedie_power: float = setting(
+        1.5,
+        "For the loss tweedie: the power of the mean that the variance is proportional to, above 1 and below 2.",
+        affects_result=True,
+        gt=1,
+        lt=2,
+    )
+    negative_binomial_alpha: float | None = setting(
+        None,
+        "For the loss negative_binomial: the variance is the mean + alpha mean^2. Default: the most likely alpha, by "
+        "exact solvers.",
+        affects_result=True,
+        gt=0,
     )
     num_classes: int = setting(
         2, "For the loss softmax: the number of classes; labels are 0 to num_classes - 1.", affects_result=True, min=2

@@ -15,14 +15,13 @@ from sklearn.utils import check_random_state
 from sklearn.utils.validation import _check_sample_weight, check_is_fitted, validate_data
 
 from dpreg.config import Config
-from dpreg.config.model import LOCATED_LOSSES
+from dpreg.config.model import GLM_LOSSES, LOCATED_LOSSES, LOG_LINK_LOSSES
 from dpreg.data.schema import Number, Schema
 from dpreg.data.sources import ArraySource, PermutedSource, RegressionData, first_outside
 from dpreg.distributed import devices
 from dpreg.errors import InputError
 from dpreg.estimators.fitted import Fitted, compute_moments, moments_from_r, update_constants
 from dpreg.models.linear import linear_parameters
-from dpreg.solvers.glm import FAMILIES
 from dpreg.solvers.inference import Summary, summarize_fit
 from dpreg.solvers.optimality import is_near_optimum
 from dpreg.solvers.solver import Solver
@@ -35,7 +34,6 @@ from dpreg.train.build import build_trainer
 from dpreg.train.trainer import Trainer
 
 _MAX_EXACT = 1024  # "auto" is exact up to this number of parameters, as the time grows with its square or third power
-_LOG_LINK_LOSSES = ("poisson", "gamma")
 SOLVERS = ("auto", "exact", "sgd")
 STANDARDIZE = True
 DEFAULTS = Config(optimizer="adam", lr_schedule="linear", max_epochs=100)  # the defaults of the other arguments
@@ -144,7 +142,7 @@ class Estimator(BaseEstimator):
           InputError: if it is requested, and there is none for the model, the loss or the penalty.
         """
         config = fitted.config
-        solvable = fitted.is_linear and not config.l1 and config.loss in (*LOCATED_LOSSES, "softmax", *FAMILIES)
+        solvable = fitted.is_linear and not config.l1 and config.loss in (*LOCATED_LOSSES, "softmax", *GLM_LOSSES)
         if self.solver == "exact" and not solvable:
             raise InputError("solver='exact': it applies only to model='linear' without l1; use solver='auto'")
         size = (1 + self.n_features_in_) * fitted.outputs
@@ -213,7 +211,7 @@ class Estimator(BaseEstimator):
         trainer.prepare_model(model)
         if previous:
             self._continue_from(previous, trainer)
-        elif fitted.is_linear and config.loss in _LOG_LINK_LOSSES:
+        elif fitted.is_linear and config.loss in LOG_LINK_LOSSES:
             # Start at the mean target: an optimizer needs many steps to get there from exp(0) = 1.
             mean_target = np.maximum(weight @ y / weight.sum(), np.finfo(np.float32).tiny)
             trainer.set_linear_params(np.zeros((x.shape[1], fitted.targets)), np.log(mean_target), np.nan)
@@ -306,7 +304,10 @@ class Estimator(BaseEstimator):
         with np.errstate(over="ignore", invalid="ignore"):
             fit = fit.in_units(mean, fitted.schema.units[1])
             found = tuple(
-                summarize_fit(fit, names, t, target.name, weighted=fitted.weighted) for t, target in enumerate(targets)
+                summarize_fit(
+                    fit, names, t, target.name, weights=fitted.config.kind_of_weights if fitted.weighted else None
+                )
+                for t, target in enumerate(targets)
             )
         return found[0] if len(found) == 1 else found
 

@@ -12,7 +12,8 @@ from dpreg.data.schema import Number, Schema
 from dpreg.distributed import devices
 from dpreg.models.losses import Loss
 from dpreg.models.module import Module
-from dpreg.solvers.tsqr import Fit, RFactor
+from dpreg.solvers.fit import Fit
+from dpreg.solvers.tsqr import RFactor
 from dpreg.step.state import Model
 from dpreg.tables.statistics import SMALLEST
 from dpreg.train.build import build_model, objective_and_optimizer

@@ -7,6 +7,7 @@ that R and scikit-learn report.
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -103,6 +104,34 @@ def gamma_loss(prediction: Array, target: Array) -> Array:
     return (jnp.expm1(ratio) - ratio).sum(axis=1)
 
 
+def tweedie_loss(prediction: Array, target: Array, power: float = Config.tweedie_power) -> Array:
+    """Half the deviance of targets of 0 or more whose variance is that power of the mean (Jorgensen 1987). -> [n].
+
+    The link is log, the power p in (1, 2). With m = e^z and t = log(m / y), half the deviance of a target above 0 is
+    y^(2 - p) ((e^((2 - p) t) - 1) / (2 - p) - (e^((1 - p) t) - 1) / (1 - p)), and m^(2 - p) / (2 - p) of a target of 0.
+    """
+    _refuse_broadcasts(prediction, target)
+    some, of_mean, of_ratio = target > 0, 2 - power, 1 - power
+    y = jnp.where(some, target, 1)
+    ratio = prediction - jnp.log(y)
+    of_some = y**of_mean * (jnp.expm1(of_mean * ratio) / of_mean - jnp.expm1(of_ratio * ratio) / of_ratio)
+    return jnp.where(some, of_some, jnp.exp(of_mean * prediction) / of_mean).sum(axis=1)
+
+
+def negative_binomial_loss(prediction: Array, target: Array, alpha: float) -> Array:
+    """Half the deviance of counts whose variance is m + alpha m^2, with log link, m = e^z (Hilbe 2011). -> [n].
+
+    With q = alpha y / (1 + alpha y) and t = log(m / y) it is y (log(1 + q (e^t - 1)) / q - t) of a count above 0, and
+    log(1 + alpha m) / alpha of 0.
+    """
+    _refuse_broadcasts(prediction, target)
+    some = target > 0
+    y = jnp.where(some, target, 1)
+    ratio, share = prediction - jnp.log(y), alpha * y / (1 + alpha * y)
+    of_some = y * (jnp.log1p(share * jnp.expm1(ratio)) / share - ratio)
+    return jnp.where(some, of_some, jnp.logaddexp(0, prediction + math.log(alpha)) / alpha).sum(axis=1)
+
+
 def _itself(prediction: Array) -> Array:
     return prediction
 
@@ -171,6 +200,8 @@ def make_loss(
     huber_delta: float = Config.huber_delta,
     quantile: float = Config.quantile,
     num_classes: int = Config.num_classes,
+    tweedie_power: float = Config.tweedie_power,
+    negative_binomial_alpha: float | None = Config.negative_binomial_alpha,
 ) -> Loss:
     """The loss of a name in `Config.loss`.
 
@@ -179,6 +210,8 @@ def make_loss(
       huber_delta: the delta of "huber", in units of the target.
       quantile: the quantile of "quantile", in (0, 1).
       num_classes: the number of classes of "softmax", C.
+      tweedie_power: the power of "tweedie", in (1, 2).
+      negative_binomial_alpha: the alpha of "negative_binomial", above 0; None stands for 1, until it is estimated.
     """
 
     def labels_below(target: np.ndarray, classes: int) -> np.ndarray:
@@ -208,6 +241,20 @@ def make_loss(
         ),
         "poisson": Loss(name, poisson_loss, domain="0 or more", allowed=lambda y: y >= 0, **of_means),
         "gamma": Loss(name, gamma_loss, domain="above 0", allowed=lambda y: y > 0, **of_means),
+        "tweedie": Loss(
+            name,
+            functools.partial(tweedie_loss, power=tweedie_power),
+            domain="0 or more",
+            allowed=lambda y: y >= 0,
+            **of_means,
+        ),
+        "negative_binomial": Loss(
+            name,
+            functools.partial(negative_binomial_loss, alpha=negative_binomial_alpha or 1.0),
+            domain="0 or more",
+            allowed=lambda y: y >= 0,
+            **of_means,
+        ),
     }[name]
 
 

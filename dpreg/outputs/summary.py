@@ -8,11 +8,12 @@ from typing import Any
 import jax
 import numpy as np
 
+from dpreg.config import Config
 from dpreg.data.sources import RegressionData
 from dpreg.data.synthetic import SyntheticRegressionData
 from dpreg.models.linear import linear_parameters
+from dpreg.solvers.fit import Fit
 from dpreg.solvers.inference import Summary, summarize_fit
-from dpreg.solvers.tsqr import Fit
 from dpreg.train.trainer import Trainer
 
 
@@ -129,12 +130,12 @@ def describe_optimum(params: Any, data: RegressionData, fit: Fit) -> dict[str, A
     return result
 
 
-def describe_fit(data: RegressionData, fit: Fit) -> list[Summary]:
+def describe_fit(config: Config, data: RegressionData, fit: Fit) -> list[Summary]:
     """The summaries of a fit by target, in the units of the data."""
     fit, names = in_units_of(data, fit), feature_names(data)
     weighted = bool(data.columns and data.columns.weight_column)
     return [
-        summarize_fit(fit, names, t, name, weighted=weighted)
+        summarize_fit(fit, names, t, name, weights=config.kind_of_weights if weighted else None)
         for t, name in enumerate(target_names(data, as_fitted=True))
     ]
 

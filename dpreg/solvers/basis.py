@@ -4,7 +4,8 @@ import dataclasses
 
 import numpy as np
 
-from dpreg.solvers.tsqr import Fit, RFactor
+from dpreg.solvers.fit import Fit
+from dpreg.solvers.tsqr import RFactor
 
 
 @dataclasses.dataclass(frozen=True)

@@ -4,10 +4,13 @@ This is Fisher's scoring, and where the link is canonical, Newton's method (McCu
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 
 import numpy as np
 import scipy
+
+from dpreg.config import Config
 
 _LEAST_VARIANCE = 1e-20  # of a target, so that what is predicted for certain has a working response
 
@@ -24,9 +27,12 @@ class Family:
       information: prediction -> weight of a row in the next least squares, that derivative squared over the variance.
       pearson: (prediction, target) -> square of target less mean, over the variance.
       loss: (prediction, target) -> half the deviance, as the loss of that name in `dpreg.models.losses`.
-      log_likelihood: (prediction, target, dispersion) -> logarithm of the probability, or of its density.
+      log_likelihood: (prediction, target, dispersion) -> logarithm of the probability, or of its density; the
+        dispersion is a number, or [n, 1].
       link: mean -> prediction.
       dispersed: whether the dispersion is a parameter to estimate; else it is 1.
+      curvature: (prediction, target) -> second derivative of the negative log-likelihood by the prediction, for a
+        dispersion of 1, whose mean is the information; None where it equals that: the link is canonical.
     """
 
     start: Elementwise
@@ -34,9 +40,15 @@ class Family:
     information: Elementwise
     pearson: Callable[[np.ndarray, np.ndarray], np.ndarray]
     loss: Callable[[np.ndarray, np.ndarray], np.ndarray]
-    log_likelihood: Callable[[np.ndarray, np.ndarray, float], np.ndarray]
+    log_likelihood: Callable[[np.ndarray, np.ndarray, np.ndarray | float], np.ndarray]
     link: Callable[[float], float]
     dispersed: bool = False
+    curvature: Callable[[np.ndarray, np.ndarray], np.ndarray] | None = None
+
+    def score(self, prediction: np.ndarray, target: np.ndarray) -> np.ndarray:
+        """The derivative of the log-likelihood by the prediction, for a dispersion of 1: [n, 1]."""
+        score: np.ndarray = self.information(prediction) * self.residual(prediction, target)
+        return score
 
     def working(
         self, y: np.ndarray, weight: np.ndarray, prediction: np.ndarray
@@ -72,7 +84,7 @@ def _half_deviance_of_positives(z: np.ndarray, y: np.ndarray) -> np.ndarray:
     return half
 
 
-def _log_likelihood_of_positives(z: np.ndarray, y: np.ndarray, dispersion: float) -> np.ndarray:
+def _log_likelihood_of_positives(z: np.ndarray, y: np.ndarray, dispersion: np.ndarray | float) -> np.ndarray:
     shape, ratio = 1 / dispersion, np.log(y) - z
     log_likelihood: np.ndarray = (
         shape * (np.log(shape) + ratio - np.exp(ratio)) - scipy.special.gammaln(shape) - np.log(y)
@@ -86,6 +98,84 @@ def _variance_of_labels(z: np.ndarray) -> np.ndarray:
 
 def _mean_of_counts(z: np.ndarray) -> np.ndarray:
     return np.asarray(np.maximum(np.exp(z), _LEAST_VARIANCE))
+
+
+def _tweedie(power: float) -> Family:
+    """Sums of a Poisson number of gamma variables: 0 or more, with a variance of mean^power (Jorgensen 1987)."""
+    of_mean, of_ratio = 2 - power, 1 - power
+
+    def half_deviance(z: np.ndarray, y: np.ndarray) -> np.ndarray:
+        """As `dpreg.models.losses.tweedie_loss`."""
+        above = np.where(y > 0, y, 1)
+        ratio = z - np.log(above)
+        of_some = above**of_mean * (np.expm1(of_mean * ratio) / of_mean - np.expm1(of_ratio * ratio) / of_ratio)
+        return np.asarray(np.where(y > 0, of_some, np.exp(of_mean * z) / of_mean))
+
+    def log_likelihood(z: np.ndarray, y: np.ndarray, dispersion: np.ndarray | float) -> np.ndarray:
+        """Dunn and Smyth (2005), equation 6, whose series is Wright's generalised Bessel function."""
+        above, shape = np.where(y > 0, y, 1), of_mean / -of_ratio
+        exponent = (above * np.exp(of_ratio * z) / of_ratio - np.exp(of_mean * z) / of_mean) / dispersion
+        series = (above / -of_ratio) ** shape / (np.power(dispersion, 1 + shape) * of_mean)
+        density = scipy.special.log_wright_bessel(shape, 0, series) - np.log(above) + exponent
+        return np.asarray(np.where(y > 0, density, -np.exp(of_mean * z) / of_mean / dispersion))
+
+    return Family(
+        start=lambda y: np.log(np.maximum((y + y.mean()) / 2, np.finfo(np.float64).tiny)),
+        residual=lambda z, y: y * np.exp(-z) - 1,
+        information=lambda z: np.exp(of_mean * z),
+        curvature=lambda z, y: -of_ratio * y * np.exp(of_ratio * z) + of_mean * np.exp(of_mean * z),
+        pearson=lambda z, y: np.square(y - np.exp(z)) * np.exp(-power * z),
+        loss=half_deviance,
+        log_likelihood=log_likelihood,
+        link=lambda mean: float(np.log(mean)),
+        dispersed=True,
+    )
+
+
+def _negative_binomial(alpha: float) -> Family:
+    """Counts with a variance of mean + alpha mean^2: Poisson counts whose means vary (Hilbe 2011)."""
+
+    def half_deviance(z: np.ndarray, y: np.ndarray) -> np.ndarray:
+        """As `dpreg.models.losses.negative_binomial_loss`."""
+        above = np.where(y > 0, y, 1)
+        ratio, share = z - np.log(above), alpha * above / (1 + alpha * above)
+        of_some = above * (np.log1p(share * np.expm1(ratio)) / share - ratio)
+        return np.asarray(np.where(y > 0, of_some, np.logaddexp(0, z + np.log(alpha)) / alpha))
+
+    def log_likelihood(z: np.ndarray, y: np.ndarray, _: np.ndarray | float) -> np.ndarray:
+        of_counts = scipy.special.gammaln(y + 1 / alpha) - scipy.special.gammaln(1 / alpha)
+        logarithm = np.logaddexp(0, z + np.log(alpha))  # of 1 + alpha mean
+        of_mean = y * (z + np.log(alpha) - logarithm) - logarithm / alpha
+        return np.asarray(of_counts - scipy.special.gammaln(y + 1) + of_mean)
+
+    return Family(
+        start=lambda y: np.log(y + 0.1),
+        residual=lambda z, y: (y - np.exp(z)) / _mean_of_counts(z),
+        information=lambda z: _mean_of_counts(z) / (1 + alpha * np.exp(z)),
+        curvature=lambda z, y: np.exp(z) * (1 + alpha * y) / np.square(1 + alpha * np.exp(z)),
+        pearson=lambda z, y: np.square(y - np.exp(z)) / (_mean_of_counts(z) * (1 + alpha * np.exp(z))),
+        loss=half_deviance,
+        log_likelihood=log_likelihood,
+        link=lambda mean: float(np.log(mean)),
+    )
+
+
+def slopes_of_shape(z: np.ndarray, y: np.ndarray, alpha: float) -> np.ndarray:
+    """[n, 2] the first and second derivative of the negative binomial log-likelihood by log(1 / alpha)."""
+    shape, mean, digamma, trigamma = 1 / alpha, np.exp(z), scipy.special.psi, functools.partial(scipy.special.zeta, 2)
+    # zeta(2, x) is the trigamma function.
+    first = digamma(y + shape) - digamma(shape) + (mean - y) / (shape + mean) - np.log1p(mean / shape)
+    second = trigamma(y + shape) - trigamma(shape) + 1 / shape - 2 / (shape + mean) + (y + shape) / (shape + mean) ** 2
+    return np.concatenate([shape * first, shape * first + shape**2 * second], axis=1)
+
+
+def family_of(config: Config) -> Family:
+    """The family of the loss of a config."""
+    if config.loss == "tweedie":
+        return _tweedie(config.tweedie_power)
+    if config.loss == "negative_binomial":
+        return _negative_binomial(config.negative_binomial_alpha or 1.0)
+    return FAMILIES[config.loss]
 
 
 FAMILIES = {
@@ -111,6 +201,7 @@ FAMILIES = {
         start=np.log,
         residual=lambda z, y: np.expm1(np.log(y) - z),
         information=np.ones_like,
+        curvature=lambda z, y: y * np.exp(-z),
         pearson=lambda z, y: np.square(np.expm1(np.log(y) - z)),
         loss=_half_deviance_of_positives,
         log_likelihood=_log_likelihood_of_positives,

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import scipy
 
-from dpreg.solvers.tsqr import Fit
+from dpreg.solvers.fit import Fit
 
 LEVEL = 0.95  # of confidence intervals
 _MOST_IN_JSON = 128  # coefficients whose covariances are written: there are as many as their square
@@ -41,15 +41,15 @@ class Summary:
     """What is known of one target's linear model. Where a number is unknown, it is None.
 
     Standard errors and what follows from them are unknown with a penalty. The likelihood is that of Gaussian errors for
-    squared loss, and that of the family for the others. With weights it is known only for logistic and Poisson
-    regression, where a weight is a count; `bic` is unknown then.
+    squared loss, and that of the family for the others. It is unknown for weights of importance, for weights of
+    precision of least squares, and of a family without a dispersion.
 
     Attributes:
       target: its name.
       coefficients: the intercept first, where there is one, then one for each column.
       test: "t", or "z" where the dispersion is known: what `Coefficient.statistic` is.
       level: of the confidence intervals.
-      rows: those with a weight, that were fitted.
+      rows: those with a weight, that were fitted; for weights of frequency, the sum of the weights.
       degrees_of_freedom: rows less coefficients used.
       dispersion: the variance of a row of weight 1, over the variance function; that of the residuals for squared loss.
       r2, adjusted_r2: the share of the target's variance that is explained, for squared loss.
@@ -57,14 +57,16 @@ class Summary:
       log_likelihood, aic, bic: with the natural logarithm, and the coefficients used as parameters.
       condition_number: of the columns used, centred and of one length.
       covariance: [k, k] of the coefficients used, in their order.
+      covariance_type: "classic" for errors of one variance, "HC0" to "HC3", or "cluster".
+      weights: "frequency", "precision" or "importance"; None if all rows have the weight 1.
     """
 
     target: str
     coefficients: tuple[Coefficient, ...]
     test: str
     level: float
-    rows: int
-    degrees_of_freedom: int
+    rows: float
+    degrees_of_freedom: float
     dispersion: float
     r2: float | None
     adjusted_r2: float | None
@@ -75,6 +77,8 @@ class Summary:
     bic: float | None
     condition_number: float
     covariance: np.ndarray | None
+    covariance_type: str
+    weights: str | None
 
     def conf_int(self) -> np.ndarray:
         """[k, 2] the confidence intervals of all coefficients."""
@@ -97,11 +101,13 @@ class Summary:
                 continue
             interval = f"{c.low:.6g} .. {c.high:.6g}"
             lines.append(f"{line} {c.std_error:>12.6g} {c.statistic:>10.4g} {c.p:>9.3g} {interval:>27}")
-        facts = [f"{self.rows:,} rows, {self.degrees_of_freedom:,} degrees of freedom"]
+        facts = [f"{self.rows:,.15g} rows, {self.degrees_of_freedom:,.15g} degrees of freedom"]
         if self.r2 is not None:
             facts += [f"R2 {self.r2:.6g}", f"residual deviation {np.sqrt(self.dispersion):.6g}"]
         elif self.test == "t":
             facts.append(f"dispersion {self.dispersion:.6g}")
+        if self.covariance_type != "classic":
+            facts.append(f"covariance {self.covariance_type}")
         lines.append("; ".join([*facts, f"condition {self.condition_number:.3g}"]))
         return "\n".join(lines)
 
@@ -120,7 +126,7 @@ def summarize_fit(
     target: int = 0,
     name: str = "y",
     level: float = LEVEL,
-    weighted: bool = False,
+    weights: str | None = None,
 ) -> Summary:
     """The summary of one target.
 
@@ -128,7 +134,7 @@ def summarize_fit(
       names: of the d columns.
       target: the number of the target, from 0; name: its name.
       level: of the confidence intervals.
-      weighted: whether rows have weights other than 1.
+      weights: the kind of the rows' weights; None if all are 1.
     """
     rows, freedom, squares = fit.triangle.rows, fit.degrees_of_freedom, None
     used = len(fit.kept) + fit.intercept
@@ -140,9 +146,9 @@ def summarize_fit(
         if np.isfinite(r2):
             null = float(fit.total_squares[target])
             adjusted = 1 - (1 - r2) * (rows - fit.intercept) / freedom if freedom > 0 else None
-        if not weighted and squares > 0:
+        if weights in (None, "frequency") and squares > 0:
             log_likelihood = -rows / 2 * (np.log(2 * np.pi * squares / rows) + 1)
-    if weighted and not fit.known_variance:
+    if weights == "importance" or (weights == "precision" and fit.known_variance):
         log_likelihood = None
     return Summary(
         target=name,
@@ -158,9 +164,11 @@ def summarize_fit(
         null_deviance=null,
         log_likelihood=float(log_likelihood) if log_likelihood is not None else None,
         aic=float(2 * used - 2 * log_likelihood) if log_likelihood is not None else None,
-        bic=float(used * np.log(rows) - 2 * log_likelihood) if log_likelihood is not None and not weighted else None,
+        bic=float(used * np.log(rows) - 2 * log_likelihood) if log_likelihood is not None else None,
         condition_number=fit.condition_number,
-        covariance=_covariance(fit, target),
+        covariance=fit.covariance(target) if fit.has_errors else None,
+        covariance_type=fit.sandwich.kind if fit.sandwich else "classic",
+        weights=weights,
     )
 
 
@@ -169,8 +177,8 @@ def _coefficients(fit: Fit, names: Sequence[str], target: int, level: float) -> 
     estimates, errors, p = (
         np.append(of_b[target], of_w[:, target]) for of_w, of_b in ((fit.w, fit.b), (w, b), (p_of_w, p_of_b))
     )
-    freedom, above = max(fit.degrees_of_freedom, 1), (1 + level) / 2
-    reach = errors * (scipy.special.ndtri(above) if fit.known_variance else scipy.special.stdtrit(freedom, above))
+    freedom, above = fit.degrees_of_test, (1 + level) / 2
+    reach = errors * (scipy.special.ndtri(above) if freedom is None else scipy.special.stdtrit(freedom, above))
     with np.errstate(divide="ignore", invalid="ignore"):
         statistics = estimates / errors
     columns = np.stack([estimates, errors, statistics, p, estimates - reach, estimates + reach], axis=1).tolist()
@@ -178,16 +186,3 @@ def _coefficients(fit: Fit, names: Sequence[str], target: int, level: float) -> 
     rows = zip([intercept_name(names), *names], columns, used, strict=True)
     found = [Coefficient(name, *row)._replace(used=own) for name, row, own in rows]
     return found if fit.intercept else found[1:]
-
-
-def _covariance(fit: Fit, target: int) -> np.ndarray | None:
-    """Of the intercept, where there is one, and the columns used, in their order; None where the errors are unknown."""
-    if np.isnan(fit.standard_errors[1][target] if fit.intercept else fit.standard_errors[0][list(fit.kept)]).any():
-        return None
-    order = np.argsort(fit.inverse.kept)
-    root = fit.inverse.root[order] * fit.residual_deviation[target]
-    if fit.intercept:  # the mean of y less those of x times w
-        of_intercept = np.append(fit.residual_deviation[target] / fit.triangle.r[0, 0], -fit.means[[*fit.kept]] @ root)
-        root = np.vstack([of_intercept, np.column_stack([np.zeros(len(root)), root])])
-    covariance: np.ndarray = root @ root.T
-    return covariance

@@ -1,39 +1,32 @@
 """Exact solutions of linear models over all shards, devices and processes."""
 
-import collections
-import concurrent.futures
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 import scipy
 import threadpoolctl
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from dpreg.config import Config
-from dpreg.data.parts import hold_shards
-from dpreg.data.pipeline import host_bytes
-from dpreg.data.sampler import Sampler
+from dpreg.config.model import GLM_LOSSES
 from dpreg.data.sources import Rows, Source
-from dpreg.distributed import devices, presence, processes, watchdog
 from dpreg.errors import InputError
-from dpreg.solvers import gram, robust, softmax
+from dpreg.solvers import gram, robust, sandwich, softmax
 from dpreg.solvers.basis import Basis
-from dpreg.solvers.glm import FAMILIES, Family
+from dpreg.solvers.fit import Fit
+from dpreg.solvers.glm import Family, family_of, slopes_of_shape
 from dpreg.solvers.newton import Point, minimum
-from dpreg.solvers.tsqr import Fit, RFactor
+from dpreg.solvers.passes import Passes
+from dpreg.solvers.sandwich import Sandwich
+from dpreg.solvers.tsqr import RFactor
 from dpreg.spelling import spell
-from dpreg.step.reduce import tree_sum
 
-_DECOMPOSED_VALUES = 1 << 21  # of a block of rows that is decomposed at once
 _MULTIPLIED_VALUES = 1 << 18  # of a block whose products are summed at once: it stays in a core's cache
-_COPIES = 5  # of the sums of a shard and of a block of rows, that are there at once
-_THREADS = min(8, devices.cores())
+_LEAST_ALPHA, _ALPHA_AT_REST, _MOST_ALPHAS = 1e-8, 1e-10, 50  # of negative binomial models
 
 # Of a block of rows: x [n, d], y [n, t] and weight [n] of a problem of least squares, and sums [k] of something else.
 Problem = Callable[[Rows], tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]]
@@ -59,38 +52,26 @@ class Solution(NamedTuple):
       w, b: [d, p] and [p] float64.
       loss: the mean loss, without the penalty.
       fit: what the standard errors come from, where they are known.
+      alpha: of a negative binomial model, where it was estimated.
     """
 
     w: np.ndarray
     b: np.ndarray
     loss: float
     fit: Fit | None = None
+    alpha: float | None = None
 
 
-class Solver:
+class Solver(Passes):
     """Solves linear models on all rows of a source, to the same bits on any number of devices and processes.
 
-    Each process reads the rows of the logical shards of its devices, and reduces them on the host in float64, which
-    most accelerators lack. The results of the shards are gathered, and combined in a fixed tree. All processes have to
-    call the same methods.
-
     Args:
-      source: the rows; mesh: the devices; num_shards: the logical shards, L.
-      heartbeat: called whenever some rows are done, and while other processes are waited for.
-
-    Attributes:
-      passes: over the rows, so far.
+      source, mesh, num_shards, heartbeat: see `Passes`.
     """
 
     def __init__(self, source: Source, mesh: Mesh, num_shards: int, heartbeat: Callable[[], None] = lambda: None):
-        one = source[np.zeros(1, np.int32)]
-        self._inputs, self._targets = one["x"].shape[1], one["y"].shape[1]
-        self._epsilon = float(np.spacing(np.ones((), one["x"].dtype)))
-        self._source, self._heartbeat, self.passes = hold_shards(source, mesh, num_shards), heartbeat, 0
+        super().__init__(source, mesh, num_shards, heartbeat)
         self._careful = False  # once sums of products did not hold enough digits
-        self._sampler = Sampler(len(source), num_shards, num_shards, shuffle=False)
-        shards = np.arange(mesh.size * -(-num_shards // mesh.size)).reshape(mesh.size, -1)
-        self._own = shards[[device.process_index == jax.process_index() for device in mesh.devices.flat]]
 
     def triangle(self) -> RFactor:
         """The R of all rows: one pass where sums of products hold enough digits of it, else two."""
@@ -106,29 +87,38 @@ class Solver:
         if not config.has_exact_solution:
             raise InputError(f"{spell('loss', config.loss)}: such a model has no exact solution; see {spell('solver')}")
         with _one_blas_thread():
+            if config.loss == "negative_binomial" and config.negative_binomial_alpha is None:
+                config = dataclasses.replace(config, negative_binomial_alpha=(alpha := self._alpha(config)))
+                return self._solve(config)._replace(alpha=alpha)
             return self._solve(config)
 
     def _solve(self, config: Config) -> Solution:
-        loss, l2 = config.loss, config.l2
+        loss, l2, counts = config.loss, config.l2, config.kind_of_weights == "frequency"
         if loss == "squared":
-            fit = self.least_squares(l2, config.intercept, refine=config.precision == "float64")
-            return Solution(fit.w, fit.b, fit.loss, fit)
-        if loss in FAMILIES:
-            found = [self.newton(FAMILIES[loss], l2, config.intercept, t) for t in range(self._targets)]
+            fit = self.least_squares(l2, config.intercept, refine=config.precision == "float64", counts=counts)
+            return Solution(fit.w, fit.b, fit.loss, self._with_covariance(fit, config))
+        if loss in GLM_LOSSES:
+            family = family_of(config)
+            found = [self.newton(family, l2, config.intercept, t, counts) for t in range(self._targets)]
             w, b = (np.concatenate([getattr(fit, name) for fit, _ in found], axis=-1) for name in ("w", "b"))
-            return Solution(w, b, sum(each for _, each in found), found[0][0] if len(found) == 1 else None)
+            fit_of_one = self._with_covariance(found[0][0], config, family) if len(found) == 1 else None
+            return Solution(w, b, sum(each for _, each in found), fit_of_one)
         if loss == "softmax":
             return self.softmax(config.num_classes, l2)
         return self.robust(robust.slopes_of(loss, config.huber_delta, config.quantile), l2)
 
-    def least_squares(self, l2: float = Config.l2, intercept: bool = Config.intercept, refine: bool = False) -> Fit:
+    def least_squares(
+        self, l2: float = Config.l2, intercept: bool = Config.intercept, refine: bool = False, counts: bool = False
+    ) -> Fit:
         """The least mean squared loss + l2 / 2 sum w^2: one pass, or two.
 
         Args:
           refine: whether to win back, in another pass, the digits that rounding has taken from the decomposition: of
             use where rows are float64.
+          counts: whether a weight is a number of equal rows.
         """
-        fit = self.triangle().solve(l2, intercept)
+        triangle = self.triangle()
+        fit = (dataclasses.replace(triangle, rows=triangle.weight) if counts else triangle).solve(l2, intercept)
         if not refine:
             return fit
         w, b, means = (values.astype(np.longdouble) for values in (fit.w, fit.b, fit.means))
@@ -143,7 +133,12 @@ class Solver:
         return fit.refined(np.array(of_w), of_b)
 
     def newton(
-        self, family: Family, l2: float = Config.l2, intercept: bool = Config.intercept, target: int = 0
+        self,
+        family: Family,
+        l2: float = Config.l2,
+        intercept: bool = Config.intercept,
+        target: int = 0,
+        counts: bool = False,
     ) -> tuple[Fit, float]:
         """(the linear model of least mean loss + l2 / 2 sum w^2, that mean loss), by Newton's method.
 
@@ -151,6 +146,7 @@ class Solver:
 
         Args:
           target: the number of the target, from 0.
+          counts: whether a weight is a number of equal rows; else of several with one mean.
 
         Raises:
           InputError: when there is no optimum, such as for classes that a plane separates.
@@ -180,14 +176,20 @@ class Solver:
         start = np.append(first.b, first.w)
         null = family.link(total / weight) if intercept else 0.0
         theta, (*_, (fit, loss, pearson)) = minimum(evaluated, start, np.append(null, np.zeros_like(first.w)))
+        if counts:
+            fit = dataclasses.replace(fit, triangle=dataclasses.replace(fit.triangle, rows=weight))
         dispersion = pearson / max(fit.degrees_of_freedom, 1) if family.dispersed else 1.0
 
         def likelihood(rows: Rows) -> np.ndarray:
             x, y, weight = (rows[name].astype(np.float64) for name in ("x", "y", "weight"))
             y = y[:, target : target + 1]
-            of_rows = family.log_likelihood(x @ theta[1:, None] + theta[0], y, dispersion or 1.0)
-            of_null = family.loss(np.full_like(y, null), y)
-            return np.asarray(weight @ np.concatenate([of_rows, of_null], axis=1))
+            prediction, of_row = x @ theta[1:, None] + theta[0], weight[:, None]
+            if counts or not family.dispersed:
+                of_rows = of_row * family.log_likelihood(prediction, y, dispersion or 1.0)
+            else:
+                of_rows = family.log_likelihood(prediction, y, (dispersion or 1.0) / of_row)
+            of_null = of_row * family.loss(np.full_like(y, null), y)
+            return np.asarray(np.concatenate([of_rows, of_null], axis=1).sum(axis=0))
 
         log_likelihood, of_null = self._reduced(2, likelihood)
         return dataclasses.replace(
@@ -199,6 +201,70 @@ class Solver:
             null_deviance=2 * of_null if intercept else None,
             log_likelihood=log_likelihood,
         ), loss
+
+    def _with_covariance(self, fit: Fit, config: Config, family: Family | None = None) -> Fit:
+        """The fit with the covariance of its parameters that the config asks for, which takes another pass."""
+        kind, counts = config.covariance_type, config.kind_of_weights == "frequency"
+        if kind == "classic":
+            return fit
+
+        def scores(rows: Rows) -> np.ndarray:
+            x, y, weight = (rows[name].astype(np.float64) for name in ("x", "y", "weight"))
+            prediction = x @ fit.w + fit.b
+            directions, slope, information = fit.directions(x), y - prediction, np.ones_like(y)
+            if family is not None:
+                slope, information = family.score(prediction, y), family.information(prediction)
+            sums = sandwich.products(kind, directions, slope, information, weight, counts)
+            if family is None or family.curvature is None:
+                return sums
+            curvature = directions.T @ (weight[:, None] * family.curvature(prediction, y) * directions)
+            return np.concatenate([sums, curvature.ravel()])
+
+        size, targets = len(fit.along), fit.w.shape[1]
+        is_canonical = family is None or family.curvature is None
+        sums = self._reduced((targets + (not is_canonical)) * size**2, scores).reshape(-1, size, size)
+        products = sums[:targets]
+        if not is_canonical:  # the information that was observed, in place of that expected
+            inverse = np.linalg.inv(sums[targets])
+            products = inverse @ products @ inverse
+        products = products * sandwich.correction(kind, fit.triangle.rows, fit.degrees_of_freedom)
+        return dataclasses.replace(fit, sandwich=Sandwich(kind, products, fit.degrees_of_freedom))
+
+    def _alpha(self, config: Config) -> float:
+        """The most likely alpha of a negative binomial model, in turns with its coefficients (Lawless 1987).
+
+        Raises:
+          InputError: when there are several targets, or counts vary no more than those of Poisson.
+        """
+        if self._targets > 1:
+            raise InputError(
+                f"{spell('loss', config.loss)}: several targets may differ in alpha; give one target, or "
+                f"{spell('negative_binomial_alpha')}"
+            )
+        alpha = 1.0
+        for _ in range(_MOST_ALPHAS):
+            family = family_of(dataclasses.replace(config, negative_binomial_alpha=alpha))
+            fit, _ = self.newton(family, config.l2, config.intercept)
+            before = alpha
+            for _ in range(_MOST_ALPHAS):
+
+                def slopes(rows: Rows, fit: Fit = fit, alpha: float = alpha) -> np.ndarray:
+                    x, y, weight = (rows[name].astype(np.float64) for name in ("x", "y", "weight"))
+                    return np.asarray(weight @ slopes_of_shape(x @ fit.w + fit.b, y, alpha))
+
+                slope, curvature = self._reduced(2, slopes)
+                step = slope / -curvature if curvature < 0 else np.sign(slope)
+                alpha *= float(np.exp(-np.clip(step, -1, 1)))
+                if alpha < _LEAST_ALPHA:
+                    raise InputError(
+                        f"{spell('loss', config.loss)}: the targets vary no more than Poisson counts of the same "
+                        f"means; use {spell('loss', 'poisson')}"
+                    )
+                if abs(step) < _ALPHA_AT_REST:
+                    break
+            if abs(np.log(alpha / before)) < _ALPHA_AT_REST:
+                break
+        return alpha
 
     def softmax(self, num_classes: int, l2: float = Config.l2) -> Solution:
         """The W [d, C] and b [C] of least mean cross-entropy of the labels + l2 / 2 sum w^2, by Newton's method.
@@ -301,61 +367,3 @@ class Solver:
         size = others + columns**2 + columns + 1
         sums = self._reduced(size, decomposed, add)
         return unpacked(sums[others:]), sums[:others]
-
-    def _reduced(
-        self,
-        size: int,
-        of: Callable[[Rows], np.ndarray],
-        add: Callable[[np.ndarray, np.ndarray], np.ndarray] = np.add,
-        rows_at_once: int | None = None,
-    ) -> np.ndarray:
-        """[size] float64: what `of` gives for blocks of rows, combined by `add` over all rows in a fixed order.
-
-        Args:
-          rows_at_once: the rows of a block; by default so many that combining two results costs no more than one.
-        """
-        self.passes += 1
-        found = dict[int, np.ndarray]()  # by the number of the shard; of one without rows nothing
-        columns = 1 + self._inputs + self._targets
-        at_once = rows_at_once or max(256, 2 * columns, _DECOMPOSED_VALUES // columns)
-        held = self._own.size if jax.process_count() == 1 else 3 * self._sampler.num_shards
-        blocks = _THREADS * _COPIES * at_once * columns
-        needed, available = 8 * (size * (held + _THREADS + _COPIES) + blocks), host_bytes()
-        if needed > available:
-            raise InputError(
-                f"an exact solution for {self._inputs:,} features needs {needed / 1e9:,.1f} GB of memory, and this "
-                f"machine has {available / 1e9:,.1f}; use {spell('solver', 'sgd')}, or fewer features"
-            )
-        waiting = collections.deque[tuple[int, concurrent.futures.Future[np.ndarray]]]()
-
-        def finish() -> None:
-            shard, part = waiting.popleft()
-            found[shard] = add(found[shard], part.result()) if shard in found else part.result()
-            self._heartbeat()
-
-        with presence.at_work("solving"), concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
-            for shard in self._own.ravel().tolist():
-                start, rows = (int(at(shard)) for at in (self._sampler.shard_start, self._sampler.shard_size))
-                for first in range(start, start + rows, at_once):
-                    block = self._source[np.arange(first, min(first + at_once, start + rows))]
-                    counted = block["weight"] > 0  # the values of other rows may be anything
-                    if not counted.all():
-                        block = {name: column[counted] for name, column in block.items()}
-                    waiting.append((shard, pool.submit(of, block)))
-                    if len(waiting) > _THREADS:
-                        finish()
-            while waiting:
-                finish()
-        processes.allgather_text(heartbeat=self._heartbeat)  # before a collective, which times out while others work
-        used = range(min(self._sampler.num_shards, len(self._source)))  # those with rows
-        every = found if jax.process_count() == 1 else self._from_all_processes(found, size)
-        whole: np.ndarray = tree_sum([every[shard] for shard in used], add)
-        return whole
-
-    def _from_all_processes(self, found: Mapping[int, np.ndarray], size: int) -> np.ndarray:
-        """[shards, size] float64 of all processes."""
-        own = np.array([found.get(shard, np.full(size, np.nan)) for shard in self._own.ravel().tolist()])
-        presence.begin_call()
-        with watchdog.watched():  # as words: JAX would make float32 of the values
-            words = multihost_utils.process_allgather(own.view(np.uint32), tiled=True)
-        return np.ascontiguousarray(words).view(np.float64)

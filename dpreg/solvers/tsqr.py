@@ -12,9 +12,9 @@ import scipy  # its modules are slow to import: scipy imports each when it is fi
 
 from dpreg.config import Config
 from dpreg.errors import InputError
+from dpreg.solvers.fit import WIDE, Fit, Inverse
 
 _EPSILON = float(np.finfo(np.float64).eps)
-_WIDE = 256  # for more columns a QR decomposition with pivoting is slow, and used only if x'x is ill-conditioned
 _WELL_CONDITIONED = 1e-4  # the least reciprocal condition number of x'x for which no pivoting is needed
 _FAR = 8.0  # a column is centred if its mean is more than this many mean absolute deviations from 0
 
@@ -28,7 +28,7 @@ class RFactor:
       origin: [d + t] near the means of columns of x and y that are far from 0 for how little they vary, else 0: such
         columns keep their digits.
       num_inputs: d.
-      rows: those with a weight; weight: the sum of all weights.
+      rows: those with a weight, or where weights are counts, their sum; weight: the sum of all weights.
       epsilon: of the values of x, the share of one that rounding it may have changed.
       lengths: [d] of the columns of x, before they were about another mean; None: as they are.
     """
@@ -36,7 +36,7 @@ class RFactor:
     r: np.ndarray
     origin: np.ndarray
     num_inputs: int
-    rows: int
+    rows: float
     weight: float
     epsilon: float = _EPSILON
     lengths: np.ndarray | None = None
@@ -145,7 +145,7 @@ class RFactor:
         rounding: np.ndarray = np.maximum(of_values, max(10, len(self.r)) * _EPSILON * decomposed)
         return rounding
 
-    def solve(self, l2: float = Config.l2, intercept: bool = Config.intercept) -> "Fit":
+    def solve(self, l2: float = Config.l2, intercept: bool = Config.intercept) -> Fit:
         """The least mean squared loss + l2 / 2 sum w^2, with a free b, or with b = 0.
 
         A column that is, to rounding, a combination of those that matter more, or constant, gets the weight 0.
@@ -162,7 +162,7 @@ class RFactor:
         rounding = self.rounding(intercept)
         kept = np.flatnonzero(spread > rounding)
         if (
-            len(kept) > _WIDE
+            len(kept) > WIDE
             and (root := _root_of_inverse(x[:, kept] / spread[kept], l2 * self.weight / spread[kept] ** 2)) is not None
         ):
             root /= spread[kept, None]
@@ -186,9 +186,9 @@ class RFactor:
         root = scipy.linalg.solve_triangular(r, np.eye(len(kept))) / spread[kept, None]
         return self._fit(w, kept, root, l2, intercept)
 
-    def _fit(self, w: np.ndarray, kept: np.ndarray, root: np.ndarray, l2: float, intercept: bool) -> "Fit":
+    def _fit(self, w: np.ndarray, kept: np.ndarray, root: np.ndarray, l2: float, intercept: bool) -> Fit:
         b = self.intercept(w) if intercept else np.zeros(w.shape[1])
-        return Fit(self, w, b, tuple(sorted(int(column) for column in kept)), l2, intercept, _Inverse(kept, root))
+        return Fit(self, w, b, tuple(sorted(int(column) for column in kept)), l2, intercept, Inverse(kept, root))
 
 
 def _root_of_inverse(x: np.ndarray, ridge: np.ndarray) -> np.ndarray | None:
@@ -209,181 +209,3 @@ def _root_of_inverse(x: np.ndarray, ridge: np.ndarray) -> np.ndarray | None:
 
 def _upper(rows: np.ndarray) -> np.ndarray:
     return np.asarray(np.linalg.qr(rows, "r"))
-
-
-@dataclasses.dataclass(frozen=True)
-class _Inverse:
-    """A matrix whose product with its transpose is the inverse of x'x, for the columns `kept`, in that order.
-
-    The columns are centred if there is an intercept.
-    """
-
-    kept: np.ndarray
-    root: np.ndarray
-
-
-@dataclasses.dataclass(frozen=True)
-class Fit:
-    """An exact linear fit.
-
-    Attributes:
-      triangle: of the rows.
-      w, b: [d, t] and [t] float64.
-      kept: the columns of x that the fit uses; the others are combinations of them, or constant, and have weight 0.
-      l2: the penalty.
-      intercept: whether b was free; else it is 0.
-      dispersion: the variance of a row of weight 1; None if it is that of the residuals.
-      known_variance: whether the dispersion is known; else it is estimated.
-      deviance, null_deviance, log_likelihood: of a generalised linear model, see `dpreg.solvers.inference.Summary`.
-    """
-
-    triangle: RFactor
-    w: np.ndarray
-    b: np.ndarray
-    kept: tuple[int, ...]
-    l2: float
-    intercept: bool
-    inverse: _Inverse
-    dispersion: float | None = None
-    known_variance: bool = False
-    deviance: float | None = None
-    null_deviance: float | None = None
-    log_likelihood: float | None = None
-
-    def refined(self, of_w: np.ndarray, of_b: np.ndarray) -> "Fit":
-        """The fit after one step of iterative refinement, which corrects most of the rounding errors.
-
-        Args:
-          of_w: [d, t] the sum over rows of weight (x - `means`) (y - x w - b), in more digits than the fit has.
-          of_b: [t] that of weight (y - x w - b).
-        """
-        gradient = of_w - self.l2 * self.triangle.weight * self.w
-        kept, root = self.inverse.kept, self.inverse.root
-        step = np.zeros_like(self.w)
-        step[kept] = root @ (root.T @ gradient[kept])
-        more = of_b / self.triangle.weight * self.intercept - self.means @ step
-        return dataclasses.replace(self, w=self.w + step, b=self.b + more)
-
-    def in_units(self, mean: np.ndarray, scale: np.ndarray) -> "Fit":
-        """The fit of the columns of x and y times `scale` plus `mean`, both [d + t]; the penalty is not rescaled."""
-        d = len(self.w)
-        w = self.w / scale[:d, None] * scale[d:]
-        inverse = _Inverse(self.inverse.kept, self.inverse.root / scale[self.inverse.kept, None])
-        triangle = self.triangle.in_units(mean, scale)
-        if self.intercept:  # without adding to b, which may be large
-            b = triangle.intercept(w) + (self.b - self.triangle.intercept(self.w)) * scale[d:]
-        else:
-            b = self.b * scale[d:] + mean[d:] - mean[:d] @ w
-        return dataclasses.replace(self, triangle=triangle, w=w, b=b, inverse=inverse)
-
-    @property
-    def means(self) -> np.ndarray:
-        """The means of the columns of x, [d]; zeros without an intercept."""
-        return self.triangle.means[: len(self.w)] * self.intercept
-
-    @property
-    def loss(self) -> float:
-        """The mean squared loss, without the penalty."""
-        return self.triangle.loss(self.w, self.b)
-
-    def shortest(self) -> tuple[np.ndarray, np.ndarray]:
-        """The w [d, t] of least norm with the same predictions, and its b [t]: equal columns share their weight."""
-        w = self.w if self.l2 else self.shared(self.w)
-        return w, self.b + self.means @ (self.w - w)
-
-    def shared(self, w: np.ndarray) -> np.ndarray:
-        """The weights [d, p] of the least norm, in the units of the columns, that predict what w [d, p] does.
-
-        Args:
-          w: 0 but for the columns `kept`.
-        """
-        x, kept = self.triangle.below(self.intercept)[:, 1 : 1 + len(w)], list(self.kept)
-        spread, rounding = np.sqrt(np.square(x).sum(axis=0)), self.triangle.rounding(self.intercept)
-        others = np.setdiff1d(np.flatnonzero(spread > rounding), kept)
-        if not len(others):
-            return w
-        # The other columns as combinations of those kept, all of length 1; coefficients within rounding become 0.
-        q, r = np.linalg.qr(x[:, kept] / spread[kept])
-        inverse = scipy.linalg.solve_triangular(r, np.eye(len(kept)))
-        combined = inverse @ (q.T @ (x[:, others] / spread[others]))
-        uncertain = np.sqrt(np.square(inverse).sum(axis=1))[:, None] * (rounding[others] / spread[others])
-        combined[np.abs(combined) <= uncertain] = 0
-        combined *= spread[others] / spread[kept][:, None]
-        # If the others have weights v, those kept have w - combined v. Minimise the norm of both.
-        q, r = np.linalg.qr(np.concatenate([combined, np.eye(len(others))]))
-        shared = np.zeros_like(w)
-        shared[others] = scipy.linalg.solve_triangular(r, q[: len(kept)].T @ w[kept])
-        shared[kept] = w[kept] - combined @ shared[others]
-        # If columns have very different lengths, the terms of the least norm may be so large that they cancel.
-        changed, size = (np.sqrt(np.square(x @ of).sum(axis=0)) for of in (shared - w, w))
-        return np.where(changed <= np.sqrt(_EPSILON) * size, shared, w)
-
-    @property
-    def degrees_of_freedom(self) -> int:
-        """Rows less parameters."""
-        return self.triangle.rows - len(self.kept) - self.intercept
-
-    @property
-    def residual_deviation(self) -> np.ndarray:
-        """The root of the dispersion, [t]; by default sqrt(sum of squared residuals / degrees of freedom)."""
-        if self.dispersion is not None:
-            return np.full(self.b.shape, np.sqrt(self.dispersion))
-        return np.sqrt(self.triangle.squares(self.w, self.b) / max(self.degrees_of_freedom, 1))
-
-    @property
-    def total_squares(self) -> np.ndarray:
-        """The sums of weighted squares of the targets, around their means if there is an intercept, [t]."""
-        targets = self.triangle.below(self.intercept)[:, 1 + self.triangle.num_inputs :]
-        return np.asarray(np.square(targets).sum(axis=0))
-
-    @property
-    def r2(self) -> np.ndarray:
-        """The explained share of `total_squares`, [t]; NaN where that is 0."""
-        explained: np.ndarray = 1 - self.triangle.squares(self.w, self.b) / np.where(
-            self.total_squares > 0, self.total_squares, np.nan
-        )
-        return explained
-
-    @property
-    def standard_errors(self) -> tuple[np.ndarray, np.ndarray]:
-        """The standard errors of w [d, t] and b [t], for errors of one variance.
-
-        NaN for what is not fitted, with a penalty, and where no degrees of freedom are left.
-        """
-        w = np.full(self.w.shape, np.nan)
-        if self.l2 or (self.degrees_of_freedom < 1 and not self.known_variance):
-            return w, np.full(self.b.shape, np.nan)
-        deviation, kept, root = self.residual_deviation, self.inverse.kept, self.inverse.root
-        w[kept] = np.sqrt(np.square(root).sum(axis=1))[:, None] * deviation
-        if not self.intercept:
-            return w, np.full(self.b.shape, np.nan)
-        # b is the mean of y less the means of x times w.
-        of_b = np.sqrt(1 / self.triangle.r[0, 0] ** 2 + np.square(self.means[kept] @ root).sum())
-        return w, of_b * deviation
-
-    @property
-    def p_values(self) -> tuple[np.ndarray, np.ndarray]:
-        """The p-values of w [d, t] and b [t] for the hypothesis that they are 0; NaN where the standard error is."""
-
-        def p(estimate: np.ndarray, error: np.ndarray) -> np.ndarray:
-            with np.errstate(divide="ignore", invalid="ignore"):
-                t = -np.abs(estimate) / error
-            if self.known_variance:
-                return np.asarray(2 * scipy.special.ndtr(t))
-            return np.asarray(2 * scipy.special.stdtr(max(self.degrees_of_freedom, 1), t))
-
-        of_w, of_b = self.standard_errors
-        return p(self.w, of_w), p(self.b, of_b)
-
-    @property
-    def condition_number(self) -> float:
-        """The condition number of the columns used, centred (with an intercept) and scaled to one length."""
-        x = self.triangle.below(self.intercept)[:, 1 : 1 + self.triangle.num_inputs][:, self.inverse.kept]
-        if not self.kept:
-            return 1.0
-        length = np.sqrt(np.square(x).sum(axis=0))
-        if len(self.kept) <= _WIDE or self.l2:
-            return float(np.linalg.cond(x / length))
-        both = x / length, self.inverse.root * length[:, None]
-        norms = (scipy.sparse.linalg.svds(a, 1, v0=np.ones(a.shape[1]), return_singular_vectors=False) for a in both)
-        return float(np.prod([*norms]))

@@ -234,7 +234,7 @@ def _apply_inverse_link(z: np.ndarray, loss: str) -> np.ndarray:
         mean = z.argmax(axis=1, keepdims=True).astype(np.float64)
     elif loss == "logistic":
         mean = 1 / (1 + np.exp(-z))
-    elif loss in ("poisson", "gamma"):
+    elif loss in ("poisson", "gamma", "tweedie", "negative_binomial"):
         mean = np.exp(z)
     return mean
 

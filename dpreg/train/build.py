@@ -135,6 +135,8 @@ def identity_of(config: Config, data: RegressionData) -> dict[str, Any]:
     identity = config.identity() | {"data": data.fingerprint(), "order": ORDER}
     if config.solver == "exact" and config.loss in SEPARABLE_LOSSES:
         identity["l2"] = "as solved"  # such a solution is not continued, and may get a penalty of its own
+    if config.solver == "exact" and config.loss == "negative_binomial":
+        identity["negative_binomial_alpha"] = "as solved"
     return identity
 
 
@@ -151,7 +153,14 @@ def objective_and_optimizer(config: Config, num_steps: int = 1) -> dict[str, Any
     steady = config.lr_schedule == "constant" and not config.warmup_steps
     schedule = config.lr if steady else make_schedule(config.lr_schedule, config.lr, num_steps, config.warmup_steps)
     return {
-        "objective": make_loss(config.loss, config.huber_delta, config.quantile, config.num_classes),
+        "objective": make_loss(
+            config.loss,
+            config.huber_delta,
+            config.quantile,
+            config.num_classes,
+            config.tweedie_power,
+            config.negative_binomial_alpha,
+        ),
         "optimizer": make_optimizer(config.optimizer, schedule, config.l1, config.l2),
     }
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from dpreg.config import Config
-from dpreg.config.model import LOCATED_LOSSES, MODELS
+from dpreg.config.model import LOCATED_LOSSES, LOG_LINK_LOSSES, MODELS
 from dpreg.data.sources import RegressionData
 from dpreg.spelling import spell
 from dpreg.tables.ingest import Progress
@@ -148,12 +148,15 @@ def _rate_of_linear_model(config: Config, data: RegressionData, batch: int) -> f
         return rate * max(1.0, deviation / config.huber_delta)
     if config.loss in ("absolute", "quantile"):  # whose gradients have one length
         return rate * (deviation or 1.0)
+    mean, alpha = max(float((weight @ y).mean()), 0.1), config.negative_binomial_alpha or 1.0
     curvature = {
         "squared": 1.0,
         "logistic": 0.25,
         "softmax": 0.5,
         "gamma": 4.0,
-        "poisson": 4 * max(float((weight @ y).mean()), 0.1),
+        "poisson": 4 * mean,
+        "tweedie": 4 * mean ** (2 - config.tweedie_power),
+        "negative_binomial": 4 * mean / (1 + alpha * mean),
     }
     return rate / curvature[config.loss]
 
@@ -183,8 +186,9 @@ def _constant_fit(config: Config, data: RegressionData) -> tuple[float, ...] | N
     if config.loss == "logistic":
         mean = np.clip(mean, least, 1 - least)
         return tuple(np.log(mean / (1 - mean)).tolist())
-    if config.loss in ("poisson", "gamma"):
-        mean = np.log(np.maximum(mean, least if config.loss == "poisson" else np.finfo(np.float32).tiny))
+    if config.loss in LOG_LINK_LOSSES:
+        of_counts = config.loss in ("poisson", "negative_binomial")
+        mean = np.log(np.maximum(mean, least if of_counts else np.finfo(np.float32).tiny))
     return tuple(mean.tolist())
 
 

@@ -1,0 +1,193 @@
+"""Standard errors, dispersions and likelihoods of exact solutions, compared with statsmodels and with NumPy."""
+
+import jax
+import numpy as np
+import pytest
+import statsmodels.api as sm
+from jax.sharding import Mesh
+
+import dpreg
+from dpreg.config import Config
+from dpreg.solvers.inference import summarize_fit
+from dpreg.solvers.solver import Solver
+
+LOG = sm.families.links.Log()
+FAMILIES = {
+    "poisson": sm.families.Poisson(),
+    "logistic": sm.families.Binomial(),
+    "gamma": sm.families.Gamma(LOG),
+    "tweedie": sm.families.Tweedie(LOG, 1.4),
+    "negative_binomial": sm.families.NegativeBinomial(LOG, 0.7),
+}
+SETTINGS = {"tweedie": {"tweedie_power": 1.4}, "negative_binomial": {"negative_binomial_alpha": 0.7}}
+
+
+@pytest.fixture(scope="module")
+def rows():
+    """Returns x, integer weights with zeros, and a target for each loss, of 503 rows."""
+    rng, n = np.random.default_rng(0), 503
+    x = rng.normal(size=(n, 3)) * [1, 1, 20] + [0, 2, -100]
+    x[:, 1] += x[:, 0] / 2
+    z = (x - [0, 2, -100]) @ [0.3, -0.4, 0.01] + 0.7
+    mean = np.exp(z)
+    y = {
+        "squared": z + rng.normal(size=n) * (0.3 + abs(x[:, 0])),
+        "poisson": rng.poisson(mean),
+        "logistic": rng.random(n) < 1 / (1 + np.exp(-z)),
+        "gamma": rng.gamma(2, mean / 2),
+        "tweedie": [rng.gamma(2, m / 2, k).sum() for k, m in zip(rng.poisson(1.0, n), mean, strict=True)],
+        "negative_binomial": rng.negative_binomial(2, 2 / (2 + mean)),
+    }
+    return x, rng.integers(0, 4, n).astype(np.float64), {name: np.asarray(v, np.float64) for name, v in y.items()}
+
+
+def solve(loss, x, y, weight=None, devices=1, **settings):
+    source = dpreg.ArraySource(x, y, weight, np.float64)
+    solver = Solver(source, Mesh(np.array(jax.devices()[:devices]), ("data",)), 8)
+    config = Config(solver="exact", loss=loss, precision="float64", **SETTINGS.get(loss, {}), **settings)
+    weights = None if weight is None else config.kind_of_weights
+    return summarize_fit(solver.solve(config).fit, "abc", weights=weights)
+
+
+def compare(found, theirs, rtol=1e-6):
+    np.testing.assert_allclose([c.estimate for c in found.coefficients], theirs.params, rtol)
+    np.testing.assert_allclose(found.covariance, theirs.cov_params(), rtol, atol=1e-12)
+    np.testing.assert_allclose([c.statistic for c in found.coefficients], theirs.tvalues, rtol)
+    np.testing.assert_allclose([c.p for c in found.coefficients], theirs.pvalues, rtol * 10, atol=1e-300)
+    np.testing.assert_allclose(found.conf_int(), theirs.conf_int(), rtol)
+
+
+@pytest.mark.parametrize("kind", ["HC0", "HC1", "HC2", "HC3"])
+def test_robust_covariances_of_least_squares_are_those_of_statsmodels(rows, kind):
+    x, weight, targets = rows
+    y, a, some = targets["squared"], sm.add_constant(x), weight > 0
+    compare(solve("squared", x, y, covariance=kind), sm.OLS(y, a).fit(cov_type=kind, use_t=True))
+    theirs = sm.WLS(y[some], a[some], weight[some]).fit(cov_type=kind, use_t=True)
+    compare(solve("squared", x, y, weight, covariance=kind), theirs)
+    repeated = np.repeat(np.arange(len(y)), weight.astype(int))
+    theirs = sm.OLS(y[repeated], a[repeated]).fit(cov_type=kind, use_t=True)
+    found = solve("squared", x, y, weight, covariance=kind, weights="frequency")
+    compare(found, theirs)
+    assert (found.rows, found.degrees_of_freedom) == (theirs.nobs, theirs.df_resid)
+    assert (found.log_likelihood, found.aic, found.bic) == pytest.approx((theirs.llf, theirs.aic, theirs.bic))
+    assert f"covariance {kind}" in str(found)
+    without = solve("squared", x, y, covariance=kind, intercept=False, standardize=False)
+    compare(without, sm.OLS(y, x).fit(cov_type=kind, use_t=True))
+
+
+@pytest.mark.parametrize("loss", FAMILIES)
+def test_covariances_of_generalised_linear_models_are_those_of_statsmodels(rows, loss):
+    x, weight, targets = rows
+    y, a, some = targets[loss], sm.add_constant(x), weight > 0
+    for kind in ("classic", "HC0"):
+        found = solve(loss, x, y, covariance=kind)
+        theirs = sm.GLM(y, a, FAMILIES[loss]).fit(cov_type="nonrobust" if kind == "classic" else kind, tol=1e-14)
+        compare(found, theirs, 2e-6) if found.test == "z" else None
+        np.testing.assert_allclose(found.covariance, theirs.cov_params(), 1e-6, atol=1e-10)
+        np.testing.assert_allclose([c.estimate for c in found.coefficients], theirs.params, 1e-6)
+        assert found.dispersion == pytest.approx(theirs.scale, rel=1e-6)
+        assert (found.deviance, found.null_deviance) == pytest.approx((theirs.deviance, theirs.null_deviance))
+        assert found.log_likelihood == pytest.approx(theirs.llf, rel=1e-7)
+    larger = solve(loss, x, y, covariance="HC1")
+    np.testing.assert_allclose(larger.covariance, found.covariance * 503 / 499, rtol=1e-12)
+    found = solve(loss, x, y, weight, weights="frequency", covariance="HC0")
+    theirs = sm.GLM(y[some], a[some], FAMILIES[loss], freq_weights=weight[some]).fit(tol=1e-14)
+    np.testing.assert_allclose([c.estimate for c in found.coefficients], theirs.params, 1e-6)
+    assert (found.rows, found.degrees_of_freedom) == (weight.sum(), weight.sum() - 4)
+    assert (found.dispersion, found.log_likelihood) == pytest.approx((theirs.scale, theirs.llf), rel=1e-6)
+    repeated = np.repeat(np.arange(len(y)), weight.astype(int))
+    theirs = sm.GLM(y[repeated], a[repeated], FAMILIES[loss]).fit(cov_type="HC0", tol=1e-14)
+    np.testing.assert_allclose(found.covariance, theirs.cov_params(), 1e-6, atol=1e-10)
+
+
+@pytest.mark.parametrize("loss", ["gamma", "tweedie"])
+def test_weights_of_precision_divide_the_dispersion_of_a_row(rows, loss):
+    x, weight, targets = rows
+    y, a, some = targets[loss], sm.add_constant(x), weight > 0
+    found = solve(loss, x, y, weight)
+    theirs = sm.GLM(y[some], a[some], FAMILIES[loss], var_weights=weight[some]).fit(tol=1e-14)
+    np.testing.assert_allclose(found.covariance, theirs.cov_params(), 1e-6, atol=1e-10)
+    assert (found.rows, found.degrees_of_freedom) == (some.sum(), theirs.df_resid)
+    assert found.dispersion == pytest.approx(theirs.scale, rel=1e-6)
+    if loss == "gamma":  # statsmodels has no likelihood of Tweedie's distribution with such weights.
+        assert found.log_likelihood == pytest.approx(theirs.llf, rel=1e-7)
+
+
+@pytest.mark.parametrize("kind", ["HC2", "HC3"])
+@pytest.mark.parametrize("loss", ["poisson", "gamma"])
+def test_leverages_of_generalised_linear_models_correct_their_residuals(rows, loss, kind):
+    x, _, targets = rows
+    y, a = targets[loss], sm.add_constant(x)
+    mean = np.exp(a @ sm.GLM(y, a, FAMILIES[loss]).fit(tol=1e-14).params)
+    information, score = (mean, y - mean) if loss == "poisson" else (np.ones_like(y), y / mean - 1)
+    expected = np.linalg.inv(a.T @ (information[:, None] * a))
+    leverage = information * np.einsum("ij,jk,ik->i", a, expected, a)
+    curvature = np.linalg.inv(a.T @ ((mean if loss == "poisson" else y / mean)[:, None] * a))
+    squares = score**2 / (1 - leverage) ** (1 if kind == "HC2" else 2)
+    np.testing.assert_allclose(
+        solve(loss, x, y, covariance=kind).covariance, curvature @ (a.T @ (squares[:, None] * a)) @ curvature, 1e-6
+    )
+
+
+def test_weights_of_importance_have_robust_errors_by_default(rows):
+    x, weight, targets = rows
+    y, a, some = targets["squared"], sm.add_constant(x), weight > 0
+    found = solve("squared", x, y, weight, weights="importance")
+    compare(found, sm.WLS(y[some], a[some], weight[some]).fit(cov_type="HC1", use_t=True))
+    assert (found.covariance_type, found.weights, found.log_likelihood) == ("HC1", "importance", None)
+
+
+def test_a_row_that_is_fitted_by_its_own_column_leaves_the_leverage_correction_undefined(rows):
+    x, _, targets = rows
+    x = np.concatenate([x[:, :2], np.eye(len(x))[:, :1]], axis=1)
+    assert np.isnan(solve("squared", x, targets["squared"], covariance="HC3").coefficients[0].std_error)
+    assert solve("squared", x, targets["squared"], covariance="HC1").coefficients[0].std_error > 0
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_the_most_likely_alpha_of_a_negative_binomial_model_is_found(rows, weighted):
+    x, weight, targets = rows
+    y, weight = targets["negative_binomial"], weight if weighted else np.ones(503)
+    source = dpreg.ArraySource(x, y, weight, np.float64)
+    config = Config(solver="exact", loss="negative_binomial", precision="float64")
+    found = [Solver(source, Mesh(np.array(jax.devices()[:d]), ("data",)), 8).solve(config) for d in (1, 8)]
+    assert found[0].alpha == found[1].alpha
+    np.testing.assert_array_equal(found[0].w, found[1].w)
+    repeated = np.repeat(np.arange(len(y)), weight.astype(int))
+    a = sm.add_constant((x - [0, 2, -100]) / [1, 1, 20])
+    theirs = sm.NegativeBinomial(y[repeated], a[repeated]).fit(disp=0, method="newton", maxiter=100, start_params=None)
+    assert found[0].alpha == pytest.approx(theirs.params[-1], rel=1e-6)
+    np.testing.assert_allclose(found[0].w[:, 0] * [1, 1, 20], theirs.params[1:-1], rtol=1e-6)
+    assert found[0].fit.log_likelihood == pytest.approx(theirs.llf, rel=1e-9)
+    same = dpreg.ArraySource(np.zeros((400, 1)), np.tile([0.0, 1.0, 2.0, 3.0], 100), dtype=np.float64)
+    with pytest.raises(dpreg.InputError, match="vary no more than Poisson counts"):
+        Solver(same, Mesh(np.array(jax.devices()[:1]), ("data",)), 8).solve(config)
+
+
+@pytest.mark.parametrize("kind", ["HC0", "HC3"])
+@pytest.mark.parametrize("loss", ["squared", *FAMILIES])
+def test_robust_covariances_have_the_same_bits_on_any_number_of_devices(rows, loss, kind):
+    x, weight, targets = rows
+    one, three, eight = (solve(loss, x, targets[loss], weight, d, covariance=kind) for d in (1, 3, 8))
+    np.testing.assert_array_equal(one.covariance, three.covariance)
+    np.testing.assert_array_equal(one.covariance, eight.covariance)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"covariance": "HC1", "l2": 0.1}, "unknown with l2=0.1; leave one out"),
+        ({"covariance": "HC1", "loss": "huber"}, "only to the standard errors of solver='exact' of loss='squared'"),
+        ({"covariance": "HC1", "solver": "sgd"}, "only to the standard errors of solver='exact'"),
+        ({"weights": "frequency", "model": "mlp"}, "only to the standard errors of solver='exact'"),
+        (
+            {"weights": "importance", "covariance": "classic"},
+            "does not hold for weights='importance'; use covariance",
+        ),
+        ({"loss": "negative_binomial", "solver": "sgd"}, "steps do not estimate alpha; give negative_binomial_alpha"),
+        ({"loss": "tweedie", "tweedie_power": 2.0}, "use a value under 2"),
+    ],
+)
+def test_what_has_no_such_errors_is_refused(settings, message):
+    with pytest.raises(dpreg.InputError, match=message):
+        Config(**settings)
