@@ -164,6 +164,32 @@ def test_the_most_likely_alpha_of_a_negative_binomial_model_is_found(rows, weigh
         Solver(same, Mesh(np.array(jax.devices()[:1]), ("data",)), 8).solve(config)
 
 
+@pytest.mark.parametrize("loss", ["squared", *FAMILIES])
+def test_an_offset_is_a_part_of_each_prediction_with_a_weight_of_1(rows, loss):
+    x, weight, targets = rows
+    rng, y, some = np.random.default_rng(1), targets[loss], weight > 0
+    offset = rng.normal(size=len(y)) / 2
+    source = dpreg.ArraySource(np.insert(x, 1, offset, axis=1), y, weight, np.float64)
+    config = Config(solver="exact", loss=loss, precision="float64", covariance="HC0", **SETTINGS.get(loss, {}))
+    solutions = [
+        Solver(source, Mesh(np.array(jax.devices()[:d]), ("data",)), 8, offset=1).solve(config) for d in (1, 8)
+    ]
+    np.testing.assert_array_equal(solutions[0].w, solutions[1].w)
+    np.testing.assert_array_equal(solutions[0].fit.covariance(0), solutions[1].fit.covariance(0))
+    assert solutions[0].w[1, 0] == 1
+    a, found = sm.add_constant(x)[some], summarize_fit(solutions[0].fit, "abc", weights=config.kind_of_weights)
+    if loss == "squared":
+        theirs = sm.WLS(y[some] - offset[some], a, weight[some]).fit(cov_type="HC0", use_t=True)
+        compare(found, theirs)
+        return
+    weights = {"freq_weights": weight[some]} if found.weights == "frequency" else {"var_weights": weight[some]}
+    theirs = sm.GLM(y[some], a, FAMILIES[loss], offset=offset[some], **weights).fit(tol=1e-14)
+    np.testing.assert_allclose([c.estimate for c in found.coefficients], theirs.params, 1e-6)
+    # The numerical search of statsmodels for the null model ends at five or six digits.
+    assert found.deviance == pytest.approx(theirs.deviance, rel=1e-9)
+    assert found.null_deviance == pytest.approx(theirs.null_deviance, rel=1e-5)
+
+
 @pytest.mark.parametrize("kind", ["HC0", "HC3"])
 @pytest.mark.parametrize("loss", ["squared", *FAMILIES])
 def test_robust_covariances_have_the_same_bits_on_any_number_of_devices(rows, loss, kind):

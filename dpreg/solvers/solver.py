@@ -20,6 +20,7 @@ from dpreg.solvers.basis import Basis
 from dpreg.solvers.fit import Fit
 from dpreg.solvers.glm import Family, family_of, slopes_of_shape
 from dpreg.solvers.newton import Point, minimum
+from dpreg.solvers.offset import WithOffset, values
 from dpreg.solvers.passes import Passes
 from dpreg.solvers.sandwich import Sandwich
 from dpreg.solvers.tsqr import RFactor
@@ -67,16 +68,31 @@ class Solver(Passes):
 
     Args:
       source, mesh, num_shards, heartbeat: see `Passes`.
+      offset: the number of a column of x whose weight is 1, for squared loss and those of `FAMILIES`; or None. It is no
+        feature of a `Fit`, but one of a `Solution`.
     """
 
-    def __init__(self, source: Source, mesh: Mesh, num_shards: int, heartbeat: Callable[[], None] = lambda: None):
-        super().__init__(source, mesh, num_shards, heartbeat)
+    def __init__(
+        self,
+        source: Source,
+        mesh: Mesh,
+        num_shards: int,
+        heartbeat: Callable[[], None] = lambda: None,
+        offset: int | None = None,
+    ):
+        self._given, self._offset = (source, mesh, num_shards, heartbeat), offset
+        super().__init__(source if offset is None else WithOffset(source, offset), mesh, num_shards, heartbeat)
         self._careful = False  # once sums of products did not hold enough digits
 
     def triangle(self) -> RFactor:
         """The R of all rows: one pass where sums of products hold enough digits of it, else two."""
         with _one_blas_thread():
-            return self._factor(lambda rows: (rows["x"], rows["y"], rows["weight"], np.zeros(0)), self._targets)[0]
+
+            def problem(rows: Rows) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+                y = rows["y"] if self._offset is None else rows["y"].astype(np.float64) - values(rows)[3]
+                return rows["x"], y, rows["weight"], np.zeros(0)
+
+            return self._factor(problem, self._targets)[0]
 
     def solve(self, config: Config) -> Solution:
         """The least mean loss of a linear model, with the loss, the penalty and the intercept of the config.
@@ -89,8 +105,10 @@ class Solver(Passes):
         with _one_blas_thread():
             if config.loss == "negative_binomial" and config.negative_binomial_alpha is None:
                 config = dataclasses.replace(config, negative_binomial_alpha=(alpha := self._alpha(config)))
-                return self._solve(config)._replace(alpha=alpha)
-            return self._solve(config)
+                solution = self._solve(config)._replace(alpha=alpha)
+            else:
+                solution = self._solve(config)
+        return solution if self._offset is None else solution._replace(w=np.insert(solution.w, self._offset, 1, axis=0))
 
     def _solve(self, config: Config) -> Solution:
         loss, l2, counts = config.loss, config.l2, config.kind_of_weights == "frequency"
@@ -124,8 +142,8 @@ class Solver(Passes):
         w, b, means = (values.astype(np.longdouble) for values in (fit.w, fit.b, fit.means))
 
         def gradient(rows: Rows) -> np.ndarray:
-            x, y, weight = (rows[name].astype(np.longdouble) for name in ("x", "y", "weight"))
-            left = (y - x @ w - b) * weight[:, None]
+            x, y, weight, offset = (each.astype(np.longdouble) for each in values(rows))
+            left = (y - offset - x @ w - b) * weight[:, None]
             return np.concatenate([left.sum(axis=0)[None], (x - means).T @ left]).astype(np.float64).ravel()
 
         size = 1 + self._inputs, self._targets
@@ -175,20 +193,22 @@ class Solver(Passes):
 
         start = np.append(first.b, first.w)
         null = family.link(total / weight) if intercept else 0.0
+        if self._offset is not None and intercept and self._inputs:
+            without = Solver(WithOffset(self._given[0], self._offset, features=False), *self._given[1:])
+            null = float(without.newton(family, target=target)[0].b[0])
         theta, (*_, (fit, loss, pearson)) = minimum(evaluated, start, np.append(null, np.zeros_like(first.w)))
         if counts:
             fit = dataclasses.replace(fit, triangle=dataclasses.replace(fit.triangle, rows=weight))
         dispersion = pearson / max(fit.degrees_of_freedom, 1) if family.dispersed else 1.0
 
         def likelihood(rows: Rows) -> np.ndarray:
-            x, y, weight = (rows[name].astype(np.float64) for name in ("x", "y", "weight"))
-            y = y[:, target : target + 1]
-            prediction, of_row = x @ theta[1:, None] + theta[0], weight[:, None]
+            x, y, weight, offset = values(rows, target)
+            prediction, of_row = x @ theta[1:, None] + theta[0] + offset, weight[:, None]
             if counts or not family.dispersed:
                 of_rows = of_row * family.log_likelihood(prediction, y, dispersion or 1.0)
             else:
                 of_rows = family.log_likelihood(prediction, y, (dispersion or 1.0) / of_row)
-            of_null = of_row * family.loss(np.full_like(y, null), y)
+            of_null = of_row * family.loss(null + offset, y)
             return np.asarray(np.concatenate([of_rows, of_null], axis=1).sum(axis=0))
 
         log_likelihood, of_null = self._reduced(2, likelihood)
@@ -209,8 +229,8 @@ class Solver(Passes):
             return fit
 
         def scores(rows: Rows) -> np.ndarray:
-            x, y, weight = (rows[name].astype(np.float64) for name in ("x", "y", "weight"))
-            prediction = x @ fit.w + fit.b
+            x, y, weight, offset = values(rows)
+            prediction = x @ fit.w + fit.b + offset
             directions, slope, information = fit.directions(x), y - prediction, np.ones_like(y)
             if family is not None:
                 slope, information = family.score(prediction, y), family.information(prediction)
@@ -249,8 +269,8 @@ class Solver(Passes):
             for _ in range(_MOST_ALPHAS):
 
                 def slopes(rows: Rows, fit: Fit = fit, alpha: float = alpha) -> np.ndarray:
-                    x, y, weight = (rows[name].astype(np.float64) for name in ("x", "y", "weight"))
-                    return np.asarray(weight @ slopes_of_shape(x @ fit.w + fit.b, y, alpha))
+                    x, y, weight, offset = values(rows)
+                    return np.asarray(weight @ slopes_of_shape(x @ fit.w + fit.b + offset, y, alpha))
 
                 slope, curvature = self._reduced(2, slopes)
                 step = slope / -curvature if curvature < 0 else np.sign(slope)
@@ -330,10 +350,10 @@ class Solver(Passes):
         """The problem of Newton's next step from b and w [1 + d], and the sums of `Family.working`."""
 
         def problem(rows: Rows) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-            x, y, weight = (rows[name].astype(np.float64) for name in ("x", "y", "weight"))
-            y = y[:, target : target + 1]
-            prediction = family.start(y) if theta is None else x @ theta[1:, None] + theta[0]
-            return x, *family.working(y, weight, prediction)
+            x, y, weight, offset = values(rows, target)
+            prediction = family.start(y) if theta is None else x @ theta[1:, None] + theta[0] + offset
+            response, information, sums = family.working(y, weight, prediction)
+            return x, response - offset, information, sums
 
         return self._factor(problem, 1, 4)
 

@@ -149,7 +149,7 @@ def _rate_of_linear_model(config: Config, data: RegressionData, batch: int) -> f
     if config.loss in ("absolute", "quantile"):  # whose gradients have one length
         return rate * (deviation or 1.0)
     mean, alpha = max(float((weight @ y).mean()), 0.1), config.negative_binomial_alpha or 1.0
-    curvature = {
+    curvature: dict[str, float] = {
         "squared": 1.0,
         "logistic": 0.25,
         "softmax": 0.5,

@@ -1,0 +1,40 @@
+"""Rows with an offset: a known part of each prediction, such as the logarithm of an exposure."""
+
+import dataclasses
+
+import numpy as np
+
+from dpreg.data.sources import Rows, Source
+
+
+@dataclasses.dataclass(frozen=True)
+class WithOffset:
+    """Rows in which one column of x is "offset" [n], a part of each prediction that is not fitted.
+
+    Attributes:
+      source: the rows; column: the number of the column.
+      features: whether x has the other columns; else it has none.
+    """
+
+    source: Source
+    column: int
+    features: bool = True
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, indices: np.ndarray) -> Rows:
+        rows = self.source[indices]
+        x = np.delete(rows["x"], self.column, axis=1)
+        return rows | {"x": x if self.features else x[:, :0], "offset": rows["x"][:, self.column]}
+
+    def fingerprint(self) -> str:
+        """That of the source."""
+        return self.source.fingerprint()
+
+
+def values(rows: Rows, target: int | slice = slice(None)) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """(x [n, d], y [n, t], weight [n] and offset [n, 1]) of rows, in float64; y of one target is [n, 1]."""
+    x, y, weight = (rows[name].astype(np.float64) for name in ("x", "y", "weight"))
+    offset = rows["offset"].astype(np.float64) if "offset" in rows else np.zeros(len(x))
+    return x, y[:, target].reshape(len(x), -1), weight, offset[:, None]
