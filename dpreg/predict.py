@@ -76,7 +76,8 @@ def predict(config: Config) -> None:
         else:
             path = pathlib.Path(config.output or "")
             _refuse_input(path, config.dataset, table)
-            _write(PredictionWriter(path if first else None, [t.name for t in schema.targets]), predictor, chunks, read)
+            names = [target.name for target in schema.targets]
+            _write(PredictionWriter(path if first else None, names, predictor.labels), predictor, chunks, read)
             if first:
                 missing = read.rows - read.used
                 without = f"; {missing:,} have none, since values are missing" if missing else ""
@@ -166,7 +167,7 @@ def _write(writer: PredictionWriter, predictor: Predictor, chunks: Iterator[Rows
     """
     failed: InputError | None = None
     with writer:
-        for prediction in predictor.predictions(chunks):
+        for prediction in predictor.probabilities(chunks) if predictor.labels else predictor.predictions(chunks):
             valid = read.valid.popleft()
             try:
                 if failed is None:

@@ -19,13 +19,13 @@ from rich.console import Console
 from dpreg.config import Config
 from dpreg.config.model import SEPARABLE_LOSSES
 from dpreg.data.pipeline import CastSource
-from dpreg.data.schema import Number
+from dpreg.data.schema import Number, Schema
 from dpreg.data.sources import RegressionData
 from dpreg.distributed import devices
 from dpreg.distributed.sync_signal import SyncSignal
 from dpreg.distributed.watchdog import Watchdog
 from dpreg.doctor import agree
-from dpreg.errors import Diverged, InputError, NoOptimumError, Preempted
+from dpreg.errors import Diverged, InputError, NoOptimumError, Preempted, quote_names
 from dpreg.outputs.checkpoint import Checkpoints
 from dpreg.outputs.export import save_model
 from dpreg.outputs.metrics import MetricsWriter, is_start, note_start, read_records, to_json
@@ -45,6 +45,7 @@ from dpreg.solvers.fit import Fit
 from dpreg.solvers.solver import Solver
 from dpreg.spelling import spell
 from dpreg.step.digest import digest_prediction
+from dpreg.tables.standalone import are_codes, label_text
 from dpreg.terminal import printable, show
 from dpreg.train.build import build_model, build_trainer, identity_of, learning_rates
 from dpreg.train.callback import Callback
@@ -108,11 +109,20 @@ def _describe_start(config: Config, trainer: Trainer, data: RegressionData, why_
     )
     if why_solver:
         yield f"solver {config.solver}: {why_solver}{_other_solver(config)}"
+    if data.schema and not are_codes(data.schema.labels):
+        yield _describe_labels(config, data.schema)
     for column in data.schema.inputs if data.schema else ():
         if isinstance(column, Number) and column.constant:
             yield f"column {column.name!r} has one value in the rows to fit, and is not used"
     if trainer.step:
         yield f"going on from step {trainer.step:,}"
+
+
+def _describe_labels(config: Config, schema: Schema) -> str:
+    name, texts = schema.targets[0].name, [*map(label_text, schema.labels)]
+    if config.loss == "softmax":
+        return f"target {name!r}: {len(texts):,} labels, {quote_names(texts)}"
+    return f"target {name!r}: {texts[0]!r} is 0 and {texts[1]!r} is 1, whose probability the model predicts"
 
 
 def _begin_records(
@@ -239,7 +249,10 @@ def _compared(config: Config, trainer: Trainer, data: RegressionData) -> dict[st
     predicted, observed, weight = trainer.predictor().compared(data.val or data.train, COMPARED_ROWS)
     if predicted.shape != observed.shape:  # a loss of the user's own may take other predictions than targets
         return {}
-    return {name: Compared(predicted[:, t], observed[:, t], weight) for t, name in enumerate(target_names(data))}
+    names = target_names(data)
+    if data.schema and not are_codes(data.schema.labels):  # what is compared is the probability of the second label
+        names = (f"{names[0]}={label_text(data.schema.labels[1])}",)
+    return {name: Compared(predicted[:, t], observed[:, t], weight) for t, name in enumerate(names)}
 
 
 def _above(gap: float | None) -> str:

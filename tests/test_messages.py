@@ -181,7 +181,9 @@ WRONG = {
         (*_GOOD, "--target=z"): "{}/good.csv: column 'z' is not there; use one of 'a', 'b', 'y'",
         (*_GOOD, "--dates=y"): "--dates=y is not a feature; leave it out there, or name it in --features",
         (*_GOOD, "--nointercept", "--precision=bfloat16"): "three digits of the features; use --precision=float32",
-        (*_GOOD, "--loss=logistic"): "the target in row 5 is 2 and has to be 0 or 1; correct it, or use another",
+        (*_GOOD, "--loss=logistic"): (
+            "--loss=logistic: column 'y' has 5 labels, '-2', '-1', '0', '1', '2', and is defined for two; use --loss"
+        ),
         (*_GOOD, "--target_transform=log"): "good.csv, row 1: column 'y' is not above 0, and has no logarithm; use",
         (*_GOOD, "--weight_column=y", "--target=b"): "the weight is negative; use 0 or more",
         (

@@ -9,7 +9,7 @@ from absl import flags
 from dpreg.config.devices import DeviceSettings
 from dpreg.config.flags import parse_flags, write_flagfile
 from dpreg.config.inference import InferenceSettings
-from dpreg.config.model import DISPERSED_LOSSES, GLM_LOSSES, LOCATED_LOSSES, ModelSettings
+from dpreg.config.model import DISPERSED_LOSSES, GLM_LOSSES, LABEL_LOSSES, LOCATED_LOSSES, ModelSettings
 from dpreg.config.optimizer import OptimizerSettings
 from dpreg.config.rows import Columns, RowSettings
 from dpreg.config.run import RunSettings
@@ -71,8 +71,12 @@ class Config(RunSettings, DeviceSettings, OptimizerSettings, InferenceSettings, 
             scaled = f"{spell('standardize', True)}, or " if self.intercept else ""
             remedy = f"use {scaled}{spell('precision', 'float32')}"
             self._refuse("precision", f"it keeps only three digits of the features; {remedy}")
-        if self.loss not in LOCATED_LOSSES and self.target_transform != "none":
-            loss = spell("loss", self.loss)
+        loss = spell("loss", self.loss)
+        if self.target_transform == "labels":
+            if self.loss not in LABEL_LOSSES:
+                losses = spell("loss", *LABEL_LOSSES)
+                self._refuse("target_transform", f"{loss} is not defined for labels; use {losses}, or leave this out")
+        elif self.loss not in LOCATED_LOSSES and self.target_transform != "none":
             self._refuse("target_transform", f"{loss} is defined for the target without a transform; leave one out")
 
     def _check_solver(self) -> None:

@@ -11,6 +11,7 @@ LOG_LINK_LOSSES = ("poisson", "gamma", "tweedie", "negative_binomial")
 GLM_LOSSES = ("logistic", *LOG_LINK_LOSSES)  # those of generalised linear models with one prediction a row
 DISPERSED_LOSSES = ("squared", "gamma", "tweedie")  # whose variance has a factor that the mean does not give
 SEPARABLE_LOSSES = ("logistic", "softmax", "poisson")  # without a least value where features tell targets for certain
+LABEL_LOSSES = ("logistic", "softmax")  # of targets that are labels
 LOCATED_LOSSES = ("squared", "huber", "absolute", "quantile")  # of the difference of target and prediction
 LOSSES = (*LOCATED_LOSSES, "logistic", "softmax", *LOG_LINK_LOSSES)
 
@@ -85,7 +86,11 @@ class ModelSettings(Settings):
         gt=0,
     )
     num_classes: int = setting(
-        2, "For the loss softmax: the number of classes; labels are 0 to num_classes - 1.", affects_result=True, min=2
+        2,
+        "For the loss softmax: the number of classes; labels are 0 to num_classes - 1. Default: for tables, the number "
+        "of labels of the target.",
+        affects_result=True,
+        min=2,
     )
 
     def __post_init__(self) -> None:

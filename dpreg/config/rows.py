@@ -7,7 +7,7 @@ from dpreg.errors import InputError, is_one_line
 from dpreg.spelling import spell
 
 MISSING = ("error", "drop", "mean")
-TRANSFORMS = ("none", "log", "standardize")
+TRANSFORMS = ("none", "log", "standardize", "labels")
 
 
 @document
@@ -66,8 +66,10 @@ class Columns(Settings):
     intercept: bool = setting(True, "Whether a linear model has a bias.", affects_result=True)
     target_transform: str = setting(
         "none",
-        "Transform of the target before the fit: none; log, its logarithm; or standardize, to mean 0 and standard "
-        "deviation 1. Default: none; standardize for an mlp whose loss is one of differences.",
+        "Transform of the target before the fit: none; log, its logarithm; standardize, to mean 0 and standard "
+        "deviation 1; or labels, from text, true and false or whole numbers to 0, 1 and so on. Default: none; for "
+        "tables, labels for the losses logistic and softmax, and standardize for an mlp whose loss is one of "
+        "differences.",
         affects_result=True,
         choices=TRANSFORMS,
     )

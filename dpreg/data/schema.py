@@ -11,6 +11,8 @@ from numpy.typing import DTypeLike
 
 from dpreg.errors import InputError
 
+Label = str | int | bool  # of a target, as the table has it
+
 OTHER = "other"
 WEIGHT, ROW, NUMBER = -3, -2, -1  # the last columns of rows as `dpreg.tables.columns.RawReader` reads them
 
@@ -77,11 +79,14 @@ class Schema:
       targets: the columns to predict; the model sees them as (value - mean) / scale, too.
       log_targets: whether the values of targets are logarithms of the table's. `RawReader` takes the logarithms, so
         the `raw` rows of `rows` hold them already; `prediction` returns to the units of the table.
+      labels: the C labels of the only target; the model sees their positions, 0 to C - 1. Empty if the target has no
+        labels.
     """
 
     inputs: tuple[Number | Category, ...]
     targets: tuple[Number, ...]
     log_targets: bool = False
+    labels: tuple[Label, ...] = ()
 
     @functools.cached_property
     def features(self) -> tuple[str, ...]:
@@ -171,6 +176,7 @@ class Schema:
             "inputs": [{"kind": "number" if isinstance(c, Number) else "category", **vars(c)} for c in self.inputs],
             "targets": [{**vars(t)} for t in self.targets],
             "log_targets": self.log_targets,
+            "labels": list(self.labels),
         }
 
     @classmethod
@@ -183,7 +189,8 @@ class Schema:
             return Category(given["name"], tuple(given["values"]), tuple(given["counts"]), given["others"])
 
         targets = tuple(Number(**target) for target in values["targets"])
-        return cls(tuple(map(column, values["inputs"])), targets, values["log_targets"])
+        inputs = tuple(map(column, values["inputs"]))
+        return cls(inputs, targets, values["log_targets"], tuple(values["labels"]))
 
 
 @dataclasses.dataclass(frozen=True)

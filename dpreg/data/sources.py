@@ -274,7 +274,8 @@ class RegressionData:
         return RegressionData(whole, held_out, batch_size)
 
     def fingerprint(self) -> str:
-        """Of the rows, training and validation."""
-        return hashlib.sha256(
-            " ".join(source.fingerprint() for source in (self.train, self.val) if source).encode()
-        ).hexdigest()
+        """Of the rows, training and validation, and of the labels of their target."""
+        parts = [source.fingerprint() for source in (self.train, self.val) if source]
+        if self.schema is not None and self.schema.labels:
+            parts.append(repr(self.schema.labels))
+        return hashlib.sha256(" ".join(parts).encode()).hexdigest()

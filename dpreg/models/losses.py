@@ -8,7 +8,7 @@ that R and scikit-learn report.
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -18,7 +18,8 @@ import optax
 from jax import Array
 
 from dpreg.config import Config
-from dpreg.errors import InputError
+from dpreg.config.model import LABEL_LOSSES
+from dpreg.errors import InputError, quote_names
 from dpreg.spelling import spell
 
 RowLoss = Callable[[Array, Array], Array]
@@ -178,6 +179,20 @@ class Loss:
                 f"{spell('loss', self.name)}: it has one target of labels, and there are {num_targets}; name one"
             )
         return self.num_classes or num_targets
+
+    def check_labels(self, target: str, labels: Sequence[str]) -> None:
+        """Raises InputError unless the loss is defined for these labels of a target."""
+        column = f"column {target!r} has {len(labels)} labels, {quote_names(labels)}"
+        if self.name not in LABEL_LOSSES:
+            raise InputError(f"{column}, which the loss is not defined for; use {spell('loss', *LABEL_LOSSES)}")
+        if not self.num_classes and len(labels) != 2:
+            softmax = spell("loss", "softmax")
+            raise InputError(f"{spell('loss', self.name)}: {column}, and is defined for two; use {softmax}")
+        if self.num_classes and len(labels) != self.num_classes:
+            none = spell("target_transform", "none")
+            raise InputError(
+                f"{spell('num_classes', self.num_classes)}: {column}; leave it out, or use {none} for numbers from 0"
+            )
 
     def refusal(self, row: int, target: Iterable[float], remedy: str | None = None) -> InputError:
         """The error for a target outside the domain, in a row that is numbered from 1."""

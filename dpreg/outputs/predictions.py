@@ -11,9 +11,11 @@ import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet
 
+from dpreg.data.schema import Label
 from dpreg.errors import InputError
 from dpreg.files import publish
 from dpreg.spelling import spell
+from dpreg.tables.standalone import choose_labels, label_text
 
 _WRITERS = {".csv": pyarrow.csv.CSVWriter, ".parquet": pyarrow.parquet.ParquetWriter}
 
@@ -21,19 +23,26 @@ _WRITERS = {".csv": pyarrow.csv.CSVWriter, ".parquet": pyarrow.parquet.ParquetWr
 class PredictionWriter:
     """A context manager that writes the row number, from 1, and the predictions of each row of a table.
 
+    For a target of labels, the prediction is the most probable label, and a column `probability_LABEL` for each label
+    has its probability. No two columns have the same name, since no two labels have the same text.
+
     The file is renamed to its final name when it is complete, and replaces an existing one.
 
     Args:
       path: a file with the ending .csv or .parquet. None writes nothing.
       targets: the names of the predicted columns.
+      labels: the labels of the only target, if it has some.
 
     Raises:
       InputError: when the file cannot be written.
     """
 
-    def __init__(self, path: pathlib.Path | None, targets: Sequence[str]):
-        self._path, self._rows = path, 0
-        self._schema = pa.schema([("row", pa.int64()), *((f"predicted_{target}", pa.float64()) for target in targets)])
+    def __init__(self, path: pathlib.Path | None, targets: Sequence[str], labels: Sequence[Label] = ()):
+        self._path, self._rows, self._labels = path, 0, labels
+        kind = {str: pa.string(), bool: pa.bool_()}.get(type(next(iter(labels), 0.0)), pa.float64())
+        predicted = [(f"predicted_{target}", kind) for target in targets]
+        probable = [(f"probability_{label_text(label)}", pa.float64()) for label in labels]
+        self._schema = pa.schema([("row", pa.int64()), *predicted, *probable])
 
     def __enter__(self) -> "PredictionWriter":
         if self._path:
@@ -49,13 +58,19 @@ class PredictionWriter:
         """Writes the next rows.
 
         Args:
-          prediction: [n, t] the predictions.
+          prediction: [n, t] the predictions, or for labels [n, C] their probabilities.
           valid: [n] bool; the other rows are written without a prediction.
         """
         numbers = np.arange(self._rows + 1, self._rows + 1 + len(prediction))
         self._rows += len(prediction)
         if self._path:
-            columns = [pa.array(column, mask=~valid) for column in prediction.T]
+            values = [*prediction.T]
+            if self._labels:
+                values = [*choose_labels(prediction, self._labels).T, *values]
+            columns = [
+                pa.array(column, field.type, mask=~valid)
+                for column, field in zip(values, [*self._schema][1:], strict=True)
+            ]
             try:
                 self._writer.write_batch(pa.RecordBatch.from_arrays([pa.array(numbers), *columns], schema=self._schema))
             except OSError as error:

@@ -14,6 +14,7 @@ from dpreg.data.synthetic import SyntheticRegressionData
 from dpreg.models.linear import linear_parameters
 from dpreg.solvers.fit import Fit
 from dpreg.solvers.inference import Summary, summarize_fit
+from dpreg.tables.standalone import are_codes, label_text
 from dpreg.train.trainer import Trainer
 
 
@@ -22,6 +23,7 @@ def summarize(trainer: Trainer, data: RegressionData, reading: float = 0.0) -> d
 
     - `best_step`: with early stopping, the step of the parameters with the lowest validation loss.
     - `target_transform`: "log" if the model predicts the logarithm of the target; its parameters are for that.
+    - `labels`: those of the target, in the order of the classes, if they are not the numbers 0 to C - 1.
     - `exchange_bytes`: the bytes that a step sums over devices, if there are several.
     - `train_loss`: the mean over the last epoch.
     - `rows_per_second`: the speed of training alone, without ingest, compilation, evaluation, and the steps before a
@@ -42,6 +44,7 @@ def summarize(trainer: Trainer, data: RegressionData, reading: float = 0.0) -> d
         "train_loss": trainer.train_loss,
         "val_loss": trainer.val_loss,
         "metrics": trainer.metrics,
+        **({"labels": list(data.schema.labels)} if data.schema and not are_codes(data.schema.labels) else {}),
         **describe_parameters(trainer.state.params, data),
         "params_sha256": params_sha256(trainer.state.params),
         "rows_per_second": steps_per_second * len(data.train) / steps_per_epoch,
@@ -75,7 +78,8 @@ def describe_parameters(params: Any, data: RegressionData) -> dict[str, Any]:
     """`parameters` of a linear model in the units of the data, and `parameter_error` if the true ones are known.
 
     `w` maps the names of the features, if there are names, to numbers, otherwise it is a list. `b` is a number. For
-    several targets, each of these numbers is a list.
+    several targets or classes, each of these numbers is a list; or a mapping by the names of the labels if the classes
+    have them.
     """
     linear = linear_parameters(params)
     if linear is None:
@@ -96,11 +100,19 @@ def _name_parameters(w: np.ndarray, b: np.ndarray, data: RegressionData) -> dict
     """Converts parameters w [d, t] and b [t] to the units of the data, with the names of its columns."""
     if data.schema is not None:
         w, b = data.schema.parameters(w, b)
-    single_target = w.shape[1] == 1
-    weights = (w[:, 0] if single_target else w).tolist()
+    labels = data.schema.labels if data.schema else ()
+
+    def named(row: np.ndarray) -> Any:
+        if len(row) == 1:
+            return float(row[0])
+        if are_codes(labels):
+            return row.tolist()
+        return dict(zip(map(label_text, labels), row.tolist(), strict=True))
+
+    weights = [named(row) for row in w]
     return {
         "w": weights if data.schema is None else dict(zip(data.schema.features, weights, strict=True)),
-        "b": float(b[0]) if single_target else b.tolist(),
+        "b": named(b),
     }
 
 

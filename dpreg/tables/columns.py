@@ -16,9 +16,10 @@ from dpreg.config import Columns
 from dpreg.data.schema import NUMBER, ROW, WEIGHT, Category, Schema
 from dpreg.errors import InputError, is_one_line, quote_names
 from dpreg.spelling import spell
+from dpreg.tables.labels import code_labels
 from dpreg.tables.standalone import normalize_category, to_text
 from dpreg.tables.table import Table, TableChunk
-from dpreg.tables.values import DATES, NUMBERS, TEXTS, parse, refuse_mixture
+from dpreg.tables.values import DATES, NUMBERS, TEXTS, NotNumericError, is_text, not_numeric, parse, refuse_mixture
 
 LARGEST = 1e150  # the largest value: squares of larger ones overflow in float64
 _MOST_CATEGORIES = 1_000_000  # kept in memory with their counts
@@ -98,11 +99,14 @@ class RawReader:
 
     Args:
       columns: the columns to read, with resolved names.
-      schema: the schema of a model with its categories and their codes, where -1 stands for other values. None assigns
-        codes in the order of appearance.
+      schema: the schema of a model with its categories and labels and their codes, where -1 stands for other
+        categories. None assigns codes in the order of appearance.
       dtype: the dtype of numbers in the model.
 
     Attributes:
+      labelled: the targets that are read as labels.
+      codes: by column of categories or labels, the code of each text.
+      fixed: the columns that have no other codes than these.
       narrow: for each column that `read` yields, whether float32 represents all its values so far exactly.
       without_weight: the number of rows with weight 0.
     """
@@ -110,10 +114,13 @@ class RawReader:
     def __init__(self, columns: Columns, schema: Schema | None = None, dtype: DTypeLike = np.float32):
         self.columns, self.dtype = columns, np.dtype(dtype)
         self.names = columns.used_columns
+        self.labelled = columns.target if columns.target_transform == "labels" else ()
         known = {c.name: c.values for c in schema.inputs if isinstance(c, Category)} if schema else {}
         self.codes = {n: {v: code for code, v in enumerate(known.get(n, ()))} for n in columns.categorical}
+        self.codes |= {name: code_labels(schema.labels if schema else ()) for name in self.labelled}
+        self.fixed = {*self.codes} if schema else set[str]()
         self._kinds = dict.fromkeys(self.names, NUMBERS) | dict.fromkeys(columns.dates, DATES)
-        self._kinds |= dict.fromkeys(columns.categorical, TEXTS)
+        self._kinds |= dict.fromkeys(self.codes, TEXTS)
         self._predicts = schema is not None
         # float32 does not represent all row numbers.
         self.narrow = (*[True] * (len(columns.features) + len(columns.target) + 1), False, False)
@@ -134,8 +141,20 @@ class RawReader:
           number among the rows with a weight, both from 0.
 
         Raises:
-          InputError: for values that are not numbers, not finite as `dtype`, or out of range for weights or logarithms.
+          InputError: for values that are not numbers, not finite as `dtype`, or out of range for weights or logarithms,
+            and for labels that are not known.
         """
+        try:
+            yield from self._batches(table, rows)
+        except NotNumericError as error:
+            if error.column not in self.columns.target:
+                raise
+            labels, losses = spell("target_transform", "labels"), spell("loss", "logistic", "softmax")
+            raise InputError(
+                f"{error.problem}; for labels use {losses} ({labels}), or choose another {spell('target')}"
+            ) from error
+
+    def _batches(self, table: Table, rows: int | None) -> Iterator[np.ndarray]:
         seen, first, waiting = 0, 0, list[np.ndarray]()
         for chunk in itertools.chain(table.read(self._kinds), (None,)):
             if chunk is not None:
@@ -173,6 +192,7 @@ class RawReader:
             name = self.names[at]
             count, where = self._missing.get(name, (0, chunk.where(int(gone[:, at].argmax()))))
             self._missing[name] = count + int(gone[:, at].sum()), where
+        self._refuse_unknown_labels(chunk, raw)
         if columns.weight_column and (bad := raw[:, WEIGHT] < 0).any():
             raise InputError(
                 f"{chunk.where(int(bad.argmax()))}: column {columns.weight_column!r}: the weight is negative; "
@@ -212,6 +232,16 @@ class RawReader:
             raw[:, plain] = chunk.batch.select(plain).to_tensor(null_to_nan=True).to_numpy()
         return numbers
 
+    def _refuse_unknown_labels(self, chunk: TableChunk, raw: np.ndarray) -> None:
+        """Raises InputError for a label that is not known, except in a row that is left out for a missing value."""
+        for at, name in enumerate(self.columns.target, len(self.columns.features)):
+            if name in self.fixed and (bad := self.valid(raw) & (raw[:, at] < 0)).any():
+                row = int(bad.argmax())
+                raise InputError(
+                    f"{chunk.where(row)}: column {name!r} has {to_text(chunk.column(at)[row].as_py())!r:.60}, which is "
+                    f"none of the labels {quote_names(self.codes[name])}; correct it, or leave out its row"
+                )
+
     def _refuse_infinite(self, chunk: TableChunk, raw: np.ndarray, numbers: list[int]) -> None:
         """Raises InputError for a number that is not finite in the dtype of the model, after scaling by the schema."""
         most = LARGEST if self._predicts else min(float(np.finfo(self.dtype).max), LARGEST)
@@ -247,24 +277,24 @@ class RawReader:
         return as_it_is and self._kinds[name] != DATES and chunk.batch.schema.field(at).type in _NARROW
 
     def _coded(self, chunk: TableChunk, name: str, column: pa.Array) -> np.ndarray:
-        """The codes of categories; NaN for missing values, which are null, NaN or empty."""
+        """The codes of categories or labels; NaN for missing values, which are null, NaN or empty."""
+        is_label = name in self.labelled
         try:
             texts, indices = _distinct(column)
         except (pa.ArrowException, TypeError, ValueError) as error:
             reason = " ".join(str(error).split())[:100]
+            remedy = f"choose another {spell('target')}" if is_label else f"take it out of {spell('categorical')}"
             raise InputError(
-                f"{chunk.where(0)}: column {name!r} holds no categories but {column.type}: {reason}; take it out of "
-                f"{spell('categorical')}"
+                f"{chunk.where(0)}: column {name!r} holds no categories but {column.type}: {reason}; {remedy}"
             ) from error
         codes, own = self.codes[name], np.full(len(texts) + 1, np.nan)
         for at, text in enumerate(texts):
-            if text:
-                value = normalize_category(text)
-                own[at] = codes.get(value, -1) if self._predicts else codes.setdefault(value, len(codes))
+            if text and (value := normalize_category(text.strip() if is_label else text)):
+                own[at] = codes.get(value, -1) if name in self.fixed else codes.setdefault(value, len(codes))
         if len(codes) > _MOST_CATEGORIES:
+            remedy = f"use another {spell('loss')}" if is_label else f"leave it out with {spell('exclude', (name,))}"
             raise InputError(
-                f"{chunk.where(0)}: column {name!r} has more than {_MOST_CATEGORIES:,} categories by here; "
-                f"leave it out with {spell('exclude', (name,))}"
+                f"{chunk.where(0)}: column {name!r} has more than {_MOST_CATEGORIES:,} categories by here; {remedy}"
             )
         found: np.ndarray = own[indices]
         return found
@@ -329,7 +359,7 @@ def _numbers(chunk: TableChunk, name: str, at: int) -> np.ndarray:
     elif pa.types.is_decimal(kind):
         column = column.cast(pa.float64())
     elif not (pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_null(kind)):
-        raise InputError(_not_numeric(chunk, name, column))
+        raise not_numeric(name, column, chunk.where)
     values: np.ndarray = column.to_numpy(zero_copy_only=False).astype(np.float64, copy=False)
     return values
 
@@ -349,31 +379,3 @@ def _days(chunk: TableChunk, name: str, column: pa.Array) -> np.ndarray:
         )
     days: np.ndarray = column.to_numpy(zero_copy_only=False).astype(np.float64) / _MICROSECONDS_A_DAY
     return days
-
-
-def is_text(kind: pa.DataType) -> bool:
-    """Whether a type is a kind of text."""
-    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind))
-
-
-def _not_numeric(chunk: TableChunk, name: str, column: pa.Array) -> str:
-    if pa.types.is_temporal(column.type) and not pa.types.is_time(column.type):
-        remedy = f"use {spell('dates', (name,))} or {spell('exclude', (name,))}"
-        return f"{chunk.where(0)}: column {name!r} is not numeric but {column.type}; {remedy}"
-    hint, category = f"choose columns with {spell('features')} or {spell('exclude')}", spell("categorical", (name,))
-    if not is_text(column.type):
-        return f"{chunk.where(0)}: column {name!r} is not numeric but {column.type}; {hint}"
-    row = next((i for i, value in enumerate(column.to_pylist()) if value is not None and not _is_number(value)), None)
-    if row is None:
-        return f"{chunk.where(0)}: column {name!r} holds numbers written as text; store numbers, or use {category}"
-    value = column[row].as_py()
-    remedy = f"{hint}, or use {category}" if value.strip() else "leave no blanks where a value is missing"
-    return f"{chunk.where(row)}: column {name!r} has {value!r}, which is no number; {remedy}"
-
-
-def _is_number(text: str) -> bool:
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True

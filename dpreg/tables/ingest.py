@@ -1,8 +1,8 @@
 """Ingest: a table becomes memory-mapped rows, read once, checked once and shuffled once.
 
 Two passes keep memory bounded whatever the table's size. The first streams the table, finds missing and invalid values,
-learns moments and categories from the rows to fit, and shuffles the rows. The second writes the encoded rows in their
-new order.
+learns moments and categories from the rows to fit and the labels of the target, and shuffles the rows. The second
+writes the encoded rows in their new order.
 """
 
 import contextlib
@@ -41,7 +41,7 @@ from dpreg.tables.statistics import ColumnStatistics
 from dpreg.tables.table import Table, open_table
 from dpreg.tables.tfds import open_tfds
 
-_FORMAT = 7  # version of the cache, a part of its key
+_FORMAT = 8  # version of the cache, a part of its key
 _ENCODED_BYTES = 16 << 20  # written at a time
 _AHEAD = 2  # batches that are read ahead in a thread
 _HELD_OUT = 1  # key of the hash of row numbers that selects validation rows
@@ -124,7 +124,8 @@ def ingest(
 
     Raises:
       InputError: for missing columns, values that are not numbers, missing or not finite (names the file, the column
-        and the row), a table without rows, and a full disk.
+        and the row), labels that cannot be fitted or that only the validation rows have, a table without rows, and a
+        full disk.
     """
     columns = resolve(columns, table)
     if validation is not None:
@@ -177,29 +178,19 @@ def _write(
             fitted = rows[valid & ~held_out]
             learned.add(fitted)
             train.add(fitted, reader.narrow)
-            val.add(rows[valid & held_out], reader.narrow)
+            learned.add_held_out(others := rows[valid & held_out])
+            val.add(others, reader.narrow)
             progress("reading", read := read + len(rows))
         without_weight = reader.without_weight
+        with prefix_errors(table.name):
+            learned.fix_labels()
         if validation is not None:
             for rows in reader.read(validation):
                 val.add(rows[reader.valid(rows)], reader.narrow)
                 progress("reading", read := read + len(rows))
         reader.refuse_missing(table.name)
-        if not train.rows:
-            besides = " besides those held out" if val.rows else ""
-            if without_weight:
-                raise InputError(
-                    f"{table.name}: all weights in column {columns.weight_column!r} are 0{besides}; give one row at "
-                    "least a weight"
-                )
-            raise InputError(f"{table.name}: there are no rows to fit{besides}; give some")
-        if validation is not None and not val.rows:
-            if reader.without_weight > without_weight:
-                raise InputError(
-                    f"{validation.name}: no row held out has a weight in column {columns.weight_column!r}; hold out "
-                    f"others, or none with {spell('validation_fraction', 0)}"
-                )
-            raise InputError(f"{validation.name}: there are no rows to hold out; give some")
+        in_validation = reader.without_weight - without_weight
+        _require_rows(table, validation, columns, (train.rows, val.rows), (without_weight, in_validation))
         if read > _MOST_ROWS:
             raise InputError(f"{table.name}: {read:,} rows are more than {_MOST_ROWS:,}; give fewer")
         least = float(np.finfo(dtype).tiny / np.finfo(dtype).eps ** 2)
@@ -219,6 +210,32 @@ def _write(
     write_manifest(folder, table.name, schema, dtype, at_once, written)
 
 
+def _require_rows(
+    table: Table, validation: Table | None, columns: Columns, rows: tuple[int, int], without_weight: tuple[int, int]
+) -> None:
+    """Raises InputError if there are no rows to fit, or none in the table of validation rows.
+
+    Args:
+      rows: how many there are to fit, and how many are held out.
+      without_weight: how many rows of each table have no weight.
+    """
+    if not rows[0]:
+        besides = " besides those held out" if rows[1] else ""
+        if without_weight[0]:
+            raise InputError(
+                f"{table.name}: all weights in column {columns.weight_column!r} are 0{besides}; give one row at "
+                "least a weight"
+            )
+        raise InputError(f"{table.name}: there are no rows to fit{besides}; give some")
+    if validation is not None and not rows[1]:
+        if without_weight[1]:
+            raise InputError(
+                f"{validation.name}: no row held out has a weight in column {columns.weight_column!r}; hold out "
+                f"others, or none with {spell('validation_fraction', 0)}"
+            )
+        raise InputError(f"{validation.name}: there are no rows to hold out; give some")
+
+
 def _encode(
     parts: Iterable[np.ndarray],
     prefix: pathlib.Path,
@@ -234,7 +251,7 @@ def _encode(
     def encoded() -> Iterator[dict[str, np.ndarray]]:
         for raw in (part[i : i + at_once] for part in parts for i in range(0, len(part), at_once)):
             for at, place in enumerate(codes):
-                if place is not None:  # the last category stands for a missing value
+                if place is not None:  # the last one stands for a missing value
                     raw[:, at] = place[np.where(np.isnan(raw[:, at]), len(place) - 1, raw[:, at]).astype(np.intp)]
             yield schema.rows(raw, dtype) | {"row": raw[:, ROW].astype(np.int64)}
 

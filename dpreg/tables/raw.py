@@ -46,7 +46,7 @@ def columns_of(schema: Schema, columns: Columns | None, targets: bool) -> Column
         categorical=tuple(column.name for column in schema.inputs if isinstance(column, Category)),
         dates=tuple(column.name for column in numbers if column.days),
         target=tuple(target.name for target in schema.targets) if targets else (),
-        target_transform="log" if schema.log_targets else "none",
+        target_transform="labels" if schema.labels else "log" if schema.log_targets else "none",
         weight_column=columns.weight_column if targets else None,
     )
 

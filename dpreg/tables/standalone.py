@@ -2,8 +2,9 @@
 
     python predict.py new.csv > predictions.csv
 
-or in Python, with columns by name: `predict({"carat": [0.3], "cut": ["Ideal"]})`. It reads `model.json` and
-`parameters.npz`. (A quoted "NA" is a missing value as well, as the csv module of Python does not report quotes.)
+or in Python, with columns by name: `predict({"carat": [0.3], "cut": ["Ideal"]})`, and for labels also
+`predict_proba`. It reads `model.json` and `parameters.npz`. (A quoted "NA" is a missing value as well, as the csv
+module of Python does not report quotes.)
 """
 
 import csv
@@ -23,7 +24,7 @@ from typing import Any
 
 import numpy as np
 
-FORMAT = 3  # of model.json
+FORMAT = 4  # of model.json
 DESCRIPTION, PARAMETERS = "model.json", "parameters.npz"
 
 # The texts for a missing value in CSV files, the same as those of Arrow; and also str() of missing Python values.
@@ -125,14 +126,68 @@ def predict(columns: Mapping[str, Sequence[Any]], folder: pathlib.Path | None = 
 
     Returns:
       the predictions [n, t] float64 in the units of the table; NaN for a row with a missing value that is not filled.
+      For labels that are not numbers [n, 1] object: the most probable label, and None for such a row.
 
     Raises:
       KeyError: for a missing feature.
       ValueError: for a value that is not a finite number or a date, and for a model that differs from what was written.
     """
+    return _predict(*read_model(folder or pathlib.Path(__file__).parent), columns)[0]
+
+
+def predict_proba(columns: Mapping[str, Sequence[Any]], folder: pathlib.Path | None = None) -> np.ndarray:
+    """The probabilities of the labels of a target, [n, C] float64; see `predict` for its arguments and errors.
+
+    The labels are in the order of "labels" in `model.json`: numbers by value, false before true, text by code point.
+    """
     model, arrays = read_model(folder or pathlib.Path(__file__).parent)
-    w, b = _get_parameters(model, arrays)
-    return _predict(model, w, b, columns)
+    if not model["schema"]["labels"]:
+        raise ValueError("the target has no labels; use predict")
+    return _predict(model, arrays, columns)[1]
+
+
+def label_text(label: str | int | bool) -> str:
+    """The text of a label, as `normalize_category` has it."""
+    return str(label).lower() if isinstance(label, bool) else str(label)
+
+
+def are_codes(labels: Sequence[Any]) -> bool:
+    """Whether labels are the numbers 0 to C - 1 themselves, so that they need no other code.
+
+    >>> are_codes((0, 1)), are_codes((1, 2)), are_codes((False, True)), are_codes(("no", "yes")), are_codes(())
+    (True, False, False, False, True)
+    """
+    return all(type(label) is int and label == code for code, label in enumerate(labels))
+
+
+def predicted_labels(labels: Sequence[Any], loss: str) -> tuple[Any, ...]:
+    """The labels whose probabilities are predicted; none for the numbers 0 and 1, whose prediction is that of 1."""
+    return () if loss == "logistic" and are_codes(labels) else tuple(labels)
+
+
+def to_probabilities(z: np.ndarray, loss: str) -> np.ndarray:
+    """The probabilities of labels [n, C] float64 for the linear predictor z [n, p] of the loss logistic or softmax.
+
+    >>> to_probabilities(np.zeros((1, 1)), "logistic"), to_probabilities(np.zeros((1, 4)), "softmax")
+    (array([[0.5, 0.5]]), array([[0.25, 0.25, 0.25, 0.25]]))
+    """
+    logits = z.astype(np.float64)
+    if loss == "logistic":
+        logits = np.concatenate([np.zeros_like(logits), logits], axis=1)
+    odds = np.exp(logits - logits.max(axis=1, keepdims=True))
+    probability: np.ndarray = odds / odds.sum(axis=1, keepdims=True)
+    return probability
+
+
+def choose_labels(probability: np.ndarray, labels: Sequence[Any]) -> np.ndarray:
+    """The label of the largest probability [n, C], the first one of equal ones: [n, 1].
+
+    Labels that are numbers are float64, and NaN for a row of NaN; others are objects, and None for such a row.
+    """
+    numeric = type(labels[0]) is int
+    chosen: np.ndarray = np.array(labels, np.float64 if numeric else object)[probability.argmax(axis=1)]
+    chosen[np.isnan(probability).any(axis=1)] = np.nan if numeric else None
+    return chosen[:, None]
 
 
 def add_checksum(content: Mapping[str, Any]) -> dict[str, Any]:
@@ -200,6 +255,14 @@ def _check_schema(model: Mapping[str, Any]) -> None:
         raise ValueError("the number of its columns differs from that of training")
     if not isinstance(schema["log_targets"], bool) or not schema["inputs"] or not schema["targets"]:
         raise ValueError("dpreg does not write such columns")
+    labels, flags = schema["labels"], model["flags"]
+    if labels:
+        count = {"logistic": 2, "softmax": flags["num_classes"]}.get(flags["loss"])
+        kinds = {type(label) for label in labels}
+        if not isinstance(labels, list) or len(kinds) > 1 or not kinds <= {str, int, bool} or num_targets > 1:
+            raise ValueError("dpreg does not write such labels")
+        if len({*labels}) != len(labels) or len(labels) != count:
+            raise ValueError("the number of its labels differs from that of training")
 
 
 def _get_parameters(model: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
@@ -214,17 +277,24 @@ def _get_parameters(model: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) 
 
 
 def _predict(
-    model: Mapping[str, Any], w: np.ndarray, b: np.ndarray, columns: Mapping[str, Sequence[Any]]
-) -> np.ndarray:
-    schema = model["schema"]
+    model: Mapping[str, Any], arrays: Mapping[str, np.ndarray], columns: Mapping[str, Sequence[Any]]
+) -> tuple[np.ndarray, np.ndarray]:
+    """(the predictions [n, t], the probabilities of the labels [n, C]; C is 0 for a target without labels)."""
+    schema, loss = model["schema"], model["flags"]["loss"]
+    w, b = _get_parameters(model, arrays)
     filled = model["flags"]["missing"] == "mean"
     x = np.concatenate([_encode_column(column, columns[column["name"]], filled) for column in schema["inputs"]], axis=1)
-    z = x @ w + b
+    z, missing = x @ w + b, np.isnan(x).any(axis=1, keepdims=True)
+    probability = np.zeros((len(z), 0))
+    if schema["labels"]:
+        probability = np.where(missing, np.nan, to_probabilities(z, loss))
+        if labels := predicted_labels(schema["labels"], loss):
+            return choose_labels(probability, labels), probability
     mean, scale = ([target[name] for target in schema["targets"]] for name in ("mean", "scale"))
     with np.errstate(over="ignore"):  # the prediction overflows to infinity
-        prediction = _apply_inverse_link(z, model["flags"]["loss"]) * scale + mean
+        prediction = _apply_inverse_link(z, loss) * scale + mean
         prediction = np.exp(prediction) if schema["log_targets"] else prediction
-    return np.where(np.isnan(x).any(axis=1, keepdims=True), np.nan, prediction)
+    return np.where(missing, np.nan, prediction), probability
 
 
 def _apply_inverse_link(z: np.ndarray, loss: str) -> np.ndarray:
@@ -275,6 +345,12 @@ def _to_number(value: Any, days: bool) -> float:
     return number
 
 
+def _to_cell(value: Any) -> str:
+    if isinstance(value, float):  # NumPy's float64 as well
+        return "" if math.isnan(value) else repr(float(value))
+    return "" if value is None else label_text(value)
+
+
 def main(arguments: Sequence[str], folder: pathlib.Path | None = None) -> int:
     """Prints the predictions for a CSV file, and returns the exit code: 0, or 2 after one line about an error."""
     if len(arguments) != 1:
@@ -292,7 +368,6 @@ def main(arguments: Sequence[str], folder: pathlib.Path | None = None) -> int:
 
 def _predict_file(file: str, folder: pathlib.Path) -> None:
     model, arrays = read_model(folder)
-    w, b = _get_parameters(model, arrays)
     csv.field_size_limit(2**31 - 1)
     with open(file, newline="", encoding="utf-8-sig") as lines:
         head, *rows = [row for row in csv.reader(lines) if row] or [[]]
@@ -305,10 +380,15 @@ def _predict_file(file: str, folder: pathlib.Path) -> None:
             raise ValueError(f"row {number} has {len(row)} values, and there are {len(head)} columns")
     if not rows:
         raise ValueError("there are no rows")
-    predictions = _predict(model, w, b, {name: [row[at] for row in rows] for at, name in enumerate(head)})
+    predictions, probability = _predict(
+        model, arrays, {name: [row[at] for row in rows] for at, name in enumerate(head)}
+    )
+    labels = predicted_labels(model["schema"]["labels"], model["flags"]["loss"])
+    names = [f"predicted_{target['name']}" for target in model["schema"]["targets"]]
     writer = csv.writer(sys.stdout, lineterminator="\n")
-    writer.writerow(["row", *(f"predicted_{target['name']}" for target in model["schema"]["targets"])])
-    writer.writerows([i, *("" if np.isnan(v) else repr(float(v)) for v in row)] for i, row in enumerate(predictions, 1))
+    writer.writerow(["row", *names, *(f"probability_{label_text(label)}" for label in labels)])
+    for number, values in enumerate(zip(predictions, probability[:, : len(labels)], strict=True), 1):
+        writer.writerow([number, *(_to_cell(value) for row in values for value in row)])
 
 
 if __name__ == "__main__":

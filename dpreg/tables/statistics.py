@@ -1,4 +1,4 @@
-"""Moments and categories of columns, learned from the rows to fit."""
+"""Moments, categories and labels of columns, learned from the rows."""
 
 import collections
 import dataclasses
@@ -6,10 +6,12 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from dpreg.data.schema import WEIGHT, Category, Number, Schema
-from dpreg.errors import InputError
+from dpreg.data.schema import WEIGHT, Category, Label, Number, Schema
+from dpreg.errors import InputError, quote_names
 from dpreg.spelling import spell
 from dpreg.tables.columns import RawReader
+from dpreg.tables.labels import MAX_LABELS, code_labels, order_labels
+from dpreg.tables.standalone import are_codes
 
 SMALLEST = 1e-150  # the least deviation that counts as nonzero: squares of smaller ones are subnormal
 
@@ -18,16 +20,21 @@ _NO_CODE = -1  # the code of missing values of a category
 
 
 class ColumnStatistics:
-    """The statistics of the columns that a reader reads, over the rows to fit."""
+    """The statistics of the columns that a reader reads, over the rows to fit; labels over the held-out rows, too."""
 
     def __init__(self, reader: RawReader):
         self._reader, self._columns = reader, reader.columns
         self._counts = {name: collections.defaultdict[int, float](float) for name in self._columns.categorical}
         self._moments = Moments.none(len(self._columns.features) + len(self._columns.target))
         self.weight = self.largest_weight = 0.0  # the sum of the weights, and the largest one
+        # By target, the codes of labels in the rows to fit and in the others.
+        self._label_codes = {name: {"fitted": set[int](), "held out": set[int]()} for name in reader.labelled}
+        self._labels: tuple[Label, ...] = ()
+        self._numbers_of_codes = list[np.ndarray]()
 
     def add(self, raw: np.ndarray) -> None:
-        """Adds rows from `RawReader.read`."""
+        """Adds rows to fit from `RawReader.read`."""
+        self._add_labels(raw, "fitted")
         weight = raw[:, WEIGHT].astype(self._reader.dtype).astype(np.float64)  # as the steps have it
         self._moments.add(raw[:, :WEIGHT], weight)
         self.weight += float(weight.sum())
@@ -37,8 +44,64 @@ class ColumnStatistics:
             for code, count in zip(codes, np.bincount(places, weight, len(codes)), strict=True):
                 counts[_NO_CODE if np.isnan(code) else int(code)] += float(count)
 
+    def add_held_out(self, raw: np.ndarray) -> None:
+        """Adds rows from `RawReader.read` that are held out, of which only the labels count."""
+        self._add_labels(raw, "held out")
+
+    def _add_labels(self, raw: np.ndarray, rows: str) -> None:
+        for at, name in enumerate(self._reader.labelled, len(self._columns.features)):
+            codes = raw[~np.isnan(raw[:, at]), at].astype(np.intp)
+            self._label_codes[name][rows] |= set(np.flatnonzero(np.bincount(codes)).tolist())
+
+    def fix_labels(self) -> None:
+        """Orders the labels of all rows so far; the reader refuses other labels from now on.
+
+        Raises:
+          InputError: for a single label, too many labels, labels in several targets, and a label without a row to fit.
+        """
+        for name, of_rows in self._label_codes.items():
+            codes, texts = self._reader.codes[name], list(self._reader.codes[name])
+            fitted, held_out = ({texts[code] for code in of_rows[rows]} for rows in ("fitted", "held out"))
+            found = fitted | held_out
+            self._labels = order_labels(found)
+            known = code_labels(self._labels) if self._labels else {text: float(text) for text in found}
+            for text in known:
+                codes.setdefault(text, len(codes))
+            self._numbers_of_codes.append(np.array([*(known.get(text, np.nan) for text in codes), np.nan]))
+            self._reader.codes[name] = {text: codes[text] for text in known}
+            self._reader.fixed.add(name)
+            self._refuse_labels(name, found - fitted if fitted else set())
+        if len(self._label_codes) > 1:
+            self._labels = ()
+
+    def _refuse_labels(self, name: str, without_rows: set[str]) -> None:
+        """Raises InputError for labels of a target that cannot be fitted."""
+        labels = [*code_labels(self._labels)]
+        if len(labels) > MAX_LABELS:
+            remedy = f"merge some, or use another {spell('loss')}"
+            if are_codes(self._labels):
+                remedy = f"use another {spell('loss')}, or {spell('target_transform', 'none')}"
+            raise InputError(f"column {name!r} has {len(labels):,} labels, more than {MAX_LABELS:,}; {remedy}")
+        if are_codes(self._labels):
+            return
+        if len(self._label_codes) > 1:
+            raise InputError(
+                f"column {name!r} has the labels {quote_names(labels)}, which only a single target may have; name one "
+                f"in {spell('target')}"
+            )
+        if len(self._labels) == 1:
+            raise InputError(f"column {name!r} has one label, {labels[0]!r}; give rows with others")
+        if without_rows:
+            raise InputError(
+                f"column {name!r}: all rows with the label {min(without_rows)!r} are held out; use "
+                f"{spell('validation_fraction', 0)}, or leave out these rows"
+            )
+
     def schema(self) -> tuple[Schema, list[np.ndarray | None]]:
-        """The schema of the columns, and for each input the positions of its codes among the categories."""
+        """The schema of the columns, and for each input and target what the model reads for its codes.
+
+        The last value of each is that of a missing value; None stands for a column that has no codes.
+        """
         columns, inputs, codes = self._columns, list[Number | Category](), list[np.ndarray | None]()
         moments, constant = self._moments, self._constant
         scales = moments.scale(self.weight, columns.standardizes)
@@ -64,11 +127,12 @@ class ColumnStatistics:
         of_targets = moments.scale(self.weight, True)[len(columns.features) :]
         targets = [Number(t, *(m if scaled else (0.0, 1.0))) for t, m in zip(columns.target, of_targets, strict=True)]
         self._refuse_what_cannot_be_told()
-        schema = Schema(tuple(inputs), tuple(targets), log_targets=columns.target_transform == "log")
+        log_targets = columns.target_transform == "log"
+        schema = Schema(tuple(inputs), tuple(targets), log_targets, self._labels)
         for feature, count in collections.Counter(schema.features).items():
             if count > 1:
                 raise InputError(f"two features would be called {feature!r}; rename a column or a category")
-        return schema, codes
+        return schema, [*codes, *self._numbers_of_codes]
 
     @property
     def _constant(self) -> np.ndarray:
@@ -85,7 +149,7 @@ class ColumnStatistics:
         for at, name in enumerate((*columns.features, *columns.target)):
             is_target = at >= len(columns.features)
             scaled = columns.target_transform == "standardize" if is_target else columns.standardizes
-            if scaled or name in self._counts or not moments.least[at] < moments.most[at]:
+            if scaled or name in self._reader.codes or not moments.least[at] < moments.most[at]:
                 continue
             rounding = max(largest[at] * float(np.finfo(dtype).eps) / 2, float(np.finfo(dtype).tiny))
             if rounding > _MOST_LOST * deviation[at]:

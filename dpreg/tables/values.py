@@ -17,6 +17,52 @@ _ZONE = r"[ T]\d\d.*(?:Z|[+-]\d\d(?::?\d\d)?)$"
 _DATE = re.compile(r"\s*\d{4}-\d\d-\d\d(?:[ T].*)?")
 
 
+class NotNumericError(InputError):
+    """A column of numbers holds text, dates or other values.
+
+    Attributes:
+      column: the name of the column.
+      problem: what it holds, and where.
+    """
+
+    def __init__(self, problem: str, remedy: str, column: str):
+        super().__init__(f"{problem}; {remedy}")
+        self.column, self.problem = column, problem
+
+
+def is_text(kind: pa.DataType) -> bool:
+    """Whether a type is a kind of text."""
+    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind))
+
+
+def not_numeric(name: str, column: pa.Array, where: Callable[[int], str]) -> InputError:
+    """The error for a column whose type is not numeric; the arguments are those of `parse`."""
+    kind, first = column.type, where(0)
+    if pa.types.is_temporal(kind) and not pa.types.is_time(kind):
+        remedy = f"use {spell('dates', (name,))} or {spell('exclude', (name,))}"
+        return NotNumericError(f"{first}: column {name!r} is not numeric but {kind}", remedy, name)
+    hint, category = f"choose columns with {spell('features')} or {spell('exclude')}", spell("categorical", (name,))
+    if not is_text(kind):
+        return NotNumericError(f"{first}: column {name!r} is not numeric but {kind}", hint, name)
+    row = next((i for i, value in enumerate(column.to_pylist()) if value is not None and not _is_number(value)), None)
+    if row is None:
+        problem = f"{first}: column {name!r} holds numbers written as text"
+        return NotNumericError(problem, f"store numbers, or use {category}", name)
+    value = column[row].as_py()
+    if not value.strip():
+        return _refuse_blanks(where(row), name, value)
+    remedy = f"{hint}, or use {category}"
+    return NotNumericError(f"{where(row)}: column {name!r} has {value!r}, which is no number", remedy, name)
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
 def parse(texts: pa.Array, kind: pa.DataType, name: str, where: Callable[[int], str]) -> pa.Array:
     """Text as values of `NUMBERS`, `DATES` or `TEXTS`; null where it is null.
 
@@ -50,7 +96,7 @@ def _parse_numbers(texts: pa.Array, name: str, where: Callable[[int], str]) -> p
     numbers = _cast(rest, NUMBERS)
     if numbers is None:
         row = _first_wrong(rest, NUMBERS)
-        raise InputError(f"{where(row)}: {_wrong_number(name, given[row].as_py())}")
+        raise _wrong_number(where(row), name, given[row].as_py())
     if not pc.any(flags).as_py():
         return numbers
     others = pc.invert(pc.is_in(numbers, value_set=pa.array([0.0, 1.0, None])))
@@ -59,13 +105,19 @@ def _parse_numbers(texts: pa.Array, name: str, where: Callable[[int], str]) -> p
     return pc.if_else(flags, true, pc.equal(numbers, 1.0))
 
 
-def _wrong_number(name: str, value: str) -> str:
-    remedy = f"choose columns with {spell('features')} or {spell('exclude')}, or use {spell('categorical', (name,))}"
+def _wrong_number(where: str, name: str, value: str) -> InputError:
     if not value.strip():
-        remedy = "leave no blanks where a value is missing"
-    elif _DATE.fullmatch(value):
+        return _refuse_blanks(where, name, value)
+    remedy = f"choose columns with {spell('features')} or {spell('exclude')}, or use {spell('categorical', (name,))}"
+    if _DATE.fullmatch(value):
         remedy = f"use {spell('dates', (name,))} or {spell('exclude', (name,))}"
-    return f"column {name!r} has {_shown(value)}, which is no number; {remedy}"
+    return NotNumericError(f"{where}: column {name!r} has {_shown(value)}, which is no number", remedy, name)
+
+
+def _refuse_blanks(where: str, name: str, value: str) -> InputError:
+    return InputError(
+        f"{where}: column {name!r} has {_shown(value)}, which is no number; leave no blanks where a value is missing"
+    )
 
 
 def _parse_dates(texts: pa.Array, name: str, where: Callable[[int], str]) -> pa.Array:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from dpreg.config import Config
-from dpreg.config.model import LOCATED_LOSSES, LOG_LINK_LOSSES, MODELS
+from dpreg.config.model import LABEL_LOSSES, LOCATED_LOSSES, LOG_LINK_LOSSES, MODELS
 from dpreg.data.sources import RegressionData
 from dpreg.spelling import spell
 from dpreg.tables.ingest import Progress
@@ -50,11 +50,11 @@ def read_rows(config: Config, progress: Progress = lambda what, rows: None) -> t
     Raises:
       InputError: as `build_data`.
     """
-    scaled = config.dataset != "synthetic" and config.model == "mlp" and config.loss in LOCATED_LOSSES
-    scaled = scaled and not (config.loss == "huber" and config.is_given("huber_delta"))  # a unit of the target
-    if scaled and not config.is_given("target_transform"):  # targets of a network are scaled, whatever their unit
-        config = dataclasses.replace(config, target_transform="standardize")
+    if config.dataset != "synthetic" and not config.is_given("target_transform"):
+        config = dataclasses.replace(config, target_transform=_choose_transform(config))
     data = build_data(config, progress)
+    if config.loss == "softmax" and data.schema and data.schema.labels and not config.is_given("num_classes"):
+        config = dataclasses.replace(config, num_classes=len(data.schema.labels))
     solver, why = _choose_solver(config, data)
     config = dataclasses.replace(config, solver=solver)
     if solver == "sgd" and config.dataset != "synthetic":
@@ -62,6 +62,14 @@ def read_rows(config: Config, progress: Progress = lambda what, rows: None) -> t
         config = dataclasses.replace(config, **chosen)
         data.batch_size = config.batch_size
     return config, data, why
+
+
+def _choose_transform(config: Config) -> str:
+    if config.loss in LABEL_LOSSES:
+        return "labels"
+    has_unit = config.loss == "huber" and config.is_given("huber_delta")  # which is one of the target
+    scaled = config.model == "mlp" and config.loss in LOCATED_LOSSES and not has_unit
+    return "standardize" if scaled else "none"  # targets of a network are scaled, whatever their unit
 
 
 def _choose_solver(config: Config, data: RegressionData) -> tuple[str, str]:

@@ -10,24 +10,29 @@ from jax import Array
 from jax.sharding import Mesh
 
 from dpreg.config import Columns, Config
+from dpreg.config.model import LABEL_LOSSES
 from dpreg.data.parts import rows_everywhere
 from dpreg.data.pipeline import BLOCK_STEPS_AMONG_PROCESSES, PRECISIONS, Dataset
-from dpreg.data.schema import Schema
+from dpreg.data.schema import Label, Schema
 from dpreg.data.sources import ArraySource, Rows, Source, describe_rows, unmasked
 from dpreg.distributed import devices, presence, processes
 from dpreg.errors import InputError
 from dpreg.models.losses import SQUARED, loss_of
 from dpreg.models.metrics import EvalSums, eval_sums, metrics
 from dpreg.models.module import Module
+from dpreg.spelling import spell
 from dpreg.step.checks import model_errors
 from dpreg.step.compile import compile_eval_block
 from dpreg.step.layout import batch_layout, call_arguments
 from dpreg.step.reduce import REDUCTION_BY_NAME
 from dpreg.step.state import Model
 from dpreg.tables.raw import RawRows, columns_of, encoded_schema, open_columns, open_source
+from dpreg.tables.standalone import choose_labels, predicted_labels, to_probabilities
 
 _CHUNK_BYTES = 16 << 20  # rows of one compiled call
 _CHUNK_STEPS = BLOCK_STEPS_AMONG_PROCESSES  # a chunk is one block, among processes, too
+_OfChunks = Callable[[Iterable[Rows]], Iterator[np.ndarray]]  # results of each chunk, in the order of its rows
+
 ROWS_IN_PARTS = (
     "give the same to all processes; rows of which each process has its own part go through "
     "dpreg.RegressionData.from_parts(train=own_rows)"
@@ -89,12 +94,13 @@ class Predictor:
         self._model, self.variables = model, devices.replicated(variables, mesh)
         self._mesh, self._num_shards, self._batch_size = mesh, num_shards, batch_size
         self._reduction, self._backend, self._on_result = REDUCTION_BY_NAME[reduction], backend, on_result
-        self._precision = precision
-        mean = loss_of(model).mean
+        self._precision, self._loss = precision, loss_of(model)
+        mean = self._loss.mean
         self._mean: Callable[..., Any] = lambda variables, prediction, batch: mean(prediction)
+        self._linear: Callable[..., Any] = lambda variables, prediction, batch: prediction
         self._eval_sums = bind_eval_sums(model, schema)
         self._compiled = dict[Callable[..., Any], tuple[Callable[..., Array], Callable[[np.ndarray], Any]]]()
-        row_bytes = self.dtype.itemsize * (num_inputs + num_targets + 1)
+        row_bytes = self.dtype.itemsize * (num_inputs + num_targets + self._loss.num_classes + 1)
         self._steps = max(2, min(_CHUNK_STEPS, _CHUNK_BYTES // (row_bytes * batch_size)))
 
     @property
@@ -106,6 +112,9 @@ class Predictor:
     def predict(self, x: Any) -> np.ndarray:
         """The predictions for rows: [n, t] float64, in original units.
 
+        For labels of a table they are [n, 1] and the most probable label: float64 for numbers, and objects otherwise
+        (text or bool, and None instead of NaN). For the numbers 0 and 1 they are the probability of 1.
+
         Args:
           x: the features [n, d] in the units of training. For a model that was trained on a table, the columns of such
             a table in their original units: by name (a mapping, a pandas DataFrame, an Arrow table), or as an array
@@ -115,29 +124,59 @@ class Predictor:
         Raises:
           InputError: for rows of another shape, missing columns, and values that are not finite numbers.
         """
+        if self.labels:
+            return choose_labels(self._predict(x, self.probabilities), self.labels)
+        return self._predict(x, self.predictions)
+
+    @processes.together()
+    def predict_proba(self, x: Any) -> np.ndarray:
+        """The probabilities of the labels, in the order of `schema.labels`: [n, C] float64.
+
+        Args:
+          x: as in `predict`. A row with a missing value gets NaN, as there.
+
+        Raises:
+          InputError: as in `predict`, and for a model that was not trained on a table with labels.
+        """
+        if not self._schema_labels:
+            remedy = f"use predict, or train on a table with {spell('target_transform', 'labels')}"
+            raise InputError(f"the model has no labels; {remedy}")
+        return self._predict(x, self.probabilities)
+
+    def _predict(self, x: Any, of_chunks: _OfChunks) -> np.ndarray:
+        """The results [n, ...] of `predictions` or `probabilities` for rows x, as in `predict`."""
         processes.require_alike("predict", ROWS_IN_PARTS, lambda: {"rows": describe_rows(x)})
         if hasattr(x, "fingerprint"):
-            return self._predict_source(x)
+            return self._predict_source(x, of_chunks)
         if self.schema is None:
-            return self._predict_encoded(self._array(x))
+            return self._predict_encoded(self._array(x), of_chunks)
         columns = self._columns_of(self.schema)
         rows = RawRows(open_columns(x, columns), columns, self.schema, self.dtype)
-        return np.concatenate(list(self._predict_raw(rows)))
+        return np.concatenate(list(self._predict_raw(rows, of_chunks)))
+
+    @property
+    def labels(self) -> tuple[Label, ...]:
+        """The labels that are predicted; none if predictions are numbers, such as the probability of 1 for 0 and 1."""
+        return predicted_labels(self._schema_labels, self._loss.name)
+
+    @property
+    def _schema_labels(self) -> tuple[Label, ...]:
+        return self.schema.labels if self.schema is not None and self._loss.name in LABEL_LOSSES else ()
 
     def _columns_of(self, schema: Schema) -> Columns:
         """The columns to read from a table to predict its rows; rows with missing values get no prediction."""
         columns = columns_of(schema, self.columns, targets=False)
         return dataclasses.replace(columns, missing="drop") if columns.missing == "error" else columns
 
-    def _predict_raw(self, rows: RawRows) -> Iterator[np.ndarray]:
+    def _predict_raw(self, rows: RawRows, of_chunks: _OfChunks) -> Iterator[np.ndarray]:
         """The predictions of each chunk of a table; NaN for a row with missing values."""
-        for predicted in self.predictions(rows.chunks(self.chunk_rows)):
+        for predicted in of_chunks(rows.chunks(self.chunk_rows)):
             predicted[~rows.valid.popleft()] = np.nan
             yield predicted
 
-    def _predict_encoded(self, x: np.ndarray) -> np.ndarray:
+    def _predict_encoded(self, x: np.ndarray, of_chunks: _OfChunks) -> np.ndarray:
         rows = ArraySource(x, np.zeros((len(x), self.num_targets)), dtype=self.dtype)
-        return np.concatenate(list(self.predictions(self.chunks(rows, encoded=True))))
+        return np.concatenate(list(of_chunks(self.chunks(rows, encoded=True))))
 
     def _array(self, x: Any) -> np.ndarray:
         """The features [n, d] for a model that was not trained on a table."""
@@ -153,15 +192,15 @@ class Predictor:
             raise InputError(f"x has shape {list(array.shape)}; give one row or more of {self.num_inputs:,} columns")
         return array
 
-    def _predict_source(self, source: Source) -> np.ndarray:
+    def _predict_source(self, source: Source, of_chunks: _OfChunks) -> np.ndarray:
         """The predictions for the rows of a source; with `from_parts`, for this process's rows."""
         own: range = getattr(source, "own", range(len(source)))
         first, found = 0, []
         if self.schema is not None and encoded_schema(source) is None:  # includes rows of weight 0
             table, columns = open_source(source, self._columns_of(self.schema))
-            predictions = self._predict_raw(RawRows(table, columns, self.schema, self.dtype))
+            predictions = self._predict_raw(RawRows(table, columns, self.schema, self.dtype), of_chunks)
         else:
-            predictions = self.predictions(self.chunks(source))
+            predictions = of_chunks(self.chunks(source))
         for predicted in predictions:
             found.append(predicted[max(own.start - first, 0) : max(own.stop - first, 0)])
             first += len(predicted)
@@ -178,7 +217,8 @@ class Predictor:
         """
         rows = rows_everywhere(source, np.arange(0, len(source), -(-len(source) // most)))
         valid = rows["weight"] > 0
-        predicted, observed = self._predict_encoded(rows["x"])[valid], rows["y"][valid].astype(np.float64)
+        predicted = self._predict_encoded(rows["x"], self.predictions)[valid]
+        observed = rows["y"][valid].astype(np.float64)
         observed = observed if self.schema is None else self.schema.prediction(observed)
         return predicted, observed, rows["weight"][valid].astype(np.float64)
 
@@ -189,9 +229,17 @@ class Predictor:
           chunks: {"x": [n, d], "y": [n, t], "weight": [n]}, of at most `chunk_rows` rows; y is ignored.
         """
         for rows, found in self._evaluated(chunks, self._mean):
-            # [steps, shards, rows, t]: a shard has consecutive rows.
-            prediction = np.moveaxis(found, 1, 0).reshape(self.chunk_rows, -1)[:rows]
+            prediction = self._in_order(rows, found)
             yield prediction.astype(np.float64) if self.schema is None else self.schema.prediction(prediction)
+
+    def probabilities(self, chunks: Iterable[Rows]) -> Iterator[np.ndarray]:
+        """The probabilities of the labels, as `predictions`: [n, C] float64."""
+        for rows, found in self._evaluated(chunks, self._linear):
+            yield to_probabilities(self._in_order(rows, found), self._loss.name)
+
+    def _in_order(self, rows: int, found: np.ndarray) -> np.ndarray:
+        """The results of a chunk [steps, shards, rows, p] as [n, p]: a shard has consecutive rows."""
+        return np.moveaxis(found, 1, 0).reshape(self.chunk_rows, -1)[:rows]
 
     def evaluate(self, chunks: Iterable[Rows]) -> tuple[float, dict[str, float]]:
         """The mean loss and the metrics over the rows of all chunks, as `metrics_of`.

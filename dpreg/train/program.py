@@ -28,6 +28,7 @@ from dpreg.step.layout import batch_layout, call_arguments, example_arguments
 from dpreg.step.reduce import REDUCTION_BY_NAME
 from dpreg.step.state import Model, TrainState, initial_state
 from dpreg.step.tuning import steps_of_call
+from dpreg.tables.standalone import are_codes, label_text
 from dpreg.train.predictor import ROWS_IN_PARTS, bind_eval_sums
 
 _FEW_ROWS = 16  # of a shard; batch statistics of fewer rows are poor
@@ -113,6 +114,9 @@ class LaidOutData:
     def check_targets(self, model: Model) -> None:
         """Raises InputError for a target that the model's loss is not defined for."""
         loss = loss_of(model)
+        labels = self.schema.labels if self.schema else ()
+        if self.schema and labels and (loss.num_classes or not are_codes(labels)):
+            loss.check_labels(self.schema.targets[0].name, [*map(label_text, labels)])
         for dataset in (self.train, self.val):
             if dataset is not None and loss.domain and (wrong := first_outside(dataset.source, loss.allowed)):
                 raise loss.refusal(*wrong)

@@ -217,12 +217,20 @@ class Trainer:
         self.loop.set_params(jax.tree.unflatten(structure, given), train_loss)
 
     def predict(self, x: Any) -> np.ndarray:
-        """The predictions of the trained model for rows: [n, t] float64, in original units.
+        """The predictions of the trained model for rows: [n, t] float64, in original units; labels as they are there.
 
         Args:
           x: [n, d]; after training on a table, the table's columns in original units, see `Predictor.predict`.
         """
         return self.predictor().predict(x)
+
+    def predict_proba(self, x: Any) -> np.ndarray:
+        """The probabilities of the labels of a table, in the order of `data.schema.labels`: [n, C] float64.
+
+        Args:
+          x: as in `predict`.
+        """
+        return self.predictor().predict_proba(x)
 
     @processes.together()
     def evaluate(self, rows: Any) -> tuple[float, dict[str, float]]:
