@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 
@@ -20,6 +21,7 @@ from sklearn.linear_model import LogisticRegression
 import dpreg
 from dpreg.config import Config
 from dpreg.models.losses import make_loss
+from dpreg.outputs.export import load_model
 from dpreg.tables import standalone
 from dpreg.tables.labels import MAX_LABELS
 from dpreg.train.defaults import read_rows
@@ -289,6 +291,27 @@ def test_another_loss_does_not_use_the_cached_labels(tmp_path):
         assert data.train.y.max() == largest
 
 
+def test_damaged_labels_of_a_model_are_refused_by_dpreg_and_by_its_script(trained, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(trained / "species1" / "model", folder)
+    content = json.loads((folder / "model.json").read_text())
+    for labels in (
+        [*SPECIES, "other"],
+        SPECIES[:2].tolist(),
+        ["a", "a", "b"],
+        ["a", "b", 3],
+        "abc",
+        [0.5, 1.5, 2.5],
+        None,
+    ):
+        changed = content | {"schema": content["schema"] | {"labels": labels}}
+        (folder / "model.json").write_text(json.dumps(standalone.add_checksum(changed)))
+        with pytest.raises(ValueError, match="run the training command again"):
+            standalone.predict({"a": [1.0], "b": [2.0]}, folder)
+        with pytest.raises(dpreg.InputError, match="run the training command again"):
+            load_model(folder)
+
+
 FEW = 40  # rows of the tables below
 
 
@@ -384,6 +407,9 @@ def test_a_trainer_predicts_labels_and_probabilities_from_python(tmp_path):
         assert np.isnan(found[-1, 0]) if labels == (1, 2) else found[-1, 0] is None
         _, metrics = trainer.evaluate({"a": X[:, 0], "b": X[:, 1], "y": y})
         assert metrics["accuracy"] == pytest.approx(np.mean(found[:-1, 0] == y))
+        if len(labels) == 2:  # a table may have 0 and 1 for false and true, and arrays have labels that are numbers
+            other = {"a": X[:, 0], "b": X[:, 1], "y": y * 1} if labels == (False, True) else dpreg.ArraySource(X, y)
+            assert trainer.evaluate(other)[1] == metrics
         with pytest.raises(dpreg.InputError, match=r"column 'y' has .*, which the loss is not defined for; use loss="):
             dpreg.Trainer(1, 1).fit(dpreg.LinearRegressionScratch(2, 0.1), data)
     numbers = dpreg.Trainer(1, 1)

@@ -274,6 +274,31 @@ def test_estimators_work_in_pipelines_and_searches():
     np.testing.assert_array_equal(again.predict_proba(X), search.predict_proba(X))
 
 
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda y: y == "yes",
+        lambda y: np.where(y == "yes", 1, -1),
+        lambda y: y.astype(object),
+        lambda y: pandas.Series(y, dtype="category"),
+        lambda y: pandas.Series(y, dtype="string"),
+        lambda y: np.where(Z > 1, "often", y),
+    ],
+    ids=["bool", "numbers", "objects", "category", "string", "three"],
+)
+def test_labels_of_any_type_are_those_of_scikit_learn(make):
+    y = make(targets("logistic"))
+    ours, theirs = DataParallelClassifier(l2=0.01), linear_model.LogisticRegression(C=1 / (0.01 * ROWS), tol=1e-10)
+    scaled = StandardScaler().fit_transform(X)
+    ours.fit(scaled, y)
+    theirs.fit(scaled, y)
+    assert ours.classes_.tolist() == theirs.classes_.tolist()
+    np.testing.assert_allclose(ours.predict_proba(scaled), theirs.predict_proba(scaled), atol=1e-6)
+    found = ours.predict(scaled)
+    assert found.dtype == theirs.predict(scaled).dtype
+    assert found.tolist() == theirs.predict(scaled).tolist()
+
+
 def test_estimators_fit_several_targets_and_few_rows():
     y = np.c_[targets("squared"), X @ [1, 2, 3, 4]]
     linear, theirs = DataParallelRegressor().fit(X, y), linear_model.LinearRegression().fit(X, y)

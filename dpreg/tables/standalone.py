@@ -255,14 +255,11 @@ def _check_schema(model: Mapping[str, Any]) -> None:
         raise ValueError("the number of its columns differs from that of training")
     if not isinstance(schema["log_targets"], bool) or not schema["inputs"] or not schema["targets"]:
         raise ValueError("dpreg does not write such columns")
-    labels, flags = schema["labels"], model["flags"]
-    if labels:
-        count = {"logistic": 2, "softmax": flags["num_classes"]}.get(flags["loss"])
-        kinds = {type(label) for label in labels}
-        if not isinstance(labels, list) or len(kinds) > 1 or not kinds <= {str, int, bool} or num_targets > 1:
-            raise ValueError("dpreg does not write such labels")
-        if len({*labels}) != len(labels) or len(labels) != count:
-            raise ValueError("the number of its labels differs from that of training")
+    labels, flags, kinds = schema["labels"], model["flags"], {type(label) for label in schema["labels"]}
+    if not isinstance(labels, list) or len(kinds) > 1 or not kinds <= {str, int, bool} or len({*labels}) < len(labels):
+        raise ValueError("dpreg does not write such labels")
+    if labels and (num_targets, len(labels)) != (1, {"logistic": 2, "softmax": flags["num_classes"]}[flags["loss"]]):
+        raise ValueError("the number of its labels differs from that of training")
 
 
 def _get_parameters(model: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
