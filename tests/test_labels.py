@@ -60,7 +60,7 @@ def command(*flags):
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """Fits yes/no on 1 and 8 devices, three species, and species by a perceptron; returns their folder."""
+    """Fits yes/no and three species on 1 and 8 devices, and species by a perceptron on 8; returns their folder."""
     folder = tmp_path_factory.mktemp("labels")
     write(folder / "binary.csv", np.where(IS_YES, "yes", "no"))
     write(folder / "species.parquet", pa.array(SPECIES[KIND]).dictionary_encode())
@@ -71,7 +71,7 @@ def trained(tmp_path_factory):
         "network": ("--loss=softmax", f"--dataset={folder / 'species.parquet'}", "--model=mlp", "--max_epochs=2"),
     }
     for name, flags in runs.items():
-        for devices in (1, 8):
+        for devices in (8,) if name == "network" else (1, 8):
             workdir = folder / f"{name}{devices}"
             outputs = command(*common, *flags, f"--num_devices={devices}", f"--workdir={workdir}")
             (folder / f"{name}{devices}.txt").write_text("".join(outputs))
@@ -137,7 +137,7 @@ def test_labels_have_the_same_bits_on_any_number_of_devices(trained, tmp_path, n
 
 
 def test_a_network_predicts_labels_with_the_same_bits_on_any_number_of_devices(trained, tmp_path):
-    one = predict(trained, "network1", trained / "species.parquet", tmp_path / "1.parquet")
+    one = predict(trained, "network8", trained / "species.parquet", tmp_path / "1.parquet")
     predict(trained, "network8", trained / "species.parquet", tmp_path / "8.parquet", devices=8)
     assert (tmp_path / "1.parquet").read_bytes() == (tmp_path / "8.parquet").read_bytes()
     probability = one.to_numpy()[:, 2:].astype(float)

@@ -190,7 +190,7 @@ class Schema:
 
         targets = tuple(Number(**target) for target in values["targets"])
         inputs = tuple(map(column, values["inputs"]))
-        return cls(inputs, targets, values["log_targets"], tuple(values["labels"]))
+        return cls(inputs, targets, values["log_targets"], labels=tuple(values["labels"]))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -128,7 +128,7 @@ class ColumnStatistics:
         targets = [Number(t, *(m if scaled else (0.0, 1.0))) for t, m in zip(columns.target, of_targets, strict=True)]
         self._refuse_what_cannot_be_told()
         log_targets = columns.target_transform == "log"
-        schema = Schema(tuple(inputs), tuple(targets), log_targets, self._labels)
+        schema = Schema(tuple(inputs), tuple(targets), log_targets=log_targets, labels=self._labels)
         for feature, count in collections.Counter(schema.features).items():
             if count > 1:
                 raise InputError(f"two features would be called {feature!r}; rename a column or a category")
