@@ -33,16 +33,18 @@ from dpreg.outputs.profile import Profiler
 from dpreg.outputs.progress import ProgressDisplay
 from dpreg.outputs.report import COMPARED_ROWS, Compared, write_report
 from dpreg.outputs.summary import (
+    describe_choice,
     describe_devices,
     describe_fit,
     describe_optimum,
+    describe_path,
     summarize,
     target_names,
 )
 from dpreg.outputs.tensorboard import TensorBoardWriter, require_tensorboard
 from dpreg.outputs.workdir import open_workdir, write_whole
-from dpreg.solvers.fit import Fit
-from dpreg.solvers.solver import Solver
+from dpreg.solvers.elastic_net import fold_starts
+from dpreg.solvers.solver import Solution, Solver
 from dpreg.spelling import spell
 from dpreg.step.digest import digest_prediction
 from dpreg.tables.standalone import are_codes, label_text
@@ -92,10 +94,10 @@ def _run_in(workdir: pathlib.Path, config: Config, sync_signal: SyncSignal) -> N
         if steps := config.profiled_steps():
             folder = workdir / "profile" if first else None
             trainer.add_callback(stack.enter_context(Profiler(folder, *steps, trainer.step)))
-        config, fit = _trained(config, is_chosen, trainer, data, checkpoints, progress, sync_signal)
+        config, solution = _trained(config, is_chosen, trainer, data, checkpoints, progress, sync_signal)
         compared = _compared(config, trainer, data)
     if first:
-        _write_outputs(workdir, config, trainer, data, summarize(trainer, data, reading), fit, compared)
+        _write_outputs(workdir, config, trainer, data, summarize(trainer, data, reading), solution, compared)
 
 
 def _describe_start(config: Config, trainer: Trainer, data: RegressionData, why_solver: str) -> Iterator[str]:
@@ -148,13 +150,16 @@ def _write_outputs(
     trainer: Trainer,
     data: RegressionData,
     summary: dict[str, Any],
-    fit: Fit | None,
+    solution: Solution | None,
     compared: dict[str, Compared],
 ) -> None:
     """Writes the summary, the model and the report, and prints the results."""
     write_whole(workdir / "flags.cfg", config.to_flagfile())
     computation = digest_prediction(trainer.model, trainer.variables, data.num_inputs, data.num_targets)
     save_model(workdir / "model", config, trainer.variables, data, computation)
+    fit, path = (solution.fit, solution.path) if solution else (None, None)
+    if path is not None:
+        summary["path"] = describe_path(data, path)
     if fit is not None:
         summary["optimality"] = found = describe_optimum(trainer.state.params, data, fit)
         if "gap" in found:
@@ -198,8 +203,8 @@ def _trained(
     checkpoints: Checkpoints,
     progress: ProgressDisplay,
     sync_signal: SyncSignal,
-) -> tuple[Config, Fit | None]:
-    """Trains or solves, and saves. Returns the config that was solved, and the exact fit if there is one."""
+) -> tuple[Config, Solution | None]:
+    """Trains or solves, and saves. Returns the config that was solved, and the exact solution if there is one."""
     if config.solver == "sgd":
         try:
             trainer.fit_epochs()
@@ -224,7 +229,7 @@ def _trained(
     try:
         solution = solver.solve(config)
     except NoOptimumError:
-        if not is_chosen or config.l2 or config.loss not in SEPARABLE_LOSSES:
+        if not is_chosen or config.l1 or config.l2 or config.loss not in SEPARABLE_LOSSES:
             raise
         config = dataclasses.replace(config, l2=1 / len(data.train))  # as scikit-learn's classifiers have by default
         solution = solver.solve(config)
@@ -236,10 +241,12 @@ def _trained(
         config = dataclasses.replace(config, negative_binomial_alpha=solution.alpha)
         trainer.prepare_model(build_model(config, data.num_inputs, data.num_targets))
         progress.say(f"the most likely {spell('negative_binomial_alpha')} is {solution.alpha:.6g}")
+    if solution.path is not None:
+        progress.say(describe_choice(solution.path))
     if config.solver != "sgd":
         trainer.set_linear_params(solution.w, solution.b, solution.loss)
         checkpoints.save(trainer)
-    return config, solution.fit
+    return config, solution
 
 
 def _compared(config: Config, trainer: Trainer, data: RegressionData) -> dict[str, Compared]:
@@ -276,11 +283,15 @@ def _read(
 
     progress.doing(f"reading {config.dataset}")
     config, data, why = read_rows(config, report_rows)
+    if config.folds:
+        fold_starts(config.folds, len(data.train), data.num_targets)  # refuses wrong ones before anything is compiled
     reading = time.perf_counter() - started
     return config, data, reading, why
 
 
 def _other_solver(config: Config) -> str:
+    if config.folds:
+        return ""
     if config.solver != "sgd":
         return f"; for steps of an optimizer use {spell('solver', 'sgd')}"
     return f"; for the exact solution use {spell('solver', 'exact')}" if config.has_exact_solution else ""

@@ -15,9 +15,11 @@ try:
 except ImportError as missing:
     raise ImportError("dpreg.sklearn: needs scikit-learn 1.6 or newer; pip install 'dpreg[sklearn]'") from missing
 
+from dpreg.config import Config
 from dpreg.config.model import LOG_LINK_LOSSES
 from dpreg.errors import InputError
-from dpreg.estimators.base import DEFAULTS, SOLVERS, STANDARDIZE, Estimator, check_sample_weight
+from dpreg.estimators.base import DEFAULTS, SOLVERS, STANDARDIZE, Estimator
+from dpreg.estimators.rows import Folds, check_sample_weight, split_rows
 from dpreg.step.state import Model
 
 __all__ = ["DataParallelClassifier", "DataParallelRegressor"]
@@ -48,7 +50,13 @@ class DataParallelRegressor(MultiOutputMixin, RegressorMixin, Estimator):
       lr_schedule: "constant", "linear", "cosine" or "inverse_sqrt". In `partial_fit`, "linear" and "cosine" are
         constant.
       l1, l2: the weights of the penalties l1 sum |w| and l2 / 2 sum w^2, added to the mean loss in the units of the
-        fit, without biases. l1 needs optimizer="sgd".
+        fit, without biases. With l1, weights are exactly 0 where that is best; "exact" supports it for "squared" and
+        the losses with a log link, and "sgd" with optimizer="sgd".
+      cv: chooses the strength alpha of a penalty alpha (l1_ratio sum |w| + (1 - l1_ratio) / 2 sum w^2) on squared loss,
+        as `ElasticNetCV` does: a number of folds, a splitter of scikit-learn, or pairs of row numbers to fit and row
+        numbers held out, such as those of `GroupKFold`. The losses of all folds come from one pass over the rows, whose
+        features are scaled once. By default, there is no choice, and the penalties are `l1` and `l2`.
+      l1_ratio: with `cv`, the share of l1: 1 for the lasso, 0 for ridge regression.
       batch_size: the rows of a step, over all devices; a multiple of `num_shards`.
       max_epochs: the number of passes of solver "sgd" over the rows.
       standardize: whether to scale features, and targets of losses without a link, to mean 0 and standard deviation 1
@@ -65,6 +73,8 @@ class DataParallelRegressor(MultiOutputMixin, RegressorMixin, Estimator):
       intercept_: the intercept of a linear model, a float, or [t] if y has two axes.
       n_features_in_, feature_names_in_: the number and names of the features.
       n_iter_: the number of passes over the rows.
+      alpha_, alphas_: with `cv`, the strength chosen, and all strengths, the strongest first, in the units of the fit.
+      mse_path_: with `cv`, the mean squared error in the units of y, for each strength and fold, [s, K].
       summary_: the summary of an exact solution, a `dpreg.solvers.inference.Summary`; standard errors need l2=0.
     """
 
@@ -84,6 +94,8 @@ class DataParallelRegressor(MultiOutputMixin, RegressorMixin, Estimator):
         lr_schedule: str = DEFAULTS.lr_schedule,
         l1: float = DEFAULTS.l1,
         l2: float = DEFAULTS.l2,
+        cv: Any = None,
+        l1_ratio: float = DEFAULTS.l1_ratio,
         batch_size: int = DEFAULTS.batch_size,
         max_epochs: int = DEFAULTS.max_epochs,
         standardize: bool = STANDARDIZE,
@@ -94,6 +106,7 @@ class DataParallelRegressor(MultiOutputMixin, RegressorMixin, Estimator):
     ):
         self.loss, self.huber_delta, self.quantile = loss, huber_delta, quantile
         self.tweedie_power, self.negative_binomial_alpha = tweedie_power, negative_binomial_alpha
+        self.cv, self.l1_ratio = cv, l1_ratio
         super().__init__(
             model=model,
             hidden=hidden,
@@ -145,9 +158,30 @@ class DataParallelRegressor(MultiOutputMixin, RegressorMixin, Estimator):
         )
         first = not (partial and hasattr(self, "_fitted"))
         x, y = validate_data(self, X, y, reset=first, dtype=np.float64, order="C", multi_output=True, y_numeric=True)
-        weight = check_sample_weight(sample_weight, x)
-        self._train(config, x, np.asarray(y, np.float64).reshape(len(x), -1), weight, y.ndim == 1, partial)
+        weight, one_column, y = check_sample_weight(sample_weight, x), y.ndim == 1, np.asarray(y, np.float64)
+        folds = self._folds(config, x, y, weight, partial)
+        self._train(config, x, y.reshape(len(x), -1), weight, one_column, partial, folds)
         return self
+
+    def _folds(self, config: Config, x: np.ndarray, y: np.ndarray, weight: np.ndarray, partial: bool) -> Folds | None:
+        """The folds of `cv`, if there are any.
+
+        Raises:
+          InputError: for folds that are none, and for arguments that `cv` does not apply to.
+        """
+        if self.cv is None:
+            if self.l1_ratio != DEFAULTS.l1_ratio:
+                raise InputError(f"l1_ratio={self.l1_ratio!r}: it applies only with cv; give both, or l1 and l2")
+            return None
+        if not config.is_least_squares() or not isinstance(self.model, str) or self.solver == "sgd":
+            raise InputError("cv: it applies only to model='linear', loss='squared' and the exact solver; leave it out")
+        if self.l1 or self.l2:
+            raise InputError("cv: it chooses the penalty; leave out l1 and l2, and give l1_ratio")
+        if partial:
+            raise InputError("cv: it needs all rows at once; call fit, or leave it out")
+        if y.size != len(x):
+            raise InputError(f"cv: it chooses one penalty for one target, and y has {y.shape[1]}; give one")
+        return split_rows(self.cv, x, y, weight, self.l1_ratio)
 
     def predict(self, X: ArrayLike) -> np.ndarray:  # noqa: N803
         """Predicts the mean of the targets, or their median or quantile for those losses.

@@ -525,6 +525,6 @@ def test_null_deviance_of_a_near_perfect_fit_and_likelihood_of_weighted_rows_are
 
 
 def test_a_problem_without_an_exact_solution_is_refused():
-    for settings in ({"loss": "huber", "intercept": False, "standardize": False}, {"l1": 1.0}):
+    for settings in ({"loss": "huber", "intercept": False, "standardize": False}, {"loss": "huber", "l1": 1.0}):
         with pytest.raises(dpreg.InputError, match="no exact solution"):
             solver_on_one_device(np.eye(3), np.ones(3)).solve(Config(**settings))

@@ -9,7 +9,7 @@ from absl import flags
 from dpreg.config.devices import DeviceSettings
 from dpreg.config.flags import parse_flags, write_flagfile
 from dpreg.config.inference import InferenceSettings
-from dpreg.config.model import DISPERSED_LOSSES, GLM_LOSSES, LABEL_LOSSES, LOCATED_LOSSES, ModelSettings
+from dpreg.config.model import DISPERSED_LOSSES, GLM_LOSSES, L1_LOSSES, LABEL_LOSSES, LOCATED_LOSSES, ModelSettings
 from dpreg.config.optimizer import OptimizerSettings
 from dpreg.config.rows import Columns, RowSettings
 from dpreg.config.run import RunSettings
@@ -80,18 +80,17 @@ class Config(RunSettings, DeviceSettings, OptimizerSettings, InferenceSettings, 
             self._refuse("target_transform", f"{loss} is defined for the target without a transform; leave one out")
 
     def _check_solver(self) -> None:
-        """Refuses an exact solver for a model, loss or penalty that it does not support."""
-        linear, no_l1 = spell("model", "linear", "concise"), f"without {spell('l1')}"
-        remedy = f"use {spell('solver', 'sgd')}"
+        """Refuses an exact solver, or folds, for a model, loss or penalty that they do not support."""
+        linear, remedy = spell("model", "linear", "concise"), f"use {spell('solver', 'sgd')}"
+        if self.solver == "exact" and not self.is_linear:
+            self._refuse("solver", f"it applies only to {linear}; {remedy}")
         if self.solver == "exact" and not self.has_exact_solution:
-            if self.is_linear and not self.l1:
-                free, losses = spell("intercept", False), spell("loss", "squared", *GLM_LOSSES)
-                self._refuse("solver", f"with {free} it applies only to {losses}; {remedy}")
-            self._refuse("solver", f"it applies only to {linear}, {no_l1}; {remedy}")
-        newton = self.is_linear and not self.l1 and self.loss in GLM_LOSSES
-        if self.solver == "irls" and not newton:
-            losses = spell("loss", *GLM_LOSSES)
-            self._refuse("solver", f"it applies only to {linear} with {losses}, {no_l1}; {remedy}")
+            limited = spell("l1", self.l1) if self.l1 else spell("intercept", False)
+            self._refuse("solver", f"with {limited} it applies only to {spell('loss', *L1_LOSSES)}; {remedy}")
+        if self.solver == "irls" and not (self.is_linear and self.loss in GLM_LOSSES):
+            self._refuse("solver", f"it applies only to {linear} with {spell('loss', *GLM_LOSSES)}; {remedy}")
+        if self.folds and not self.is_least_squares():
+            self._refuse("folds", f"it applies only to {linear} with {spell('loss', 'squared')}; leave it out")
 
     def _check_inference(self) -> None:
         """Refuses a covariance and weights of a kind where no standard errors are computed."""
@@ -100,12 +99,13 @@ class Config(RunSettings, DeviceSettings, OptimizerSettings, InferenceSettings, 
         for name in ("covariance", "weights"):
             if getattr(self, name) is None:
                 continue
-            losses = ("squared", *GLM_LOSSES)
-            if not self.has_exact_solution or self.loss not in losses or self.solver == "sgd":
-                exact = f"{spell('solver', 'exact')} of {spell('loss', *losses)}"
+            if not self.has_exact_solution or self.loss not in L1_LOSSES or self.solver == "sgd":
+                exact = f"{spell('solver', 'exact')} of {spell('loss', *L1_LOSSES)}"
                 self._refuse(name, f"it applies only to the standard errors of {exact}; leave it out")
-        if self.covariance not in (None, "classic") and self.l2:
-            self._refuse("covariance", f"standard errors are unknown with {spell('l2', self.l2)}; leave one out")
+        if self.covariance not in (None, "classic") and self.is_penalized:
+            penalty = next(name for name in ("folds", "l1", "l2") if getattr(self, name))
+            unknown = f"standard errors are unknown with {spell(penalty, getattr(self, penalty))}"
+            self._refuse("covariance", f"{unknown}; leave one out")
         if self.covariance == "classic" and self.weights == "importance":
             weights = spell("weights", self.weights)
             self._refuse("covariance", f"it does not hold for {weights}; use {spell('covariance', 'HC1')}")
@@ -139,7 +139,12 @@ class Config(RunSettings, DeviceSettings, OptimizerSettings, InferenceSettings, 
     @property
     def has_exact_solution(self) -> bool:
         """Whether `dpreg.solvers` finds the least loss of such a model; for auto also where it is too wide."""
-        return self.is_linear and not self.l1 and (self.intercept or self.loss in ("squared", *GLM_LOSSES))
+        return self.is_linear and ((self.intercept and not self.l1) or self.loss in L1_LOSSES)
+
+    @property
+    def is_penalized(self) -> bool:
+        """Whether there is a penalty, given or chosen by folds."""
+        return bool(self.l1 or self.l2 or self.folds)
 
     @property
     def kind_of_weights(self) -> str:
@@ -149,11 +154,11 @@ class Config(RunSettings, DeviceSettings, OptimizerSettings, InferenceSettings, 
     @property
     def covariance_type(self) -> str:
         """The covariance of the coefficients of an exact solution."""
-        return self.covariance or ("HC1" if self.weights == "importance" and not self.l2 else "classic")
+        return self.covariance or ("HC1" if self.weights == "importance" and not self.is_penalized else "classic")
 
     def is_least_squares(self) -> bool:
-        """Whether this is a linear least-squares problem without l1, which `dpreg.solvers.tsqr` solves exactly."""
-        return self.is_linear and not self.l1 and self.loss == "squared"
+        """Whether this is a linear least-squares problem, perhaps with penalties."""
+        return self.is_linear and self.loss == "squared"
 
     def columns(self) -> Columns:
         """The columns to read from a table, and how to convert them."""

@@ -10,6 +10,7 @@ ACTIVATIONS = ("relu", "tanh", "gelu", "sigmoid")
 LOG_LINK_LOSSES = ("poisson", "gamma", "tweedie", "negative_binomial")
 GLM_LOSSES = ("logistic", *LOG_LINK_LOSSES)  # those of generalised linear models with one prediction a row
 DISPERSED_LOSSES = ("squared", "gamma", "tweedie")  # whose variance has a factor that the mean does not give
+L1_LOSSES = ("squared", *GLM_LOSSES)  # for which `dpreg.solvers` takes an l1 penalty, and leaves out the intercept
 SEPARABLE_LOSSES = ("logistic", "softmax", "poisson")  # without a least value where features tell targets for certain
 LABEL_LOSSES = ("logistic", "softmax")  # of targets that are labels
 LOCATED_LOSSES = ("squared", "huber", "absolute", "quantile")  # of the difference of target and prediction

@@ -39,13 +39,27 @@ class OptimizerSettings(Settings):
     )
     l1: float = setting(
         0.0,
-        "Weight of the l1 penalty, the sum of |w| without biases; with the optimizer sgd.",
+        "Weight of the l1 penalty, the sum of |w| without biases: it makes weights exactly 0. Of optimizers, only sgd "
+        "takes it.",
         affects_result=True,
         min=0,
     )
     l2: float = setting(
         0.0,
         "Weight of the l2 penalty, the sum of w^2 / 2 without biases (weight decay).",
+        affects_result=True,
+        min=0,
+    )
+    folds: int = setting(
+        0,
+        "Folds of a cross-validation that chooses the strength of the penalty, for squared loss: each is held out of a "
+        "fit to the others. 0: none.",
+        affects_result=True,
+        min=0,
+    )
+    l1_ratio: float = setting(
+        1.0,
+        "With folds: the share of l1 in the penalty, and l2 has the rest: 1 for the lasso, 0 for ridge regression.",
         affects_result=True,
         min=0,
     )
@@ -70,7 +84,23 @@ class OptimizerSettings(Settings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.l1 and self.optimizer != "sgd":
+        if self.l1 and self.optimizer != "sgd" and self.solver not in ("exact", "irls"):
             self._refuse("l1", f"only {spell('optimizer', 'sgd')} reaches its optimum; use that, or {spell('l2')}")
         if self.patience and self.solver in ("exact", "irls"):
             self._refuse("patience", f"it applies only to {spell('solver', 'sgd')}; leave one out")
+        self._check_folds()
+
+    def _check_folds(self) -> None:
+        """Refuses settings that contradict a cross-validation."""
+        if self.folds == 1:
+            self._refuse("folds", "use 2 or more, or 0 for no cross-validation")
+        if self.l1_ratio > 1:
+            self._refuse("l1_ratio", "use 1 or less")
+        if self.l1_ratio < 1 and not self.folds:
+            both = f"give both, or {spell('l1')} and {spell('l2')}"
+            self._refuse("l1_ratio", f"it applies only with {spell('folds')}; {both}")
+        if self.folds and (self.l1 or self.l2):
+            name = "l1" if self.l1 else "l2"
+            self._refuse(name, f"{spell('folds', self.folds)} chooses it; leave one out")
+        if self.folds and self.solver in ("sgd", "irls"):
+            self._refuse("folds", f"it applies only to {spell('solver', 'exact')}; leave one out")

@@ -12,22 +12,23 @@ from numpy.typing import ArrayLike
 from sklearn.base import BaseEstimator
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.utils import check_random_state
-from sklearn.utils.validation import _check_sample_weight, check_is_fitted, validate_data
+from sklearn.utils.validation import check_is_fitted, validate_data
 
 from dpreg.config import Config
-from dpreg.config.model import GLM_LOSSES, LOCATED_LOSSES, LOG_LINK_LOSSES
+from dpreg.config.model import GLM_LOSSES, L1_LOSSES, LOCATED_LOSSES, LOG_LINK_LOSSES
 from dpreg.data.schema import Number, Schema
 from dpreg.data.sources import ArraySource, PermutedSource, RegressionData, first_outside
 from dpreg.distributed import devices
 from dpreg.errors import InputError
 from dpreg.estimators.fitted import Fitted, compute_moments, moments_from_r, update_constants
+from dpreg.estimators.rows import Folds, require_squares
 from dpreg.models.linear import linear_parameters
+from dpreg.solvers import elastic_net
 from dpreg.solvers.inference import Summary, summarize_fit
 from dpreg.solvers.optimality import is_near_optimum
 from dpreg.solvers.solver import Solver
 from dpreg.step.checks import mode_arguments
 from dpreg.step.state import Model
-from dpreg.tables.columns import LARGEST
 from dpreg.tables.statistics import SMALLEST
 from dpreg.tracing import make_key
 from dpreg.train.build import build_trainer
@@ -87,12 +88,25 @@ class Estimator(BaseEstimator):
             num_devices=self.num_devices,
             num_shards=self.num_shards,
             reduction=self.reduction,
+            solver=self._solver_of_l1(loss_settings["loss"]),
             seed=int(check_random_state(self.random_state).randint(2**31 - 1)),
             **loss_settings,
         )
 
+    def _solver_of_l1(self, loss: str) -> str:
+        """The solver of the config: "exact" for an l1 penalty that needs no optimizer, so that any may be given."""
+        exact = self.l1 and self.solver != "sgd" and self.model in ("linear", "concise") and loss in L1_LOSSES
+        return "exact" if exact else "auto"
+
     def _train(
-        self, config: Config, x: np.ndarray, y: np.ndarray, weight: np.ndarray, one_column: bool, partial: bool
+        self,
+        config: Config,
+        x: np.ndarray,
+        y: np.ndarray,
+        weight: np.ndarray,
+        one_column: bool,
+        partial: bool,
+        folds: Folds | None = None,
     ) -> None:
         """Trains on rows x [n, d], y [n, t], weight [n] in float64.
 
@@ -101,6 +115,7 @@ class Estimator(BaseEstimator):
           x, y, weight: the rows.
           one_column: whether y was an array with a single axis.
           partial: whether to continue from the previous call, as `partial_fit` does.
+          folds: of the rows, to choose the penalty of squared loss by.
 
         Raises:
           InputError: for rows and settings that cannot be combined.
@@ -116,22 +131,28 @@ class Estimator(BaseEstimator):
         if wrong := first_outside(ArraySource(np.zeros(len(y)), y, weight, np.float64), fitted.objective.allowed):
             raise fitted.objective.refusal(*wrong)
         used = np.flatnonzero(weight > 0)
+        if folds:  # rows of one fold follow each other
+            folds = folds._replace(numbers=folds.numbers[used])
+            used = used[folds.order]
         x, y, weight = x[used], y[used], weight[used]
-        _require_squares(x, y, weight, used)
-        exact, squared = self._is_exact(fitted), config.loss == "squared"
+        require_squares(x, y, weight, used)
+        exact, squared = bool(folds) or self._is_exact(fitted), config.loss == "squared"
         if partial and exact and not squared:
             if self.solver == "exact":
                 remedy = "use solver='auto' or 'sgd'"
                 raise InputError(f"solver='exact': its partial_fit applies only to loss='squared'; {remedy}")
             exact = False
         if exact and squared and not (previous and not previous.r_factor):
-            self._solve_least_squares(fitted, x, y, weight, previous)
+            self._solve_least_squares(fitted, x, y, weight, previous, folds)
         elif exact and not partial:
             self._solve_by_newton(fitted, x, y, weight)
         else:
             self._train_by_optimizer(fitted, x, y, weight, previous, partial)
         if not fitted.is_linear:
             for name in ("coef_", "intercept_"):  # left from a linear model of an earlier call
+                self.__dict__.pop(name, None)
+        if not folds:
+            for name in ("alpha_", "alphas_", "mse_path_"):  # left from a choice of an earlier call
                 self.__dict__.pop(name, None)
         self._fitted = fitted
 
@@ -142,26 +163,43 @@ class Estimator(BaseEstimator):
           InputError: if it is requested, and there is none for the model, the loss or the penalty.
         """
         config = fitted.config
-        solvable = fitted.is_linear and not config.l1 and config.loss in (*LOCATED_LOSSES, "softmax", *GLM_LOSSES)
+        losses = L1_LOSSES if config.l1 else (*LOCATED_LOSSES, "softmax", *GLM_LOSSES)
+        solvable = fitted.is_linear and config.loss in losses
         if self.solver == "exact" and not solvable:
-            raise InputError("solver='exact': it applies only to model='linear' without l1; use solver='auto'")
+            penalty = f", with l1 and loss={config.loss!r} to none" if config.l1 else ""
+            raise InputError(f"solver='exact': it applies only to model='linear'{penalty}; use solver='auto'")
         size = (1 + self.n_features_in_) * fitted.outputs
         return solvable and (self.solver == "exact" or (self.solver == "auto" and size <= _MAX_EXACT))
 
     def _solve_least_squares(
-        self, fitted: Fitted, x: np.ndarray, y: np.ndarray, weight: np.ndarray, previous: Fitted | None
+        self,
+        fitted: Fitted,
+        x: np.ndarray,
+        y: np.ndarray,
+        weight: np.ndarray,
+        previous: Fitted | None,
+        folds: Folds | None = None,
     ) -> None:
-        """Solves least squares exactly, for these rows and those of previous calls."""
-        triangle = self._make_solver(fitted, x, y, weight).triangle()
+        """Solves least squares exactly, for these rows, in the order of their folds, and those of previous calls."""
+        solver, penalties = self._make_solver(fitted, x, y, weight), (fitted.config.l1, fitted.config.l2)
+        triangle, *of_folds = solver.fold_triangles(folds.starts) if folds else [solver.triangle()]
         if previous and previous.r_factor:
             triangle = previous.r_factor + triangle
         fitted.r_factor, fitted.schema = triangle, self._make_schema(fitted, *moments_from_r(triangle))
         # Always centre the columns, which loses no digits to large means and does not change a penalty on w.
         mean, (_, scale) = triangle.means, fitted.schema.units
         self.n_iter_ = 1
-        fit = triangle.standardized(mean, scale).solve(fitted.config.l2)
-        self._set_coefficients(fitted, *fit.shortest(), mean)
-        fitted.fit, fitted.weighted = (fit, mean), bool((weight != 1).any()) or bool(previous and previous.weighted)
+        triangle, *of_folds = (each.standardized(mean, scale) for each in (triangle, *of_folds))
+        if folds:
+            path = elastic_net.cross_validate(triangle, of_folds, folds.l1_ratio)
+            self.alphas_, self.alpha_ = path.strengths, float(path.strengths[path.best])
+            self.mse_path_ = 2 * np.square(scale[-1]) * path.fold_losses.T
+            penalties = path.penalties(path.best)
+        fits = elastic_net.solve_targets(triangle, *penalties)
+        w, b = (np.concatenate(values, axis=-1) for values in zip(*(fit.shortest() for fit in fits), strict=True))
+        self._set_coefficients(fitted, w, b, mean)
+        fitted.fit = (fits[0], mean) if len(fits) == 1 else None
+        fitted.weighted = bool((weight != 1).any()) or bool(previous and previous.weighted)
 
     def _solve_by_newton(self, fitted: Fitted, x: np.ndarray, y: np.ndarray, weight: np.ndarray) -> None:
         """Finds the exact solution for these rows by Newton's method."""
@@ -190,7 +228,7 @@ class Estimator(BaseEstimator):
         partial: bool,
     ) -> None:
         """Trains with the optimizer for `max_epochs`, or for one epoch if `partial`."""
-        config = fitted.config
+        config = dataclasses.replace(fitted.config, solver="sgd")
         if previous:
             fitted.schema = update_constants(previous.schema, x)
         else:
@@ -338,34 +376,3 @@ def _require_outputs(model: Any, x: np.ndarray, outputs: int) -> None:
     shape = jax.eval_shape(predict, jnp.asarray(x[:1])).shape
     if shape != (1, outputs):
         raise InputError(f"model: it predicts {list(shape)} for one row; give one that predicts [1, {outputs}]")
-
-
-def _require_squares(x: np.ndarray, y: np.ndarray, weight: np.ndarray, row: np.ndarray) -> None:
-    """Raises InputError for a value of x or y whose weighted square is not finite in float64.
-
-    Args:
-      x, y, weight: the rows, [n, d], [n, t] and [n].
-      row: [n] the numbers of the rows for the message, from 0.
-    """
-    limit = LARGEST / max(1.0, float(np.sqrt(weight.max())))
-    for name, values in (("X", x), ("y", y)):
-        if len(large := np.argwhere(np.abs(values) > limit)):
-            at, column = large[0]
-            raise InputError(
-                f"{name}: column {column + 1} has {values[at, column]:g} in row {row[at] + 1:,}; "
-                f"scale it to {limit:g} at most" + (", or use smaller weights" if limit < LARGEST else "")
-            )
-
-
-def check_sample_weight(sample_weight: ArrayLike | None, x: np.ndarray) -> np.ndarray:
-    """Validates the weights of rows, and returns them as [n] float64; None stands for weights of 1.
-
-    Raises:
-      InputError: for a negative weight, or if all are 0.
-    """
-    weight: np.ndarray = _check_sample_weight(sample_weight, x, dtype=np.float64)
-    if (weight < 0).any():
-        raise InputError(f"sample_weight: it is negative in row {(weight < 0).argmax() + 1:,}; use 0 or more")
-    if not weight.any():
-        raise InputError("sample_weight: it is zero in every row; give at least one row a weight above 0")
-    return weight

@@ -64,7 +64,7 @@ def write_report(
         summary=summary,
         devices_used=f"{summary['device_count']} x {summary['device_kind']}",
         **_losses(summary, records, config),
-        courses=_courses(records),
+        courses=_courses(records) | _path(summary),
         fits={name: _fit(rows, where, config) for name, rows in list(compared.items())[:_MOST_TARGETS]},
         results=_results(summary),
         parameters=_parameters(summary.get("parameters", {})),
@@ -116,12 +116,12 @@ def _start(start: Mapping[str, Any]) -> Mapping[str, Any]:
 def _losses(summary: Mapping[str, Any], records: Records, config: Config) -> dict[str, Any]:
     """The curves; with the least loss there is, where that is known, also how far they are above it.
 
-    Not with a penalty, which the curves are without.
+    Not with a penalty, which the curves are without, whether it was given or chosen.
     """
     losses = {title: _curve(records, name) for name, title in _CURVES.items() if name.endswith("loss")}
     optimum = summary.get("optimality", {})
     best, gap = optimum.get("best"), optimum.get("gap")
-    if best is None or gap is None or config.l2:
+    if best is None or gap is None or config.is_penalized:
         above = []
     else:
         above = [(x, y - best) for x, y in losses[_CURVES["train_loss"]] if y > best]
@@ -142,6 +142,17 @@ def _courses(records: Records) -> dict[str, str]:
         if curve:
             drawn[title] = chart({title: curve}, "epoch", title, small=True, even=name != "gradient_norm")
     return drawn
+
+
+def _path(summary: Mapping[str, Any]) -> dict[str, str]:
+    """The held-out losses of a path of penalties, if folds chose one."""
+    if "path" not in summary:
+        return {}
+    strengths, losses = np.array(summary["path"]["strengths"]), summary["path"]["held_out_loss"]
+    weaker = np.log10(strengths[0] / strengths).tolist()
+    title = "held-out loss by strength of the penalty"
+    curve = {title: list(zip(weaker, losses, strict=True))}
+    return {title: chart(curve, "powers of ten below the strongest", title, small=True)}
 
 
 def _fit(compared: Compared, where: str, config: Config) -> list[_Part]:

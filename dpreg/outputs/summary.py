@@ -12,10 +12,14 @@ from dpreg.config import Config
 from dpreg.data.sources import RegressionData
 from dpreg.data.synthetic import SyntheticRegressionData
 from dpreg.models.linear import linear_parameters
+from dpreg.solvers.elastic_net import Path
 from dpreg.solvers.fit import Fit
 from dpreg.solvers.inference import Summary, summarize_fit
+from dpreg.spelling import spell
 from dpreg.tables.standalone import are_codes, label_text
 from dpreg.train.trainer import Trainer
+
+_MOST_OF_PATH = 1 << 14  # weights that are written: of so few features, for each strength
 
 
 def summarize(trainer: Trainer, data: RegressionData, reading: float = 0.0) -> dict[str, Any]:
@@ -122,24 +126,63 @@ def describe_optimum(params: Any, data: RegressionData, fit: Fit) -> dict[str, A
     - `loss`, `best`: the penalised squared loss of the model, and that of the solution.
     - `gap`: (loss - best) / best.
     - `parameters`: those of the solution.
-    - `not_used`: the features that are constant, or combinations of others.
+    - `not_used`: the features that are constant, or combinations of others; unknown with l1, which may use any.
     - `standard_errors`: those of the solution, if there is no penalty.
     """
     (w, b), names = linear_parameters(params) or (np.zeros(0), np.zeros(0)), feature_names(data)
     result: dict[str, Any] = {}
     if fit.dispersion is None:
         loss, best = (
-            fit.triangle.loss(weights, bias) + fit.l2 / 2 * float(np.square(weights).sum())
+            fit.triangle.loss(weights, bias)
+            + float(fit.l1 * np.abs(weights).sum() + fit.l2 / 2 * np.square(weights).sum())
             for weights, bias in ((w.astype(np.float64), b.astype(np.float64)), (fit.w, fit.b))
         )
         result = {"loss": loss, "best": best, "gap": (loss - best) / best if best > 0 else None}
     result["parameters"] = _name_parameters(fit.w, fit.b, data)
-    result["not_used"] = [name for j, name in enumerate(names) if j not in fit.kept]
-    if not fit.l2:
+    result["not_used"] = [] if fit.l1 else [name for j, name in enumerate(names) if j not in fit.kept]
+    if not fit.is_penalized:
         error_w, error_b = in_units_of(data, fit).standard_errors
         *of_w, of_b = [None if np.isnan(row).any() else row.tolist() for row in (*error_w, error_b)]
         result["standard_errors"] = {"w": dict(zip(names, of_w, strict=True)), "b": of_b}
     return result
+
+
+def describe_path(data: RegressionData, path: Path) -> dict[str, Any]:
+    """The path of penalties that folds chose from, in the order of `strengths`, the strongest first.
+
+    - `strengths`: each adds strength (l1_ratio sum |w| + (1 - l1_ratio) / 2 sum w^2) to the mean loss.
+    - `best`: the strength of least held-out loss, whose fit is that of the run.
+    - `best_within_error`: the greatest strength whose held-out loss is at most one standard error above the least.
+    - `nonzero`: the number of weights that are not 0.
+    - `held_out_loss`, `standard_error`: the mean loss of all rows, each held out of the fit, and its standard error.
+    - `parameters`: the intercepts, and the weights by feature, in the units of the data; not for long paths.
+    """
+    described: dict[str, Any] = {
+        "folds": len(path.fold_losses),
+        "l1_ratio": path.l1_ratio,
+        "best": float(path.strengths[path.best]),
+        "best_within_error": float(path.strengths[path.best_within_error]),
+        "strengths": path.strengths.tolist(),
+        "nonzero": np.count_nonzero(path.w, axis=0).tolist(),
+        "held_out_loss": path.losses.tolist(),
+        "standard_error": path.standard_errors.tolist(),
+    }
+    if path.w.size <= _MOST_OF_PATH:
+        w, b = (path.w, path.b) if data.schema is None else data.schema.parameters(path.w, path.b)
+        described["parameters"] = {"w": dict(zip(feature_names(data), w.tolist(), strict=True)), "b": b.tolist()}
+    return described
+
+
+def describe_choice(path: Path) -> str:
+    """One line about the penalty that folds chose."""
+    best, (l1, l2) = path.best, path.penalties(path.best)
+    penalties = " ".join(spell(name, float(f"{value:.6g}")) for name, value in (("l1", l1), ("l2", l2)) if value)
+    at_end = ", the weakest of the path: perhaps none is better" if best == len(path.strengths) - 1 else ""
+    return (
+        f"{len(path.fold_losses)} folds chose {penalties} of {len(path.strengths)} strengths{at_end}: held-out loss "
+        f"{path.losses[best]:.6g} (standard error {path.standard_errors[best]:.2g}), "
+        f"{np.count_nonzero(path.w[:, best]):,} of {len(path.w):,} weights are not 0"
+    )
 
 
 def describe_fit(config: Config, data: RegressionData, fit: Fit) -> list[Summary]:

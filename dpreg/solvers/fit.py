@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import scipy
 
+from dpreg.config import Config
 from dpreg.solvers.sandwich import Sandwich
 
 if TYPE_CHECKING:
@@ -34,7 +35,7 @@ class Fit:
       triangle: of the rows.
       w, b: [d, t] and [t] float64.
       kept: the columns of x that the fit uses; the others are combinations of them, or constant, and have weight 0.
-      l2: the penalty.
+      l1, l2: the penalties. With l1, which has one target, weights that it makes 0 are not `kept`.
       intercept: whether b was free; else it is 0.
       dispersion: the variance of a row of weight 1; None if it is that of the residuals.
       known_variance: whether the dispersion is known; else it is estimated.
@@ -49,6 +50,7 @@ class Fit:
     l2: float
     intercept: bool
     inverse: Inverse
+    l1: float = Config.l1
     dispersion: float | None = None
     known_variance: bool = False
     deviance: float | None = None
@@ -63,7 +65,7 @@ class Fit:
           of_w: [d, t] the sum over rows of weight (x - `means`) (y - x w - b), in more digits than the fit has.
           of_b: [t] that of weight (y - x w - b).
         """
-        gradient = of_w - self.l2 * self.triangle.weight * self.w
+        gradient = of_w - self.triangle.weight * (self.l1 * np.sign(self.w) + self.l2 * self.w)
         kept, root = self.inverse.kept, self.inverse.root
         step = np.zeros_like(self.w)
         step[kept] = root @ (root.T @ gradient[kept])
@@ -96,7 +98,7 @@ class Fit:
 
     def shortest(self) -> tuple[np.ndarray, np.ndarray]:
         """The w [d, t] of least norm with the same predictions, and its b [t]: equal columns share their weight."""
-        w = self.w if self.l2 else self.shared(self.w)
+        w = self.w if self.is_penalized else self.shared(self.w)
         return w, self.b + self.means @ (self.w - w)
 
     def shared(self, w: np.ndarray) -> np.ndarray:
@@ -127,8 +129,13 @@ class Fit:
         return np.where(changed <= np.sqrt(_EPSILON) * size, shared, w)
 
     @property
+    def is_penalized(self) -> bool:
+        """Whether there is a penalty: standard errors are unknown then."""
+        return bool(self.l1 or self.l2)
+
+    @property
     def degrees_of_freedom(self) -> float:
-        """Rows less parameters."""
+        """Rows less parameters; with l1 less those that are not 0 (Zou, Hastie and Tibshirani 2007)."""
         return self.triangle.rows - len(self.kept) - self.intercept
 
     @property
@@ -174,7 +181,9 @@ class Fit:
     @property
     def has_errors(self) -> bool:
         """Whether the errors of the parameters are known: without a penalty, and with degrees of freedom left."""
-        return not self.l2 and (self.degrees_of_freedom >= 1 or (self.known_variance and self.sandwich is None))
+        return not self.is_penalized and (
+            self.degrees_of_freedom >= 1 or (self.known_variance and self.sandwich is None)
+        )
 
     def covariance(self, target: int) -> np.ndarray:
         """[m, m] of b, where it is free, and of w[`kept`], in that order."""

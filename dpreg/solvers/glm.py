@@ -51,7 +51,7 @@ class Family:
         return score
 
     def working(
-        self, y: np.ndarray, weight: np.ndarray, prediction: np.ndarray
+        self, y: np.ndarray, weight: np.ndarray, prediction: np.ndarray, observed: bool = False
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """The problem of least squares that gives the next step: (its targets [n, 1], its weights [n], sums [4]).
 
@@ -61,9 +61,15 @@ class Family:
         Args:
           y, weight: [n, 1], [n], the targets and weights of rows.
           prediction: [n, 1], on the link's scale, from which the step is taken.
+          observed: whether the weights are the observed information, as in Newton's method, not the expected one: the
+            steps converge faster where the model fits badly.
         """
-        with np.errstate(over="ignore", invalid="ignore"):  # a step that was too long is taken back
-            response, information = prediction + self.residual(prediction, y), self.information(prediction)
+        with np.errstate(all="ignore"):  # a step that was too long is taken back
+            residual, information = self.residual(prediction, y), self.information(prediction)
+            if observed and self.curvature is not None:
+                information = self.curvature(prediction, y)
+                residual = self.score(prediction, y) / information
+            response = prediction + residual
             loss, pearson = (float(weight @ of(prediction, y)[:, 0]) for of in (self.loss, self.pearson))
         if not (np.isfinite(loss + pearson) and np.isfinite(response).all() and np.isfinite(information).all()):
             response, information, loss = np.zeros_like(y), np.ones_like(y), np.inf

@@ -182,7 +182,7 @@ def _coefficients(fit: Fit, names: Sequence[str], target: int, level: float) -> 
     with np.errstate(divide="ignore", invalid="ignore"):
         statistics = estimates / errors
     columns = np.stack([estimates, errors, statistics, p, estimates - reach, estimates + reach], axis=1).tolist()
-    used = [True, *(j in fit.kept for j in range(len(names)))]
+    used = [True, *(bool(fit.l1) or j in fit.kept for j in range(len(names)))]  # with l1, weights of 0 are estimates
     rows = zip([intercept_name(names), *names], columns, used, strict=True)
     found = [Coefficient(name, *row)._replace(used=own) for name, row, own in rows]
     return found if fit.intercept else found[1:]

@@ -2,7 +2,7 @@
 
 import collections
 import concurrent.futures
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import jax
 import numpy as np
@@ -59,48 +59,92 @@ class Passes:
         Args:
           rows_at_once: the rows of a block; by default so many that combining two results costs no more than one.
         """
+        return self._reduced_ranges((0,), size, of, add, rows_at_once)[0]
+
+    def _reduced_ranges(
+        self,
+        starts: Sequence[int],
+        size: int,
+        of: Callable[[Rows], np.ndarray],
+        add: Callable[[np.ndarray, np.ndarray], np.ndarray],
+        rows_at_once: int | None,
+    ) -> list[np.ndarray]:
+        """As `_reduced`, a result for each of some contiguous ranges of all rows, in one pass.
+
+        Args:
+          starts: the first row of each range, ascending from 0; each has rows, and ends where the next one begins.
+        """
         self.passes += 1
-        found = dict[int, np.ndarray]()  # by the number of the shard; of one without rows nothing
         columns = 1 + self._inputs + self._targets
         at_once = rows_at_once or max(256, 2 * columns, _DECOMPOSED_VALUES // columns)
-        held = self._own.size if jax.process_count() == 1 else 3 * self._sampler.num_shards
-        blocks = _THREADS * _COPIES * at_once * columns
-        needed, available = 8 * (size * (held + _THREADS + _COPIES) + blocks), host_bytes()
+        pieces = [self._pieces(shard, starts) for shard in range(self._sampler.num_shards)]
+        most = max(map(len, pieces))  # ranges that one shard has rows of
+        self._require_memory(size, most, len(starts), _THREADS * _COPIES * at_once * columns)
+        found = dict[tuple[int, int], np.ndarray]()  # by the shard and the range; of those without rows nothing
+        waiting = collections.deque[tuple[tuple[int, int], concurrent.futures.Future[np.ndarray]]]()
+
+        def finish() -> None:
+            at, part = waiting.popleft()
+            found[at] = add(found[at], part.result()) if at in found else part.result()
+            self._heartbeat()
+
+        with presence.at_work("solving"), concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
+            for shard in self._own[self._own < len(pieces)].tolist():
+                for number, start, stop in pieces[shard]:
+                    for first in range(start, stop, at_once):
+                        block = self._source[np.arange(first, min(first + at_once, stop))]
+                        counted = block["weight"] > 0  # the values of other rows may be anything
+                        if not counted.all():
+                            block = {name: column[counted] for name, column in block.items()}
+                        waiting.append(((shard, number), pool.submit(of, block)))
+                        if len(waiting) > _THREADS:
+                            finish()
+            while waiting:
+                finish()
+        processes.allgather_text(heartbeat=self._heartbeat)  # before a collective, which times out while others work
+        every = found if jax.process_count() == 1 else self._from_all_processes(found, pieces, most, size)
+        ranges: list[list[np.ndarray]] = [[] for _ in starts]
+        for shard, own in enumerate(pieces):
+            for number, *_ in own:
+                ranges[number].append(every[shard, number])
+        return [tree_sum(parts, add) for parts in ranges]
+
+    def _pieces(self, shard: int, starts: Sequence[int]) -> list[tuple[int, int, int]]:
+        """(number of the range, first row, row after the last) of each range that the shard has rows of."""
+        first = int(self._sampler.shard_start(shard))
+        stop, ends = first + int(self._sampler.shard_size(shard)), [*starts[1:], len(self._source)]
+        cut = ((n, max(first, start), min(stop, end)) for n, (start, end) in enumerate(zip(starts, ends, strict=True)))
+        return [(number, start, end) for number, start, end in cut if start < end]
+
+    def _require_memory(self, size: int, pieces: int, ranges: int, blocks: int) -> None:
+        """Refuses results that do not fit into memory, before any is computed."""
+        held = pieces * (self._own.size if jax.process_count() == 1 else 3 * self._sampler.num_shards)
+        afterwards = 0 if ranges == 1 else 4 * ranges  # to combine the results of several ranges
+        needed, available = 8 * (size * (held + afterwards + _THREADS + _COPIES) + blocks), host_bytes()
         if needed > available:
             raise InputError(
                 f"an exact solution for {self._inputs:,} features needs {needed / 1e9:,.1f} GB of memory, and this "
                 f"machine has {available / 1e9:,.1f}; use {spell('solver', 'sgd')}, or fewer features"
             )
-        waiting = collections.deque[tuple[int, concurrent.futures.Future[np.ndarray]]]()
 
-        def finish() -> None:
-            shard, part = waiting.popleft()
-            found[shard] = add(found[shard], part.result()) if shard in found else part.result()
-            self._heartbeat()
-
-        with presence.at_work("solving"), concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
-            for shard in self._own.ravel().tolist():
-                start, rows = (int(at(shard)) for at in (self._sampler.shard_start, self._sampler.shard_size))
-                for first in range(start, start + rows, at_once):
-                    block = self._source[np.arange(first, min(first + at_once, start + rows))]
-                    counted = block["weight"] > 0  # the values of other rows may be anything
-                    if not counted.all():
-                        block = {name: column[counted] for name, column in block.items()}
-                    waiting.append((shard, pool.submit(of, block)))
-                    if len(waiting) > _THREADS:
-                        finish()
-            while waiting:
-                finish()
-        processes.allgather_text(heartbeat=self._heartbeat)  # before a collective, which times out while others work
-        used = range(min(self._sampler.num_shards, len(self._source)))  # those with rows
-        every = found if jax.process_count() == 1 else self._from_all_processes(found, size)
-        whole: np.ndarray = tree_sum([every[shard] for shard in used], add)
-        return whole
-
-    def _from_all_processes(self, found: Mapping[int, np.ndarray], size: int) -> np.ndarray:
-        """[shards, size] float64 of all processes."""
-        own = np.array([found.get(shard, np.full(size, np.nan)) for shard in self._own.ravel().tolist()])
+    def _from_all_processes(
+        self,
+        found: Mapping[tuple[int, int], np.ndarray],
+        pieces: Sequence[Sequence[tuple[int, int, int]]],
+        most: int,
+        size: int,
+    ) -> dict[tuple[int, int], np.ndarray]:
+        """The results of all processes; in the collective, all shards have as many of them as the one with most."""
+        own = np.full((self._own.size, most, size), np.nan)
+        for at, shard in enumerate(self._own.ravel().tolist()):
+            for piece, (number, *_) in enumerate(pieces[shard] if shard < len(pieces) else ()):
+                own[at, piece] = found[shard, number]
         presence.begin_call()
         with watchdog.watched():  # as words: JAX would make float32 of the values
             words = multihost_utils.process_allgather(own.view(np.uint32), tiled=True)
-        return np.ascontiguousarray(words).view(np.float64)
+        every = np.ascontiguousarray(words).view(np.float64)
+        return {
+            (shard, number): every[shard, piece]
+            for shard, of_shard in enumerate(pieces)
+            for piece, (number, *_) in enumerate(of_shard)
+        }

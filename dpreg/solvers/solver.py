@@ -2,48 +2,30 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable
-from contextlib import AbstractContextManager
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import numpy as np
-import scipy
-import threadpoolctl
 from jax.sharding import Mesh
 
 from dpreg.config import Config
 from dpreg.config.model import GLM_LOSSES
 from dpreg.data.sources import Rows, Source
 from dpreg.errors import InputError
-from dpreg.solvers import gram, robust, sandwich, softmax
+from dpreg.solvers import elastic_net, robust, sandwich, softmax
 from dpreg.solvers.basis import Basis
+from dpreg.solvers.blas import one_blas_thread
 from dpreg.solvers.fit import Fit
 from dpreg.solvers.glm import Family, family_of, slopes_of_shape
 from dpreg.solvers.newton import Point, minimum
 from dpreg.solvers.offset import WithOffset, values
 from dpreg.solvers.passes import Passes
+from dpreg.solvers.reductions import Problem, Reduction, decompose, factor_folds, sum_products
 from dpreg.solvers.sandwich import Sandwich
 from dpreg.solvers.tsqr import RFactor
 from dpreg.spelling import spell
 
-_MULTIPLIED_VALUES = 1 << 18  # of a block whose products are summed at once: it stays in a core's cache
 _LEAST_ALPHA, _ALPHA_AT_REST, _MOST_ALPHAS = 1e-8, 1e-10, 50  # of negative binomial models
-
-# Of a block of rows: x [n, d], y [n, t] and weight [n] of a problem of least squares, and sums [k] of something else.
-Problem = Callable[[Rows], tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]]
-
-
-@functools.cache
-def _blas() -> threadpoolctl.ThreadpoolController:
-    """The libraries of linear algebra of this process, those of SciPy included."""
-    scipy.linalg.lapack.dpotrf(np.eye(2))
-    return threadpoolctl.ThreadpoolController()
-
-
-def _one_blas_thread() -> AbstractContextManager[Any]:
-    """Linear algebra on one thread: blocks of rows have threads, and the bits must not depend on their number."""
-    context: AbstractContextManager[Any] = _blas().limit(limits=1, user_api="blas")
-    return context
 
 
 class Solution(NamedTuple):
@@ -54,6 +36,7 @@ class Solution(NamedTuple):
       loss: the mean loss, without the penalty.
       fit: what the standard errors come from, where they are known.
       alpha: of a negative binomial model, where it was estimated.
+      path: how the strength of the penalty was chosen, if it was.
     """
 
     w: np.ndarray
@@ -61,6 +44,7 @@ class Solution(NamedTuple):
     loss: float
     fit: Fit | None = None
     alpha: float | None = None
+    path: elastic_net.Path | None = None
 
 
 class Solver(Passes):
@@ -86,13 +70,27 @@ class Solver(Passes):
 
     def triangle(self) -> RFactor:
         """The R of all rows: one pass where sums of products hold enough digits of it, else two."""
-        with _one_blas_thread():
+        with one_blas_thread():
+            return self._factor(self._least_squares_problem, self._targets)[0]
 
-            def problem(rows: Rows) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-                y = rows["y"] if self._offset is None else rows["y"].astype(np.float64) - values(rows)[3]
-                return rows["x"], y, rows["weight"], np.zeros(0)
+    def _least_squares_problem(self, rows: Rows) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        y = rows["y"] if self._offset is None else rows["y"].astype(np.float64) - values(rows)[3]
+        return rows["x"], y, rows["weight"], np.zeros(0)
 
-            return self._factor(problem, self._targets)[0]
+    def fold_triangles(self, starts: Sequence[int]) -> list[RFactor]:
+        """The R of all rows; then, for each fold, that of the rows of all others and that of its own: one pass, or two.
+
+        Args:
+          starts: the first row of each fold, ascending from 0; a fold ends where the next one begins.
+        """
+        with one_blas_thread():
+            while (found := self._fold_triangles(starts)) is None:
+                self._careful = True
+            return found
+
+    def _fold_triangles(self, starts: Sequence[int]) -> list[RFactor] | None:
+        way = self._reduction(self._least_squares_problem, self._targets)
+        return factor_folds(way, self._reduced_ranges(starts, way.size, way.of, way.add, way.rows_at_once))
 
     def solve(self, config: Config) -> Solution:
         """The least mean loss of a linear model, with the loss, the penalty and the intercept of the config.
@@ -102,7 +100,7 @@ class Solver(Passes):
         """
         if not config.has_exact_solution:
             raise InputError(f"{spell('loss', config.loss)}: such a model has no exact solution; see {spell('solver')}")
-        with _one_blas_thread():
+        with one_blas_thread():
             if config.loss == "negative_binomial" and config.negative_binomial_alpha is None:
                 config = dataclasses.replace(config, negative_binomial_alpha=(alpha := self._alpha(config)))
                 solution = self._solve(config)._replace(alpha=alpha)
@@ -111,19 +109,36 @@ class Solver(Passes):
         return solution if self._offset is None else solution._replace(w=np.insert(solution.w, self._offset, 1, axis=0))
 
     def _solve(self, config: Config) -> Solution:
-        loss, l2, counts = config.loss, config.l2, config.kind_of_weights == "frequency"
+        loss, l1, l2, counts = config.loss, config.l1, config.l2, config.kind_of_weights == "frequency"
         if loss == "squared":
-            fit = self.least_squares(l2, config.intercept, refine=config.precision == "float64", counts=counts)
-            return Solution(fit.w, fit.b, fit.loss, self._with_covariance(fit, config))
+            return self._solve_least_squares(config)
         if loss in GLM_LOSSES:
             family = family_of(config)
-            found = [self.newton(family, l2, config.intercept, t, counts) for t in range(self._targets)]
+            found = [self.newton(family, l2, config.intercept, t, counts, l1) for t in range(self._targets)]
             w, b = (np.concatenate([getattr(fit, name) for fit, _ in found], axis=-1) for name in ("w", "b"))
             fit_of_one = self._with_covariance(found[0][0], config, family) if len(found) == 1 else None
             return Solution(w, b, sum(each for _, each in found), fit_of_one)
         if loss == "softmax":
             return self.softmax(config.num_classes, l2)
         return self.robust(robust.slopes_of(loss, config.huber_delta, config.quantile), l2)
+
+    def _solve_least_squares(self, config: Config) -> Solution:
+        l1, l2, intercept, path = config.l1, config.l2, config.intercept, None
+        if config.folds:
+            starts = elastic_net.fold_starts(config.folds, len(self._source), self._targets)
+            triangle, *folds = self.fold_triangles(starts)
+            path = elastic_net.cross_validate(triangle, folds, config.l1_ratio, intercept, self._heartbeat)
+            l1, l2 = path.penalties(path.best)
+        else:
+            triangle = self.triangle()
+        if config.kind_of_weights == "frequency":
+            triangle = triangle.with_counts()
+        fits = elastic_net.solve_targets(triangle, l1, l2, intercept)
+        if config.precision == "float64":
+            fits = self._refined(fits)
+        w, b = (np.concatenate([getattr(fit, name) for fit in fits], axis=-1) for name in ("w", "b"))
+        fit_of_one = self._with_covariance(fits[0], config) if len(fits) == 1 else None
+        return Solution(w, b, sum(fit.loss for fit in fits), fit_of_one, path=path)
 
     def least_squares(
         self, l2: float = Config.l2, intercept: bool = Config.intercept, refine: bool = False, counts: bool = False
@@ -136,19 +151,21 @@ class Solver(Passes):
           counts: whether a weight is a number of equal rows.
         """
         triangle = self.triangle()
-        fit = (dataclasses.replace(triangle, rows=triangle.weight) if counts else triangle).solve(l2, intercept)
-        if not refine:
-            return fit
-        w, b, means = (values.astype(np.longdouble) for values in (fit.w, fit.b, fit.means))
+        fit = (triangle.with_counts() if counts else triangle).solve(l2, intercept)
+        return self._refined([fit])[0] if refine else fit
+
+    def _refined(self, fits: Sequence[Fit]) -> list[Fit]:
+        """The fits, of one or of all targets each, after a step of refinement in extended precision: a pass."""
+        w, b = (np.concatenate([getattr(fit, name) for fit in fits], axis=-1) for name in ("w", "b"))
+        w, b, means = (values.astype(np.longdouble) for values in (w, b, fits[0].means))
 
         def gradient(rows: Rows) -> np.ndarray:
             x, y, weight, offset = (each.astype(np.longdouble) for each in values(rows))
             left = (y - offset - x @ w - b) * weight[:, None]
             return np.concatenate([left.sum(axis=0)[None], (x - means).T @ left]).astype(np.float64).ravel()
 
-        size = 1 + self._inputs, self._targets
-        of_b, *of_w = self._reduced(size[0] * size[1], gradient).reshape(size)
-        return fit.refined(np.array(of_w), of_b)
+        of_fits = np.split(self._reduced(w.size + b.size, gradient).reshape(1 + len(w), -1), len(fits), axis=1)
+        return [fit.refined(own[1:], own[0]) for fit, own in zip(fits, of_fits, strict=True)]
 
     def newton(
         self,
@@ -157,10 +174,11 @@ class Solver(Passes):
         intercept: bool = Config.intercept,
         target: int = 0,
         counts: bool = False,
+        l1: float = Config.l1,
     ) -> tuple[Fit, float]:
-        """(the linear model of least mean loss + l2 / 2 sum w^2, that mean loss), by Newton's method.
+        """(the linear model of least mean loss + l1 sum |w| + l2 / 2 sum w^2, that mean loss), by Newton's method.
 
-        Each step is a pass, and a problem of least squares.
+        Each step is a pass, and a problem of least squares; with l1 an elastic net (Lee, Sun and Saunders 2014).
 
         Args:
           target: the number of the target, from 0.
@@ -169,22 +187,28 @@ class Solver(Passes):
         Raises:
           InputError: when there is no optimum, such as for classes that a plane separates.
         """
-        triangle, (_, weight, _, total) = self._around(family, None, target)
+        around = functools.partial(self._around, family, target, l1 > 0)
+        triangle, (_, weight, _, total) = around(None)
         if not weight > 0:
             raise InputError("there is no row with a weight to fit; give one row at least a weight")
         x = triangle.below(intercept)[:, 1 : 1 + self._inputs]
         spread = np.sqrt(np.square(x).sum(axis=0) / triangle.weight)
-        first = triangle.solve(l2 * weight / triangle.weight, intercept)
+
+        def solved(triangle: RFactor, start: np.ndarray | None = None) -> Fit:
+            unit = weight / triangle.weight
+            return elastic_net.solve(triangle, l1 * unit, l2 * unit, intercept, start)
+
+        first = solved(triangle)
 
         def evaluated(theta: np.ndarray) -> Point:
-            triangle, (loss, weight, pearson, _) = self._around(family, theta, target)
+            triangle, (loss, weight, pearson, _) = around(theta)
             if not np.isfinite(loss):
                 return Point(np.inf, np.zeros_like(theta), 0.0, 0.0)
-            fit = triangle.solve(l2 * weight / triangle.weight, intercept)
+            fit = solved(triangle, theta[1:])
             step = np.append(fit.b, fit.w) - theta
             along = np.square(triangle.about(0.0)[:, : step.size] @ step).sum() / weight
             return Point(
-                loss / weight + l2 / 2 * float(np.square(theta[1:]).sum()),
+                loss / weight + float(l1 * np.abs(theta[1:]).sum() + l2 / 2 * np.square(theta[1:]).sum()),
                 step,
                 decrement=float(along + l2 * np.square(step[1:]).sum()),
                 moved=float(np.max(np.abs(step[1:]) * spread, initial=0.0)),
@@ -214,6 +238,7 @@ class Solver(Passes):
         log_likelihood, of_null = self._reduced(2, likelihood)
         return dataclasses.replace(
             fit,
+            l1=l1,
             l2=l2,
             dispersion=dispersion,
             known_variance=not family.dispersed,
@@ -264,7 +289,7 @@ class Solver(Passes):
         alpha = 1.0
         for _ in range(_MOST_ALPHAS):
             family = family_of(dataclasses.replace(config, negative_binomial_alpha=alpha))
-            fit, _ = self.newton(family, config.l2, config.intercept)
+            fit, _ = self.newton(family, config.l2, config.intercept, l1=config.l1)
             before = alpha
             for _ in range(_MOST_ALPHAS):
 
@@ -346,44 +371,29 @@ class Solver(Passes):
             return Basis(fit, np.arange(self._inputs), np.eye(self._inputs))
         return Basis(fit, fit.inverse.kept, fit.inverse.root * np.sqrt(triangle.weight))
 
-    def _around(self, family: Family, theta: np.ndarray | None, target: int) -> tuple[RFactor, np.ndarray]:
+    def _around(
+        self, family: Family, target: int, observed: bool, theta: np.ndarray | None
+    ) -> tuple[RFactor, np.ndarray]:
         """The problem of Newton's next step from b and w [1 + d], and the sums of `Family.working`."""
 
         def problem(rows: Rows) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
             x, y, weight, offset = values(rows, target)
             prediction = family.start(y) if theta is None else x @ theta[1:, None] + theta[0] + offset
-            response, information, sums = family.working(y, weight, prediction)
+            response, information, sums = family.working(y, weight, prediction, observed)
             return x, response - offset, information, sums
 
         return self._factor(problem, 1, 4)
 
     def _factor(self, problem: Problem, targets: int, others: int = 0) -> tuple[RFactor, np.ndarray]:
         """The R of a problem of least squares over all rows, and the sums [others] of what else it gives."""
-        columns = 1 + self._inputs + targets
-        if not self._careful:
-
-            def multiplied(rows: Rows) -> np.ndarray:
-                *of_rows, also = problem(rows)
-                return np.concatenate([also, gram.products(*of_rows)])
-
-            size = others + columns + columns**2
-            sums = self._reduced(size, multiplied, rows_at_once=max(1024, _MULTIPLIED_VALUES // columns))
-            found = gram.factor(sums[others:], self._inputs, self._epsilon)
-            if found is not None or not np.isfinite(sums[:others]).all():  # or else no next step is taken
-                return found or RFactor.none(self._inputs, targets), sums[:others]
+        while True:
+            way = self._reduction(problem, targets, others)
+            found = self._reduced(way.size, way.of, way.add, way.rows_at_once)
+            triangle, sums = way.factor(found[others:]), found[:others]
+            if triangle is not None or not np.isfinite(sums).all():  # or else no next step is taken
+                return triangle or RFactor.none(self._inputs, targets), sums
             self._careful = True
 
-        def unpacked(packed: np.ndarray) -> RFactor:
-            return RFactor.unpacked(packed, self._inputs, targets, self._epsilon)
-
-        def decomposed(rows: Rows) -> np.ndarray:
-            *of_rows, also = problem(rows)
-            return np.concatenate([also, RFactor.of(*of_rows).packed()])
-
-        def add(one: np.ndarray, other: np.ndarray) -> np.ndarray:
-            both = unpacked(one[others:]) + unpacked(other[others:])
-            return np.concatenate([one[:others] + other[:others], both.packed()])
-
-        size = others + columns**2 + columns + 1
-        sums = self._reduced(size, decomposed, add)
-        return unpacked(sums[others:]), sums[:others]
+    def _reduction(self, problem: Problem, targets: int, others: int = 0) -> Reduction:
+        reduction = decompose if self._careful else sum_products
+        return reduction(problem, self._inputs, targets, others, self._epsilon)

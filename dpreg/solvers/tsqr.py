@@ -93,6 +93,10 @@ class RFactor:
         """The rows of `r` that determine w: those of centred columns with an intercept, else of columns about 0."""
         return self.r[1:] if intercept else self.about(0.0)
 
+    def with_counts(self) -> "RFactor":
+        """The same R where the weights of rows are numbers of equal rows."""
+        return dataclasses.replace(self, rows=self.weight)
+
     @property
     def means(self) -> np.ndarray:
         """The weighted means of the columns of x and y, [d + t]."""
@@ -123,8 +127,9 @@ class RFactor:
         return np.sqrt(np.square(columns).sum(axis=0)) if self.lengths is None else self.lengths
 
     def squares(self, w: np.ndarray, b: np.ndarray) -> np.ndarray:
-        """The sums of weight (x w + b - y)^2 for w [d, t] and b [t]: [t]."""
-        about_means = self.r[1:, 1:] @ np.concatenate([w, -np.eye(w.shape[1])])
+        """The sums of weight (x w + b - y)^2 for w [d, t] and b [t]: [t]. For one target, w may be many: [d, s]."""
+        t = len(self.origin) - self.num_inputs
+        about_means = self.r[1:, 1:] @ np.concatenate([w, -np.resize(np.eye(t), (t, w.shape[1]))])
         squares: np.ndarray = np.square(about_means).sum(axis=0) + np.square(self.r[0, 0] * (b - self.intercept(w)))
         return squares
 
@@ -168,7 +173,7 @@ class RFactor:
             root /= spread[kept, None]
             w = np.zeros((d, y.shape[1]))
             w[kept] = root @ (root.T @ (x[:, kept].T @ y))
-            return self._fit(w, kept, root, l2, intercept)
+            return self.make_fit(w, kept, root, l2, intercept)
         while True:
             scaled = x[:, kept] / spread[kept]
             if l2:
@@ -184,11 +189,14 @@ class RFactor:
         w = np.zeros((d, y.shape[1]))
         w[kept] = scipy.linalg.solve_triangular(r, q.T @ targets) / spread[kept, None]
         root = scipy.linalg.solve_triangular(r, np.eye(len(kept))) / spread[kept, None]
-        return self._fit(w, kept, root, l2, intercept)
+        return self.make_fit(w, kept, root, l2, intercept)
 
-    def _fit(self, w: np.ndarray, kept: np.ndarray, root: np.ndarray, l2: float, intercept: bool) -> Fit:
-        b = self.intercept(w) if intercept else np.zeros(w.shape[1])
-        return Fit(self, w, b, tuple(sorted(int(column) for column in kept)), l2, intercept, Inverse(kept, root))
+    def make_fit(
+        self, w: np.ndarray, kept: np.ndarray, root: np.ndarray, l2: float, intercept: bool, l1: float = Config.l1
+    ) -> Fit:
+        """The fit of weights w [d, t] that are 0 but for the columns `kept`, with its b; `root` as of `Inverse`."""
+        b, columns = self.intercept(w) if intercept else np.zeros(w.shape[1]), tuple(np.sort(kept).tolist())
+        return Fit(self, w, b, columns, l2, intercept, Inverse(kept, root), l1)
 
 
 def _root_of_inverse(x: np.ndarray, ridge: np.ndarray) -> np.ndarray | None:

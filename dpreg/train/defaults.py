@@ -75,12 +75,14 @@ def _choose_transform(config: Config) -> str:
 def _choose_solver(config: Config, data: RegressionData) -> tuple[str, str]:
     if config.solver != "auto":
         return config.solver, ""
+    if config.folds:
+        return "exact", f"{spell('folds', config.folds)} chooses a penalty by one pass over the rows"
     if config.dataset == "synthetic":
         return "sgd", ""
+    limited = spell("l1", config.l1) if config.l1 else spell("intercept", False)
     for applies, why in (
         (not config.is_linear, f"{spell('model', config.model)} has no exact solution"),
-        (config.l1 > 0, f"{spell('l1', config.l1)} has no exact solution"),
-        (not config.has_exact_solution, f"{spell('loss', config.loss)} has none with {spell('intercept', False)}"),
+        (not config.has_exact_solution, f"{spell('loss', config.loss)} has no exact solution with {limited}"),
     ):
         if applies:
             return "sgd", why

@@ -1,0 +1,90 @@
+"""Two reductions of the rows of a problem of least squares to an R factor: a fast one, and a careful one."""
+
+import itertools
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from dpreg.data.sources import Rows
+from dpreg.solvers import gram
+from dpreg.solvers.tsqr import RFactor
+
+_MULTIPLIED_VALUES = 1 << 18  # of a block whose products are summed at once: it stays in a core's cache
+
+# Of a block of rows: x [n, d], y [n, t] and weight [n] of a problem of least squares, and sums [k] of something else.
+Problem = Callable[[Rows], tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]]
+
+
+class Reduction(NamedTuple):
+    """The arguments of `Passes.reduce` for a problem of least squares.
+
+    Attributes:
+      size, of, add, rows_at_once: the arguments. A result begins with the sums [k] of something else.
+      factor: a result without these sums -> its RFactor; None where it does not hold enough digits.
+    """
+
+    size: int
+    of: Callable[[Rows], np.ndarray]
+    add: Callable[[np.ndarray, np.ndarray], np.ndarray]
+    rows_at_once: int | None
+    factor: Callable[[np.ndarray], RFactor | None]
+
+
+def sum_products(problem: Problem, num_inputs: int, num_targets: int, others: int, epsilon: float) -> Reduction:
+    """Sums of products, see `dpreg.solvers.gram`.
+
+    Args:
+      num_inputs, num_targets: d and t of the problem; others: k.
+      epsilon: as in `RFactor`.
+    """
+    columns = 1 + num_inputs + num_targets
+
+    def of(rows: Rows) -> np.ndarray:
+        *of_rows, also = problem(rows)
+        return np.concatenate([also, gram.products(*of_rows)])
+
+    def factor(sums: np.ndarray) -> RFactor | None:
+        return gram.factor(sums, num_inputs, epsilon)
+
+    return Reduction(others + columns + columns**2, of, np.add, max(1024, _MULTIPLIED_VALUES // columns), factor)
+
+
+def decompose(problem: Problem, num_inputs: int, num_targets: int, others: int, epsilon: float) -> Reduction:
+    """A QR decomposition, see `dpreg.solvers.tsqr`; the arguments are those of `sum_products`."""
+    columns = 1 + num_inputs + num_targets
+
+    def of(rows: Rows) -> np.ndarray:
+        *of_rows, also = problem(rows)
+        return np.concatenate([also, RFactor.of(*of_rows).packed()])
+
+    def factor(packed: np.ndarray) -> RFactor:
+        return RFactor.unpacked(packed, num_inputs, num_targets, epsilon)
+
+    def add(one: np.ndarray, other: np.ndarray) -> np.ndarray:
+        both = factor(one[others:]) + factor(other[others:])
+        return np.concatenate([one[:others] + other[:others], both.packed()])
+
+    return Reduction(others + columns**2 + columns + 1, of, add, None, factor)
+
+
+def factor_folds(reduction: Reduction, folds: Sequence[np.ndarray]) -> list[RFactor] | None:
+    """The RFactor of all rows; then, for each fold, that of the rows of all others and its own.
+
+    The rows of all others are those before the fold and those after it. The sums over both are added, since differences
+    from the sum over all rows would lose digits.
+
+    Args:
+      folds: the results of two folds or more, without sums of something else.
+
+    Returns:
+      the RFactors; None where a result does not hold enough digits.
+    """
+    factor, add = reduction.factor, reduction.add
+    after = [*itertools.accumulate(folds[:0:-1], add)][::-1]
+    before, factors = folds[0], [factor(after[0]), factor(folds[0])]
+    for own, rest in zip(folds[1:], [*after[1:], None], strict=True):
+        factors += [factor(before if rest is None else add(before, rest)), factor(own)]
+        before = add(before, own)
+    found = [each for each in (factor(before), *factors) if each is not None]
+    return found if len(found) == 1 + len(factors) else None
