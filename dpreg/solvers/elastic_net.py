@@ -89,6 +89,7 @@ class ElasticNet:
         self._gram, self._xy = self._x.T @ self._x, self._x.T @ self._y
         self._tolerance = _TOLERANCE * float(np.linalg.norm(self._y))
         self._u = np.zeros(len(self._varying))
+        self._last = np.zeros(0, int), np.zeros((0, 0)), self._u  # order, R and l2 of a Cholesky decomposition
 
     def solve(self, l1: float, l2: float = Config.l2, start: np.ndarray | None = None) -> Fit:
         """The fit for an l1 above 0.
@@ -158,6 +159,9 @@ class ElasticNet:
           solved: as in `_minimum`.
         """
         worst = entering[:1] if solved else entering[:0]  # which certainly decreases the objective if alone
+        known = self._last[0]  # its columns keep their order up to the first that is no longer inside
+        known = known[np.logical_and.accumulate(np.isin(known, inside))]
+        inside = np.concatenate([known, np.setdiff1d(inside, known)])
         while True:
             order = np.concatenate([inside, entering])
             r, q = self._factor(order, l2)
@@ -179,13 +183,26 @@ class ElasticNet:
         Its diagonal is the distance of each column from the combinations of those before it. If one is small, R is that
         of a QR decomposition of x over diag(sqrt(l2)), and is returned with Q.
         """
-        gram = self._gram.take(order, 0).take(order, 1)
-        gram[np.diag_indices_from(gram)] += l2[order]
-        r, failed = scipy.linalg.lapack.dpotrf(gram.T, overwrite_a=True)
+        last, r_of_last, l2_of_last = self._last
+        shared = min(len(last), len(order))
+        same = np.logical_and.accumulate(last[:shared] == order[:shared])
+        known = int(same.sum()) if np.array_equal(l2, l2_of_last) else 0  # columns of the last decomposition
+        old, new, r = order[:known], order[known:], np.zeros((len(order), len(order)))
+        r[:known, :known] = r_of_last[:known, :known]
+        rest, failed = self._gram[np.ix_(new, new)], 0
+        rest[np.diag_indices_from(rest)] += l2[new]
+        if known and len(new):
+            r[:known, known:] = scipy.linalg.solve_triangular(
+                r[:known, :known], self._gram[np.ix_(old, new)], trans="T"
+            )
+            rest -= r[:known, known:].T @ r[:known, known:]
+        if len(new):
+            r[known:, known:], failed = scipy.linalg.lapack.dpotrf(rest.T, overwrite_a=True)
         if failed or (np.diagonal(r) < _WELL_CONDITIONED).any():
             q, r = np.linalg.qr(np.concatenate([self._x[:, order], np.diag(np.sqrt(l2[order]))]))
             return r, q
-        return np.asarray(r), None
+        self._last = order, r, l2
+        return r, None
 
     def _least(
         self, order: np.ndarray, r: np.ndarray, q: np.ndarray | None, l1: np.ndarray, l2: np.ndarray
