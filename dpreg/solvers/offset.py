@@ -13,12 +13,12 @@ class WithOffset:
 
     Attributes:
       source: the rows; column: the number of the column.
-      features: whether x has the other columns; else it has none.
+      with_features: whether x has the other columns; else it has none.
     """
 
     source: Source
     column: int
-    features: bool = True
+    with_features: bool = True
 
     def __len__(self) -> int:
         return len(self.source)
@@ -26,7 +26,7 @@ class WithOffset:
     def __getitem__(self, indices: np.ndarray) -> Rows:
         rows = self.source[indices]
         x = np.delete(rows["x"], self.column, axis=1)
-        return rows | {"x": x if self.features else x[:, :0], "offset": rows["x"][:, self.column]}
+        return rows | {"x": x if self.with_features else x[:, :0], "offset": rows["x"][:, self.column]}
 
     def fingerprint(self) -> str:
         """That of the source."""

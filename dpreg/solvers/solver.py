@@ -218,7 +218,7 @@ class Solver(Passes):
         start = np.append(first.b, first.w)
         null = family.link(total / weight) if intercept else 0.0
         if self._offset is not None and intercept and self._inputs:
-            without = Solver(WithOffset(self._given[0], self._offset, features=False), *self._given[1:])
+            without = Solver(WithOffset(self._given[0], self._offset, with_features=False), *self._given[1:])
             null = float(without.newton(family, target=target)[0].b[0])
         theta, (*_, (fit, loss, pearson)) = minimum(evaluated, start, np.append(null, np.zeros_like(first.w)))
         if counts:
