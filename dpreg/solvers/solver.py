@@ -125,6 +125,11 @@ class Solver(Passes):
             return self.softmax(config.num_classes, l2)
         return self.robust(robust.slopes_of(loss, config.huber_delta, config.quantile), l2)
 
+    def sums(self, size: int, of: Callable[[Rows], np.ndarray]) -> np.ndarray:
+        """[size] float64: the sums over all rows of what `of` returns for blocks of them."""
+        with _one_blas_thread():
+            return self._reduced(size, of)
+
     def least_squares(
         self, l2: float = Config.l2, intercept: bool = Config.intercept, refine: bool = False, counts: bool = False
     ) -> Fit:
