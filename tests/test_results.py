@@ -267,7 +267,12 @@ def test_intervals_of_generalised_models_agree_with_statsmodels(folder, loss):
     if loss == "gamma":  # Degrees of freedom are counted in rows.
         weights = {"var_weights": USED["w"].to_numpy()}
     model = sm.GLM(USED[loss].to_numpy(), design(USED), family=FAMILIES[loss], **weights)
-    theirs = model.fit(tol=1e-14, use_t=loss == "gamma").get_prediction(design(NEW)).summary_frame(alpha=0.05)
+    model = model.fit(tol=1e-14, use_t=loss == "gamma")
+    theirs = model.get_prediction(design(NEW)).summary_frame(alpha=0.05)
+    (kept,) = load_model(folder / loss / "model").summaries()
+    at = [[c.name for c in kept.coefficients].index(name) for name in ("year", "size")]
+    limits = model.conf_int(alpha=0.2)[1:3]
+    np.testing.assert_allclose(kept.conf_int(0.8)[at], limits, rtol=1e-6)
     found, _ = predicted(folder, loss, "--interval=0.95")
     for ours, wanted in (("predicted", "mean"), ("low", "mean_ci_lower"), ("high", "mean_ci_upper")):
         np.testing.assert_allclose(found[f"{ours}_{loss}"], theirs[wanted], rtol=1e-6, err_msg=ours)
