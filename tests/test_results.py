@@ -161,6 +161,7 @@ def test_a_fit_of_other_columns_is_refused(folder, fitted, tmp_path):
         lambda fit: fit[0]["coefficients"].pop(),
         lambda fit: fit[0].pop("rows"),
         lambda fit: fit.append(fit[0]),
+        lambda fit: fit.clear(),
         lambda fit: fit[0]["coefficients"][1].update(used=not fit[0]["coefficients"][1]["used"]),
     ):
         changed = json.loads(json.dumps(description))

@@ -63,9 +63,10 @@ class ExactFit:
 
     def has_size(self, targets: int, inputs: int, intercept: bool) -> bool:
         """Whether the fit is one of so many targets and inputs."""
-        alike = all(len(each.coefficients) == inputs + intercept for each in self.summaries)
-        size = len(self.summaries), len(self.used(intercept)) + intercept
-        return alike and size[0] == targets and (self.roots is None or self.roots.shape[:-1] == size)
+        if [len(each.coefficients) for each in self.summaries] != [inputs + intercept] * targets:
+            return False
+        size = targets, len(self.used(intercept)) + intercept
+        return self.roots is None or self.roots.shape[:-1] == size
 
 
 @dataclasses.dataclass(frozen=True)
@@ -190,7 +191,7 @@ def load_model(folder: pathlib.Path) -> ExportedModel:
         if not all(type(model[name]) is int and model[name] > 0 for name in ("num_inputs", "num_targets")):
             raise ValueError("its numbers of columns are not positive")
         roots = arrays.pop(standalone.ROOTS, None)
-        fit = model["fit"] and ExactFit.from_json(model["fit"], roots)
+        fit = None if model["fit"] is None else ExactFit.from_json(model["fit"], roots)
         if fit and not fit.has_size(model["num_targets"], model["num_inputs"], model["flags"]["intercept"]):
             raise ValueError("its exact fit has other columns")
         variables = {"params": {}, "batch_stats": {}} | traverse_util.unflatten_dict(arrays, sep="/")
