@@ -123,7 +123,10 @@ WRONG = {
         ("--platform=abacus",): "use cpu, gpu or tpu",
         ("--platform=gpu",): "use --platform=cpu",
         ("--mode=cure",): "use train, evaluate, predict, summary or doctor",
-        ("--mode=summary", "--output=t.csv"): "--output=t.csv: name a file for the table, with --output=FILE.txt or",
+        (
+            "--mode=summary",
+            "--output=t.csv",
+        ): "--output=t.csv: name a file for the table, with --output=FILE.txt, FILE.md",
         ("--mode=summary", "--workdir={}/empty"): "{}/empty/model: there is no model; train with that --workdir",
         ("--interval=0.9",): "--interval=0.9: it applies only to --mode=predict or summary; leave it out",
         ("--predict_mean",): "--predict_mean: it applies only to --mode=evaluate or predict; leave it out",

@@ -242,12 +242,15 @@ def test_names_are_escaped_in_latex():
     ]
 
 
-@pytest.mark.parametrize("devices", [8])
-def test_intervals_for_squared_loss_agree_with_statsmodels(folder, fitted, devices):
-    theirs = sm.WLS(USED["squared"], design(USED), USED["w"]).fit().get_prediction(design(NEW)).summary_frame(alpha=0.1)
-    (found, content), (_, other) = (
-        predicted(folder, "squared", "--interval=0.9", f"--num_devices={n}") for n in (1, devices)
-    )
+@pytest.mark.parametrize("covariance", ["classic", "HC3"])
+def test_intervals_for_squared_loss_agree_with_statsmodels(folder, fitted, covariance):
+    workdir, options = "squared", {}
+    if covariance == "HC3":
+        workdir, options = "HC3", {"cov_type": "HC3", "use_t": True}
+        run(folder, workdir, "--target=squared", "--covariance=HC3")
+    theirs = sm.WLS(USED["squared"], design(USED), USED["w"]).fit(**options).get_prediction(design(NEW))
+    theirs = theirs.summary_frame(alpha=0.1)
+    (found, content), (_, other) = (predicted(folder, workdir, "--interval=0.9", f"--num_devices={n}") for n in (1, 8))
     assert content == other
     names = {
         "predicted_squared": "mean",
@@ -363,7 +366,7 @@ def test_means_of_other_models_are_refused(folder, fitted):
         ({"interval": 0.9}, "interval=0.9: it applies only to mode='predict' or 'summary'; leave it out"),
         ({"predict_mean": True}, "predict_mean=True: it applies only to mode='evaluate' or 'predict'; leave it out"),
         ({"mode": "summary"}, "mode='summary': name the folder of the run, with workdir"),
-        ({"mode": "summary", "workdir": "w", "output": "t.csv"}, "with output='FILE.txt' or 'FILE.md' or 'FILE.tex'"),
+        ({"mode": "summary", "workdir": "w", "output": "t.csv"}, "with output='FILE.txt', 'FILE.md' or 'FILE.tex'"),
         ({"mode": "summary", "workdir": "w", "interval": 1.0}, "interval=1.0: use a value under 1"),
     ],
 )

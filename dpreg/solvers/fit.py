@@ -187,7 +187,7 @@ class Fit:
     def covariance_root(self, target: int) -> np.ndarray:
         """[m, m] whose product with its transpose is the covariance. What is computed from it keeps more digits."""
         if self.sandwich is None:
-            return self._along_in_order * self.residual_deviation[target]
+            return np.asarray(self._along_in_order * self.residual_deviation[target])
         scores = self.sandwich.scores[target]
         if not np.isfinite(scores).all():
             return np.full(scores.shape, np.nan)
