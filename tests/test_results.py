@@ -43,6 +43,7 @@ def table_of(rows, seed):
     frame["squared"] = 3 * z + rng.normal(size=rows)
     frame["price"] = np.exp(z + 0.7 * rng.normal(size=rows))
     frame["logistic"] = (rng.random(rows) < scipy.special.expit(z)) * 1
+    frame["yes"] = np.where(frame["logistic"], "yes", "no")
     frame["poisson"] = rng.poisson(np.exp(z))
     frame["gamma"] = rng.gamma(2.0, np.exp(z) / 2)
     return frame
@@ -266,7 +267,8 @@ def test_intervals_for_squared_loss_agree_with_statsmodels(folder, fitted, covar
 
 @pytest.mark.parametrize("loss", FAMILIES)
 def test_intervals_of_generalised_models_agree_with_statsmodels(folder, loss):
-    run(folder, loss, f"--target={loss}", f"--loss={loss}")
+    target = "yes" if loss == "logistic" else loss  # The same target as labels.
+    run(folder, loss, f"--target={target}", f"--loss={loss}")
     weights = {"freq_weights": USED["w"].to_numpy()}
     if loss == "gamma":  # Degrees of freedom are counted in rows.
         weights = {"var_weights": USED["w"].to_numpy()}
@@ -278,9 +280,11 @@ def test_intervals_of_generalised_models_agree_with_statsmodels(folder, loss):
     limits = model.conf_int(alpha=0.2)[1:3]
     np.testing.assert_allclose(kept.conf_int(0.8)[at], limits, rtol=1e-6)
     found, _ = predicted(folder, loss, "--interval=0.95")
+    mean = ["probability_no", "probability_yes"] if loss == "logistic" else []
+    assert [*found] == ["row", f"predicted_{target}", *mean, f"low_{target}", f"high_{target}"]
     for ours, wanted in (("predicted", "mean"), ("low", "mean_ci_lower"), ("high", "mean_ci_upper")):
-        np.testing.assert_allclose(found[f"{ours}_{loss}"], theirs[wanted], rtol=1e-6, err_msg=ours)
-    assert [*found] == ["row", f"predicted_{loss}", f"low_{loss}", f"high_{loss}"]
+        name = mean[1] if mean and ours == "predicted" else f"{ours}_{target}"
+        np.testing.assert_allclose(found[name], theirs[wanted], rtol=1e-6, err_msg=ours)
 
 
 def test_models_without_standard_errors_have_no_table_or_intervals(folder, logs):

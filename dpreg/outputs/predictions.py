@@ -73,7 +73,7 @@ class PredictionWriter:
         if self._path:
             values = [*prediction.T]
             if self._labels:
-                values = [*choose_labels(prediction, self._labels).T, *values]
+                values = [*choose_labels(prediction[:, : len(self._labels)], self._labels).T, *values]
             columns = [
                 pa.array(column, field.type, mask=~valid)
                 for column, field in zip(values, [*self._schema][1:], strict=True)
