@@ -15,6 +15,7 @@ from dpreg.distributed import devices, presence, processes
 from dpreg.doctor import examine
 from dpreg.errors import NO_ROOM, AuditFailed, Diverged, InputError, Preempted, ProcessLost
 from dpreg.outputs.checkpoint import UnwrittenError
+from dpreg.outputs.fit_table import write_fit_table
 from dpreg.outputs.orbax_errors import end_where_threads_wait
 from dpreg.predict import predict, threads_of
 from dpreg.run import run
@@ -26,6 +27,9 @@ def _main(argv: list[str]) -> None:
     if not flags.FLAGS["verbosity"].present:
         logging.set_verbosity(logging.WARNING)
     config = Config.from_flags(flags.FLAGS)
+    if config.mode == "summary":  # which needs no device
+        write_fit_table(config)
+        return
     devices.start(
         config.platform,
         config.num_devices,

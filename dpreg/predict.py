@@ -1,5 +1,6 @@
 """The modes evaluate and predict: applies a trained model to the rows of a table, as a stream in their order."""
 
+import collections
 import contextlib
 import functools
 import json
@@ -18,12 +19,14 @@ import numpy as np
 from rich.console import Console
 
 from dpreg.config import Config
+from dpreg.data.schema import Schema
 from dpreg.data.sources import Rows
 from dpreg.distributed import devices, processes
 from dpreg.distributed.watchdog import Watchdog
 from dpreg.doctor import agree
 from dpreg.errors import InputError, prefix_errors
 from dpreg.outputs.export import ExportedModel, load_model
+from dpreg.outputs.intervals import Intervals
 from dpreg.outputs.predictions import PredictionWriter
 from dpreg.outputs.progress import ProgressDisplay
 from dpreg.spelling import spell
@@ -59,6 +62,8 @@ def predict(config: Config) -> None:
         if schema is None:
             where = spell("workdir", config.workdir)
             raise InputError(f"{where}: its model was not trained on a table; predict from Python")
+        intervals = Intervals(exported, schema, config.interval) if config.interval else None
+        exported = exported.with_means() if config.predict_mean else exported
         evaluating = config.mode == "evaluate"
         table, columns = open_dataset(config), columns_of(schema, config.columns(), evaluating)
         table.require(columns.used_columns)
@@ -76,14 +81,22 @@ def predict(config: Config) -> None:
         else:
             path = pathlib.Path(config.output or "")
             _refuse_input(path, config.dataset, table)
-            names = [target.name for target in schema.targets]
-            _write(PredictionWriter(path if first else None, names, predictor.labels), predictor, chunks, read)
+            names, others = [target.name for target in schema.targets], intervals.names if intervals else ()
+            writer = PredictionWriter(path if first else None, names, predictor.labels, others)
+            _write(writer, predictor, chunks, read, intervals)
             if first:
-                missing = read.rows - read.used
-                without = f"; {missing:,} have none, since values are missing" if missing else ""
-                show(f"predictions of {read.rows:,} rows in {path}{without}")
+                show(_describe_predictions(config, schema, read))
         for name, rows in read.others.items():
             progress.say(f"column {name!r}: {rows:,} of {read.rows:,} rows have none of the model's categories")
+
+
+def _describe_predictions(config: Config, schema: Schema, read: RawRows) -> str:
+    """The line about what was written."""
+    what, missing = "predictions", read.rows - read.used
+    if schema.log_targets and config.loss != "quantile":
+        what = "predicted means" if config.predict_mean else "predicted medians"
+    without = f"; {missing:,} have none, since values are missing" if missing else ""
+    return f"{what} of {read.rows:,} rows in {config.output}{without}"
 
 
 def _build_predictor(config: Config, exported: ExportedModel, on_result: Callable[[], None]) -> Predictor:
@@ -159,19 +172,38 @@ def _refuse_input(output: pathlib.Path, dataset: str, table: Table) -> None:
         )
 
 
-def _write(writer: PredictionWriter, predictor: Predictor, chunks: Iterator[Rows], read: RawRows) -> None:
-    """Writes all predictions.
+def _append_intervals(
+    chunks: Iterator[Rows], intervals: Intervals, ends: collections.deque[np.ndarray]
+) -> Iterator[Rows]:
+    """Yields the chunks, after the ends of the intervals of each are appended to `ends`."""
+    for rows in chunks:
+        ends.append(intervals(rows["x"]))
+        yield rows
+
+
+def _write(
+    writer: PredictionWriter,
+    predictor: Predictor,
+    chunks: Iterator[Rows],
+    read: RawRows,
+    intervals: Intervals | None,
+) -> None:
+    """Writes all predictions, with their intervals if there are any.
 
     If writing fails in one of several processes, it still computes the remaining predictions before it raises the
     error, as the other processes need its devices.
     """
     failed: InputError | None = None
+    ends = collections.deque[np.ndarray]()
     with writer:
+        if intervals is not None:
+            chunks = _append_intervals(chunks, intervals, ends)
         for prediction in predictor.probabilities(chunks) if predictor.labels else predictor.predictions(chunks):
             valid = read.valid.popleft()
+            columns = np.concatenate([prediction, ends.popleft()], axis=1) if ends else prediction
             try:
                 if failed is None:
-                    writer.write(prediction, valid)
+                    writer.write(columns, valid)
             except InputError as error:
                 failed = error
                 if jax.process_count() == 1:

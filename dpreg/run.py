@@ -27,12 +27,15 @@ from dpreg.distributed.watchdog import Watchdog
 from dpreg.doctor import agree
 from dpreg.errors import Diverged, InputError, NoOptimumError, Preempted, quote_names
 from dpreg.outputs.checkpoint import Checkpoints
-from dpreg.outputs.export import save_model
+from dpreg.outputs.export import ExactFit, save_model
+from dpreg.outputs.fit_table import as_text
 from dpreg.outputs.metrics import MetricsWriter, is_start, note_start, read_records, to_json
 from dpreg.outputs.profile import Profiler
 from dpreg.outputs.progress import ProgressDisplay
 from dpreg.outputs.report import COMPARED_ROWS, Compared, write_report
+from dpreg.outputs.smearing import smearing_factors
 from dpreg.outputs.summary import (
+    count_rows,
     describe_choice,
     describe_devices,
     describe_fit,
@@ -48,7 +51,7 @@ from dpreg.solvers.solver import Solution, Solver
 from dpreg.spelling import spell
 from dpreg.step.digest import digest_prediction
 from dpreg.tables.standalone import are_codes, label_text
-from dpreg.terminal import printable, show
+from dpreg.terminal import show
 from dpreg.train.build import build_model, build_trainer, identity_of, learning_rates
 from dpreg.train.callback import Callback
 from dpreg.train.defaults import constant_fit, read_rows
@@ -95,24 +98,36 @@ def _run_in(workdir: pathlib.Path, config: Config, sync_signal: SyncSignal) -> N
             folder = workdir / "profile" if first else None
             trainer.add_callback(stack.enter_context(Profiler(folder, *steps, trainer.step)))
         config, solution = _trained(config, is_chosen, trainer, data, checkpoints, progress, sync_signal)
-        compared = _compared(config, trainer, data)
+        compared, smearing = _compared(config, trainer, data), None
+        if config.target_transform == "log":
+            smearing = smearing_factors(config, trainer, data, trainer.loop.report_result)
     if first:
-        _write_outputs(workdir, config, trainer, data, summarize(trainer, data, reading), solution, compared)
+        summary = summarize(trainer, data, reading) | {"smearing": smearing}
+        _write_outputs(workdir, config, trainer, data, summary, solution, compared)
 
 
 def _describe_start(config: Config, trainer: Trainer, data: RegressionData, why_solver: str) -> Iterator[str]:
     """Yields the lines that are shown before the first step."""
     placement, why = trainer.train.resolved_placement, trainer.train.placement_reason
-    held_out = f", {len(data.val):,} held out" if data.val else ""
+    rows = count_rows(data)
+    held_out = f"{rows['held_out']:,}" if data.val else "none"
     yield (
-        f"{len(data.train):,} rows{held_out}, in {config.num_shards} shards on "
+        f"{rows['fitted']:,} rows, {held_out} held out, in {config.num_shards} shards on "
         f"{devices.describe(trainer.mesh.devices.flat)}: "
         f"placement {placement}{f' ({why})' if why else ''}, reduction {config.reduction}, backend {config.backend}"
     )
+    reasons = {"missing": "since values are missing", "weight_0": "of weight 0"}
+    if left_out := [f"{rows[name]:,} {reason}" for name, reason in reasons.items() if rows[name]]:
+        yield f"rows left out: {', '.join(left_out)}"
     if why_solver:
         yield f"solver {config.solver}: {why_solver}{_other_solver(config)}"
     if data.schema and not are_codes(data.schema.labels):
         yield _describe_labels(config, data.schema)
+    if config.target_transform == "log" and config.loss != "quantile":
+        yield (
+            f"{spell('target_transform', 'log')}: what is predicted is the median of the target; for its mean use "
+            f"{spell('predict_mean')} with {spell('mode', 'predict', 'evaluate')}"
+        )
     for column in data.schema.inputs if data.schema else ():
         if isinstance(column, Number) and column.constant:
             yield f"column {column.name!r} has one value in the rows to fit, and is not used"
@@ -156,20 +171,19 @@ def _write_outputs(
     """Writes the summary, the model and the report, and prints the results."""
     write_whole(workdir / "flags.cfg", config.to_flagfile())
     computation = digest_prediction(trainer.model, trainer.variables, data.num_inputs, data.num_targets)
-    save_model(workdir / "model", config, trainer.variables, data, computation)
     fit, path = (solution.fit, solution.path) if solution else (None, None)
     if path is not None:
         summary["path"] = describe_path(data, path)
+    summaries = describe_fit(config, data, fit) if fit is not None and config.solver != "sgd" else []
+    exact = ExactFit.of(fit, summaries) if fit is not None and summaries else None
+    save_model(workdir / "model", config, trainer.variables, data, computation, summary["smearing"], exact)
     if fit is not None:
         summary["optimality"] = found = describe_optimum(trainer.state.params, data, fit)
         if "gap" in found:
             print(f"loss {found['loss']:.6g}, best possible {found['best']:.6g}{_above(found['gap'])}")
-        if config.solver != "sgd":
-            fits = describe_fit(config, data, fit)
-            summary["fit"] = [each.to_json() for each in fits]
-            for each in fits:
-                show("", *([f"{each.target}:"] if len(fits) > 1 or each.target.startswith("log(") else []))
-                show(*map(printable, str(each).split("\n")))
+        if summaries:
+            summary["fit"] = [each.to_json() for each in summaries]
+            show("", *as_text(summaries))
     write_whole(workdir / "summary.json", to_json(summary, indent=2) + "\n")
     write_report(
         workdir / "report.html",

@@ -411,7 +411,7 @@ def test_the_prediction_script_needs_only_numpy(trained, tmp_path):
 def test_the_prediction_script_implements_each_link(loss):
     z = np.random.default_rng(0).normal(size=(20, 3))
     np.testing.assert_allclose(
-        standalone._apply_inverse_link(z, loss), make_loss(loss, num_classes=3).mean(jnp.float32(z)), rtol=1e-5
+        standalone.apply_inverse_link(z, loss), make_loss(loss, num_classes=3).mean(jnp.float32(z)), rtol=1e-5
     )
 
 

@@ -18,6 +18,7 @@ from dpreg.errors import InputError, is_one_line
 from dpreg.spelling import spell
 
 OUTPUTS = (".csv", ".parquet")
+TABLES = (".txt", ".md", ".tex")  # endings of files of the mode summary
 
 # Settings that affect the result, but that the caller may change for the modes evaluate and predict.
 _CHANGEABLE = ("dataset", "batch_size", "missing")
@@ -43,10 +44,13 @@ class Config(RunSettings, DeviceSettings, OptimizerSettings, InferenceSettings, 
                         name, "a flagfile cannot hold a line break, a trailing blank or invalid UTF-8; rename it"
                     )
         self._check_fit()
+        self._check_modes()
         if self.num_processes is not None and not self.workdir:
             raise InputError(f"{spell('workdir')}: several processes need a folder that all of them see; name one")
         if self.mode in ("evaluate", "predict"):
             self._check_prediction()
+        elif self.mode == "summary":
+            self._check_summary()
         elif self.dataset != "synthetic" and not self.target and not self.dataset.startswith("tfds:"):
             self._refuse("dataset", f"name the column to predict, with {spell('target', ('COLUMN',))}")
 
@@ -109,6 +113,20 @@ class Config(RunSettings, DeviceSettings, OptimizerSettings, InferenceSettings, 
         if self.covariance == "classic" and self.weights == "importance":
             weights = spell("weights", self.weights)
             self._refuse("covariance", f"it does not hold for {weights}; use {spell('covariance', 'HC1')}")
+
+    def _check_modes(self) -> None:
+        """Refuses settings of results in modes that have none of them."""
+        for name, modes in (("interval", ("predict", "summary")), ("predict_mean", ("evaluate", "predict"))):
+            if getattr(self, name) and self.mode not in modes:
+                self._refuse(name, f"it applies only to {spell('mode', *modes)}; leave it out")
+
+    def _check_summary(self) -> None:
+        """Refuses settings with which the mode summary cannot run."""
+        if not self.workdir:
+            raise InputError(f"{spell('mode', self.mode)}: name the folder of the run, with {spell('workdir')}")
+        if self.output and not self.output.lower().endswith(TABLES):
+            files = spell("output", *(f"FILE{ending}" for ending in TABLES))
+            self._refuse("output", f"name a file for the table, with {files}")
 
     def _check_prediction(self) -> None:
         """Refuses settings with which the modes evaluate and predict cannot run."""

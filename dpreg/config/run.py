@@ -6,7 +6,7 @@ from dpreg.config.rows import check_path
 from dpreg.config.settings import FILE, Settings, setting
 from dpreg.spelling import spell
 
-MODES = ("train", "evaluate", "predict", "doctor")
+MODES = ("train", "evaluate", "predict", "summary", "doctor")
 RESUME = ("auto", "never", "must")
 
 
@@ -16,8 +16,8 @@ class RunSettings(Settings):
 
     mode: str = setting(
         "train",
-        "train; evaluate or predict: apply the workdir's model to the dataset; doctor: check whether a run can start "
-        "here.",
+        "train; evaluate, predict: apply the workdir's model to the dataset; summary: print its exact fit; doctor: "
+        "check whether a run can start here.",
         choices=MODES,
     )
     workdir: str | None = setting(
@@ -28,9 +28,21 @@ class RunSettings(Settings):
     )
     output: str | None = setting(
         None,
-        "File of predictions of the mode predict, .csv or .parquet. Default: none.",
+        "File of predictions, .csv or .parquet; of a summary, .txt, .md or .tex. Default: none.",
         per_process=True,
         completions=(FILE,),
+    )
+    interval: float | None = setting(
+        None,
+        "Level of intervals, such as 0.95. The mode predict adds those of the prediction and of a new observation; the "
+        "mode summary prints those of the coefficients. Default: none; 0.95 for coefficients.",
+        gt=0,
+        lt=1,
+    )
+    predict_mean: bool = setting(
+        False,
+        "In the modes evaluate and predict, for a model trained with target_transform=log: predict the mean of the "
+        "target, by Duan's smearing factor, instead of its median.",
     )
     resume: str = setting(
         "auto",

@@ -81,12 +81,14 @@ class Schema:
         the `raw` rows of `rows` hold them already; `prediction` returns to the units of the table.
       labels: the C labels of the only target; the model sees their positions, 0 to C - 1. Empty if the target has no
         labels.
+      smearing: with logarithms, the factor of each target by which `prediction` becomes a mean; empty for medians.
     """
 
     inputs: tuple[Number | Category, ...]
     targets: tuple[Number, ...]
     log_targets: bool = False
     labels: tuple[Label, ...] = ()
+    smearing: tuple[float, ...] = ()
 
     @functools.cached_property
     def features(self) -> tuple[str, ...]:
@@ -146,7 +148,8 @@ class Schema:
         """Predictions [n, t] of a model -> in the units of the table, float64."""
         scaled = y.astype(np.float64) * [t.scale for t in self.targets] + [t.mean for t in self.targets]
         with np.errstate(over="ignore"):
-            return np.exp(scaled) if self.log_targets else scaled
+            unscaled = np.exp(scaled) if self.log_targets else scaled
+            return unscaled * self.smearing if self.smearing else unscaled
 
     def parameters(self, w: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Weights [d, t] and bias [t] of a linear model on scaled columns -> in original units, float64.

@@ -216,9 +216,11 @@ class RegressionData:
       batch_size: rows of one global batch.
       schema: what the columns of a table are to the model; None where the rows are no table's.
       columns: what was taken from the table: its weights and missing values are treated so in evaluation, too.
+      left_out: the numbers of rows of the table that are not used: "missing", those dropped since values are missing;
+        and "weight_0".
 
     Attributes:
-      train, val, batch_size, schema, columns: as given.
+      train, val, batch_size, schema, columns, left_out: as given.
       num_inputs, num_targets: columns of x and of y.
 
     >>> data = RegressionData(ArraySource([[0, 1], [2, 3]], [4, 5]), batch_size=2)
@@ -233,11 +235,13 @@ class RegressionData:
         batch_size: int = Config.batch_size,
         schema: Schema | None = None,
         columns: Columns | None = None,
+        left_out: Mapping[str, int] | None = None,
     ):
         if len(train) < 1:
             raise InputError("there are no training rows; give at least one")
         check_settings(batch_size=batch_size)
         self.train, self.val, self.batch_size, self.schema, self.columns = train, val, batch_size, schema, columns
+        self.left_out = {"missing": 0, "weight_0": 0} | dict(left_out or {})
         first = train[np.zeros(1, np.int32)]
         self.num_inputs, self.num_targets = first["x"].shape[1], first["y"].shape[1]
 

@@ -40,7 +40,12 @@ class EvalSums(NamedTuple):
 
 
 def eval_sums(
-    model: Any, log_targets: bool, variables: Mapping[str, Any], prediction: Array, batch: dict[str, Array]
+    model: Any,
+    log_targets: bool,
+    variables: Mapping[str, Any],
+    prediction: Array,
+    batch: dict[str, Array],
+    smearing: Sequence[float] = (),
 ) -> EvalSums:
     """The sums of one shard's batch, traced.
 
@@ -48,6 +53,7 @@ def eval_sums(
       model: a model with a `loss`.
       log_targets: whether the model predicts logarithms of the targets. The errors are those of the targets
         themselves, while the loss is that of the logarithms.
+      smearing: with logarithms, factors [t] by which predicted medians become means; none for medians.
       variables: "params" and "batch_stats" of the model.
       prediction: [b, p], the predictions for the batch.
       batch: {"x": [b, d], "y": [b, t], "weight": [b]}.
@@ -63,6 +69,8 @@ def eval_sums(
             f"the model predicts {list(prediction.shape)} where the target is {list(target.shape)}; "
             "give one column for each target"
         )
+    if smearing:
+        mean_of += jnp.asarray(np.log([*smearing]), mean_of.dtype)[None]
     if log_targets:
         mean_of, target = jnp.exp(mean_of), jnp.exp(target)
     counts = weight[:, None] > 0

@@ -32,17 +32,24 @@ class PredictionWriter:
       path: a file with the ending .csv or .parquet. None writes nothing.
       targets: the names of the predicted columns.
       labels: the labels of the only target, if it has some.
+      others: the names of further columns of numbers.
 
     Raises:
       InputError: when the file cannot be written.
     """
 
-    def __init__(self, path: pathlib.Path | None, targets: Sequence[str], labels: Sequence[Label] = ()):
+    def __init__(
+        self,
+        path: pathlib.Path | None,
+        targets: Sequence[str],
+        labels: Sequence[Label] = (),
+        others: Sequence[str] = (),
+    ):
         self._path, self._rows, self._labels = path, 0, labels
         kind = {str: pa.string(), bool: pa.bool_()}.get(type(next(iter(labels), 0.0)), pa.float64())
         predicted = [(f"predicted_{target}", kind) for target in targets]
-        probable = [(f"probability_{label_text(label)}", pa.float64()) for label in labels]
-        self._schema = pa.schema([("row", pa.int64()), *predicted, *probable])
+        numbers = [*(f"probability_{label_text(label)}" for label in labels), *others]
+        self._schema = pa.schema([("row", pa.int64()), *predicted, *((name, pa.float64()) for name in numbers)])
 
     def __enter__(self) -> "PredictionWriter":
         if self._path:
@@ -58,7 +65,7 @@ class PredictionWriter:
         """Writes the next rows.
 
         Args:
-          prediction: [n, t] the predictions, or for labels [n, C] their probabilities.
+          prediction: [n, columns] the predictions, or for labels their probabilities [n, C]; then the other columns.
           valid: [n] bool; the other rows are written without a prediction.
         """
         numbers = np.arange(self._rows + 1, self._rows + 1 + len(prediction))
@@ -66,7 +73,7 @@ class PredictionWriter:
         if self._path:
             values = [*prediction.T]
             if self._labels:
-                values = [*choose_labels(prediction, self._labels).T, *values]
+                values = [*choose_labels(prediction[:, : len(self._labels)], self._labels).T, *values]
             columns = [
                 pa.array(column, field.type, mask=~valid)
                 for column, field in zip(values, [*self._schema][1:], strict=True)

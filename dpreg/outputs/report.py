@@ -80,6 +80,7 @@ def write_report(
 def _results(summary: Mapping[str, Any]) -> Pairs:
     errors = summary.get("parameter_error", {})
     return [
+        *((f"rows, {name.replace('_', ' ')}", count) for name, count in summary["rows"].items()),
         ("training loss, last epoch", summary["train_loss"]),
         ("validation loss", summary["val_loss"]),
         *summary["metrics"].items(),

@@ -28,6 +28,7 @@ def summarize(trainer: Trainer, data: RegressionData, reading: float = 0.0) -> d
     - `best_step`: with early stopping, the step of the parameters with the lowest validation loss.
     - `target_transform`: "log" if the model predicts the logarithm of the target; its parameters are for that.
     - `labels`: those of the target, in the order of the classes, if they are not the numbers 0 to C - 1.
+    - `rows`: the numbers of rows that are fitted, held out, and left out.
     - `exchange_bytes`: the bytes that a step sums over devices, if there are several.
     - `train_loss`: the mean over the last epoch.
     - `rows_per_second`: the speed of training alone, without ingest, compilation, evaluation, and the steps before a
@@ -49,6 +50,7 @@ def summarize(trainer: Trainer, data: RegressionData, reading: float = 0.0) -> d
         "val_loss": trainer.val_loss,
         "metrics": trainer.metrics,
         **({"labels": list(data.schema.labels)} if data.schema and not are_codes(data.schema.labels) else {}),
+        "rows": count_rows(data),
         **describe_parameters(trainer.state.params, data),
         "params_sha256": params_sha256(trainer.state.params),
         "rows_per_second": steps_per_second * len(data.train) / steps_per_epoch,
@@ -64,6 +66,11 @@ def summarize(trainer: Trainer, data: RegressionData, reading: float = 0.0) -> d
         "exchange_bytes": trainer.exchange_bytes,
         "versions": {"python": platform.python_version(), **package_versions()},
     }
+
+
+def count_rows(data: RegressionData) -> dict[str, int]:
+    """The numbers of rows that are fitted and held out, and of those of a table that are left out, by the reason."""
+    return {"fitted": len(data.train), "held_out": len(data.val) if data.val else 0, **data.left_out}
 
 
 def describe_devices(trainer: Trainer) -> list[dict[str, Any]]:

@@ -187,12 +187,26 @@ class Fit:
 
     def covariance(self, target: int) -> np.ndarray:
         """[m, m] of b, where it is free, and of w[`kept`], in that order."""
-        order = np.argsort(self.inverse.kept)
-        along = self.along[[0, *(1 + order)] if self.intercept else order]
         if self.sandwich is None:
-            along = along * self.residual_deviation[target]
-            return np.asarray(along @ along.T)
+            root = self.covariance_root(target)
+            return np.asarray(root @ root.T)
+        along = self._along_in_order
         return np.asarray(along @ self.sandwich.scores[target] @ along.T)
+
+    def covariance_root(self, target: int) -> np.ndarray:
+        """[m, m] whose product with its transpose is the covariance. What is computed from it keeps more digits."""
+        if self.sandwich is None:
+            return np.asarray(self._along_in_order * self.residual_deviation[target])
+        scores = self.sandwich.scores[target]
+        if not np.isfinite(scores).all():
+            return np.full(scores.shape, np.nan)
+        values, vectors = np.linalg.eigh(scores)
+        return np.asarray(self._along_in_order @ (vectors * np.sqrt(np.maximum(values, 0))))
+
+    @property
+    def _along_in_order(self) -> np.ndarray:
+        order = np.argsort(self.inverse.kept)
+        return self.along[[0, *(1 + order)] if self.intercept else order]
 
     @property
     def standard_errors(self) -> tuple[np.ndarray, np.ndarray]:

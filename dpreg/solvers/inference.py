@@ -1,12 +1,13 @@
 """What a fit says of a linear model, as data: coefficients, their errors and tests, and how well the model fits."""
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import scipy
 
+from dpreg.errors import InputError
 from dpreg.solvers.fit import Fit
 
 LEVEL = 0.95  # of confidence intervals
@@ -51,6 +52,7 @@ class Summary:
       level: of the confidence intervals.
       rows: those with a weight, that were fitted; for weights of frequency, the sum of the weights.
       degrees_of_freedom: rows less coefficients used.
+      degrees_of_test: those of Student's t for `Coefficient.statistic`; None where that is normal.
       dispersion: the variance of a row of weight 1, over the variance function; that of the residuals for squared loss.
       r2, adjusted_r2: the share of the target's variance that is explained, for squared loss.
       deviance, null_deviance: of the model, and of one with nothing but an intercept.
@@ -67,6 +69,7 @@ class Summary:
     level: float
     rows: float
     degrees_of_freedom: float
+    degrees_of_test: float | None
     dispersion: float
     r2: float | None
     adjusted_r2: float | None
@@ -80,9 +83,37 @@ class Summary:
     covariance_type: str
     weights: str | None
 
-    def conf_int(self) -> np.ndarray:
-        """[k, 2] the confidence intervals of all coefficients."""
-        return np.array([[c.low, c.high] for c in self.coefficients])
+    def conf_int(self, level: float | None = None) -> np.ndarray:
+        """[k, 2] the confidence intervals of all coefficients, by default of the level of this summary.
+
+        Raises:
+          InputError: for a level that is not between 0 and 1.
+        """
+        found = self if level is None else self.with_level(level)
+        return np.array([[c.low, c.high] for c in found.coefficients])
+
+    def with_level(self, level: float) -> "Summary":
+        """This summary with confidence intervals of another level.
+
+        Raises:
+          InputError: for a level that is not between 0 and 1.
+        """
+        reach = self.quantile(level)
+        coefficients = (
+            c._replace(low=c.estimate - reach * c.std_error, high=c.estimate + reach * c.std_error)
+            for c in self.coefficients
+        )
+        return dataclasses.replace(self, level=level, coefficients=tuple(coefficients))
+
+    def quantile(self, level: float) -> float:
+        """The number of standard errors that an interval of a level extends to each side.
+
+        Raises:
+          InputError: for a level that is not between 0 and 1.
+        """
+        if not 0 < level < 1:
+            raise InputError(f"level={level!r}: use a value between 0 and 1, such as 0.95")
+        return _quantile(self.degrees_of_test, level)
 
     def to_json(self) -> dict[str, Any]:
         """Plain values, NaN among them. Covariances are left out for more than 128 coefficients."""
@@ -90,9 +121,32 @@ class Summary:
         small = self.covariance is not None and len(self.covariance) <= _MOST_IN_JSON
         return values | {"covariance": self.covariance.tolist() if small and self.covariance is not None else None}
 
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any], covariance: np.ndarray | None = None) -> "Summary":
+        """The summary that `to_json` described, with null for NaN, and another covariance."""
+
+        def with_nan(given: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]:
+            return {**given, **{name: np.nan for name in names if given[name] is None}}
+
+        coefficients = tuple(Coefficient(**with_nan(each, each)) for each in values["coefficients"])
+        known = with_nan(values, ("dispersion", "deviance", "condition_number"))
+        return cls(**known | {"coefficients": coefficients, "covariance": covariance})
+
+    @property
+    def facts(self) -> list[str]:
+        """Short texts about the fit as a whole: the rows, how well the model fits them, and the condition number."""
+        facts = [f"{self.rows:,.15g} rows, {self.degrees_of_freedom:,.15g} degrees of freedom"]
+        if self.r2 is not None:
+            facts += [f"R2 {self.r2:.6g}", f"residual deviation {np.sqrt(self.dispersion):.6g}"]
+        elif self.test == "t":
+            facts.append(f"dispersion {self.dispersion:.6g}")
+        if self.covariance_type != "classic":
+            facts.append(f"covariance {self.covariance_type}")
+        return [*facts, f"condition {self.condition_number:.3g}"]
+
     def __str__(self) -> str:
         wide = max(len(c.name) for c in self.coefficients)
-        interval = f"{self.level:.0%} interval"
+        interval = f"{100 * self.level:g}% interval"
         lines = [f"{'':{wide}} {'estimate':>13} {'std error':>12} {self.test:>10} {'p':>9} {interval:>27}"]
         for c in self.coefficients:
             line = f"{c.name:{wide}} {c.estimate:>13.6g}"
@@ -101,14 +155,7 @@ class Summary:
                 continue
             interval = f"{c.low:.6g} .. {c.high:.6g}"
             lines.append(f"{line} {c.std_error:>12.6g} {c.statistic:>10.4g} {c.p:>9.3g} {interval:>27}")
-        facts = [f"{self.rows:,.15g} rows, {self.degrees_of_freedom:,.15g} degrees of freedom"]
-        if self.r2 is not None:
-            facts += [f"R2 {self.r2:.6g}", f"residual deviation {np.sqrt(self.dispersion):.6g}"]
-        elif self.test == "t":
-            facts.append(f"dispersion {self.dispersion:.6g}")
-        if self.covariance_type != "classic":
-            facts.append(f"covariance {self.covariance_type}")
-        lines.append("; ".join([*facts, f"condition {self.condition_number:.3g}"]))
+        lines.append("; ".join(self.facts))
         return "\n".join(lines)
 
 
@@ -157,6 +204,7 @@ def summarize_fit(
         level=level,
         rows=rows,
         degrees_of_freedom=freedom,
+        degrees_of_test=fit.degrees_of_test,
         dispersion=float(np.square(fit.residual_deviation[target])),
         r2=r2 if r2 is not None and np.isfinite(r2) else None,
         adjusted_r2=adjusted,
@@ -177,8 +225,7 @@ def _coefficients(fit: Fit, names: Sequence[str], target: int, level: float) -> 
     estimates, errors, p = (
         np.append(of_b[target], of_w[:, target]) for of_w, of_b in ((fit.w, fit.b), (w, b), (p_of_w, p_of_b))
     )
-    freedom, above = fit.degrees_of_test, (1 + level) / 2
-    reach = errors * (scipy.special.ndtri(above) if freedom is None else scipy.special.stdtrit(freedom, above))
+    reach = errors * _quantile(fit.degrees_of_test, level)
     with np.errstate(divide="ignore", invalid="ignore"):
         statistics = estimates / errors
     columns = np.stack([estimates, errors, statistics, p, estimates - reach, estimates + reach], axis=1).tolist()
@@ -186,3 +233,9 @@ def _coefficients(fit: Fit, names: Sequence[str], target: int, level: float) -> 
     rows = zip([intercept_name(names), *names], columns, used, strict=True)
     found = [Coefficient(name, *row)._replace(used=own) for name, row, own in rows]
     return found if fit.intercept else found[1:]
+
+
+def _quantile(freedom: float | None, level: float) -> float:
+    """The quantile of Student's t (for None, of the normal distribution) within which lies that share around 0."""
+    above = (1 + level) / 2
+    return float(scipy.special.ndtri(above) if freedom is None else scipy.special.stdtrit(freedom, above))

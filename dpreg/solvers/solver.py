@@ -140,6 +140,11 @@ class Solver(Passes):
         fit_of_one = self._with_covariance(fits[0], config) if len(fits) == 1 else None
         return Solution(w, b, sum(fit.loss for fit in fits), fit_of_one, path=path)
 
+    def sums(self, size: int, of: Callable[[Rows], np.ndarray]) -> np.ndarray:
+        """[size] float64: the sums over all rows of what `of` returns for blocks of them."""
+        with one_blas_thread():
+            return self._reduced(size, of)
+
     def least_squares(
         self, l2: float = Config.l2, intercept: bool = Config.intercept, refine: bool = False, counts: bool = False
     ) -> Fit:

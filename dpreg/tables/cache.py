@@ -148,11 +148,14 @@ class MappedSource:
         of each row in the table, from 0.
       digest: the fingerprint of the rows.
       schema: the schema by which the columns of the table were encoded.
+      left_out: the numbers of rows of the table, and of one of validation rows, that are in no source: "missing", those
+        dropped since values are missing; "weight_0".
     """
 
     columns: Mapping[str, Column]
     digest: str
     schema: Schema
+    left_out: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.columns["weight"])
@@ -233,7 +236,13 @@ class Part:
 
 
 def write_manifest(
-    folder: pathlib.Path, table: str, schema: Schema, dtype: np.dtype, block_rows: int, parts: Mapping[str, Part]
+    folder: pathlib.Path,
+    table: str,
+    schema: Schema,
+    dtype: np.dtype,
+    block_rows: int,
+    parts: Mapping[str, Part],
+    left_out: Mapping[str, int],
 ) -> None:
     """Writes the description of the folder, as the last file: a folder without it is not opened.
 
@@ -241,6 +250,7 @@ def write_manifest(
       dtype: the dtype of the rows.
       block_rows: the number of rows of a block with a checksum.
       parts: descriptions of "train" and "val".
+      left_out: as `MappedSource` has it.
     """
     checksums = [part.checksums.get(name, ()) for part in parts.values() for name in _COLUMNS]
     text = np.array([number for numbers in checksums for number in numbers], np.uint32).tobytes()
@@ -249,6 +259,7 @@ def write_manifest(
         "table": table,
         "dtype": str(dtype),
         "rows": {name: part.rows for name, part in parts.items()},
+        "left_out": {**left_out},
         "digests": {name: part.fingerprint for name, part in parts.items()},
         "block_rows": block_rows,
         "checksums": hashlib.sha256(text).hexdigest(),
@@ -302,5 +313,5 @@ def _mapped(
             columns[name] = Column(file, kind, (rows, *width), of_blocks, block_rows)
             start += blocks
         if rows:
-            found[part] = MappedSource(columns, manifest["digests"][part], schema)
+            found[part] = MappedSource(columns, manifest["digests"][part], schema, manifest["left_out"])
     return found

@@ -41,7 +41,7 @@ from dpreg.tables.statistics import ColumnStatistics
 from dpreg.tables.table import Table, open_table
 from dpreg.tables.tfds import open_tfds
 
-_FORMAT = 8  # version of the cache, a part of its key
+_FORMAT = 9  # version of the cache, a part of its key
 _ENCODED_BYTES = 16 << 20  # written at a time
 _AHEAD = 2  # batches that are read ahead in a thread
 _HELD_OUT = 1  # key of the hash of row numbers that selects validation rows
@@ -101,7 +101,7 @@ def read_table(
         validation = open_table(validation_dataset, "validation_dataset")
     cache = pathlib.Path(cache_dir or "~/.cache/dpreg/tables").expanduser()
     train, val, schema = ingest(table, columns, cache, validation, dtype, progress)
-    return RegressionData(train, val, batch_size, schema, columns)
+    return RegressionData(train, val, batch_size, schema, columns, train.left_out)
 
 
 def ingest(
@@ -188,6 +188,7 @@ def _write(
             for rows in reader.read(validation):
                 val.add(rows[reader.valid(rows)], reader.narrow)
                 progress("reading", read := read + len(rows))
+        left_out = {"missing": read - train.rows - val.rows, "weight_0": reader.without_weight}
         reader.refuse_missing(table.name)
         in_validation = reader.without_weight - without_weight
         _require_rows(table, validation, columns, (train.rows, val.rows), (without_weight, in_validation))
@@ -207,7 +208,7 @@ def _write(
         for name, shuffled, of in (("train", train, table), ("val", val, validation or table)):
             with prefix_errors(of.name):
                 written[name] = _encode(shuffled.in_order(), folder / name, schema, dtype, codes, at_once, progress)
-    write_manifest(folder, table.name, schema, dtype, at_once, written)
+    write_manifest(folder, table.name, schema, dtype, at_once, written, left_out)
 
 
 def _require_rows(

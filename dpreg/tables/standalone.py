@@ -4,7 +4,7 @@
 
 or in Python, with columns by name: `predict({"carat": [0.3], "cut": ["Ideal"]})`, and for labels also
 `predict_proba`. It reads `model.json` and `parameters.npz`. (A quoted "NA" is a missing value as well, as the csv
-module of Python does not report quotes.)
+module of Python does not report quotes.) With --mean, or `predict(..., mean=True)`, models of logarithms predict means.
 """
 
 import csv
@@ -24,14 +24,15 @@ from typing import Any
 
 import numpy as np
 
-FORMAT = 4  # of model.json
+Columns = Mapping[str, Sequence[Any]]  # of a table, by name
+FORMAT = 5  # of model.json
 DESCRIPTION, PARAMETERS = "model.json", "parameters.npz"
+ROOTS = "fit/roots"  # an array of parameters.npz that is no parameter
 
 # The texts for a missing value in CSV files, the same as those of Arrow; and also str() of missing Python values.
 _UPPER_CASE = ("#N/A", "#N/A N/A", "#NA", "-1.#IND", "-1.#QNAN", "1.#IND", "1.#QNAN", "N/A", "NA", "NULL")
 MISSING = frozenset([*_UPPER_CASE, "", "-NaN", "-nan", "NaN", "n/a", "nan", "null"])
 _MISSING_OBJECTS = MISSING | {"None", "<NA>", "NaT"}
-
 
 _INTEGER = re.compile(r"-?(?:0|[1-9]\d*)", re.ASCII)
 # A number with a point, or with an exponent in the form that programs write; 12e5 may be a name.
@@ -116,13 +117,14 @@ def to_text(value: Any) -> str:
     return str(value)
 
 
-def predict(columns: Mapping[str, Sequence[Any]], folder: pathlib.Path | None = None) -> np.ndarray:
+def predict(columns: Columns, folder: pathlib.Path | None = None, mean: bool = False) -> np.ndarray:
     """Predicts the targets of rows of a table.
 
     Args:
       columns: the values of each feature by its name: numbers, categories, or dates such as 2026-01-31. Missing values
         are None, NaN, or their texts in CSV files.
       folder: the folder of the model; by default that of this file.
+      mean: whether a model of logarithms predicts the mean instead of the median, by Duan's smearing factor.
 
     Returns:
       the predictions [n, t] float64 in the units of the table; NaN for a row with a missing value that is not filled.
@@ -132,10 +134,10 @@ def predict(columns: Mapping[str, Sequence[Any]], folder: pathlib.Path | None = 
       KeyError: for a missing feature.
       ValueError: for a value that is not a finite number or a date, and for a model that differs from what was written.
     """
-    return _predict(*read_model(folder or pathlib.Path(__file__).parent), columns)[0]
+    return _predict(*read_model(folder or pathlib.Path(__file__).parent), columns, mean)[0]
 
 
-def predict_proba(columns: Mapping[str, Sequence[Any]], folder: pathlib.Path | None = None) -> np.ndarray:
+def predict_proba(columns: Columns, folder: pathlib.Path | None = None) -> np.ndarray:
     """The probabilities of the labels of a target, [n, C] float64; see `predict` for its arguments and errors.
 
     The labels are in the order of "labels" in `model.json`: numbers by value, false before true, text by code point.
@@ -260,10 +262,13 @@ def _check_schema(model: Mapping[str, Any]) -> None:
         raise ValueError("dpreg does not write such labels")
     if labels and (num_targets, len(labels)) != (1, {"logistic": 2, "softmax": flags["num_classes"]}[flags["loss"]]):
         raise ValueError("the number of its labels differs from that of training")
+    if [0 < factor < math.inf for factor in model["smearing"] or [1.0] * num_targets] != [True] * num_targets:
+        raise ValueError("dpreg does not write such factors of means")
 
 
 def _get_parameters(model: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
     """The weights [d, t] and the bias [t] of a linear model, float64."""
+    arrays = {name: array for name, array in arrays.items() if name != ROOTS}
     by_ndim = {array.ndim: array.astype(np.float64) for array in arrays.values() if array.dtype.kind == "f"}
     w = by_ndim.get(2, np.zeros((0, 0)))
     b = by_ndim.get(1, np.zeros(w.shape[1]))
@@ -274,10 +279,12 @@ def _get_parameters(model: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) 
 
 
 def _predict(
-    model: Mapping[str, Any], arrays: Mapping[str, np.ndarray], columns: Mapping[str, Sequence[Any]]
+    model: Mapping[str, Any], arrays: Mapping[str, np.ndarray], columns: Columns, as_means: bool = False
 ) -> tuple[np.ndarray, np.ndarray]:
     """(the predictions [n, t], the probabilities of the labels [n, C]; C is 0 for a target without labels)."""
     schema, loss = model["schema"], model["flags"]["loss"]
+    if as_means and model["smearing"] is None:
+        raise ValueError("the model has no factor by which predicted medians become means; predict without it")
     w, b = _get_parameters(model, arrays)
     filled = model["flags"]["missing"] == "mean"
     x = np.concatenate([_encode_column(column, columns[column["name"]], filled) for column in schema["inputs"]], axis=1)
@@ -289,12 +296,13 @@ def _predict(
             return choose_labels(probability, labels), probability
     mean, scale = ([target[name] for target in schema["targets"]] for name in ("mean", "scale"))
     with np.errstate(over="ignore"):  # the prediction overflows to infinity
-        prediction = _apply_inverse_link(z, loss) * scale + mean
+        prediction = apply_inverse_link(z, loss) * scale + mean
         prediction = np.exp(prediction) if schema["log_targets"] else prediction
+        prediction = prediction * model["smearing"] if as_means else prediction
     return np.where(missing, np.nan, prediction), probability
 
 
-def _apply_inverse_link(z: np.ndarray, loss: str) -> np.ndarray:
+def apply_inverse_link(z: np.ndarray, loss: str) -> np.ndarray:
     """The mean of the target for the linear predictor z; for "softmax" the label."""
     mean = z
     if loss == "softmax":
@@ -350,11 +358,12 @@ def _to_cell(value: Any) -> str:
 
 def main(arguments: Sequence[str], folder: pathlib.Path | None = None) -> int:
     """Prints the predictions for a CSV file, and returns the exit code: 0, or 2 after one line about an error."""
-    if len(arguments) != 1:
-        print("usage: python predict.py FILE.csv > predictions.csv", file=sys.stderr)
+    mean, files = "--mean" in arguments, [argument for argument in arguments if argument != "--mean"]
+    if len(files) != 1:
+        print("usage: python predict.py [--mean] FILE.csv > predictions.csv", file=sys.stderr)
         return 2
     try:
-        _predict_file(arguments[0], folder or pathlib.Path(__file__).parent)
+        _predict_file(files[0], folder or pathlib.Path(__file__).parent, mean)
     except (OSError, KeyError, ValueError, csv.Error) as error:
         message = f"there is no column {error}" if isinstance(error, KeyError) else str(error)
         line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in message)  # no escape sequences from a file
@@ -363,7 +372,7 @@ def main(arguments: Sequence[str], folder: pathlib.Path | None = None) -> int:
     return 0
 
 
-def _predict_file(file: str, folder: pathlib.Path) -> None:
+def _predict_file(file: str, folder: pathlib.Path, mean: bool) -> None:
     model, arrays = read_model(folder)
     csv.field_size_limit(2**31 - 1)
     with open(file, newline="", encoding="utf-8-sig") as lines:
@@ -377,9 +386,8 @@ def _predict_file(file: str, folder: pathlib.Path) -> None:
             raise ValueError(f"row {number} has {len(row)} values, and there are {len(head)} columns")
     if not rows:
         raise ValueError("there are no rows")
-    predictions, probability = _predict(
-        model, arrays, {name: [row[at] for row in rows] for at, name in enumerate(head)}
-    )
+    columns = {name: [row[at] for row in rows] for at, name in enumerate(head)}
+    predictions, probability = _predict(model, arrays, columns, mean)
     labels = predicted_labels(model["schema"]["labels"], model["flags"]["loss"])
     names = [f"predicted_{target['name']}" for target in model["schema"]["targets"]]
     writer = csv.writer(sys.stdout, lineterminator="\n")

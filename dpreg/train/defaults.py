@@ -52,10 +52,18 @@ def read_rows(config: Config, progress: Progress = lambda what, rows: None) -> t
     """
     if config.dataset != "synthetic" and not config.is_given("target_transform"):
         config = dataclasses.replace(config, target_transform=_choose_transform(config))
-    data = build_data(config, progress)
+    solver, why = _choose_solver(config)
+    # All rows are fitted where no step needs others to stop by, unless the caller asks for validation rows.
+    asked = config.is_given("validation_fraction") or config.validation_dataset is not None
+    whole = solver != "sgd" and config.dataset != "synthetic" and not asked
+    data = build_data(dataclasses.replace(config, validation_fraction=0.0) if whole else config, progress)
     if config.loss == "softmax" and data.schema and data.schema.labels and not config.is_given("num_classes"):
         config = dataclasses.replace(config, num_classes=len(data.schema.labels))
-    solver, why = _choose_solver(config, data)
+    if config.solver == "auto" and solver != "sgd" and (too_wide := _why_too_wide(config, data)):
+        solver, why = "sgd", too_wide
+        data = build_data(config, progress) if whole else data
+    elif whole:
+        config = dataclasses.replace(config, validation_fraction=0.0)
     config = dataclasses.replace(config, solver=solver)
     if solver == "sgd" and config.dataset != "synthetic":
         chosen = {name: value for name, value in _steps(config, data).items() if not config.is_given(name)}
@@ -72,7 +80,8 @@ def _choose_transform(config: Config) -> str:
     return "standardize" if scaled else "none"  # targets of a network are scaled, whatever their unit
 
 
-def _choose_solver(config: Config, data: RegressionData) -> tuple[str, str]:
+def _choose_solver(config: Config) -> tuple[str, str]:
+    """(the solver by the settings, why it was chosen): exact also for a table that turns out to be too wide."""
     if config.solver != "auto":
         return config.solver, ""
     if config.folds:
@@ -88,12 +97,17 @@ def _choose_solver(config: Config, data: RegressionData) -> tuple[str, str]:
             return "sgd", why
     if given := [name for name in _OF_STEPS if config.is_given(name)]:
         return "sgd", f"{spell(given[0], getattr(config, given[0]))} is one of steps"
-    size = (1 + data.num_inputs) * (config.num_classes if config.loss == "softmax" else 1)
-    widest = _WIDEST.get(config.loss, _WIDEST_OF_OTHERS)
-    if size > widest:
-        return "sgd", f"{size:,} parameters are more than the {widest:,} up to which an exact solution is fast"
     way = "one pass over the rows" if config.loss == "squared" else "Newton's method"
     return "exact", f"the least loss, by {way}"
+
+
+def _why_too_wide(config: Config, data: RegressionData) -> str:
+    """Why an exact solution for so many features would take too long; empty where it does not."""
+    size = (1 + data.num_inputs) * (config.num_classes if config.loss == "softmax" else 1)
+    widest = _WIDEST.get(config.loss, _WIDEST_OF_OTHERS)
+    if size <= widest:
+        return ""
+    return f"{size:,} parameters are more than the {widest:,} up to which an exact solution is fast"
 
 
 def _steps(config: Config, data: RegressionData) -> dict[str, Any]:

@@ -41,7 +41,8 @@ ROWS_IN_PARTS = (
 
 def bind_eval_sums(model: Model, schema: Schema | None) -> Callable[[Any, Any, Any], EvalSums]:
     """The function from the predictions of a batch to the sums that evaluation needs."""
-    return functools.partial(eval_sums, model, schema is not None and schema.log_targets)
+    smearing = schema.smearing if schema is not None else ()
+    return functools.partial(eval_sums, model, schema is not None and schema.log_targets, smearing=smearing)
 
 
 def metrics_of(model: Model, schema: Schema | None, found: Sequence[EvalSums]) -> tuple[float, dict[str, float]]:
