@@ -2,6 +2,7 @@
 
 import collections
 import concurrent.futures
+import operator
 from collections.abc import Callable, Mapping, Sequence
 
 import jax
@@ -75,6 +76,8 @@ class Passes:
           starts: the first row of each range, ascending from 0; each has rows, and ends where the next one begins.
         """
         self.passes += 1
+        if add is np.add:  # in place: results may be large, and new memory takes longer than a sum
+            add = operator.iadd
         columns = 1 + self._inputs + self._targets
         at_once = rows_at_once or max(256, 2 * columns, _DECOMPOSED_VALUES // columns)
         pieces = [self._pieces(shard, starts) for shard in range(self._sampler.num_shards)]

@@ -15,7 +15,7 @@ from dpreg.errors import InputError
 from dpreg.solvers.fit import WIDE, Fit, Inverse
 
 _EPSILON = float(np.finfo(np.float64).eps)
-_WELL_CONDITIONED = 1e-4  # the least reciprocal condition number of x'x for which no pivoting is needed
+_WELL_CONDITIONED = 1e-4  # the least reciprocal condition number of x'x, or of R, for which no pivoting is needed
 _FAR = 8.0  # a column is centred if its mean is more than this many mean absolute deviations from 0
 
 
@@ -205,13 +205,16 @@ def _root_of_inverse(x: np.ndarray, ridge: np.ndarray) -> np.ndarray | None:
     Args:
       x: [n, d] of columns of length 1; ridge: [d].
     """
+    lapack, d = scipy.linalg.lapack, x.shape[1]
+    if not ridge.any() and len(x) >= d and not np.tril(x, -1).any():  # x is its own decomposition, without products
+        return np.asarray(lapack.dtrtri(x[:d])[0]) if lapack.dtrcon(x[:d])[0] > _WELL_CONDITIONED else None
     gram = x.T @ x
     gram[np.diag_indices_from(gram)] += ridge
     norm = np.abs(gram).sum(axis=0).max()
-    r, failed = scipy.linalg.lapack.dpotrf(gram)
-    if failed or scipy.linalg.lapack.dpocon(r, norm)[0] < _WELL_CONDITIONED:
+    r, failed = lapack.dpotrf(gram)
+    if failed or lapack.dpocon(r, norm)[0] < _WELL_CONDITIONED:
         return None
-    root: np.ndarray = scipy.linalg.lapack.dtrtri(r)[0]
+    root: np.ndarray = lapack.dtrtri(r)[0]
     return root
 
 
