@@ -47,9 +47,11 @@ from dpreg.outputs.summary import (
 from dpreg.outputs.tensorboard import TensorBoardWriter, require_tensorboard
 from dpreg.outputs.workdir import open_workdir, write_whole
 from dpreg.solvers.elastic_net import fold_starts
-from dpreg.solvers.solver import Solution, Solver
+from dpreg.solvers.solution import Solution
+from dpreg.solvers.solver import Solver
 from dpreg.spelling import spell
 from dpreg.step.digest import digest_prediction
+from dpreg.tables.levels import BaseLevels
 from dpreg.tables.standalone import are_codes, label_text
 from dpreg.terminal import show
 from dpreg.train.build import build_model, build_trainer, identity_of, learning_rates
@@ -239,13 +241,15 @@ def _trained(
         trainer.loop.report_result()
         _stop_where_asked(sync_signal, trainer.step or None)
 
-    solver = Solver(CastSource(data.train, config.precision), trainer.mesh, config.num_shards, alive)
+    source, levels = CastSource(data.train, config.precision), BaseLevels.named(data.schema, config.base)
+    solver = Solver(source, trainer.mesh, config.num_shards, alive, levels=levels)
     try:
         solution = solver.solve(config)
     except NoOptimumError:
         if not is_chosen or config.l1 or config.l2 or config.loss not in SEPARABLE_LOSSES:
             raise
-        config = dataclasses.replace(config, l2=1 / len(data.train))  # as scikit-learn's classifiers have by default
+        # As scikit-learn's classifiers have by default; all levels of a category keep a weight then.
+        config = dataclasses.replace(config, l2=1 / len(data.train), base=())
         solution = solver.solve(config)
         progress.say(
             "no finite weights have the least loss, as where features separate two classes: solved with "

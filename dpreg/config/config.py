@@ -84,7 +84,7 @@ class Config(RunSettings, DeviceSettings, OptimizerSettings, InferenceSettings, 
             self._refuse("target_transform", f"{loss} is defined for the target without a transform; leave one out")
 
     def _check_solver(self) -> None:
-        """Refuses an exact solver, or folds, for a model, loss or penalty that they do not support."""
+        """Refuses an exact solver, folds, or base levels, for a model, loss or penalty that they do not support."""
         linear, remedy = spell("model", "linear", "concise"), f"use {spell('solver', 'sgd')}"
         if self.solver == "exact" and not self.is_linear:
             self._refuse("solver", f"it applies only to {linear}; {remedy}")
@@ -95,6 +95,8 @@ class Config(RunSettings, DeviceSettings, OptimizerSettings, InferenceSettings, 
             self._refuse("solver", f"it applies only to {linear} with {spell('loss', *GLM_LOSSES)}; {remedy}")
         if self.folds and not self.is_least_squares():
             self._refuse("folds", f"it applies only to {linear} with {spell('loss', 'squared')}; leave it out")
+        if self.base and (not self.has_exact_solution or self.l1 or self.l2 or self.folds or self.solver == "sgd"):
+            self._refuse("base", "it applies only to exact solutions of linear models without a penalty; leave it out")
 
     def _check_inference(self) -> None:
         """Refuses a covariance and weights of a kind where no standard errors are computed."""

@@ -127,6 +127,12 @@ class RowSettings(Columns):
     batch_size: int = setting(
         32, "Rows of a global batch, over all devices; a multiple of num_shards.", affects_result=True, min=1
     )
+    base: tuple[str, ...] = setting(
+        (),
+        "Base levels of categorical features, as column:level, separated by commas: exact solutions without a penalty "
+        "give coefficients relative to them. Default: the most frequent level of each.",
+        affects_result=True,
+    )
     seed: int = setting(
         0,
         "Seed of synthetic rows, initial parameters, the order of rows, and dropout.",
@@ -151,7 +157,8 @@ class RowSettings(Columns):
         """Refuses settings that apply only to tables."""
         if self.standardize:
             self._refuse("standardize", "synthetic rows have mean 0 and standard deviation 1 already; leave it out")
-        for name in ("target", "features", "exclude", "categorical", "dates", "weight_column", "validation_dataset"):
+        of_tables = ("target", "features", "exclude", "categorical", "dates", "weight_column", "validation_dataset")
+        for name in (*of_tables, "base"):
             if getattr(self, name):
                 self._refuse(name, f"it applies only to tables; name one with {spell('dataset')}, or leave it out")
         if self.target_transform != "none":

@@ -14,7 +14,6 @@ from dpreg.solvers.inference import Coefficient, Summary
 from dpreg.spelling import spell
 from dpreg.terminal import printable, show
 
-_NOT_USED = "not used: constant, or a combination of others"
 _LATEX = {
     **{character: f"\\{character}" for character in "{}$&#_%"},
     **{character: f"{{{character}}}" for character in "[]*"},  # which are arguments of a line break before them
@@ -91,7 +90,7 @@ def _cells(c: Coefficient, format_number: Callable[[str], str]) -> list[str]:
     """The cells of a coefficient besides its name."""
     estimate = format_number(f"{c.estimate:.6g}")
     if math.isnan(c.std_error):
-        return [estimate, "", "", "", "" if c.used else _NOT_USED]
+        return [estimate, "", "", "", c.remark]
     numbers = (f"{c.std_error:.6g}", f"{c.statistic:.4g}", f"{c.p:.3g}")
     interval = " .. ".join(format_number(f"{end:.6g}") for end in (c.low, c.high))
     return [estimate, *map(format_number, numbers), interval]

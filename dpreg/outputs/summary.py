@@ -133,7 +133,8 @@ def describe_optimum(params: Any, data: RegressionData, fit: Fit) -> dict[str, A
     - `loss`, `best`: the penalised squared loss of the model, and that of the solution.
     - `gap`: (loss - best) / best.
     - `parameters`: those of the solution.
-    - `not_used`: the features that are constant, or combinations of others; unknown with l1, which may use any.
+    - `base_levels`: the features of base levels, with which the other levels of a category are compared.
+    - `not_used`: the other features that are constant, or combinations of others; unknown with l1, which may use any.
     - `standard_errors`: those of the solution, if there is no penalty.
     """
     (w, b), names = linear_parameters(params) or (np.zeros(0), np.zeros(0)), feature_names(data)
@@ -146,7 +147,9 @@ def describe_optimum(params: Any, data: RegressionData, fit: Fit) -> dict[str, A
         )
         result = {"loss": loss, "best": best, "gap": (loss - best) / best if best > 0 else None}
     result["parameters"] = _name_parameters(fit.w, fit.b, data)
-    result["not_used"] = [] if fit.l1 else [name for j, name in enumerate(names) if j not in fit.kept]
+    result["base_levels"] = [names[j] for j in fit.left_out]
+    explained = {*fit.kept, *fit.left_out}
+    result["not_used"] = [] if fit.l1 else [name for j, name in enumerate(names) if j not in explained]
     if not fit.is_penalized:
         error_w, error_b = in_units_of(data, fit).standard_errors
         *of_w, of_b = [None if np.isnan(row).any() else row.tolist() for row in (*error_w, error_b)]

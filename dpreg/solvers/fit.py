@@ -37,6 +37,7 @@ class Fit:
       kept: the columns of x that the fit uses; the others are combinations of them, or constant, and have weight 0.
       l1, l2: the penalties. With l1, which has one target, weights that it makes 0 are not `kept`.
       intercept: whether b was free; else it is 0.
+      left_out: the columns of x that were left out on purpose, such as base levels.
       dispersion: the variance of a row of weight 1; None if it is that of the residuals.
       known_variance: whether the dispersion is known; else it is estimated.
       deviance, null_deviance, log_likelihood: of a generalised linear model, see `dpreg.solvers.inference.Summary`.
@@ -51,6 +52,7 @@ class Fit:
     intercept: bool
     inverse: Inverse
     l1: float = Config.l1
+    left_out: tuple[int, ...] = ()
     dispersion: float | None = None
     known_variance: bool = False
     deviance: float | None = None
@@ -109,7 +111,7 @@ class Fit:
         """
         x, kept = self.triangle.below(self.intercept)[:, 1 : 1 + len(w)], list(self.kept)
         spread, rounding = np.sqrt(np.square(x).sum(axis=0)), self.triangle.rounding(self.intercept)
-        others = np.setdiff1d(np.flatnonzero(spread > rounding), kept)
+        others = np.setdiff1d(np.flatnonzero(spread > rounding), [*kept, *self.left_out])
         if not len(others):
             return w
         # The other columns as combinations of those kept, all of length 1; coefficients within rounding become 0.

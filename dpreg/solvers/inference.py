@@ -11,6 +11,7 @@ from dpreg.errors import InputError
 from dpreg.solvers.fit import Fit
 
 LEVEL = 0.95  # of confidence intervals
+BASE, NOT_USED = "the base level", "not used: constant, or a combination of others"
 _MOST_IN_JSON = 128  # coefficients whose covariances are written: there are as many as their square
 
 
@@ -25,6 +26,7 @@ class Coefficient(NamedTuple):
       p: how probable an estimate as far from 0 is where the truth is 0.
       low, high: the confidence interval.
       used: False for a column that is constant, or a combination of others.
+      note: `BASE` for a level that is not used, as the others of its category are compared with it.
     """
 
     name: str
@@ -35,6 +37,12 @@ class Coefficient(NamedTuple):
     low: float
     high: float
     used: bool = True
+    note: str = ""
+
+    @property
+    def remark(self) -> str:
+        """What a table says in place of the errors of a coefficient that is not used."""
+        return self.note or ("" if self.used else NOT_USED)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,7 +159,7 @@ class Summary:
         for c in self.coefficients:
             line = f"{c.name:{wide}} {c.estimate:>13.6g}"
             if np.isnan(c.std_error):
-                lines.append(line + ("" if c.used else "   not used: constant, or a combination of others"))
+                lines.append(f"{line}   {c.remark}".rstrip())
                 continue
             interval = f"{c.low:.6g} .. {c.high:.6g}"
             lines.append(f"{line} {c.std_error:>12.6g} {c.statistic:>10.4g} {c.p:>9.3g} {interval:>27}")
@@ -230,8 +238,9 @@ def _coefficients(fit: Fit, names: Sequence[str], target: int, level: float) -> 
         statistics = estimates / errors
     columns = np.stack([estimates, errors, statistics, p, estimates - reach, estimates + reach], axis=1).tolist()
     used = [True, *(bool(fit.l1) or j in fit.kept for j in range(len(names)))]  # with l1, weights of 0 are estimates
-    rows = zip([intercept_name(names), *names], columns, used, strict=True)
-    found = [Coefficient(name, *row)._replace(used=own) for name, row, own in rows]
+    notes = dict.fromkeys(range(len(names)), "") | dict.fromkeys(fit.left_out, BASE)
+    rows = zip([intercept_name(names), *names], columns, used, ["", *notes.values()], strict=True)
+    found = [Coefficient(name, *row)._replace(used=own, note=note) for name, row, own, note in rows]
     return found if fit.intercept else found[1:]
 
 

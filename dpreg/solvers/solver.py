@@ -3,94 +3,36 @@
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
 
 import numpy as np
-from jax.sharding import Mesh
 
 from dpreg.config import Config
 from dpreg.config.model import GLM_LOSSES
-from dpreg.data.sources import Rows, Source
+from dpreg.data.sources import Rows
 from dpreg.errors import InputError
 from dpreg.solvers import elastic_net, robust, sandwich, softmax
 from dpreg.solvers.basis import Basis
 from dpreg.solvers.blas import one_blas_thread
+from dpreg.solvers.factors import Factors
 from dpreg.solvers.fit import Fit
 from dpreg.solvers.glm import Family, family_of, slopes_of_shape
 from dpreg.solvers.newton import Point, minimum
 from dpreg.solvers.offset import WithOffset, values
-from dpreg.solvers.passes import Passes
-from dpreg.solvers.reductions import Problem, Reduction, decompose, factor_folds, sum_products
 from dpreg.solvers.sandwich import Sandwich
+from dpreg.solvers.solution import Solution
 from dpreg.solvers.tsqr import RFactor
 from dpreg.spelling import spell
 
 _LEAST_ALPHA, _ALPHA_AT_REST, _MOST_ALPHAS = 1e-8, 1e-10, 50  # of negative binomial models
 
 
-class Solution(NamedTuple):
-    """A linear model of the least loss.
-
-    Attributes:
-      w, b: [d, p] and [p] float64.
-      loss: the mean loss, without the penalty.
-      fit: what the standard errors come from, where they are known.
-      alpha: of a negative binomial model, where it was estimated.
-      path: how the strength of the penalty was chosen, if it was.
-    """
-
-    w: np.ndarray
-    b: np.ndarray
-    loss: float
-    fit: Fit | None = None
-    alpha: float | None = None
-    path: elastic_net.Path | None = None
-
-
-class Solver(Passes):
+class Solver(Factors):
     """Solves linear models on all rows of a source, to the same bits on any number of devices and processes.
 
     Args:
-      source, mesh, num_shards, heartbeat: see `Passes`.
-      offset: the number of a column of x whose weight is 1, for squared loss and those of `FAMILIES`; or None. It is no
-        feature of a `Fit`, but one of a `Solution`.
+      source, mesh, num_shards, heartbeat: see `Passes`; offset, levels: see `Factors`. The offset is no feature of a
+        `Fit`, but one of a `Solution`.
     """
-
-    def __init__(
-        self,
-        source: Source,
-        mesh: Mesh,
-        num_shards: int,
-        heartbeat: Callable[[], None] = lambda: None,
-        offset: int | None = None,
-    ):
-        self._given, self._offset = (source, mesh, num_shards, heartbeat), offset
-        super().__init__(source if offset is None else WithOffset(source, offset), mesh, num_shards, heartbeat)
-        self._careful = False  # once sums of products did not hold enough digits
-
-    def triangle(self) -> RFactor:
-        """The R of all rows: one pass where sums of products hold enough digits of it, else two."""
-        with one_blas_thread():
-            return self._factor(self._least_squares_problem, self._targets)[0]
-
-    def _least_squares_problem(self, rows: Rows) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-        y = rows["y"] if self._offset is None else rows["y"].astype(np.float64) - values(rows)[3]
-        return rows["x"], y, rows["weight"], np.zeros(0)
-
-    def fold_triangles(self, starts: Sequence[int]) -> list[RFactor]:
-        """The R of all rows; then, for each fold, that of the rows of all others and that of its own: one pass, or two.
-
-        Args:
-          starts: the first row of each fold, ascending from 0; a fold ends where the next one begins.
-        """
-        with one_blas_thread():
-            while (found := self._fold_triangles(starts)) is None:
-                self._careful = True
-            return found
-
-    def _fold_triangles(self, starts: Sequence[int]) -> list[RFactor] | None:
-        way = self._reduction(self._least_squares_problem, self._targets)
-        return factor_folds(way, self._reduced_ranges(starts, way.size, way.of, way.add, way.rows_at_once))
 
     def solve(self, config: Config) -> Solution:
         """The least mean loss of a linear model, with the loss, the penalty and the intercept of the config.
@@ -388,17 +330,3 @@ class Solver(Passes):
             return x, response - offset, information, sums
 
         return self._factor(problem, 1, 4)
-
-    def _factor(self, problem: Problem, targets: int, others: int = 0) -> tuple[RFactor, np.ndarray]:
-        """The R of a problem of least squares over all rows, and the sums [others] of what else it gives."""
-        while True:
-            way = self._reduction(problem, targets, others)
-            found = self._reduced(way.size, way.of, way.add, way.rows_at_once)
-            triangle, sums = way.factor(found[others:]), found[:others]
-            if triangle is not None or not np.isfinite(sums).all():  # or else no next step is taken
-                return triangle or RFactor.none(self._inputs, targets), sums
-            self._careful = True
-
-    def _reduction(self, problem: Problem, targets: int, others: int = 0) -> Reduction:
-        reduction = decompose if self._careful else sum_products
-        return reduction(problem, self._inputs, targets, others, self._epsilon)

@@ -6,6 +6,7 @@ of Demmel et al. 2012). No sums of squares are formed, so no digits are lost as 
 """
 
 import dataclasses
+from collections.abc import Callable
 
 import numpy as np
 import scipy  # its modules are slow to import: scipy imports each when it is first used
@@ -31,6 +32,8 @@ class RFactor:
       rows: those with a weight, or where weights are counts, their sum; weight: the sum of all weights.
       epsilon: of the values of x, the share of one that rounding it may have changed.
       lengths: [d] of the columns of x, before they were about another mean; None: as they are.
+      left_out: whether there is an intercept -> the columns of x that `solve` leaves out where there is no penalty, as
+        combinations of others; None for none.
     """
 
     r: np.ndarray
@@ -40,6 +43,7 @@ class RFactor:
     weight: float
     epsilon: float = _EPSILON
     lengths: np.ndarray | None = None
+    left_out: Callable[[bool], tuple[int, ...]] | None = None
 
     @classmethod
     def none(cls, num_inputs: int, num_targets: int) -> "RFactor":
@@ -165,7 +169,8 @@ class RFactor:
         x, y = rest[:, 1 : 1 + d], rest[:, 1 + d :]
         spread = np.sqrt(np.square(x).sum(axis=0))
         rounding = self.rounding(intercept)
-        kept = np.flatnonzero(spread > rounding)
+        left_out = () if l2 or self.left_out is None else self.left_out(intercept)
+        kept = np.setdiff1d(np.flatnonzero(spread > rounding), left_out)
         if (
             len(kept) > WIDE
             and (root := _root_of_inverse(x[:, kept] / spread[kept], l2 * self.weight / spread[kept] ** 2)) is not None
@@ -173,7 +178,7 @@ class RFactor:
             root /= spread[kept, None]
             w = np.zeros((d, y.shape[1]))
             w[kept] = root @ (root.T @ (x[:, kept].T @ y))
-            return self.make_fit(w, kept, root, l2, intercept)
+            return dataclasses.replace(self.make_fit(w, kept, root, l2, intercept), left_out=left_out)
         while True:
             scaled = x[:, kept] / spread[kept]
             if l2:
@@ -189,7 +194,7 @@ class RFactor:
         w = np.zeros((d, y.shape[1]))
         w[kept] = scipy.linalg.solve_triangular(r, q.T @ targets) / spread[kept, None]
         root = scipy.linalg.solve_triangular(r, np.eye(len(kept))) / spread[kept, None]
-        return self.make_fit(w, kept, root, l2, intercept)
+        return dataclasses.replace(self.make_fit(w, kept, root, l2, intercept), left_out=left_out)
 
     def make_fit(
         self, w: np.ndarray, kept: np.ndarray, root: np.ndarray, l2: float, intercept: bool, l1: float = Config.l1

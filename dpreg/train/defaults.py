@@ -15,6 +15,7 @@ from dpreg.config.model import LABEL_LOSSES, LOCATED_LOSSES, LOG_LINK_LOSSES, MO
 from dpreg.data.sources import RegressionData
 from dpreg.spelling import spell
 from dpreg.tables.ingest import Progress
+from dpreg.tables.levels import BaseLevels
 from dpreg.train.build import build_data
 
 # Settings that say how steps are taken: whoever gives one asks for steps.
@@ -57,6 +58,7 @@ def read_rows(config: Config, progress: Progress = lambda what, rows: None) -> t
     asked = config.is_given("validation_fraction") or config.validation_dataset is not None
     whole = solver != "sgd" and config.dataset != "synthetic" and not asked
     data = build_data(dataclasses.replace(config, validation_fraction=0.0) if whole else config, progress)
+    BaseLevels.named(data.schema, config.base)  # refuses unknown ones before the work begins
     if config.loss == "softmax" and data.schema and data.schema.labels and not config.is_given("num_classes"):
         config = dataclasses.replace(config, num_classes=len(data.schema.labels))
     if config.solver == "auto" and solver != "sgd" and (too_wide := _why_too_wide(config, data)):

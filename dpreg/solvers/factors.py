@@ -1,0 +1,83 @@
+"""The R factors of problems of least squares over all rows."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from jax.sharding import Mesh
+
+from dpreg.data.sources import Rows, Source
+from dpreg.solvers.blas import one_blas_thread
+from dpreg.solvers.offset import WithOffset, values
+from dpreg.solvers.passes import Passes
+from dpreg.solvers.reductions import Problem, Reduction, decompose, factor_folds, sum_products
+from dpreg.solvers.tsqr import RFactor
+from dpreg.tables.levels import BaseLevels
+
+
+class Factors(Passes):
+    """Passes over all rows that give R factors.
+
+    Args:
+      source, mesh, num_shards, heartbeat: see `Passes`.
+      offset: the number of a column of x whose weight is 1, for squared loss and those of `FAMILIES`; or None.
+      levels: the base levels of categories, which get no weight where there is no penalty; of the features without the
+        offset.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        mesh: Mesh,
+        num_shards: int,
+        heartbeat: Callable[[], None] = lambda: None,
+        offset: int | None = None,
+        levels: BaseLevels | None = None,
+    ):
+        self._given, self._offset = (source, mesh, num_shards, heartbeat), offset
+        super().__init__(source if offset is None else WithOffset(source, offset), mesh, num_shards, heartbeat)
+        self._careful = False  # once sums of products did not hold enough digits
+        self._levels = levels
+
+    def triangle(self) -> RFactor:
+        """The R of all rows: one pass where sums of products hold enough digits of it, else two."""
+        with one_blas_thread():
+            return self._factor(self._least_squares_problem, self._targets)[0]
+
+    def _least_squares_problem(self, rows: Rows) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        y = rows["y"] if self._offset is None else rows["y"].astype(np.float64) - values(rows)[3]
+        return rows["x"], y, rows["weight"], np.zeros(0)
+
+    def fold_triangles(self, starts: Sequence[int]) -> list[RFactor]:
+        """The R of all rows; then, for each fold, that of the rows of all others and that of its own: one pass, or two.
+
+        Args:
+          starts: the first row of each fold, ascending from 0; a fold ends where the next one begins.
+        """
+        with one_blas_thread():
+            while (found := self._fold_triangles(starts)) is None:
+                self._careful = True
+            return found
+
+    def _fold_triangles(self, starts: Sequence[int]) -> list[RFactor] | None:
+        way = self._reduction(self._least_squares_problem, self._targets)
+        return factor_folds(way, self._reduced_ranges(starts, way.size, way.of, way.add, way.rows_at_once))
+
+    def _factor(self, problem: Problem, targets: int, others: int = 0) -> tuple[RFactor, np.ndarray]:
+        """The R of a problem of least squares over all rows, and the sums [others] of what else it gives."""
+        while True:
+            way = self._reduction(problem, targets, others)
+            found = self._reduced(way.size, way.of, way.add, way.rows_at_once)
+            triangle, sums = way.factor(found[others:]), found[:others]
+            if triangle is not None or not np.isfinite(sums).all():  # or else no next step is taken
+                triangle = triangle or RFactor.none(self._inputs, targets)
+                return dataclasses.replace(triangle, left_out=self._left_out), sums
+            self._careful = True
+
+    def _reduction(self, problem: Problem, targets: int, others: int = 0) -> Reduction:
+        reduction = decompose if self._careful else sum_products
+        return reduction(problem, self._inputs, targets, others, self._epsilon)
+
+    def _left_out(self, intercept: bool) -> tuple[int, ...]:
+        """The features of base levels."""
+        return () if self._levels is None else self._levels.left_out(intercept)

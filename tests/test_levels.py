@@ -1,0 +1,226 @@
+"""Base levels of categories, and levels without events, beside statsmodels."""
+
+import json
+import pathlib
+
+import forked
+import jax
+import numpy as np
+import pandas as pd
+import pytest
+import statsmodels.api as sm
+import statsmodels.formula.api as smf
+from jax.sharding import Mesh
+
+import dpreg
+from dpreg.config import Columns, Config
+from dpreg.data.schema import Category, Schema
+from dpreg.solvers.glm import FAMILIES
+from dpreg.solvers.inference import BASE, NOT_USED, summarize_fit
+from dpreg.solvers.solver import Solver
+from dpreg.tables.levels import BaseLevels
+
+FAMILY = {"logistic": sm.families.Binomial(), "poisson": sm.families.Poisson()}
+
+
+@pytest.fixture(scope="module")
+def frame():
+    """Two categories, of which the most frequent levels come late in the rows and in the alphabet."""
+    rng = np.random.default_rng(1)
+    n = 1201
+    kind = rng.choice(["a", "b", "c:1", "d"], n, p=[0.1, 0.2, 0.3, 0.4])
+    size = rng.choice(["large", "medium, or so", "small"], n, p=[0.2, 0.3, 0.5])
+    x = rng.normal(size=n)
+    z = 0.5 * x + (kind == "a") - 0.7 * (kind == "c:1") + 0.3 * (size == "small") - 1
+    return pd.DataFrame(
+        {
+            "kind": kind,
+            "size": size,
+            "x": x,
+            "y": z + rng.normal(size=n),
+            "logistic": (rng.random(n) < 1 / (1 + np.exp(-z))).astype(float),
+            "poisson": rng.poisson(np.exp(z)).astype(float),
+        }
+    )
+
+
+def read(frame, folder, target, **settings):
+    frame.to_parquet(folder / "t.parquet")
+    columns = Columns(
+        target=(target,),
+        features=("kind", "x", "size"),
+        categorical=("kind", "size"),
+        validation_fraction=0.0,
+        **settings,
+    )
+    return dpreg.read_table(str(folder / "t.parquet"), columns, cache_dir=str(folder), dtype=np.float64)
+
+
+def solved(data, solve, names=()):
+    """Returns the fit in the units of the table; it has the same bits on 1, 3 and 8 devices."""
+    levels = BaseLevels.named(data.schema, names)
+    fits = [
+        solve(Solver(data.train, Mesh(np.array(jax.devices()[:devices]), ("data",)), 8, levels=levels))
+        for devices in (1, 3, 8)
+    ]
+    assert len({(fit.w.tobytes(), fit.b.tobytes()) for fit in fits}) == 1
+    return fits[0].in_units(*data.schema.units)
+
+
+def compare(summary, theirs, rename, rtol=1e-6):
+    """Compares estimates and standard errors by name with those of statsmodels."""
+    own = {c.name: c for c in summary.coefficients if c.used}
+    assert {rename(name) for name in theirs.params.index} == {*own}
+    for name, estimate in theirs.params.items():
+        found = own[rename(name)]
+        np.testing.assert_allclose(found.estimate, estimate, rtol=rtol, atol=1e-9)
+        np.testing.assert_allclose(found.std_error, theirs.bse[name], rtol=rtol)
+
+
+def renamed(name):
+    """The name of dpreg for a coefficient of patsy, such as C(kind, Treatment('a'))[T.b]."""
+    if "[" not in name:
+        return {"Intercept": "(intercept)"}.get(name, name)
+    column, level = name.split("[", 1)
+    return f"{column.removeprefix('C(').split(',')[0].rstrip(')')}={level.removeprefix('T.').removesuffix(']')}"
+
+
+@pytest.mark.parametrize(
+    ("names", "kind", "size"),
+    [((), "d", "small"), (("kind:b",), "b", "small"), (("size:medium, or so", "kind:c:1"), "c:1", "medium, or so")],
+)
+@pytest.mark.parametrize("loss", ["y", "logistic", "poisson"])
+def test_coefficients_are_contrasts_with_the_base_level_as_in_statsmodels(frame, tmp_path, loss, names, kind, size):
+    data = read(frame, tmp_path, loss)
+    formula = f"{loss} ~ C(kind, Treatment('{kind}')) + x + C(size, Treatment('{size}'))"
+    if loss == "y":
+        fit = solved(data, lambda solver: solver.least_squares(), names)
+        theirs = smf.ols(formula, frame).fit()
+    else:
+        fit = solved(data, lambda solver: solver.newton(FAMILIES[loss])[0], names)
+        theirs = smf.glm(formula, frame, family=FAMILY[loss]).fit(tol=1e-14)
+    summary = summarize_fit(fit, data.schema.features)
+    compare(summary, theirs, renamed)
+    assert {c.name for c in summary.coefficients if c.note == BASE} == {f"kind={kind}", f"size={size}"}
+    assert {c.name for c in summary.coefficients if c.remark == NOT_USED} == {"kind=other", "size=other"}
+    assert all(c.estimate == 0 for c in summary.coefficients if not c.used)
+    assert summary.deviance == pytest.approx(theirs.ssr if loss == "y" else theirs.deviance, rel=1e-9)
+
+
+def test_without_an_intercept_the_first_category_keeps_all_its_levels(frame, tmp_path):
+    data = read(frame, tmp_path, "y", intercept=False)
+    fit = solved(data, lambda solver: solver.least_squares(intercept=False))
+    theirs = smf.ols("y ~ 0 + C(kind) + x + C(size, Treatment('small'))", frame).fit()
+    compare(summarize_fit(fit, data.schema.features), theirs, renamed)
+
+
+def test_coefficients_do_not_depend_on_the_order_of_the_rows(frame, tmp_path):
+    """Each pivot of a decomposition may depend on it; base levels do not."""
+    found = []
+    for order in (np.arange(len(frame)), np.arange(len(frame))[::-1]):
+        folder = tmp_path / str(len(found))
+        folder.mkdir()
+        data = read(frame.iloc[order], folder, "y")
+        fit = solved(data, lambda solver: solver.least_squares())
+        found.append(dict(zip(data.schema.features, fit.w[:, 0], strict=True)))
+    assert {*found[0]} == {*found[1]}
+    for name, value in found[0].items():
+        assert found[1][name] == pytest.approx(value, rel=1e-9, abs=1e-12)
+
+
+def test_a_penalty_applies_to_all_levels_alike(frame, tmp_path):
+    data = read(frame, tmp_path, "y")
+    fit = solved(data, lambda solver: solver.least_squares(l2=0.1))
+    assert fit.left_out == ()
+    assert np.count_nonzero(fit.w) == 8
+
+
+def test_robust_and_softmax_regression_leave_out_the_base_levels_and_predict_as_before(frame, tmp_path):
+    data = read(frame, tmp_path, "y")
+    mesh, levels = Mesh(np.array(jax.devices()[:2]), ("data",)), BaseLevels.named(data.schema, ())
+    config = Config(dataset="t", target=("y",), loss="huber")
+    ours, before = (Solver(data.train, mesh, 8, levels=of).solve(config) for of in (levels, None))
+    x = data.train.x
+    np.testing.assert_allclose(x @ ours.w + ours.b, x @ before.w + before.b, atol=1e-9)
+    assert (ours.w[list(levels.left_out(True))] == 0).all()
+    assert (before.w[list(levels.left_out(True))] != 0).all()
+
+
+SCHEMA = Schema(
+    (
+        Category("c", ("u", "v", "1"), (3, 2, 1), 1.0),
+        Category("c:u", ("v",), (3,)),
+    ),
+    (),
+)
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (("d:u",), r"base=\('d:u',\): it does not begin with a categorical column and a colon; use one of 'c', 'c:u'"),
+        (("c",), r"it does not begin with a categorical column and a colon"),
+        (("c:w",), r"column 'c' has no level 'w' in the rows to fit; use one of 'u', 'v', '1', 'other'"),
+        (("c:u:other",), r"column 'c' has no level 'u:other' in the rows to fit"),
+        (("c:u", "c:v"), r"column 'c' is named twice; name one level"),
+    ],
+)
+def test_unknown_base_levels_are_refused_in_one_line(names, message):
+    with pytest.raises(dpreg.InputError, match=message):
+        BaseLevels.named(SCHEMA, names)
+
+
+def test_a_level_is_named_by_any_spelling_and_may_have_colons():
+    assert BaseLevels.named(SCHEMA, ("c:1.0", "c:u:v")).chosen == {"c": 2, "c:u": 0}
+    assert BaseLevels.named(SCHEMA, ("c:other",)).left_out(True) == (3, 4)
+    both = Schema((Category("c", ("u:v",), (3,)), Category("c:u", ("v",), (3,))), ())
+    with pytest.raises(dpreg.InputError, match=r"it may name a level of 'c', 'c:u'; rename one of these columns"):
+        BaseLevels.named(both, ("c:u:v",))
+
+
+def run(folder, *flags, rc=0):
+    """Runs a fit of the table in a folder; returns (outcome, summary)."""
+    done = forked.run(
+        "-m",
+        "dpreg.main",
+        "--platform=cpu",
+        f"--dataset={folder}/t.parquet",
+        f"--cache_dir={folder}",
+        f"--workdir={folder}/run",
+        "--features=kind,x,size",
+        "--categorical=kind,size",
+        "--validation_fraction=0",
+        *flags,
+    )
+    assert done.returncode == rc, done.stderr
+    return done, json.loads((folder / "run" / "summary.json").read_text()) if not rc else {}
+
+
+def test_the_command_prints_the_base_level_and_keeps_predictions(frame, tmp_path):
+    frame.to_parquet(tmp_path / "t.parquet")
+    done, summary = run(tmp_path, "--target=y", '--base="size:medium, or so",kind:c:1', "--precision=float64")
+    assert "kind=c:1" in done.stdout
+    assert done.stdout.count("the base level") == 2
+    assert summary["optimality"]["base_levels"] == ["kind=c:1", "size=medium, or so"]
+    assert summary["optimality"]["not_used"] == ["kind=other", "size=other"]
+    theirs = smf.ols("y ~ C(kind) + x + C(size)", frame).fit()
+    predict = pathlib.Path(tmp_path, "run", "model", "predict.py")
+    frame[["kind", "x", "size"]].to_csv(tmp_path / "t.csv", index=False)
+    text = forked.run(predict, tmp_path / "t.csv").stdout
+    predicted = np.array([float(line.split(",")[1]) for line in text.split()[1:]])
+    np.testing.assert_allclose(predicted, theirs.fittedvalues, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--base=kind:z",), "--base=kind:z: column 'kind' has no level 'z' in the rows to fit; use one of 'd', 'c:1'"),
+        (("--base=kind:a", "--l2=1"), "--base=kind:a: it applies only to exact solutions of linear models without a"),
+        (("--base=kind:a", "--lr=0.1"), "--base=kind:a: it applies only to exact solutions of linear models without a"),
+    ],
+)
+def test_base_levels_that_cannot_be_used_are_refused(frame, tmp_path, flags, message):
+    frame.to_parquet(tmp_path / "t.parquet")
+    done, _ = run(tmp_path, "--target=y", *flags, rc=2)
+
+    assert message in done.stderr
