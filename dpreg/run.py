@@ -263,6 +263,8 @@ def _trained(
         progress.say(describe_choice(solution.path))
     if config.solver != "sgd":
         trainer.set_linear_params(solution.w, solution.b, solution.loss)
+        if data.schema is not None and solution.infinite:
+            data.schema = data.schema.without_counts(solution.infinite)  # the mean over levels stays finite
         checkpoints.save(trainer)
     return config, solution
 

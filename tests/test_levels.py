@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import re
 
 import forked
 import jax
@@ -15,8 +16,9 @@ from jax.sharding import Mesh
 import dpreg
 from dpreg.config import Columns, Config
 from dpreg.data.schema import Category, Schema
+from dpreg.outputs.metrics import to_json
 from dpreg.solvers.glm import FAMILIES
-from dpreg.solvers.inference import BASE, NOT_USED, summarize_fit
+from dpreg.solvers.inference import BASE, INFINITE, NOT_USED, Summary, summarize_fit
 from dpreg.solvers.solver import Solver
 from dpreg.tables.levels import BaseLevels
 
@@ -67,9 +69,9 @@ def solved(data, solve, names=()):
     return fits[0].in_units(*data.schema.units)
 
 
-def compare(summary, theirs, rename, rtol=1e-6):
+def compare(summary, theirs, rename, rtol=1e-6, skip=()):
     """Compares estimates and standard errors by name with those of statsmodels."""
-    own = {c.name: c for c in summary.coefficients if c.used}
+    own = {c.name: c for c in summary.coefficients if c.used and c.name not in skip}
     assert {rename(name) for name in theirs.params.index} == {*own}
     for name, estimate in theirs.params.items():
         found = own[rename(name)]
@@ -224,3 +226,141 @@ def test_base_levels_that_cannot_be_used_are_refused(frame, tmp_path, flags, mes
     done, _ = run(tmp_path, "--target=y", *flags, rc=2)
 
     assert message in done.stderr
+
+
+@pytest.fixture(scope="module")
+def eventless(frame):
+    """The frame with further levels: "none", with targets 0 alone, the most frequent one; and "all", with targets 1."""
+    rng = np.random.default_rng(2)
+    more = frame.sample(700, random_state=3).assign(kind="none", logistic=0.0, poisson=0.0)
+    ones = frame.sample(20, random_state=4).assign(kind="all", logistic=1.0)
+    return pd.concat([frame, more, ones]).iloc[rng.permutation(1921)].reset_index(drop=True)
+
+
+@pytest.mark.parametrize(("loss", "infinite"), [("logistic", {"none": -1, "all": 1}), ("poisson", {"none": -1})])
+def test_a_level_without_events_has_its_row_and_others_are_those_of_the_limit(eventless, tmp_path, loss, infinite):
+    data = read(eventless, tmp_path, loss)
+    fit = solved(data, lambda solver: solver.newton(FAMILIES[loss])[0])
+    kept = eventless[~eventless["kind"].isin(infinite)]
+    theirs = smf.glm(
+        f"{loss} ~ C(kind, Treatment('d')) + x + C(size, Treatment('small'))", kept, family=FAMILY[loss]
+    ).fit(tol=1e-14)
+    summary = summarize_fit(fit, data.schema.features)
+    without = {c.name: c.estimate for c in summary.coefficients if c.note in INFINITE.values()}
+    assert without == {f"kind={level}": sign * np.inf for level, sign in infinite.items()}
+    compare(summary, theirs, renamed, skip=without)
+    assert summary.deviance == pytest.approx(theirs.deviance, rel=1e-9)
+    assert summary.null_deviance == pytest.approx(theirs.null_deviance, rel=1e-9)
+    assert summary.log_likelihood == pytest.approx(theirs.llf, rel=1e-9)
+    assert (summary.rows, summary.degrees_of_freedom) == (len(kept), theirs.df_resid)
+    text = str(summary)
+    assert text.count("no finite estimate: the targets of its rows are all ") == len(infinite)
+    assert "-inf" in text
+    again = Summary.from_json(json.loads(to_json(summary.to_json())))  # which has null for numbers that are not finite
+    assert str(again) == text
+
+
+def test_weights_of_0_and_of_counts_apply_to_levels_without_events(eventless, tmp_path):
+    """A row with an event does not count if its weight is 0."""
+    event = eventless.iloc[:1].assign(kind="none", logistic=1.0, weight=0.0)
+    rows = pd.concat([event, eventless.assign(weight=np.arange(1921) % 2 + 1.0)])
+    data = read(rows, tmp_path, "logistic", weight_column="weight")
+    fit = solved(data, lambda solver: solver.newton(FAMILIES["logistic"])[0])
+    kept = rows[~rows["kind"].isin(["none", "all"])]
+    theirs = smf.glm(
+        "logistic ~ C(kind, Treatment('d')) + x + C(size, Treatment('small'))",
+        kept.loc[kept.index.repeat(kept["weight"].astype(int))],
+        family=FAMILY["logistic"],
+    ).fit(tol=1e-14)
+    compare(summarize_fit(fit, data.schema.features), theirs, renamed, skip=("kind=none", "kind=all"))
+
+
+def test_a_named_base_level_without_events_is_refused(eventless, tmp_path):
+    data = read(eventless, tmp_path, "logistic")
+    levels = BaseLevels.named(data.schema, ("kind:none",))
+    solver = Solver(data.train, Mesh(np.array(jax.devices()[:1]), ("data",)), 8, levels=levels)
+    with pytest.raises(dpreg.InputError, match=r"base=\('kind:none',\): all targets of its rows are alike"):
+        solver.newton(FAMILIES["logistic"])
+
+
+@pytest.mark.parametrize("loss", ["logistic", "poisson"])
+def test_predictions_of_a_level_without_events_are_those_of_the_limit(eventless, tmp_path, loss):
+    """Rows of a level that is not in the table get the mean of the levels with a finite estimate."""
+    eventless.to_parquet(tmp_path / "t.parquet")
+    done, summary = run(tmp_path, f"--target={loss}", f"--loss={loss}", "--precision=float64")
+    assert "solver exact" in done.stderr
+    assert "solved with" not in done.stderr
+    assert "no finite estimate" in done.stdout
+    assert summary["parameters"]["w"]["kind=none"] == -10000
+    infinite = ("none", "all") if loss == "logistic" else ("none",)
+    kept = eventless[~eventless["kind"].isin(infinite)]
+    theirs = smf.glm(f"{loss} ~ C(kind) + x + C(size)", kept, family=FAMILY[loss]).fit(tol=1e-14)
+    assert summary["train_loss"] == pytest.approx(theirs.deviance / 2 / len(eventless), rel=1e-9)
+    new = pd.DataFrame({"kind": [*kept["kind"].unique(), *infinite, "unseen"], "x": 0.5, "size": "large"})
+    new.to_csv(tmp_path / "new.csv", index=False)
+    known = new[: -1 - len(infinite)]
+    share = kept["kind"].value_counts(normalize=True)[known["kind"]].to_numpy()
+    linear = theirs.predict(known, which="linear").to_numpy()
+    mean = theirs.family.link.inverse(share @ linear)
+    expected = [*theirs.predict(known), 0.0, *([1.0] if loss == "logistic" else []), mean]
+    text = forked.run(tmp_path / "run" / "model" / "predict.py", tmp_path / "new.csv").stdout
+    np.testing.assert_allclose([float(line.split(",")[1]) for line in text.split()[1:]], expected, rtol=1e-6)
+    done = forked.run(
+        "-m",
+        "dpreg.main",
+        *("--platform=cpu", "--mode=predict", f"--workdir={tmp_path}/run", f"--dataset={tmp_path}/new.csv"),
+        f"--output={tmp_path}/p.csv",
+        "--interval=0.9",
+    )
+    assert done.returncode == 0, done.stderr
+    low = pd.read_csv(tmp_path / "p.csv")[f"low_{loss}"]
+    is_infinite = new["kind"].isin(infinite)
+    assert low.isna().tolist() == is_infinite.tolist()
+    assert (low[~is_infinite] < np.array(expected)[~is_infinite]).all()
+    table = forked.run("-m", "dpreg.main", "--platform=cpu", "--mode=summary", f"--workdir={tmp_path}/run").stdout
+    assert re.search(r"^kind=none +-inf   no finite estimate", table, re.MULTILINE)
+    np.testing.assert_allclose(pd.read_csv(tmp_path / "p.csv").iloc[:, 1], expected, rtol=1e-6)
+
+
+def test_levels_that_separate_all_rows_get_a_penalty_as_before(frame, tmp_path):
+    frame.assign(logistic=(frame["kind"] == "a") * 1.0).to_parquet(tmp_path / "t.parquet")
+    done, summary = run(tmp_path, "--target=logistic", "--loss=logistic", "--base=kind:b")
+    assert "no finite weights have the least loss" in done.stderr
+    assert f"--l2={1 / len(frame)!r}" in (tmp_path / "run" / "flags.cfg").read_text()
+    assert np.isfinite([*summary["parameters"]["w"].values()]).all()
+
+
+def test_robust_errors_and_other_families_are_those_of_a_fit_without_the_level(eventless, tmp_path):
+    mesh = Mesh(np.array(jax.devices()[:2]), ("data",))
+    kept = eventless[eventless["kind"] != "none"]
+    formula = "poisson ~ C(kind, Treatment('d')) + x + C(size, Treatment('small'))"
+    data = read(eventless, tmp_path, "poisson")
+    for settings, family, covariance in (
+        ({"loss": "poisson"}, sm.families.Poisson(), "HC0"),
+        ({"loss": "tweedie", "tweedie_power": 1.5}, sm.families.Tweedie(sm.families.links.Log(), 1.5), "nonrobust"),
+        (
+            {"loss": "negative_binomial", "negative_binomial_alpha": 0.7},
+            sm.families.NegativeBinomial(alpha=0.7),
+            "nonrobust",
+        ),
+    ):
+        kind = {} if covariance == "nonrobust" else {"covariance": covariance}
+        config = Config(dataset="t", target=("poisson",), categorical=("kind", "size"), **settings, **kind)
+        solution = Solver(data.train, mesh, 8, levels=BaseLevels.named(data.schema, ())).solve(config)
+        theirs = smf.glm(formula, kept, family=family).fit(tol=1e-14, cov_type=covariance)
+        summary = summarize_fit(solution.fit.in_units(*data.schema.units), data.schema.features)
+        compare(summary, theirs, renamed, rtol=2e-6, skip=("kind=none",))
+        assert solution.infinite == (data.schema.features.index("kind=none"),)
+
+
+def test_the_estimated_shape_of_counts_is_that_without_the_level(eventless, tmp_path):
+    mesh, found = Mesh(np.array(jax.devices()[:2]), ("data",)), []
+    rng = np.random.default_rng(0)
+    mixed = eventless.assign(poisson=eventless["poisson"] * (1 + rng.poisson(1, len(eventless))))
+    for frame in (mixed, mixed[mixed["kind"] != "none"]):
+        folder = tmp_path / str(len(frame))
+        folder.mkdir()
+        data = read(frame, folder, "poisson")
+        config = Config(dataset="t", target=("poisson",), loss="negative_binomial")
+        found.append(Solver(data.train, mesh, 8, levels=BaseLevels.named(data.schema, ())).solve(config).alpha)
+    assert found[0] == pytest.approx(found[1], rel=1e-8)

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import itertools
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import numpy as np
@@ -172,6 +172,17 @@ class Schema:
     def constant(self) -> np.ndarray:
         """Which features are of constant columns, [d] bool."""
         return np.array([isinstance(c, Number) and c.constant for c in self.inputs for _ in c.features], bool)
+
+    def without_counts(self, features: Collection[int]) -> "Schema":
+        """This schema with no rows counted for some levels: they have no share in what stands for an unknown level."""
+        inputs, at = list[Number | Category](), 0
+        for column in self.inputs:
+            if isinstance(column, Category):
+                counts = tuple(0.0 if at + k in features else count for k, count in enumerate(column.counts))
+                column = dataclasses.replace(column, counts=counts)
+            inputs.append(column)
+            at += len(column.features)
+        return dataclasses.replace(self, inputs=tuple(inputs))
 
     def to_json(self) -> dict[str, Any]:
         """Plain values."""

@@ -7,6 +7,7 @@ from dpreg.data.schema import Schema
 from dpreg.errors import InputError
 from dpreg.models.linear import linear_parameters
 from dpreg.outputs.export import ExactFit, ExportedModel
+from dpreg.solvers.inference import INFINITE
 from dpreg.spelling import spell
 from dpreg.tables.standalone import apply_inverse_link
 
@@ -37,6 +38,9 @@ class Intervals:
         linear = linear_parameters(model.variables["params"]) or (np.zeros(0), np.zeros(0))
         self._w, self._b = (values.astype(np.float64) for values in linear)
         self._schema, self._loss, self._intercept = schema, model.flags["loss"], bool(model.flags["intercept"])
+        coefficients = [each.coefficients[self._intercept :] for each in fit.summaries]
+        notes = [{c.note for c in of_column} for of_column in zip(*coefficients, strict=True)]
+        self._infinite = np.flatnonzero([not found.isdisjoint(INFINITE.values()) for found in notes])
         self._used, self._reach = fit.used(self._intercept), fit.summaries[0].quantile(level)
         scale = schema.units[1][model.num_inputs :]
         self._dispersion = np.array([each.dispersion for each in fit.summaries]) / np.square(scale)
@@ -44,7 +48,10 @@ class Intervals:
         self.names = [f"{kind}{end}_{t.name}" for t in schema.targets for kind in kinds for end in ("low", "high")]
 
     def __call__(self, x: np.ndarray) -> np.ndarray:
-        """[n, columns] float64: the ends of the intervals for rows x [n, d] in the units of training."""
+        """[n, columns] float64: the ends of the intervals for rows x [n, d] in the units of training.
+
+        They are NaN for rows of a level of a category without a finite estimate.
+        """
         x = x.astype(np.float64)
         z, variances = x @ self._w + self._b, np.stack([self._variance(x, root) for root in self._roots], axis=1)
         ends = []
@@ -52,7 +59,9 @@ class Intervals:
             reach = self._reach * np.sqrt(variance)
             with np.errstate(over="ignore"):  # an end may be infinite
                 ends += [apply_inverse_link(end, self._loss) for end in (z - reach, z + reach)]
-        return np.stack([self._schema.prediction(end) for end in ends], axis=2).reshape(len(x), -1)
+        found = np.stack([self._schema.prediction(end) for end in ends], axis=2).reshape(len(x), -1)
+        found[x[:, self._infinite].any(axis=1)] = np.nan
+        return found
 
     def _variance(self, x: np.ndarray, root: np.ndarray) -> np.ndarray:
         """[n]: the variances of the linear predictors, from a root of the covariance."""

@@ -148,7 +148,7 @@ def describe_optimum(params: Any, data: RegressionData, fit: Fit) -> dict[str, A
         result = {"loss": loss, "best": best, "gap": (loss - best) / best if best > 0 else None}
     result["parameters"] = _name_parameters(fit.w, fit.b, data)
     result["base_levels"] = [names[j] for j in fit.left_out]
-    explained = {*fit.kept, *fit.left_out}
+    explained = {*fit.kept, *fit.left_out, *fit.infinite}
     result["not_used"] = [] if fit.l1 else [name for j, name in enumerate(names) if j not in explained]
     if not fit.is_penalized:
         error_w, error_b = in_units_of(data, fit).standard_errors

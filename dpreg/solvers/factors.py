@@ -80,4 +80,4 @@ class Factors(Passes):
 
     def _left_out(self, intercept: bool) -> tuple[int, ...]:
         """The features of base levels."""
-        return () if self._levels is None else self._levels.left_out(intercept)
+        return () if self._levels is None else self._levels.left_out(intercept, self._skipped)

@@ -38,6 +38,7 @@ class Fit:
       l1, l2: the penalties. With l1, which has one target, weights that it makes 0 are not `kept`.
       intercept: whether b was free; else it is 0.
       left_out: the columns of x that were left out on purpose, such as base levels.
+      infinite: the columns whose best w is not finite; their w is far from 0, and the fit is without their rows.
       dispersion: the variance of a row of weight 1; None if it is that of the residuals.
       known_variance: whether the dispersion is known; else it is estimated.
       deviance, null_deviance, log_likelihood: of a generalised linear model, see `dpreg.solvers.inference.Summary`.
@@ -53,6 +54,7 @@ class Fit:
     inverse: Inverse
     l1: float = Config.l1
     left_out: tuple[int, ...] = ()
+    infinite: tuple[int, ...] = ()
     dispersion: float | None = None
     known_variance: bool = False
     deviance: float | None = None

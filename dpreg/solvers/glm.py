@@ -5,13 +5,15 @@ This is Fisher's scoring, and where the link is canonical, Newton's method (McCu
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import scipy
 
 from dpreg.config import Config
+from dpreg.data.sources import Rows
 
+FAR = 1e4  # a weight in place of an infinite one: it gives 0 and 1 exactly, in float32 and float64
 _LEAST_VARIANCE = 1e-20  # of a target, so that what is predicted for certain has a working response
 
 Elementwise = Callable[[np.ndarray], np.ndarray]
@@ -33,6 +35,7 @@ class Family:
       dispersed: whether the dispersion is a parameter to estimate; else it is 1.
       curvature: (prediction, target) -> second derivative of the negative log-likelihood by the prediction, for a
         dispersion of 1, whose mean is the information; None where it equals that: the link is canonical.
+      limits: target -> the sign of the infinite prediction at which the loss of such targets tends to its least value.
     """
 
     start: Elementwise
@@ -44,6 +47,7 @@ class Family:
     link: Callable[[float], float]
     dispersed: bool = False
     curvature: Callable[[np.ndarray, np.ndarray], np.ndarray] | None = None
+    limits: Mapping[float, int] = dataclasses.field(default_factory=dict)
 
     def score(self, prediction: np.ndarray, target: np.ndarray) -> np.ndarray:
         """The derivative of the log-likelihood by the prediction, for a dispersion of 1: [n, 1]."""
@@ -135,6 +139,7 @@ def _tweedie(power: float) -> Family:
         log_likelihood=log_likelihood,
         link=lambda mean: float(np.log(mean)),
         dispersed=True,
+        limits={0.0: -1},
     )
 
 
@@ -163,6 +168,7 @@ def _negative_binomial(alpha: float) -> Family:
         loss=half_deviance,
         log_likelihood=log_likelihood,
         link=lambda mean: float(np.log(mean)),
+        limits={0.0: -1},
     )
 
 
@@ -193,6 +199,7 @@ FAMILIES = {
         loss=lambda z, y: np.logaddexp(0, z) - y * z,
         log_likelihood=lambda z, y, _: y * z - np.logaddexp(0, z),
         link=lambda mean: float(scipy.special.logit(mean)),
+        limits={0.0: -1, 1.0: 1},
     ),
     "poisson": Family(
         start=lambda y: np.log(y + 0.1),
@@ -202,6 +209,7 @@ FAMILIES = {
         loss=_half_deviance_of_counts,
         log_likelihood=lambda z, y, _: y * z - np.exp(z) - scipy.special.gammaln(y + 1),
         link=lambda mean: float(np.log(mean)),
+        limits={0.0: -1},
     ),
     "gamma": Family(  # without the target's unit, of any size
         start=np.log,
@@ -215,3 +223,35 @@ FAMILIES = {
         dispersed=True,
     ),
 }
+
+
+def infinite_levels(
+    family: Family,
+    levels: Sequence[int],
+    target: int,
+    reduce: Callable[[int, Callable[[Rows], np.ndarray]], np.ndarray],
+) -> dict[int, int]:
+    """The levels whose targets all have one value of `Family.limits`, each with the sign of its infinite weight.
+
+    Args:
+      levels: the features that are 1 in the rows of a level, and 0 in others.
+      target: the number of the target, from 0.
+      reduce: (size, function of a block of rows) -> the sums [size] of its results over all rows.
+    """
+    if not (len(levels) and family.limits):
+        return {}
+
+    def sums(rows: Rows) -> np.ndarray:
+        x, y, weight = (rows[name].astype(np.float64) for name in ("x", "y", "weight"))
+        columns = [weight, *(weight * np.abs(y[:, target] - limit) for limit in family.limits)]
+        return (np.stack(columns) @ x[:, levels]).ravel()
+
+    size = 1 + len(family.limits)
+    weight, *distances = reduce(size * len(levels), sums).reshape(size, len(levels))
+    # Sums of numbers that are not negative: 0 only where each is.
+    return {
+        level: sign
+        for sign, distance in zip(family.limits.values(), distances, strict=True)
+        for level, own, apart in zip(levels, weight, distance, strict=True)
+        if own > 0 and apart == 0
+    }

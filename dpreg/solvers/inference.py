@@ -12,6 +12,10 @@ from dpreg.solvers.fit import Fit
 
 LEVEL = 0.95  # of confidence intervals
 BASE, NOT_USED = "the base level", "not used: constant, or a combination of others"
+INFINITE = {  # by the sign of the estimate
+    sign: f"no finite estimate: the targets of its rows are all {target}; fitted without them"
+    for sign, target in ((-1, 0), (1, 1))
+}
 _MOST_IN_JSON = 128  # coefficients whose covariances are written: there are as many as their square
 
 
@@ -25,8 +29,9 @@ class Coefficient(NamedTuple):
       statistic: the estimate over its standard error.
       p: how probable an estimate as far from 0 is where the truth is 0.
       low, high: the confidence interval.
-      used: False for a column that is constant, or a combination of others.
-      note: `BASE` for a level that is not used, as the others of its category are compared with it.
+      used: False for a column that is constant, or a combination of others, and for a level without a finite estimate.
+      note: `BASE` for a level with which the others of its category are compared; one of `INFINITE` for a level whose
+        targets are all alike, the estimate of which is infinite.
     """
 
     name: str
@@ -136,7 +141,9 @@ class Summary:
         def with_nan(given: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]:
             return {**given, **{name: np.nan for name in names if given[name] is None}}
 
+        infinite = {note: sign * np.inf for sign, note in INFINITE.items()}
         coefficients = tuple(Coefficient(**with_nan(each, each)) for each in values["coefficients"])
+        coefficients = tuple(c._replace(estimate=infinite.get(c.note, c.estimate)) for c in coefficients)
         known = with_nan(values, ("dispersion", "deviance", "condition_number"))
         return cls(**known | {"coefficients": coefficients, "covariance": covariance})
 
@@ -233,12 +240,15 @@ def _coefficients(fit: Fit, names: Sequence[str], target: int, level: float) -> 
     estimates, errors, p = (
         np.append(of_b[target], of_w[:, target]) for of_w, of_b in ((fit.w, fit.b), (w, b), (p_of_w, p_of_b))
     )
+    signs = {j: int(np.sign(fit.w[j, target])) for j in fit.infinite}
+    estimates[[1 + j for j in signs]] *= np.inf
     reach = errors * _quantile(fit.degrees_of_test, level)
     with np.errstate(divide="ignore", invalid="ignore"):
         statistics = estimates / errors
     columns = np.stack([estimates, errors, statistics, p, estimates - reach, estimates + reach], axis=1).tolist()
     used = [True, *(bool(fit.l1) or j in fit.kept for j in range(len(names)))]  # with l1, weights of 0 are estimates
     notes = dict.fromkeys(range(len(names)), "") | dict.fromkeys(fit.left_out, BASE)
+    notes |= {j: INFINITE[sign] for j, sign in signs.items()}
     rows = zip([intercept_name(names), *names], columns, used, ["", *notes.values()], strict=True)
     found = [Coefficient(name, *row)._replace(used=own, note=note) for name, row, own, note in rows]
     return found if fit.intercept else found[1:]

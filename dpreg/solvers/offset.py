@@ -14,11 +14,13 @@ class WithOffset:
     Attributes:
       source: the rows; column: the number of the column.
       with_features: whether x has the other columns; else it has none.
+      skipped: those of the other columns whose rows, in which they are not 0, have no weight.
     """
 
     source: Source
     column: int
     with_features: bool = True
+    skipped: tuple[int, ...] = ()
 
     def __len__(self) -> int:
         return len(self.source)
@@ -26,6 +28,8 @@ class WithOffset:
     def __getitem__(self, indices: np.ndarray) -> Rows:
         rows = self.source[indices]
         x = np.delete(rows["x"], self.column, axis=1)
+        if self.skipped:
+            rows["weight"] = np.where(x[:, self.skipped].any(axis=1), 0, rows["weight"])
         return rows | {"x": x if self.with_features else x[:, :0], "offset": rows["x"][:, self.column]}
 
     def fingerprint(self) -> str:

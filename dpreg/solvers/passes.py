@@ -2,8 +2,9 @@
 
 import collections
 import concurrent.futures
+import contextlib
 import operator
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import jax
 import numpy as np
@@ -44,9 +45,23 @@ class Passes:
         self._inputs, self._targets = one["x"].shape[1], one["y"].shape[1]
         self._epsilon = float(np.spacing(np.ones((), one["x"].dtype)))
         self._source, self._heartbeat, self.passes = hold_shards(source, mesh, num_shards), heartbeat, 0
+        self._skipped = tuple[int, ...]()
         self._sampler = Sampler(len(source), num_shards, num_shards, shuffle=False)
         shards = np.arange(mesh.size * -(-num_shards // mesh.size)).reshape(mesh.size, -1)
         self._own = shards[[device.process_index == jax.process_index() for device in mesh.devices.flat]]
+
+    @contextlib.contextmanager
+    def _skipping(self, features: Iterable[int]) -> Iterator[None]:
+        """A context in which passes skip the rows where one of some features is not 0."""
+        before, self._skipped = self._skipped, tuple(features)
+        try:
+            yield
+        finally:
+            self._skipped = before
+
+    def _sum_weights(self) -> float:
+        """The sum of the weights of the rows that are not skipped."""
+        return float(self._reduced(1, lambda rows: rows["weight"].sum(dtype=np.float64, keepdims=True))[0])
 
     def _reduced(
         self,
@@ -97,6 +112,8 @@ class Passes:
                     for first in range(start, stop, at_once):
                         block = self._source[np.arange(first, min(first + at_once, stop))]
                         counted = block["weight"] > 0  # the values of other rows may be anything
+                        if self._skipped:
+                            counted &= ~block["x"][:, self._skipped].any(axis=1)
                         if not counted.all():
                             block = {name: column[counted] for name, column in block.items()}
                         waiting.append(((shard, number), pool.submit(of, block)))

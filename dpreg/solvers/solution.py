@@ -17,6 +17,7 @@ class Solution(NamedTuple):
       fit: what the standard errors come from, where they are known.
       alpha: of a negative binomial model, where it was estimated.
       path: how the strength of the penalty was chosen, if it was.
+      infinite: the levels of categories for which the best w of a target is not finite.
     """
 
     w: np.ndarray
@@ -25,3 +26,4 @@ class Solution(NamedTuple):
     fit: Fit | None = None
     alpha: float | None = None
     path: elastic_net.Path | None = None
+    infinite: tuple[int, ...] = ()

@@ -9,13 +9,13 @@ import numpy as np
 from dpreg.config import Config
 from dpreg.config.model import GLM_LOSSES
 from dpreg.data.sources import Rows
-from dpreg.errors import InputError
+from dpreg.errors import InputError, NoOptimumError
 from dpreg.solvers import elastic_net, robust, sandwich, softmax
 from dpreg.solvers.basis import Basis
 from dpreg.solvers.blas import one_blas_thread
 from dpreg.solvers.factors import Factors
 from dpreg.solvers.fit import Fit
-from dpreg.solvers.glm import Family, family_of, slopes_of_shape
+from dpreg.solvers.glm import FAR, Family, family_of, infinite_levels, slopes_of_shape
 from dpreg.solvers.newton import Point, minimum
 from dpreg.solvers.offset import WithOffset, values
 from dpreg.solvers.sandwich import Sandwich
@@ -48,7 +48,10 @@ class Solver(Factors):
                 solution = self._solve(config)._replace(alpha=alpha)
             else:
                 solution = self._solve(config)
-        return solution if self._offset is None else solution._replace(w=np.insert(solution.w, self._offset, 1, axis=0))
+        if (at := self._offset) is None:
+            return solution
+        infinite = tuple(feature + (feature >= at) for feature in solution.infinite)
+        return solution._replace(w=np.insert(solution.w, at, 1, axis=0), infinite=infinite)
 
     def _solve(self, config: Config) -> Solution:
         loss, l1, l2, counts = config.loss, config.l1, config.l2, config.kind_of_weights == "frequency"
@@ -59,7 +62,8 @@ class Solver(Factors):
             found = [self.newton(family, l2, config.intercept, t, counts, l1) for t in range(self._targets)]
             w, b = (np.concatenate([getattr(fit, name) for fit, _ in found], axis=-1) for name in ("w", "b"))
             fit_of_one = self._with_covariance(found[0][0], config, family) if len(found) == 1 else None
-            return Solution(w, b, sum(each for _, each in found), fit_of_one)
+            infinite = tuple(sorted({level for fit, _ in found for level in fit.infinite}))
+            return Solution(w, b, sum(each for _, each in found), fit_of_one, infinite=infinite)
         if loss == "softmax":
             return self.softmax(config.num_classes, l2)
         return self.robust(robust.slopes_of(loss, config.huber_delta, config.quantile), l2)
@@ -127,6 +131,10 @@ class Solver(Factors):
 
         Each step is a pass, and a problem of least squares; with l1 an elastic net (Lee, Sun and Saunders 2014).
 
+        Without a penalty, a level of a category whose targets are all alike, such as 0, may have no finite weight. The
+        loss of its rows then tends to its least value, 0, as the weight grows, whatever the other weights are. Those
+        are the optimum for the other rows, and the level gets a weight of `FAR`.
+
         Args:
           target: the number of the target, from 0.
           counts: whether a weight is a number of equal rows; else of several with one mean.
@@ -134,6 +142,27 @@ class Solver(Factors):
         Raises:
           InputError: when there is no optimum, such as for classes that a plane separates.
         """
+        levels = self._levels.features if self._levels and not (l1 or l2) else ()
+        infinite = infinite_levels(family, levels, target, self._reduced)
+        if not infinite:
+            return self._newton(family, l2, intercept, target, counts, l1)
+        total = self._sum_weights()
+        with self._skipping(infinite):
+            share = self._sum_weights() / total
+            if not share:
+                raise NoOptimumError(
+                    "no optimum: each row has a level of a category whose targets are all alike; give some "
+                    f"{spell('l2', 0.001)}"
+                )
+            fit, loss = self._newton(family, l2, intercept, target, counts, l1)
+        w = fit.w.copy()
+        w[list(infinite), 0] = [sign * FAR for sign in infinite.values()]
+        return dataclasses.replace(fit, w=w, infinite=tuple(infinite)), loss * share
+
+    def _newton(
+        self, family: Family, l2: float, intercept: bool, target: int, counts: bool, l1: float
+    ) -> tuple[Fit, float]:
+        """The result of `newton` for the rows that are not skipped."""
         around = functools.partial(self._around, family, target, l1 > 0)
         triangle, (_, weight, _, total) = around(None)
         if not weight > 0:
@@ -165,7 +194,8 @@ class Solver(Factors):
         start = np.append(first.b, first.w)
         null = family.link(total / weight) if intercept else 0.0
         if self._offset is not None and intercept and self._inputs:
-            without = Solver(WithOffset(self._given[0], self._offset, with_features=False), *self._given[1:])
+            rows = WithOffset(self._given[0], self._offset, with_features=False, skipped=self._skipped)
+            without = Solver(rows, *self._given[1:])
             null = float(without.newton(family, target=target)[0].b[0])
         theta, (*_, (fit, loss, pearson)) = minimum(evaluated, start, np.append(null, np.zeros_like(first.w)))
         if counts:
@@ -214,7 +244,8 @@ class Solver(Factors):
 
         size, targets = len(fit.along), fit.w.shape[1]
         is_canonical = family is None or family.curvature is None
-        sums = self._reduced((targets + (not is_canonical)) * size**2, scores).reshape(-1, size, size)
+        with self._skipping(fit.infinite):
+            sums = self._reduced((targets + (not is_canonical)) * size**2, scores).reshape(-1, size, size)
         products = sums[:targets]
         if not is_canonical:  # the information that was observed, in place of that expected
             inverse = np.linalg.inv(sums[targets])
@@ -244,7 +275,8 @@ class Solver(Factors):
                     x, y, weight, offset = values(rows)
                     return np.asarray(weight @ slopes_of_shape(x @ fit.w + fit.b + offset, y, alpha))
 
-                slope, curvature = self._reduced(2, slopes)
+                with self._skipping(fit.infinite):
+                    slope, curvature = self._reduced(2, slopes)
                 step = slope / -curvature if curvature < 0 else np.sign(slope)
                 alpha *= float(np.exp(-np.clip(step, -1, 1)))
                 if alpha < _LEAST_ALPHA:

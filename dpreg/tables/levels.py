@@ -1,7 +1,10 @@
 """The base levels of categories: the levels without a weight of their own, so that other weights are contrasts."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+import functools
+from collections.abc import Collection, Mapping, Sequence
+
+import numpy as np
 
 from dpreg.data.schema import Category, Schema
 from dpreg.errors import InputError, quote_names
@@ -41,19 +44,45 @@ class BaseLevels:
             chosen[column] = position
         return cls(schema, chosen)
 
-    def left_out(self, intercept: bool) -> tuple[int, ...]:
+    @functools.cached_property
+    def features(self) -> tuple[int, ...]:
+        """The features that are levels of a category."""
+        widths = [(isinstance(column, Category), len(column.features)) for column in self.schema.inputs]
+        return tuple(np.flatnonzero([level for level, width in widths for _ in range(width)]).tolist())
+
+    def left_out(self, intercept: bool, infinite: Collection[int] = ()) -> tuple[int, ...]:
         """The features of the base levels: combinations of other features.
 
         Without an intercept, the first category keeps all its levels, as in R.
+
+        Args:
+          infinite: levels without a finite weight, with which no other level can be compared.
+
+        Raises:
+          InputError: when the user named one of these.
         """
         found, at, spans_constant = list[int](), 0, intercept
         for column in self.schema.inputs:
             if isinstance(column, Category):
                 if spans_constant:
-                    found.append(at + self.chosen.get(column.name, 0))
+                    found.append(self._base(column, at, infinite))
                 spans_constant = True
             at += len(column.features)
         return tuple(found)
+
+    def _base(self, column: Category, at: int, infinite: Collection[int]) -> int:
+        """The feature of the base level of a column, whose first feature is `at`."""
+        features = range(at, at + len(column.features))
+        if column.name not in self.chosen:
+            return next(feature for feature in features if feature not in infinite)
+        base = features[self.chosen[column.name]]
+        if base in infinite:
+            level = f"{column.name}:{_levels(column)[self.chosen[column.name]]}"
+            raise InputError(
+                f"{spell('base', (level,))}: all targets of its rows are alike, so no other level can be compared with "
+                "it; name another level"
+            )
+        return base
 
 
 def _find_level(schema: Schema, name: str) -> tuple[str, int]:
