@@ -19,7 +19,7 @@ from rich.console import Console
 from dpreg.config import Config
 from dpreg.config.model import SEPARABLE_LOSSES
 from dpreg.data.pipeline import CastSource
-from dpreg.data.schema import Number, Schema
+from dpreg.data.schema import Schema
 from dpreg.data.sources import RegressionData
 from dpreg.distributed import devices
 from dpreg.distributed.sync_signal import SyncSignal
@@ -130,9 +130,10 @@ def _describe_start(config: Config, trainer: Trainer, data: RegressionData, why_
             f"{spell('target_transform', 'log')}: what is predicted is the median of the target; for its mean use "
             f"{spell('predict_mean')} with {spell('mode', 'predict', 'evaluate')}"
         )
-    for column in data.schema.inputs if data.schema else ():
-        if isinstance(column, Number) and column.constant:
-            yield f"column {column.name!r} has one value in the rows to fit, and is not used"
+    if (schema := data.schema) is not None:
+        for name, constant in zip(schema.features, schema.constant, strict=True):
+            if constant and name not in schema.products:  # of which many may be 0 in all rows
+                yield f"column {name!r} has one value in the rows to fit, and is not used"
     if trainer.step:
         yield f"going on from step {trainer.step:,}"
 

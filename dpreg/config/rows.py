@@ -2,6 +2,7 @@
 
 import dataclasses
 
+from dpreg.config.formula import read_formula
 from dpreg.config.settings import FILE, Settings, document, refuse, setting
 from dpreg.errors import InputError, is_one_line
 from dpreg.spelling import spell
@@ -80,6 +81,26 @@ class Columns(Settings):
         min=0,
         lt=1,
     )
+    formula: str | None = setting(
+        None,
+        "Formula of the features, such as 'price ~ carat * color + bs(depth, df=4) + log(x)', instead of features.",
+        affects_result=True,
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.formula is None:
+            return
+        formula = read_formula(self.formula)
+        if formula.target is not None:
+            if self.target not in ((), (formula.target,)):
+                self._refuse("formula", f"its target is not {spell('target', self.target)}; leave one out")
+            object.__setattr__(self, "target", (formula.target,))
+        if formula.log_target:
+            if self.target_transform not in ("none", "log"):
+                self._refuse("formula", f"it has {spell('target_transform', 'log')}; leave one out")
+            object.__setattr__(self, "target_transform", "log")
+        object.__setattr__(self, "intercept", self.intercept and formula.intercept)
 
     @property
     def used_columns(self) -> tuple[str, ...]:
@@ -157,8 +178,8 @@ class RowSettings(Columns):
         """Refuses settings that apply only to tables."""
         if self.standardize:
             self._refuse("standardize", "synthetic rows have mean 0 and standard deviation 1 already; leave it out")
-        of_tables = ("target", "features", "exclude", "categorical", "dates", "weight_column", "validation_dataset")
-        for name in (*of_tables, "base"):
+        of_columns = ("formula", "target", "features", "exclude", "categorical", "dates", "weight_column", "base")
+        for name in (*of_columns, "validation_dataset"):
             if getattr(self, name):
                 self._refuse(name, f"it applies only to tables; name one with {spell('dataset')}, or leave it out")
         if self.target_transform != "none":

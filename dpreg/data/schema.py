@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import DTypeLike
 
+from dpreg.data.terms import Term, encode, read_terms
 from dpreg.errors import InputError
 
 Label = str | int | bool  # of a target, as the table has it
@@ -69,6 +70,13 @@ class Category:
             rest += "_"
         return tuple(f"{self.name}={value}" for value in (*self.values, rest))
 
+    def encode(self, codes: np.ndarray, into: np.ndarray) -> None:
+        """Writes what the model sees of codes [n] into zeros [n, features]."""
+        known = (codes >= 0) & (codes < len(self.values))
+        into[np.arange(len(codes)), np.where(known, codes, len(self.values)).astype(np.intp)] = 1
+        if not self.others and not known.all():
+            into[~known] = np.array([*self.counts, 0]) / sum(self.counts)
+
 
 @dataclasses.dataclass(frozen=True)
 class Schema:
@@ -82,6 +90,8 @@ class Schema:
       labels: the C labels of the only target; the model sees their positions, 0 to C - 1. Empty if the target has no
         labels.
       smearing: with logarithms, the factor of each target by which `prediction` becomes a mean; empty for medians.
+      terms: those of a formula, which are scaled in place of the columns. Without a formula there are none: each input
+        is a term.
     """
 
     inputs: tuple[Number | Category, ...]
@@ -89,11 +99,25 @@ class Schema:
     log_targets: bool = False
     labels: tuple[Label, ...] = ()
     smearing: tuple[float, ...] = ()
+    terms: tuple[Term, ...] = ()
 
     @functools.cached_property
     def features(self) -> tuple[str, ...]:
         """The names of the d features."""
-        return tuple(name for column in self.inputs for name in column.features)
+        if not self.terms:
+            return tuple(name for column in self.inputs for name in column.features)
+        names, levels = list[str](), {column.name: column.features for column in self.inputs}
+        for factors in (term.factors for term in self.terms):
+            of_factors = (levels[factor.text] if factor.kind == "category" else factor.names() for factor in factors)
+            names.extend(":".join(parts) for parts in itertools.product(*of_factors))
+        return tuple(names)
+
+    @functools.cached_property
+    def products(self) -> frozenset[str]:
+        """The names of those features that are products of several factors of a formula."""
+        widths = [(len(term.factors), len(term.mean)) for term in self.terms]
+        of_products = [factors > 1 for factors, width in widths for _ in range(width)]
+        return frozenset(itertools.compress(self.features, of_products))
 
     @functools.cached_property
     def _numbers(self) -> "_Numbers":
@@ -122,18 +146,18 @@ class Schema:
           InputError: when a value is not finite once it is scaled.
         """
         inputs, targets = raw[:, : len(self.inputs)], raw[:, len(self.inputs) : WEIGHT]
-        x, y = np.zeros((len(raw), len(self.features)), dtype), np.zeros((len(raw), len(self.targets)), dtype)
+        ends = list(itertools.accumulate(len(column.features) for column in self.inputs))
+        x = np.zeros((len(raw), ends[-1]), np.float64 if self.terms else dtype)
+        y = np.zeros((len(raw), len(self.targets)), dtype)
         with np.errstate(over="ignore"):
-            numbers, at = self._numbers, 0
+            numbers = self._numbers
             x[:, numbers.features] = numbers.scaled(inputs[:, numbers.inputs])
-            for column, values in zip(self.inputs, inputs.T, strict=True):
+            for column, values, end in zip(self.inputs, inputs.T, ends, strict=True):
                 if isinstance(column, Category):
-                    known = (values >= 0) & (values < len(column.values))
-                    x[np.arange(len(raw)), at + np.where(known, values, len(column.values)).astype(np.intp)] = 1
-                    if not column.others and not known.all():
-                        shares = np.array([*column.counts, 0]) / sum(column.counts)
-                        x[~known, at : at + len(shares)] = shares
-                at += len(column.features)
+                    column.encode(values, x[:, end - len(column.features) : end])
+            if self.terms:
+                encoded = zip(self.inputs, np.split(x, ends[:-1], axis=1), strict=True)
+                x = encode(self.terms, {column.name: values for column, values in encoded}).astype(dtype)
             for at, values in enumerate(targets.T):
                 y[:, at] = (values - self.targets[at].mean) / self.targets[at].scale
         for names, scaled in ((self.features, x), ([target.name for target in self.targets], y)):
@@ -164,24 +188,30 @@ class Schema:
     @functools.cached_property
     def units(self) -> tuple[np.ndarray, np.ndarray]:
         """(mean, scale) of all features and targets, [d + t] float64: what the model sees times scale plus mean."""
-        columns = [column for column in self.inputs for _ in column.features] + list(self.targets)
+        columns = [column for column in self.inputs for _ in column.features]
         numbers = [column if isinstance(column, Number) else Number(column.name) for column in columns]
-        return np.array([n.mean for n in numbers]), np.array([n.scale for n in numbers])
+        of_features = [(n.mean, n.scale) for n in numbers]
+        if self.terms:
+            of_features = [unit for term in self.terms for unit in zip(term.mean, term.scale, strict=True)]
+        units = np.array([*of_features, *((target.mean, target.scale) for target in self.targets)]).reshape(-1, 2)
+        return units[:, 0].copy(), units[:, 1].copy()
 
     @property
     def constant(self) -> np.ndarray:
         """Which features are of constant columns, [d] bool."""
+        if self.terms:
+            return np.array([constant for term in self.terms for constant in term.constant], bool)
         return np.array([isinstance(c, Number) and c.constant for c in self.inputs for _ in c.features], bool)
 
     def without_counts(self, features: Collection[int]) -> "Schema":
         """This schema with no rows counted for some levels: they have no share in what stands for an unknown level."""
-        inputs, at = list[Number | Category](), 0
+        names, inputs = {self.features[at] for at in features}, list[Number | Category]()
         for column in self.inputs:
             if isinstance(column, Category):
-                counts = tuple(0.0 if at + k in features else count for k, count in enumerate(column.counts))
+                counted = zip(column.features, column.counts, strict=False)
+                counts = tuple(0.0 if name in names else count for name, count in counted)
                 column = dataclasses.replace(column, counts=counts)
             inputs.append(column)
-            at += len(column.features)
         return dataclasses.replace(self, inputs=tuple(inputs))
 
     def to_json(self) -> dict[str, Any]:
@@ -191,6 +221,7 @@ class Schema:
             "targets": [{**vars(t)} for t in self.targets],
             "log_targets": self.log_targets,
             "labels": list(self.labels),
+            "terms": [dataclasses.asdict(term) for term in self.terms],
         }
 
     @classmethod
@@ -202,9 +233,9 @@ class Schema:
                 return Number(**{field.name: given[field.name] for field in dataclasses.fields(Number)})
             return Category(given["name"], tuple(given["values"]), tuple(given["counts"]), given["others"])
 
-        targets = tuple(Number(**target) for target in values["targets"])
         inputs = tuple(map(column, values["inputs"]))
-        return cls(inputs, targets, values["log_targets"], labels=tuple(values["labels"]))
+        targets = tuple(Number(**target) for target in values["targets"])
+        return cls(inputs, targets, values["log_targets"], tuple(values["labels"]), terms=read_terms(values))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,6 +13,7 @@ import numpy as np
 from flax import traverse_util
 
 from dpreg.config import Config
+from dpreg.data import terms
 from dpreg.data.schema import Schema
 from dpreg.data.sources import RegressionData
 from dpreg.errors import InputError
@@ -142,15 +143,18 @@ def save_model(
 ) -> None:
     """Writes `parameters.npz`, with arrays named by their paths such as params/w, and `model.json`, with checksums.
 
-    For a linear model of a table it also writes `predict.py`, which needs only NumPy.
+    For a linear model of a table it also writes `predict.py`, which needs only NumPy, and with a formula `terms.py`.
 
     Args:
       smearing, fit: as for `ExportedModel`.
     """
     folder.mkdir(exist_ok=True)
-    (folder / _SCRIPT).unlink(missing_ok=True)
+    for name in (_SCRIPT, standalone.TERMS):
+        (folder / name).unlink(missing_ok=True)
     if data.schema is not None and config.model in ("linear", "concise"):
         shutil.copyfile(standalone.__file__, folder / _SCRIPT)
+        if data.schema.terms:
+            shutil.copyfile(terms.__file__, folder / standalone.TERMS)
     new = {name: folder / f".new-{name}" for name in (_ARRAYS, _DESCRIPTION)}
     arrays: dict[str, Any] = jax.tree.map(np.asarray, traverse_util.flatten_dict(dict(variables), sep="/"))
     if fit is not None and fit.roots is not None:

@@ -62,7 +62,7 @@ def as_markdown(summaries: Iterable[Summary]) -> list[str]:
     for each in summaries:
         head = [_escape_markdown(each.target), *_head(each)]
         lines += ["", f"| {' | '.join(head)} |", f"|:---|{'---:|' * len(_head(each))}"]
-        rows = ([_escape_markdown(c.name), *_cells(c, str)] for c in each.coefficients)
+        rows = ([_escape_markdown(c.name), *_cells(c, str)] for c in each.shown)
         lines += [*(f"| {' | '.join(row)} |" for row in rows), "", "; ".join(each.facts)]
     return lines[1:]
 
@@ -72,7 +72,7 @@ def as_latex(summaries: Iterable[Summary]) -> list[str]:
     lines = []
     for each in summaries:
         head = [_escape_latex(text) for text in (each.target, *_head(each))]
-        rows = [_latex_row([_escape_latex(c.name), *_cells(c, _latex_number)]) for c in each.coefficients]
+        rows = [_latex_row([_escape_latex(c.name), *_cells(c, _latex_number)]) for c in each.shown]
         facts = [rf"\multicolumn{{{len(head)}}}{{l}}{{{_escape_latex(fact)}}} \\" for fact in each.facts]
         lines += ["", rf"\begin{{tabular}}{{l{'r' * len(_head(each))}}}", r"\hline", _latex_row(head), r"\hline"]
         lines += [*rows, r"\hline", *facts, r"\hline", r"\end{tabular}"]

@@ -1,5 +1,6 @@
 """Describes a finished run for summary.json: its results, its speed, and its environment."""
 
+import dataclasses
 import hashlib
 import importlib.metadata
 import platform
@@ -14,7 +15,7 @@ from dpreg.data.synthetic import SyntheticRegressionData
 from dpreg.models.linear import linear_parameters
 from dpreg.solvers.elastic_net import Path
 from dpreg.solvers.fit import Fit
-from dpreg.solvers.inference import Summary, summarize_fit
+from dpreg.solvers.inference import UNSEEN, Coefficient, Summary, summarize_fit
 from dpreg.spelling import spell
 from dpreg.tables.standalone import are_codes, label_text
 from dpreg.train.trainer import Trainer
@@ -196,13 +197,19 @@ def describe_choice(path: Path) -> str:
 
 
 def describe_fit(config: Config, data: RegressionData, fit: Fit) -> list[Summary]:
-    """The summaries of a fit by target, in the units of the data."""
+    """The summaries of a fit by target, in the units of the data. Products that are not used have the note `UNSEEN`."""
     fit, names = in_units_of(data, fit), feature_names(data)
     weighted = bool(data.columns and data.columns.weight_column)
-    return [
+    products = data.schema.products if data.schema else frozenset()
+    summaries = (
         summarize_fit(fit, names, t, name, weights=config.kind_of_weights if weighted else None)
         for t, name in enumerate(target_names(data, as_fitted=True))
-    ]
+    )
+
+    def noted(c: Coefficient) -> Coefficient:
+        return c._replace(note=UNSEEN) if c.name in products and not c.used else c
+
+    return [dataclasses.replace(each, coefficients=tuple(map(noted, each.coefficients))) for each in summaries]
 
 
 def in_units_of(data: RegressionData, fit: Fit) -> Fit:

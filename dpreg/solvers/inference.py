@@ -12,6 +12,7 @@ from dpreg.solvers.fit import Fit
 
 LEVEL = 0.95  # of confidence intervals
 BASE, NOT_USED = "the base level", "not used: constant, or a combination of others"
+UNSEEN = "a product of levels that is not used, of which there may be many: tables leave it out"
 INFINITE = {  # by the sign of the estimate
     sign: f"no finite estimate: the targets of its rows are all {target}; fitted without them"
     for sign, target in ((-1, 0), (1, 1))
@@ -31,7 +32,7 @@ class Coefficient(NamedTuple):
       low, high: the confidence interval.
       used: False for a column that is constant, or a combination of others, and for a level without a finite estimate.
       note: `BASE` for a level with which the others of its category are compared; one of `INFINITE` for a level whose
-        targets are all alike, the estimate of which is infinite.
+        targets are all alike, the estimate of which is infinite; `UNSEEN` for a coefficient that no table shows.
     """
 
     name: str
@@ -159,11 +160,16 @@ class Summary:
             facts.append(f"covariance {self.covariance_type}")
         return [*facts, f"condition {self.condition_number:.3g}"]
 
+    @property
+    def shown(self) -> list[Coefficient]:
+        """The coefficients that tables show."""
+        return [c for c in self.coefficients if c.note != UNSEEN]
+
     def __str__(self) -> str:
-        wide = max(len(c.name) for c in self.coefficients)
+        wide = max(len(c.name) for c in self.shown)
         interval = f"{100 * self.level:g}% interval"
         lines = [f"{'':{wide}} {'estimate':>13} {'std error':>12} {self.test:>10} {'p':>9} {interval:>27}"]
-        for c in self.coefficients:
+        for c in self.shown:
             line = f"{c.name:{wide}} {c.estimate:>13.6g}"
             if np.isnan(c.std_error):
                 lines.append(f"{line}   {c.remark}".rstrip())

@@ -16,6 +16,7 @@ from dpreg.config import Columns
 from dpreg.data.schema import NUMBER, ROW, WEIGHT, Category, Schema
 from dpreg.errors import InputError, is_one_line, quote_names
 from dpreg.spelling import spell
+from dpreg.tables.formula import resolve_formula
 from dpreg.tables.labels import code_labels
 from dpreg.tables.standalone import normalize_category, to_text
 from dpreg.tables.table import Table, TableChunk
@@ -47,9 +48,14 @@ def resolve(columns: Columns, table: Table) -> Columns:
         categorical=named(columns.categorical),
         dates=named(columns.dates),
     )
-    features = named(columns.features) or _all_features(full, table)
-    full = dataclasses.replace(full, features=features)
-    taken, as_features = full.used_columns, set(features)
+    if columns.formula is not None:
+        if columns.features:
+            raise InputError(f"{spell('features', columns.features)}: {spell('formula')} names them; leave one out")
+        full = resolve_formula(full, lambda: _all_features(full, table))
+    else:
+        full = dataclasses.replace(full, features=named(columns.features) or _all_features(full, table))
+    taken, features = full.used_columns, full.features
+    as_features = set(features)
     for name in (*taken, *full.exclude, *full.categorical, *full.dates):
         if not is_one_line(name):
             raise InputError(f"{table.name}: column {name!r} has characters that cannot be printed; rename it")

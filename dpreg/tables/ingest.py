@@ -36,10 +36,12 @@ from dpreg.tables.cache import (
     write_manifest,
 )
 from dpreg.tables.columns import RawReader, resolve
+from dpreg.tables.formula import refuse_numbers
 from dpreg.tables.shuffle import Shuffle
 from dpreg.tables.statistics import ColumnStatistics
 from dpreg.tables.table import Table, open_table
 from dpreg.tables.tfds import open_tfds
+from dpreg.tables.values import NotNumericError
 
 _FORMAT = 9  # version of the cache, a part of its key
 _ENCODED_BYTES = 16 << 20  # written at a time
@@ -90,7 +92,7 @@ def read_table(
         table, validation, target, inputs = open_tfds(name.removeprefix("tfds:"), data_dir)
         if not columns.target:
             columns = dataclasses.replace(columns, target=target)
-            if not columns.features and not columns.exclude:
+            if not columns.features and not columns.exclude and columns.formula is None:
                 columns = dataclasses.replace(columns, features=inputs)
     else:
         table = open_table(name)
@@ -141,8 +143,7 @@ def ingest(
         rows = None
     if rows is None:
         try:
-            with new_folder(folder) as new:
-                _write(table, validation, columns, dtype, new, progress)
+            _write_folder(table, validation, columns, dtype, folder, progress)
         except OSError as error:
             if error.errno in (errno.ENOSPC, errno.EDQUOT):
                 raise InputError(
@@ -159,7 +160,7 @@ def ingest(
     return rows
 
 
-def _write(
+def _write_folder(
     table: Table,
     validation: Table | None,
     columns: Columns,
@@ -167,6 +168,29 @@ def _write(
     folder: pathlib.Path,
     progress: Progress,
 ) -> None:
+    """Writes the folder of a table. A column of text that is a factor of a formula by its name is a category."""
+    found = tuple[str, ...]()
+    while True:
+        try:
+            with new_folder(folder) as new:
+                return _write(table, validation, columns, dtype, new, progress, found)
+        except NotNumericError as error:
+            if columns.formula is None or not error.is_text or error.column not in columns.features:
+                raise
+            found = (*found, error.column)
+            columns = dataclasses.replace(columns, categorical=(*columns.categorical, error.column))
+
+
+def _write(
+    table: Table,
+    validation: Table | None,
+    columns: Columns,
+    dtype: np.dtype,
+    folder: pathlib.Path,
+    progress: Progress,
+    texts: Sequence[str] = (),
+) -> None:
+    """Writes the files of a table; `texts` are the categories in which a text was found, and no number may be."""
     reader = RawReader(columns, dtype=dtype)
     learned, read = ColumnStatistics(reader), 0
     with Shuffle(folder / "train") as train, Shuffle(folder / "val") as val:
@@ -176,7 +200,8 @@ def _write(
                 held_out = keyed_hash(rows[:, NUMBER], _HELD_OUT) < np.uint32(columns.validation_fraction * 0xFFFFFFFF)
             valid = reader.valid(rows)
             fitted = rows[valid & ~held_out]
-            learned.add(fitted)
+            with prefix_errors(table.name):
+                learned.add(fitted)
             train.add(fitted, reader.narrow)
             learned.add_held_out(others := rows[valid & held_out])
             val.add(others, reader.narrow)
@@ -190,6 +215,7 @@ def _write(
                 progress("reading", read := read + len(rows))
         left_out = {"missing": read - train.rows - val.rows, "weight_0": reader.without_weight}
         reader.refuse_missing(table.name)
+        refuse_numbers(table.name, reader.codes, texts)
         in_validation = reader.without_weight - without_weight
         _require_rows(table, validation, columns, (train.rows, val.rows), (without_weight, in_validation))
         if read > _MOST_ROWS:
@@ -202,6 +228,8 @@ def _write(
             )
         with prefix_errors(table.name):
             schema, codes = learned.schema()
+            if schema.terms:
+                schema = learned.scaled_terms(schema, _batches(train.in_order(again=True), codes, schema, dtype))
         row_bytes = dtype.itemsize * (len(schema.features) + len(schema.targets) + 1) + np.dtype(np.int64).itemsize
         at_once = block_rows(row_bytes)
         written = {}
@@ -237,6 +265,18 @@ def _require_rows(
         raise InputError(f"{validation.name}: there are no rows to hold out; give some")
 
 
+def _batches(
+    parts: Iterable[np.ndarray], codes: Sequence[np.ndarray | None], schema: Schema, dtype: np.dtype
+) -> Iterator[np.ndarray]:
+    """Yields rows in batches, in which codes are what the model reads for them: see `ColumnStatistics.schema`."""
+    at_once = max(1, _ENCODED_BYTES // (dtype.itemsize * len(schema.features)))
+    for raw in (part[i : i + at_once] for part in parts for i in range(0, len(part), at_once)):
+        for at, place in enumerate(codes):
+            if place is not None:  # the last one stands for a missing value
+                raw[:, at] = place[np.where(np.isnan(raw[:, at]), len(place) - 1, raw[:, at]).astype(np.intp)]
+        yield raw
+
+
 def _encode(
     parts: Iterable[np.ndarray],
     prefix: pathlib.Path,
@@ -247,13 +287,9 @@ def _encode(
     progress: Progress,
 ) -> Part:
     """Writes the encoded rows in their final order."""
-    at_once = max(1, _ENCODED_BYTES // (dtype.itemsize * len(schema.features)))
 
     def encoded() -> Iterator[dict[str, np.ndarray]]:
-        for raw in (part[i : i + at_once] for part in parts for i in range(0, len(part), at_once)):
-            for at, place in enumerate(codes):
-                if place is not None:  # the last one stands for a missing value
-                    raw[:, at] = place[np.where(np.isnan(raw[:, at]), len(place) - 1, raw[:, at]).astype(np.intp)]
+        for raw in _batches(parts, codes, schema, dtype):
             yield schema.rows(raw, dtype) | {"row": raw[:, ROW].astype(np.int64)}
 
     digests = {name: hashlib.blake2b(digest_size=32) for name in ("x", "y", "weight")}

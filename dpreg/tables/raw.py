@@ -10,7 +10,7 @@ import pyarrow as pa
 from numpy.typing import DTypeLike
 
 from dpreg.config import Columns
-from dpreg.data.schema import ROW, Category, Number, Schema
+from dpreg.data.schema import Category, Number, Schema
 from dpreg.data.sources import Rows, Source
 from dpreg.errors import InputError, prefix_errors
 from dpreg.spelling import spell
@@ -42,6 +42,7 @@ def columns_of(schema: Schema, columns: Columns | None, targets: bool) -> Column
     return dataclasses.replace(
         columns,
         features=tuple(column.name for column in schema.inputs),
+        formula=None,
         exclude=(),
         categorical=tuple(column.name for column in schema.inputs if isinstance(column, Category)),
         dates=tuple(column.name for column in numbers if column.days),
@@ -85,18 +86,26 @@ class RawRows:
         for raw in self._reader.read(self._table, most):
             valid = self._reader.valid(raw)
             self._reader.refuse_missing(self._table.name)
-            raw[~valid, :ROW] = 0
             self.rows, self.used = self.rows + len(raw), self.used + int(valid.sum())
             self.valid.append(valid)
             for at, column in enumerate(self._schema.inputs):
                 if isinstance(column, Category) and (unknown := int((raw[valid, at] < 0).sum())):
                     self.others[column.name] += unknown
             with prefix_errors(self._table.name):
-                rows = self._schema.rows(raw, self._reader.dtype)
+                rows = self._encode(raw, valid)
             yield rows
         if not self.rows:
             which = " with a weight" if self._reader.without_weight else ""
             raise InputError(f"{self._table.name}: there are no rows{which}; name a table that has some")
+
+    def _encode(self, raw: np.ndarray, valid: np.ndarray) -> Rows:
+        if valid.all():
+            return self._schema.rows(raw, self._reader.dtype)
+        encoded = self._schema.rows(raw[valid], self._reader.dtype)
+        rows = {name: np.zeros((len(raw), *values.shape[1:]), values.dtype) for name, values in encoded.items()}
+        for name, values in encoded.items():
+            rows[name][valid] = values
+        return rows
 
 
 def open_columns(x: Any, columns: Columns, name: str = "x") -> Table:

@@ -115,10 +115,10 @@ class Shuffle:
                 file.write(by_bucket[bounds[number] : bounds[number + 1]].data)
         self._kept, self._kept_bytes = [], 0
 
-    def in_order(self) -> Iterator[np.ndarray]:
-        """Yields all rows in their order, in arrays [n, c]. It can be called only once."""
+    def in_order(self, again: bool = False) -> Iterator[np.ndarray]:
+        """Yields all rows in their order, in arrays [n, c]. It can be called again only after calls with `again`."""
         if not self._files:
-            kept, self._kept = self._kept, []
+            kept, self._kept = self._kept, self._kept if again else []
             yield from (_sort_rows(np.concatenate(kept)),) if kept else ()
         for bucket, file in enumerate(self._files):
             if file.tell() <= _IN_MEMORY_BYTES or self._shift < _BUCKET_BITS:
@@ -129,8 +129,9 @@ class Shuffle:
                     for rows, narrow in self._read_bucket(bucket):
                         inner.add(rows, narrow)
                     yield from inner.in_order()
-            file.close()
-            os.unlink(file.name)
+            if not again:
+                file.close()
+                os.unlink(file.name)
 
     def _read_bucket(self, bucket: int) -> Iterator[tuple[np.ndarray, tuple[bool, ...]]]:
         """Yields the rows of a bucket in chunks, each with the narrow columns of its layout."""

@@ -3,20 +3,24 @@
     python predict.py new.csv > predictions.csv
 
 or in Python, with columns by name: `predict({"carat": [0.3], "cut": ["Ideal"]})`, and for labels also
-`predict_proba`. It reads `model.json` and `parameters.npz`. (A quoted "NA" is a missing value as well, as the csv
-module of Python does not report quotes.) With --mean, or `predict(..., mean=True)`, models of logarithms predict means.
+`predict_proba`. It reads `model.json` and `parameters.npz`, and for a formula imports `terms.py`. (A quoted "NA" is a
+missing value as well, as the csv module of Python does not report quotes.) With --mean, or `predict(..., mean=True)`,
+models of logarithms predict means.
 """
 
 import csv
 import datetime
 import decimal
 import hashlib
+import importlib
 import io
 import json
 import math
 import pathlib
 import re
+import runpy
 import sys
+import types
 import zipfile
 import zlib
 from collections.abc import Mapping, Sequence
@@ -26,8 +30,8 @@ import numpy as np
 
 Columns = Mapping[str, Sequence[Any]]  # of a table, by name
 FORMAT = 5  # of model.json
-DESCRIPTION, PARAMETERS = "model.json", "parameters.npz"
 ROOTS = "fit/roots"  # an array of parameters.npz that is no parameter
+DESCRIPTION, PARAMETERS, TERMS = "model.json", "parameters.npz", "terms.py"
 
 # The texts for a missing value in CSV files, the same as those of Arrow; and also str() of missing Python values.
 _UPPER_CASE = ("#N/A", "#N/A N/A", "#NA", "-1.#IND", "-1.#QNAN", "1.#IND", "1.#QNAN", "N/A", "NA", "NULL")
@@ -173,12 +177,10 @@ def to_probabilities(z: np.ndarray, loss: str) -> np.ndarray:
     >>> to_probabilities(np.zeros((1, 1)), "logistic"), to_probabilities(np.zeros((1, 4)), "softmax")
     (array([[0.5, 0.5]]), array([[0.25, 0.25, 0.25, 0.25]]))
     """
-    logits = z.astype(np.float64)
-    if loss == "logistic":
-        logits = np.concatenate([np.zeros_like(logits), logits], axis=1)
+    z = z.astype(np.float64)
+    logits = np.concatenate([np.zeros_like(z), z], axis=1) if loss == "logistic" else z
     odds = np.exp(logits - logits.max(axis=1, keepdims=True))
-    probability: np.ndarray = odds / odds.sum(axis=1, keepdims=True)
-    return probability
+    return np.asarray(odds / odds.sum(axis=1, keepdims=True))
 
 
 def choose_labels(probability: np.ndarray, labels: Sequence[Any]) -> np.ndarray:
@@ -205,9 +207,8 @@ def read_model(folder: pathlib.Path) -> tuple[dict[str, Any], dict[str, np.ndarr
       ValueError: when there is none, or it differs from what was written; the message names the folder and the reason.
     """
     try:
-        for name in (DESCRIPTION, PARAMETERS):
-            if not (folder / name).is_file():
-                raise ValueError(f"there is no file {name}")
+        if absent := [name for name in (DESCRIPTION, PARAMETERS) if not (folder / name).is_file()]:
+            raise ValueError(f"there is no file {absent[0]}")
         model = json.loads((folder / DESCRIPTION).read_bytes())
         content = (folder / PARAMETERS).read_bytes()
         if model["format"] != FORMAT:
@@ -228,32 +229,30 @@ def read_model(folder: pathlib.Path) -> tuple[dict[str, Any], dict[str, np.ndarr
     except (OSError, ValueError, RecursionError, MemoryError, zipfile.BadZipFile, zlib.error, EOFError) as error:
         raise ValueError(f"{folder}: the model cannot be used ({error}); run the training command again") from error
     except (KeyError, TypeError, AttributeError, OverflowError, NotImplementedError, SyntaxError) as error:
-        raise ValueError(
-            f"{folder}: the model cannot be used (dpreg does not write such a file: {error!r}); "
-            "run the training command again"
-        ) from error
+        reason = f"dpreg does not write such a file: {error!r}"
+        raise ValueError(f"{folder}: the model cannot be used ({reason}); run the training command again") from error
     return model, arrays
 
 
 def _check_schema(model: Mapping[str, Any]) -> None:
     """Raises ValueError, TypeError or KeyError unless the schema is one that `dpreg.data.schema` writes."""
     schema = model["schema"]
-    features = 0
     for column in (*schema["inputs"], *schema["targets"]):
         if column.get("kind", "number") == "number":
             numbers = [column["mean"], column["scale"], *([] if column["fill"] is None else [column["fill"]])]
             valid = column["scale"] > 0 and all(isinstance(column[name], bool) for name in ("days", "constant"))
-            features += 1
         else:
             numbers, values = [*column["counts"], column["others"]], column["values"]
             valid = all(isinstance(value, str) for value in values) and len({*values}) == len(values)
             valid = valid and len(column["counts"]) == len(values) and min(numbers) >= 0 and sum(numbers) > 0
-            features += len(values) + 1
         valid = valid and all(type(number) in (int, float) and math.isfinite(number) for number in numbers)
         if not (valid and isinstance(column["name"], str)):
             raise ValueError(f"dpreg does not write such a column as {column['name']!r}")
+    features = sum(1 if column["kind"] == "number" else len(column["values"]) + 1 for column in schema["inputs"])
     num_targets = len(schema["targets"])
-    if (model["num_inputs"], model["num_targets"]) != (features - num_targets, num_targets):
+    if schema["terms"]:
+        features = sum(len(term.mean) for term in _import_terms().read_terms(schema))
+    if (model["num_inputs"], model["num_targets"]) != (features, num_targets):
         raise ValueError("the number of its columns differs from that of training")
     if not isinstance(schema["log_targets"], bool) or not schema["inputs"] or not schema["targets"]:
         raise ValueError("dpreg does not write such columns")
@@ -266,14 +265,20 @@ def _check_schema(model: Mapping[str, Any]) -> None:
         raise ValueError("dpreg does not write such factors of means")
 
 
+def _import_terms() -> Any:
+    """The code of formulas: a module of dpreg, and in the folder of a model the file beside this one."""
+    if __package__:
+        return importlib.import_module("dpreg.data.terms")
+    return types.SimpleNamespace(**runpy.run_path(str(pathlib.Path(__file__).with_name(TERMS))))
+
+
 def _get_parameters(model: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
     """The weights [d, t] and the bias [t] of a linear model, float64."""
-    arrays = {name: array for name, array in arrays.items() if name != ROOTS}
-    by_ndim = {array.ndim: array.astype(np.float64) for array in arrays.values() if array.dtype.kind == "f"}
+    by_ndim = {a.ndim: a.astype(np.float64) for name, a in arrays.items() if a.dtype.kind == "f" and name != ROOTS}
     w = by_ndim.get(2, np.zeros((0, 0)))
     b = by_ndim.get(1, np.zeros(w.shape[1]))
     outputs = w.shape[1] if model["flags"]["loss"] == "softmax" else model["num_targets"]
-    if len(arrays) != len(by_ndim) or w.shape != (model["num_inputs"], outputs) or b.shape != (outputs,):
+    if len(arrays) - (ROOTS in arrays) != len(by_ndim) or w.shape + b.shape != (model["num_inputs"], outputs, outputs):
         raise ValueError(f"{PARAMETERS} does not fit {DESCRIPTION}; run the training command again")
     return w, b
 
@@ -287,7 +292,8 @@ def _predict(
         raise ValueError("the model has no factor by which predicted medians become means; predict without it")
     w, b = _get_parameters(model, arrays)
     filled = model["flags"]["missing"] == "mean"
-    x = np.concatenate([_encode_column(column, columns[column["name"]], filled) for column in schema["inputs"]], axis=1)
+    encoded = {column["name"]: _encode_column(column, columns[column["name"]], filled) for column in schema["inputs"]}
+    x = _import_terms().encode_rows(schema, encoded) if schema["terms"] else np.concatenate([*encoded.values()], axis=1)
     z, missing = x @ w + b, np.isnan(x).any(axis=1, keepdims=True)
     probability = np.zeros((len(z), 0))
     if schema["labels"]:
@@ -304,23 +310,19 @@ def _predict(
 
 def apply_inverse_link(z: np.ndarray, loss: str) -> np.ndarray:
     """The mean of the target for the linear predictor z; for "softmax" the label."""
-    mean = z
     if loss == "softmax":
-        mean = z.argmax(axis=1, keepdims=True).astype(np.float64)
-    elif loss == "logistic":
-        mean = 1 / (1 + np.exp(-z))
-    elif loss in ("poisson", "gamma", "tweedie", "negative_binomial"):
-        mean = np.exp(z)
-    return mean
+        return np.asarray(z.argmax(axis=1, keepdims=True), np.float64)
+    if loss == "logistic":
+        return np.asarray(1 / (1 + np.exp(-z)))
+    return np.exp(z) if loss in ("poisson", "gamma", "tweedie", "negative_binomial") else z
 
 
 def _encode_column(column: Mapping[str, Any], values: Any, filled: bool) -> np.ndarray:
     """Encodes a column as features [n, features]; NaN for a missing value that is not filled."""
     if hasattr(values, "iloc"):
         values = values.to_numpy()  # iterating over pandas would convert float32 to float64
-    missing = np.array(
-        [value in MISSING if isinstance(value, str) else str(value) in _MISSING_OBJECTS for value in values], bool
-    )
+    are_missing = (v in MISSING if isinstance(v, str) else str(v) in _MISSING_OBJECTS for v in values)
+    missing = np.fromiter(are_missing, bool)
     if column["kind"] == "number":
         fill = np.nan if column["fill"] is None else column["fill"]
         numbers = [fill if gone else _to_number(v, column["days"]) for v, gone in zip(values, missing, strict=True)]
@@ -378,12 +380,10 @@ def _predict_file(file: str, folder: pathlib.Path, mean: bool) -> None:
     with open(file, newline="", encoding="utf-8-sig") as lines:
         head, *rows = [row for row in csv.reader(lines) if row] or [[]]
     head = [name.strip() for name in head]
-    for name in head:
-        if head.count(name) > 1:
-            raise ValueError(f"there are two columns {name!r}")
-    for number, row in enumerate(rows, 1):
-        if len(row) != len(head):
-            raise ValueError(f"row {number} has {len(row)} values, and there are {len(head)} columns")
+    if twice := [name for name in head if head.count(name) > 1]:
+        raise ValueError(f"there are two columns {twice[0]!r}")
+    for number, row in ((number, row) for number, row in enumerate(rows, 1) if len(row) != len(head)):
+        raise ValueError(f"row {number} has {len(row)} values, and there are {len(head)} columns")
     if not rows:
         raise ValueError("there are no rows")
     columns = {name: [row[at] for row in rows] for at, name in enumerate(head)}

@@ -2,14 +2,16 @@
 
 import collections
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
 from dpreg.data.schema import WEIGHT, Category, Label, Number, Schema
+from dpreg.data.terms import Term
 from dpreg.errors import InputError, quote_names
 from dpreg.spelling import spell
 from dpreg.tables.columns import RawReader
+from dpreg.tables.formula import TermStatistics
 from dpreg.tables.labels import MAX_LABELS, code_labels, order_labels
 from dpreg.tables.standalone import are_codes
 
@@ -26,6 +28,7 @@ class ColumnStatistics:
         self._reader, self._columns = reader, reader.columns
         self._counts = {name: collections.defaultdict[int, float](float) for name in self._columns.categorical}
         self._moments = Moments.none(len(self._columns.features) + len(self._columns.target))
+        self._terms = TermStatistics(self._columns)
         self.weight = self.largest_weight = 0.0  # the sum of the weights, and the largest one
         # By target, the codes of labels in the rows to fit and in the others.
         self._label_codes = {name: {"fitted": set[int](), "held out": set[int]()} for name in reader.labelled}
@@ -35,8 +38,9 @@ class ColumnStatistics:
     def add(self, raw: np.ndarray) -> None:
         """Adds rows to fit from `RawReader.read`."""
         self._add_labels(raw, "fitted")
-        weight = raw[:, WEIGHT].astype(self._reader.dtype).astype(np.float64)  # as the steps have it
+        weight = _weights(raw, self._reader.dtype)
         self._moments.add(raw[:, :WEIGHT], weight)
+        self._terms.add(raw, weight)
         self.weight += float(weight.sum())
         self.largest_weight = max(self.largest_weight, float(weight.max(initial=0)))
         for name, counts in self._counts.items():
@@ -103,8 +107,9 @@ class ColumnStatistics:
         The last value of each is that of a missing value; None stands for a column that has no codes.
         """
         columns, inputs, codes = self._columns, list[Number | Category](), list[np.ndarray | None]()
-        moments, constant = self._moments, self._constant
+        moments, constant = self._moments, self._moments.constant(columns.intercept)
         scales = moments.scale(self.weight, columns.standardizes)
+        of_terms = columns.formula is not None  # which are scaled in place of the columns
         for at, name in enumerate(columns.features):
             if name in self._counts:
                 names = list(self._reader.codes[name])
@@ -121,46 +126,81 @@ class ColumnStatistics:
                     )
                 mean, scale = (float(moments.mean[at]), 1.0) if constant[at] else scales[at]
                 fill = float(moments.mean[at]) if columns.missing == "mean" else None
-                inputs.append(Number(name, mean, scale, fill, name in columns.dates, bool(constant[at])))
+                if of_terms:
+                    inputs.append(Number(name, fill=fill, days=name in columns.dates))
+                else:
+                    inputs.append(Number(name, mean, scale, fill, name in columns.dates, bool(constant[at])))
                 codes.append(None)
         scaled = columns.target_transform == "standardize"
         of_targets = moments.scale(self.weight, True)[len(columns.features) :]
         targets = [Number(t, *(m if scaled else (0.0, 1.0))) for t, m in zip(columns.target, of_targets, strict=True)]
-        self._refuse_what_cannot_be_told()
-        log_targets = columns.target_transform == "log"
-        schema = Schema(tuple(inputs), tuple(targets), log_targets=log_targets, labels=self._labels)
+        known, codes_of = columns.standardizes or of_terms, self._reader.codes
+        features = [None if known or name in codes_of else name for name in columns.features]
+        unscaled = [*[None] * len(features), *(None if scaled or t in codes_of else t for t in columns.target)]
+        of_rows = moments, self.weight, self._reader.dtype
+        _refuse_what_cannot_be_told(features, *of_rows, _standardize())
+        _refuse_what_cannot_be_told(unscaled, *of_rows, spell("target_transform", "standardize"))
+        log_targets, terms = columns.target_transform == "log", self._terms.terms(inputs)
+        schema = Schema(tuple(inputs), tuple(targets), log_targets, self._labels, terms=terms)
         for feature, count in collections.Counter(schema.features).items():
             if count > 1:
                 raise InputError(f"two features would be called {feature!r}; rename a column or a category")
         return schema, [*codes, *self._numbers_of_codes]
 
-    @property
-    def _constant(self) -> np.ndarray:
-        """[c] bool: whether a column has one value, which the intercept represents; without an intercept only 0."""
-        moments = self._moments
-        one_value: np.ndarray = ~(moments.least < moments.most)
-        return one_value if self._columns.intercept else one_value & (moments.mean == 0)
+    def scaled_terms(self, schema: Schema, parts: Iterable[np.ndarray]) -> Schema:
+        """The schema with the moments of the columns of its terms, over rows [n, ...] in which codes are positions.
 
-    def _refuse_what_cannot_be_told(self) -> None:
-        """Raises InputError for a column that is not scaled, and varies by hardly more than its dtype rounds."""
-        columns, moments, dtype = self._columns, self._moments, self._reader.dtype
-        largest = np.maximum(np.abs(moments.least), np.abs(moments.most))
-        deviation = np.sqrt(moments.squares / self.weight)
-        for at, name in enumerate((*columns.features, *columns.target)):
-            is_target = at >= len(columns.features)
-            scaled = columns.target_transform == "standardize" if is_target else columns.standardizes
-            if scaled or name in self._reader.codes or not moments.least[at] < moments.most[at]:
-                continue
-            rounding = max(largest[at] * float(np.finfo(dtype).eps) / 2, float(np.finfo(dtype).tiny))
-            if rounding > _MOST_LOST * deviation[at]:
-                remedy = f"{spell('standardize', True)} (with an intercept)"
-                if is_target:
-                    remedy = spell("target_transform", "standardize")
-                remedy += "" if dtype == np.float64 else f", or {spell('precision', 'float64')}"
-                raise InputError(
-                    f"column {name!r} varies by {deviation[at]:.3g} around {moments.mean[at]:.6g}, which {dtype} "
-                    f"cannot tell; use {remedy}"
-                )
+        Raises:
+          InputError: for a term without a finite value, or whose values vary too little.
+        """
+        moments, columns, dtype = Moments.none(len(schema.features)), self._columns, self._reader.dtype
+        for raw in parts:
+            moments.add(schema.rows(raw, np.float64)["x"], _weights(raw, dtype))
+        constant, scales = moments.constant(columns.intercept), moments.scale(self.weight, columns.standardizes)
+        terms, at = list[Term](), 0
+        for term in schema.terms:
+            own = slice(at, at + len(term.mean))
+            if any(factor.kind != "category" for factor in term.factors):
+                is_constant = tuple(constant[own].tolist())
+                units = [
+                    (float(mean), 1.0) if same else unit
+                    for mean, unit, same in zip(moments.mean[own], scales[own], is_constant, strict=True)
+                ]
+                mean, scale = zip(*units, strict=True)
+                term = dataclasses.replace(term, mean=mean, scale=scale, constant=is_constant)
+            terms.append(term)
+            at = own.stop
+        if not columns.standardizes:
+            _refuse_what_cannot_be_told(schema.features, moments, self.weight, dtype, _standardize())
+        return dataclasses.replace(schema, terms=tuple(terms))
+
+
+def _standardize() -> str:
+    return f"{spell('standardize', True)} (with an intercept)"
+
+
+def _weights(raw: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    """The weights of rows from `RawReader.read` as the steps have them, float64."""
+    weights: np.ndarray = raw[:, WEIGHT].astype(dtype).astype(np.float64)
+    return weights
+
+
+def _refuse_what_cannot_be_told(
+    names: Sequence[str | None], moments: "Moments", weight: float, dtype: np.dtype, remedy: str
+) -> None:
+    """Raises InputError for a column that varies by hardly more than its dtype rounds; None stands for one that may."""
+    largest = np.maximum(np.abs(moments.least), np.abs(moments.most))
+    deviation = np.sqrt(moments.squares / weight)
+    for at, name in enumerate(names):
+        if name is None or not moments.least[at] < moments.most[at]:
+            continue
+        rounding = max(largest[at] * float(np.finfo(dtype).eps) / 2, float(np.finfo(dtype).tiny))
+        if rounding > _MOST_LOST * deviation[at]:
+            remedy += "" if dtype == np.float64 else f", or {spell('precision', 'float64')}"
+            raise InputError(
+                f"column {name!r} varies by {deviation[at]:.3g} around {moments.mean[at]:.6g}, which {dtype} "
+                f"cannot tell; use {remedy}"
+            )
 
 
 def _vocabulary(counts: Mapping[str, float], most: int) -> tuple[tuple[str, ...], tuple[float, ...], float]:
@@ -215,6 +255,11 @@ class Moments:
         self.weight = total
         self.least = np.fmin(self.least, least + shift)
         self.most = np.fmax(self.most, most + shift)
+
+    def constant(self, intercept: bool) -> np.ndarray:
+        """[c] bool: whether a column has one value, which the intercept represents; without an intercept only 0."""
+        one_value: np.ndarray = ~(self.least < self.most)
+        return one_value if intercept else one_value & (self.mean == 0)
 
     def scale(self, weight: float, standardize: bool) -> Sequence[tuple[float, float]]:
         """(mean, scale) of each column over rows of that weight, of which those without a value have the mean."""

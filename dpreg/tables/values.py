@@ -23,11 +23,12 @@ class NotNumericError(InputError):
     Attributes:
       column: the name of the column.
       problem: what it holds, and where.
+      is_text: whether that is a text that is neither a number nor a date.
     """
 
-    def __init__(self, problem: str, remedy: str, column: str):
+    def __init__(self, problem: str, remedy: str, column: str, is_text: bool = False):
         super().__init__(f"{problem}; {remedy}")
-        self.column, self.problem = column, problem
+        self.column, self.problem, self.is_text = column, problem, is_text
 
 
 def is_text(kind: pa.DataType) -> bool:
@@ -44,7 +45,7 @@ def not_numeric(name: str, column: pa.Array, where: Callable[[int], str]) -> Inp
     hint, category = f"choose columns with {spell('features')} or {spell('exclude')}", spell("categorical", (name,))
     if not is_text(kind):
         return NotNumericError(f"{first}: column {name!r} is not numeric but {kind}", hint, name)
-    row = next((i for i, value in enumerate(column.to_pylist()) if value is not None and not _is_number(value)), None)
+    row = next((i for i, value in enumerate(column.to_pylist()) if value is not None and not is_number(value)), None)
     if row is None:
         problem = f"{first}: column {name!r} holds numbers written as text"
         return NotNumericError(problem, f"store numbers, or use {category}", name)
@@ -52,10 +53,12 @@ def not_numeric(name: str, column: pa.Array, where: Callable[[int], str]) -> Inp
     if not value.strip():
         return _refuse_blanks(where(row), name, value)
     remedy = f"{hint}, or use {category}"
-    return NotNumericError(f"{where(row)}: column {name!r} has {value!r}, which is no number", remedy, name)
+    problem = f"{where(row)}: column {name!r} has {value!r}, which is no number"
+    return NotNumericError(problem, remedy, name, is_text=not _DATE.fullmatch(value))
 
 
-def _is_number(text: str) -> bool:
+def is_number(text: str) -> bool:
+    """Whether a text is a number."""
     try:
         float(text)
     except ValueError:
@@ -109,9 +112,11 @@ def _wrong_number(where: str, name: str, value: str) -> InputError:
     if not value.strip():
         return _refuse_blanks(where, name, value)
     remedy = f"choose columns with {spell('features')} or {spell('exclude')}, or use {spell('categorical', (name,))}"
-    if _DATE.fullmatch(value):
+    is_date = _DATE.fullmatch(value)
+    if is_date:
         remedy = f"use {spell('dates', (name,))} or {spell('exclude', (name,))}"
-    return NotNumericError(f"{where}: column {name!r} has {_shown(value)}, which is no number", remedy, name)
+    problem = f"{where}: column {name!r} has {_shown(value)}, which is no number"
+    return NotNumericError(problem, remedy, name, is_text=not is_date)
 
 
 def _refuse_blanks(where: str, name: str, value: str) -> InputError:

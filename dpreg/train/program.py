@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from dpreg.config import Columns
 from dpreg.data.pipeline import PRECISIONS, Dataset
 from dpreg.data.sampler import Sampler
-from dpreg.data.schema import Number, Schema
+from dpreg.data.schema import Schema
 from dpreg.data.sources import RegressionData, describe_rows, first_outside
 from dpreg.distributed import devices, processes
 from dpreg.errors import InputError
@@ -133,10 +133,11 @@ class LaidOutData:
         from_zero = False
         if self.schema is not None and isinstance(model, (LinearRegressionScratch, LinearRegression)):
             from_zero = model.sigma is None
-            for column in () if model.intercept else self.schema.inputs:
-                if isinstance(column, Number) and column.constant and column.mean != 0:
+            constants = zip(self.schema.features, self.schema.constant, self.schema.units[0], strict=False)
+            for name, constant, mean in () if model.intercept else constants:
+                if constant and mean != 0:
                     raise InputError(
-                        f"column {column.name!r} has one value, {column.mean:g}, which an intercept stands for, and "
+                        f"column {name!r} has one value, {mean:g}, which an intercept stands for, and "
                         "the model has none; read the table with Columns(intercept=False), or leave the column out"
                     )
         settings, x = self.settings, self.first_row["x"]
