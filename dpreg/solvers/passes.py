@@ -162,7 +162,7 @@ class Passes:
         presence.begin_call()
         with watchdog.watched():  # as words: JAX would make float32 of the values
             words = multihost_utils.process_allgather(own.view(np.uint32), tiled=True)
-        every = np.ascontiguousarray(words).view(np.float64)
+        every = np.array(words).view(np.float64)  # a copy, which sums may change in place
         return {
             (shard, number): every[shard, piece]
             for shard, of_shard in enumerate(pieces)
