@@ -2,7 +2,6 @@
 
 import atexit
 import contextlib
-import dataclasses
 import os
 import pathlib
 import signal
@@ -17,15 +16,13 @@ import numpy as np
 from rich.console import Console
 
 from dpreg.config import Config
-from dpreg.config.model import SEPARABLE_LOSSES
-from dpreg.data.pipeline import CastSource
 from dpreg.data.schema import Schema
 from dpreg.data.sources import RegressionData
 from dpreg.distributed import devices
 from dpreg.distributed.sync_signal import SyncSignal
 from dpreg.distributed.watchdog import Watchdog
 from dpreg.doctor import agree
-from dpreg.errors import Diverged, InputError, NoOptimumError, Preempted, quote_names
+from dpreg.errors import Diverged, InputError, Preempted, quote_names
 from dpreg.outputs.checkpoint import Checkpoints
 from dpreg.outputs.export import ExactFit, save_model
 from dpreg.outputs.fit_table import as_text
@@ -48,15 +45,14 @@ from dpreg.outputs.tensorboard import TensorBoardWriter, require_tensorboard
 from dpreg.outputs.workdir import open_workdir, write_whole
 from dpreg.solvers.elastic_net import fold_starts
 from dpreg.solvers.solution import Solution
-from dpreg.solvers.solver import Solver
 from dpreg.spelling import spell
 from dpreg.step.digest import digest_prediction
-from dpreg.tables.levels import BaseLevels
 from dpreg.tables.standalone import are_codes, label_text
 from dpreg.terminal import show
 from dpreg.train.build import build_model, build_trainer, identity_of, learning_rates
 from dpreg.train.callback import Callback
 from dpreg.train.defaults import constant_fit, read_rows
+from dpreg.train.solve import solve
 from dpreg.train.trainer import Trainer
 
 _INTERRUPTED = 130  # exit code
@@ -242,24 +238,7 @@ def _trained(
         trainer.loop.report_result()
         _stop_where_asked(sync_signal, trainer.step or None)
 
-    source, levels = CastSource(data.train, config.precision), BaseLevels.named(data.schema, config.base)
-    solver = Solver(source, trainer.mesh, config.num_shards, alive, levels=levels)
-    try:
-        solution = solver.solve(config)
-    except NoOptimumError:
-        if not is_chosen or config.l1 or config.l2 or config.loss not in SEPARABLE_LOSSES:
-            raise
-        # As scikit-learn's classifiers have by default; all levels of a category keep a weight then.
-        config = dataclasses.replace(config, l2=1 / len(data.train), base=())
-        solution = solver.solve(config)
-        progress.say(
-            "no finite weights have the least loss, as where features separate two classes: solved with "
-            f"{spell('l2', config.l2)}, which is 1 / rows; give another {spell('l2')} to choose"
-        )
-    if solution.alpha is not None:
-        config = dataclasses.replace(config, negative_binomial_alpha=solution.alpha)
-        trainer.prepare_model(build_model(config, data.num_inputs, data.num_targets))
-        progress.say(f"the most likely {spell('negative_binomial_alpha')} is {solution.alpha:.6g}")
+    config, solution = solve(config, is_chosen, trainer, data, alive, progress.say)
     if solution.path is not None:
         progress.say(describe_choice(solution.path))
     if config.solver != "sgd":

@@ -141,6 +141,11 @@ def _most_likely(prediction: Array) -> Array:
     return prediction.argmax(axis=1, keepdims=True).astype(prediction.dtype)
 
 
+def _are_labels(target: np.ndarray, classes: int) -> np.ndarray:
+    labels: np.ndarray = (target >= 0) & (target < classes) & (target == np.floor(target))
+    return labels
+
+
 def _anything(target: np.ndarray) -> np.ndarray:
     return np.ones(target.shape, bool)
 
@@ -228,13 +233,9 @@ def make_loss(
       tweedie_power: the power of "tweedie", in (1, 2).
       negative_binomial_alpha: the alpha of "negative_binomial", above 0; None stands for 1, until it is estimated.
     """
-
-    def labels_below(target: np.ndarray, classes: int) -> np.ndarray:
-        labels: np.ndarray = (target >= 0) & (target < classes) & (target == np.floor(target))
-        return labels
-
     of_classes: dict[str, Any] = {"metrics": ("accuracy", "deviance")}
     of_means: dict[str, Any] = {"mean": jnp.exp, "metrics": ("deviance", "rmse", "mae", "r2")}
+    from_0: dict[str, Any] = {"domain": "0 or more", "allowed": lambda y: y >= 0} | of_means
     return {
         "squared": SQUARED,
         "huber": Loss(name, functools.partial(huber_loss, delta=huber_delta)),
@@ -243,32 +244,22 @@ def make_loss(
             name, functools.partial(quantile_loss, quantile=quantile), metrics=("pinball", "mae"), quantile=quantile
         ),
         "logistic": Loss(
-            name, logistic_loss, jax.nn.sigmoid, domain="0 or 1", allowed=lambda y: labels_below(y, 2), **of_classes
+            name, logistic_loss, jax.nn.sigmoid, domain="0 or 1", allowed=lambda y: _are_labels(y, 2), **of_classes
         ),
         "softmax": Loss(
             name,
             softmax_loss,
             _most_likely,
             domain=f"a label from 0 to {num_classes - 1}",
-            allowed=lambda y: labels_below(y, num_classes),
+            allowed=lambda y: _are_labels(y, num_classes),
             num_classes=num_classes,
             **of_classes,
         ),
-        "poisson": Loss(name, poisson_loss, domain="0 or more", allowed=lambda y: y >= 0, **of_means),
+        "poisson": Loss(name, poisson_loss, **from_0),
         "gamma": Loss(name, gamma_loss, domain="above 0", allowed=lambda y: y > 0, **of_means),
-        "tweedie": Loss(
-            name,
-            functools.partial(tweedie_loss, power=tweedie_power),
-            domain="0 or more",
-            allowed=lambda y: y >= 0,
-            **of_means,
-        ),
+        "tweedie": Loss(name, functools.partial(tweedie_loss, power=tweedie_power), **from_0),
         "negative_binomial": Loss(
-            name,
-            functools.partial(negative_binomial_loss, alpha=negative_binomial_alpha or 1.0),
-            domain="0 or more",
-            allowed=lambda y: y >= 0,
-            **of_means,
+            name, functools.partial(negative_binomial_loss, alpha=negative_binomial_alpha or 1.0), **from_0
         ),
     }[name]
 

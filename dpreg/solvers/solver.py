@@ -192,27 +192,13 @@ class Solver(Factors):
             )
 
         start = np.append(first.b, first.w)
-        null = family.link(total / weight) if intercept else 0.0
-        if self._offset is not None and intercept and self._inputs:
-            rows = WithOffset(self._given[0], self._offset, with_features=False, skipped=self._skipped)
-            without = Solver(rows, *self._given[1:])
-            null = float(without.newton(family, target=target)[0].b[0])
+        null = self._null_prediction(family, target, total / weight) if intercept else 0.0
         theta, (*_, (fit, loss, pearson)) = minimum(evaluated, start, np.append(null, np.zeros_like(first.w)))
         if counts:
             fit = dataclasses.replace(fit, triangle=dataclasses.replace(fit.triangle, rows=weight))
         dispersion = pearson / max(fit.degrees_of_freedom, 1) if family.dispersed else 1.0
-
-        def likelihood(rows: Rows) -> np.ndarray:
-            x, y, weight, offset = values(rows, target)
-            prediction, of_row = x @ theta[1:, None] + theta[0] + offset, weight[:, None]
-            if counts or not family.dispersed:
-                of_rows = of_row * family.log_likelihood(prediction, y, dispersion or 1.0)
-            else:
-                of_rows = family.log_likelihood(prediction, y, (dispersion or 1.0) / of_row)
-            of_null = of_row * family.loss(null + offset, y)
-            return np.asarray(np.concatenate([of_rows, of_null], axis=1).sum(axis=0))
-
-        log_likelihood, of_null = self._reduced(2, likelihood)
+        of_dispersion = (dispersion or 1.0, counts or not family.dispersed)
+        log_likelihood, of_null = self._likelihoods(family, target, theta, null, *of_dispersion)
         return dataclasses.replace(
             fit,
             l1=l1,
@@ -223,6 +209,34 @@ class Solver(Factors):
             null_deviance=2 * of_null if intercept else None,
             log_likelihood=log_likelihood,
         ), loss
+
+    def _null_prediction(self, family: Family, target: int, mean: float) -> float:
+        """The b of a model without features for a target; `mean` is that of its values."""
+        if self._offset is None or not self._inputs:
+            return family.link(mean)
+        rows = WithOffset(self._given[0], self._offset, with_features=False, skipped=self._skipped)
+        return float(Solver(rows, *self._given[1:]).newton(family, target=target)[0].b[0])
+
+    def _likelihoods(
+        self, family: Family, target: int, theta: np.ndarray, null: float, dispersion: float, repeats: bool
+    ) -> np.ndarray:
+        """(log-likelihood of b and w [1 + d], summed loss of the null model), [2].
+
+        Args:
+          repeats: whether a weight repeats its row; else it divides the dispersion of the row.
+        """
+
+        def of(rows: Rows) -> np.ndarray:
+            x, y, weight, offset = values(rows, target)
+            prediction, of_row = x @ theta[1:, None] + theta[0] + offset, weight[:, None]
+            if repeats:
+                of_rows = of_row * family.log_likelihood(prediction, y, dispersion)
+            else:
+                of_rows = family.log_likelihood(prediction, y, dispersion / of_row)
+            of_null = of_row * family.loss(null + offset, y)
+            return np.asarray(np.concatenate([of_rows, of_null], axis=1).sum(axis=0))
+
+        return self._reduced(2, of)
 
     def _with_covariance(self, fit: Fit, config: Config, family: Family | None = None) -> Fit:
         """The fit with the covariance of its parameters that the config asks for, which takes another pass."""
