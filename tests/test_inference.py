@@ -1,7 +1,14 @@
 """Standard errors, dispersions and likelihoods of exact solutions, compared with statsmodels and with NumPy."""
 
+import dataclasses
+import json
+import subprocess
+import sys
+
+import forked
 import jax
 import numpy as np
+import pandas as pd
 import pytest
 import statsmodels.api as sm
 from jax.sharding import Mesh
@@ -177,7 +184,11 @@ def test_an_offset_is_a_part_of_each_prediction_with_a_weight_of_1(rows, loss):
     np.testing.assert_array_equal(solutions[0].w, solutions[1].w)
     np.testing.assert_array_equal(solutions[0].fit.covariance(0), solutions[1].fit.covariance(0))
     assert solutions[0].w[1, 0] == 1
-    a, found = sm.add_constant(x)[some], summarize_fit(solutions[0].fit, "abc", weights=config.kind_of_weights)
+    a, found = sm.add_constant(x)[some], summarize_fit(solutions[0].fit, "aobc", weights=config.kind_of_weights)
+    given = found.coefficients[2]
+    assert (given.name, given.estimate, given.remark) == ("o", 1, "the offset, whose weight is 1")
+    assert np.isnan(given.std_error)
+    found = dataclasses.replace(found, coefficients=tuple(c for c in found.coefficients if c.name != "o"))
     if loss == "squared":
         theirs = sm.WLS(y[some] - offset[some], a, weight[some]).fit(cov_type="HC0", use_t=True)
         compare(found, theirs)
@@ -188,6 +199,87 @@ def test_an_offset_is_a_part_of_each_prediction_with_a_weight_of_1(rows, loss):
     # The numerical search of statsmodels for the null model ends at five or six digits.
     assert found.deviance == pytest.approx(theirs.deviance, rel=1e-9)
     assert found.null_deviance == pytest.approx(theirs.null_deviance, rel=1e-5)
+
+
+@pytest.fixture(scope="module")
+def claims(tmp_path_factory):
+    """Writes a table of numbers of claims, whose means are proportional to an exposure."""
+    rng, folder = np.random.default_rng(2), tmp_path_factory.mktemp("claims")
+    table = pd.DataFrame({"exposure": rng.uniform(0.1, 3, 701), "age": rng.normal(40, 10, 701)})
+    table["city"] = rng.choice(["a", "b", "c"], 701)
+    table["claims"] = rng.poisson(table["exposure"] * np.exp(0.02 * table["age"] - 0.4 * (table["city"] == "b")))
+    table.to_csv(folder / "claims.csv", index=False)
+    return folder, table
+
+
+COMMAND = ("-m", "dpreg.main", "--platform=cpu", "--target=claims", "--categorical=city", "--loss=poisson")
+
+
+@pytest.mark.parametrize("devices", [1, 8])
+def test_an_exposure_is_an_offset_of_training_prediction_and_the_script(claims, devices):
+    folder, table = claims
+    run = (*COMMAND, f"--dataset={folder / 'claims.csv'}", "--offset_column=log(exposure)", "--base=city:a")
+    done = forked.run(*run, f"--num_devices={devices}", f"--workdir={folder / 'run'}{devices}")
+    assert done.returncode == 0, done.stderr
+    assert "log(exposure)" in done.stdout
+    assert "the offset, whose weight is 1" in done.stdout
+    summary = json.loads((folder / f"run{devices}" / "summary.json").read_text())
+    dummies = np.column_stack([table["age"], table["city"] == "b", table["city"] == "c"])
+    theirs = sm.GLM(
+        table["claims"], sm.add_constant(dummies.astype(float)), sm.families.Poisson(), exposure=table["exposure"]
+    ).fit(tol=1e-14)
+    (fit,) = summary["fit"]
+    of = {c["name"]: c for c in fit["coefficients"]}
+    names = ["(intercept)", "age", "city=b", "city=c"]
+    np.testing.assert_allclose([of[name]["estimate"] for name in names], theirs.params, 2e-5)  # The rows are float32.
+    np.testing.assert_allclose([of[name]["std_error"] for name in names], theirs.bse, 2e-5)
+    assert fit["null_deviance"] == pytest.approx(theirs.null_deviance, rel=1e-5)
+    assert summary["parameters"]["w"]["log(exposure)"] == 1
+    table.drop(columns="claims").to_csv(folder / "new.csv", index=False)
+    output = folder / f"predicted{devices}.csv"
+    asked = ("--mode=predict", f"--workdir={folder / 'run'}{devices}", f"--dataset={folder / 'new.csv'}")
+    done = forked.run("-m", "dpreg.main", "--platform=cpu", *asked, f"--output={output}", "--interval=0.95")
+    assert done.returncode == 0, done.stderr
+    found = pd.read_csv(output)
+    np.testing.assert_allclose(found["predicted_claims"], theirs.fittedvalues, rtol=2e-5)
+    frame = theirs.get_prediction(
+        sm.add_constant(dummies.astype(float)), exposure=table["exposure"].to_numpy()
+    ).summary_frame()
+    np.testing.assert_allclose(found["low_claims"], frame["mean_ci_lower"], rtol=5e-5)
+    script = subprocess.run(
+        [sys.executable, folder / f"run{devices}" / "model" / "predict.py", folder / "new.csv"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    by_script = [float(line.rpartition(",")[2]) for line in script.stdout.splitlines()[1:]]
+    np.testing.assert_allclose(by_script, theirs.fittedvalues, rtol=2e-5)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--offset_column=log(age)",), "column 'age' is not above 0, and has no logarithm; correct it, or leave out"),
+        (("--offset_column=exposures",), "column 'exposures' is not there; use one of 'exposure'"),
+        (("--offset_column=age", "--features=age,exposure"), "column 'age' is asked for twice; name it once"),
+        (("--offset_column=city",), "column 'city' has 'c', which is no number"),
+        (("--offset_column=age", "--solver=sgd"), "--offset_column=age: it applies only to --solver=exact"),
+        (("--offset_column=age", "--lr=0.1"), "--offset_column=age: it applies only to --solver=exact"),
+        (("--offset_column=age", "--loss=huber"), "--offset_column=age: it applies only to --solver=exact"),
+        (("--offset_column=age", "--loss=squared", "--target_transform=standardize"), "would change its unit"),
+    ],
+)
+def test_an_offset_that_cannot_be_used_is_refused_in_one_line(claims, tmp_path, flags, message):
+    _, table = claims
+    table.assign(age=table["age"] - 60).to_csv(tmp_path / "claims.csv", index=False)
+    city = () if "--offset_column=city" in flags else ("--categorical=city",)
+    asked = [flag for flag in COMMAND if flag != "--categorical=city"]
+    if any(flag.startswith("--features") for flag in flags):
+        city = ()
+    done = forked.run(*asked, *city, f"--dataset={tmp_path / 'claims.csv'}", f"--workdir={tmp_path / 'run'}", *flags)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert message in done.stderr.splitlines()[-1]
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("kind", ["HC0", "HC3"])

@@ -112,6 +112,8 @@ class Config(RunSettings, DeviceSettings, OptimizerSettings, InferenceSettings, 
             penalty = next(name for name in ("folds", "l1", "l2") if getattr(self, name))
             unknown = f"standard errors are unknown with {spell(penalty, getattr(self, penalty))}"
             self._refuse("covariance", f"{unknown}; leave one out")
+        if self.offset_column is not None:
+            self._check_offset()
         if self.covariance == "classic" and self.weights == "importance":
             weights = spell("weights", self.weights)
             self._refuse("covariance", f"it does not hold for {weights}; use {spell('covariance', 'HC1')}")
@@ -129,6 +131,19 @@ class Config(RunSettings, DeviceSettings, OptimizerSettings, InferenceSettings, 
         if self.output and not self.output.lower().endswith(TABLES):
             files = spell("output", *(f"FILE{ending}" for ending in TABLES))
             self._refuse("output", f"name a file for the table, with {files}")
+
+    def _check_offset(self) -> None:
+        """Refuses an offset where it would not be a part of the linear predictor in the units of the table."""
+        losses = ("squared", *GLM_LOSSES)
+        if not self.has_exact_solution or self.loss not in losses or self.solver == "sgd":
+            exact = f"{spell('solver', 'exact')} of {spell('loss', *losses)}"
+            self._refuse("offset_column", f"it applies only to {exact}; leave it out")
+        for name in ("formula", "folds"):
+            if getattr(self, name):
+                self._refuse("offset_column", f"it cannot be used with {spell(name)}; leave one out")
+        if self.target_transform == "standardize":
+            scaled = spell("target_transform", self.target_transform)
+            self._refuse("offset_column", f"{scaled} would change its unit; leave one out")
 
     def _check_prediction(self) -> None:
         """Refuses settings with which the modes evaluate and predict cannot run."""

@@ -36,6 +36,12 @@ class Columns(Settings):
     weight_column: str | None = setting(
         None, "Column of sample weights, 0 or more. Default: none.", affects_result=True
     )
+    offset_column: str | None = setting(
+        None,
+        "Column that is added to the linear predictor, with a weight of 1, such as log(exposure), where exposure is a "
+        "column; for exact solutions. Default: none.",
+        affects_result=True,
+    )
     categorical: tuple[str, ...] = setting(
         (),
         "Categorical features, one-hot encoded with one more column for other values. Default: none.",
@@ -179,7 +185,7 @@ class RowSettings(Columns):
         if self.standardize:
             self._refuse("standardize", "synthetic rows have mean 0 and standard deviation 1 already; leave it out")
         of_columns = ("formula", "target", "features", "exclude", "categorical", "dates", "weight_column", "base")
-        for name in (*of_columns, "validation_dataset"):
+        for name in (*of_columns, "offset_column", "validation_dataset"):
             if getattr(self, name):
                 self._refuse(name, f"it applies only to tables; name one with {spell('dataset')}, or leave it out")
         if self.target_transform != "none":

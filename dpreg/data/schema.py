@@ -29,6 +29,7 @@ class Number:
       days: whether the table has dates there, and the model days.
       constant: whether it has one value in all training rows, `mean`. They say nothing of what another value would
         change, so the model sees 0 for any value, and the column's weight is 0.
+      log: whether the model sees logarithms, which `RawReader` takes.
     """
 
     name: str
@@ -37,11 +38,12 @@ class Number:
     fill: float | None = None
     days: bool = False
     constant: bool = False
+    log: bool = False
 
     @property
     def features(self) -> tuple[str, ...]:
         """The names of what the model sees."""
-        return (self.name,)
+        return (f"log({self.name})" if self.log else self.name,)
 
 
 @dataclasses.dataclass(frozen=True)

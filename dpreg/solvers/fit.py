@@ -38,6 +38,7 @@ class Fit:
       l1, l2: the penalties. With l1, which has one target, weights that it makes 0 are not `kept`.
       intercept: whether b was free; else it is 0.
       left_out: the columns of x that were left out on purpose, such as base levels.
+      given: the columns whose w was given, an offset's.
       infinite: the columns whose best w is not finite; their w is far from 0, and the fit is without their rows.
       dispersion: the variance of a row of weight 1; None if it is that of the residuals.
       known_variance: whether the dispersion is known; else it is estimated.
@@ -55,12 +56,39 @@ class Fit:
     l1: float = Config.l1
     left_out: tuple[int, ...] = ()
     infinite: tuple[int, ...] = ()
+    given: tuple[int, ...] = ()
     dispersion: float | None = None
     known_variance: bool = False
     deviance: float | None = None
     null_deviance: float | None = None
     log_likelihood: float | None = None
     sandwich: Sandwich | None = None
+
+    def with_offset(self, column: int) -> "Fit":
+        """The fit of rows with one more column of x, whose w is 1.
+
+        Its column of the triangle is 0, since the targets of this fit are less the offset.
+        """
+        triangle, at = self.triangle, 1 + column
+        r = np.insert(np.insert(triangle.r, at, 0, axis=0), at, 0, axis=1)
+        lengths = None if triangle.lengths is None else np.insert(triangle.lengths, column, 0)
+        origin = np.insert(triangle.origin, column, 0)
+
+        def moved(columns: tuple[int, ...]) -> tuple[int, ...]:
+            return tuple(each + (each >= column) for each in columns)
+
+        return dataclasses.replace(
+            self,
+            triangle=dataclasses.replace(
+                triangle, r=r, origin=origin, num_inputs=triangle.num_inputs + 1, lengths=lengths
+            ),
+            w=np.insert(self.w, column, 1, axis=0),
+            kept=moved(self.kept),
+            inverse=Inverse(self.inverse.kept + (self.inverse.kept >= column), self.inverse.root),
+            left_out=moved(self.left_out),
+            infinite=moved(self.infinite),
+            given=(column,),
+        )
 
     def refined(self, of_w: np.ndarray, of_b: np.ndarray) -> "Fit":
         """The fit after one step of iterative refinement, which corrects most of the rounding errors.

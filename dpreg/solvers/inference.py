@@ -12,6 +12,7 @@ from dpreg.solvers.fit import Fit
 
 LEVEL = 0.95  # of confidence intervals
 BASE, NOT_USED = "the base level", "not used: constant, or a combination of others"
+OFFSET = "the offset, whose weight is 1"
 UNSEEN = "a product of levels that is not used, of which there may be many: tables leave it out"
 INFINITE = {  # by the sign of the estimate
     sign: f"no finite estimate: the targets of its rows are all {target}; fitted without them"
@@ -253,7 +254,7 @@ def _coefficients(fit: Fit, names: Sequence[str], target: int, level: float) -> 
         statistics = estimates / errors
     columns = np.stack([estimates, errors, statistics, p, estimates - reach, estimates + reach], axis=1).tolist()
     used = [True, *(bool(fit.l1) or j in fit.kept for j in range(len(names)))]  # with l1, weights of 0 are estimates
-    notes = dict.fromkeys(range(len(names)), "") | dict.fromkeys(fit.left_out, BASE)
+    notes = dict.fromkeys(range(len(names)), "") | dict.fromkeys(fit.left_out, BASE) | dict.fromkeys(fit.given, OFFSET)
     notes |= {j: INFINITE[sign] for j, sign in signs.items()}
     rows = zip([intercept_name(names), *names], columns, used, ["", *notes.values()], strict=True)
     found = [Coefficient(name, *row)._replace(used=own, note=note) for name, row, own, note in rows]

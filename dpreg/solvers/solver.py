@@ -51,7 +51,8 @@ class Solver(Factors):
         if (at := self._offset) is None:
             return solution
         infinite = tuple(feature + (feature >= at) for feature in solution.infinite)
-        return solution._replace(w=np.insert(solution.w, at, 1, axis=0), infinite=infinite)
+        fit = solution.fit and solution.fit.with_offset(at)
+        return solution._replace(w=np.insert(solution.w, at, 1, axis=0), fit=fit, infinite=infinite)
 
     def _solve(self, config: Config) -> Solution:
         loss, l1, l2, counts = config.loss, config.l1, config.l2, config.kind_of_weights == "frequency"

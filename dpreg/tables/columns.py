@@ -4,7 +4,7 @@ import collections
 import dataclasses
 import itertools
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 
 import numpy as np
 import pyarrow as pa
@@ -13,20 +13,20 @@ from absl import logging
 from numpy.typing import DTypeLike
 
 from dpreg.config import Columns
-from dpreg.data.schema import NUMBER, ROW, WEIGHT, Category, Schema
+from dpreg.data.schema import NUMBER, ROW, WEIGHT, Category, Number, Schema
 from dpreg.errors import InputError, is_one_line, quote_names
 from dpreg.spelling import spell
 from dpreg.tables.formula import resolve_formula
 from dpreg.tables.labels import code_labels
 from dpreg.tables.standalone import normalize_category, to_text
 from dpreg.tables.table import Table, TableChunk
-from dpreg.tables.values import DATES, NUMBERS, TEXTS, NotNumericError, is_text, not_numeric, parse, refuse_mixture
+from dpreg.tables.values import DATES, NUMBERS, TEXTS, NotNumericError, days_of, is_text, not_numeric, refuse_mixture
 
 LARGEST = 1e150  # the largest value: squares of larger ones overflow in float64
 _MOST_CATEGORIES = 1_000_000  # kept in memory with their counts
-_MICROSECONDS_A_DAY = 86_400e6
 _NARROW = {pa.bool_(), pa.int8(), pa.uint8(), pa.int16(), pa.uint16(), pa.float16(), pa.float32(), pa.null()}
 _UNNAMED = re.compile(r"(?:Unnamed: \d+)?(?:_level_\d+)?")  # as pandas reads a column without a name
+_LOGARITHM = re.compile(r"log\((.+)\)")
 _BATCH_BYTES = 16 << 20  # of a batch of rows as float64
 
 
@@ -54,8 +54,11 @@ def resolve(columns: Columns, table: Table) -> Columns:
         full = resolve_formula(full, lambda: _all_features(full, table))
     else:
         full = dataclasses.replace(full, features=named(columns.features) or _all_features(full, table))
-    taken, features = full.used_columns, full.features
+    features = full.features
     as_features = set(features)
+    if columns.offset_column is not None:  # the last of the features
+        full = dataclasses.replace(full, features=(*features, _offset_name(columns.offset_column, known)))
+    taken = full.used_columns
     for name in (*taken, *full.exclude, *full.categorical, *full.dates):
         if not is_one_line(name):
             raise InputError(f"{table.name}: column {name!r} has characters that cannot be printed; rename it")
@@ -80,9 +83,17 @@ def resolve(columns: Columns, table: Table) -> Columns:
     return full
 
 
+def _offset_name(text: str, known: Collection[str]) -> str:
+    """The column of an offset, NAME or log(NAME); a column may have such a name itself."""
+    logarithm = _LOGARITHM.fullmatch(text)
+    return text if text in known or logarithm is None else logarithm[1]
+
+
 def _all_features(columns: Columns, table: Table) -> tuple[str, ...]:
     """The features if none are named; logs those columns whose treatment a user may not expect."""
     used = {*columns.target, *columns.exclude, columns.weight_column}
+    if columns.offset_column is not None:
+        used.add(_offset_name(columns.offset_column, table.columns))
     left_out = [name for name in table.columns if name in table.index - used - {*columns.categorical, *columns.dates}]
     features = tuple(name for name in table.columns if name not in used.union(left_out))
     if left_out:
@@ -128,6 +139,10 @@ class RawReader:
         self._kinds = dict.fromkeys(self.names, NUMBERS) | dict.fromkeys(columns.dates, DATES)
         self._kinds |= dict.fromkeys(self.codes, TEXTS)
         self._predicts = schema is not None
+        self._log_offset = columns.offset_column not in (None, *columns.features[-1:])
+        if schema is not None:
+            *_, last = schema.inputs
+            self._log_offset = isinstance(last, Number) and last.log
         # float32 does not represent all row numbers.
         self.narrow = (*[True] * (len(columns.features) + len(columns.target) + 1), False, False)
         self.without_weight = 0
@@ -205,15 +220,18 @@ class RawReader:
                 "use 0 or more"
             )
         if columns.target_transform == "log":
-            for at, name in enumerate(columns.target, len(columns.features)):
-                if (bad := raw[:, at] <= 0).any():
-                    where = chunk.where(int(bad.argmax()))
-                    raise InputError(
-                        f"{where}: column {name!r} is not above 0, and has no logarithm; use another "
-                        f"{spell('target_transform')}"
-                    )
-                raw[:, at] = np.log(raw[:, at])
+            for at in range(len(columns.features), len(columns.features) + len(columns.target)):
+                self._take_log(chunk, raw, at, f"use another {spell('target_transform')}")
+        if self._log_offset:
+            self._take_log(chunk, raw, len(columns.features) - 1, "correct it, or leave out its row")
         return raw
+
+    def _take_log(self, chunk: TableChunk, raw: np.ndarray, at: int, remedy: str) -> None:
+        """Replaces a column of a batch by its logarithms."""
+        if (bad := raw[:, at] <= 0).any():
+            where = chunk.where(int(bad.argmax()))
+            raise InputError(f"{where}: column {self.names[at]!r} is not above 0, and has no logarithm; {remedy}")
+        raw[:, at] = np.log(raw[:, at])
 
     def _fill(self, raw: np.ndarray, chunk: TableChunk) -> list[int]:
         """Fills in the columns of a batch, and returns the positions of the numeric ones."""
@@ -229,7 +247,7 @@ class RawReader:
             elif wanted == TEXTS:
                 raw[:, at] = self._coded(chunk, name, chunk.column(at))
             elif wanted == DATES:
-                raw[:, at] = _days(chunk, name, chunk.column(at))
+                raw[:, at] = days_of(name, chunk.column(at), chunk.where)
             else:
                 raw[:, at] = _numbers(chunk, name, at)
                 if len(raw) and pa.types.is_boolean(chunk.column(at).type):
@@ -279,7 +297,8 @@ class RawReader:
         name = self.names[at]
         if name in self.codes:
             return True  # codes are at most a million
-        as_it_is = at < len(self.columns.features) or self.columns.target_transform != "log"
+        features = len(self.columns.features) - self._log_offset
+        as_it_is = at < features or (at > features - 1 + self._log_offset and self.columns.target_transform != "log")
         return as_it_is and self._kinds[name] != DATES and chunk.batch.schema.field(at).type in _NARROW
 
     def _coded(self, chunk: TableChunk, name: str, column: pa.Array) -> np.ndarray:
@@ -316,6 +335,7 @@ class RawReader:
         """Raises InputError if values are missing and `missing` does not allow it."""
         columns = self.columns
         filled = columns.features if columns.missing == "mean" else ()
+        filled = filled[:-1] if columns.offset_column is not None else filled
         wrong = {name: m for name, m in self._missing.items() if columns.missing != "drop" and name not in filled}
         if wrong:
             least = "at least " if self._predicts else ""
@@ -368,20 +388,3 @@ def _numbers(chunk: TableChunk, name: str, at: int) -> np.ndarray:
         raise not_numeric(name, column, chunk.where)
     values: np.ndarray = column.to_numpy(zero_copy_only=False).astype(np.float64, copy=False)
     return values
-
-
-def _days(chunk: TableChunk, name: str, column: pa.Array) -> np.ndarray:
-    """A column of dates, times or durations as float64 [n]: days, since the beginning of 1970 (UTC)."""
-    if is_text(column.type):
-        column = parse(column.cast(TEXTS), DATES, name, chunk.where)
-    kind = column.type
-    if pa.types.is_date(kind) or pa.types.is_timestamp(kind):
-        column = column.cast(pa.timestamp("us", getattr(kind, "tz", None)), safe=False).cast(pa.int64())
-    elif pa.types.is_duration(kind):
-        column = column.cast(pa.duration("us"), safe=False).cast(pa.int64())
-    elif not pa.types.is_null(kind):
-        raise InputError(
-            f"{chunk.where(0)}: column {name!r} holds no dates but {kind}; take it out of {spell('dates')}"
-        )
-    days: np.ndarray = column.to_numpy(zero_copy_only=False).astype(np.float64) / _MICROSECONDS_A_DAY
-    return days

@@ -43,7 +43,7 @@ from dpreg.tables.table import Table, open_table
 from dpreg.tables.tfds import open_tfds
 from dpreg.tables.values import NotNumericError
 
-_FORMAT = 9  # version of the cache, a part of its key
+_FORMAT = 10  # version of the cache, a part of its key
 _ENCODED_BYTES = 16 << 20  # written at a time
 _AHEAD = 2  # batches that are read ahead in a thread
 _HELD_OUT = 1  # key of the hash of row numbers that selects validation rows

@@ -29,7 +29,7 @@ from typing import Any
 import numpy as np
 
 Columns = Mapping[str, Sequence[Any]]  # of a table, by name
-FORMAT = 5  # of model.json
+FORMAT = 6  # of model.json
 ROOTS = "fit/roots"  # an array of parameters.npz that is no parameter
 DESCRIPTION, PARAMETERS, TERMS = "model.json", "parameters.npz", "terms.py"
 
@@ -240,7 +240,7 @@ def _check_schema(model: Mapping[str, Any]) -> None:
     for column in (*schema["inputs"], *schema["targets"]):
         if column.get("kind", "number") == "number":
             numbers = [column["mean"], column["scale"], *([] if column["fill"] is None else [column["fill"]])]
-            valid = column["scale"] > 0 and all(isinstance(column[name], bool) for name in ("days", "constant"))
+            valid = column["scale"] > 0 and all(isinstance(column[name], bool) for name in ("days", "constant", "log"))
         else:
             numbers, values = [*column["counts"], column["others"]], column["values"]
             valid = all(isinstance(value, str) for value in values) and len({*values}) == len(values)
@@ -321,12 +321,12 @@ def _encode_column(column: Mapping[str, Any], values: Any, filled: bool) -> np.n
     """Encodes a column as features [n, features]; NaN for a missing value that is not filled."""
     if hasattr(values, "iloc"):
         values = values.to_numpy()  # iterating over pandas would convert float32 to float64
-    are_missing = (v in MISSING if isinstance(v, str) else str(v) in _MISSING_OBJECTS for v in values)
-    missing = np.fromiter(are_missing, bool)
+    missing = np.array([v in MISSING if isinstance(v, str) else str(v) in _MISSING_OBJECTS for v in values], bool)
     if column["kind"] == "number":
         fill = np.nan if column["fill"] is None else column["fill"]
         numbers = [fill if gone else _to_number(v, column["days"]) for v, gone in zip(values, missing, strict=True)]
-        encoded: np.ndarray = (np.array(numbers, np.float64).reshape(-1, 1) - column["mean"]) / column["scale"]
+        number = np.array(numbers, np.float64).reshape(-1, 1)
+        encoded: np.ndarray = ((np.log(number) if column["log"] else number) - column["mean"]) / column["scale"]
         # A column that was constant in training has no effect: any value becomes 0.
         return np.where(np.isnan(encoded), encoded, 0.0) if column["constant"] else encoded
     codes = {name: code for code, name in enumerate(column["values"])}

@@ -126,7 +126,9 @@ class ColumnStatistics:
                     )
                 mean, scale = (float(moments.mean[at]), 1.0) if constant[at] else scales[at]
                 fill = float(moments.mean[at]) if columns.missing == "mean" else None
-                if of_terms:
+                if columns.offset_column is not None and at == len(columns.features) - 1:
+                    inputs.append(Number(name, log=columns.offset_column != name))
+                elif of_terms:
                     inputs.append(Number(name, fill=fill, days=name in columns.dates))
                 else:
                     inputs.append(Number(name, mean, scale, fill, name in columns.dates, bool(constant[at])))

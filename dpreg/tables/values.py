@@ -3,6 +3,7 @@
 import re
 from collections.abc import Callable
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
@@ -12,6 +13,7 @@ from dpreg.spelling import spell
 NUMBERS, DATES, TEXTS = pa.float64(), pa.timestamp("us"), pa.string()  # what a column is read as
 TRUE, FALSE = ("true", "True", "TRUE"), ("false", "False", "FALSE")
 
+_MICROSECONDS_A_DAY = 86_400e6
 _SHOWN = 60  # characters of a value in a message
 _ZONE = r"[ T]\d\d.*(?:Z|[+-]\d\d(?::?\d\d)?)$"
 _DATE = re.compile(r"\s*\d{4}-\d\d-\d\d(?:[ T].*)?")
@@ -169,3 +171,21 @@ def _first_wrong(texts: pa.Array, kind: pa.DataType) -> int:
         else:
             low = middle
     return low
+
+
+def days_of(name: str, column: pa.Array, where: Callable[[int], str]) -> np.ndarray:
+    """A column of dates, times or durations as float64 [n]: days, since the beginning of 1970 (UTC).
+
+    The arguments are those of `parse`.
+    """
+    if is_text(column.type):
+        column = parse(column.cast(TEXTS), DATES, name, where)
+    kind = column.type
+    if pa.types.is_date(kind) or pa.types.is_timestamp(kind):
+        column = column.cast(pa.timestamp("us", getattr(kind, "tz", None)), safe=False).cast(pa.int64())
+    elif pa.types.is_duration(kind):
+        column = column.cast(pa.duration("us"), safe=False).cast(pa.int64())
+    elif not pa.types.is_null(kind):
+        raise InputError(f"{where(0)}: column {name!r} holds no dates but {kind}; take it out of {spell('dates')}")
+    days: np.ndarray = column.to_numpy(zero_copy_only=False).astype(np.float64) / _MICROSECONDS_A_DAY
+    return days

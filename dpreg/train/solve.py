@@ -39,7 +39,8 @@ def solve(
       InputError: as `Solver.solve`.
     """
     source, levels = CastSource(data.train, config.precision), BaseLevels.named(data.schema, config.base)
-    solver = Solver(source, trainer.mesh, config.num_shards, heartbeat, levels=levels)
+    offset = None if config.offset_column is None else data.num_inputs - 1  # the last column
+    solver = Solver(source, trainer.mesh, config.num_shards, heartbeat, offset, levels)
     try:
         solution = solver.solve(config)
     except NoOptimumError:
