@@ -89,7 +89,8 @@ class Columns(Settings):
     )
     formula: str | None = setting(
         None,
-        "Formula of the features, such as 'price ~ carat * color + bs(depth, df=4) + log(x)', instead of features.",
+        "Formula of the features, such as 'price ~ carat * color + bs(depth, df=4) + log(x)', in place of features. "
+        "Default: none.",
         affects_result=True,
     )
 

@@ -1,6 +1,7 @@
 """The R factors of problems of least squares over all rows."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -71,13 +72,11 @@ class Factors(Passes):
             triangle, sums = way.factor(found[others:]), found[:others]
             if triangle is not None or not np.isfinite(sums).all():  # or else no next step is taken
                 triangle = triangle or RFactor.none(self._inputs, targets)
-                return dataclasses.replace(triangle, left_out=self._left_out), sums
+                levels, skipped = self._levels, self._skipped
+                left_out = None if levels is None else functools.partial(levels.left_out, infinite=skipped)
+                return dataclasses.replace(triangle, left_out=left_out), sums
             self._careful = True
 
     def _reduction(self, problem: Problem, targets: int, others: int = 0) -> Reduction:
         reduction = decompose if self._careful else sum_products
         return reduction(problem, self._inputs, targets, others, self._epsilon)
-
-    def _left_out(self, intercept: bool) -> tuple[int, ...]:
-        """The features of base levels."""
-        return () if self._levels is None else self._levels.left_out(intercept, self._skipped)
