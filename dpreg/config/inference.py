@@ -1,4 +1,4 @@
-"""Settings of what is said of the estimates of an exact solution."""
+"""Settings of the standard errors of an exact solution."""
 
 import dataclasses
 

@@ -84,7 +84,7 @@ class ElasticNet:
         spread = np.sqrt(np.square(below[:, 1 : 1 + d]).sum(axis=0))
         self._varying = np.flatnonzero(spread > triangle.rounding(intercept))
         self._spread = spread[self._varying]
-        # Columns of length 1: their weights are `u`, and each has penalties of its own.
+        # Columns of length 1: their weights are `u`, and their penalties differ.
         self._x, self._y = below[:, 1 + self._varying] / self._spread, below[:, 1 + d]
         self._gram, self._xy = self._x.T @ self._x, self._x.T @ self._y
         self._tolerance = _TOLERANCE * float(np.linalg.norm(self._y))
@@ -333,7 +333,7 @@ def cross_validate(
 
     Args:
       whole: of all rows.
-      folds: those of the rows of all other folds, and of its own rows, for one fold after the other.
+      folds: for one fold after the other, those of the rows of all other folds, and of the rows of the fold.
       l1_ratio: the share of l1 in the penalty, from 0 to 1.
       intercept: whether b is free.
       heartbeat: called after each strength.

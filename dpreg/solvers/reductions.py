@@ -69,7 +69,7 @@ def decompose(problem: Problem, num_inputs: int, num_targets: int, others: int, 
 
 
 def factor_folds(reduction: Reduction, folds: Sequence[np.ndarray]) -> list[RFactor] | None:
-    """The RFactor of all rows; then, for each fold, that of the rows of all others and its own.
+    """The RFactor of all rows; then, for each fold, that of the rows of all others and that of the fold.
 
     The rows of all others are those before the fold and those after it. The sums over both are added, since differences
     from the sum over all rows would lose digits.

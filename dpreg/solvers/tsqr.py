@@ -211,7 +211,7 @@ def _root_of_inverse(x: np.ndarray, ridge: np.ndarray) -> np.ndarray | None:
       x: [n, d] of columns of length 1; ridge: [d].
     """
     lapack, d = scipy.linalg.lapack, x.shape[1]
-    if not ridge.any() and len(x) >= d and not np.tril(x, -1).any():  # x is its own decomposition, without products
+    if not ridge.any() and len(x) >= d and not np.tril(x, -1).any():  # x is R already, without products
         return np.asarray(lapack.dtrtri(x[:d])[0]) if lapack.dtrcon(x[:d])[0] > _WELL_CONDITIONED else None
     gram = x.T @ x
     gram[np.diag_indices_from(gram)] += ridge

@@ -119,7 +119,7 @@ def _template(part: Part, columns: Columns) -> Template:
         raise _UnsupportedError("there is no column in it; leave it out")
     for column in used:
         if column in columns.categorical:
-            raise _UnsupportedError(f"{column} is a category, which has no value; use it as a factor of its own")
+            raise _UnsupportedError(f"{column} is a category, which has no value; use it as a separate factor")
     return template
 
 

@@ -135,7 +135,7 @@ def _categories(schema: Schema) -> list[Category]:
 
 
 def _find_level(schema: Schema, name: str) -> tuple[str, int]:
-    """The column and the position of the level in a text "column:level"; either may have colons of its own."""
+    """The column and the position of the level in a text "column:level"; both may have colons."""
     categories = {column.name: column for column in _categories(schema)}
     splits = [(name[:at], name[at + 1 :]) for at, character in enumerate(name) if character == ":"]
     known = [(categories[column], normalize_category(level)) for column, level in splits if column in categories]

@@ -134,7 +134,7 @@ def identity_of(config: Config, data: RegressionData) -> dict[str, Any]:
     """All settings and data that the result of a run depends on: a run is continued only with the same identity."""
     identity = config.identity() | {"data": data.fingerprint(), "order": ORDER}
     if config.solver == "exact" and config.loss in SEPARABLE_LOSSES:
-        # Such a solution is not continued, and may get a penalty of its own, with which no level is left out.
+        # Such a solution is not continued, and may get another penalty, with which no level is left out.
         identity |= dict.fromkeys(("l2", "base"), "as solved")
     if config.solver == "exact" and config.loss == "negative_binomial":
         identity["negative_binomial_alpha"] = "as solved"
