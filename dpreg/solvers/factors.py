@@ -50,7 +50,7 @@ class Factors(Passes):
         return rows["x"], y, rows["weight"], np.zeros(0)
 
     def fold_triangles(self, starts: Sequence[int]) -> list[RFactor]:
-        """The R of all rows; then, for each fold, that of the rows of all others and that of the fold: one pass, or two.
+        """The R of all rows; then for each fold that of all other rows, and that of its rows: one pass, or two.
 
         Args:
           starts: the first row of each fold, ascending from 0; a fold ends where the next one begins.
