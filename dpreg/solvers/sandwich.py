@@ -1,7 +1,7 @@
-"""The covariance of parameters where errors have unequal variances, or are correlated within clusters.
+"""The covariance of parameters where errors have unequal variances.
 
 It is that of their scores between two inverses of the curvature: White (1980) for HC0, MacKinnon and White (1985) for
-HC1 to HC3, Liang and Zeger (1986) for clusters. Parameters are uncorrelated ones, whose curvature is the identity: see
+HC1 to HC3. Parameters are uncorrelated ones, whose curvature is the identity: see
 `dpreg.solvers.fit.Fit.along`.
 """
 
@@ -17,7 +17,7 @@ class Sandwich(NamedTuple):
     """The covariance of the scores of the m uncorrelated parameters of a fit.
 
     Attributes:
-      kind: "HC0" to "HC3", or "cluster".
+      kind: "HC0" to "HC3".
       scores: [t, m, m] for each target.
       degrees_of_freedom: of the t distribution of the statistics.
     """
@@ -53,26 +53,8 @@ def products(
     return np.concatenate([(directions.T @ (directions * of[:, None])).ravel() for of in squares.T])
 
 
-def of_clusters(directions: np.ndarray, slope: np.ndarray, clusters: np.ndarray, number: int) -> np.ndarray:
-    """The sums of the scores of each cluster, [number m t] float64.
-
-    Args:
-      directions: [n, m]; slope: [n, t], weighted; both as in `products`.
-      clusters: [n] the number of the cluster of each row, from 0; number: of all clusters.
-    """
-    scores = (directions[:, :, None] * slope[:, None, :]).reshape(len(slope), -1)
-    found = np.zeros((number, scores.shape[1]))
-    order = np.argsort(clusters, kind="stable")
-    first = np.flatnonzero(np.diff(clusters[order], prepend=-1))
-    if len(first):
-        found[clusters[order[first]]] = np.add.reduceat(scores[order], first)
-    return found.ravel()
-
-
-def correction(kind: str, rows: float, degrees_of_freedom: float, clusters: int = 0) -> float:
-    """The factor of the covariance for a finite number of rows and clusters."""
-    if kind == "HC1":
-        return rows / degrees_of_freedom if degrees_of_freedom > 0 else np.nan
-    if kind == "cluster":
-        return clusters / (clusters - 1) * (rows - 1) / degrees_of_freedom if degrees_of_freedom > 0 else np.nan
-    return 1.0
+def correction(kind: str, rows: float, degrees_of_freedom: float) -> float:
+    """The factor of the covariance for a finite number of rows."""
+    if kind != "HC1":
+        return 1.0
+    return rows / degrees_of_freedom if degrees_of_freedom > 0 else np.nan
