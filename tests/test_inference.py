@@ -144,6 +144,12 @@ def test_weights_of_importance_have_robust_errors_by_default(rows):
     assert (found.covariance_type, found.weights, found.log_likelihood) == ("HC1", "importance", None)
 
 
+def test_a_covariance_of_several_targets_of_a_glm_is_refused(rows):
+    x, _, targets = rows
+    with pytest.raises(dpreg.InputError, match="covariance='HC1': loss='poisson' has it for one target"):
+        solve("poisson", x, np.stack([targets["poisson"]] * 2, axis=1), covariance="HC1")
+
+
 def test_a_row_that_is_fitted_by_its_own_column_leaves_the_leverage_correction_undefined(rows):
     x, _, targets = rows
     x = np.concatenate([x[:, :2], np.eye(len(x))[:, :1]], axis=1)

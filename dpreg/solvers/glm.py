@@ -252,6 +252,6 @@ def infinite_levels(
     return {
         level: sign
         for sign, distance in zip(family.limits.values(), distances, strict=True)
-        for level, own, apart in zip(levels, weight, distance, strict=True)
-        if own > 0 and apart == 0
+        for level, of_level, of_targets in zip(levels, weight, distance, strict=True)
+        if of_level > 0 and of_targets == 0
     }

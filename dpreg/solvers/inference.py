@@ -69,7 +69,7 @@ class Summary:
       degrees_of_freedom: rows less coefficients used.
       degrees_of_test: those of Student's t for `Coefficient.statistic`; None where that is normal.
       dispersion: the variance of a row of weight 1, over the variance function; that of the residuals for squared loss.
-      r2, adjusted_r2: the share of the target's variance that is explained, for squared loss.
+      r2, adjusted_r2: the share of the variance of the target, less any offset, that is explained, for squared loss.
       deviance, null_deviance: of the model, and of one with nothing but an intercept.
       log_likelihood, aic, bic: with the natural logarithm, and the coefficients used as parameters.
       condition_number: of the columns used, centred and of one length.

@@ -59,6 +59,11 @@ class Solver(Factors):
         if loss == "squared":
             return self._solve_least_squares(config)
         if loss in GLM_LOSSES:
+            if config.covariance is not None and self._targets > 1:
+                covariance = spell("covariance", config.covariance)
+                raise InputError(
+                    f"{covariance}: {spell('loss', loss)} has it for one target; name one, or leave it out"
+                )
             family = family_of(config)
             found = [self.newton(family, l2, config.intercept, t, counts, l1) for t in range(self._targets)]
             w, b = (np.concatenate([getattr(fit, name) for fit, _ in found], axis=-1) for name in ("w", "b"))
@@ -109,7 +114,7 @@ class Solver(Factors):
     def _refined(self, fits: Sequence[Fit]) -> list[Fit]:
         """The fits, of one or of all targets each, after a step of refinement in extended precision: a pass."""
         w, b = (np.concatenate([getattr(fit, name) for fit in fits], axis=-1) for name in ("w", "b"))
-        w, b, means = (values.astype(np.longdouble) for values in (w, b, fits[0].means))
+        w, b, means = (each.astype(np.longdouble) for each in (w, b, fits[0].means))
 
         def gradient(rows: Rows) -> np.ndarray:
             x, y, weight, offset = (each.astype(np.longdouble) for each in values(rows))
