@@ -27,6 +27,7 @@ from dpreg.models.mlp import LinearRegression
 from dpreg.solvers.glm import FAMILIES
 from dpreg.solvers.solver import Solver
 from dpreg.tables import cache, csv_files, ingest, shuffle, standalone
+from dpreg.tables import codes
 from dpreg.tables import columns as data_columns
 from dpreg.tables.statistics import Moments
 
@@ -547,13 +548,13 @@ def spellings(arrays):
     for array in arrays:
         for column in (array, array.dictionary_encode()):
             decoded = column.dictionary_decode() if pa.types.is_dictionary(column.type) else column
-            (text,), _ = data_columns._distinct(decoded)
+            (text,), _ = codes._distinct(decoded)
             yield standalone.normalize_category(text)
         (value,) = array.to_numpy(zero_copy_only=False)
         yield standalone.normalize_category(standalone.to_text(value))
         if pa.types.is_string(array.type):
             for kind in (pa.large_string(), pa.string_view(), pa.binary(), pa.large_binary()):
-                (text,), _ = data_columns._distinct(array.cast(kind))
+                (text,), _ = codes._distinct(array.cast(kind))
                 yield standalone.normalize_category(text)
 
 
@@ -602,7 +603,7 @@ def test_booleans_dates_and_times_have_one_spelling_in_any_column_type():
     }
     for text, arrays in cases.items():
         for array in arrays:
-            (distinct,), _ = data_columns._distinct(array)
+            (distinct,), _ = codes._distinct(array)
             assert standalone.normalize_category(distinct) == text, array.type
             assert standalone.normalize_category(standalone.to_text(array[0].as_py())) == text, array.type
 

@@ -112,6 +112,8 @@ class Config(RunSettings, DeviceSettings, OptimizerSettings, InferenceSettings, 
             penalty = next(name for name in ("folds", "l1", "l2") if getattr(self, name))
             unknown = f"standard errors are unknown with {spell(penalty, getattr(self, penalty))}"
             self._refuse("covariance", f"{unknown}; leave one out")
+        if self.covariance == "cluster" and self.group_column is None:
+            self._refuse("covariance", f"name the column of the clusters, with {spell('group_column')}")
         if self.offset_column is not None:
             self._check_offset()
         if self.covariance == "classic" and self.weights == "importance":
@@ -189,7 +191,11 @@ class Config(RunSettings, DeviceSettings, OptimizerSettings, InferenceSettings, 
     @property
     def covariance_type(self) -> str:
         """The covariance of the coefficients of an exact solution."""
-        return self.covariance or ("HC1" if self.weights == "importance" and not self.is_penalized else "classic")
+        if self.covariance is not None or self.is_penalized:
+            return self.covariance or "classic"
+        if self.group_column is not None:
+            return "cluster"
+        return "HC1" if self.weights == "importance" else "classic"
 
     def is_least_squares(self) -> bool:
         """Whether this is a linear least-squares problem, perhaps with penalties."""

@@ -5,7 +5,7 @@ import dataclasses
 from dpreg.config.settings import Settings, setting
 
 WEIGHTS = ("frequency", "precision", "importance")
-COVARIANCES = ("classic", "HC0", "HC1", "HC2", "HC3")
+COVARIANCES = ("classic", "HC0", "HC1", "HC2", "HC3", "cluster")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,7 +22,8 @@ class InferenceSettings(Settings):
     covariance: str | None = setting(
         None,
         "Covariance of the coefficients of an exact solution: classic, for rows with variances as in the model; HC0 to "
-        "HC3, for any. Default: classic; HC1 for weights of importance.",
+        "HC3, for any; cluster, for rows that are correlated within groups. Default: classic; HC1 for weights of "
+        "importance; cluster with group_column.",
         affects_result=True,
         choices=COVARIANCES,
     )

@@ -42,6 +42,12 @@ class Columns(Settings):
         "column; for exact solutions. Default: none.",
         affects_result=True,
     )
+    group_column: str | None = setting(
+        None,
+        "Column of groups, such as customers: the rows of one are held out together, and exact solutions have standard "
+        "errors for rows that are correlated within groups. Default: none.",
+        affects_result=True,
+    )
     categorical: tuple[str, ...] = setting(
         (),
         "Categorical features, one-hot encoded with one more column for other values. Default: none.",
@@ -186,7 +192,7 @@ class RowSettings(Columns):
         if self.standardize:
             self._refuse("standardize", "synthetic rows have mean 0 and standard deviation 1 already; leave it out")
         of_columns = ("formula", "target", "features", "exclude", "categorical", "dates", "weight_column", "base")
-        for name in (*of_columns, "offset_column", "validation_dataset"):
+        for name in (*of_columns, "offset_column", "group_column", "validation_dataset"):
             if getattr(self, name):
                 self._refuse(name, f"it applies only to tables; name one with {spell('dataset')}, or leave it out")
         if self.target_transform != "none":

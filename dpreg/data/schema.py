@@ -15,7 +15,7 @@ from dpreg.errors import InputError
 Label = str | int | bool  # of a target, as the table has it
 
 OTHER = "other"
-WEIGHT, ROW, NUMBER = -3, -2, -1  # the last columns of rows as `dpreg.tables.columns.RawReader` reads them
+WEIGHT, GROUP, ROW, NUMBER = range(-4, 0)  # the last columns of rows as `dpreg.tables.columns.RawReader` reads them
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,7 +141,7 @@ class Schema:
         """What the model sees of rows of a table: {"x": [n, d], "y": [n, t], "weight": [n]} of a dtype.
 
         Args:
-          raw: [n, inputs + targets + 3] float64 as `dpreg.tables.columns.RawReader` gives them; without the targets
+          raw: [n, inputs + targets + 4] float64 as `dpreg.tables.columns.RawReader` gives them; without the targets
             y is 0. A code is the position in a category's `values`; any other stands for "other".
 
         Raises:

@@ -306,18 +306,27 @@ class Path:
         return strength * self.l1_ratio, strength * (1 - self.l1_ratio)
 
 
+def require_folds(folds: int, number: int, num_targets: int, what: str) -> None:
+    """Raises InputError for more folds than there are rows or groups, and for several targets.
+
+    Args:
+      number: of rows or groups; what: "rows" or "groups".
+    """
+    if number < folds:
+        rows = f"there are {number:,} {what} to fit"
+        raise InputError(f"{spell('folds', folds)}: {rows}; use so many folds at most, or give more {what}")
+    if num_targets > 1:
+        one = f"it chooses one penalty for one target, and there are {num_targets}"
+        raise InputError(f"{spell('folds', folds)}: {one}; give one")
+
+
 def fold_starts(folds: int, num_rows: int, num_targets: int) -> list[int]:
     """The first row of each of some contiguous folds, which are divided like shards; rows of a table are shuffled.
 
     Raises:
       InputError: for more folds than rows, and for several targets.
     """
-    if num_rows < folds:
-        rows = f"there are {num_rows:,} rows to fit"
-        raise InputError(f"{spell('folds', folds)}: {rows}; use so many folds at most, or give more rows")
-    if num_targets > 1:
-        one = f"it chooses one penalty for one target, and there are {num_targets}"
-        raise InputError(f"{spell('folds', folds)}: {one}; give one")
+    require_folds(folds, num_rows, num_targets, "rows")
     starts: list[int] = Sampler(num_rows, folds, folds, shuffle=False).shard_start(np.arange(folds)).tolist()
     return starts
 

@@ -9,9 +9,10 @@ from jax.sharding import Mesh
 
 from dpreg.data.sources import Rows, Source
 from dpreg.solvers.blas import one_blas_thread
+from dpreg.solvers.groups import WithGroups
 from dpreg.solvers.offset import WithOffset, values
 from dpreg.solvers.passes import Passes
-from dpreg.solvers.reductions import Problem, Reduction, decompose, factor_folds, sum_products
+from dpreg.solvers.reductions import Problem, Reduction, decompose, factor_folds, split_folds, sum_products
 from dpreg.solvers.tsqr import RFactor
 from dpreg.tables.levels import BaseLevels
 
@@ -24,6 +25,7 @@ class Factors(Passes):
       offset: the number of a column of x whose weight is 1, for squared loss and those of `FAMILIES`; or None.
       levels: the base levels of categories, which get no weight where there is no penalty; of the features without the
         offset.
+      groups: [n] the number of the group of each row, from 0; or None.
     """
 
     def __init__(
@@ -34,8 +36,12 @@ class Factors(Passes):
         heartbeat: Callable[[], None] = lambda: None,
         offset: int | None = None,
         levels: BaseLevels | None = None,
+        groups: np.ndarray | None = None,
     ):
         self._given, self._offset = (source, mesh, num_shards, heartbeat), offset
+        self._groups, self._num_groups = groups, 0
+        if groups is not None:
+            self._num_groups, source = int(groups.max()) + 1, WithGroups(source, groups)
         super().__init__(source if offset is None else WithOffset(source, offset), mesh, num_shards, heartbeat)
         self._careful = False  # once sums of products did not hold enough digits
         self._levels = levels
@@ -55,14 +61,29 @@ class Factors(Passes):
         Args:
           starts: the first row of each fold, ascending from 0; a fold ends where the next one begins.
         """
-        with one_blas_thread():
-            while (found := self._fold_triangles(starts)) is None:
-                self._careful = True
-            return found
+        return self._triangles(lambda way: self._reduced_ranges(starts, way.size, way.of, way.add, way.rows_at_once))
 
-    def _fold_triangles(self, starts: Sequence[int]) -> list[RFactor] | None:
-        way = self._reduction(self._least_squares_problem, self._targets)
-        return factor_folds(way, self._reduced_ranges(starts, way.size, way.of, way.add, way.rows_at_once))
+    def group_triangles(self, fold_of: np.ndarray) -> list[RFactor]:
+        """As `fold_triangles`, for folds of whole groups.
+
+        Args:
+          fold_of: the number of the fold of each group, from 0.
+        """
+
+        def reduced(way: Reduction) -> Sequence[np.ndarray]:
+            split = split_folds(way, fold_of)
+            found = self._reduced(split.size, split.of, split.add, split.rows_at_once)
+            return np.split(found, split.size // way.size)
+
+        return self._triangles(reduced)
+
+    def _triangles(self, reduced: Callable[[Reduction], Sequence[np.ndarray]]) -> list[RFactor]:
+        with one_blas_thread():
+            while True:
+                way = self._reduction(self._least_squares_problem, self._targets)
+                if (found := factor_folds(way, reduced(way))) is not None:
+                    return found
+                self._careful = True
 
     def _factor(self, problem: Problem, targets: int, others: int = 0) -> tuple[RFactor, np.ndarray]:
         """The R of a problem of least squares over all rows, and the sums [others] of what else it gives."""

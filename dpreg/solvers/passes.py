@@ -93,8 +93,7 @@ class Passes:
         self.passes += 1
         if add is np.add:  # in place: results may be large, and new memory takes longer than a sum
             add = operator.iadd
-        columns = 1 + self._inputs + self._targets
-        at_once = rows_at_once or max(256, 2 * columns, _DECOMPOSED_VALUES // columns)
+        columns, at_once = 1 + self._inputs + self._targets, rows_at_once or self._rows_at_once()
         pieces = [self._pieces(shard, starts) for shard in range(self._sampler.num_shards)]
         most = max(map(len, pieces))  # ranges that one shard has rows of
         self._require_memory(size, most, len(starts), _THREADS * _COPIES * at_once * columns)
@@ -128,6 +127,11 @@ class Passes:
             for number, *_ in own:
                 ranges[number].append(every[shard, number])
         return [tree_sum(parts, add) for parts in ranges]
+
+    def _rows_at_once(self, size: int = 0) -> int:
+        """The rows of a block, so many that combining results [size] costs no more than reading the block."""
+        columns = 1 + self._inputs + self._targets
+        return int(max(256, 2 * columns, _DECOMPOSED_VALUES // columns, size // columns))
 
     def _pieces(self, shard: int, starts: Sequence[int]) -> list[tuple[int, int, int]]:
         """(number of the range, first row, row after the last) of each range that the shard has rows of."""

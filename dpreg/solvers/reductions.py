@@ -68,6 +68,28 @@ def decompose(problem: Problem, num_inputs: int, num_targets: int, others: int, 
     return Reduction(others + columns**2 + columns + 1, of, add, None, factor)
 
 
+def split_folds(reduction: Reduction, fold_of: np.ndarray) -> Reduction:
+    """The reduction whose result is one of each fold, after each other, without sums of something else.
+
+    Args:
+      reduction: without sums of something else.
+      fold_of: the number of the fold of each group, from 0; rows have "group" [n].
+    """
+    folds = int(fold_of.max()) + 1
+
+    def of(rows: Rows) -> np.ndarray:
+        fold = fold_of[rows["group"]]
+        each = ({name: column[fold == number] for name, column in rows.items()} for number in range(folds))
+        return np.concatenate([reduction.of(own) for own in each])
+
+    def add(one: np.ndarray, other: np.ndarray) -> np.ndarray:
+        pairs = zip(np.split(one, folds), np.split(other, folds), strict=True)
+        return np.concatenate([reduction.add(*pair) for pair in pairs])
+
+    add_all = reduction.add if reduction.add is np.add else add
+    return reduction._replace(size=folds * reduction.size, of=of, add=add_all)
+
+
 def factor_folds(reduction: Reduction, folds: Sequence[np.ndarray]) -> list[RFactor] | None:
     """The RFactor of all rows; then, for each fold, that of the rows of all others and that of the fold.
 

@@ -16,9 +16,9 @@ from dpreg.solvers.blas import one_blas_thread
 from dpreg.solvers.factors import Factors
 from dpreg.solvers.fit import Fit
 from dpreg.solvers.glm import FAR, Family, family_of, infinite_levels, slopes_of_shape
+from dpreg.solvers.groups import assign_folds
 from dpreg.solvers.newton import Point, minimum
 from dpreg.solvers.offset import WithOffset, values
-from dpreg.solvers.sandwich import Sandwich
 from dpreg.solvers.solution import Solution
 from dpreg.solvers.tsqr import RFactor
 from dpreg.spelling import spell
@@ -77,8 +77,7 @@ class Solver(Factors):
     def _solve_least_squares(self, config: Config) -> Solution:
         l1, l2, intercept, path = config.l1, config.l2, config.intercept, None
         if config.folds:
-            starts = elastic_net.fold_starts(config.folds, len(self._source), self._targets)
-            triangle, *folds = self.fold_triangles(starts)
+            triangle, *folds = self._triangles_of_folds(config.folds)
             path = elastic_net.cross_validate(triangle, folds, config.l1_ratio, intercept, self._heartbeat)
             l1, l2 = path.penalties(path.best)
         else:
@@ -91,6 +90,12 @@ class Solver(Factors):
         w, b = (np.concatenate([getattr(fit, name) for fit in fits], axis=-1) for name in ("w", "b"))
         fit_of_one = self._with_covariance(fits[0], config) if len(fits) == 1 else None
         return Solution(w, b, sum(fit.loss for fit in fits), fit_of_one, path=path)
+
+    def _triangles_of_folds(self, folds: int) -> list[RFactor]:
+        if self._groups is None:
+            return self.fold_triangles(elastic_net.fold_starts(folds, len(self._source), self._targets))
+        elastic_net.require_folds(folds, len(np.unique(self._groups)), self._targets, "groups")
+        return self.group_triangles(assign_folds(self._groups, folds))
 
     def sums(self, size: int, of: Callable[[Rows], np.ndarray]) -> np.ndarray:
         """[size] float64: the sums over all rows of what `of` returns for blocks of them."""
@@ -250,28 +255,13 @@ class Solver(Factors):
         if kind == "classic":
             return fit
 
-        def scores(rows: Rows) -> np.ndarray:
-            x, y, weight, offset = values(rows)
-            prediction = x @ fit.w + fit.b + offset
-            directions, slope, information = fit.directions(x), y - prediction, np.ones_like(y)
-            if family is not None:
-                slope, information = family.score(prediction, y), family.information(prediction)
-            sums = sandwich.products(kind, directions, slope, information, weight, counts)
-            if family is None or family.curvature is None:
-                return sums
-            curvature = directions.T @ (weight[:, None] * family.curvature(prediction, y) * directions)
-            return np.concatenate([sums, curvature.ravel()])
+        def reduce(size: int, of: Callable[[Rows], np.ndarray]) -> np.ndarray:
+            return self._reduced(size, of, rows_at_once=self._rows_at_once(size))
 
-        size, targets = len(fit.along), fit.w.shape[1]
-        is_canonical = family is None or family.curvature is None
         with self._skipping(fit.infinite):
-            sums = self._reduced((targets + (not is_canonical)) * size**2, scores).reshape(-1, size, size)
-        products = sums[:targets]
-        if not is_canonical:  # the information that was observed, in place of that expected
-            inverse = np.linalg.inv(sums[targets])
-            products = inverse @ products @ inverse
-        products = products * sandwich.correction(kind, fit.triangle.rows, fit.degrees_of_freedom)
-        return dataclasses.replace(fit, sandwich=Sandwich(kind, products, fit.degrees_of_freedom))
+            return dataclasses.replace(
+                fit, sandwich=sandwich.estimate(kind, fit, family, counts, self._num_groups, reduce)
+            )
 
     def _alpha(self, config: Config) -> float:
         """The most likely alpha of a negative binomial model, in turns with its coefficients (Lawless 1987).

@@ -24,7 +24,7 @@ from dpreg.files import publish
 from dpreg.tables.standalone import add_checksum
 
 _MANIFEST, _CHECKSUMS = "manifest.json", "checksums"
-_COLUMNS = ("x", "y", "weight", "row")
+COLUMNS = ("x", "y", "weight", "row")  # of each table; "group" is another where the rows have groups
 _BLOCK_BYTES = 1 << 17  # of a block with a checksum, over all columns
 _READ_AT_ONCE_BYTES = 1 << 28  # checked when a table is opened, which takes about 0.1 s
 
@@ -144,8 +144,8 @@ class MappedSource:
     """A source of memory-mapped rows.
 
     Attributes:
-      columns: "x", "y" and "weight" in the units of training, as for `dpreg.data.sources.Source`, and "row", the number
-        of each row in the table, from 0.
+      columns: "x", "y" and "weight" in the units of training, as for `dpreg.data.sources.Source`; "row", the number
+        of each row in the table, from 0; and "group", the number of the row's group, from 0, where rows have groups.
       digest: the fingerprint of the rows.
       schema: the schema by which the columns of the table were encoded.
       left_out: the numbers of rows of the table, and of one of validation rows, that are in no source: "missing", those
@@ -182,6 +182,11 @@ class MappedSource:
     def row(self) -> np.ndarray:
         """The numbers of all rows in the table, [n] int64, read into memory."""
         return self.columns["row"].values()
+
+    @property
+    def group(self) -> np.ndarray:
+        """The numbers of the groups of all rows, [n] int32, read into memory."""
+        return self.columns["group"].values()
 
     def fingerprint(self) -> str:
         """A fingerprint of all values in their order, computed when they were written."""
@@ -227,7 +232,7 @@ class Part:
     Attributes:
       rows: the number of rows.
       fingerprint: the fingerprint of their values.
-      checksums: the checksums of the blocks of each column, "x", "y", "weight" and "row".
+      checksums: the checksums of the blocks of each column.
     """
 
     rows: int
@@ -240,6 +245,7 @@ def write_manifest(
     table: str,
     schema: Schema,
     dtype: np.dtype,
+    columns: Sequence[str],
     block_rows: int,
     parts: Mapping[str, Part],
     left_out: Mapping[str, int],
@@ -248,16 +254,18 @@ def write_manifest(
 
     Args:
       dtype: the dtype of the rows.
+      columns: the names of the columns.
       block_rows: the number of rows of a block with a checksum.
       parts: descriptions of "train" and "val".
       left_out: as `MappedSource` has it.
     """
-    checksums = [part.checksums.get(name, ()) for part in parts.values() for name in _COLUMNS]
+    checksums = [part.checksums.get(name, ()) for part in parts.values() for name in columns]
     text = np.array([number for numbers in checksums for number in numbers], np.uint32).tobytes()
     (folder / _CHECKSUMS).write_bytes(text)
     manifest = {
         "table": table,
         "dtype": str(dtype),
+        "columns": [*columns],
         "rows": {name: part.rows for name, part in parts.items()},
         "left_out": {**left_out},
         "digests": {name: part.fingerprint for name, part in parts.items()},
@@ -303,12 +311,13 @@ def _mapped(
 ) -> dict[str, MappedSource]:
     """The sources of the parts that have rows."""
     dtype, block_rows = np.dtype(manifest["dtype"]), manifest["block_rows"]
-    of_column = {"x": (dtype, len(schema.features)), "y": (dtype, len(schema.targets))}
+    of_column: dict[str, tuple[Any, ...]] = {"x": (dtype, len(schema.features)), "y": (dtype, len(schema.targets))}
+    of_column |= {"weight": (dtype,), "row": (np.int64,), "group": (np.int32,)}
     found, start = {}, 0
     for part, rows in manifest["rows"].items():
         columns, blocks = {}, -(-rows // block_rows)
-        for name in _COLUMNS if rows else ():
-            kind, *width = of_column.get(name, (np.dtype(np.int64) if name == "row" else dtype,))
+        for name in manifest["columns"] if rows else ():
+            kind, *width = of_column[name]
             file, of_blocks = folder / f"{part}.{name}", checksums[start : start + blocks]
             columns[name] = Column(file, kind, (rows, *width), of_blocks, block_rows)
             start += blocks

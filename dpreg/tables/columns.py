@@ -8,22 +8,21 @@ from collections.abc import Collection, Iterator, Sequence
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 from absl import logging
 from numpy.typing import DTypeLike
 
 from dpreg.config import Columns
-from dpreg.data.schema import NUMBER, ROW, WEIGHT, Category, Number, Schema
+from dpreg.data.schema import GROUP, NUMBER, ROW, WEIGHT, Category, Number, Schema
 from dpreg.errors import InputError, is_one_line, quote_names
 from dpreg.spelling import spell
+from dpreg.tables.codes import encode_texts
 from dpreg.tables.formula import resolve_formula
 from dpreg.tables.labels import code_labels
-from dpreg.tables.standalone import normalize_category, to_text
+from dpreg.tables.standalone import to_text
 from dpreg.tables.table import Table, TableChunk
 from dpreg.tables.values import DATES, NUMBERS, TEXTS, NotNumericError, days_of, is_text, not_numeric, refuse_mixture
 
 LARGEST = 1e150  # the largest value: squares of larger ones overflow in float64
-_MOST_CATEGORIES = 1_000_000  # kept in memory with their counts
 _NARROW = {pa.bool_(), pa.int8(), pa.uint8(), pa.int16(), pa.uint16(), pa.float16(), pa.float32(), pa.null()}
 _UNNAMED = re.compile(r"(?:Unnamed: \d+)?(?:_level_\d+)?")  # as pandas reads a column without a name
 _LOGARITHM = re.compile(r"log\((.+)\)")
@@ -59,10 +58,11 @@ def resolve(columns: Columns, table: Table) -> Columns:
     if columns.offset_column is not None:  # the last of the features
         full = dataclasses.replace(full, features=(*features, _offset_name(columns.offset_column, known)))
     taken = full.used_columns
-    for name in (*taken, *full.exclude, *full.categorical, *full.dates):
+    grouped = () if full.group_column is None else (full.group_column,)
+    for name in (*taken, *grouped, *full.exclude, *full.categorical, *full.dates):
         if not is_one_line(name):
             raise InputError(f"{table.name}: column {name!r} has characters that cannot be printed; rename it")
-    table.require((*taken, *full.exclude, *full.categorical, *full.dates))
+    table.require((*taken, *grouped, *full.exclude, *full.categorical, *full.dates))
     for name, count in collections.Counter(taken).items():
         if count > 1:
             raise InputError(f"{table.name}: column {name!r} is asked for twice; name it once")
@@ -94,6 +94,8 @@ def _all_features(columns: Columns, table: Table) -> tuple[str, ...]:
     used = {*columns.target, *columns.exclude, columns.weight_column}
     if columns.offset_column is not None:
         used.add(_offset_name(columns.offset_column, table.columns))
+    if columns.group_column not in (*columns.categorical, *columns.dates):
+        used.add(columns.group_column)
     left_out = [name for name in table.columns if name in table.index - used - {*columns.categorical, *columns.dates}]
     features = tuple(name for name in table.columns if name not in used.union(left_out))
     if left_out:
@@ -138,13 +140,16 @@ class RawReader:
         self.fixed = {*self.codes} if schema else set[str]()
         self._kinds = dict.fromkeys(self.names, NUMBERS) | dict.fromkeys(columns.dates, DATES)
         self._kinds |= dict.fromkeys(self.codes, TEXTS)
+        self._group, self._codes_of_groups = columns.group_column, dict[str, int]()
+        if self._group is not None:
+            self._kinds.setdefault(self._group, TEXTS)  # it may be a feature, too
         self._predicts = schema is not None
         self._log_offset = columns.offset_column not in (None, *columns.features[-1:])
         if schema is not None:
             *_, last = schema.inputs
             self._log_offset = isinstance(last, Number) and last.log
         # float32 does not represent all row numbers.
-        self.narrow = (*[True] * (len(columns.features) + len(columns.target) + 1), False, False)
+        self.narrow = (*[True] * (len(columns.features) + len(columns.target) + 2), False, False)
         self.without_weight = 0
         self._missing: dict[str, tuple[int, str]] = {}  # column -> how many values, and where the first is
         self._booleans: dict[str, str] = {}  # column -> where the first is
@@ -157,9 +162,9 @@ class RawReader:
         did not have it.
 
         Yields:
-          [n, inputs + targets + 3] float64: numbers, and codes of categories, with NaN for missing values; then, at
-          `WEIGHT`, `ROW` and `NUMBER` of `dpreg.data.schema`, the weight of the row, its number in the table, and its
-          number among the rows with a weight, both from 0.
+          [n, inputs + targets + 4] float64: numbers, and codes of categories, with NaN for missing values; then, at
+          `WEIGHT`, `GROUP`, `ROW` and `NUMBER` of `dpreg.data.schema`, the weight of the row, the code of its group,
+          its number in the table, and its number among the rows with a weight, all from 0.
 
         Raises:
           InputError: for values that are not numbers, not finite as `dtype`, or out of range for weights or logarithms,
@@ -202,15 +207,17 @@ class RawReader:
             if len(rows) < len(weight):
                 self.without_weight += len(weight) - len(rows)
                 chunk = chunk.take(rows)
-        raw = np.ones((len(rows), len(columns.features) + len(columns.target) + 3))
-        raw[:, ROW] = seen + rows
+        raw = np.ones((len(rows), len(columns.features) + len(columns.target) + 4))
+        raw[:, GROUP], raw[:, ROW] = 0, seen + rows
         numbers = self._fill(raw, chunk)
         self._refuse_infinite(chunk, raw, numbers)
         self._refuse_mixtures(chunk, raw, numbers)
         self.narrow = (*(n and self._is_narrow(chunk, at) for at, n in enumerate(self.narrow[:ROW])), False, False)
         gone = np.isnan(raw)
         for at in map(int, np.flatnonzero(gone.any(axis=0))):
-            name = self.names[at]
+            name = self.names[at] if at < len(self.names) else str(self._group)
+            if at >= len(self.names) and name in self.names:
+                continue  # counted as a feature
             count, where = self._missing.get(name, (0, chunk.where(int(gone[:, at].argmax()))))
             self._missing[name] = count + int(gone[:, at].sum()), where
         self._refuse_unknown_labels(chunk, raw)
@@ -236,12 +243,18 @@ class RawReader:
     def _fill(self, raw: np.ndarray, chunk: TableChunk) -> list[int]:
         """Fills in the columns of a batch, and returns the positions of the numeric ones."""
         numbers, plain = list[int](), list[int]()
-        for at, (name, kind) in enumerate(zip(self.names, chunk.batch.schema.types, strict=True)):
+        kinds = dict(zip(self._kinds, chunk.batch.schema.types, strict=True))
+        for at, (name, kind) in enumerate(kinds.items()):
             wanted = self._kinds[name]
             if wanted == NUMBERS:
                 numbers.append(at)
             if is_text(kind):
                 _require_utf8(chunk, name, at)
+            if name == self._group:
+                remedies = (f"name another {spell('group_column')}",) * 2
+                raw[:, GROUP] = encode_texts(chunk, name, chunk.column(at), self._codes_of_groups, remedies=remedies)
+            if at == len(self.names):  # the group, which is no feature
+                break
             if wanted == NUMBERS and kind == pa.float64():
                 plain.append(at)
             elif wanted == TEXTS:
@@ -292,8 +305,8 @@ class RawReader:
 
     def _is_narrow(self, chunk: TableChunk, at: int) -> bool:
         """Whether float32 represents all values of a column in a batch exactly."""
-        if at == len(self.names):
-            return True  # all weights are 1
+        if at >= len(self.names):
+            return True  # weights that are all 1, and codes of groups, which are at most a million
         name = self.names[at]
         if name in self.codes:
             return True  # codes are at most a million
@@ -302,27 +315,12 @@ class RawReader:
         return as_it_is and self._kinds[name] != DATES and chunk.batch.schema.field(at).type in _NARROW
 
     def _coded(self, chunk: TableChunk, name: str, column: pa.Array) -> np.ndarray:
-        """The codes of categories or labels; NaN for missing values, which are null, NaN or empty."""
-        is_label = name in self.labelled
-        try:
-            texts, indices = _distinct(column)
-        except (pa.ArrowException, TypeError, ValueError) as error:
-            reason = " ".join(str(error).split())[:100]
-            remedy = f"choose another {spell('target')}" if is_label else f"take it out of {spell('categorical')}"
-            raise InputError(
-                f"{chunk.where(0)}: column {name!r} holds no categories but {column.type}: {reason}; {remedy}"
-            ) from error
-        codes, own = self.codes[name], np.full(len(texts) + 1, np.nan)
-        for at, text in enumerate(texts):
-            if text and (value := normalize_category(text.strip() if is_label else text)):
-                own[at] = codes.get(value, -1) if name in self.fixed else codes.setdefault(value, len(codes))
-        if len(codes) > _MOST_CATEGORIES:
-            remedy = f"use another {spell('loss')}" if is_label else f"leave it out with {spell('exclude', (name,))}"
-            raise InputError(
-                f"{chunk.where(0)}: column {name!r} has more than {_MOST_CATEGORIES:,} categories by here; {remedy}"
-            )
-        found: np.ndarray = own[indices]
-        return found
+        """The codes of categories or labels; NaN for missing values."""
+        if name in self.labelled:
+            remedies = f"choose another {spell('target')}", f"use another {spell('loss')}"
+        else:
+            remedies = f"take it out of {spell('categorical')}", f"leave it out with {spell('exclude', (name,))}"
+        return encode_texts(chunk, name, column, self.codes[name], name in self.fixed, name in self.labelled, remedies)
 
     def valid(self, raw: np.ndarray) -> np.ndarray:
         """[n] bool: which rows are used; with missing="drop", those without missing values."""
@@ -336,6 +334,7 @@ class RawReader:
         columns = self.columns
         filled = columns.features if columns.missing == "mean" else ()
         filled = filled[:-1] if columns.offset_column is not None else filled
+        filled = tuple(name for name in filled if name != columns.group_column)
         wrong = {name: m for name, m in self._missing.items() if columns.missing != "drop" and name not in filled}
         if wrong:
             least = "at least " if self._predicts else ""
@@ -344,24 +343,6 @@ class RawReader:
             )
             remedies = ("drop",) if columns.missing == "mean" or self._predicts else ("drop", "mean")
             raise InputError(f"{table}: values are missing: {each}; fill them in, or use {spell('missing', *remedies)}")
-
-
-def _distinct(column: pa.Array) -> tuple[list[str | None], np.ndarray]:
-    """The distinct values of a column as text, and for each row the position of its value; -1 if it is missing."""
-    kind = column.type
-    if pa.types.is_duration(kind):
-        raise TypeError("its values are spelled differently by each program")
-    if not (pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_decimal(kind)):
-        column = column.cast(pa.string())
-    encoded = pc.dictionary_encode(column)
-    values, texts = encoded.dictionary, list[str | None]()
-    if pa.types.is_floating(kind):
-        texts = [None if np.isnan(value) else to_text(value) for value in values.to_numpy(zero_copy_only=False)]
-    elif pa.types.is_decimal(kind):
-        texts = [to_text(value) for value in values.to_pylist()]
-    else:
-        texts = values.cast(TEXTS).to_pylist()
-    return texts, pc.fill_null(encoded.indices, -1).to_numpy(zero_copy_only=False)
 
 
 def _require_utf8(chunk: TableChunk, name: str, at: int) -> None:

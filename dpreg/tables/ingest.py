@@ -20,12 +20,13 @@ from numpy.typing import DTypeLike
 from dpreg.config import Columns, Config
 from dpreg.data.prefetch import prefetch
 from dpreg.data.sampler import keyed_hash
-from dpreg.data.schema import NUMBER, ROW, Schema
+from dpreg.data.schema import GROUP, NUMBER, ROW, Schema
 from dpreg.data.sources import RegressionData
 from dpreg.distributed.presence import at_work
 from dpreg.errors import InputError, prefix_errors, quote_names
 from dpreg.spelling import spell
 from dpreg.tables.cache import (
+    COLUMNS,
     ColumnWriter,
     DamagedCacheError,
     MappedSource,
@@ -46,7 +47,7 @@ from dpreg.tables.values import NotNumericError
 _FORMAT = 10  # version of the cache, a part of its key
 _ENCODED_BYTES = 16 << 20  # written at a time
 _AHEAD = 2  # batches that are read ahead in a thread
-_HELD_OUT = 1  # key of the hash of row numbers that selects validation rows
+_HELD_OUT = 1  # key of the hash of the numbers of rows or groups that selects validation rows
 _MOST_ROWS = 2**31 - 1
 
 Progress = Callable[[str, int], None]  # called with "reading" or "writing", and the number of rows so far
@@ -63,6 +64,7 @@ def read_table(
     cache_dir: str | None = None,
     dtype: DTypeLike = np.float32,
     progress: Progress = lambda what, rows: None,
+    seed: int = Config.seed,
 ) -> RegressionData:
     r"""The rows of a table, split, scaled and shuffled; its files are read the first time only.
 
@@ -75,6 +77,7 @@ def read_table(
       cache_dir: the folder of cached tables; ~/.cache/dpreg/tables by default.
       dtype: the dtype of the rows on the host, float32 or float64.
       progress: called at intervals with the activity and the number of rows so far.
+      seed: of the choice of the rows that are held out.
 
     Raises:
       InputError: as `ingest`.
@@ -102,7 +105,7 @@ def read_table(
     if validation_dataset is not None:
         validation = open_table(validation_dataset, "validation_dataset")
     cache = pathlib.Path(cache_dir or "~/.cache/dpreg/tables").expanduser()
-    train, val, schema = ingest(table, columns, cache, validation, dtype, progress)
+    train, val, schema = ingest(table, columns, cache, validation, dtype, progress, seed)
     return RegressionData(train, val, batch_size, schema, columns, train.left_out)
 
 
@@ -113,6 +116,7 @@ def ingest(
     validation: Table | None = None,
     dtype: DTypeLike = np.float32,
     progress: Progress = lambda what, rows: None,
+    seed: int = Config.seed,
 ) -> tuple[MappedSource, MappedSource | None, Schema]:
     """The rows to fit of a table, its validation rows, and its schema; from the cache if they are in it.
 
@@ -123,6 +127,7 @@ def ingest(
       validation: a table of validation rows; by default, a fraction of `table`.
       dtype: the dtype of the rows.
       progress: called at intervals with the activity and the number of rows so far.
+      seed: of the choice of the rows, or the groups, that are held out.
 
     Raises:
       InputError: for missing columns, values that are not numbers, missing or not finite (names the file, the column
@@ -131,10 +136,11 @@ def ingest(
     """
     columns = resolve(columns, table)
     if validation is not None:
-        validation.require(columns.used_columns)
+        validation.require((*columns.used_columns, *([columns.group_column] if columns.group_column else [])))
+    split = seed if validation is None and columns.validation_fraction else None
     dtype = np.dtype(dtype)
     files = [table.signature, validation.signature if validation else None]
-    what = [_FORMAT, str(dtype), *files, dataclasses.asdict(columns)]
+    what = [_FORMAT, str(dtype), *files, dataclasses.asdict(columns), split]
     folder = cache / hashlib.sha256(json.dumps(what).encode()).hexdigest()[:32]
     try:
         rows = opened(folder)
@@ -143,7 +149,7 @@ def ingest(
         rows = None
     if rows is None:
         try:
-            _write_folder(table, validation, columns, dtype, folder, progress)
+            _write_folder(table, validation, columns, dtype, folder, progress, split)
         except OSError as error:
             if error.errno in (errno.ENOSPC, errno.EDQUOT):
                 raise InputError(
@@ -167,13 +173,14 @@ def _write_folder(
     dtype: np.dtype,
     folder: pathlib.Path,
     progress: Progress,
+    split: int | None,
 ) -> None:
     """Writes the folder of a table. A column of text that is a factor of a formula by its name is a category."""
     found = tuple[str, ...]()
     while True:
         try:
             with new_folder(folder) as new:
-                return _write(table, validation, columns, dtype, new, progress, found)
+                return _write(table, validation, columns, dtype, new, progress, split, found)
         except NotNumericError as error:
             if columns.formula is None or not error.is_text or error.column not in columns.features:
                 raise
@@ -188,17 +195,24 @@ def _write(
     dtype: np.dtype,
     folder: pathlib.Path,
     progress: Progress,
+    split: int | None,
     texts: Sequence[str] = (),
 ) -> None:
-    """Writes the files of a table; `texts` are the categories in which a text was found, and no number may be."""
+    """Writes the files of a table.
+
+    Args:
+      split: the seed of the choice of the rows to hold out; None to hold out none of this table.
+      texts: the categories in which a text was found, and no number may be.
+    """
     reader = RawReader(columns, dtype=dtype)
     learned, read = ColumnStatistics(reader), 0
     with Shuffle(folder / "train") as train, Shuffle(folder / "val") as val:
         for rows in prefetch(reader.read(table), _AHEAD):
             held_out = np.zeros(len(rows), bool)
-            if validation is None:
-                held_out = keyed_hash(rows[:, NUMBER], _HELD_OUT) < np.uint32(columns.validation_fraction * 0xFFFFFFFF)
             valid = reader.valid(rows)
+            if split is not None:  # a missing group is refused below, or its row is not valid
+                numbers = np.nan_to_num(rows[:, NUMBER if columns.group_column is None else GROUP])
+                held_out = keyed_hash(numbers, _HELD_OUT, split) < np.uint32(columns.validation_fraction * 0xFFFFFFFF)
             fitted = rows[valid & ~held_out]
             with prefix_errors(table.name):
                 learned.add(fitted)
@@ -231,12 +245,14 @@ def _write(
             if schema.terms:
                 schema = learned.scaled_terms(schema, _batches(train.in_order(again=True), codes, schema, dtype))
         row_bytes = dtype.itemsize * (len(schema.features) + len(schema.targets) + 1) + np.dtype(np.int64).itemsize
+        names = COLUMNS if columns.group_column is None else (*COLUMNS, "group")
         at_once = block_rows(row_bytes)
         written = {}
         for name, shuffled, of in (("train", train, table), ("val", val, validation or table)):
             with prefix_errors(of.name):
-                written[name] = _encode(shuffled.in_order(), folder / name, schema, dtype, codes, at_once, progress)
-    write_manifest(folder, table.name, schema, dtype, at_once, written, left_out)
+                batches = _batches(shuffled.in_order(), codes, schema, dtype)
+                written[name] = _encode(batches, folder / name, schema, dtype, names, at_once, progress)
+    write_manifest(folder, table.name, schema, dtype, names, at_once, written, left_out)
 
 
 def _require_rows(
@@ -278,25 +294,27 @@ def _batches(
 
 
 def _encode(
-    parts: Iterable[np.ndarray],
+    batches: Iterable[np.ndarray],
     prefix: pathlib.Path,
     schema: Schema,
     dtype: np.dtype,
-    codes: Sequence[np.ndarray | None],
+    names: Sequence[str],
     rows_of_block: int,
     progress: Progress,
 ) -> Part:
-    """Writes the encoded rows in their final order."""
+    """Writes the columns of some names, of the encoded rows in their final order."""
 
     def encoded() -> Iterator[dict[str, np.ndarray]]:
-        for raw in _batches(parts, codes, schema, dtype):
-            yield schema.rows(raw, dtype) | {"row": raw[:, ROW].astype(np.int64)}
+        for raw in batches:
+            found = schema.rows(raw, dtype)
+            found |= {"row": raw[:, ROW].astype(np.int64), "group": raw[:, GROUP].astype(np.int32)}
+            yield {name: found[name] for name in names}
 
-    digests = {name: hashlib.blake2b(digest_size=32) for name in ("x", "y", "weight")}
+    digests = {name: hashlib.blake2b(digest_size=32) for name in names if name != "row"}
     with contextlib.ExitStack() as stack:
         files = {
             name: stack.enter_context(ColumnWriter(prefix.with_name(f"{prefix.name}.{name}"), rows_of_block))
-            for name in (*digests, "row")
+            for name in names
         }
         done = 0
         for rows in prefetch(encoded(), _AHEAD):

@@ -49,6 +49,7 @@ def columns_of(schema: Schema, columns: Columns | None, targets: bool) -> Column
         target=tuple(target.name for target in schema.targets) if targets else (),
         target_transform="labels" if schema.labels else "log" if schema.log_targets else "none",
         weight_column=columns.weight_column if targets else None,
+        group_column=None,
     )
 
 

@@ -63,6 +63,7 @@ def build_data(config: Config, progress: Progress = lambda what, rows: None) -> 
             cache_dir=config.cache_dir,
             dtype=dtype_of(config),
             progress=progress,
+            seed=config.seed,
         )
 
     first = read() if jax.process_index() == 0 else None

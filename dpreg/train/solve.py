@@ -38,9 +38,10 @@ def solve(
     Raises:
       InputError: as `Solver.solve`.
     """
+    groups = None if config.group_column is None else data.train.group  # type: ignore[attr-defined]
     source, levels = CastSource(data.train, config.precision), BaseLevels.named(data.schema, config.base)
     offset = None if config.offset_column is None else data.num_inputs - 1  # the last column
-    solver = Solver(source, trainer.mesh, config.num_shards, heartbeat, offset, levels)
+    solver = Solver(source, trainer.mesh, config.num_shards, heartbeat, offset, levels, groups)
     try:
         solution = solver.solve(config)
     except NoOptimumError:
