@@ -26,8 +26,7 @@ from dpreg.models.linear import linear_parameters
 from dpreg.models.mlp import LinearRegression
 from dpreg.solvers.glm import FAMILIES
 from dpreg.solvers.solver import Solver
-from dpreg.tables import cache, csv_files, ingest, shuffle, standalone
-from dpreg.tables import codes
+from dpreg.tables import cache, codes, csv_files, ingest, shuffle, standalone
 from dpreg.tables import columns as data_columns
 from dpreg.tables.statistics import Moments
 
