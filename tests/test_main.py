@@ -166,7 +166,7 @@ def test_real_diamonds_are_fitted_to_within_a_thousandth_of_least_squares(tmp_pa
         summaries.append(summary_of(tmp_path / str(devices)))
     assert summaries[0]["params_sha256"] == summaries[1]["params_sha256"]
 
-    held_out = keyed_hash(np.arange(len(y)), 1) < np.uint32(0.1 * 0xFFFFFFFF)
+    held_out = keyed_hash(np.arange(len(y)), 1, 0) < np.uint32(0.1 * 0xFFFFFFFF)
 
     def r2(prediction):
         rest = y[held_out] - prediction[held_out]
