@@ -21,7 +21,8 @@ import time
 import weakref
 
 ROOT = pathlib.Path(__file__).parent.parent
-IMPORTED = ("dpreg.main", "dpreg.report", "scipy.linalg", "scipy.special")  # None of them starts JAX or its threads.
+# None of them starts JAX or its threads. A run imports jinja2 for its report, and pyarrow imports pandas.
+IMPORTED = ("dpreg.main", "dpreg.report", "jinja2", "pandas", "scipy.linalg", "scipy.special")
 
 
 def run(*arguments, timeout=240, **where):
