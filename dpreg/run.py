@@ -308,7 +308,8 @@ def _prepared(config: Config, data: RegressionData, progress: ProgressDisplay) -
         )
     progress.doing("compiling")
     bias = constant_fit(config, data) if config.solver == "sgd" else None
-    trainer.prepare_model(build_model(config, data.num_inputs, data.num_targets, num_steps, bias))
+    model = build_model(config, data.num_inputs, data.num_targets, num_steps, bias)
+    trainer.prepare_model(model, trains=config.solver == "sgd")
     return trainer
 
 

@@ -58,8 +58,9 @@ def test_the_same_seed_gives_the_same_result_twice_and_another_seed_another():
         trainer.fit(Net(optax.sgd(0.05)), Rows(100).data(16))
         return np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(trainer.state.params)])
 
-    np.testing.assert_array_equal(run(3), run(3))
-    assert not np.array_equal(run(3), run(4))
+    first = run(3)
+    np.testing.assert_array_equal(first, run(3))
+    assert not np.array_equal(first, run(4))
 
 
 def test_any_flax_module_with_a_loss_and_an_optimizer_trains():
@@ -92,8 +93,7 @@ def test_validation_is_not_traced_as_training():
     assert trainer.val_loss == pytest.approx(float(np.square(data.val.y).mean() / 2), rel=1e-6)
 
 
-@pytest.mark.parametrize("num_devices", [1, 3, 8])
-@pytest.mark.parametrize("placement", ["device", "host"])
+@pytest.mark.parametrize(("num_devices", "placement"), [(1, "host"), (2, "device"), (3, "device"), (8, "host")])
 def test_validation_is_the_exact_weighted_mean_over_all_rows(num_devices, placement):
     val = Rows(101, num_inputs=2, weighted=True, seed=4).source()
     val = dpreg.ArraySource(val.x, np.c_[val.y, 50 + val.y**2], val.weight)
@@ -125,7 +125,7 @@ def test_gradient_clip_val_scales_the_global_gradient_to_its_norm():
 
 @pytest.mark.parametrize(
     ("reduction", "backend", "num_devices"),
-    [*(("pmean", "jit", n) for n in (1, 2, 4, 8)), *(("ordered", "jit", n) for n in (1, 8)), ("pmean", "pmap", 4)],
+    [("pmean", "jit", 1), ("pmean", "jit", 8), ("ordered", "jit", 1), ("ordered", "jit", 3), ("pmean", "pmap", 2)],
 )
 def test_the_reported_gradient_norm_is_measured_before_clipping(reduction, backend, num_devices):
     """Compares with gradient descent in float64, on weighted rows that no number of devices divides."""
@@ -176,6 +176,19 @@ def test_a_predictor_does_not_change_with_further_steps():
     trainer.fit_epochs(1)
     assert (trainer.predict(x) != before).any()
     np.testing.assert_array_equal(predictor.predict(x), before)
+
+
+def test_a_model_that_is_prepared_without_steps_validates_and_predicts_but_does_not_train():
+    trainer, data = dpreg.Trainer(1, 3), Rows(40).data(8, num_val=21)
+    trainer.prepare_data(data)
+    trainer.prepare_model(dpreg.LinearRegressionScratch(3, lr=0.1), trains=False)
+    w, b = np.array([[1.0], [-2.0], [0.5]]), np.array([0.25])
+    trainer.set_linear_params(w, b, 0.0)
+    error = data.val.x @ w + b - data.val.y
+    assert trainer.val_loss == pytest.approx(np.mean(error**2) / 2, rel=1e-6)
+    np.testing.assert_allclose(trainer.predict(data.val.x), data.val.y + error, rtol=1e-5, atol=1e-6)
+    with pytest.raises(dpreg.InputError, match="trains=False: the model is prepared without steps"):
+        trainer.fit_epochs()
 
 
 def test_a_predictor_uses_the_batch_size_of_training():
@@ -411,7 +424,7 @@ def test_devices_wait_between_epochs_only_for_validation(num_val, steps_per_bloc
     def trained(epochs_at_once):
         trainer, calls, reported = dpreg.Trainer(12, 3, placement=placement, steps_per_block=steps_per_block), [], []
         trainer.prepare_data(Rows(101).data(16, num_val=num_val))  # Each epoch has 7 steps.
-        trainer.prepare_model(Net(optax.sgd(0.05)))
+        trainer.prepare_model(Plain(optax.sgd(0.05, 0.9)))
         block = trainer.loop.program.train_block
         counted = lambda *arguments: calls.append(1) or block(*arguments)  # noqa: E731
         trainer.loop.program = dataclasses.replace(trainer.loop.program, train_block=counted)
@@ -529,7 +542,7 @@ def _float32_again():
 # With 5 rows some shards have none.
 @pytest.mark.parametrize(
     ("devices", "backend", "rows"),
-    [(2, "pmap", 37), (3, "jit", 37), (4, "pmap", 5), (8, "jit", 37), (8, "jit", 5), (1, "pmap", 5)],
+    [(1, "pmap", 5), (2, "pmap", 37), (3, "jit", 37), (8, "jit", 5)],
 )
 def test_batch_norm_over_the_batch_agrees_with_float64(devices, backend, rows):
     rng = np.random.default_rng(0)
@@ -604,9 +617,10 @@ def program(kind, reduction, backend="jit", accumulate=1, num_devices=None, rows
     return trainer.loop.program.train_block.as_text()
 
 
-@pytest.mark.parametrize("backend", ["jit", "pmap"])
-@pytest.mark.parametrize("kind", ["linear", "mlp"])
-@pytest.mark.parametrize("accumulate", [1, 4])
+@pytest.mark.parametrize(
+    ("kind", "backend", "accumulate"),
+    [("linear", "jit", 1), ("linear", "pmap", 4), ("mlp", "pmap", 1), ("mlp", "jit", 4)],
+)
 def test_the_compiled_step_communicates_once(kind, backend, accumulate):
     text = program(kind, "pmean", backend, accumulate)
     assert text.count(" all-reduce(") + text.count(" all-reduce-start(") == 1

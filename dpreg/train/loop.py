@@ -112,6 +112,8 @@ class Loop:
           on_sync: called at each sync point.
         """
         self.require_idle()
+        if self.program.train_block is None:
+            raise InputError("trains=False: the model is prepared without steps; prepare it with them to train it")
         if not self._all_reported:
             raise InputError("fit_epochs is running, or was ended between steps and reports; fit anew")
         stop, steps = self.num_steps, self.program.steps_per_epoch

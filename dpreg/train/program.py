@@ -233,7 +233,7 @@ class Program:
     Attributes:
       data: the rows.
       model: as for `Trainer.fit`.
-      train_block: see `dpreg.step.compile.compile_train_block`.
+      train_block: see `dpreg.step.compile.compile_train_block`; None of a run that takes no steps.
       eval_block: see `compile_eval_block`; None without validation rows.
       gather_used: gathers the counts of the audit from all devices in all processes.
       optimizer_start: a digest of the optimizer's initial state; "" for a model of dpreg.
@@ -241,7 +241,7 @@ class Program:
 
     data: LaidOutData
     model: Model
-    train_block: Callable[..., Any]
+    train_block: Callable[..., Any] | None
     eval_block: tuple[Callable[..., Any], Callable[[Any], Any]] | None
     gather_used: Callable[[Any], Any]
     optimizer_start: str
@@ -280,16 +280,18 @@ def first_state(model: Model, data: LaidOutData) -> TrainState:
     return state
 
 
-def compile_program(model: Model, data: LaidOutData, state: TrainState) -> Program:
-    """Compiles the steps of a run for a state that is on its devices."""
+def compile_program(model: Model, data: LaidOutData, state: TrainState, trains: bool = True) -> Program:
+    """Compiles the steps of a run for a state that is on its devices; without `trains` only those of validation."""
     settings = data.settings
     # Cached, and transferred before the first call.
     jax.block_until_ready([dataset.shard_ranges for dataset in (data.train, data.val) if dataset])
     optimizer_start = "" if comes_with_dpreg(model) else digest_values(state.opt_state)
-    with model_errors(model):
-        train_block = data.compile_train(model, state)
+    train_block: Callable[..., Any] | None = None
+    if trains:
+        with model_errors(model):
+            train_block = data.compile_train(model, state)
     gather_used: Callable[[Any], Any] = _zeros_on_host
-    if settings.audit:
+    if trains and settings.audit:
         gather_used = devices.compile_gather(settings.mesh, (settings.mesh.size, data.train.block_steps, 2), np.uint32)
     with model_errors(model):
         eval_block = data.compile_eval(model, {"params": state.params, "batch_stats": state.batch_stats})

@@ -56,6 +56,6 @@ def solve(
         )
     if solution.alpha is not None:
         config = dataclasses.replace(config, negative_binomial_alpha=solution.alpha)
-        trainer.prepare_model(build_model(config, data.num_inputs, data.num_targets))
+        trainer.prepare_model(build_model(config, data.num_inputs, data.num_targets), trains=False)
         say(f"the most likely {spell('negative_binomial_alpha')} is {solution.alpha:.6g}")
     return config, solution

@@ -154,13 +154,18 @@ class Trainer:
         self.seconds = dict.fromkeys(self.seconds, 0.0) | {"ingest": time.perf_counter() - started}
 
     @processes.together("compiling")
-    def prepare_model(self, model: Model) -> None:
-        """Initialises the state and compiles the steps, ahead of the first."""
+    def prepare_model(self, model: Model, trains: bool = True) -> None:
+        """Initialises the state and compiles the steps, ahead of the first.
+
+        Args:
+          model: as for `fit`.
+          trains: False for a linear model whose parameters are assigned by `set_linear_params`: it takes no step.
+        """
         started = time.perf_counter()
         state = first_state(model, self._laid_out)
         self._data = data = self._laid_out.limit_steps(state)
         held = DonatedState(state, self.mesh)
-        program = compile_program(model, data, held.current)
+        program = compile_program(model, data, held.current, trains)
         self._predictor = None
         self._loop = Loop(program, held, self._callbacks, self.seconds)
         self.seconds["compile"] += time.perf_counter() - started
