@@ -37,22 +37,22 @@ def test_tags_are_odd_and_differ_between_rows():
     assert len(np.unique(tags)) > 99_990  # Among 2**31 tags a few collide (birthday problem).
 
 
-@pytest.mark.parametrize("rows", [3, 37, 160])
-def test_an_epoch_uses_each_row_once_on_any_number_of_devices(rows):
+LAYOUTS = ((1, "device", "jit"), (1, "host", "pmap"), (3, "device", "pmap"), (8, "host", "jit"))
+
+
+@pytest.mark.parametrize(("rows", "layouts"), [(3, LAYOUTS[2:]), (37, LAYOUTS), (160, LAYOUTS[::3])])
+def test_an_epoch_uses_each_row_once_on_any_number_of_devices(rows, layouts):
     due = [rows, sum(map(tag, range(rows))) % 2**32]
     data = Rows(rows, weighted=True).data(16, num_val=5)
-    layouts = (
-        (1, "device", "jit"),
-        (1, "host", "pmap"),
-        (3, "device", "pmap"),
-        (8, "host", "jit"),
-    )
     for devices, placement, backend in layouts:
         trainer = dpreg.Trainer(
             3, devices, placement=placement, backend=backend, steps_per_block=2, reduction="ordered"
         )
         assert [audit.tolist() for audit in audits_of(trainer, data)] == [due] * 3
-    assert audits_of(dpreg.Trainer(3, audit=False), data) == [None] * 3
+
+
+def test_a_run_without_an_audit_reports_none():
+    assert audits_of(dpreg.Trainer(3, audit=False), Rows(37).data(16)) == [None] * 3
 
 
 def repeated(self, step, shard, seed):

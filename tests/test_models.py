@@ -10,7 +10,7 @@ import optax.contrib
 import pytest
 from flax import linen as nn
 from flax import nnx
-from models import Net, Rows
+from models import Rows
 
 import dpreg
 from dpreg.config.model import LOSSES
@@ -322,10 +322,20 @@ def test_the_digest_changes_if_and_only_if_the_computation_changes():
 
 
 def test_the_digest_of_a_run_includes_settings_in_the_optimizer_state():
+    class Mine(dpreg.Module):
+        lr: float
+
+        @nn.compact
+        def __call__(self, x):
+            return nn.Dense(1)(x)
+
+        def configure_optimizers(self):
+            return optax.inject_hyperparams(optax.sgd)(learning_rate=self.lr)
+
     def computation(rate):
         trainer = dpreg.Trainer(1, 1)
         trainer.prepare_data(Rows(16).data(8))
-        trainer.prepare_model(Net(optax.inject_hyperparams(optax.sgd)(learning_rate=rate)))
+        trainer.prepare_model(Mine(rate))
         return trainer.loop.computation
 
     assert differ(computation(0.1), computation(0.01))

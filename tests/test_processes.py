@@ -71,10 +71,9 @@ def test_different_block_lengths_in_one_and_two_processes_change_no_bit(tmp_path
     assert outcome(tmp_path / "two") == outcome(tmp_path / "one")
 
 
-def test_pmean_in_two_processes_agrees_up_to_rounding(tmp_path):
-    several(2, tmp_path / "two", "--reduction=pmean")
-    alone(tmp_path / "one", "--reduction=pmean")
-    (_, two, *_), (_, one, *_) = outcome(tmp_path / "two"), outcome(tmp_path / "one")
+def test_pmean_in_two_processes_agrees_up_to_rounding(tmp_path, expected):
+    several(2, tmp_path, "--reduction=pmean")
+    (_, two, *_), (_, one, *_) = outcome(tmp_path), expected
     for ours, theirs in zip(two, one, strict=True):
         assert ours["train_loss"] == pytest.approx(theirs["train_loss"], rel=1e-5)
         assert ours.get("audit") == theirs.get("audit")

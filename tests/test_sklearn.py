@@ -132,8 +132,8 @@ def test_the_sums_for_softmax_agree_with_automatic_differentiation():
             return jnp.vdot(loss.rows(jnp.asarray(x) @ theta[1:] + theta[:1], jnp.asarray(y)), weight)
 
         flat = jnp.asarray(theta.ravel())
-        parts = weight.sum(), total(flat), jax.grad(total)(flat), jax.hessian(total)(flat)
-        expected = np.concatenate([np.ravel(part) for part in parts])
+        parts = jax.jit(lambda flat: (total(flat), jax.grad(total)(flat), jax.hessian(total)(flat)))(flat)
+        expected = np.concatenate([np.ravel(part) for part in (weight.sum(), *parts)])
         np.testing.assert_allclose(softmax.sums(x, y, weight, theta), expected, atol=1e-12)
 
 
