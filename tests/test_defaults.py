@@ -197,6 +197,22 @@ def test_chosen_settings_do_not_depend_on_digits_that_differ_between_machines(ta
         assert float(f"{value:.6g}") == value
 
 
+@pytest.mark.parametrize("rows", [12, 120, 900])
+def test_the_weight_decay_of_a_network_follows_the_noise_and_the_number_of_rows(tables, rows, monkeypatch):
+    _, x, targets = tables
+    x, y, weight = x[:rows], np.column_stack([targets["price"], targets["cost"]])[:rows], np.arange(rows) % 3 + 1.0
+    data = dpreg.RegressionData(dpreg.ArraySource((x - x.mean(axis=0)) / x.std(axis=0), y, weight=weight))
+    monkeypatch.setattr("dpreg.train.defaults.build_data", lambda config, progress: data)
+    config, *_ = read_rows(config_of(tables, "price", model="mlp"))
+    explained = [sm.WLS(column, sm.add_constant(x), weights=weight).fit().rsquared_adj for column in y.T]
+    noise = max(1 - np.mean(explained), 0.2)
+    expected = 3.5 * noise * (500 / max(rows, 70)) ** (1 if rows < 500 else 0.75)
+    assert config.l2 == pytest.approx(expected, rel=0.01)
+    assert read_rows(config_of(tables, "price", model="mlp", loss="logistic"))[0].l2 == pytest.approx(
+        3 * min(1, (500 / rows) ** 0.75), rel=0.01
+    )
+
+
 def test_settings_given_by_the_user_are_kept(tables):
     given = {"batch_size": 48, "max_epochs": 2, "lr": 0.5, "optimizer": "momentum", "lr_schedule": "linear"}
     config, *_ = read_rows(config_of(tables, "price", model="mlp", target_transform="log", **given))

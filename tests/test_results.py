@@ -379,7 +379,7 @@ def test_settings_of_results_are_refused_where_they_do_not_apply(wrong, message)
         Config(**wrong)
 
 
-def test_an_exact_solution_fits_all_rows_unless_others_are_asked_for(folder, monkeypatch):
+def test_all_rows_are_fitted_where_no_step_is_stopped_by_others_unless_they_are_asked_for(folder, monkeypatch):
     asked = {"dataset": str(folder / "new.csv"), "target": ("squared",), "features": ("year", "size")}
     asked |= {"cache_dir": str(folder / "cache")}
 
@@ -391,12 +391,20 @@ def test_an_exact_solution_fits_all_rows_unless_others_are_asked_for(folder, mon
     assert whole[:4] == ("exact", 0.0, 0, 211)
     assert read(seed=7) == read(solver="exact") == whole
     assert read(loss="huber")[:4] == ("exact", 0.0, 0, 211)
-    for settings in ({"given": frozenset({"validation_fraction"})}, {"lr": 0.1}, {"model": "mlp"}, {"solver": "sgd"}):
+    assert read(model="mlp")[:4] == ("sgd", 0.0, 0, 211)  # A tenth of the rows is too few to stop by.
+    for expected, settings in (
+        ("exact", {"given": frozenset({"validation_fraction"})}),
+        ("sgd", {"lr": 0.1}),
+        ("sgd", {"solver": "sgd"}),
+        ("sgd", {"model": "mlp", "patience": 5, "given": frozenset({"patience"})}),
+    ):
         solver, fraction, held_out, fitted, _ = read(**settings)
-        assert (solver, fraction) == ("exact" if "given" in settings else "sgd", 0.1)
+        assert (solver, fraction) == (expected, 0.1)
         assert 5 < held_out < 40
         assert held_out + fitted == 211
     assert read(validation_dataset=str(folder / "new.csv"))[2:4] == (211, 211)
+    monkeypatch.setattr(defaults, "_ROWS_OF_PATIENCE", 5)
+    assert read(model="mlp")[:2] == ("sgd", 0.1)
     monkeypatch.setitem(defaults._WIDEST, "squared", 2)
     solver, fraction, held_out, *_ = read()
     assert (solver, fraction) == ("sgd", 0.1)

@@ -12,7 +12,7 @@ import numpy as np
 
 from dpreg.config import Config
 from dpreg.config.model import LABEL_LOSSES, LOCATED_LOSSES, LOG_LINK_LOSSES, MODELS
-from dpreg.data.sources import RegressionData
+from dpreg.data.sources import RegressionData, Source
 from dpreg.spelling import spell
 from dpreg.tables.ingest import Progress
 from dpreg.tables.levels import BaseLevels
@@ -38,8 +38,11 @@ _SGD_LR_OF_NETWORKS = 0.01
 _WARM_UP = 0.05  # of the steps
 _PATIENCE = 0.1  # of the epochs
 _LEAST_PATIENCE = 10
-_ROWS_OF_PATIENCE = 200  # held out: the loss of fewer is too noisy to stop by
-_WEIGHT_DECAY, _ROWS_OF_WEIGHT_DECAY = 3.0, 500  # up to so many rows; less for more
+_ROWS_OF_PATIENCE = 200  # held out: the loss of fewer is too noisy to stop by, so that they are fitted instead
+_WEIGHT_DECAY, _ROWS_OF_WEIGHT_DECAY = 3.5, 500  # for a target of noise alone
+_LEAST_NOISE = 0.2  # share of the variance of the target
+_LEAST_ROWS = 70  # more decay than that of so many rows would bound the weights too much, as AdamW keeps |w| < 1 / l2
+_WEIGHT_DECAY_OF_OTHERS = 3.0  # of losses for which the noise is not estimated
 
 
 def read_rows(config: Config, progress: Progress = lambda what, rows: None) -> tuple[Config, RegressionData, str]:
@@ -51,12 +54,13 @@ def read_rows(config: Config, progress: Progress = lambda what, rows: None) -> t
     Raises:
       InputError: as `build_data`.
     """
-    if config.dataset != "synthetic" and not config.is_given("target_transform"):
+    is_table = config.dataset != "synthetic"
+    if is_table and not config.is_given("target_transform"):
         config = dataclasses.replace(config, target_transform=_choose_transform(config))
     solver, why = _choose_solver(config)
     # All rows are fitted where no step needs others to stop by, unless the caller asks for validation rows.
     asked = config.is_given("validation_fraction") or config.validation_dataset is not None
-    whole = solver != "sgd" and config.dataset != "synthetic" and not asked
+    whole = solver != "sgd" and is_table and not asked
     data = build_data(dataclasses.replace(config, validation_fraction=0.0) if whole else config, progress)
     BaseLevels.named(data.schema, config.base)  # refuses unknown ones before the work begins
     if config.loss == "softmax" and data.schema and data.schema.labels and not config.is_given("num_classes"):
@@ -66,8 +70,11 @@ def read_rows(config: Config, progress: Progress = lambda what, rows: None) -> t
         data = build_data(config, progress) if whole else data
     elif whole:
         config = dataclasses.replace(config, validation_fraction=0.0)
+    elif config.model == "mlp" and is_table and not (asked or config.is_given("patience")) and _are_few(data.val):
+        config = dataclasses.replace(config, validation_fraction=0.0)
+        data = build_data(config, progress)
     config = dataclasses.replace(config, solver=solver)
-    if solver == "sgd" and config.dataset != "synthetic":
+    if solver == "sgd" and is_table:
         chosen = {name: value for name, value in _steps(config, data).items() if not config.is_given(name)}
         config = dataclasses.replace(config, **chosen)
         data.batch_size = config.batch_size
@@ -133,12 +140,44 @@ def _steps(config: Config, data: RegressionData) -> dict[str, Any]:
         chosen["lr"] = _in_digits(min(_NETWORK_LR * math.sqrt(batch / _SMALLEST_BATCH), _LARGEST_NETWORK_LR))
         chosen["warmup_steps"] = round(_WARM_UP * epochs * steps_of_epoch)
         if config.optimizer == "adamw" or not config.is_given("optimizer"):
-            chosen["l2"] = _in_digits(_WEIGHT_DECAY * min(1.0, (_ROWS_OF_WEIGHT_DECAY / rows) ** 0.75))
-        if data.val and len(data.val) >= _ROWS_OF_PATIENCE:
+            chosen["l2"] = _in_digits(_weight_decay(config, data))
+        if data.val and not _are_few(data.val):
             chosen["patience"] = max(_LEAST_PATIENCE, round(_PATIENCE * epochs))
     else:
         chosen["lr"] = _in_digits(_rate_of_linear_model(config, data, batch))
     return chosen
+
+
+def _are_few(val: Source | None) -> bool:
+    """Whether there are validation rows, but too few of them to stop by."""
+    return val is not None and 0 < len(val) < _ROWS_OF_PATIENCE
+
+
+def _weight_decay(config: Config, data: RegressionData) -> float:
+    """The weight decay of a network: in proportion to the noise of the target, and less for more rows.
+
+    The best penalty of ridge regression is the variance of the noise over the number of rows and the variance of the
+    weights (Hoerl, Kennard and Baldwin 1975). The variance that a linear model does not explain stands for that of the
+    noise. Beyond some rows, the decay falls more slowly, and validation rows end the run.
+    """
+    ratio = _ROWS_OF_WEIGHT_DECAY / max(len(data.train), _LEAST_ROWS)
+    if config.loss not in LOCATED_LOSSES:
+        return _WEIGHT_DECAY_OF_OTHERS * min(1.0, math.pow(ratio, 0.75))
+    return _WEIGHT_DECAY * _noise(_sample(data)) * max(ratio, math.pow(ratio, 0.75))
+
+
+def _noise(sample: dict[str, np.ndarray]) -> float:
+    """1 - adjusted R2 of linear least squares, the mean over the targets; 1 for less than two rows a parameter."""
+    rows, width = len(sample["weight"]), 1 + sample["x"].shape[1]
+    if rows < 2 * width:
+        return 1.0
+    weight = sample["weight"].astype(np.float64) / sample["weight"].sum()
+    root, y = np.sqrt(weight)[:, None], sample["y"].astype(np.float64)
+    q, _ = np.linalg.qr(np.concatenate([root, root * sample["x"]], axis=1))
+    y = root * (y - weight @ y)
+    variance, residual = np.square(y).sum(axis=0), np.square(y - q @ (q.T @ y)).sum(axis=0)
+    share = np.divide(residual, variance, out=np.ones_like(variance), where=variance > 0)
+    return float(np.clip(share.mean() * (rows - 1) / (rows - width), _LEAST_NOISE, 1.0))
 
 
 def _in_digits(value: float) -> float:
