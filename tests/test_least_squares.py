@@ -289,7 +289,7 @@ def test_the_normal_equations_agree_with_the_decomposition_or_are_rejected(seed)
     y = x @ rng.normal(size=(x.shape[1], t)) / np.abs(x).max() + rng.normal(size=(n, t))
     weight = rng.integers(1, 4, n).astype(float)
     epsilon = float(np.spacing(np.float32(1)))
-    found = gram.factor(gram.products(x, y, weight), x.shape[1], epsilon)
+    found = gram.factor(gram.products(x, y, weight), x.shape[1], t, epsilon)
     careful = RFactor.of(x, y, weight)
     if found is None:
         scaled = (x - x.mean(axis=0))[:, x.std(axis=0) > 0]
@@ -315,7 +315,7 @@ def test_the_normal_equations_are_rejected_where_they_lose_precision():
     y = x @ [[1], [2], [3]] + rng.normal(size=(300, 1))
 
     def trusted(x, y, epsilon=2.0**-52):
-        return gram.factor(gram.products(x, y, one), x.shape[1], epsilon) is not None
+        return gram.factor(gram.products(x, y, one), x.shape[1], 1, epsilon) is not None
 
     assert trusted(x, y)
     for case in (

@@ -1,4 +1,4 @@
-"""The libraries of linear algebra, on one thread."""
+"""The libraries of linear algebra on one thread, and the threads that use them."""
 
 import functools
 from contextlib import AbstractContextManager
@@ -8,9 +8,13 @@ import numpy as np
 import scipy
 import threadpoolctl
 
+from dpreg.distributed import devices
+
+THREADS = min(8, devices.cores())  # that compute blocks of rows, or tiles of a matrix
+
 
 def one_blas_thread() -> AbstractContextManager[Any]:
-    """Linear algebra on one thread: blocks of rows have threads, and the bits must not depend on their number."""
+    """Linear algebra on one thread: blocks and tiles have threads, and the bits must not depend on their number."""
     context: AbstractContextManager[Any] = _blas().limit(limits=1, user_api="blas")
     return context
 

@@ -15,7 +15,7 @@ import scipy
 from dpreg.config import Config
 from dpreg.data.sampler import Sampler
 from dpreg.errors import InputError, NoOptimumError
-from dpreg.solvers.fit import Fit
+from dpreg.solvers.fit import Fit, Inverse
 from dpreg.solvers.tsqr import RFactor
 from dpreg.spelling import spell
 
@@ -103,11 +103,9 @@ class ElasticNet:
         w = self.weights(l1, l2, start)
         kept = np.flatnonzero(self._u)
         _, ridge = self._penalties(l1, l2)
-        root = (
-            scipy.linalg.solve_triangular(self._factor(kept, ridge)[0], np.eye(len(kept))) if len(kept) else np.eye(0)
-        )
-        found = w[:, None], self._varying[kept], root / self._spread[kept, None]
-        return self._triangle.make_fit(*found, l2, self._intercept, l1)
+        r = self._factor(kept, ridge)[0] if len(kept) else np.eye(0)
+        inverse = Inverse(self._varying[kept], r, self._spread[kept])
+        return self._triangle.make_fit(w[:, None], inverse, l2, self._intercept, l1)
 
     def weights(self, l1: float, l2: float = Config.l2, start: np.ndarray | None = None) -> np.ndarray:
         """The weights [d] of `solve`."""

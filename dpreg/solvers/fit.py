@@ -1,12 +1,15 @@
 """An exact linear fit: its parameters, and the covariance of their errors."""
 
 import dataclasses
+import functools
 from typing import TYPE_CHECKING
 
 import numpy as np
 import scipy
 
 from dpreg.config import Config
+from dpreg.solvers import tiles
+from dpreg.solvers.blas import one_blas_thread
 from dpreg.solvers.sandwich import Sandwich
 
 if TYPE_CHECKING:
@@ -18,13 +21,30 @@ WIDE = 256  # for more columns decompositions with pivoting, or of singular valu
 
 @dataclasses.dataclass(frozen=True)
 class Inverse:
-    """A matrix whose product with its transpose is the inverse of x'x, for the columns `kept`, in that order.
+    """The inverse of x'x, and of a penalty, for some of the columns of x.
 
     The columns are centred if there is an intercept.
+
+    Attributes:
+      kept: [k] the numbers of the columns, in the order of `r`.
+      r: [k, k] upper triangle: R'R is that matrix for columns of length 1.
+      lengths: [k] of the columns.
     """
 
     kept: np.ndarray
-    root: np.ndarray
+    r: np.ndarray
+    lengths: np.ndarray
+
+    def times(self, columns: np.ndarray) -> np.ndarray:
+        """The inverse times columns [k, p]."""
+        scaled = scipy.linalg.solve_triangular(self.r, columns / self.lengths[:, None], trans="T")
+        return np.asarray(scipy.linalg.solve_triangular(self.r, scaled) / self.lengths[:, None])
+
+    @functools.cached_property
+    def root(self) -> np.ndarray:
+        """[k, k] whose product with its transpose is the inverse. It costs as much as R, and only errors need it."""
+        with one_blas_thread():
+            return np.asarray(tiles.inverse(self.r) / self.lengths[:, None])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,7 +104,7 @@ class Fit:
             ),
             w=np.insert(self.w, column, 1, axis=0),
             kept=moved(self.kept),
-            inverse=Inverse(self.inverse.kept + (self.inverse.kept >= column), self.inverse.root),
+            inverse=dataclasses.replace(self.inverse, kept=self.inverse.kept + (self.inverse.kept >= column)),
             left_out=moved(self.left_out),
             infinite=moved(self.infinite),
             given=(column,),
@@ -98,9 +118,8 @@ class Fit:
           of_b: [t] that of weight (y - x w - b).
         """
         gradient = of_w - self.triangle.weight * (self.l1 * np.sign(self.w) + self.l2 * self.w)
-        kept, root = self.inverse.kept, self.inverse.root
-        step = np.zeros_like(self.w)
-        step[kept] = root @ (root.T @ gradient[kept])
+        step, kept = np.zeros_like(self.w), self.inverse.kept
+        step[kept] = self.inverse.times(gradient[kept])
         more = of_b / self.triangle.weight * self.intercept - self.means @ step
         return dataclasses.replace(self, w=self.w + step, b=self.b + more)
 
@@ -108,7 +127,7 @@ class Fit:
         """The fit of the columns of x and y times `scale` plus `mean`, both [d + t]; the penalty is not rescaled."""
         d = len(self.w)
         w = self.w / scale[:d, None] * scale[d:]
-        inverse = Inverse(self.inverse.kept, self.inverse.root / scale[self.inverse.kept, None])
+        inverse = dataclasses.replace(self.inverse, lengths=self.inverse.lengths * scale[self.inverse.kept])
         triangle, sandwich = self.triangle.in_units(mean, scale), self.sandwich
         if sandwich is not None:
             sandwich = sandwich._replace(scores=sandwich.scores * np.square(scale[d:])[:, None, None])

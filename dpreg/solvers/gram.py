@@ -8,6 +8,7 @@ is small.
 import numpy as np
 import scipy
 
+from dpreg.solvers import tiles
 from dpreg.solvers.tsqr import RFactor
 
 _OFFSET = 1e-2  # the least share of a column's mean square that its variance may be
@@ -17,51 +18,70 @@ _WELL_CONDITIONED = 1e-2  # times 1 / sqrt(d), the least reciprocal condition nu
 _UNEXPLAINED = 1e-3  # the least such share of a target
 
 
-def products(x: np.ndarray, y: np.ndarray, weight: np.ndarray) -> np.ndarray:
-    """The sums over rows of the products of sqrt(weight) [1, x, y], [m + m m] float64 with m = 1 + d + t.
+def size(columns: int) -> int:
+    """The number of sums for 1 + d + t columns, m: those of `products`, without others."""
+    return columns + tiles.packed_size(columns)
 
-    The first m are the number of rows with a weight, and 1 for each column that is not 0 in all rows, else 0.
+
+def products(x: np.ndarray, y: np.ndarray, weight: np.ndarray, others: np.ndarray | None = None) -> np.ndarray:
+    """The sums over rows of the products of sqrt(weight) [1, x, y], float64: m columns.
+
+    The first m values are the number of rows with a weight, and 1 for each column that is not 0 in all rows, else 0.
+    The products follow, as `tiles.unpacked` has them.
 
     Args:
       x: [n, d]; y: [n, t]; weight: [n], the rows.
+      others: [k] sums of something else, which are put before these.
     """
     columns = np.empty((len(x), 1 + x.shape[1] + y.shape[1]))
     columns[:, 0], columns[:, 1 : 1 + x.shape[1]], columns[:, 1 + x.shape[1] :] = 1, x, y
     if not (weight == 1).all():
         columns *= np.sqrt(weight, dtype=np.float64)[:, None]
-    head = np.asarray(columns.any(axis=0), np.float64)
+    m, k = columns.shape[1], 0 if others is None else len(others)
+    sums = np.empty(k + size(m))
+    sums[:k], head, packed = 0 if others is None else others, sums[k : k + m], sums[k + m :]
+    tiles.products(columns, packed)
+    head[:] = _diagonal(packed, m) != 0
+    small = head == 0  # or the squares of all values are 0, but not the values
+    head[small] = columns[:, small].any(axis=0)
     head[0] = np.count_nonzero(weight)
-    return np.concatenate([head, (columns.T @ columns).ravel()])
+    return sums
 
 
-def factor(sums: np.ndarray, num_inputs: int, epsilon: float) -> RFactor | None:
+def _diagonal(packed: np.ndarray, columns: int) -> np.ndarray:
+    return np.concatenate([np.diagonal(values) for _, values in tiles.unpacked(packed, columns)])
+
+
+def factor(sums: np.ndarray, num_inputs: int, num_targets: int, epsilon: float) -> RFactor | None:
     """The RFactor of the rows of `products`; None where their sums do not hold enough digits of it.
 
     Args:
-      sums: those of all rows.
-      num_inputs: d.
+      sums: those of all rows, without others.
+      num_inputs, num_targets: d and t.
       epsilon: as in `RFactor`.
     """
-    size = int((np.sqrt(4 * len(sums) + 1) - 1) / 2 + 0.5)  # m + m m = len(sums)
-    gram, rows = sums[size:].reshape(size, size), int(sums[0])
-    weight, d = float(gram[0, 0]), num_inputs
-    if not (weight > 0 and np.isfinite(gram).all()):
+    d, m = num_inputs, 1 + num_inputs + num_targets
+    head, packed = sums[:m], sums[m:]
+    first = tiles.unpacked(packed, m)[0][1][0]  # the products with 1
+    weight, rows = float(first[0]), int(head[0])
+    if not (weight > 0 and np.isfinite(packed).all()):
         return None
-    mean, raw = gram[0, 1:] / weight, np.diagonal(gram)[1:]
-    centred = gram[1:, 1:] - np.outer(mean, gram[0, 1:])
-    variance = np.diagonal(centred)
-    varies = sums[1:size] > 0
+    mean, raw, varies = first / weight, _diagonal(packed, m), head > 0
+    variance = raw - mean * first
+    varies[0] = False  # the constant
     if (variance[varies] < np.maximum(_OFFSET * raw[varies], _SMALLEST)).any():
         return None
     scale = np.where(varies, np.sqrt(np.maximum(variance, 0)), 1.0)
-    unit = centred / np.outer(scale, scale)
-    of_x, order = _cholesky(unit[:d, :d])
+    unit = _correlations(packed, first, mean, scale)[1:, 1:]
+    mean, scale, varies = mean[1:], scale[1:], varies[1:]
+    of_x, independent = _cholesky(unit[:d, :d])
     rank = len(of_x)
     # What rounding the values of a combination of other columns leaves of it, as `RFactor.rounding` has it.
     if rank < d and (np.diagonal(unit)[:d] - np.square(of_x).sum(axis=0) > np.square(2 * epsilon)).any():
         return None
-    independent = of_x[:, order[:rank]]
-    of_y = scipy.linalg.solve_triangular(independent, unit[order[:rank], d:], trans="T") if rank else unit[:0, d:]
+    of_y = unit[independent, d:]
+    if rank:
+        of_y = scipy.linalg.solve_triangular(of_x[:, independent], of_y, trans="T", check_finite=False)
     rest = unit[d:, d:] - of_y.T @ of_y
     if (np.diagonal(rest)[varies[d:]] < _UNEXPLAINED).any():
         return None
@@ -70,26 +90,46 @@ def factor(sums: np.ndarray, num_inputs: int, epsilon: float) -> RFactor | None:
         of_rest = np.linalg.cholesky(rest).T
     except np.linalg.LinAlgError:  # a target is a combination of others
         return None
-    whole = np.zeros((size, size))
-    whole[0] = np.concatenate([[np.sqrt(weight)], np.sqrt(weight) * mean])
-    whole[1 : 1 + rank, 1:] = np.concatenate([of_x, of_y], axis=1) * scale
+    whole = np.zeros((m, m))
+    whole[0] = np.sqrt(weight) * np.append(1.0, mean)
+    np.multiply(of_x, scale[:d], out=whole[1 : 1 + rank, 1 : 1 + d])
+    whole[1 : 1 + rank, 1 + d :] = of_y * scale[d:]
     whole[1 + d :, 1 + d :] = of_rest * np.where(varies[d:], scale[d:], 0.0)
-    return RFactor(whole, np.zeros(size - 1), d, rows, weight, epsilon)
+    return RFactor(whole, np.zeros(m - 1), d, rows, weight, epsilon)
 
 
-def _cholesky(gram: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(R [k, d] with R'R = gram, k independent columns first and the others after them), by Cholesky decomposition.
+def _correlations(packed: np.ndarray, first: np.ndarray, mean: np.ndarray, scale: np.ndarray) -> np.ndarray:
+    """The products of centred columns of length 1, [m, m]: in tiles on and above the diagonal; others are 0.
 
     Args:
-      gram: [d, d], with a diagonal of 1, or of 0 for columns of zeros.
+      packed: the products; first: [m] those with the constant, the column 0.
+      mean, scale: [m] of each column.
+    """
+    unit, of_tile = np.zeros((len(first), len(first))), {own.start: v for own, v in tiles.unpacked(packed, len(first))}
+
+    def fill(own: slice) -> None:
+        after = slice(own.start, None)
+        centred = of_tile[own.start] - np.outer(mean[own], first[after])
+        np.divide(centred, np.outer(scale[own], scale[after]), out=unit[own, after])
+
+    tiles.for_each(fill, tiles.tiles(0, len(first)))
+    return unit
+
+
+def _cholesky(gram: np.ndarray) -> tuple[np.ndarray, slice | np.ndarray]:
+    """(R [k, d] with R'R = gram, the numbers of k independent columns), by Cholesky decomposition.
+
+    Args:
+      gram: [d, d], with a diagonal of 1, or of 0 for columns of zeros; its upper triangle is read.
     """
     d = len(gram)
-    if not d:
-        return gram, np.zeros(0, int)
-    r, failed = scipy.linalg.lapack.dpotrf(gram)
-    if not failed and scipy.linalg.lapack.dpocon(r, np.abs(gram).sum(axis=0).max())[0] > _WELL_CONDITIONED / np.sqrt(d):
-        return r, np.arange(d)
+    r = tiles.cholesky(gram)
+    if r is not None:
+        # As a lower triangle, which LAPACK takes without a copy.
+        reciprocal = scipy.linalg.lapack.dpocon(r.T, tiles.norm(gram), uplo="L")[0] if d else 1.0
+        if reciprocal > _WELL_CONDITIONED / np.sqrt(d or 1):
+            return r, slice(0, d)
     r, order, rank, _ = scipy.linalg.lapack.dpstrf(gram, tol=_INDEPENDENT)
     found = np.zeros((rank, d))
     found[:, order - 1] = np.triu(r)[:rank]
-    return found, order - 1
+    return found, order[:rank] - 1

@@ -15,14 +15,14 @@ from dpreg.data.parts import hold_shards
 from dpreg.data.pipeline import host_bytes
 from dpreg.data.sampler import Sampler
 from dpreg.data.sources import Rows, Source
-from dpreg.distributed import devices, presence, processes, watchdog
+from dpreg.distributed import presence, processes, watchdog
 from dpreg.errors import InputError
+from dpreg.solvers import blas
 from dpreg.spelling import spell
 from dpreg.step.reduce import tree_sum
 
 _DECOMPOSED_VALUES = 1 << 21  # of a block of rows that is decomposed at once
 _COPIES = 5  # of the sums of a shard and of a block of rows, that are there at once
-_THREADS = min(8, devices.cores())
 
 
 class Passes:
@@ -96,7 +96,7 @@ class Passes:
         columns, at_once = 1 + self._inputs + self._targets, rows_at_once or self._rows_at_once()
         pieces = [self._pieces(shard, starts) for shard in range(self._sampler.num_shards)]
         most = max(map(len, pieces))  # ranges that one shard has rows of
-        self._require_memory(size, most, len(starts), _THREADS * _COPIES * at_once * columns)
+        self._require_memory(size, most, len(starts), blas.THREADS * _COPIES * at_once * columns)
         found = dict[tuple[int, int], np.ndarray]()  # by the shard and the range; of those without rows nothing
         waiting = collections.deque[tuple[tuple[int, int], concurrent.futures.Future[np.ndarray]]]()
 
@@ -105,7 +105,7 @@ class Passes:
             found[at] = add(found[at], part.result()) if at in found else part.result()
             self._heartbeat()
 
-        with presence.at_work("solving"), concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
+        with presence.at_work("solving"), concurrent.futures.ThreadPoolExecutor(blas.THREADS) as pool:
             for shard in self._own[self._own < len(pieces)].tolist():
                 for number, start, stop in pieces[shard]:
                     for first in range(start, stop, at_once):
@@ -116,7 +116,7 @@ class Passes:
                         if not counted.all():
                             block = {name: column[counted] for name, column in block.items()}
                         waiting.append(((shard, number), pool.submit(of, block)))
-                        if len(waiting) > _THREADS:
+                        if len(waiting) > blas.THREADS:
                             finish()
             while waiting:
                 finish()
@@ -144,7 +144,7 @@ class Passes:
         """Refuses results that do not fit into memory, before any is computed."""
         held = pieces * (self._own.size if jax.process_count() == 1 else 3 * self._sampler.num_shards)
         afterwards = 0 if ranges == 1 else 4 * ranges  # to combine the results of several ranges
-        needed, available = 8 * (size * (held + afterwards + _THREADS + _COPIES) + blocks), host_bytes()
+        needed, available = 8 * (size * (held + afterwards + blas.THREADS + _COPIES) + blocks), host_bytes()
         if needed > available:
             raise InputError(
                 f"an exact solution for {self._inputs:,} features needs {needed / 1e9:,.1f} GB of memory, and this "

@@ -41,13 +41,12 @@ def sum_products(problem: Problem, num_inputs: int, num_targets: int, others: in
     columns = 1 + num_inputs + num_targets
 
     def of(rows: Rows) -> np.ndarray:
-        *of_rows, also = problem(rows)
-        return np.concatenate([also, gram.products(*of_rows)])
+        return gram.products(*problem(rows))
 
     def factor(sums: np.ndarray) -> RFactor | None:
-        return gram.factor(sums, num_inputs, epsilon)
+        return gram.factor(sums, num_inputs, num_targets, epsilon)
 
-    return Reduction(others + columns + columns**2, of, np.add, max(1024, _MULTIPLIED_VALUES // columns), factor)
+    return Reduction(others + gram.size(columns), of, np.add, max(1024, _MULTIPLIED_VALUES // columns), factor)
 
 
 def decompose(problem: Problem, num_inputs: int, num_targets: int, others: int, epsilon: float) -> Reduction:

@@ -13,6 +13,8 @@ import scipy  # its modules are slow to import: scipy imports each when it is fi
 
 from dpreg.config import Config
 from dpreg.errors import InputError
+from dpreg.solvers import tiles
+from dpreg.solvers.blas import one_blas_thread
 from dpreg.solvers.fit import WIDE, Fit, Inverse
 
 _EPSILON = float(np.finfo(np.float64).eps)
@@ -127,8 +129,7 @@ class RFactor:
 
     @property
     def _lengths(self) -> np.ndarray:
-        columns = self.about(0.0)[:, 1 : 1 + self.num_inputs]
-        return np.sqrt(np.square(columns).sum(axis=0)) if self.lengths is None else self.lengths
+        return _lengths_of(self.about(0.0)[:, 1 : 1 + self.num_inputs]) if self.lengths is None else self.lengths
 
     def squares(self, w: np.ndarray, b: np.ndarray) -> np.ndarray:
         """The sums of weight (x w + b - y)^2 for w [d, t] and b [t]: [t]. For one target, w may be many: [d, s]."""
@@ -146,9 +147,9 @@ class RFactor:
 
         A column that is no longer is constant; what is no longer of it beside other columns is their combination.
         """
-        below, whole = (part[:, 1 : 1 + self.num_inputs] for part in (self.below(intercept), self.about(self.origin)))
-        spread = np.sqrt(np.square(below).sum(axis=0))
-        decomposed = np.sqrt(np.square(whole).sum(axis=0)) if intercept else spread
+        below, whole = (part[:, 1 : 1 + self.num_inputs] for part in (self.below(intercept), self.r))
+        spread = _lengths_of(below)
+        decomposed = _lengths_of(whole) if intercept else spread
         # At most a quarter of a column's variation counts as rounding, even if it is of one unit in the last place.
         of_values = np.minimum(2 * self.epsilon * self._lengths, spread / 4)
         rounding: np.ndarray = np.maximum(of_values, max(10, len(self.r)) * _EPSILON * decomposed)
@@ -164,63 +165,74 @@ class RFactor:
         """
         if not self.weight > 0:
             raise InputError("there is no row with a weight to fit; give one row at least a weight")
-        d = self.num_inputs
-        rest = self.below(intercept)
+        d, rest = self.num_inputs, self.below(intercept)
         x, y = rest[:, 1 : 1 + d], rest[:, 1 + d :]
-        spread = np.sqrt(np.square(x).sum(axis=0))
-        rounding = self.rounding(intercept)
+        spread, rounding = _lengths_of(x), self.rounding(intercept)
         left_out = () if l2 or self.left_out is None else self.left_out(intercept)
         kept = np.setdiff1d(np.flatnonzero(spread > rounding), left_out)
-        if (
-            len(kept) > WIDE
-            and (root := _root_of_inverse(x[:, kept] / spread[kept], l2 * self.weight / spread[kept] ** 2)) is not None
-        ):
-            root /= spread[kept, None]
-            w = np.zeros((d, y.shape[1]))
-            w[kept] = root @ (root.T @ (x[:, kept].T @ y))
-            return dataclasses.replace(self.make_fit(w, kept, root, l2, intercept), left_out=left_out)
-        while True:
-            scaled = x[:, kept] / spread[kept]
-            if l2:
-                scaled = np.concatenate([scaled, np.diag(np.sqrt(l2 * self.weight) / spread[kept])])
-            q, r, order = scipy.linalg.qr(scaled, mode="economic", pivoting=True)
-            diagonal = np.concatenate([np.abs(np.diag(r)), np.zeros(max(0, len(kept) - len(r)))])
-            own = diagonal > (rounding / np.where(spread > 0, spread, 1.0))[kept[order]]
-            if own.all():
-                break
-            kept = np.sort(kept[order[own]])
-        kept = kept[order]
-        targets = np.concatenate([y, np.zeros((len(scaled) - len(y), y.shape[1]))])
-        w = np.zeros((d, y.shape[1]))
-        w[kept] = scipy.linalg.solve_triangular(r, q.T @ targets) / spread[kept, None]
-        root = scipy.linalg.solve_triangular(r, np.eye(len(kept))) / spread[kept, None]
-        return dataclasses.replace(self.make_fit(w, kept, root, l2, intercept), left_out=left_out)
+        with one_blas_thread():
+            scaled = (x if len(kept) == d else x[:, kept]) / spread[kept]
+            problem = scaled, y, np.sqrt(l2 * self.weight) / spread[kept]
+            found = _decompose_wide(*problem) if len(kept) > WIDE else None
+            order, r, targets = found or _decompose(*problem, rounding[kept] / spread[kept])
+            kept, w = kept[order], np.zeros((d, y.shape[1]))
+            w[kept] = scipy.linalg.solve_triangular(r, targets, check_finite=False) / spread[kept, None]
+        fit = self.make_fit(w, Inverse(kept, r, spread[kept]), l2, intercept)
+        return dataclasses.replace(fit, left_out=left_out)
 
-    def make_fit(
-        self, w: np.ndarray, kept: np.ndarray, root: np.ndarray, l2: float, intercept: bool, l1: float = Config.l1
-    ) -> Fit:
-        """The fit of weights w [d, t] that are 0 but for the columns `kept`, with its b; `root` as of `Inverse`."""
-        b, columns = self.intercept(w) if intercept else np.zeros(w.shape[1]), tuple(np.sort(kept).tolist())
-        return Fit(self, w, b, columns, l2, intercept, Inverse(kept, root), l1)
+    def make_fit(self, w: np.ndarray, inverse: Inverse, l2: float, intercept: bool, l1: float = Config.l1) -> Fit:
+        """The fit of weights w [d, t] that are 0 but for the columns `inverse.kept`, with its b."""
+        b, kept = self.intercept(w) if intercept else np.zeros(w.shape[1]), tuple(np.sort(inverse.kept).tolist())
+        return Fit(self, w, b, kept, l2, intercept, inverse, l1)
 
 
-def _root_of_inverse(x: np.ndarray, ridge: np.ndarray) -> np.ndarray | None:
-    """A root of the inverse of x'x + diag(ridge) by a Cholesky decomposition, [d, d]; None if that is too inexact.
+def _decompose(
+    x: np.ndarray, y: np.ndarray, ridge: np.ndarray, rounding: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """A QR decomposition with pivoting of the independent columns of x over diag(ridge), whose targets are 0.
 
     Args:
-      x: [n, d] of columns of length 1; ridge: [d].
+      x: [n, d] of columns of length 1; y: [n, t]; ridge: [d].
+      rounding: [d] a column is independent if its distance from the combinations of those before it is longer.
+
+    Returns:
+      (the numbers of the columns in their order [k], R [k, k], Q'y [k, t]).
     """
+    kept = np.arange(x.shape[1])
+    if ridge.any():
+        x = np.concatenate([x, np.diag(ridge)])
+        y = np.concatenate([y, np.zeros((len(ridge), y.shape[1]))])
+    while True:
+        q, r, order = scipy.linalg.qr(x[:, kept], mode="economic", pivoting=True)
+        diagonal = np.concatenate([np.abs(np.diag(r)), np.zeros(max(0, len(kept) - len(r)))])
+        own = diagonal > rounding[kept[order]]
+        if own.all():
+            return kept[order], r, q.T @ y
+        kept = np.sort(kept[order[own]])
+
+
+def _decompose_wide(
+    x: np.ndarray, y: np.ndarray, ridge: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
+    """As `_decompose`, of all columns without pivoting, by a Cholesky decomposition; None if that is too inexact."""
     lapack, d = scipy.linalg.lapack, x.shape[1]
-    if not ridge.any() and len(x) >= d and not np.tril(x, -1).any():  # x is R already, without products
-        return np.asarray(lapack.dtrtri(x[:d])[0]) if lapack.dtrcon(x[:d])[0] > _WELL_CONDITIONED else None
-    gram = x.T @ x
-    gram[np.diag_indices_from(gram)] += ridge
-    norm = np.abs(gram).sum(axis=0).max()
-    r, failed = lapack.dpotrf(gram)
-    if failed or lapack.dpocon(r, norm)[0] < _WELL_CONDITIONED:
-        return None
-    root: np.ndarray = lapack.dtrtri(r)[0]
-    return root
+    # Of R, LAPACK is given the transpose, a lower triangle whose values it takes without a copy.
+    if not ridge.any() and len(x) >= d and not scipy.linalg.bandwidth(x)[0]:  # x is R already, without products
+        r, targets = x[:d], y[:d]
+        reciprocal = float(lapack.dtrcon(r.T, norm="I", uplo="L")[0])
+    else:
+        gram = tiles.gram(x)
+        gram[np.diag_indices_from(gram)] += np.square(ridge)
+        if (found := tiles.cholesky(gram)) is None:
+            return None
+        r, reciprocal = found, float(lapack.dpocon(found.T, tiles.norm(gram), uplo="L")[0])
+        targets = np.asarray(scipy.linalg.solve_triangular(r, x.T @ y, trans="T", check_finite=False))
+    return (np.arange(d), r, targets) if reciprocal > _WELL_CONDITIONED else None
+
+
+def _lengths_of(columns: np.ndarray) -> np.ndarray:
+    lengths: np.ndarray = np.sqrt(np.einsum("ij,ij->j", columns, columns))
+    return lengths
 
 
 def _upper(rows: np.ndarray) -> np.ndarray:
