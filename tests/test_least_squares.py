@@ -20,7 +20,7 @@ from dpreg.config import Columns, Config
 from dpreg.distributed import processes
 from dpreg.models.losses import make_loss
 from dpreg.sklearn import DataParallelRegressor
-from dpreg.solvers import gram, robust, tsqr
+from dpreg.solvers import blas, gram, robust, tiles, tsqr
 from dpreg.solvers.glm import FAMILIES
 from dpreg.solvers.inference import summarize_fit
 from dpreg.solvers.solver import Solver
@@ -349,6 +349,45 @@ def test_wide_least_squares_agree_with_the_pivoted_decomposition(l2, monkeypatch
     assert fast.condition_number == pytest.approx(condition, rel=1e-6)
     for ours, theirs in zip(fast.standard_errors, careful.standard_errors, strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=1e-9)
+
+
+@pytest.mark.parametrize("size", [1, 32, 33, 100])
+def test_matrices_in_tiles_agree_with_numpy(size, monkeypatch):
+    monkeypatch.setattr(tiles, "_TILE", 32)
+    x = np.random.default_rng(0).normal(size=(2 * size + 9, size))
+    whole, packed = x.T @ x, np.empty(tiles.packed_size(size))
+    tiles.products(x, packed)
+    for own, values in tiles.unpacked(packed, size):
+        np.testing.assert_allclose(values, whole[own, own.start :], rtol=1e-12, atol=1e-12 * size)
+    r = tiles.cholesky(tiles.gram(x))
+    np.testing.assert_allclose(r, np.linalg.cholesky(whole).T, rtol=1e-10, atol=1e-12 * size)
+    np.testing.assert_allclose(tiles.inverse(r), np.linalg.inv(r), rtol=1e-10, atol=1e-12)
+    assert tiles.norm(tiles.gram(x)) == pytest.approx(np.linalg.norm(whole, 1), rel=1e-12)
+    whole[-1, -1] = -1
+    assert tiles.cholesky(whole) is None
+
+
+def test_the_number_of_threads_does_not_change_a_bit_of_the_solution(monkeypatch):
+    """Several tiles of a wide problem, and several blocks of rows."""
+    monkeypatch.setattr(tiles, "_TILE", 64)
+    rng = np.random.default_rng(0)
+    x, narrow = rng.normal(size=(700, 260)), rng.normal(size=(20_000, 20))
+    y, labels = x[:, 0] + rng.normal(size=700), narrow[:, 0] + rng.logistic(size=20_000) > 0
+    found = set()
+    for threads in (1, 2, 5):
+        monkeypatch.setattr(blas, "THREADS", threads)
+        wide = solver_on_one_device(x, y).least_squares(refine=True)
+        fit, _ = solver_on_one_device(narrow, labels).newton(FAMILIES["logistic"])
+        values = (wide.w, wide.b, *wide.standard_errors, fit.w, fit.b, *fit.standard_errors)
+        found.add(b"".join(each.tobytes() for each in values))
+    assert len(found) == 1
+    design = np.column_stack([np.ones(700), x])
+    with blas.one_blas_thread():  # The matrices are small, and a loaded machine is slow to synchronize threads.
+        inverse = np.linalg.inv(design.T @ design)
+    best = inverse @ (design.T @ y)
+    errors = np.sqrt(np.diag(inverse) * np.square(y - design @ best).sum() / (700 - 261))
+    np.testing.assert_allclose([*wide.b, *wide.w[:, 0]], best, rtol=1e-9, atol=1e-12)
+    np.testing.assert_allclose(np.append(*wide.standard_errors[::-1]), errors, rtol=1e-9)
 
 
 def test_collinear_and_constant_columns_are_reported_and_change_nothing():

@@ -77,7 +77,7 @@ def cholesky(gram: np.ndarray) -> np.ndarray | None:
     Returns:
       R; None if the matrix is not positive definite.
     """
-    r = np.zeros_like(gram)
+    r = np.zeros(gram.shape)
     for own in tiles(0, len(r)):
         if not _eliminate(own, r if own.start else gram, r):
             return None
@@ -110,7 +110,7 @@ def _eliminate(own: slice, rest: np.ndarray, r: np.ndarray) -> bool:
 
 def inverse(r: np.ndarray) -> np.ndarray:
     """The inverse of an upper triangle [d, d] float64 without a 0 on its diagonal."""
-    found = np.zeros_like(r)
+    found = np.zeros(r.shape)
     for own in tiles(0, len(r)):
         _fill_columns(own, r, found)
     return found
