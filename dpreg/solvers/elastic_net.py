@@ -15,6 +15,7 @@ import scipy
 from dpreg.config import Config
 from dpreg.data.sampler import Sampler
 from dpreg.errors import InputError, NoOptimumError
+from dpreg.solvers.blas import one_blas_thread
 from dpreg.solvers.fit import Fit, Inverse
 from dpreg.solvers.tsqr import RFactor
 from dpreg.spelling import spell
@@ -348,19 +349,20 @@ def cross_validate(
     Raises:
       InputError: when no feature varies with the target, or a fold or the others have no row with a weight.
     """
-    strengths = _strengths(whole, l1_ratio, intercept)
 
     def path(triangle: RFactor) -> tuple[np.ndarray, np.ndarray]:
         w = _weights(triangle, strengths, l1_ratio, intercept, heartbeat)
         return w, triangle.intercept(w) if intercept else np.zeros(len(strengths))
 
     losses, weights = [], []
-    for number, (others, own) in enumerate(zip(folds[::2], folds[1::2], strict=True)):
-        if not (others.weight > 0 and own.weight > 0):
-            raise InputError(f"fold {number} or all others have no row with a weight; use other folds")
-        losses.append(own.squares(*path(others)) / 2 / own.weight)
-        weights.append(own.weight)
-    return Path(strengths, l1_ratio, *path(whole), np.array(losses), np.array(weights))
+    with one_blas_thread():
+        strengths = _strengths(whole, l1_ratio, intercept)
+        for number, (others, own) in enumerate(zip(folds[::2], folds[1::2], strict=True)):
+            if not (others.weight > 0 and own.weight > 0):
+                raise InputError(f"fold {number} or all others have no row with a weight; use other folds")
+            losses.append(own.squares(*path(others)) / 2 / own.weight)
+            weights.append(own.weight)
+        return Path(strengths, l1_ratio, *path(whole), np.array(losses), np.array(weights))
 
 
 def _strengths(triangle: RFactor, l1_ratio: float, intercept: bool) -> np.ndarray:

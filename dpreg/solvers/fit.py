@@ -238,11 +238,12 @@ class Fit:
 
     def covariance(self, target: int) -> np.ndarray:
         """[m, m] of b, where it is free, and of w[`kept`], in that order."""
-        if self.sandwich is None:
-            root = self.covariance_root(target)
-            return np.asarray(root @ root.T)
-        along = self._along_in_order
-        return np.asarray(along @ self.sandwich.scores[target] @ along.T)
+        with one_blas_thread():
+            if self.sandwich is None:
+                root = self.covariance_root(target)
+                return np.asarray(root @ root.T)
+            along = self._along_in_order
+            return np.asarray(along @ self.sandwich.scores[target] @ along.T)
 
     def covariance_root(self, target: int) -> np.ndarray:
         """[m, m] whose product with its transpose is the covariance. What is computed from it keeps more digits."""
@@ -251,8 +252,9 @@ class Fit:
         scores = self.sandwich.scores[target]
         if not np.isfinite(scores).all():
             return np.full(scores.shape, np.nan)
-        values, vectors = np.linalg.eigh(scores)
-        return np.asarray(self._along_in_order @ (vectors * np.sqrt(np.maximum(values, 0))))
+        with one_blas_thread():
+            values, vectors = np.linalg.eigh(scores)
+            return np.asarray(self._along_in_order @ (vectors * np.sqrt(np.maximum(values, 0))))
 
     @property
     def _along_in_order(self) -> np.ndarray:
