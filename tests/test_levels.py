@@ -275,6 +275,34 @@ def test_weights_of_0_and_of_counts_apply_to_levels_without_events(eventless, tm
     compare(summarize_fit(fit, data.schema.features), theirs, renamed, skip=("kind=none", "kind=all"))
 
 
+@pytest.mark.parametrize("loss", ["poisson", "tweedie", "negative_binomial"])
+def test_all_rows_of_a_shard_may_have_a_level_without_events(tmp_path, loss):
+    rng = np.random.default_rng(5)
+    frame = pd.DataFrame({"kind": ["none"] * 40 + ["a", "b"] * 7, "size": "small", "x": rng.normal(size=54)})
+    frame["y"] = rng.poisson(2, 54) * (frame["kind"] != "none") + 0.5 * (frame["kind"] == "a") * (loss == "tweedie")
+    config = Config(loss=loss, solver="exact", precision="float64", negative_binomial_alpha=0.5)
+    kept = frame[frame["kind"] != "none"]
+    theirs = smf.glm(
+        "y ~ C(kind, Treatment('a')) + x",
+        kept,
+        family={
+            "poisson": sm.families.Poisson(),
+            "tweedie": sm.families.Tweedie(sm.families.links.Log(), 1.5),
+            "negative_binomial": sm.families.NegativeBinomial(alpha=0.5),
+        }[loss],
+    ).fit(tol=1e-14)
+    for devices in (1, 8):
+        data = read(frame, tmp_path, "y")
+        mesh, levels = Mesh(np.array(jax.devices()[:devices]), ("data",)), BaseLevels.named(data.schema, ())
+        fit = Solver(data.train, mesh, 8, levels=levels).solve(config).fit
+        found = {c.name: c.estimate for c in summarize_fit(fit, data.schema.features).coefficients}
+        b = found["(intercept)"] + found["kind=a"]
+        assert found["kind=none"] == -np.inf
+        assert found["x"] == pytest.approx(theirs.params["x"] * frame["x"].std(ddof=0), rel=1e-6)
+        assert found["kind=b"] - found["kind=a"] == pytest.approx(theirs.params.iloc[1], rel=1e-6)
+        assert b == pytest.approx(theirs.params.iloc[0] + theirs.params["x"] * frame["x"].mean(), rel=1e-6)
+
+
 def test_a_named_base_level_without_events_is_refused(eventless, tmp_path):
     data = read(eventless, tmp_path, "logistic")
     levels = BaseLevels.named(data.schema, ("kind:none",))

@@ -87,6 +87,8 @@ class Passes:
     ) -> list[np.ndarray]:
         """As `_reduced`, a result for each of some contiguous ranges of all rows, in one pass.
 
+        The result of no rows is 0: `of` is called only for blocks with some.
+
         Args:
           starts: the first row of each range, ascending from 0; each has rows, and ends where the next one begins.
         """
@@ -115,11 +117,15 @@ class Passes:
                             counted &= ~block["x"][:, self._skipped].any(axis=1)
                         if not counted.all():
                             block = {name: column[counted] for name, column in block.items()}
-                        waiting.append(((shard, number), pool.submit(of, block)))
+                        if counted.any():
+                            waiting.append(((shard, number), pool.submit(of, block)))
                         if len(waiting) > blas.THREADS:
                             finish()
             while waiting:
                 finish()
+        for shard in self._own[self._own < len(pieces)].tolist():
+            for number, *_ in pieces[shard]:
+                found.setdefault((shard, number), np.zeros(size))  # of no rows that count
         processes.allgather_text(heartbeat=self._heartbeat)  # before a collective, which times out while others work
         every = found if jax.process_count() == 1 else self._from_all_processes(found, pieces, most, size)
         ranges: list[list[np.ndarray]] = [[] for _ in starts]
