@@ -34,7 +34,7 @@ sys.path.insert(0, os.path.join(ROOT, "tests", "benchmarks"))
 
 import bits
 
-DEVICES = (1, 2, 3, 4, 6, 8)  # There are 8 shards; of six devices the last two have none.
+DEVICES = (1, 2, 3, 6, 8)  # There are 8 shards; of six devices the last two have none.
 LAYOUTS = list(itertools.product(("jit", "pmap"), ("device", "host")))
 OPTIMIZERS = {
     "adam": optax.adam(0.01),
@@ -185,8 +185,13 @@ class WeightNormed(dpreg.Module):
         return x @ (w * (scale / jnp.linalg.norm(w))[None])
 
 
-@pytest.mark.parametrize("inputs", [17, 33, 127])
-@pytest.mark.parametrize("optimizer", ["clip", "per-leaf norms", "sort", "weight norm"])
+@pytest.mark.parametrize(
+    ("optimizer", "inputs"),
+    [
+        *(("clip", 33), ("clip", 127), ("per-leaf norms", 17), ("per-leaf norms", 33), ("per-leaf norms", 127)),
+        *(("sort", 17), ("weight norm", 33)),
+    ],
+)
 def test_ordered_holds_for_any_function_of_the_gradient_in_the_update(optimizer, inputs):
     """XLA would hoist a function of only the gradient out of a loop in which only the state changes."""
     model = {
@@ -252,7 +257,11 @@ def test_products_are_rounded_before_they_are_added():
 
 
 class Drawing(Net):
-    """A network whose optimizer also draws random numbers, with a key that it makes itself."""
+    """A small network whose optimizer also draws random numbers, with a key that it makes itself."""
+
+    @nn.compact
+    def __call__(self, x, train=False):
+        return nn.Dense(1)(nn.Dropout(0.25, deterministic=not train)(x))
 
     def configure_optimizers(self):
         return optax.chain(optax.add_noise(0.1, 0.5, 3), self.optimizer)
@@ -297,7 +306,7 @@ def test_ordered_linear_gives_the_same_bits_on_any_number_of_devices(backend, pl
 @pytest.mark.parametrize(
     ("backend", "placement", "optimizer", "devices"),
     [
-        ("jit", "device", "adam", (1, 2, 4, 6)),
+        ("jit", "device", "adam", (1, 6)),
         ("jit", "host", "clip+momentum", (1, 3)),
         ("pmap", "device", "clip+momentum", (3, 8)),  # The step is the same for both placements.
     ],
@@ -327,7 +336,7 @@ def test_ordered_holds_for_several_targets(model, optimizer):
     config = Config(model=model, optimizer=optimizer, lr=0.02, hidden=(8,))
     results = {
         digest(trained(build_model(config, 5, 2), data, 2, n, reduction="ordered", placement=placement))
-        for n, placement in ((1, "device"), (1, "host"), (8, "device"), (3, "host"))
+        for n, placement in ((1, "device"), (8, "device"), (3, "host"))
     }
     assert len(results) == 1
 
@@ -552,7 +561,7 @@ def network_in_float64(model, source, batch_size, seed, epochs):
 @pytest.mark.parametrize(
     ("optimizer", "ways"),
     [
-        ("adam", ((1, "pmean"), (4, "pmean"), (8, "ordered"))),
+        ("adam", ((2, "pmean"), (8, "ordered"))),
         ("clip+momentum", ((3, "pmean"), (1, "ordered"))),
     ],
 )
