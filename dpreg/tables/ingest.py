@@ -208,11 +208,7 @@ def _write(
     learned, read = ColumnStatistics(reader), 0
     with Shuffle(folder / "train") as train, Shuffle(folder / "val") as val:
         for rows in prefetch(reader.read(table), _AHEAD):
-            held_out = np.zeros(len(rows), bool)
-            valid = reader.valid(rows)
-            if split is not None:  # a missing group is refused below, or its row is not valid
-                numbers = np.nan_to_num(rows[:, NUMBER if columns.group_column is None else GROUP])
-                held_out = keyed_hash(numbers, _HELD_OUT, split) < np.uint32(columns.validation_fraction * 0xFFFFFFFF)
+            valid, held_out = reader.valid(rows), _held_out(rows, columns, split)
             fitted = rows[valid & ~held_out]
             with prefix_errors(table.name):
                 learned.add(fitted)
@@ -234,8 +230,7 @@ def _write(
         _require_rows(table, validation, columns, (train.rows, val.rows), (without_weight, in_validation))
         if read > _MOST_ROWS:
             raise InputError(f"{table.name}: {read:,} rows are more than {_MOST_ROWS:,}; give fewer")
-        least = float(np.finfo(dtype).tiny / np.finfo(dtype).eps ** 2)
-        if learned.largest_weight < least:
+        if learned.largest_weight < float(np.finfo(dtype).tiny / np.finfo(dtype).eps ** 2):
             raise InputError(
                 f"{table.name}: the weights in column {columns.weight_column!r} are {learned.largest_weight:.3g} at "
                 f"most, and products with them vanish as {dtype}; multiply all by the same number"
@@ -253,6 +248,16 @@ def _write(
                 batches = _batches(shuffled.in_order(), codes, schema, dtype)
                 written[name] = _encode(batches, folder / name, schema, dtype, names, at_once, progress)
     write_manifest(folder, table.name, schema, dtype, names, at_once, written, left_out)
+
+
+def _held_out(rows: np.ndarray, columns: Columns, split: int | None) -> np.ndarray:
+    """[n] bool: which rows are held out, by the seed `split`; none without one. A group is held out whole."""
+    if split is None:
+        return np.zeros(len(rows), bool)
+    numbers = rows[:, NUMBER if columns.group_column is None else GROUP]
+    numbers = np.nan_to_num(numbers)  # where the group is missing, the row is not used
+    held_out: np.ndarray = keyed_hash(numbers, _HELD_OUT, split) < np.uint32(columns.validation_fraction * 0xFFFFFFFF)
+    return held_out
 
 
 def _require_rows(
