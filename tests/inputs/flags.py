@@ -46,9 +46,9 @@ def run(rng, folder):
         (folder / "f.cfg").write_bytes(damage_bytes(content, rng) if rng.random() < 0.6 else content)
         arguments = [f"--flagfile={folder / 'f.cfg'}"]
     elif rng.random() < 0.1:
-        arguments.append(
-            ("--", "-", "x", "--x", "--nolr", "--flagfile", "--config_preset=cpu", "--=1")[rng.integers(8)]
-        )
+        other = ("--", "-", "x", "--x", "--nolr", "--flagfile", "--config_preset=cpu", "--=1")[rng.integers(8)]
+        # A preset is a flagfile: flags after it have precedence, and it has precedence over those before it.
+        arguments.insert(0 if "preset" in other else len(arguments), other)
     config = parse(arguments)
     if config is None:
         return "refused"
