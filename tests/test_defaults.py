@@ -185,7 +185,8 @@ def test_default_batch_size_and_epochs_fit_the_number_of_rows(tables, rows, num_
         assert config.batch_size < max(2048, 2 * num_shards)
         assert data.batch_size == config.batch_size
         steps = -(-rows // config.batch_size) * config.max_epochs
-        assert steps >= (4000 if model == "mlp" else 3000) or config.max_epochs >= (10 if model == "mlp" else 3)
+        assert steps >= (min(2 * rows, 4000) if model == "mlp" else 3000)
+        assert config.max_epochs >= (10 if model == "mlp" else 3)
         assert config.warmup_steps < steps
         again, *_ = read_rows(config)  # The run repeated by its flags.cfg.
         assert again == config
@@ -198,19 +199,20 @@ def test_chosen_settings_do_not_depend_on_digits_that_differ_between_machines(ta
 
 
 @pytest.mark.parametrize("rows", [12, 120, 900])
-def test_the_weight_decay_of_a_network_follows_the_noise_and_the_number_of_rows(tables, rows, monkeypatch):
+def test_weight_decay_and_steps_of_a_network_follow_the_noise_and_the_number_of_rows(tables, rows, monkeypatch):
     _, x, targets = tables
     x, y, weight = x[:rows], np.column_stack([targets["price"], targets["cost"]])[:rows], np.arange(rows) % 3 + 1.0
     data = dpreg.RegressionData(dpreg.ArraySource((x - x.mean(axis=0)) / x.std(axis=0), y, weight=weight))
     monkeypatch.setattr("dpreg.train.defaults.build_data", lambda config, progress: data)
     config, *_ = read_rows(config_of(tables, "price", model="mlp"))
     explained = [sm.WLS(column, sm.add_constant(x), weights=weight).fit().rsquared_adj for column in y.T]
-    noise = max(1 - np.mean(explained), 0.2)
-    expected = 3.5 * noise * (500 / max(rows, 70)) ** (1 if rows < 500 else 0.75)
-    assert config.l2 == pytest.approx(expected, rel=0.01)
-    assert read_rows(config_of(tables, "price", model="mlp", loss="logistic"))[0].l2 == pytest.approx(
-        3 * min(1, (500 / rows) ** 0.75), rel=0.01
-    )
+    noise, power = min(1 - np.mean(explained), 1), 1 if rows < 500 else 0.75
+    assert config.l2 == pytest.approx(3.5 * max(noise, 0.2) * (500 / max(rows, 150)) ** power, rel=0.01)
+    steps_of_epoch = -(-rows // 32)
+    assert 0 <= config.max_epochs * steps_of_epoch - max(2 * rows / float(f"{noise:.3g}"), 200) < steps_of_epoch + 1
+    config, *_ = read_rows(config_of(tables, "price", model="mlp", loss="logistic"))
+    assert config.l2 == pytest.approx(3 * min(1, (500 / rows) ** 0.75), rel=0.01)
+    assert 0 <= config.max_epochs * steps_of_epoch - 4000 < steps_of_epoch
 
 
 def test_settings_given_by_the_user_are_kept(tables):

@@ -32,6 +32,7 @@ _POWER_ITERATIONS = 30
 _BATCHES_OF_EPOCH = 64
 _SMALLEST_BATCH, _LARGEST_BATCH = 32, 1024
 _LEAST_STEPS = {"network": 4000, "linear": 3000}
+_STEPS_OF_ROW, _FEWEST_STEPS = 2.0, 200  # of a network, where all of the target is noise
 _LEAST_EPOCHS = {"network": 10, "linear": 3}
 _NETWORK_LR, _LARGEST_NETWORK_LR = 1e-3, 4e-3
 _SGD_LR_OF_NETWORKS = 0.01
@@ -40,8 +41,8 @@ _PATIENCE = 0.1  # of the epochs
 _LEAST_PATIENCE = 10
 _ROWS_OF_PATIENCE = 200  # held out: the loss of fewer is too noisy to stop by, so that they are fitted instead
 _WEIGHT_DECAY, _ROWS_OF_WEIGHT_DECAY = 3.5, 500  # for a target of noise alone
-_LEAST_NOISE = 0.2  # share of the variance of the target
-_LEAST_ROWS = 70  # more decay than that of so many rows would bound the weights too much, as AdamW keeps |w| < 1 / l2
+_LEAST_ROWS = 150  # more decay than that of so many rows would bound the weights too much, as AdamW keeps |w| < 1 / l2
+_LEAST_NOISE = {"steps": 0.01, "decay": 0.2}
 _WEIGHT_DECAY_OF_OTHERS = 3.0  # of losses for which the noise is not estimated
 
 
@@ -126,7 +127,9 @@ def _steps(config: Config, data: RegressionData) -> dict[str, Any]:
     batch = min(max(batch, _SMALLEST_BATCH), _LARGEST_BATCH)
     batch = config.batch_size if config.is_given("batch_size") else -(-batch // config.num_shards) * config.num_shards
     steps_of_epoch = -(-rows // (batch * config.accumulate_steps))
-    epochs = max(_LEAST_EPOCHS[kind], -(-_LEAST_STEPS[kind] // steps_of_epoch))
+    noise = _noise(_sample(data)) if config.model == "mlp" and config.loss in LOCATED_LOSSES else None
+    steps = _LEAST_STEPS[kind] if noise is None else _steps_for_noise(noise, rows)
+    epochs = max(_LEAST_EPOCHS[kind], -(-steps // steps_of_epoch))
     epochs = config.max_epochs if config.is_given("max_epochs") else epochs
     chosen: dict[str, Any] = {"batch_size": batch, "max_epochs": epochs}
     if config.model not in MODELS:
@@ -140,7 +143,7 @@ def _steps(config: Config, data: RegressionData) -> dict[str, Any]:
         chosen["lr"] = _in_digits(min(_NETWORK_LR * math.sqrt(batch / _SMALLEST_BATCH), _LARGEST_NETWORK_LR))
         chosen["warmup_steps"] = round(_WARM_UP * epochs * steps_of_epoch)
         if config.optimizer == "adamw" or not config.is_given("optimizer"):
-            chosen["l2"] = _in_digits(_weight_decay(config, data))
+            chosen["l2"] = _in_digits(_weight_decay(noise, rows))
         if data.val and not _are_few(data.val):
             chosen["patience"] = max(_LEAST_PATIENCE, round(_PATIENCE * epochs))
     else:
@@ -153,21 +156,34 @@ def _are_few(val: Source | None) -> bool:
     return val is not None and 0 < len(val) < _ROWS_OF_PATIENCE
 
 
-def _weight_decay(config: Config, data: RegressionData) -> float:
+def _steps_for_noise(noise: float, rows: int) -> int:
+    """The number of steps of a network with few rows: in proportion to rows / noise.
+
+    Early stopping acts as a ridge penalty in proportion to 1 / steps (Ali, Kolter and Tibshirani 2019), and the best
+    one is in proportion to noise / rows, see `_weight_decay`.
+    """
+    steps = math.ceil(_STEPS_OF_ROW * rows / max(noise, _LEAST_NOISE["steps"]))
+    return min(max(steps, _FEWEST_STEPS), _LEAST_STEPS["network"])
+
+
+def _weight_decay(noise: float | None, rows: int) -> float:
     """The weight decay of a network: in proportion to the noise of the target, and less for more rows.
 
     The best penalty of ridge regression is the variance of the noise over the number of rows and the variance of the
-    weights (Hoerl, Kennard and Baldwin 1975). The variance that a linear model does not explain stands for that of the
-    noise. Beyond some rows, the decay falls more slowly, and validation rows end the run.
+    weights (Hoerl, Kennard and Baldwin 1975). Beyond some rows, the decay falls more slowly, and validation rows end
+    the run.
     """
-    ratio = _ROWS_OF_WEIGHT_DECAY / max(len(data.train), _LEAST_ROWS)
-    if config.loss not in LOCATED_LOSSES:
+    ratio = _ROWS_OF_WEIGHT_DECAY / max(rows, _LEAST_ROWS)
+    if noise is None:
         return _WEIGHT_DECAY_OF_OTHERS * min(1.0, math.pow(ratio, 0.75))
-    return _WEIGHT_DECAY * _noise(_sample(data)) * max(ratio, math.pow(ratio, 0.75))
+    return _WEIGHT_DECAY * max(noise, _LEAST_NOISE["decay"]) * max(ratio, math.pow(ratio, 0.75))
 
 
 def _noise(sample: dict[str, np.ndarray]) -> float:
-    """1 - adjusted R2 of linear least squares, the mean over the targets; 1 for less than two rows a parameter."""
+    """The share of the target's variance that a linear model does not explain, which stands for that of the noise.
+
+    It is 1 - adjusted R2 of weighted least squares, the mean over the targets; 1 for fewer than two rows a parameter.
+    """
     rows, width = len(sample["weight"]), 1 + sample["x"].shape[1]
     if rows < 2 * width:
         return 1.0
@@ -177,7 +193,7 @@ def _noise(sample: dict[str, np.ndarray]) -> float:
     y = root * (y - weight @ y)
     variance, residual = np.square(y).sum(axis=0), np.square(y - q @ (q.T @ y)).sum(axis=0)
     share = np.divide(residual, variance, out=np.ones_like(variance), where=variance > 0)
-    return float(np.clip(share.mean() * (rows - 1) / (rows - width), _LEAST_NOISE, 1.0))
+    return _in_digits(min(1.0, share.mean() * (rows - 1) / (rows - width)))
 
 
 def _in_digits(value: float) -> float:
