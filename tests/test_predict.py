@@ -289,6 +289,11 @@ def test_a_tampered_model_is_refused_in_one_line_by_dpreg_and_by_its_script(trai
             standalone.predict(given, folder)
     shutil.rmtree(folder)
     shutil.copytree(trained / "w" / "model", folder)
+    reseal(folder, lambda model: model.update(schema=None))  # as of rows without a table, which have no script
+    with pytest.raises(ValueError, match="run the training command again"):
+        standalone.predict(given, folder)
+    shutil.rmtree(folder)
+    shutil.copytree(trained / "w" / "model", folder)
     (folder / "model.json").write_text((folder / "model.json").read_text().replace('"days": false', '"days": true', 1))
     done = subprocess.run([sys.executable, folder / "predict.py", "new.csv"], capture_output=True, text=True)
     assert (done.returncode, len(done.stderr.splitlines()), done.stdout) == (2, 1, "")

@@ -187,7 +187,7 @@ def load_model(folder: pathlib.Path) -> ExportedModel:
     if not (folder / _DESCRIPTION).exists():
         raise InputError(f"{folder}: there is no model; train with that {spell('workdir')} first, to the end")
     try:
-        model, arrays = standalone.read_model(folder)
+        model, arrays = standalone.read_model(folder, of_table=False)
     except ValueError as error:
         raise InputError(str(error)) from error
     try:

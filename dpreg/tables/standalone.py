@@ -200,8 +200,8 @@ def add_checksum(content: Mapping[str, Any]) -> dict[str, Any]:
     return values | {"checksum": hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()}
 
 
-def read_model(folder: pathlib.Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """Reads the description of the model in a folder, and its arrays by name.
+def read_model(folder: pathlib.Path, of_table: bool = True) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """Reads the description of the model in a folder, and its arrays by name; with `of_table` it must have a schema.
 
     Raises:
       ValueError: when there is none, or it differs from what was written; the message names the folder and the reason.
@@ -219,7 +219,7 @@ def read_model(folder: pathlib.Path) -> tuple[dict[str, Any], dict[str, np.ndarr
             raise ValueError(f"{PARAMETERS} is not what was written")
         if not all(isinstance(model["flags"][name], str) for name in ("loss", "missing")):
             raise ValueError("dpreg does not write such flags")
-        if model["schema"] is not None:
+        if of_table or model["schema"] is not None:
             _check_schema(model)
         with np.load(io.BytesIO(content), allow_pickle=False) as opened:
             arrays = dict(opened)
