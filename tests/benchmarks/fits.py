@@ -6,9 +6,9 @@ default model and once with `--model=mlp`. The peers are the best linear model o
 likelihood), and scikit-learn's MLPRegressor with its defaults on standardised features and targets.
 
 It prints the share of the deviance (for squared loss, of the variance) of the held-out rows that each explains. The
-held-out rows of a small table are few, so tables of fewer than 500 rows are split ten times, and tables of fewer than
-50,000 rows three times. Each split has other seeds of both networks, and the deviances of all splits are added. `+-` is
-the standard error, over the splits, of the difference between the two networks.
+held-out rows of a small table are few, so it is split several times, each time with other seeds of both networks, and
+the deviances of all splits are added. `+-` is the standard error, over the splits, of the difference between the two
+networks.
 """
 
 import argparse
@@ -44,6 +44,7 @@ FAMILIES = {
     "poisson": sm.families.Poisson(),
     "gamma": sm.families.Gamma(sm.families.links.Log()),
 }
+SPLITS = ((100, 40), (1000, 10), (50_000, 3), (math.inf, 1))  # (fewer rows than this, number of splits)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -210,7 +211,7 @@ def main() -> None:
     """Measures the cases and prints a table."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--only", help="the names of tables, separated by commas")
-    parser.add_argument("--splits", type=int, help="of each table; by default 10, 3 from 500 rows, 1 from 50,000")
+    parser.add_argument("--splits", type=int, help="of each table; by default 1 to 40, by its rows")
     given = parser.parse_args()
     devices.start("cpu")
     columns = ("linear", "best", "mlp", "sklearn")
@@ -219,7 +220,7 @@ def main() -> None:
         if given.only is not None and case.name not in given.only.split(","):
             continue
         rows = len(case.table())
-        found = measure(case, given.splits or (10 if rows < 500 else 3 if rows < 50_000 else 1))
+        found = measure(case, given.splits or next(splits for most, splits in SPLITS if rows < most))
         null = found["null"].sum()
         shares = [1 - found[name].sum() / null if name in found else np.nan for name in columns]
         error = np.nan
