@@ -2,7 +2,7 @@
 
 The tiles depend on the size of a matrix alone, and one thread computes each of them, so that the bits do not depend on
 the number of threads (Buttari, Langou, Kurzak and Dongarra 2009). A matrix of one tile is computed as a whole. Where
-linear algebra has threads of its own, call these functions within `one_blas_thread`.
+linear algebra uses several threads, call these functions within `one_blas_thread`.
 """
 
 import concurrent.futures
