@@ -30,12 +30,10 @@ class WithGroups:
 
 
 def sum_groups(values: np.ndarray, group: np.ndarray, num_groups: int) -> np.ndarray:
-    """The sums [num_groups, m] of the values [n, m] of the rows of each group; `group` [n] has its numbers."""
-    sums = np.zeros((num_groups, values.shape[1]))
-    if len(group):
-        order = np.argsort(group, kind="stable")
-        numbers, starts = np.unique(group[order], return_index=True)
-        sums[numbers] = np.add.reduceat(values[order], starts, axis=0)
+    """The sums [num_groups, m] of the values [n, m] of the n > 0 rows of each group; `group` [n] has its numbers."""
+    sums, order = np.zeros((num_groups, values.shape[1])), np.argsort(group, kind="stable")
+    numbers, starts = np.unique(group[order], return_index=True)
+    sums[numbers] = np.add.reduceat(values[order], starts, axis=0)
     return sums
 
 

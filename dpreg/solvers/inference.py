@@ -74,7 +74,7 @@ class Summary:
       log_likelihood, aic, bic: with the natural logarithm, and the coefficients used as parameters.
       condition_number: of the columns used, centred and of one length.
       covariance: [k, k] of the coefficients used, in their order.
-      covariance_type: "classic" for errors of one variance, or "HC0" to "HC3".
+      covariance_type: "classic" for errors of one variance, "HC0" to "HC3", or "cluster".
       weights: "frequency", "precision" or "importance"; None if all rows have the weight 1.
     """
 
