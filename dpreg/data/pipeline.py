@@ -21,7 +21,7 @@ from dpreg.config import Config, check_settings
 from dpreg.data.parts import hold_shards
 from dpreg.data.prefetch import prefetch
 from dpreg.data.sampler import Sampler, row_tag
-from dpreg.data.sources import Rows, Source
+from dpreg.data.sources import Rows, Source, read_range
 from dpreg.errors import InputError
 
 PRECISIONS = {  # the dtypes on the devices: of features; and of targets, weights and sums
@@ -77,8 +77,14 @@ class CastSource:
         return len(self.source)
 
     def __getitem__(self, indices: np.ndarray) -> Rows:
+        return self._cast(self.source[indices])
+
+    def view(self, rows: slice) -> Rows:
+        """Some consecutive rows, which are not to be changed."""
+        return self._cast(read_range(self.source, rows.start, rows.stop))
+
+    def _cast(self, rows: Rows) -> Rows:
         of_features, of_rest = PRECISIONS[self.precision]
-        rows = self.source[indices]
         return {name: v.astype(of_features if name == "x" else of_rest, copy=False) for name, v in rows.items()}
 
     def fingerprint(self) -> str:

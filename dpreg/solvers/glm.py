@@ -28,8 +28,8 @@ class Family:
       residual: (prediction, target) -> working residual, target less mean over the mean's derivative.
       information: prediction -> weight of a row in the next least squares, that derivative squared over the variance.
       loss: (prediction, target) -> half the deviance, as the loss of that name in `dpreg.models.losses`.
-      log_likelihood: (prediction, target, dispersion) -> logarithm of the probability, or of its density; the
-        dispersion is a number, or [n, 1].
+      constant: (target, dispersion) -> the logarithm of the probability, or of its density, plus the loss over the
+        dispersion: no prediction changes it. The dispersion is a number, or [n, 1].
       link: mean -> prediction.
       dispersed: whether the dispersion is a parameter to estimate; else it is 1.
       curvature: (prediction, target) -> second derivative of the negative log-likelihood by the prediction, for a
@@ -41,7 +41,7 @@ class Family:
     residual: Callable[[np.ndarray, np.ndarray], np.ndarray]
     information: Elementwise
     loss: Callable[[np.ndarray, np.ndarray], np.ndarray]
-    log_likelihood: Callable[[np.ndarray, np.ndarray, np.ndarray | float], np.ndarray]
+    constant: Callable[[np.ndarray, np.ndarray | float], np.ndarray]
     link: Callable[[float], float]
     dispersed: bool = False
     curvature: Callable[[np.ndarray, np.ndarray], np.ndarray] | None = None
@@ -51,6 +51,13 @@ class Family:
         """The derivative of the log-likelihood by the prediction, for a dispersion of 1: [n, 1]."""
         score: np.ndarray = self.information(prediction) * self.residual(prediction, target)
         return score
+
+    def separates(self, prediction: np.ndarray, target: np.ndarray) -> np.ndarray:
+        """Whether the loss of a row tends to its least value, as its prediction grows by a factor: [n, 1]."""
+        found = np.zeros(target.shape, bool)
+        for limit, sign in self.limits.items():
+            found |= (target == limit) & (sign * prediction > 0)
+        return found
 
     def working(
         self, y: np.ndarray, weight: np.ndarray, prediction: np.ndarray, observed: bool = False
@@ -93,12 +100,13 @@ def _half_deviance_of_positives(z: np.ndarray, y: np.ndarray) -> np.ndarray:
     return half
 
 
-def _log_likelihood_of_positives(z: np.ndarray, y: np.ndarray, dispersion: np.ndarray | float) -> np.ndarray:
-    shape, ratio = 1 / dispersion, np.log(y) - z
-    log_likelihood: np.ndarray = (
-        shape * (np.log(shape) + ratio - np.exp(ratio)) - scipy.special.gammaln(shape) - np.log(y)
-    )
-    return log_likelihood
+def _constant_of_counts(y: np.ndarray, _: np.ndarray | float) -> np.ndarray:
+    return np.asarray(scipy.special.xlogy(y, y) - y - scipy.special.gammaln(y + 1))
+
+
+def _constant_of_positives(y: np.ndarray, dispersion: np.ndarray | float) -> np.ndarray:
+    shape = 1 / dispersion
+    return np.asarray(shape * (np.log(shape) - 1) - scipy.special.gammaln(shape) - np.log(y))
 
 
 def _mean_of_labels(z: np.ndarray) -> np.ndarray:
@@ -132,13 +140,13 @@ def _tweedie(power: float) -> Family:
         of_some = above**of_mean * (np.expm1(of_mean * ratio) / of_mean - np.expm1(of_ratio * ratio) / of_ratio)
         return np.asarray(np.where(y > 0, of_some, np.exp(of_mean * z) / of_mean))
 
-    def log_likelihood(z: np.ndarray, y: np.ndarray, dispersion: np.ndarray | float) -> np.ndarray:
+    def constant(y: np.ndarray, dispersion: np.ndarray | float) -> np.ndarray:
         """Dunn and Smyth (2005), equation 6, whose series is Wright's generalised Bessel function."""
         above, shape = np.where(y > 0, y, 1), of_mean / -of_ratio
-        exponent = (above * np.exp(of_ratio * z) / of_ratio - np.exp(of_mean * z) / of_mean) / dispersion
+        exponent = above**of_mean * (1 / of_ratio - 1 / of_mean) / dispersion
         series = (above / -of_ratio) ** shape / (np.power(dispersion, 1 + shape) * of_mean)
         density = scipy.special.log_wright_bessel(shape, 0, series) - np.log(above) + exponent
-        return np.asarray(np.where(y > 0, density, -np.exp(of_mean * z) / of_mean / dispersion))
+        return np.asarray(np.where(y > 0, density, 0.0))
 
     return Family(
         start=lambda y: np.log(np.maximum((y + y.mean()) / 2, np.finfo(np.float64).tiny)),
@@ -146,7 +154,7 @@ def _tweedie(power: float) -> Family:
         information=lambda z: np.exp(of_mean * z),
         curvature=lambda z, y: -of_ratio * y * np.exp(of_ratio * z) + of_mean * np.exp(of_mean * z),
         loss=half_deviance,
-        log_likelihood=log_likelihood,
+        constant=constant,
         link=lambda mean: float(np.log(mean)),
         dispersed=True,
         limits={0.0: -1},
@@ -163,10 +171,9 @@ def _negative_binomial(alpha: float) -> Family:
         of_some = above * (np.log1p(share * np.expm1(ratio)) / share - ratio)
         return np.asarray(np.where(y > 0, of_some, np.logaddexp(0, z + np.log(alpha)) / alpha))
 
-    def log_likelihood(z: np.ndarray, y: np.ndarray, _: np.ndarray | float) -> np.ndarray:
+    def constant(y: np.ndarray, _: np.ndarray | float) -> np.ndarray:
         of_counts = scipy.special.gammaln(y + 1 / alpha) - scipy.special.gammaln(1 / alpha)
-        logarithm = np.logaddexp(0, z + np.log(alpha))  # of 1 + alpha mean
-        of_mean = y * (z + np.log(alpha) - logarithm) - logarithm / alpha
+        of_mean = scipy.special.xlogy(y, alpha * y) - (y + 1 / alpha) * np.log1p(alpha * y)
         return np.asarray(of_counts - scipy.special.gammaln(y + 1) + of_mean)
 
     return Family(
@@ -175,7 +182,7 @@ def _negative_binomial(alpha: float) -> Family:
         information=lambda z: _mean_of_counts(z) / (1 + alpha * np.exp(z)),
         curvature=lambda z, y: np.exp(z) * (1 + alpha * y) / np.square(1 + alpha * np.exp(z)),
         loss=half_deviance,
-        log_likelihood=log_likelihood,
+        constant=constant,
         link=lambda mean: float(np.log(mean)),
         limits={0.0: -1},
     )
@@ -205,7 +212,7 @@ FAMILIES = {
         residual=lambda z, y: (y - _mean_of_labels(z)) / _variance_of_labels(z),
         information=_variance_of_labels,
         loss=lambda z, y: _softplus(z) - y * z,
-        log_likelihood=lambda z, y, _: y * z - _softplus(z),
+        constant=lambda y, _: np.zeros_like(y),
         link=lambda mean: float(scipy.special.logit(mean)),
         limits={0.0: -1, 1.0: 1},
     ),
@@ -214,7 +221,7 @@ FAMILIES = {
         residual=lambda z, y: (y - np.exp(z)) / _mean_of_counts(z),
         information=_mean_of_counts,
         loss=_half_deviance_of_counts,
-        log_likelihood=lambda z, y, _: y * z - np.exp(z) - scipy.special.gammaln(y + 1),
+        constant=_constant_of_counts,
         link=lambda mean: float(np.log(mean)),
         limits={0.0: -1},
     ),
@@ -224,7 +231,7 @@ FAMILIES = {
         information=np.ones_like,
         curvature=lambda z, y: y * np.exp(-z),
         loss=_half_deviance_of_positives,
-        log_likelihood=_log_likelihood_of_positives,
+        constant=_constant_of_positives,
         link=lambda mean: float(np.log(mean)),
         dispersed=True,
     ),

@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from dpreg.data.parts import hold_shards
 from dpreg.data.pipeline import host_bytes
 from dpreg.data.sampler import Sampler
-from dpreg.data.sources import Rows, Source
+from dpreg.data.sources import Rows, Source, read_range
 from dpreg.distributed import presence, processes, watchdog
 from dpreg.errors import InputError
 from dpreg.solvers import blas
@@ -45,7 +45,7 @@ class Passes:
         self._inputs, self._targets = one["x"].shape[1], one["y"].shape[1]
         self._epsilon = float(np.spacing(np.ones((), one["x"].dtype)))
         self._source, self._heartbeat, self.passes = hold_shards(source, mesh, num_shards), heartbeat, 0
-        self._skipped = tuple[int, ...]()
+        self._skipped, self._every = tuple[int, ...](), 1
         self._sampler = Sampler(len(source), num_shards, num_shards, shuffle=False)
         shards = np.arange(mesh.size * -(-num_shards // mesh.size)).reshape(mesh.size, -1)
         self._own = shards[[device.process_index == jax.process_index() for device in mesh.devices.flat]]
@@ -58,6 +58,15 @@ class Passes:
             yield
         finally:
             self._skipped = before
+
+    @contextlib.contextmanager
+    def _sampling(self, every: int) -> Iterator[None]:
+        """A context in which passes read the first rows of each shard alone, one of so many that they would read."""
+        before, self._every = self._every, self._every * every
+        try:
+            yield
+        finally:
+            self._every = before
 
     def _sum_weights(self) -> float:
         """The sum of the weights of the rows that are not skipped."""
@@ -111,7 +120,7 @@ class Passes:
             for shard in self._own[self._own < len(pieces)].tolist():
                 for number, start, stop in pieces[shard]:
                     for first in range(start, stop, at_once):
-                        block = self._source[np.arange(first, min(first + at_once, stop))]
+                        block = read_range(self._source, first, min(first + at_once, stop))
                         counted = block["weight"] > 0  # the values of other rows may be anything
                         if self._skipped:
                             counted &= ~block["x"][:, self._skipped].any(axis=1)
@@ -142,7 +151,7 @@ class Passes:
     def _pieces(self, shard: int, starts: Sequence[int]) -> list[tuple[int, int, int]]:
         """(number of the range, first row, row after the last) of each range that the shard has rows of."""
         first = int(self._sampler.shard_start(shard))
-        stop, ends = first + int(self._sampler.shard_size(shard)), [*starts[1:], len(self._source)]
+        stop, ends = first + -(-int(self._sampler.shard_size(shard)) // self._every), [*starts[1:], len(self._source)]
         cut = ((n, max(first, start), min(stop, end)) for n, (start, end) in enumerate(zip(starts, ends, strict=True)))
         return [(number, start, end) for number, start, end in cut if start < end]
 

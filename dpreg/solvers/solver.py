@@ -1,7 +1,6 @@
 """Exact solutions of linear models over all shards, devices and processes."""
 
 import dataclasses
-import functools
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -9,16 +8,15 @@ import numpy as np
 from dpreg.config import Config
 from dpreg.config.model import GLM_LOSSES
 from dpreg.data.sources import Rows
-from dpreg.errors import InputError, NoOptimumError
+from dpreg.errors import InputError
 from dpreg.solvers import elastic_net, robust, sandwich, softmax
 from dpreg.solvers.basis import Basis
 from dpreg.solvers.blas import one_blas_thread
-from dpreg.solvers.factors import Factors
 from dpreg.solvers.fit import Fit
-from dpreg.solvers.glm import FAR, Family, family_of, infinite_levels, slopes_of_shape
+from dpreg.solvers.glm import Family, family_of, slopes_of_shape
 from dpreg.solvers.groups import assign_folds
-from dpreg.solvers.newton import Point, minimum
-from dpreg.solvers.offset import WithOffset, values
+from dpreg.solvers.irls import GeneralizedLinearModels
+from dpreg.solvers.offset import values
 from dpreg.solvers.solution import Solution
 from dpreg.solvers.tsqr import RFactor
 from dpreg.spelling import spell
@@ -26,7 +24,7 @@ from dpreg.spelling import spell
 _LEAST_ALPHA, _ALPHA_AT_REST, _MOST_ALPHAS = 1e-8, 1e-10, 50  # of negative binomial models
 
 
-class Solver(Factors):
+class Solver(GeneralizedLinearModels):
     """Solves linear models on all rows of a source, to the same bits on any number of devices and processes.
 
     Args:
@@ -129,126 +127,6 @@ class Solver(Factors):
         of_fits = np.split(self._reduced(w.size + b.size, gradient).reshape(1 + len(w), -1), len(fits), axis=1)
         return [fit.refined(own[1:], own[0]) for fit, own in zip(fits, of_fits, strict=True)]
 
-    def newton(
-        self,
-        family: Family,
-        l2: float = Config.l2,
-        intercept: bool = Config.intercept,
-        target: int = 0,
-        counts: bool = False,
-        l1: float = Config.l1,
-    ) -> tuple[Fit, float]:
-        """(the linear model of least mean loss + l1 sum |w| + l2 / 2 sum w^2, that mean loss), by Newton's method.
-
-        Each step is a pass, and a problem of least squares; with l1 an elastic net (Lee, Sun and Saunders 2014).
-
-        Without a penalty, a level of a category whose targets are all alike, such as 0, may have no finite weight. The
-        loss of its rows then tends to its least value, 0, as the weight grows, whatever the other weights are. Those
-        are the optimum for the other rows, and the level gets a weight of `FAR`.
-
-        Args:
-          target: the number of the target, from 0.
-          counts: whether a weight is a number of equal rows; else of several with one mean.
-
-        Raises:
-          InputError: when there is no optimum, such as for classes that a plane separates.
-        """
-        levels = self._levels.features if self._levels and not (l1 or l2) else ()
-        infinite = infinite_levels(family, levels, target, self._reduced)
-        if not infinite:
-            return self._newton(family, l2, intercept, target, counts, l1)
-        total = self._sum_weights()
-        with self._skipping(infinite):
-            share = self._sum_weights() / total
-            if not share:
-                raise NoOptimumError(
-                    "no optimum: each row has a level of a category whose targets are all alike; give some "
-                    f"{spell('l2', 0.001)}"
-                )
-            fit, loss = self._newton(family, l2, intercept, target, counts, l1)
-        w = fit.w.copy()
-        w[list(infinite), 0] = [sign * FAR for sign in infinite.values()]
-        return dataclasses.replace(fit, w=w, infinite=tuple(infinite)), loss * share
-
-    def _newton(
-        self, family: Family, l2: float, intercept: bool, target: int, counts: bool, l1: float
-    ) -> tuple[Fit, float]:
-        """The result of `newton` for the rows that are not skipped."""
-        around = functools.partial(self._around, family, target, l1 > 0)
-        triangle, (_, weight, _, total) = around(None)
-        if not weight > 0:
-            raise InputError("there is no row with a weight to fit; give one row at least a weight")
-        x = triangle.below(intercept)[:, 1 : 1 + self._inputs]
-        spread = np.sqrt(np.square(x).sum(axis=0) / triangle.weight)
-
-        def solved(triangle: RFactor, start: np.ndarray | None = None) -> Fit:
-            unit = weight / triangle.weight
-            return elastic_net.solve(triangle, l1 * unit, l2 * unit, intercept, start)
-
-        first = solved(triangle)
-
-        def evaluated(theta: np.ndarray) -> Point:
-            triangle, (loss, weight, pearson, _) = around(theta)
-            if not np.isfinite(loss):
-                return Point(np.inf, np.zeros_like(theta), 0.0, 0.0)
-            fit = solved(triangle, theta[1:])
-            step = np.append(fit.b, fit.w) - theta
-            along = np.square(triangle.about(0.0)[:, : step.size] @ step).sum() / weight
-            return Point(
-                loss / weight + float(l1 * np.abs(theta[1:]).sum() + l2 / 2 * np.square(theta[1:]).sum()),
-                step,
-                decrement=float(along + l2 * np.square(step[1:]).sum()),
-                moved=float(np.max(np.abs(step[1:]) * spread, initial=0.0)),
-                detail=(fit, loss / weight, pearson),
-            )
-
-        start = np.append(first.b, first.w)
-        null = self._null_prediction(family, target, total / weight) if intercept else 0.0
-        theta, (*_, (fit, loss, pearson)) = minimum(evaluated, start, np.append(null, np.zeros_like(first.w)))
-        if counts:
-            fit = dataclasses.replace(fit, triangle=dataclasses.replace(fit.triangle, rows=weight))
-        dispersion = pearson / max(fit.degrees_of_freedom, 1) if family.dispersed else 1.0
-        of_dispersion = (dispersion or 1.0, counts or not family.dispersed)
-        log_likelihood, of_null = self._likelihoods(family, target, theta, null, *of_dispersion)
-        return dataclasses.replace(
-            fit,
-            l1=l1,
-            l2=l2,
-            dispersion=dispersion,
-            known_variance=not family.dispersed,
-            deviance=2 * loss * weight,
-            null_deviance=2 * of_null if intercept else None,
-            log_likelihood=log_likelihood,
-        ), loss
-
-    def _null_prediction(self, family: Family, target: int, mean: float) -> float:
-        """The b of a model without features for a target; `mean` is that of its values."""
-        if self._offset is None or not self._inputs:
-            return family.link(mean)
-        rows = WithOffset(self._given[0], self._offset, with_features=False, skipped=self._skipped)
-        return float(Solver(rows, *self._given[1:]).newton(family, target=target)[0].b[0])
-
-    def _likelihoods(
-        self, family: Family, target: int, theta: np.ndarray, null: float, dispersion: float, repeats: bool
-    ) -> np.ndarray:
-        """(log-likelihood of b and w [1 + d], summed loss of the null model), [2].
-
-        Args:
-          repeats: whether a weight repeats its row; else it divides the dispersion of the row.
-        """
-
-        def of(rows: Rows) -> np.ndarray:
-            x, y, weight, offset = values(rows, target)
-            prediction, of_row = x @ theta[1:, None] + theta[0] + offset, weight[:, None]
-            if repeats:
-                of_rows = of_row * family.log_likelihood(prediction, y, dispersion)
-            else:
-                of_rows = family.log_likelihood(prediction, y, dispersion / of_row)
-            of_null = of_row * family.loss(null + offset, y)
-            return np.asarray(np.concatenate([of_rows, of_null], axis=1).sum(axis=0))
-
-        return self._reduced(2, of)
-
     def _with_covariance(self, fit: Fit, config: Config, family: Family | None = None) -> Fit:
         """The fit with the covariance of its parameters that the config asks for, which takes another pass."""
         kind, counts = config.covariance_type, config.kind_of_weights == "frequency"
@@ -274,11 +152,11 @@ class Solver(Factors):
                 f"{spell('loss', config.loss)}: several targets may differ in alpha; give one target, or "
                 f"{spell('negative_binomial_alpha')}"
             )
-        alpha = 1.0
+        alpha, start = 1.0, None
         for _ in range(_MOST_ALPHAS):
             family = family_of(dataclasses.replace(config, negative_binomial_alpha=alpha))
-            fit, _ = self.newton(family, config.l2, config.intercept, l1=config.l1)
-            before = alpha
+            fit, _ = self.newton(family, config.l2, config.intercept, l1=config.l1, start=start)
+            before, start = alpha, np.append(fit.b, fit.w)
             for _ in range(_MOST_ALPHAS):
 
                 def slopes(rows: Rows, fit: Fit = fit, alpha: float = alpha) -> np.ndarray:
@@ -359,16 +237,3 @@ class Solver(Factors):
         if l2:
             return Basis(fit, np.arange(self._inputs), np.eye(self._inputs))
         return Basis(fit, fit.inverse.kept, fit.inverse.root * np.sqrt(triangle.weight))
-
-    def _around(
-        self, family: Family, target: int, observed: bool, theta: np.ndarray | None
-    ) -> tuple[RFactor, np.ndarray]:
-        """The problem of Newton's next step from b and w [1 + d], and the sums of `Family.working`."""
-
-        def problem(rows: Rows) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-            x, y, weight, offset = values(rows, target)
-            prediction = family.start(y) if theta is None else x @ theta[1:, None] + theta[0] + offset
-            response, information, sums = family.working(y, weight, prediction, observed)
-            return x, response - offset, information, sums
-
-        return self._factor(problem, 1, 4)

@@ -163,6 +163,11 @@ class MappedSource:
     def __getitem__(self, indices: np.ndarray) -> Rows:
         return gathered(indices, **{name: self.columns[name].values(indices) for name in ("x", "y", "weight")})
 
+    def view(self, rows: slice) -> Rows:
+        """Some consecutive rows, without a copy; they are not to be changed."""
+        indices = np.arange(rows.start, rows.stop)
+        return {name: self.columns[name].values(indices)[rows] for name in ("x", "y", "weight")}
+
     @property
     def x(self) -> np.ndarray:
         """All features [n, d], read into memory."""
