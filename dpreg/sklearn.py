@@ -19,7 +19,7 @@ from dpreg.config import Config
 from dpreg.config.model import LOG_LINK_LOSSES
 from dpreg.errors import InputError
 from dpreg.estimators.base import DEFAULTS, SOLVERS, STANDARDIZE, Estimator
-from dpreg.estimators.rows import Folds, check_sample_weight, split_rows
+from dpreg.estimators.rows import Folds, check_groups, check_sample_weight, split_rows
 from dpreg.step.state import Model
 
 __all__ = ["DataParallelClassifier", "DataParallelRegressor"]
@@ -65,6 +65,9 @@ class DataParallelRegressor(MultiOutputMixin, RegressorMixin, Estimator):
       num_shards: the number of logical shards; it affects the result, at least by rounding.
       reduction: of solver "sgd": "pmean", or "ordered" for the same bits on any number of devices. The solver "exact"
         always gives the same bits.
+      covariance: of the coefficients, for the standard errors of an exact solution without a penalty: "classic" for
+        rows with variances as in the model; "HC0", "HC1", "HC2" or "HC3" for any; "cluster" for rows that are
+        correlated within the `groups` of `fit`. By default "cluster" with groups, else "classic".
       random_state: the seed of the initial parameters and the order of rows: an int, a RandomState, or None for a
         random one.
 
@@ -102,6 +105,7 @@ class DataParallelRegressor(MultiOutputMixin, RegressorMixin, Estimator):
         num_devices: int | None = None,
         num_shards: int = DEFAULTS.num_shards,
         reduction: str = DEFAULTS.reduction,
+        covariance: str | None = DEFAULTS.covariance,
         random_state: Any = DEFAULTS.seed,
     ):
         self.loss, self.huber_delta, self.quantile = loss, huber_delta, quantile
@@ -122,31 +126,46 @@ class DataParallelRegressor(MultiOutputMixin, RegressorMixin, Estimator):
             num_devices=num_devices,
             num_shards=num_shards,
             reduction=reduction,
+            covariance=covariance,
             random_state=random_state,
         )
 
-    def fit(self, X: ArrayLike, y: ArrayLike, sample_weight: ArrayLike | None = None) -> Self:  # noqa: N803
+    def fit(
+        self,
+        X: ArrayLike,  # noqa: N803
+        y: ArrayLike,
+        sample_weight: ArrayLike | None = None,
+        groups: ArrayLike | None = None,
+    ) -> Self:
         """Trains a new model.
 
         Args:
           X: the features [n, d], in NumPy, pandas or Arrow.
           y: the targets, [n] or [n, t].
           sample_weight: [n], 0 or more. A row of weight 2 counts as two rows, and one of weight 0 is ignored.
+          groups: [n], the label of the group of each row, for `covariance`, and for a splitter that `cv` is.
 
         Raises:
           ValueError: for invalid rows or arguments.
           Diverged: when the loss is not finite.
         """
-        return self._fit(X, y, sample_weight, partial=False)
+        return self._fit(X, y, sample_weight, False, groups)
 
     def partial_fit(self, X: ArrayLike, y: ArrayLike, sample_weight: ArrayLike | None = None) -> Self:  # noqa: N803
         """Continues training: exact least squares for these and all previous rows, or one epoch of sgd for these rows.
 
         Exact least squares standardize by the moments of all rows, and sgd by those of the first call.
         """
-        return self._fit(X, y, sample_weight, partial=True)
+        return self._fit(X, y, sample_weight, True, None)
 
-    def _fit(self, X: Any, y: Any, sample_weight: ArrayLike | None, partial: bool) -> Self:  # noqa: N803
+    def _fit(
+        self,
+        X: Any,  # noqa: N803
+        y: Any,
+        sample_weight: ArrayLike | None,
+        partial: bool,
+        groups: ArrayLike | None,
+    ) -> Self:
         if self.loss in ("logistic", "softmax"):
             raise InputError(f"loss={self.loss!r}: it is a loss of classification; use DataParallelClassifier")
         config = self._config(
@@ -159,11 +178,21 @@ class DataParallelRegressor(MultiOutputMixin, RegressorMixin, Estimator):
         first = not (partial and hasattr(self, "_fitted"))
         x, y = validate_data(self, X, y, reset=first, dtype=np.float64, order="C", multi_output=True, y_numeric=True)
         weight, one_column, y = check_sample_weight(sample_weight, x), y.ndim == 1, np.asarray(y, np.float64)
-        folds = self._folds(config, x, y, weight, partial)
-        self._train(config, x, y.reshape(len(x), -1), weight, one_column, partial, folds)
+        numbers = check_groups(groups, x, self.covariance, self.cv)
+        folds = self._folds(config, x, y, weight, partial, numbers)
+        clusters = None if folds else numbers
+        self._train(config, x, y.reshape(len(x), -1), weight, one_column, partial, folds, clusters)
         return self
 
-    def _folds(self, config: Config, x: np.ndarray, y: np.ndarray, weight: np.ndarray, partial: bool) -> Folds | None:
+    def _folds(
+        self,
+        config: Config,
+        x: np.ndarray,
+        y: np.ndarray,
+        weight: np.ndarray,
+        partial: bool,
+        groups: np.ndarray | None,
+    ) -> Folds | None:
         """The folds of `cv`, if there are any.
 
         Raises:
@@ -181,7 +210,9 @@ class DataParallelRegressor(MultiOutputMixin, RegressorMixin, Estimator):
             raise InputError("cv: it needs all rows at once; call fit, or leave it out")
         if y.size != len(x):
             raise InputError(f"cv: it chooses one penalty for one target, and y has {y.shape[1]}; give one")
-        return split_rows(self.cv, x, y, weight, self.l1_ratio)
+        if self.covariance is not None:
+            raise InputError(f"covariance={self.covariance!r}: standard errors are unknown with cv; leave one out")
+        return split_rows(self.cv, x, y, weight, self.l1_ratio, groups)
 
     def predict(self, X: ArrayLike) -> np.ndarray:  # noqa: N803
         """Predicts the mean of the targets, or their median or quantile for those losses.
@@ -210,20 +241,28 @@ class DataParallelClassifier(ClassifierMixin, Estimator):
       n_features_in_, feature_names_in_, n_iter_: see `DataParallelRegressor`.
     """
 
-    def fit(self, X: ArrayLike, y: ArrayLike, sample_weight: ArrayLike | None = None) -> Self:  # noqa: N803
+    def fit(
+        self,
+        X: ArrayLike,  # noqa: N803
+        y: ArrayLike,
+        sample_weight: ArrayLike | None = None,
+        groups: ArrayLike | None = None,
+    ) -> Self:
         """Trains a new model.
 
         Args:
           X: the features [n, d], in NumPy, pandas or Arrow.
           y: the labels [n].
           sample_weight: [n], 0 or more. A row of weight 2 counts as two rows, and one of weight 0 is ignored.
+          groups: [n], the label of the group of each row, for `covariance`.
 
         Raises:
           ValueError: for invalid rows or arguments, and for a single class.
           Diverged: when the loss is not finite.
         """
         x, labels, weight = self._check_rows(X, y, sample_weight, True)
-        return self._fit(x, labels, weight, np.unique(labels[weight > 0]), partial=False)
+        numbers = check_groups(groups, x, self.covariance)
+        return self._fit(x, labels, weight, np.unique(labels[weight > 0]), False, numbers)
 
     def partial_fit(
         self,
@@ -247,7 +286,8 @@ class DataParallelClassifier(ClassifierMixin, Estimator):
         if classes is not None and not np.array_equal(np.unique(np.asarray(classes)), known):
             raise InputError(f"classes: they were {known} in the first call of partial_fit; give those, or none")
         x, labels, weight = self._check_rows(X, y, sample_weight, first)
-        return self._fit(x, labels, weight, known, partial=True)
+        check_groups(None, x, self.covariance)
+        return self._fit(x, labels, weight, known, True, None)
 
     def _check_rows(
         self,
@@ -260,7 +300,15 @@ class DataParallelClassifier(ClassifierMixin, Estimator):
         check_classification_targets(labels)
         return x, column_or_1d(labels, warn=True), check_sample_weight(sample_weight, x)
 
-    def _fit(self, x: np.ndarray, labels: np.ndarray, weight: np.ndarray, classes: np.ndarray, partial: bool) -> Self:
+    def _fit(
+        self,
+        x: np.ndarray,
+        labels: np.ndarray,
+        weight: np.ndarray,
+        classes: np.ndarray,
+        partial: bool,
+        groups: np.ndarray | None,
+    ) -> Self:
         if len(classes) < 2:
             raise InputError(f"y: there is one class, {classes.tolist()[0]!r}; give rows of two classes or more")
         indices = np.searchsorted(classes, labels)
@@ -272,7 +320,7 @@ class DataParallelClassifier(ClassifierMixin, Estimator):
             )
         y = np.where(unknown, 0, indices).astype(np.float64)[:, None]
         config = self._config(loss="logistic" if len(classes) == 2 else "softmax", num_classes=len(classes))
-        self._train(config, x, y, weight, False, partial)
+        self._train(config, x, y, weight, False, partial, groups=groups)
         self.classes_ = classes
         return self
 

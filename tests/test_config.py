@@ -61,7 +61,7 @@ def test_the_default_of_each_setting_is_stated_only_in_config():
         ("data.pipeline", "num_shards"),  # It holds until `shard` is called.
         # These are not settings, although they have the name of one.
         ("solvers.inference", "target"),
-        ("solvers.solver", "target"),
+        ("solvers.irls", "target"),
         ("models.losses", "num_classes"),
         ("outputs.workdir", "keep"),
         ("step.digest", "optimizer"),

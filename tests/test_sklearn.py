@@ -1,5 +1,6 @@
 """The scikit-learn estimators: scikit-learn's checks and optima, and the guarantees of data-parallel training."""
 
+import functools
 import os
 import pickle
 import subprocess
@@ -19,7 +20,7 @@ from sklearn import linear_model
 from sklearn.base import clone
 from sklearn.datasets import load_iris
 from sklearn.exceptions import ConvergenceWarning
-from sklearn.model_selection import GridSearchCV
+from sklearn.model_selection import GridSearchCV, GroupKFold
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
@@ -540,3 +541,72 @@ def test_the_summary_agrees_with_statsmodels(loss):
     assert pickle.loads(pickle.dumps(model)).summary_.coefficients == found.coefficients
     with pytest.warns(ConvergenceWarning):
         assert not hasattr(model.set_params(solver="sgd", max_epochs=1).fit(X, y), "summary_")
+
+
+# For generalised linear models, statsmodels has HC0 alone, also under the other names.
+@pytest.mark.parametrize(
+    ("loss", "covariance"),
+    [
+        *(("squared", kind) for kind in ("HC0", "HC1", "HC2", "HC3", "cluster", None)),
+        *((loss, kind) for loss in ("poisson", "logistic") for kind in ("HC0", "cluster", None)),
+    ],
+)
+def test_robust_and_clustered_standard_errors_agree_with_statsmodels(loss, covariance):
+    y, group = targets(loss), np.arange(len(X)) * 7 % 23
+    groups = np.array([f"g{number}" for number in group]) if covariance in ("cluster", None) else None
+    classify = loss == "logistic"
+    model = (DataParallelClassifier if classify else functools.partial(DataParallelRegressor, loss))(
+        l2=0, covariance=covariance
+    )
+    found = model.fit(X, y, groups=groups).summary_
+    asked = {"cov_type": covariance} if groups is None else {"cov_type": "cluster", "cov_kwds": {"groups": group}}
+    if loss == "squared":
+        theirs = sm.OLS(y, sm.add_constant(X)).fit(**asked)
+    else:
+        family = sm.families.Binomial() if classify else sm.families.Poisson()
+        theirs = sm.GLM((y == "yes") * 1.0 if classify else y, sm.add_constant(X), family).fit(tol=1e-14, **asked)
+    assert found.covariance_type == (covariance or "cluster")
+    np.testing.assert_allclose([c.std_error for c in found.coefficients], theirs.bse, rtol=1e-6)
+    np.testing.assert_allclose(found.covariance, theirs.cov_params(), rtol=1e-5, atol=1e-9 * found.covariance.max())
+
+
+def test_several_targets_of_least_squares_have_clustered_errors_in_their_units():
+    both = np.stack([targets("squared"), 100 * targets("absolute") + 3], axis=1)
+    group = np.arange(len(X)) % 17
+    for found, y in zip(DataParallelRegressor().fit(X, both, groups=group).summary_, both.T, strict=True):
+        theirs = sm.OLS(y, sm.add_constant(X)).fit(cov_type="cluster", cov_kwds={"groups": group})
+        np.testing.assert_allclose([c.std_error for c in found.coefficients], theirs.bse, rtol=1e-6)
+
+
+def test_groups_are_those_of_the_folds():
+    group = np.arange(len(X)) * 7 % 23
+    x, y = X + np.eye(23)[group][:, : X.shape[1]], targets("squared") + group
+    model = DataParallelRegressor(cv=GroupKFold(5), l1_ratio=0.5).fit(x, y, groups=group)
+    pairs = list(GroupKFold(5).split(x, y, group))
+    assert model.alpha_ == DataParallelRegressor(cv=pairs, l1_ratio=0.5).fit(x, y).alpha_
+
+
+@pytest.mark.parametrize(
+    ("arguments", "fit", "message"),
+    [
+        ({"covariance": "cluster"}, {}, "give fit the groups"),
+        ({"covariance": "HC9"}, {}, "covariance='HC9': use"),
+        ({"covariance": "HC1"}, {"groups": np.arange(200)}, "groups: they are not used with"),
+        ({}, {"groups": np.arange(3)}, "the shape is"),
+        ({}, {"groups": np.array([None, *range(199)], object)}, "groups: row 1 has none"),
+        ({}, {"groups": np.array([*range(199), "a"], object)}, "several types"),
+        ({}, {"groups": np.zeros(200)}, "all rows are in one group"),
+        ({"loss": "huber"}, {"groups": np.arange(200)}, "groups: only for standard errors"),
+        ({"l2": 0.1}, {"groups": np.arange(200)}, "groups: only for standard errors"),
+        ({"model": "mlp", "max_epochs": 1}, {"groups": np.arange(200)}, "groups: only for standard errors"),
+        ({"solver": "sgd", "max_epochs": 1}, {"groups": np.arange(200)}, "groups: only for standard errors"),
+        ({"covariance": "HC1", "cv": 3}, {}, "standard errors are unknown with cv"),
+    ],
+)
+def test_covariances_and_groups_that_cannot_be_used_are_refused(arguments, fit, message):
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(200, 2))
+    with pytest.raises(dpreg.InputError, match=message):
+        DataParallelRegressor(**arguments).fit(x, x @ [1.0, 2.0] + rng.normal(size=200), **fit)
+    with pytest.raises(dpreg.InputError, match="covariance='HC1'"):
+        DataParallelRegressor(covariance="HC1").partial_fit(x, x[:, 0])

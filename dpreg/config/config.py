@@ -190,11 +190,9 @@ class Config(RunSettings, DeviceSettings, OptimizerSettings, InferenceSettings, 
 
     @property
     def covariance_type(self) -> str:
-        """The covariance of the coefficients of an exact solution."""
+        """The covariance of the coefficients of an exact solution, for rows without groups."""
         if self.covariance is not None or self.is_penalized:
             return self.covariance or "classic"
-        if self.group_column is not None:
-            return "cluster"
         return "HC1" if self.weights == "importance" else "classic"
 
     def is_least_squares(self) -> bool:

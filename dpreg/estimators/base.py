@@ -21,7 +21,7 @@ from dpreg.data.sources import ArraySource, PermutedSource, RegressionData, firs
 from dpreg.distributed import devices
 from dpreg.errors import InputError
 from dpreg.estimators.fitted import Fitted, compute_moments, moments_from_r, update_constants
-from dpreg.estimators.rows import Folds, require_squares
+from dpreg.estimators.rows import Folds, require_errors, require_squares
 from dpreg.models.linear import linear_parameters
 from dpreg.solvers import elastic_net
 from dpreg.solvers.inference import Summary, summarize_fit
@@ -60,13 +60,14 @@ class Estimator(BaseEstimator):
         num_devices: int | None = None,
         num_shards: int = DEFAULTS.num_shards,
         reduction: str = DEFAULTS.reduction,
+        covariance: str | None = DEFAULTS.covariance,
         random_state: Any = DEFAULTS.seed,
     ):
         self.model, self.hidden, self.solver = model, hidden, solver
         self.optimizer, self.lr, self.lr_schedule, self.l1, self.l2 = optimizer, lr, lr_schedule, l1, l2
         self.batch_size, self.max_epochs, self.standardize = batch_size, max_epochs, standardize
         self.num_devices, self.num_shards, self.reduction = num_devices, num_shards, reduction
-        self.random_state = random_state
+        self.covariance, self.random_state = covariance, random_state
 
     def __sklearn_is_fitted__(self) -> bool:
         return hasattr(self, "_fitted")
@@ -88,6 +89,8 @@ class Estimator(BaseEstimator):
             num_devices=self.num_devices,
             num_shards=self.num_shards,
             reduction=self.reduction,
+            # Of groups, which a solver has, not a config, "cluster" is the default.
+            covariance=None if self.covariance == "cluster" else self.covariance,
             solver=self._solver_of_l1(loss_settings["loss"]),
             seed=int(check_random_state(self.random_state).randint(2**31 - 1)),
             **loss_settings,
@@ -107,6 +110,7 @@ class Estimator(BaseEstimator):
         one_column: bool,
         partial: bool,
         folds: Folds | None = None,
+        groups: np.ndarray | None = None,
     ) -> None:
         """Trains on rows x [n, d], y [n, t], weight [n] in float64.
 
@@ -116,6 +120,7 @@ class Estimator(BaseEstimator):
           one_column: whether y was an array with a single axis.
           partial: whether to continue from the previous call, as `partial_fit` does.
           folds: of the rows, to choose the penalty of squared loss by.
+          groups: [n] the numbers of the groups of rows within which errors are correlated, from 0; or None.
 
         Raises:
           InputError: for rows and settings that cannot be combined.
@@ -134,7 +139,7 @@ class Estimator(BaseEstimator):
         if folds:  # rows of one fold follow each other
             folds = folds._replace(numbers=folds.numbers[used])
             used = used[folds.order]
-        x, y, weight = x[used], y[used], weight[used]
+        x, y, weight, groups = x[used], y[used], weight[used], None if groups is None else groups[used]
         require_squares(x, y, weight, used)
         exact, squared = bool(folds) or self._is_exact(fitted), config.loss == "squared"
         if partial and exact and not squared:
@@ -142,10 +147,12 @@ class Estimator(BaseEstimator):
                 remedy = "use solver='auto' or 'sgd'"
                 raise InputError(f"solver='exact': its partial_fit applies only to loss='squared'; {remedy}")
             exact = False
+        if config.covariance or groups is not None:
+            require_errors(config, exact and not partial, y.shape[1], groups)
         if exact and squared and not (previous and not previous.r_factor):
-            self._solve_least_squares(fitted, x, y, weight, previous, folds)
+            self._solve_least_squares(fitted, x, y, weight, previous, folds, groups)
         elif exact and not partial:
-            self._solve_by_newton(fitted, x, y, weight)
+            self._solve_by_newton(fitted, x, y, weight, groups)
         else:
             self._train_by_optimizer(fitted, x, y, weight, previous, partial)
         if not fitted.is_linear:
@@ -179,6 +186,7 @@ class Estimator(BaseEstimator):
         weight: np.ndarray,
         previous: Fitted | None,
         folds: Folds | None = None,
+        groups: np.ndarray | None = None,
     ) -> None:
         """Solves least squares exactly, for these rows, in the order of their folds, and those of previous calls."""
         solver, penalties = self._make_solver(fitted, x, y, weight), (fitted.config.l1, fitted.config.l2)
@@ -196,18 +204,24 @@ class Estimator(BaseEstimator):
             self.mse_path_ = 2 * np.square(scale[-1]) * path.fold_losses.T
             penalties = path.penalties(path.best)
         fits = elastic_net.solve_targets(triangle, *penalties)
+        if fitted.config.covariance or groups is not None:
+            d = x.shape[1]
+            rows = (x - mean[:d]) / scale[:d], (y - mean[d:]) / scale[d:], weight
+            fits = [self._make_solver(fitted, *rows, groups).with_covariance(fits[0], fitted.config)]
         w, b = (np.concatenate(values, axis=-1) for values in zip(*(fit.shortest() for fit in fits), strict=True))
         self._set_coefficients(fitted, w, b, mean)
         fitted.fit = (fits[0], mean) if len(fits) == 1 else None
         fitted.weighted = bool((weight != 1).any()) or bool(previous and previous.weighted)
 
-    def _solve_by_newton(self, fitted: Fitted, x: np.ndarray, y: np.ndarray, weight: np.ndarray) -> None:
+    def _solve_by_newton(
+        self, fitted: Fitted, x: np.ndarray, y: np.ndarray, weight: np.ndarray, groups: np.ndarray | None
+    ) -> None:
         """Finds the exact solution for these rows by Newton's method."""
         triangle = self._make_solver(fitted, x, y, weight).triangle()
         fitted.schema = self._make_schema(fitted, *moments_from_r(triangle))
         d, (mean, scale) = x.shape[1], fitted.schema.units
         mean = np.concatenate([triangle.means[:d], mean[d:]])  # always centre the features, as for least squares
-        solver = self._make_solver(fitted, (x - mean[:d]) / scale[:d], (y - mean[d:]) / scale[d:], weight)
+        solver = self._make_solver(fitted, (x - mean[:d]) / scale[:d], (y - mean[d:]) / scale[d:], weight, groups)
         solution = solver.solve(fitted.config)
         self.n_iter_ = 1 + solver.passes
         w, b = solution.fit.shortest() if solution.fit else (solution.w, solution.b)
@@ -215,8 +229,11 @@ class Estimator(BaseEstimator):
         fitted.fit = (solution.fit, mean) if solution.fit else None
         fitted.weighted = bool((weight != 1).any())
 
-    def _make_solver(self, fitted: Fitted, x: np.ndarray, y: np.ndarray, weight: np.ndarray) -> Solver:
-        return Solver(ArraySource(x, y, weight, np.float64), fitted.mesh, fitted.config.num_shards)
+    def _make_solver(
+        self, fitted: Fitted, x: np.ndarray, y: np.ndarray, weight: np.ndarray, groups: np.ndarray | None = None
+    ) -> Solver:
+        source = ArraySource(x, y, weight, np.float64)
+        return Solver(source, fitted.mesh, fitted.config.num_shards, groups=groups)
 
     def _train_by_optimizer(
         self,

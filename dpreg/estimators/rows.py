@@ -7,6 +7,8 @@ from numpy.typing import ArrayLike
 from sklearn.model_selection import check_cv
 from sklearn.utils.validation import _check_sample_weight
 
+from dpreg.config import Config
+from dpreg.config.model import L1_LOSSES
 from dpreg.errors import InputError
 from dpreg.tables.columns import LARGEST
 
@@ -34,12 +36,15 @@ class Folds(NamedTuple):
         return starts
 
 
-def split_rows(cv: Any, x: np.ndarray, y: np.ndarray, weight: np.ndarray, l1_ratio: float) -> Folds:
+def split_rows(
+    cv: Any, x: np.ndarray, y: np.ndarray, weight: np.ndarray, l1_ratio: float, groups: np.ndarray | None = None
+) -> Folds:
     """The folds of rows x [n, d], y [n, t] and weight [n].
 
     Args:
       cv: the number of folds, a splitter of scikit-learn, or pairs of (numbers of rows to fit, of rows held out).
       l1_ratio: from 0 to 1.
+      groups: [n] for a splitter that needs them.
 
     Raises:
       InputError: unless every row is held out once, and otherwise fitted; for a fold without weight; and for another
@@ -48,7 +53,7 @@ def split_rows(cv: Any, x: np.ndarray, y: np.ndarray, weight: np.ndarray, l1_rat
     if not 0 <= l1_ratio <= 1:
         raise InputError(f"l1_ratio={l1_ratio!r}: use a number from 0 to 1")
     try:
-        pairs = [(np.asarray(fitted), np.asarray(own)) for fitted, own in check_cv(cv).split(x, y)]
+        pairs = [(np.asarray(fitted), np.asarray(own)) for fitted, own in check_cv(cv).split(x, y, groups)]
     except (TypeError, ValueError) as error:
         raise InputError(f"cv={cv!r}: {error}; give a number of folds, or a splitter such as KFold") from error
     numbers = np.full(len(x), -1)
@@ -92,3 +97,43 @@ def check_sample_weight(sample_weight: ArrayLike | None, x: np.ndarray) -> np.nd
     if not weight.any():
         raise InputError("sample_weight: it is zero in every row; give at least one row a weight above 0")
     return weight
+
+
+def check_groups(groups: ArrayLike | None, x: np.ndarray, covariance: str | None, cv: Any = None) -> np.ndarray | None:
+    """Returns the numbers of the groups of rows x [n, d], [n] int32, from 0; None for none.
+
+    Raises:
+      InputError: unless there is a label for each row; for groups that cannot be used with the covariance, and for the
+        covariance "cluster" without groups.
+    """
+    if groups is None:
+        if covariance == "cluster":
+            raise InputError(f"covariance={covariance!r}: give fit the groups of the rows")
+        return None
+    if covariance not in (None, "cluster") and cv is None:
+        raise InputError(f"groups: they are not used with covariance={covariance!r}; leave one out")
+    labels = np.asarray(groups)
+    if labels.shape != (len(x),):
+        raise InputError(f"groups: the shape is {list(labels.shape)}; give a label for each of {len(x):,} rows")
+    missing = np.array([label is None or label != label for label in labels.tolist()])
+    if missing.any():
+        raise InputError(f"groups: row {missing.argmax() + 1:,} has none; give it one, or leave out the row")
+    try:
+        return np.unique(labels, return_inverse=True)[1].astype(np.int32)
+    except TypeError as error:
+        raise InputError("groups: the labels are of several types; give numbers alone, or texts alone") from error
+
+
+def require_errors(config: Config, exact: bool, num_targets: int, groups: np.ndarray | None) -> None:
+    """Raises InputError unless a fit has standard errors, which a covariance or groups are given for.
+
+    Args:
+      config: its settings; exact: whether it is an exact solution; num_targets: of its rows; groups: as given.
+    """
+    several = num_targets > 1 and config.loss != "squared"
+    if not exact or several or config.is_penalized or config.loss not in L1_LOSSES:
+        name = f"covariance={config.covariance!r}" if groups is None else "groups"
+        raise InputError(
+            f"{name}: only for standard errors, which fit computes for exact solutions of {', '.join(L1_LOSSES)}, "
+            "without a penalty, of one target unless the loss is squared; leave it out"
+        )

@@ -65,7 +65,7 @@ class Solver(GeneralizedLinearModels):
             family = family_of(config)
             found = [self.newton(family, l2, config.intercept, t, counts, l1) for t in range(self._targets)]
             w, b = (np.concatenate([getattr(fit, name) for fit, _ in found], axis=-1) for name in ("w", "b"))
-            fit_of_one = self._with_covariance(found[0][0], config, family) if len(found) == 1 else None
+            fit_of_one = self.with_covariance(found[0][0], config, family) if len(found) == 1 else None
             infinite = tuple(sorted({level for fit, _ in found for level in fit.infinite}))
             return Solution(w, b, sum(each for _, each in found), fit_of_one, infinite=infinite)
         if loss == "softmax":
@@ -86,7 +86,7 @@ class Solver(GeneralizedLinearModels):
         if config.precision == "float64":
             fits = self._refined(fits)
         w, b = (np.concatenate([getattr(fit, name) for fit in fits], axis=-1) for name in ("w", "b"))
-        fit_of_one = self._with_covariance(fits[0], config) if len(fits) == 1 else None
+        fit_of_one = self.with_covariance(fits[0], config) if len(fits) == 1 else None
         return Solution(w, b, sum(fit.loss for fit in fits), fit_of_one, path=path)
 
     def _triangles_of_folds(self, folds: int) -> list[RFactor]:
@@ -127,9 +127,18 @@ class Solver(GeneralizedLinearModels):
         of_fits = np.split(self._reduced(w.size + b.size, gradient).reshape(1 + len(w), -1), len(fits), axis=1)
         return [fit.refined(own[1:], own[0]) for fit, own in zip(fits, of_fits, strict=True)]
 
-    def _with_covariance(self, fit: Fit, config: Config, family: Family | None = None) -> Fit:
-        """The fit with the covariance of its parameters that the config asks for, which takes another pass."""
+    def with_covariance(self, fit: Fit, config: Config, family: Family | None = None) -> Fit:
+        """The fit with the covariance of its parameters that the config asks for, which takes another pass.
+
+        Where rows have groups, that is by default the covariance of rows that are correlated within them.
+
+        Args:
+          fit: of the rows of this solver.
+          family: of a generalised linear model; None for least squares.
+        """
         kind, counts = config.covariance_type, config.kind_of_weights == "frequency"
+        if self._groups is not None and config.covariance is None and not config.is_penalized:
+            kind = "cluster"
         if kind == "classic":
             return fit
 
