@@ -1,6 +1,7 @@
 """Generalised linear models, on the host in float64, by iteratively reweighted least squares.
 
-This is Fisher's scoring, and where the link is canonical, Newton's method (McCullagh and Nelder 1989, section 2.5).
+With the information that was observed this is Newton's method, and with that expected Fisher's scoring; where the link
+is canonical, they are the same (McCullagh and Nelder 1989, section 2.5).
 """
 
 import dataclasses

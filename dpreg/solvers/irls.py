@@ -23,7 +23,8 @@ from dpreg.spelling import spell
 _SAMPLED = 16  # One row of so many is in a sample.
 _SAMPLED_ROWS = 500  # the least number of rows of a sample for each column
 _NEAR = 1e-4  # the decrement at which a fit to a sample is near enough
-_CLOSE = 1e-4  # With so few columns for each row of a sample, one step with its information leaves two of Newton's.
+_CLOSE = 1e-4  # With fewer columns than this for each row of a sample, one step with its information is enough.
+_FEW_STEPS = 12  # from a start near the optimum; more could bring a model without one to rest by rounding
 _SCORES = 100  # the most passes for scores of wide rows
 _SCORED_VALUES = 1 << 19  # of a block whose scores are summed at once: it stays in a core's cache
 
@@ -33,6 +34,8 @@ class Objective(NamedTuple):
 
     Attributes:
       family, target, l1, l2, intercept: as the arguments of `GeneralizedLinearModels.newton`.
+      spread: [d] the greatest deviations of the features in the weights of any step so far, written by each. Where an
+        optimum is infinite, later steps have weights near 0 there, in which they would seem to be short.
     """
 
     family: Family
@@ -40,6 +43,7 @@ class Objective(NamedTuple):
     l1: float
     l2: float
     intercept: bool
+    spread: np.ndarray
 
 
 class _Sums(NamedTuple):
@@ -84,7 +88,7 @@ class GeneralizedLinearModels(Factors):
           InputError: when there is no optimum, such as for classes that a plane separates.
         """
         with one_blas_thread():
-            return self._newton(Objective(family, target, l1, l2, intercept), counts, start)
+            return self._newton(Objective(family, target, l1, l2, intercept, np.zeros(self._inputs)), counts, start)
 
     def _newton(self, objective: Objective, counts: bool, start: np.ndarray | None) -> tuple[Fit, float]:
         levels = self._levels.features if self._levels and not (objective.l1 or objective.l2) else ()
@@ -107,7 +111,9 @@ class GeneralizedLinearModels(Factors):
     def _fit(self, objective: Objective, counts: bool, start: np.ndarray | None) -> tuple[Fit, float]:
         """The result of `newton` for the rows that are not skipped."""
         family, l1, l2 = objective.family, objective.l1, objective.l2
-        _, at = self._minimum(objective, start)
+        theta, at = self._minimum(objective, start)
+        if family.curvature is not None and not l1:  # Standard errors are of the expected information.
+            at = self._evaluate(objective, theta, observed=False)
         fit, (loss, weight, pearson, total, _) = at.detail
         if counts:
             fit = dataclasses.replace(fit, triangle=dataclasses.replace(fit.triangle, rows=weight))
@@ -139,17 +145,21 @@ class GeneralizedLinearModels(Factors):
             return np.append(null, np.zeros(self._inputs))
 
         if start is None:
-            if (sampled := self._fit_sample(objective)) is not None:
-                with contextlib.suppress(NoOptimumError):  # The sample was unlike the other rows.
-                    return minimum(evaluated, sampled, safe, enough)
-            # Where rows are wide, sums of scores take much less time than those of products.
-            wide = self._inputs >= WIDE and not objective.l1
-            start = self._follow_scores(objective) if wide else self._fit_start(objective)
+            if (near := self._fit_sample(objective)) is None and self._inputs >= WIDE and not objective.l1:
+                near = self._follow_scores(objective)  # in much less time than sums of products take
+            if near is not None:
+                with contextlib.suppress(NoOptimumError):  # A sample may be unlike the other rows.
+                    return minimum(evaluated, near, safe, enough, _FEW_STEPS)
+            start = self._fit_start(objective)
         return minimum(evaluated, start, safe, enough)
 
-    def _evaluate(self, objective: Objective, theta: np.ndarray) -> Point:
-        """The objective and Newton's step at b and w [1 + d]: a pass. `Point.detail` is (the next fit, `_Sums`)."""
-        triangle, of_rows = self._around(objective, theta)
+    def _evaluate(self, objective: Objective, theta: np.ndarray, observed: bool = True) -> Point:
+        """The objective and Newton's step at b and w [1 + d]: a pass. `Point.detail` is (the next fit, `_Sums`).
+
+        Args:
+          observed: whether with the information that was observed, as in Newton's method; else with that expected.
+        """
+        triangle, of_rows = self._around(objective, theta, observed)
         sums = _Sums(*of_rows)
         if not np.isfinite(sums.loss):
             return Point(np.inf, np.zeros_like(theta), 0.0, 0.0)
@@ -157,21 +167,18 @@ class GeneralizedLinearModels(Factors):
         _require_optimum(objective, sums.mixed)
         fit = self._solve_around(objective, triangle, sums, w)
         step = np.append(fit.b, fit.w) - theta
-        x = triangle.below(objective.intercept)[:, 1 : 1 + self._inputs]
-        spread = np.sqrt(np.einsum("ij,ij->j", x, x) / triangle.weight)
         along = np.square(triangle.about(0.0)[:, : step.size] @ step).sum() / sums.weight
         return Point(
             sums.loss / sums.weight + float(l1 * np.abs(w).sum() + l2 / 2 * np.square(w).sum()),
             step,
             decrement=float(along + l2 * np.square(step[1:]).sum()),
-            moved=float(np.max(np.abs(step[1:]) * spread, initial=0.0)),
-            quadratic=objective.family.curvature is None or l1 > 0,
+            moved=float(np.max(np.abs(step[1:]) * objective.spread, initial=0.0)),
             detail=(fit, sums),
         )
 
-    def _around(self, objective: Objective, theta: np.ndarray | None) -> tuple[RFactor, np.ndarray]:
+    def _around(self, objective: Objective, theta: np.ndarray | None, observed: bool) -> tuple[RFactor, np.ndarray]:
         """The problem of Newton's next step from b and w [1 + d], and the sums of `Family.working`."""
-        family, observed = objective.family, objective.l1 > 0
+        family = objective.family
 
         def problem(rows: Rows) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
             x, y, weight, offset = values(rows, objective.target)
@@ -186,12 +193,14 @@ class GeneralizedLinearModels(Factors):
         self, objective: Objective, triangle: RFactor, sums: _Sums, start: np.ndarray | None = None
     ) -> Fit:
         _require_weight(sums.weight)
+        x = triangle.below(objective.intercept)[:, 1 : 1 + self._inputs]
+        np.maximum(objective.spread, np.sqrt(np.einsum("ij,ij->j", x, x) / triangle.weight), out=objective.spread)
         unit = sums.weight / triangle.weight
         return elastic_net.solve(triangle, objective.l1 * unit, objective.l2 * unit, objective.intercept, start)
 
     def _fit_start(self, objective: Objective) -> np.ndarray:
         """The b and w [1 + d] of the problem of least squares at the first predictions of the family: a pass."""
-        triangle, sums = self._around(objective, None)
+        triangle, sums = self._around(objective, None, False)
         fit = self._solve_around(objective, triangle, _Sums(*sums))
         return np.append(fit.b, fit.w)
 
@@ -210,7 +219,9 @@ class GeneralizedLinearModels(Factors):
         along[kept] = fit.along * np.sqrt(sums.weight)
         if not objective.l1:  # Steps with the information of the sample.
             for _ in range(1 if (1 + self._inputs) / fit.triangle.rows <= _CLOSE else 2):
-                theta = theta - along @ (along.T @ self._gradient(objective, theta)[1])
+                _, gradient = self._gradient(objective, theta)
+                if np.isfinite(gradient).all():
+                    theta = theta - along @ (along.T @ gradient)
         return theta
 
     def _follow_scores(self, objective: Objective) -> np.ndarray:
@@ -230,6 +241,7 @@ class GeneralizedLinearModels(Factors):
         _require_weight(weight)
         means = first[2:] / weight * objective.intercept
         spread = np.sqrt(np.maximum(squares / weight - np.square(means), 0))
+        np.maximum(objective.spread, spread, out=objective.spread)
         kept = np.flatnonzero(spread > np.sqrt(self._epsilon * squares / weight))
         if self._levels is not None and not objective.l2:
             kept = np.setdiff1d(kept, self._levels.left_out(objective.intercept, self._skipped))
@@ -249,11 +261,11 @@ class GeneralizedLinearModels(Factors):
 
         def of(rows: Rows) -> np.ndarray:
             x, y, weight, offset = values(rows, objective.target)
-            prediction = x @ theta[1:, None] + theta[0] + offset
             with np.errstate(all="ignore"):  # A step that was too long is not taken.
+                prediction = x @ theta[1:, None] + theta[0] + offset
                 loss, score = family.loss(prediction, y)[:, 0], weight * family.score(prediction, y)[:, 0]
-            mixed = weight @ ~family.separates(prediction - offset, y)[:, 0]
-            return np.concatenate([[weight.sum(), mixed, weight @ loss, score.sum()], score @ x])
+                mixed = weight @ ~family.separates(prediction - offset, y)[:, 0]
+                return np.concatenate([[weight.sum(), mixed, weight @ loss, score.sum()], score @ x])
 
         rows_at_once = max(256, _SCORED_VALUES // (1 + self._inputs + self._targets))
         weight, mixed, loss, *score = self._reduced(3 + len(theta), of, rows_at_once=rows_at_once)

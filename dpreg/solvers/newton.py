@@ -9,14 +9,12 @@ import scipy
 
 from dpreg.errors import NoOptimumError
 
-_EPSILON = float(np.finfo(np.float64).eps)
 _MOST_STEPS = 30  # about 8 are needed; after 37 a model without an optimum comes to rest by rounding
 _MOST_HALVED = 40  # times that one step is found too long
 _ENOUGH = 1e-4  # of the decrease that the slope promises
 _ROUNDING = 1e-10  # of the objective, by which a step may seem to increase it
 _AT_REST = 1e-3  # of the predictions, on the link's scale
-_LAST_DECREMENT = 1e-15  # of the last step: at its start the Hessian has to be known to 7 digits, for standard errors
-_NEXT_DECREMENT = 1e-18  # of the step that would follow, about
+_LAST_DECREMENT = 1e-15  # of the last step: that of a next one would be its square, and the Hessian has 7 digits
 _APPROACHED = 3e-8  # the length of the gradient where an approach ends
 
 
@@ -28,8 +26,6 @@ class Point(NamedTuple):
       step: [m] float64.
       decrement: the product of the step and the gradient, times -1: twice the predicted decrease.
       moved: a bound on how much the step changes a typical prediction, on the link's scale.
-      quadratic: whether the step uses the Hessian, so that near the minimum decrements are about the squares of those
-        before; else it uses its expectation.
       detail: other results for the caller.
     """
 
@@ -37,7 +33,6 @@ class Point(NamedTuple):
     step: np.ndarray
     decrement: float
     moved: float
-    quadratic: bool = False
     detail: Any = None
 
 
@@ -46,6 +41,7 @@ def minimum(
     start: np.ndarray,
     safe: Callable[[], np.ndarray],
     enough: float = 0.0,
+    most_steps: int = _MOST_STEPS,
 ) -> tuple[np.ndarray, Point]:
     """The minimum of a convex function, by Newton's method with backtracking (Boyd and Vandenberghe 2004, 9.5.2).
 
@@ -53,7 +49,8 @@ def minimum(
       evaluate: a function of a point [m]; it takes a pass over the rows.
       start: [m] the first point.
       safe: gives the first point [m] if the objective is not finite at `start`.
-      enough: the decrement of a last step; by default it is so small that the parameters have all their digits.
+      enough: the decrement of the last step, if not so small that the parameters have all their digits.
+      most_steps: the number of steps, at most: few from a start near the minimum, see `_MOST_STEPS`.
 
     Returns:
       the minimum [m], and the `Point` before the last step.
@@ -64,11 +61,11 @@ def minimum(
     at = evaluate(start)
     if not np.isfinite(at.value):
         at = evaluate(start := safe())
-    ratio = 1.0  # of the decrements of two steps in a row
-    for _ in range(_MOST_STEPS):
+    for _ in range(most_steps):
+        if not np.isfinite(at.value):
+            break
         # Without an optimum the objective may stop changing, but the parameters do not.
-        expected = at.decrement * min(1.0, at.decrement if at.quadratic else ratio)
-        precise = at.decrement <= _LAST_DECREMENT and expected <= _NEXT_DECREMENT and at.moved <= _AT_REST
+        precise = at.decrement <= _LAST_DECREMENT * max(1.0, abs(at.value)) and at.moved <= _AT_REST
         if precise or at.decrement <= enough:
             return start + at.step, at
         length, before = 1.0, at
@@ -79,9 +76,8 @@ def minimum(
                 break
             length /= 2
         start = start + length * before.step
-        ratio = at.decrement / before.decrement if length == 1 and before.decrement else 1.0
     raise NoOptimumError(
-        f"no optimum within {_MOST_STEPS} steps: there is none where all targets are alike, or where features tell "
+        f"no optimum within {most_steps} steps: there is none where all targets are alike, or where features tell "
         "them for certain; for the latter give some l2, such as 0.001"
     )
 

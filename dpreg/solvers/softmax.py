@@ -59,7 +59,7 @@ def minimum(sums_at: Callable[[np.ndarray], np.ndarray], shape: tuple[int, int],
         step = -_solved(curvature + common * np.trace(curvature) / size, gradient)
         moved = 0.0 if l2 else float(np.abs(step[classes:]).max(initial=0.0))  # with a penalty there is an optimum
         value, decrement = float(at[0] + (penalty * theta**2).sum() / 2), float(-gradient @ step)
-        return newton.Point(value, step, decrement, moved, quadratic=True)
+        return newton.Point(value, step, decrement, moved)
 
     start = np.zeros(size)
     theta, _ = newton.minimum(evaluated, start, lambda: start)
