@@ -112,7 +112,8 @@ def _correlations(packed: np.ndarray, first: np.ndarray, mean: np.ndarray, scale
         centred = of_tile[own.start] - np.outer(mean[own], first[after])
         np.divide(centred, np.outer(scale[own], scale[after]), out=unit[own, after])
 
-    tiles.for_each(fill, tiles.tiles(0, len(first)))
+    with tiles.threads() as for_each:
+        for_each(fill, tiles.tiles(0, len(first)))
     return unit
 
 

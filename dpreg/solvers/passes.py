@@ -46,6 +46,7 @@ class Passes:
         self._epsilon = float(np.spacing(np.ones((), one["x"].dtype)))
         self._source, self._heartbeat, self.passes = hold_shards(source, mesh, num_shards), heartbeat, 0
         self._skipped, self._every = tuple[int, ...](), 1
+        self._pool = concurrent.futures.ThreadPoolExecutor(blas.THREADS)  # which would take as long to start as a pass
         self._sampler = Sampler(len(source), num_shards, num_shards, shuffle=False)
         shards = np.arange(mesh.size * -(-num_shards // mesh.size)).reshape(mesh.size, -1)
         self._own = shards[[device.process_index == jax.process_index() for device in mesh.devices.flat]]
@@ -116,7 +117,7 @@ class Passes:
             found[at] = add(found[at], part.result()) if at in found else part.result()
             self._heartbeat()
 
-        with presence.at_work("solving"), concurrent.futures.ThreadPoolExecutor(blas.THREADS) as pool:
+        with presence.at_work("solving"):
             for shard in self._own[self._own < len(pieces)].tolist():
                 for number, start, stop in pieces[shard]:
                     for first in range(start, stop, at_once):
@@ -127,7 +128,7 @@ class Passes:
                         if not counted.all():
                             block = {name: column[counted] for name, column in block.items()}
                         if counted.any():
-                            waiting.append(((shard, number), pool.submit(of, block)))
+                            waiting.append(((shard, number), self._pool.submit(of, block)))
                         if len(waiting) > blas.THREADS:
                             finish()
             while waiting:

@@ -5,13 +5,17 @@ the number of threads (Buttari, Langou, Kurzak and Dongarra 2009). A matrix of o
 linear algebra uses several threads, call these functions within `one_blas_thread`.
 """
 
+import collections
 import concurrent.futures
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import scipy
 
 from dpreg.solvers import blas
+
+ForEach = Callable[[Callable[[slice], object], Sequence[slice]], None]
 
 _TILE = 256  # rows and columns of a tile
 
@@ -21,15 +25,31 @@ def tiles(start: int, stop: int) -> list[slice]:
     return [slice(first, min(first + _TILE, stop)) for first in range(start, stop, _TILE)]
 
 
-def for_each(work: Callable[[slice], object], of: Sequence[slice]) -> None:
-    """Calls `work` for each tile, on several threads if there are several tiles."""
-    if len(of) < 2 or blas.THREADS < 2:
-        for tile in of:
-            work(tile)
-        return
-    with concurrent.futures.ThreadPoolExecutor(blas.THREADS) as pool:
-        for done in [pool.submit(work, tile) for tile in of]:
-            done.result()
+@contextlib.contextmanager
+def threads() -> Iterator[ForEach]:
+    """Yields a function that calls a function for each of some tiles, on several threads.
+
+    The calling thread is one of them, since others need time to start, and to wake up.
+    """
+    with concurrent.futures.ThreadPoolExecutor(max(1, blas.THREADS - 1)) as pool:
+
+        def for_each(work: Callable[[slice], object], of: Sequence[slice]) -> None:
+            waiting = collections.deque(of)
+
+            def run() -> None:
+                while True:
+                    try:
+                        tile = waiting.popleft()
+                    except IndexError:
+                        return
+                    work(tile)
+
+            others = [pool.submit(run) for _ in range(min(blas.THREADS, len(of)) - 1)]
+            run()
+            for other in others:
+                other.result()
+
+        yield for_each
 
 
 def packed_size(size: int) -> int:
@@ -60,7 +80,8 @@ def products(x: np.ndarray, packed: np.ndarray) -> None:
 def gram(x: np.ndarray) -> np.ndarray:
     """The tiles on and above the diagonal of x'x [d, d], for x [n, d] float64; the others are 0."""
     found = np.zeros((x.shape[1], x.shape[1]))
-    for_each(lambda own: _multiply(x, own, found[own, own.start :]), tiles(0, len(found)))
+    with threads() as for_each:
+        for_each(lambda own: _multiply(x, own, found[own, own.start :]), tiles(0, len(found)))
     return found
 
 
@@ -78,13 +99,14 @@ def cholesky(gram: np.ndarray) -> np.ndarray | None:
       R; None if the matrix is not positive definite.
     """
     r = np.zeros(gram.shape)
-    for own in tiles(0, len(r)):
-        if not _eliminate(own, r if own.start else gram, r):
-            return None
+    with threads() as for_each:
+        for own in tiles(0, len(r)):
+            if not _eliminate(own, r if own.start else gram, r, for_each):
+                return None
     return r
 
 
-def _eliminate(own: slice, rest: np.ndarray, r: np.ndarray) -> bool:
+def _eliminate(own: slice, rest: np.ndarray, r: np.ndarray, for_each: ForEach) -> bool:
     """One step of `cholesky`: writes the rows `own` of R to `r`, and below them what is left of the matrix `rest`.
 
     Returns:
@@ -111,12 +133,13 @@ def _eliminate(own: slice, rest: np.ndarray, r: np.ndarray) -> bool:
 def inverse(r: np.ndarray) -> np.ndarray:
     """The inverse of an upper triangle [d, d] float64 without a 0 on its diagonal."""
     found = np.zeros(r.shape)
-    for own in tiles(0, len(r)):
-        _fill_columns(own, r, found)
+    with threads() as for_each:
+        for own in tiles(0, len(r)):
+            _fill_columns(own, r, found, for_each)
     return found
 
 
-def _fill_columns(own: slice, r: np.ndarray, found: np.ndarray) -> None:
+def _fill_columns(own: slice, r: np.ndarray, found: np.ndarray, for_each: ForEach) -> None:
     """One step of `inverse`: writes the columns `own` of it to `found`, which has those before them."""
     found[own, own] = diagonal = scipy.linalg.lapack.dtrtri(r[own, own])[0]
 
