@@ -155,6 +155,32 @@ def test_wide_models_take_one_sum_of_products(loss, l2, intercept, monkeypatch):
         assert calls.count(257) == (6 if loss == "gamma" else 3)  # of three fits
 
 
+@pytest.mark.parametrize("mean", [0.0, 300.0])
+@pytest.mark.parametrize("loss", MODELS)
+def test_wide_rows_in_float32_are_fitted_to_the_digits_of_float64(loss, mean):
+    """Whether the first products are of float32, or would lose digits in it."""
+    x, y, weight, _ = draw(loss, 2_003, 257, seed=7)
+    x, y, weight = (np.float32(values) for values in (x + mean, y, weight))
+    fit, _ = fits(dpreg.ArraySource(x, y, weight), lambda solver: solver.newton(FAMILIES[loss]))
+    x, y, weight = (values.astype(np.float64) for values in (x, y, weight))
+    theta, errors = reference(loss, x - mean, y, weight)
+    np.testing.assert_allclose(fit.w[:, 0], theta[1:], rtol=1e-7, atol=1e-9)
+    np.testing.assert_allclose(fit.b + mean * fit.w.sum(), theta[:1], rtol=1e-7, atol=1e-7)
+    deviation = np.sqrt(fit.dispersion)
+    np.testing.assert_allclose(fit.standard_errors[0][:, 0], errors[1:] * deviation, rtol=1e-6)
+
+
+@pytest.mark.parametrize("loss", ["logistic", "poisson"])
+def test_a_wide_model_whose_weight_has_no_best_value_is_refused(loss):
+    """All targets are alike where one feature is 1: its weight would stop to grow by rounding alone."""
+    x, y, weight, _ = draw(loss, 1_500, 260, seed=9)
+    x[:, 3] = np.arange(1_500) % 50 == 0
+    y[x[:, 3] == 1] = loss == "logistic"
+    source = dpreg.ArraySource(x, y, weight + 0.1)
+    with pytest.raises(dpreg.InputError, match="no optimum"):
+        Solver(source, Mesh(np.array(jax.devices()[:1]), ("data",)), 8).newton(FAMILIES[loss])
+
+
 def test_wide_features_that_are_constant_or_combinations_get_no_weight():
     x, y, weight, _ = draw("logistic", 3_000, 260, seed=4)
     x[:, 5], x[:, 6], x[:, 7] = 3.0, x[:, 0] - x[:, 1], 0.0

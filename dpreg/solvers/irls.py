@@ -25,8 +25,10 @@ _SAMPLED_ROWS = 500  # the least number of rows of a sample for each column
 _NEAR = 1e-4  # the decrement at which a fit to a sample is near enough
 _CLOSE = 1e-4  # With fewer columns than this for each row of a sample, one step with its information is enough.
 _FEW_STEPS = 12  # from a start near the optimum; more could bring a model without one to rest by rounding
+_DETERMINED = 1e-4  # the least share of the deviation of a feature, in the weights of the last step
 _SCORES = 100  # the most passes for scores of wide rows
-_SCORED_VALUES = 1 << 19  # of a block whose scores are summed at once: it stays in a core's cache
+_SCORED_VALUES = 1 << 21  # of a block whose scores are summed at once: it stays in the cache that cores share
+_CENTRED = 10.0  # the most that a mean may be in deviations, for predictions that lose no digit in float32
 
 
 class Objective(NamedTuple):
@@ -149,7 +151,9 @@ class GeneralizedLinearModels(Factors):
                 near = self._follow_scores(objective)  # in much less time than sums of products take
             if near is not None:
                 with contextlib.suppress(NoOptimumError):  # A sample may be unlike the other rows.
-                    return minimum(evaluated, near, safe, enough, _FEW_STEPS)
+                    theta, at = minimum(evaluated, near, safe, enough, _FEW_STEPS)
+                    if objective.l2 or _is_determined(at.detail[0], objective.spread):
+                        return theta, at
             start = self._fit_start(objective)
         return minimum(evaluated, start, safe, enough)
 
@@ -226,15 +230,23 @@ class GeneralizedLinearModels(Factors):
 
     def _follow_scores(self, objective: Objective) -> np.ndarray:
         """The b and w [1 + d] to which sums of scores lead from the null model."""
-        return approach(lambda theta: self._gradient(objective, theta), *self._null_model(objective), _SCORES)
+        null, along, centred = self._null_model(objective)
+        return approach(
+            lambda theta, roughly: self._gradient(objective, theta, roughly and centred), null, along, _SCORES
+        )
 
-    def _null_model(self, objective: Objective) -> tuple[np.ndarray, scipy.sparse.csr_array]:
-        """The b and w [1 + d] of the null model, and parameters [1 + d, m] of centred features of mean square 1."""
+    def _null_model(self, objective: Objective) -> tuple[np.ndarray, scipy.sparse.csr_array, bool]:
+        """The null model, and scales for steps from it.
+
+        Returns:
+          its b and w [1 + d]; parameters [1 + d, m] of centred features of mean square 1; whether all means of features
+          are so small that predictions in float32 have about its digits.
+        """
 
         def moments(rows: Rows) -> np.ndarray:
             x, y, weight, _ = values(rows, objective.target)
-            whole = np.concatenate([np.ones_like(y), y, x], axis=1)
-            return np.concatenate([weight @ whole, weight @ np.square(x)])
+            squares = np.einsum("i,ij,ij->j", weight, x, x)  # without new memory, which takes longer than the sums
+            return np.concatenate([[weight.sum()], weight @ y, weight @ x, squares])
 
         first, squares = np.split(self._reduced(2 + 2 * self._inputs, moments), [2 + self._inputs])
         weight, total = first[:2]
@@ -252,20 +264,28 @@ class GeneralizedLinearModels(Factors):
             null = self._null_prediction(objective, total / weight)
             of_w = scipy.sparse.hstack([scipy.sparse.csr_array((self._inputs, 1)), of_w])
             of_b = np.append(1.0, -means[kept] / spread[kept])[None]
-        along = scipy.sparse.vstack([scipy.sparse.csr_array(of_b), of_w], format="csr")
-        return np.append(null, np.zeros(self._inputs)), along
+        information = float(objective.family.information(np.full((1, 1), null))[0, 0])
+        along = scipy.sparse.vstack([scipy.sparse.csr_array(of_b), of_w], format="csr") / np.sqrt(information or 1.0)
+        centred = bool((np.abs(means) <= _CENTRED * spread)[kept].all())
+        return np.append(null, np.zeros(self._inputs)), along, centred
 
-    def _gradient(self, objective: Objective, theta: np.ndarray) -> tuple[float, np.ndarray]:
-        """(the objective, its gradient [1 + d]) at b and w [1 + d], without l1: a pass."""
+    def _gradient(self, objective: Objective, theta: np.ndarray, roughly: bool = False) -> tuple[float, np.ndarray]:
+        """(the objective, its gradient [1 + d]) at b and w [1 + d], without l1: a pass.
+
+        Args:
+          roughly: whether products with features have the precision of these, such as float32; else float64.
+        """
         family, l2 = objective.family, objective.l2
 
         def of(rows: Rows) -> np.ndarray:
-            x, y, weight, offset = values(rows, objective.target)
+            x = rows["x"] if roughly else rows["x"].astype(np.float64, copy=False)
+            _, y, weight, offset = values(rows | {"x": x[:, :0]}, objective.target)
             with np.errstate(all="ignore"):  # A step that was too long is not taken.
-                prediction = x @ theta[1:, None] + theta[0] + offset
+                prediction = (x @ theta[1:].astype(x.dtype))[:, None] + theta[0] + offset
                 loss, score = family.loss(prediction, y)[:, 0], weight * family.score(prediction, y)[:, 0]
                 mixed = weight @ ~family.separates(prediction - offset, y)[:, 0]
-                return np.concatenate([[weight.sum(), mixed, weight @ loss, score.sum()], score @ x])
+                sums = weight.sum(), mixed, weight @ loss, score.sum()
+                return np.concatenate([sums, score.astype(x.dtype) @ x])
 
         rows_at_once = max(256, _SCORED_VALUES // (1 + self._inputs + self._targets))
         weight, mixed, loss, *score = self._reduced(3 + len(theta), of, rows_at_once=rows_at_once)
@@ -299,6 +319,18 @@ class GeneralizedLinearModels(Factors):
             return np.append(constant.sum(), weight @ family.loss(null + offset, y))
 
         return self._reduced(2, of)
+
+
+def _is_determined(fit: Fit, spread: np.ndarray) -> bool:
+    """Whether the information in each feature, beside others, is not tiny in comparison with that at other points.
+
+    If it is, the point may be at rest by rounding alone, far from where it began, and there may be no optimum.
+
+    Args:
+      spread: as in `Objective`.
+    """
+    lengths = np.abs(np.diagonal(fit.inverse.r)) * fit.inverse.lengths / np.sqrt(fit.triangle.weight)
+    return bool((lengths > _DETERMINED * spread[fit.inverse.kept]).all())
 
 
 def _require_weight(weight: float) -> None:

@@ -15,7 +15,9 @@ _ENOUGH = 1e-4  # of the decrease that the slope promises
 _ROUNDING = 1e-10  # of the objective, by which a step may seem to increase it
 _AT_REST = 1e-3  # of the predictions, on the link's scale
 _LAST_DECREMENT = 1e-15  # of the last step: that of a next one would be its square, and the Hessian has 7 digits
-_APPROACHED = 3e-8  # the length of the gradient where an approach ends
+_APPROACHED = 1.5e-8  # the length of the gradient where an approach ends
+_EXACTLY = 5e-7  # the length of the gradient below which an approach needs more than seven digits
+_NEAR = 1e-6  # Values that differ by less may differ by their rounding.
 
 
 class Point(NamedTuple):
@@ -83,32 +85,43 @@ def minimum(
 
 
 def approach(
-    evaluate: Callable[[np.ndarray], tuple[float, np.ndarray]],
+    evaluate: Callable[[np.ndarray, bool], tuple[float, np.ndarray]],
     start: np.ndarray,
     along: np.ndarray | scipy.sparse.csr_array,
     most: int,
 ) -> np.ndarray:
     """A point [m] near the minimum of a smooth function, by L-BFGS (Byrd, Lu, Nocedal and Zhu 1995).
 
+    Near the minimum, the rounding of two values hides which is less. Their difference is then taken from the gradients
+    at both (Hager and Zhang 2005).
+
     Args:
-      evaluate: point -> (value, gradient [m]); it takes a pass over the rows.
+      evaluate: (point, whether seven digits are enough) -> (value, gradient [m]); it takes a pass over the rows.
       start: [m] the first point.
       along: [m, k] the point is `start` plus this times parameters for which the Hessian is near the identity.
       most: the number of evaluations, at most.
     """
-    best, value = start, np.inf
+    best, least = start, np.inf
+    last = np.zeros(along.shape[1]), np.inf, np.full(along.shape[1], np.inf)
 
     def evaluated(u: np.ndarray) -> tuple[float, np.ndarray]:
-        nonlocal best, value
-        at = start + along @ u
-        found, gradient = evaluate(at)
-        if not (np.isfinite(found) and np.isfinite(gradient).all()):
+        nonlocal best, least, last
+        at, (before, value_before, gradient_before) = start + along @ u, last
+        value, of_point = evaluate(at, bool(np.linalg.norm(gradient_before) > _EXACTLY))
+        if not (np.isfinite(value) and np.isfinite(of_point).all()):
             raise StopIteration
-        if found < value:
-            best, value = at, found
-        return found, along.T @ gradient
+        gradient = along.T @ of_point
+        if abs(value - value_before) < _NEAR * max(1.0, abs(value)):
+            value = value_before + float((u - before) @ (gradient + gradient_before)) / 2
+        last = u.copy(), value, gradient
+        if value < least:
+            best, least = at, value
+        if np.linalg.norm(gradient) <= _APPROACHED:
+            best = at
+            raise StopIteration
+        return value, gradient
 
-    options = {"maxfun": most, "gtol": _APPROACHED / np.sqrt(along.shape[1]), "ftol": 0.0, "maxcor": 20}
-    with contextlib.suppress(StopIteration):  # where a step was too long
+    options = {"maxfun": most, "gtol": 0.0, "ftol": 0.0, "maxcor": 20}
+    with contextlib.suppress(StopIteration):  # at the end, or where a step was too long
         scipy.optimize.minimize(evaluated, np.zeros(along.shape[1]), jac=True, method="L-BFGS-B", options=options)
     return best

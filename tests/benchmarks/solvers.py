@@ -107,13 +107,13 @@ def programs(loss: str, num_inputs: int) -> dict[str, Program]:
         }
     elif loss == "logistic":
         found = {
-            f"sklearn {name}": fit_sklearn(LogisticRegression(C=np.inf, solver=name, tol=1e-8, max_iter=1000))
+            f"sklearn {name}": fit_sklearn(LogisticRegression(C=np.inf, solver=name, tol=1e-10, max_iter=1000))
             for name in ("newton-cholesky", "lbfgs")
         }
         found["LIBLINEAR (C=1e6)"] = fit_sklearn(LogisticRegression(C=1e6, solver="liblinear", tol=1e-8))
     else:
         found = {
-            f"sklearn {name}": fit_sklearn(PoissonRegressor(alpha=0, solver=name, tol=1e-8, max_iter=1000))
+            f"sklearn {name}": fit_sklearn(PoissonRegressor(alpha=0, solver=name, tol=1e-10, max_iter=1000))
             for name in ("newton-cholesky", "lbfgs")
         }
     if importlib.util.find_spec("glum"):
