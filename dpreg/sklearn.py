@@ -44,7 +44,8 @@ class DataParallelRegressor(MultiOutputMixin, RegressorMixin, Estimator):
       solver: "exact" solves linear models to the optimum, in float64 on the host: least squares in one pass over the
         rows, and the other losses by Newton's method. "sgd" trains with `optimizer`, in float32 on
         the devices; a `ConvergenceWarning` tells that a linear model is far from its optimum. "auto" is "exact" if that
-        supports the model and the loss, and there are at most 1024 parameters; otherwise "sgd".
+        supports the model and the loss, and there are at most 4,096 parameters (1,024 where the loss needs several
+        passes); otherwise "sgd".
       optimizer: of solver "sgd": "sgd", "momentum", "adam", "adamw" or "lbfgs".
       lr: the learning rate.
       lr_schedule: "constant", "linear", "cosine" or "inverse_sqrt". In `partial_fit`, "linear" and "cosine" are

@@ -371,6 +371,16 @@ def test_scikit_learn_is_optional():
     assert run_python(code) == "dpreg.sklearn: needs scikit-learn 1.6 or newer; pip install 'dpreg[sklearn]'\n"
 
 
+def test_wide_least_squares_are_exact_by_default():
+    """As in the command."""
+    rng = np.random.default_rng(1)
+    x = rng.standard_normal((1_300, 1_100)).astype(np.float32)
+    y = (x[:, :5].sum(axis=1) + rng.standard_normal(1_300)).astype(np.float32)
+    found = DataParallelRegressor().fit(x, y)
+    a = np.column_stack([np.ones(1_300), x]).astype(np.float64)
+    np.testing.assert_allclose(found.coef_, np.linalg.lstsq(a, y.astype(np.float64))[0][1:], rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize(
     "more",
     [np.full((ROWS, 1), 0.1), np.c_[X[:, 1] / 3 + 0.1, X[:, 1] / 7], X[:, :1] + X[:, 3:]],

@@ -26,7 +26,7 @@ from dpreg.models.linear import linear_parameters
 from dpreg.solvers import elastic_net
 from dpreg.solvers.inference import Summary, summarize_fit
 from dpreg.solvers.optimality import is_near_optimum
-from dpreg.solvers.solver import Solver
+from dpreg.solvers.solver import Solver, widest_exact
 from dpreg.step.checks import mode_arguments
 from dpreg.step.state import Model
 from dpreg.tables.statistics import SMALLEST
@@ -34,7 +34,6 @@ from dpreg.tracing import make_key
 from dpreg.train.build import build_trainer
 from dpreg.train.trainer import Trainer
 
-_MAX_EXACT = 1024  # "auto" is exact up to this number of parameters, as the time grows with its square or third power
 SOLVERS = ("auto", "exact", "sgd")
 STANDARDIZE = True
 DEFAULTS = Config(optimizer="adam", lr_schedule="linear", max_epochs=100)  # the defaults of the other arguments
@@ -176,7 +175,7 @@ class Estimator(BaseEstimator):
             penalty = f", with l1 and loss={config.loss!r} to none" if config.l1 else ""
             raise InputError(f"solver='exact': it applies only to model='linear'{penalty}; use solver='auto'")
         size = (1 + self.n_features_in_) * fitted.outputs
-        return solvable and (self.solver == "exact" or (self.solver == "auto" and size <= _MAX_EXACT))
+        return solvable and (self.solver == "exact" or (self.solver == "auto" and size <= widest_exact(config)))
 
     def _solve_least_squares(
         self,

@@ -21,7 +21,16 @@ from dpreg.solvers.solution import Solution
 from dpreg.solvers.tsqr import RFactor
 from dpreg.spelling import spell
 
+# Parameters up to which an exact solution takes seconds. A pass for sums of products costs the square of the parameters
+# for each row. Squared loss takes one, a GLM two or so after passes for scores alone, and other losses several.
+_WIDEST, _WIDEST_OF_OTHERS = 4096, 1024
 _LEAST_ALPHA, _ALPHA_AT_REST, _MOST_ALPHAS = 1e-8, 1e-10, 50  # of negative binomial models
+
+
+def widest_exact(config: Config) -> int:
+    """The number of parameters up to which an exact solution is fast."""
+    few_passes = config.loss == "squared" or (config.loss in GLM_LOSSES and not config.l1)
+    return _WIDEST if few_passes else _WIDEST_OF_OTHERS
 
 
 class Solver(GeneralizedLinearModels):

@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 
 from dpreg.config import Config
-from dpreg.config.model import GLM_LOSSES, LABEL_LOSSES, LOCATED_LOSSES, LOG_LINK_LOSSES, MODELS
+from dpreg.config.model import LABEL_LOSSES, LOCATED_LOSSES, LOG_LINK_LOSSES, MODELS
 from dpreg.data.sources import RegressionData, Source
+from dpreg.solvers.solver import widest_exact
 from dpreg.spelling import spell
 from dpreg.tables.ingest import Progress
 from dpreg.tables.levels import BaseLevels
@@ -23,9 +24,6 @@ _OF_STEPS = (
     *("optimizer", "lr", "lr_schedule", "warmup_steps", "max_epochs", "patience", "batch_size", "sigma"),
     *("gradient_clip_val", "accumulate_steps", "log_every_steps", "checkpoint_every_steps", "profile"),
 )
-# Parameters up to which an exact solution takes seconds. A pass for sums of products costs the square of the parameters
-# for each row. Squared loss takes one, a GLM two or so after passes for scores alone, and other losses several.
-_WIDEST, _WIDEST_OF_OTHERS = 4096, 1024
 _SAMPLE_ROWS, _SAMPLE_VALUES = 1 << 16, 1 << 22  # of rows that stand for all: those of a table are in random order
 _POWER_ITERATIONS = 30
 
@@ -115,9 +113,7 @@ def _choose_solver(config: Config) -> tuple[str, str]:
 def _why_too_wide(config: Config, data: RegressionData) -> str:
     """Why an exact solution for so many features would take too long; empty where it does not."""
     size = (1 + data.num_inputs) * (config.num_classes if config.loss == "softmax" else 1)
-    few_passes = config.loss == "squared" or (config.loss in GLM_LOSSES and not config.l1)
-    widest = _WIDEST if few_passes else _WIDEST_OF_OTHERS
-    if size <= widest:
+    if size <= (widest := widest_exact(config)):
         return ""
     return f"{size:,} parameters are more than the {widest:,} up to which an exact solution is fast"
 

@@ -44,7 +44,7 @@ FAMILIES = {
     "poisson": sm.families.Poisson(),
     "gamma": sm.families.Gamma(sm.families.links.Log()),
 }
-SPLITS = ((100, 40), (1000, 10), (50_000, 3), (math.inf, 1))  # (fewer rows than this, number of splits)
+SPLITS = ((61, 120), (100, 40), (1000, 10), (50_000, 3), (math.inf, 1))  # (fewer rows than this, number of splits)
 
 
 @dataclasses.dataclass(frozen=True)
