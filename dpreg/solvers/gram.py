@@ -34,9 +34,13 @@ def products(x: np.ndarray, y: np.ndarray, weight: np.ndarray, others: np.ndarra
       others: [k] sums of something else, which are put before these.
     """
     columns = np.empty((len(x), 1 + x.shape[1] + y.shape[1]))
-    columns[:, 0], columns[:, 1 : 1 + x.shape[1]], columns[:, 1 + x.shape[1] :] = 1, x, y
-    if not (weight == 1).all():
-        columns *= np.sqrt(weight, dtype=np.float64)[:, None]
+    of_one, of_x, of_y = np.split(columns, [1, 1 + x.shape[1]], axis=1)
+    if (weight == 1).all():
+        of_one[:], of_x[:], of_y[:] = 1, x, y
+    else:
+        of_one[:] = root = np.sqrt(weight, dtype=np.float64)[:, None]
+        np.multiply(x, root, out=of_x)
+        np.multiply(y, root, out=of_y)
     m, k = columns.shape[1], 0 if others is None else len(others)
     sums = np.empty(k + size(m))
     sums[:k], head, packed = 0 if others is None else others, sums[k : k + m], sums[k + m :]

@@ -47,7 +47,9 @@ class Passes:
         self._source, self._heartbeat, self.passes = hold_shards(source, mesh, num_shards), heartbeat, 0
         self._skipped, self._every = tuple[int, ...](), 1
         self._pool = concurrent.futures.ThreadPoolExecutor(blas.THREADS)  # which would take as long to start as a pass
-        self._sampler = Sampler(len(source), num_shards, num_shards, shuffle=False)
+        sampler, numbers = Sampler(len(source), num_shards, num_shards, shuffle=False), np.arange(num_shards)
+        starts, sizes = sampler.shard_start(numbers).tolist(), sampler.shard_size(numbers).tolist()
+        self._shards, self._available = [*zip(starts, sizes, strict=True)], host_bytes()
         shards = np.arange(mesh.size * -(-num_shards // mesh.size)).reshape(mesh.size, -1)
         self._own = shards[[device.process_index == jax.process_index() for device in mesh.devices.flat]]
 
@@ -106,7 +108,7 @@ class Passes:
         if add is np.add:  # in place: results may be large, and new memory takes longer than a sum
             add = operator.iadd
         columns, at_once = 1 + self._inputs + self._targets, rows_at_once or self._rows_at_once()
-        pieces = [self._pieces(shard, starts) for shard in range(self._sampler.num_shards)]
+        pieces = [self._pieces(shard, starts) for shard in range(len(self._shards))]
         most = max(map(len, pieces))  # ranges that one shard has rows of
         self._require_memory(size, most, len(starts), blas.THREADS * _COPIES * at_once * columns)
         found = dict[tuple[int, int], np.ndarray]()  # by the shard and the range; of those without rows nothing
@@ -151,20 +153,20 @@ class Passes:
 
     def _pieces(self, shard: int, starts: Sequence[int]) -> list[tuple[int, int, int]]:
         """(number of the range, first row, row after the last) of each range that the shard has rows of."""
-        first = int(self._sampler.shard_start(shard))
-        stop, ends = first + -(-int(self._sampler.shard_size(shard)) // self._every), [*starts[1:], len(self._source)]
+        first, size = self._shards[shard]
+        stop, ends = first + -(-size // self._every), [*starts[1:], len(self._source)]
         cut = ((n, max(first, start), min(stop, end)) for n, (start, end) in enumerate(zip(starts, ends, strict=True)))
         return [(number, start, end) for number, start, end in cut if start < end]
 
     def _require_memory(self, size: int, pieces: int, ranges: int, blocks: int) -> None:
         """Refuses results that do not fit into memory, before any is computed."""
-        held = pieces * (self._own.size if jax.process_count() == 1 else 3 * self._sampler.num_shards)
+        held = pieces * (self._own.size if jax.process_count() == 1 else 3 * len(self._shards))
         afterwards = 0 if ranges == 1 else 4 * ranges  # to combine the results of several ranges
-        needed, available = 8 * (size * (held + afterwards + blas.THREADS + _COPIES) + blocks), host_bytes()
-        if needed > available:
+        needed = 8 * (size * (held + afterwards + blas.THREADS + _COPIES) + blocks)
+        if needed > self._available:
             raise InputError(
                 f"an exact solution for {self._inputs:,} features needs {needed / 1e9:,.1f} GB of memory, and this "
-                f"machine has {available / 1e9:,.1f}; use {spell('solver', 'sgd')}, or fewer features"
+                f"machine has {self._available / 1e9:,.1f}; use {spell('solver', 'sgd')}, or fewer features"
             )
 
     def _from_all_processes(

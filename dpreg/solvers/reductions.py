@@ -10,7 +10,7 @@ from dpreg.data.sources import Rows
 from dpreg.solvers import gram
 from dpreg.solvers.tsqr import RFactor
 
-_MULTIPLIED_VALUES = 1 << 18  # of a block whose products are summed at once: it stays in a core's cache
+_MULTIPLIED_VALUES = 1 << 19  # of a block whose products are summed at once: few enough for a cache, and few calls
 
 # Of a block of rows: x [n, d], y [n, t] and weight [n] of a problem of least squares, and sums [k] of something else.
 Problem = Callable[[Rows], tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]]
