@@ -405,7 +405,7 @@ def test_all_rows_are_fitted_where_no_step_is_stopped_by_others_unless_they_are_
     assert read(validation_dataset=str(folder / "new.csv"))[2:4] == (211, 211)
     monkeypatch.setattr(defaults, "_ROWS_OF_PATIENCE", 5)
     assert read(model="mlp")[:2] == ("sgd", 0.1)
-    monkeypatch.setattr(defaults, "_WIDEST", 2)
+    monkeypatch.setattr("dpreg.solvers.solver._WIDEST", 2)
     solver, fraction, held_out, *_ = read()
     assert (solver, fraction) == ("sgd", 0.1)
     assert held_out > 5

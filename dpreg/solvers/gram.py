@@ -9,6 +9,7 @@ import numpy as np
 import scipy
 
 from dpreg.solvers import tiles
+from dpreg.solvers.blas import scratch
 from dpreg.solvers.tsqr import RFactor
 
 _OFFSET = 1e-2  # the least share of a column's mean square that its variance may be
@@ -33,7 +34,7 @@ def products(x: np.ndarray, y: np.ndarray, weight: np.ndarray, others: np.ndarra
       x: [n, d]; y: [n, t]; weight: [n], the rows.
       others: [k] sums of something else, which are put before these.
     """
-    columns = np.empty((len(x), 1 + x.shape[1] + y.shape[1]))
+    columns = scratch("columns", len(x), 1 + x.shape[1] + y.shape[1])
     of_one, of_x, of_y = np.split(columns, [1, 1 + x.shape[1]], axis=1)
     if (weight == 1).all():
         of_one[:], of_x[:], of_y[:] = 1, x, y

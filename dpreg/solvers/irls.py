@@ -11,7 +11,7 @@ from dpreg.config import Config
 from dpreg.data.sources import Rows
 from dpreg.errors import InputError, NoOptimumError
 from dpreg.solvers import elastic_net
-from dpreg.solvers.blas import one_blas_thread
+from dpreg.solvers.blas import in_float64, one_blas_thread
 from dpreg.solvers.factors import Factors
 from dpreg.solvers.fit import WIDE, Fit
 from dpreg.solvers.glm import FAR, Family, infinite_levels
@@ -27,7 +27,7 @@ _CLOSE = 1e-4  # With fewer columns than this for each row of a sample, one step
 _FEW_STEPS = 12  # from a start near the optimum; more could bring a model without one to rest by rounding
 _DETERMINED = 1e-4  # the least share of the deviation of a feature, in the weights of the last step
 _SCORES = 100  # the most passes for scores of wide rows
-_SCORED_VALUES = 1 << 21  # of a block whose scores are summed at once: it stays in the cache that cores share
+_SCORED_VALUES, _SCORED_ROWS = 1 << 21, 1 << 14  # of a block whose scores are summed at once: it stays in cache
 _CENTRED = 10.0  # the most that a mean may be in deviations, for predictions that lose no digit in float32
 
 
@@ -178,6 +178,7 @@ class GeneralizedLinearModels(Factors):
             decrement=float(along + l2 * np.square(step[1:]).sum()),
             moved=float(np.max(np.abs(step[1:]) * objective.spread, initial=0.0)),
             detail=(fit, sums),
+            step_again=None if l1 else lambda near: self._step_again(objective, near, fit, sums.weight),
         )
 
     def _around(self, objective: Objective, theta: np.ndarray | None, observed: bool) -> tuple[RFactor, np.ndarray]:
@@ -185,7 +186,8 @@ class GeneralizedLinearModels(Factors):
         family = objective.family
 
         def problem(rows: Rows) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-            x, y, weight, offset = values(rows, objective.target)
+            x = in_float64(rows["x"])
+            _, y, weight, offset = values(rows | {"x": x[:, :0]}, objective.target)
             prediction = family.start(y) if theta is None else x @ theta[1:, None] + theta[0] + offset
             response, information, sums = family.working(y, weight, prediction, observed)
             mixed = weight.sum() if theta is None else weight @ ~family.separates(prediction - offset, y)[:, 0]
@@ -217,16 +219,24 @@ class GeneralizedLinearModels(Factors):
                 theta, at = self._minimum(objective, None, _NEAR)
             except InputError:  # as where no row of the sample has a weight
                 return None
-        fit, sums = at.detail
-        kept = [*[0] * objective.intercept, *(1 + fit.inverse.kept)]
-        along = np.zeros((len(theta), len(kept)))
-        along[kept] = fit.along * np.sqrt(sums.weight)
-        if not objective.l1:  # Steps with the information of the sample.
-            for _ in range(1 if (1 + self._inputs) / fit.triangle.rows <= _CLOSE else 2):
-                _, gradient = self._gradient(objective, theta)
-                if np.isfinite(gradient).all():
-                    theta = theta - along @ (along.T @ gradient)
+        if at.step_again is not None:  # with the information of the sample
+            for _ in range(1 if (1 + self._inputs) / at.detail[0].triangle.rows <= _CLOSE else 2):
+                theta = at.step_again(theta)
         return theta
+
+    def _step_again(self, objective: Objective, theta: np.ndarray, fit: Fit, weight: float) -> np.ndarray:
+        """The b and w [1 + d] after a step from `theta` with the information of `fit`: a pass for scores.
+
+        Args:
+          weight: the sum of the weights of the rows of `fit`.
+        """
+        _, gradient = self._gradient(objective, theta)
+        if not np.isfinite(gradient).all():
+            return theta
+        kept, along = [*[0] * objective.intercept, *(1 + fit.inverse.kept)], fit.along
+        after = theta.copy()
+        after[kept] -= weight * (along @ (along.T @ gradient[kept]))
+        return after
 
     def _follow_scores(self, objective: Objective) -> np.ndarray:
         """The b and w [1 + d] to which sums of scores lead from the null model."""
@@ -278,7 +288,7 @@ class GeneralizedLinearModels(Factors):
         family, l2 = objective.family, objective.l2
 
         def of(rows: Rows) -> np.ndarray:
-            x = rows["x"] if roughly else rows["x"].astype(np.float64, copy=False)
+            x = rows["x"] if roughly else in_float64(rows["x"])
             _, y, weight, offset = values(rows | {"x": x[:, :0]}, objective.target)
             with np.errstate(all="ignore"):  # A step that was too long is not taken.
                 prediction = (x @ theta[1:].astype(x.dtype))[:, None] + theta[0] + offset
@@ -287,7 +297,7 @@ class GeneralizedLinearModels(Factors):
                 sums = weight.sum(), mixed, weight @ loss, score.sum()
                 return np.concatenate([sums, score.astype(x.dtype) @ x])
 
-        rows_at_once = max(256, _SCORED_VALUES // (1 + self._inputs + self._targets))
+        rows_at_once = max(256, min(_SCORED_VALUES // (1 + self._inputs + self._targets), _SCORED_ROWS))
         weight, mixed, loss, *score = self._reduced(3 + len(theta), of, rows_at_once=rows_at_once)
         _require_optimum(objective, mixed)
         gradient = np.append(0.0, l2 * theta[1:]) - np.array(score) / weight

@@ -9,12 +9,13 @@ import scipy
 
 from dpreg.errors import NoOptimumError
 
-_MOST_STEPS = 30  # about 8 are needed; after 37 a model without an optimum comes to rest by rounding
+_MOST_STEPS = 28  # about 8 are needed; after 37 a model without an optimum comes to rest by rounding
 _MOST_HALVED = 40  # times that one step is found too long
 _ENOUGH = 1e-4  # of the decrease that the slope promises
 _ROUNDING = 1e-10  # of the objective, by which a step may seem to increase it
 _AT_REST = 1e-3  # of the predictions, on the link's scale
 _LAST_DECREMENT = 1e-15  # of the last step: that of a next one would be its square, and the Hessian has 7 digits
+_NEARBY = 1e-3  # the decrement of a step across which the Hessian changes little
 _APPROACHED = 1.5e-8  # the length of the gradient where an approach ends
 _EXACTLY = 5e-7  # the length of the gradient below which an approach needs more than seven digits
 _NEAR = 1e-6  # Values that differ by less may differ by their rounding.
@@ -29,6 +30,8 @@ class Point(NamedTuple):
       decrement: the product of the step and the gradient, times -1: twice the predicted decrease.
       moved: a bound on how much the step changes a typical prediction, on the link's scale.
       detail: other results for the caller.
+      step_again: a point [m] near this one -> the point after a step with the Hessian of this one, for which a gradient
+        is enough; None where there is no such step.
     """
 
     value: float
@@ -36,6 +39,7 @@ class Point(NamedTuple):
     decrement: float
     moved: float
     detail: Any = None
+    step_again: Callable[[np.ndarray], np.ndarray] | None = None
 
 
 def minimum(
@@ -72,12 +76,17 @@ def minimum(
             return start + at.step, at
         length, before = 1.0, at
         for _ in range(_MOST_HALVED):
-            at = evaluate(start + length * before.step)
+            after = start + length * before.step
+            if before.step_again is not None and length == 1 and before.decrement < _NEARBY:
+                expected = before.decrement**2
+                while expected > max(enough, _LAST_DECREMENT):
+                    after, expected = before.step_again(after), expected * before.decrement
+            at = evaluate(after)
             most = before.value - _ENOUGH * length * before.decrement + _ROUNDING * (abs(at.value) + 0.1)
             if np.isfinite(at.value) and at.value <= most:
                 break
             length /= 2
-        start = start + length * before.step
+        start = after
     raise NoOptimumError(
         f"no optimum within {most_steps} steps: there is none where all targets are alike, or where features tell "
         "them for certain; for the latter give some l2, such as 0.001"
