@@ -51,6 +51,8 @@ def minimum(
 ) -> tuple[np.ndarray, Point]:
     """The minimum of a convex function, by Newton's method with backtracking (Boyd and Vandenberghe 2004, 9.5.2).
 
+    After a step across which the Hessian changes little, more are taken with the same Hessian (Shamanskii 1967).
+
     Args:
       evaluate: a function of a point [m]; it takes a pass over the rows.
       start: [m] the first point.

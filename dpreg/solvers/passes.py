@@ -46,7 +46,7 @@ class Passes:
         self._epsilon = float(np.spacing(np.ones((), one["x"].dtype)))
         self._source, self._heartbeat, self.passes = hold_shards(source, mesh, num_shards), heartbeat, 0
         self._skipped, self._every = tuple[int, ...](), 1
-        self._pool = concurrent.futures.ThreadPoolExecutor(blas.THREADS)  # which would take as long to start as a pass
+        self._pool = concurrent.futures.ThreadPoolExecutor(blas.THREADS)  # of all passes: it takes time to start
         sampler, numbers = Sampler(len(source), num_shards, num_shards, shuffle=False), np.arange(num_shards)
         starts, sizes = sampler.shard_start(numbers).tolist(), sampler.shard_size(numbers).tolist()
         self._shards, self._available = [*zip(starts, sizes, strict=True)], host_bytes()

@@ -6,8 +6,8 @@ float32. The 10,000,000 rows dpreg reads from its row cache, a memory-mapped fil
 memory that this takes is without the pages of the file, which the system may drop.
 
 A round calls each package once. Times are the best of three rounds, or of as many as take 20 s; the ratio of a peer is
-its time over that of dpreg. The errors are those of the coefficients against dpreg's, relative to the largest one. The
-tolerances of the peers are so small that smaller ones bring them no nearer.
+its time over that of dpreg. The errors are those of the coefficients against dpreg's, relative to the largest one. For
+2,048 features, a tolerance of 1e-12 brings lbfgs no nearer than 1e-10.
 
     python tests/benchmarks/solvers.py [--loss=squared] [--size=60000x54] [--rounds=3]
 """
