@@ -11,7 +11,7 @@ sys.path.insert(0, str(pathlib.Path(ROOT) / "tests" / "benchmarks"))
 
 import fuzz
 
-COUNTS = {"tables": 150, "files": 25, "flags": 100, "models": 100, "histories": 60, "port": 6}
+COUNTS = {"tables": 150, "files": 25, "flags": 100, "models": 100, "histories": 60, "port": 6, "glms": 60}
 SEED = 2026
 
 

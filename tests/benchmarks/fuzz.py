@@ -2,11 +2,11 @@
 
     python tests/benchmarks/fuzz.py [--inputs=10000] [--seed=0] [--minutes=0] [--only=tables] [--first=0]
 
-The inputs are tables, other files, command lines and flagfiles, model folders, files of a run, and connections to the
-rendezvous port; the modules are in tests/inputs. An input depends only on the seed and its number. An independent
-reader (pandas, NumPy, json or csv) decides what is "correct". Any other outcome, and an input that takes more than 10 s
-or 6 GiB, is printed with the command that reproduces it, and the exit code is 1. At the end a few whole commands run on
-damaged inputs, for at most a minute each.
+The inputs are tables, other files, command lines and flagfiles, model folders, files of a run, connections to the
+rendezvous port, and generalised linear models, some without an optimum; the modules are in tests/inputs. An input
+depends only on the seed and its number. An independent reader (pandas, NumPy, json or csv) decides what is "correct".
+Any other outcome, and an input that takes more than 10 s or 6 GiB, is printed with the command that reproduces it, and
+the exit code is 1. At the end a few whole commands run on damaged inputs, for at most a minute each.
 """
 
 import argparse
@@ -29,7 +29,7 @@ TESTS = pathlib.Path(__file__).parent.parent
 sys.path.insert(0, str(TESTS))
 
 # The share of each kind of input.
-KINDS = {"tables": 36, "files": 4, "flags": 20, "models": 20, "histories": 15, "port": 5}
+KINDS = {"tables": 36, "files": 4, "flags": 20, "models": 20, "histories": 15, "port": 5, "glms": 15}
 LIMIT_SECONDS = 10.0
 MOST_BYTES = 6 << 30
 
@@ -52,8 +52,11 @@ def run(seed, number, kind=None):
 
 def work(seed, first, end, only):
     """Runs inputs in this process and prints a line of JSON for each."""
+    from dpreg.distributed import devices
+
     resource.setrlimit(resource.RLIMIT_AS, (MOST_BYTES, MOST_BYTES))
     logging.getLogger().addHandler(logging.NullHandler())  # Warnings are counted and not shown.
+    devices.start("cpu", 3)
     for kind in KINDS:
         importlib.import_module(f"inputs.{kind}")  # The import takes seconds, which must not count for the first input.
     for number in range(first, end):
