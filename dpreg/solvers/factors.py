@@ -51,9 +51,9 @@ class Factors(Passes):
         with one_blas_thread():
             return self._factor(self._least_squares_problem, self._targets)[0]
 
-    def _least_squares_problem(self, rows: Rows) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    def _least_squares_problem(self, rows: Rows) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         y = rows["y"] if self._offset is None else rows["y"].astype(np.float64) - values(rows)[3]
-        return rows["x"], y, rows["weight"], np.zeros(0)
+        return y, rows["weight"], np.zeros(0)
 
     def fold_triangles(self, starts: Sequence[int]) -> list[RFactor]:
         """The R of all rows; then for each fold that of all other rows, and that of its rows: one pass, or two.

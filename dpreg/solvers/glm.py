@@ -7,6 +7,7 @@ is canonical, they are the same (McCullagh and Nelder 1989, section 2.5).
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import scipy
@@ -16,8 +17,24 @@ from dpreg.data.sources import Rows
 
 FAR = 1e4  # a weight in place of an infinite one: it gives 0 and 1 exactly, in float32 and float64
 _LEAST_VARIANCE = 1e-20  # of a target, so that what is predicted for certain has a working response
+_FEW = 64  # rows
 
-Elementwise = Callable[[np.ndarray], np.ndarray]
+
+class Terms(NamedTuple):
+    """What rows add to a loss and to its derivatives by their predictions, for a dispersion of 1: [n, 1] each.
+
+    Attributes:
+      loss: half the deviance, as the loss of that name in `dpreg.models.losses`.
+      score: the derivative of the log-likelihood by the prediction.
+      information: the expected square of the score.
+      curvature: the derivative of the score by the prediction, times -1: that square on average, and always for the
+        canonical link.
+    """
+
+    loss: np.ndarray
+    score: np.ndarray
+    information: np.ndarray
+    curvature: np.ndarray
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,39 +43,33 @@ class Family:
 
     Attributes:
       start: target -> prediction near it, on the link's scale, from which to begin (as R has it).
-      residual: (prediction, target) -> working residual, target less mean over the mean's derivative.
-      information: prediction -> weight of a row in the next least squares, that derivative squared over the variance.
-      loss: (prediction, target) -> half the deviance, as the loss of that name in `dpreg.models.losses`.
+      terms: (prediction, target) -> the `Terms` of rows.
       constant: (target, dispersion) -> the logarithm of the probability, or of its density, plus the loss over the
         dispersion: no prediction changes it. The dispersion is a number, or [n, 1].
       link: mean -> prediction.
       dispersed: whether the dispersion is a parameter to estimate; else it is 1.
-      curvature: (prediction, target) -> second derivative of the negative log-likelihood by the prediction, for a
-        dispersion of 1, whose mean is the information; None where it equals that: the link is canonical.
+      canonical: whether the link is, so that the curvature is the information.
       limits: target -> the sign of the infinite prediction at which the loss of such targets tends to its least value.
     """
 
-    start: Elementwise
-    residual: Callable[[np.ndarray, np.ndarray], np.ndarray]
-    information: Elementwise
-    loss: Callable[[np.ndarray, np.ndarray], np.ndarray]
+    start: Callable[[np.ndarray], np.ndarray]
+    terms: Callable[[np.ndarray, np.ndarray], Terms]
     constant: Callable[[np.ndarray, np.ndarray | float], np.ndarray]
     link: Callable[[float], float]
     dispersed: bool = False
-    curvature: Callable[[np.ndarray, np.ndarray], np.ndarray] | None = None
+    canonical: bool = True
     limits: Mapping[float, int] = dataclasses.field(default_factory=dict)
 
-    def score(self, prediction: np.ndarray, target: np.ndarray) -> np.ndarray:
-        """The derivative of the log-likelihood by the prediction, for a dispersion of 1: [n, 1]."""
-        score: np.ndarray = self.information(prediction) * self.residual(prediction, target)
-        return score
-
-    def separates(self, prediction: np.ndarray, target: np.ndarray) -> np.ndarray:
-        """Whether the loss of a row tends to its least value, as its prediction grows by a factor: [n, 1]."""
-        found = np.zeros(target.shape, bool)
-        for limit, sign in self.limits.items():
-            found |= (target == limit) & (sign * prediction > 0)
-        return found
+    def separates(self, prediction: np.ndarray, target: np.ndarray) -> bool:
+        """Whether the loss of each row tends to its least value, as the predictions grow by a factor."""
+        for rows in (slice(0, _FEW), slice(_FEW, None)):  # The first ones tell, as a rule.
+            z, y = prediction[rows], target[rows]
+            found = np.zeros(y.shape, bool)
+            for limit, sign in self.limits.items():
+                found |= (y == limit) & (sign * z > 0)
+            if not found.all():
+                return False
+        return True
 
     def working(
         self, y: np.ndarray, weight: np.ndarray, prediction: np.ndarray, observed: bool = False
@@ -75,30 +86,39 @@ class Family:
             steps converge faster where the model fits badly.
         """
         with np.errstate(all="ignore"):  # a step that was too long is taken back
-            residual, information = self.residual(prediction, y), self.information(prediction)
-            loss = float(weight @ self.loss(prediction, y)[:, 0])
-            pearson = float(weight @ (np.square(information * residual) / information)[:, 0])
-            if observed and self.curvature is not None:
-                information = self.curvature(prediction, y)
-                residual = self.score(prediction, y) / information
-            response = prediction + residual
-        if not (np.isfinite(loss + pearson) and np.isfinite(response).all() and np.isfinite(information).all()):
+            terms = self.terms(prediction, y)
+            loss = float(weight @ terms.loss[:, 0])
+            pearson = float(weight @ (np.square(terms.score) / terms.information)[:, 0])
+            information = terms.curvature if observed else terms.information
+            response = prediction + terms.score / information
+            finite = np.isfinite(loss + pearson + response.sum() + information.sum())  # then all values are
+        if not finite:
             response, information, loss = np.zeros_like(y), np.ones_like(y), np.inf
         return response, weight * information[:, 0], np.array([loss, weight.sum(), pearson, weight @ y[:, 0]])
 
 
-def _half_deviance_of_counts(z: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """As `dpreg.models.losses.poisson_loss`."""
-    ratio = z - np.log(np.where(y > 0, y, 1))
-    half: np.ndarray = np.where(y > 0, y * (np.expm1(ratio) - ratio), np.exp(z))
-    return half
+def _terms_of_labels(z: np.ndarray, y: np.ndarray) -> Terms:
+    """By NumPy's exponential function, which is several times as fast as SciPy's `expit`."""
+    small = np.exp(-np.abs(z))
+    share = 1 / (1 + small)  # the larger one of both probabilities
+    loss = np.maximum(z, 0) + np.log1p(small) - y * z
+    information = np.maximum(small * np.square(share), _LEAST_VARIANCE)
+    return Terms(loss, y - np.where(z < 0, small * share, share), information, information)
 
 
-def _half_deviance_of_positives(z: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """As `dpreg.models.losses.gamma_loss`."""
+def _terms_of_counts(z: np.ndarray, y: np.ndarray) -> Terms:
+    """With the loss as `dpreg.models.losses.poisson_loss`."""
+    mean, ratio = np.exp(z), z - np.log(np.where(y > 0, y, 1))
+    loss = np.where(y > 0, y * (np.expm1(ratio) - ratio), mean)
+    information = np.maximum(mean, _LEAST_VARIANCE)
+    return Terms(loss, y - mean, information, information)
+
+
+def _terms_of_positives(z: np.ndarray, y: np.ndarray) -> Terms:
+    """With the loss as `dpreg.models.losses.gamma_loss`: without the target's unit, of any size."""
     ratio = np.log(y) - z
-    half: np.ndarray = np.expm1(ratio) - ratio
-    return half
+    score = np.expm1(ratio)
+    return Terms(score - ratio, score, np.ones_like(z), np.exp(ratio))
 
 
 def _constant_of_counts(y: np.ndarray, _: np.ndarray | float) -> np.ndarray:
@@ -110,36 +130,18 @@ def _constant_of_positives(y: np.ndarray, dispersion: np.ndarray | float) -> np.
     return np.asarray(shape * (np.log(shape) - 1) - scipy.special.gammaln(shape) - np.log(y))
 
 
-def _mean_of_labels(z: np.ndarray) -> np.ndarray:
-    """The logistic function, by NumPy's exponential function, which is several times as fast as SciPy's `expit`."""
-    small = np.exp(-np.abs(z))
-    return np.asarray(np.where(z < 0, small, 1.0) / (1 + small))
-
-
-def _variance_of_labels(z: np.ndarray) -> np.ndarray:
-    small = np.exp(-np.abs(z))
-    return np.asarray(np.maximum(small / np.square(1 + small), _LEAST_VARIANCE))
-
-
-def _softplus(z: np.ndarray) -> np.ndarray:
-    """log(1 + exp(z)), as `np.logaddexp` computes it, but several times as fast."""
-    return np.asarray(np.maximum(z, 0) + np.log1p(np.exp(-np.abs(z))))
-
-
-def _mean_of_counts(z: np.ndarray) -> np.ndarray:
-    return np.asarray(np.maximum(np.exp(z), _LEAST_VARIANCE))
-
-
 def _tweedie(power: float) -> Family:
     """Sums of a Poisson number of gamma variables: 0 or more, with a variance of mean^power (Jorgensen 1987)."""
     of_mean, of_ratio = 2 - power, 1 - power
 
-    def half_deviance(z: np.ndarray, y: np.ndarray) -> np.ndarray:
-        """As `dpreg.models.losses.tweedie_loss`."""
+    def terms(z: np.ndarray, y: np.ndarray) -> Terms:
+        """With the loss as `dpreg.models.losses.tweedie_loss`."""
         above = np.where(y > 0, y, 1)
         ratio = z - np.log(above)
         of_some = above**of_mean * (np.expm1(of_mean * ratio) / of_mean - np.expm1(of_ratio * ratio) / of_ratio)
-        return np.asarray(np.where(y > 0, of_some, np.exp(of_mean * z) / of_mean))
+        information, observed = np.exp(of_mean * z), y * np.exp(of_ratio * z)
+        loss = np.where(y > 0, of_some, information / of_mean)
+        return Terms(loss, observed - information, information, of_mean * information - of_ratio * observed)
 
     def constant(y: np.ndarray, dispersion: np.ndarray | float) -> np.ndarray:
         """Dunn and Smyth (2005), equation 6, whose series is Wright's generalised Bessel function."""
@@ -151,13 +153,11 @@ def _tweedie(power: float) -> Family:
 
     return Family(
         start=lambda y: np.log(np.maximum((y + y.mean()) / 2, np.finfo(np.float64).tiny)),
-        residual=lambda z, y: y * np.exp(-z) - 1,
-        information=lambda z: np.exp(of_mean * z),
-        curvature=lambda z, y: -of_ratio * y * np.exp(of_ratio * z) + of_mean * np.exp(of_mean * z),
-        loss=half_deviance,
+        terms=terms,
         constant=constant,
         link=lambda mean: float(np.log(mean)),
         dispersed=True,
+        canonical=False,
         limits={0.0: -1},
     )
 
@@ -165,12 +165,14 @@ def _tweedie(power: float) -> Family:
 def _negative_binomial(alpha: float) -> Family:
     """Counts with a variance of mean + alpha mean^2: Poisson counts whose means vary (Hilbe 2011)."""
 
-    def half_deviance(z: np.ndarray, y: np.ndarray) -> np.ndarray:
-        """As `dpreg.models.losses.negative_binomial_loss`."""
-        above = np.where(y > 0, y, 1)
+    def terms(z: np.ndarray, y: np.ndarray) -> Terms:
+        """With the loss as `dpreg.models.losses.negative_binomial_loss`."""
+        above, mean = np.where(y > 0, y, 1), np.exp(z)
         ratio, share = z - np.log(above), alpha * above / (1 + alpha * above)
         of_some = above * (np.log1p(share * np.expm1(ratio)) / share - ratio)
-        return np.asarray(np.where(y > 0, of_some, np.logaddexp(0, z + np.log(alpha)) / alpha))
+        loss = np.where(y > 0, of_some, np.logaddexp(0, z + np.log(alpha)) / alpha)
+        score, information = (y - mean) / (1 + alpha * mean), np.maximum(mean, _LEAST_VARIANCE) / (1 + alpha * mean)
+        return Terms(loss, score, information, mean * (1 + alpha * y) / np.square(1 + alpha * mean))
 
     def constant(y: np.ndarray, _: np.ndarray | float) -> np.ndarray:
         of_counts = scipy.special.gammaln(y + 1 / alpha) - scipy.special.gammaln(1 / alpha)
@@ -179,12 +181,10 @@ def _negative_binomial(alpha: float) -> Family:
 
     return Family(
         start=lambda y: np.log(y + 0.1),
-        residual=lambda z, y: (y - np.exp(z)) / _mean_of_counts(z),
-        information=lambda z: _mean_of_counts(z) / (1 + alpha * np.exp(z)),
-        curvature=lambda z, y: np.exp(z) * (1 + alpha * y) / np.square(1 + alpha * np.exp(z)),
-        loss=half_deviance,
+        terms=terms,
         constant=constant,
         link=lambda mean: float(np.log(mean)),
+        canonical=False,
         limits={0.0: -1},
     )
 
@@ -210,31 +210,25 @@ def family_of(config: Config) -> Family:
 FAMILIES = {
     "logistic": Family(
         start=lambda y: np.log((y + 0.5) / (1.5 - y)),
-        residual=lambda z, y: (y - _mean_of_labels(z)) / _variance_of_labels(z),
-        information=_variance_of_labels,
-        loss=lambda z, y: _softplus(z) - y * z,
+        terms=_terms_of_labels,
         constant=lambda y, _: np.zeros_like(y),
         link=lambda mean: float(scipy.special.logit(mean)),
         limits={0.0: -1, 1.0: 1},
     ),
     "poisson": Family(
         start=lambda y: np.log(y + 0.1),
-        residual=lambda z, y: (y - np.exp(z)) / _mean_of_counts(z),
-        information=_mean_of_counts,
-        loss=_half_deviance_of_counts,
+        terms=_terms_of_counts,
         constant=_constant_of_counts,
         link=lambda mean: float(np.log(mean)),
         limits={0.0: -1},
     ),
-    "gamma": Family(  # without the target's unit, of any size
+    "gamma": Family(
         start=np.log,
-        residual=lambda z, y: np.expm1(np.log(y) - z),
-        information=np.ones_like,
-        curvature=lambda z, y: y * np.exp(-z),
-        loss=_half_deviance_of_positives,
+        terms=_terms_of_positives,
         constant=_constant_of_positives,
         link=lambda mean: float(np.log(mean)),
         dispersed=True,
+        canonical=False,
     ),
 }
 

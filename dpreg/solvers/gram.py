@@ -24,24 +24,25 @@ def size(columns: int) -> int:
     return columns + tiles.packed_size(columns)
 
 
-def products(x: np.ndarray, y: np.ndarray, weight: np.ndarray, others: np.ndarray | None = None) -> np.ndarray:
-    """The sums over rows of the products of sqrt(weight) [1, x, y], float64: m columns.
+def columns_of(x: np.ndarray, targets: int) -> np.ndarray:
+    """[n, 1 + d + t] float64: 1, x [n, d], and targets of any values, in `scratch` of this thread."""
+    columns = scratch(len(x), 1 + x.shape[1] + targets)
+    columns[:, 0], columns[:, 1 : 1 + x.shape[1]] = 1, x
+    return columns
+
+
+def products(columns: np.ndarray, weight: np.ndarray, others: np.ndarray | None = None) -> np.ndarray:
+    """The sums over rows of the products of m columns times sqrt(weight), float64.
 
     The first m values are the number of rows with a weight, and 1 for each column that is not 0 in all rows, else 0.
     The products follow, as `tiles.unpacked` has them.
 
     Args:
-      x: [n, d]; y: [n, t]; weight: [n], the rows.
+      columns: [n, m] those of 1, x and y, which are weighted in place; weight: [n].
       others: [k] sums of something else, which are put before these.
     """
-    columns = scratch("columns", len(x), 1 + x.shape[1] + y.shape[1])
-    of_one, of_x, of_y = np.split(columns, [1, 1 + x.shape[1]], axis=1)
-    if (weight == 1).all():
-        of_one[:], of_x[:], of_y[:] = 1, x, y
-    else:
-        of_one[:] = root = np.sqrt(weight, dtype=np.float64)[:, None]
-        np.multiply(x, root, out=of_x)
-        np.multiply(y, root, out=of_y)
+    if not (weight == 1).all():
+        columns *= np.sqrt(weight, dtype=np.float64)[:, None]
     m, k = columns.shape[1], 0 if others is None else len(others)
     sums = np.empty(k + size(m))
     sums[:k], head, packed = 0 if others is None else others, sums[k : k + m], sums[k + m :]

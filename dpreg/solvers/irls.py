@@ -20,13 +20,12 @@ from dpreg.solvers.offset import WithOffset, values
 from dpreg.solvers.tsqr import RFactor
 from dpreg.spelling import spell
 
-_SAMPLED = 16  # One row of so many is in a sample.
-_SAMPLED_ROWS = 500  # the least number of rows of a sample for each column
+_SAMPLED = 16  # One row of so many is in a sample, at most.
+_SAMPLED_ROWS = 250  # the least number of rows of a sample for each column
 _NEAR = 1e-4  # the decrement at which a fit to a sample is near enough
-_CLOSE = 1e-4  # With fewer columns than this for each row of a sample, one step with its information is enough.
 _FEW_STEPS = 12  # from a start near the optimum; more could bring a model without one to rest by rounding
 _DETERMINED = 1e-4  # the least share of the deviation of a feature, in the weights of the last step
-_SCORES = 100  # the most passes for scores of wide rows
+_SCORES, _FEW_SCORES = 100, 20  # the most passes for scores, with the Hessian of the null model, and with a better one
 _SCORED_VALUES, _SCORED_ROWS = 1 << 21, 1 << 14  # of a block whose scores are summed at once: it stays in cache
 _CENTRED = 10.0  # the most that a mean may be in deviations, for predictions that lose no digit in float32
 
@@ -49,7 +48,7 @@ class Objective(NamedTuple):
 
 
 class _Sums(NamedTuple):
-    """The sums over all rows at one point: those of `Family.working`, and the weights of rows it does not separate."""
+    """The sums over all rows at one point: those of `Family.working`, and 0 where the point separates all rows."""
 
     loss: float
     weight: float
@@ -74,8 +73,8 @@ class GeneralizedLinearModels(Factors):
         """(the linear model of least mean loss + l1 sum |w| + l2 / 2 sum w^2, that mean loss), by Newton's method.
 
         Each step is a pass, and a problem of least squares; with l1 an elastic net (Lee, Sun and Saunders 2014). The
-        first steps are taken on a sample of the rows where there are many, and with scores alone where these take much
-        less time than the information.
+        first steps are taken on a sample of the rows where there are many. Passes for scores alone, which take a part
+        of the time, lead from there so near the minimum that one step on all rows is left.
 
         Without a penalty, a level of a category whose targets are all alike, such as 0, may have no finite weight. The
         loss of its rows then tends to its least value, 0, as the weight grows, whatever the other weights are. Those
@@ -114,7 +113,7 @@ class GeneralizedLinearModels(Factors):
         """The result of `newton` for the rows that are not skipped."""
         family, l1, l2 = objective.family, objective.l1, objective.l2
         theta, at = self._minimum(objective, start)
-        if family.curvature is not None and not l1:  # Standard errors are of the expected information.
+        if not (family.canonical or l1):  # Standard errors are of the expected information.
             at = self._evaluate(objective, theta, observed=False)
         fit, (loss, weight, pearson, total, _) = at.detail
         if counts:
@@ -147,15 +146,36 @@ class GeneralizedLinearModels(Factors):
             return np.append(null, np.zeros(self._inputs))
 
         if start is None:
-            if (near := self._fit_sample(objective)) is None and self._inputs >= WIDE and not objective.l1:
-                near = self._follow_scores(objective)  # in much less time than sums of products take
-            if near is not None:
-                with contextlib.suppress(NoOptimumError):  # A sample may be unlike the other rows.
-                    theta, at = minimum(evaluated, near, safe, enough, _FEW_STEPS)
-                    if objective.l2 or _is_determined(at.detail[0], objective.spread):
-                        return theta, at
+            with contextlib.suppress(InputError):  # as where a sample has no row with a weight
+                theta, at = minimum(evaluated, self._near(objective, enough), safe, enough, _FEW_STEPS)
+                if objective.l2 or _is_determined(at.detail[0], objective.spread):
+                    return theta, at
             start = self._fit_start(objective)
         return minimum(evaluated, start, safe, enough)
+
+    def _near(self, objective: Objective, enough: float) -> np.ndarray:
+        """A b and w [1 + d] near the minimum, where scores lead, whose sums take less time than those of products.
+
+        They do so with a Hessian: that of the null model for many features, else that near the minimum of a sample, or
+        of all rows where these are few.
+        """
+        every = min(_SAMPLED, len(self._source) // (_SAMPLED_ROWS * self._every * (1 + self._inputs)))
+        if every > 1 or not (enough or objective.l1 or self._inputs >= WIDE):
+            with self._sampling(max(every, 1)):
+                start, at = self._minimum(objective, None, _NEAR)
+            if objective.l1:
+                return start
+            along, centred, most = *_unit_hessian(objective, at), _FEW_SCORES
+        elif self._inputs >= WIDE and not objective.l1:
+            start, along, centred = self._null_model(objective)
+            most = _SCORES
+        else:
+            return self._fit_start(objective)
+
+        def evaluate(theta: np.ndarray, roughly: bool) -> tuple[float, np.ndarray]:
+            return self._gradient(objective, theta, roughly and centred)
+
+        return approach(evaluate, start, along, most, enough)
 
     def _evaluate(self, objective: Objective, theta: np.ndarray, observed: bool = True) -> Point:
         """The objective and Newton's step at b and w [1 + d]: a pass. `Point.detail` is (the next fit, `_Sums`).
@@ -178,20 +198,18 @@ class GeneralizedLinearModels(Factors):
             decrement=float(along + l2 * np.square(step[1:]).sum()),
             moved=float(np.max(np.abs(step[1:]) * objective.spread, initial=0.0)),
             detail=(fit, sums),
-            step_again=None if l1 else lambda near: self._step_again(objective, near, fit, sums.weight),
         )
 
     def _around(self, objective: Objective, theta: np.ndarray | None, observed: bool) -> tuple[RFactor, np.ndarray]:
         """The problem of Newton's next step from b and w [1 + d], and the sums of `Family.working`."""
         family = objective.family
 
-        def problem(rows: Rows) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-            x = in_float64(rows["x"])
-            _, y, weight, offset = values(rows | {"x": x[:, :0]}, objective.target)
+        def problem(rows: Rows) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+            x, y, weight, offset = values(rows, objective.target)
             prediction = family.start(y) if theta is None else x @ theta[1:, None] + theta[0] + offset
             response, information, sums = family.working(y, weight, prediction, observed)
-            mixed = weight.sum() if theta is None else weight @ ~family.separates(prediction - offset, y)[:, 0]
-            return x, response - offset, information, np.append(sums, mixed)
+            mixed = theta is None or not family.separates(prediction - offset, y)
+            return response - offset, information, np.append(sums, mixed)
 
         return self._factor(problem, 1, len(_Sums._fields))
 
@@ -209,41 +227,6 @@ class GeneralizedLinearModels(Factors):
         triangle, sums = self._around(objective, None, False)
         fit = self._solve_around(objective, triangle, _Sums(*sums))
         return np.append(fit.b, fit.w)
-
-    def _fit_sample(self, objective: Objective) -> np.ndarray | None:
-        """The b and w [1 + d] of a fit to a sample, improved on all rows; None where these are few, or it fails."""
-        if len(self._source) < _SAMPLED_ROWS * self._every * _SAMPLED * (1 + self._inputs):
-            return None
-        with self._sampling(_SAMPLED):
-            try:
-                theta, at = self._minimum(objective, None, _NEAR)
-            except InputError:  # as where no row of the sample has a weight
-                return None
-        if at.step_again is not None:  # with the information of the sample
-            for _ in range(1 if (1 + self._inputs) / at.detail[0].triangle.rows <= _CLOSE else 2):
-                theta = at.step_again(theta)
-        return theta
-
-    def _step_again(self, objective: Objective, theta: np.ndarray, fit: Fit, weight: float) -> np.ndarray:
-        """The b and w [1 + d] after a step from `theta` with the information of `fit`: a pass for scores.
-
-        Args:
-          weight: the sum of the weights of the rows of `fit`.
-        """
-        _, gradient = self._gradient(objective, theta)
-        if not np.isfinite(gradient).all():
-            return theta
-        kept, along = [*[0] * objective.intercept, *(1 + fit.inverse.kept)], fit.along
-        after = theta.copy()
-        after[kept] -= weight * (along @ (along.T @ gradient[kept]))
-        return after
-
-    def _follow_scores(self, objective: Objective) -> np.ndarray:
-        """The b and w [1 + d] to which sums of scores lead from the null model."""
-        null, along, centred = self._null_model(objective)
-        return approach(
-            lambda theta, roughly: self._gradient(objective, theta, roughly and centred), null, along, _SCORES
-        )
 
     def _null_model(self, objective: Objective) -> tuple[np.ndarray, scipy.sparse.csr_array, bool]:
         """The null model, and scales for steps from it.
@@ -274,7 +257,7 @@ class GeneralizedLinearModels(Factors):
             null = self._null_prediction(objective, total / weight)
             of_w = scipy.sparse.hstack([scipy.sparse.csr_array((self._inputs, 1)), of_w])
             of_b = np.append(1.0, -means[kept] / spread[kept])[None]
-        information = float(objective.family.information(np.full((1, 1), null))[0, 0])
+        information = float(objective.family.terms(np.full((1, 1), null), np.ones((1, 1))).information[0, 0])
         along = scipy.sparse.vstack([scipy.sparse.csr_array(of_b), of_w], format="csr") / np.sqrt(information or 1.0)
         centred = bool((np.abs(means) <= _CENTRED * spread)[kept].all())
         return np.append(null, np.zeros(self._inputs)), along, centred
@@ -292,10 +275,11 @@ class GeneralizedLinearModels(Factors):
             _, y, weight, offset = values(rows | {"x": x[:, :0]}, objective.target)
             with np.errstate(all="ignore"):  # A step that was too long is not taken.
                 prediction = (x @ theta[1:].astype(x.dtype))[:, None] + theta[0] + offset
-                loss, score = family.loss(prediction, y)[:, 0], weight * family.score(prediction, y)[:, 0]
-                mixed = weight @ ~family.separates(prediction - offset, y)[:, 0]
-                sums = weight.sum(), mixed, weight @ loss, score.sum()
-                return np.concatenate([sums, score.astype(x.dtype) @ x])
+                terms = family.terms(prediction, y)
+                score, mixed = weight * terms.score[:, 0], not family.separates(prediction - offset, y)
+                sums = weight.sum(), mixed, weight @ terms.loss[:, 0], score.sum()
+                # Other threads wait for a matmul whose result is small, but not for a dot.
+                return np.concatenate([sums, np.dot(score.astype(x.dtype), x)])
 
         rows_at_once = max(256, min(_SCORED_VALUES // (1 + self._inputs + self._targets), _SCORED_ROWS))
         weight, mixed, loss, *score = self._reduced(3 + len(theta), of, rows_at_once=rows_at_once)
@@ -326,9 +310,18 @@ class GeneralizedLinearModels(Factors):
             _, y, weight, offset = values(rows | {"x": rows["x"][:, :0]}, objective.target)
             of_row = weight[:, None]
             constant = of_row * family.constant(y, dispersion) if repeats else family.constant(y, dispersion / of_row)
-            return np.append(constant.sum(), weight @ family.loss(null + offset, y))
+            return np.append(constant.sum(), weight @ family.terms(null + offset, y).loss)
 
         return self._reduced(2, of)
+
+
+def _unit_hessian(objective: Objective, at: Point) -> tuple[np.ndarray, bool]:
+    """(parameters [1 + d, m] for which the Hessian at a point is the identity, `centred` as of `_null_model`)."""
+    fit, sums = at.detail
+    along, kept = fit.along, fit.inverse.kept
+    found = np.zeros((1 + len(fit.w), along.shape[1]))
+    found[[*[0] * objective.intercept, *(1 + kept)]] = along * np.sqrt(sums.weight)
+    return found, bool((np.abs(fit.triangle.means[kept]) <= _CENTRED * objective.spread[kept]).all())
 
 
 def _is_determined(fit: Fit, spread: np.ndarray) -> bool:

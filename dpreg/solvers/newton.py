@@ -15,9 +15,8 @@ _ENOUGH = 1e-4  # of the decrease that the slope promises
 _ROUNDING = 1e-10  # of the objective, by which a step may seem to increase it
 _AT_REST = 1e-3  # of the predictions, on the link's scale
 _LAST_DECREMENT = 1e-15  # of the last step: that of a next one would be its square, and the Hessian has 7 digits
-_NEARBY = 1e-3  # the decrement of a step across which the Hessian changes little
 _APPROACHED = 1.5e-8  # the length of the gradient where an approach ends
-_EXACTLY = 5e-7  # the length of the gradient below which an approach needs more than seven digits
+_EXACTLY = 5e-6  # the length of the gradient below which an approach needs more than seven digits
 _NEAR = 1e-6  # Values that differ by less may differ by their rounding.
 
 
@@ -30,8 +29,6 @@ class Point(NamedTuple):
       decrement: the product of the step and the gradient, times -1: twice the predicted decrease.
       moved: a bound on how much the step changes a typical prediction, on the link's scale.
       detail: other results for the caller.
-      step_again: a point [m] near this one -> the point after a step with the Hessian of this one, for which a gradient
-        is enough; None where there is no such step.
     """
 
     value: float
@@ -39,7 +36,6 @@ class Point(NamedTuple):
     decrement: float
     moved: float
     detail: Any = None
-    step_again: Callable[[np.ndarray], np.ndarray] | None = None
 
 
 def minimum(
@@ -50,8 +46,6 @@ def minimum(
     most_steps: int = _MOST_STEPS,
 ) -> tuple[np.ndarray, Point]:
     """The minimum of a convex function, by Newton's method with backtracking (Boyd and Vandenberghe 2004, 9.5.2).
-
-    After a step across which the Hessian changes little, more are taken with the same Hessian (Shamanskii 1967).
 
     Args:
       evaluate: a function of a point [m]; it takes a pass over the rows.
@@ -78,12 +72,7 @@ def minimum(
             return start + at.step, at
         length, before = 1.0, at
         for _ in range(_MOST_HALVED):
-            after = start + length * before.step
-            if before.step_again is not None and length == 1 and before.decrement < _NEARBY:
-                expected = before.decrement**2
-                while expected > max(enough, _LAST_DECREMENT):
-                    after, expected = before.step_again(after), expected * before.decrement
-            at = evaluate(after)
+            at = evaluate(after := start + length * before.step)
             most = before.value - _ENOUGH * length * before.decrement + _ROUNDING * (abs(at.value) + 0.1)
             if np.isfinite(at.value) and at.value <= most:
                 break
@@ -100,6 +89,7 @@ def approach(
     start: np.ndarray,
     along: np.ndarray | scipy.sparse.csr_array,
     most: int,
+    enough: float = 0.0,
 ) -> np.ndarray:
     """A point [m] near the minimum of a smooth function, by L-BFGS (Byrd, Lu, Nocedal and Zhu 1995).
 
@@ -111,6 +101,7 @@ def approach(
       start: [m] the first point.
       along: [m, k] the point is `start` plus this times parameters for which the Hessian is near the identity.
       most: the number of evaluations, at most.
+      enough: the decrement where it ends, if not `_APPROACHED` squared.
     """
     best, least = start, np.inf
     last = np.zeros(along.shape[1]), np.inf, np.full(along.shape[1], np.inf)
@@ -119,20 +110,29 @@ def approach(
         nonlocal best, least, last
         at, (before, value_before, gradient_before) = start + along @ u, last
         value, of_point = evaluate(at, bool(np.linalg.norm(gradient_before) > _EXACTLY))
-        if not (np.isfinite(value) and np.isfinite(of_point).all()):
+        with np.errstate(all="ignore"):
+            gradient = along.T @ of_point
+            length = float(np.linalg.norm(gradient))
+        if not np.isfinite(value + length):
             raise StopIteration
-        gradient = along.T @ of_point
         if abs(value - value_before) < _NEAR * max(1.0, abs(value)):
             value = value_before + float((u - before) @ (gradient + gradient_before)) / 2
         last = u.copy(), value, gradient
         if value < least:
             best, least = at, value
-        if np.linalg.norm(gradient) <= _APPROACHED:
+        if length <= max(np.sqrt(enough), _APPROACHED):
             best = at
             raise StopIteration
         return value, gradient
 
-    options = {"maxfun": most, "gtol": 0.0, "ftol": 0.0, "maxcor": 20}
     with contextlib.suppress(StopIteration):  # at the end, or where a step was too long
-        scipy.optimize.minimize(evaluated, np.zeros(along.shape[1]), jac=True, method="L-BFGS-B", options=options)
+        first = evaluated(np.zeros(along.shape[1]))
+        unit = float(np.linalg.norm(first[1]))  # The first step of the library has a length of 1.
+
+        def scaled(u: np.ndarray) -> tuple[float, np.ndarray]:
+            value, gradient = evaluated(unit * u) if u.any() else first
+            return value, unit * gradient
+
+        options = {"maxfun": most, "gtol": 0.0, "ftol": 0.0, "maxcor": 20}
+        scipy.optimize.minimize(scaled, np.zeros(along.shape[1]), jac=True, method="L-BFGS-B", options=options)
     return best

@@ -38,7 +38,10 @@ class WithOffset:
 
 
 def values(rows: Rows, target: int | slice = slice(None)) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """(x [n, d], y [n, t], weight [n] and offset [n, 1]) of rows, in float64; y of one target is [n, 1]."""
+    """(x [n, d], y [n, t], weight [n] and offset [n, 1]) of rows, in float64; y of one target is [n, 1].
+
+    Without an offset that is 0, [1, 1].
+    """
     x, y, weight = (rows[name].astype(np.float64, copy=False) for name in ("x", "y", "weight"))
-    offset = rows["offset"].astype(np.float64) if "offset" in rows else np.zeros(len(x))
+    offset = rows["offset"].astype(np.float64) if "offset" in rows else np.zeros(1)
     return x, y[:, target].reshape(len(x), -1), weight, offset[:, None]

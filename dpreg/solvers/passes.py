@@ -1,7 +1,5 @@
 """Passes over all rows, on the host in float64: each is a sum over blocks, combined over shards in a fixed order."""
 
-import collections
-import concurrent.futures
 import contextlib
 import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -46,7 +44,7 @@ class Passes:
         self._epsilon = float(np.spacing(np.ones((), one["x"].dtype)))
         self._source, self._heartbeat, self.passes = hold_shards(source, mesh, num_shards), heartbeat, 0
         self._skipped, self._every = tuple[int, ...](), 1
-        self._pool = concurrent.futures.ThreadPoolExecutor(blas.THREADS)  # of all passes: it takes time to start
+        self._threads = blas.Threads()  # of all passes: they take time to start
         sampler, numbers = Sampler(len(source), num_shards, num_shards, shuffle=False), np.arange(num_shards)
         starts, sizes = sampler.shard_start(numbers).tolist(), sampler.shard_size(numbers).tolist()
         self._shards, self._available = [*zip(starts, sizes, strict=True)], host_bytes()
@@ -112,32 +110,18 @@ class Passes:
         most = max(map(len, pieces))  # ranges that one shard has rows of
         self._require_memory(size, most, len(starts), blas.THREADS * _COPIES * at_once * columns)
         found = dict[tuple[int, int], np.ndarray]()  # by the shard and the range; of those without rows nothing
-        waiting = collections.deque[tuple[tuple[int, int], concurrent.futures.Future[np.ndarray]]]()
+        shards = self._own[self._own < len(pieces)].tolist()
+        held = [(shard, *piece) for shard in shards for piece in pieces[shard]]
 
-        def finish() -> None:
-            at, part = waiting.popleft()
-            found[at] = add(found[at], part.result()) if at in found else part.result()
-            self._heartbeat()
+        def result(block: tuple[tuple[int, int], Rows]) -> tuple[tuple[int, int], np.ndarray]:
+            return block[0], of(block[1])
 
         with presence.at_work("solving"):
-            for shard in self._own[self._own < len(pieces)].tolist():
-                for number, start, stop in pieces[shard]:
-                    for first in range(start, stop, at_once):
-                        block = read_range(self._source, first, min(first + at_once, stop))
-                        counted = block["weight"] > 0  # the values of other rows may be anything
-                        if self._skipped:
-                            counted &= ~block["x"][:, self._skipped].any(axis=1)
-                        if not counted.all():
-                            block = {name: column[counted] for name, column in block.items()}
-                        if counted.any():
-                            waiting.append(((shard, number), self._pool.submit(of, block)))
-                        if len(waiting) > blas.THREADS:
-                            finish()
-            while waiting:
-                finish()
-        for shard in self._own[self._own < len(pieces)].tolist():
-            for number, *_ in pieces[shard]:
-                found.setdefault((shard, number), np.zeros(size))  # of no rows that count
+            for at, part in self._threads.map(result, self._blocks(held, at_once)):
+                found[at] = add(found[at], part) if at in found else part
+                self._heartbeat()
+        for shard, number, *_ in held:
+            found.setdefault((shard, number), np.zeros(size))  # of no rows that count
         processes.allgather_text(heartbeat=self._heartbeat)  # before a collective, which times out while others work
         every = found if jax.process_count() == 1 else self._from_all_processes(found, pieces, most, size)
         ranges: list[list[np.ndarray]] = [[] for _ in starts]
@@ -145,6 +129,23 @@ class Passes:
             for number, *_ in own:
                 ranges[number].append(every[shard, number])
         return [tree_sum(parts, add) for parts in ranges]
+
+    def _blocks(
+        self, pieces: Iterable[tuple[int, int, int, int]], at_once: int
+    ) -> Iterator[tuple[tuple[int, int], Rows]]:
+        """Reads ((shard, number of the range), rows), without rows that do not count, whose values may be anything.
+
+        Args:
+          pieces: (shard, number of the range, first row, row after the last) of each; at_once: rows, at most.
+        """
+        for shard, number, start, stop in pieces:
+            for first in range(start, stop, at_once):
+                rows = read_range(self._source, first, min(first + at_once, stop))
+                if self._skipped or not rows["weight"].min() > 0:
+                    counted = (rows["weight"] > 0) & ~rows["x"][:, self._skipped].any(axis=1)
+                    rows = {name: column[counted] for name, column in rows.items()}
+                if len(rows["weight"]):
+                    yield (shard, number), rows
 
     def _rows_at_once(self, size: int = 0) -> int:
         """The rows of a block, so many that combining results [size] costs no more than reading the block."""

@@ -12,8 +12,9 @@ from dpreg.solvers.tsqr import RFactor
 
 _MULTIPLIED_VALUES = 1 << 19  # of a block whose products are summed at once: few enough for a cache, and few calls
 
-# Of a block of rows: x [n, d], y [n, t] and weight [n] of a problem of least squares, and sums [k] of something else.
-Problem = Callable[[Rows], tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]]
+# Of a block of rows, whose x [n, d] are float64: the targets [n, t] and the weights [n] of a problem of least squares
+# with these x, and sums [k] of something else.
+Problem = Callable[[Rows], tuple[np.ndarray, np.ndarray, np.ndarray]]
 
 
 class Reduction(NamedTuple):
@@ -41,7 +42,9 @@ def sum_products(problem: Problem, num_inputs: int, num_targets: int, others: in
     columns = 1 + num_inputs + num_targets
 
     def of(rows: Rows) -> np.ndarray:
-        return gram.products(*problem(rows))
+        values = gram.columns_of(rows["x"], num_targets)
+        values[:, 1 + num_inputs :], weight, also = problem(rows | {"x": values[:, 1 : 1 + num_inputs]})
+        return gram.products(values, weight, also)
 
     def factor(sums: np.ndarray) -> RFactor | None:
         return gram.factor(sums, num_inputs, num_targets, epsilon)
@@ -54,8 +57,9 @@ def decompose(problem: Problem, num_inputs: int, num_targets: int, others: int, 
     columns = 1 + num_inputs + num_targets
 
     def of(rows: Rows) -> np.ndarray:
-        *of_rows, also = problem(rows)
-        return np.concatenate([also, RFactor.of(*of_rows).packed()])
+        x = rows["x"].astype(np.float64, copy=False)
+        y, weight, also = problem(rows | {"x": x})
+        return np.concatenate([also, RFactor.of(x, y, weight).packed()])
 
     def factor(packed: np.ndarray) -> RFactor:
         return RFactor.unpacked(packed, num_inputs, num_targets, epsilon)

@@ -56,25 +56,24 @@ def estimate(kind: str, fit: "Fit", family: "Family | None", counts: bool, num_g
     """
     size, targets, clustered = len(fit.along), fit.w.shape[1], kind == "cluster"
     of_scores = num_groups * (1 + targets * size) if clustered else targets * size**2
-    curvature_of = None if family is None else family.curvature
+    observed = family is not None and not family.canonical
 
     def sums(rows: Rows) -> np.ndarray:
         x, y, weight, offset = values(rows)
         prediction = x @ fit.w + fit.b + offset
         directions, slope, information = fit.directions(x), y - prediction, np.ones_like(y)
         if family is not None:
-            slope, information = family.score(prediction, y), family.information(prediction)
+            _, slope, information, curvature = family.terms(prediction, y)
         if clustered:
             each = [weight[:, None], *(directions * (weight * of)[:, None] for of in slope.T)]
             found = sum_groups(np.concatenate(each, axis=1), rows["group"], num_groups).ravel()
         else:
             found = _products(kind, directions, slope, information, weight, counts)
-        if curvature_of is None:
+        if not observed:
             return found
-        curvature = directions.T @ (weight[:, None] * curvature_of(prediction, y) * directions)
-        return np.concatenate([found, curvature.ravel()])
+        return np.concatenate([found, (directions.T @ (weight[:, None] * curvature * directions)).ravel()])
 
-    found, curvature = np.split(reduce(of_scores + (curvature_of is not None) * size**2, sums), [of_scores])
+    found, curvature = np.split(reduce(of_scores + observed * size**2, sums), [of_scores])
     factor, rows, of_test = 1.0, fit.triangle.rows, fit.degrees_of_freedom
     left = of_test if of_test > 0 else np.nan
     if kind == "HC1":
@@ -84,7 +83,7 @@ def estimate(kind: str, fit: "Fit", family: "Family | None", counts: bool, num_g
         found, of_test = np.stack([of.T @ of for of in np.split(scores, targets, axis=1)]), _groups(weight) - 1
         factor = (of_test + 1) / of_test * (rows - 1) / left
     found = found.reshape(targets, size, size) * factor
-    if curvature_of is not None:  # the information that was observed, in place of that expected
+    if observed:  # the information that was observed, in place of that expected
         inverse = np.linalg.inv(curvature.reshape(size, size))
         found = inverse @ found @ inverse
     return Sandwich(kind, found, of_test)

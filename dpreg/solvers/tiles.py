@@ -5,8 +5,6 @@ the number of threads (Buttari, Langou, Kurzak and Dongarra 2009). A matrix of o
 linear algebra uses several threads, call these functions within `one_blas_thread`.
 """
 
-import collections
-import concurrent.futures
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 
@@ -27,29 +25,14 @@ def tiles(start: int, stop: int) -> list[slice]:
 
 @contextlib.contextmanager
 def threads() -> Iterator[ForEach]:
-    """Yields a function that calls a function for each of some tiles, on several threads.
+    """Yields a function that calls a function for each of some tiles, on several threads."""
+    several = blas.Threads()
 
-    The calling thread is one of them, since others need time to start, and to wake up.
-    """
-    with concurrent.futures.ThreadPoolExecutor(max(1, blas.THREADS - 1)) as pool:
+    def for_each(work: Callable[[slice], object], of: Sequence[slice]) -> None:
+        for _ in several.map(work, of):
+            pass
 
-        def for_each(work: Callable[[slice], object], of: Sequence[slice]) -> None:
-            waiting = collections.deque(of)
-
-            def run() -> None:
-                while True:
-                    try:
-                        tile = waiting.popleft()
-                    except IndexError:
-                        return
-                    work(tile)
-
-            others = [pool.submit(run) for _ in range(min(blas.THREADS, len(of)) - 1)]
-            run()
-            for other in others:
-                other.result()
-
-        yield for_each
+    yield for_each
 
 
 def packed_size(size: int) -> int:
