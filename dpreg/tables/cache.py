@@ -81,16 +81,20 @@ class Column:
     def __len__(self) -> int:
         return len(self._values)
 
-    def values(self, rows: np.ndarray | None = None) -> np.ndarray:
-        """The values of all rows, after a check of those at `rows` (all by default).
+    def values(self, rows: np.ndarray | slice = slice(None)) -> np.ndarray:
+        """The values of all rows, after a check of those at `rows`: some of them, or consecutive ones.
 
         Raises:
           DamagedCacheError: when a value that is checked differs from what was written.
         """
         if not self._whole:
-            blocks = np.arange(len(self._unread)) if rows is None else rows // self._block_rows
-            for block in np.unique(blocks[self._unread[blocks]]):
-                self._check(int(block))
+            if isinstance(rows, slice):
+                start, stop, _ = rows.indices(len(self))
+                blocks = np.arange(start // self._block_rows, -(-stop // self._block_rows))
+            else:
+                blocks = rows // self._block_rows
+            for block in np.unique(blocks[self._unread[blocks]]).tolist():
+                self._check(block)
             self._whole = not self._unread.any()
         return self._values
 
@@ -165,8 +169,7 @@ class MappedSource:
 
     def view(self, rows: slice) -> Rows:
         """Some consecutive rows, without a copy; they are not to be changed."""
-        indices = np.arange(rows.start, rows.stop)
-        return {name: self.columns[name].values(indices)[rows] for name in ("x", "y", "weight")}
+        return {name: self.columns[name].values(rows)[rows] for name in ("x", "y", "weight")}
 
     @property
     def x(self) -> np.ndarray:
