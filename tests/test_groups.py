@@ -125,6 +125,20 @@ def test_folds_are_whole_groups_of_about_equally_many_rows(rows):
         solve("squared", x, targets["squared"], group, folds=42)
 
 
+def test_folds_of_groups_that_lie_together_may_have_an_offset(rows):
+    """Then blocks have no rows of most folds."""
+    x, _, targets, group = rows
+    order = np.argsort(group, kind="stable")
+    x, y, group, offset = x[order], targets["squared"][order], group[order], np.arange(len(x)) % 7 / 3.0
+    mesh = Mesh(np.array(jax.devices()[:2]), ("data",))
+    config = Config(folds=4, l1_ratio=0.7, precision="float64", dataset="t.csv", target=("y",))
+    with_offset = dpreg.ArraySource(np.column_stack([x, offset]), y, dtype=np.float64)
+    found = Solver(with_offset, mesh, 8, groups=group, offset=x.shape[1]).solve(config)
+    expected = Solver(dpreg.ArraySource(x, y - offset, dtype=np.float64), mesh, 8, groups=group).solve(config)
+    np.testing.assert_allclose(found.w[:-1], expected.w, rtol=1e-9, atol=1e-12)
+    np.testing.assert_allclose(found.path.fold_losses, expected.path.fold_losses, rtol=1e-9)
+
+
 @pytest.fixture(scope="module")
 def sales(tmp_path_factory):
     """Writes a table of sales of shops, whose errors are correlated in a shop."""

@@ -316,6 +316,22 @@ def test_the_normal_equations_agree_with_the_decomposition_or_are_rejected(seed)
                     np.testing.assert_allclose(ours, theirs, rtol=1e-9)
 
 
+@pytest.mark.parametrize("size", [29, 30, 31, 70])
+def test_the_factor_of_products_in_several_tiles_is_that_of_the_rows(size, monkeypatch):
+    """Also where the targets lie in two tiles, and for columns that are combinations, or nearly."""
+    monkeypatch.setattr(tiles, "_TILE", 32)
+    rng = np.random.default_rng(size)
+    x, y, weight = rng.normal(size=(400, size)), rng.normal(size=(400, 3)), rng.integers(1, 4, 400).astype(float)
+    y[:, 1] += y[:, 0]
+    near = x[:, :2] @ [1.0, 2.0]
+    for columns in (x, np.column_stack([x, near, 0 * near]), np.column_stack([x, near + 0.3 * rng.normal(size=400)])):
+        found = gram.factor(products(columns, y, weight), columns.shape[1], 3, 2.0**-24)
+        rows = np.sqrt(weight)[:, None] * np.column_stack([np.ones(400), columns, y])
+        np.testing.assert_allclose(found.r.T @ found.r, rows.T @ rows, rtol=1e-9, atol=1e-9 * 400)
+        if columns is x:
+            assert not np.tril(found.r, -1).any()
+
+
 def test_the_normal_equations_are_rejected_where_they_lose_precision():
     rng = np.random.default_rng(0)
     x, one = rng.normal(size=(300, 3)), np.ones(300)
@@ -366,12 +382,13 @@ def test_matrices_in_tiles_agree_with_numpy(size, monkeypatch):
     tiles.products(x, packed)
     for own, values in tiles.unpacked(packed, size):
         np.testing.assert_allclose(values, whole[own, own.start :], rtol=1e-12, atol=1e-12 * size)
-    r = tiles.cholesky(tiles.gram(x))
+    r = tiles.gram(x)
+    assert tiles.cholesky(r)
     np.testing.assert_allclose(r, np.linalg.cholesky(whole).T, rtol=1e-10, atol=1e-12 * size)
     np.testing.assert_allclose(tiles.inverse(r), np.linalg.inv(r), rtol=1e-10, atol=1e-12)
     assert tiles.norm(tiles.gram(x)) == pytest.approx(np.linalg.norm(whole, 1), rel=1e-12)
     whole[-1, -1] = -1
-    assert tiles.cholesky(whole) is None
+    assert not tiles.cholesky(whole)
 
 
 def test_the_number_of_threads_does_not_change_a_bit_of_the_solution(monkeypatch):

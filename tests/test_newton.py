@@ -86,7 +86,7 @@ def compare(fit, theta, errors, rtol=1e-9):
 
 @pytest.fixture
 def sums_of_products(monkeypatch):
-    """The numbers of features of the sums of products that are computed over all rows."""
+    """The number of features at each of Newton's steps on all rows, which take sums of products."""
     evaluate, calls = irls.GeneralizedLinearModels._evaluate, []
 
     def counted(self, objective, theta, observed=True):
@@ -229,12 +229,14 @@ def test_a_model_without_a_row_that_counts_is_refused(inputs):
         solver.newton(FAMILIES["poisson"])
 
 
-def test_wide_classes_that_a_plane_separates_are_refused():
-    x, _, weight, _ = draw("logistic", 1_000, 300, seed=6)
+@pytest.mark.parametrize(("inputs", "products"), [(300, 0), (3, 15)])
+def test_classes_that_a_plane_separates_are_refused_at_once(inputs, products, sums_of_products):
+    x, _, weight, _ = draw("logistic", 1_000, inputs, seed=6)
     solver = Solver(dpreg.ArraySource(x, x[:, 0] > 0, weight + 1), Mesh(np.array(jax.devices()[:1]), ("data",)), 8)
     with pytest.raises(dpreg.InputError, match="the features separate the targets"):
         solver.newton(FAMILIES["logistic"])
     assert solver.passes < 60
+    assert len(sums_of_products) <= products
 
 
 def test_an_offset_separates_no_classes():

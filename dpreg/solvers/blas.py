@@ -6,7 +6,7 @@ import contextlib
 import functools
 import math
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TypeVar
 
 import numpy as np
@@ -22,13 +22,17 @@ Result = TypeVar("Result")
 
 
 class Threads:
-    """Threads that compute, with the calling one, which would only wait for them."""
+    """Threads that compute with the calling one, which would only wait for them."""
 
     def __init__(self) -> None:
         self._others = concurrent.futures.ThreadPoolExecutor(max(1, THREADS - 1))
 
-    def map(self, of: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
-        """Yields of(item) for each item, in order. The calling thread reads the items, a few ahead."""
+    def each(self, work: Callable[[Item], object], items: Sequence[Item]) -> None:
+        """Calls a function for each of some items, in any order."""
+        collections.deque(self.map(work, items, len(items)), 0)
+
+    def map(self, of: Callable[[Item], Result], items: Iterable[Item], ahead: int = THREADS) -> Iterator[Result]:
+        """Yields of(item) for each item, in order. The calling thread reads the items, so many ahead of a result."""
         ready = collections.deque[tuple[Item, concurrent.futures.Future[Result]]]()  # which no thread has begun
         waiting = collections.deque[concurrent.futures.Future[Result]]()
         others: list[concurrent.futures.Future[None]] = []
@@ -41,8 +45,10 @@ class Threads:
                     return
                 try:
                     future.set_result(of(item))
-                except Exception as error:
+                except BaseException as error:
                     future.set_exception(error)
+                    if not isinstance(error, Exception):  # such as Ctrl-C
+                        raise
 
         def first() -> Result:
             compute(waiting[0].done)
@@ -55,7 +61,7 @@ class Threads:
                 others = [other for other in others if not other.done()]
                 if len(ready) > 1 and len(others) < THREADS - 1:
                     others.append(self._others.submit(compute, lambda: False))
-                if len(waiting) > THREADS:
+                if len(waiting) > ahead:
                     yield first()
             while waiting:
                 yield first()

@@ -8,8 +8,7 @@ is small.
 import numpy as np
 import scipy
 
-from dpreg.solvers import tiles
-from dpreg.solvers.blas import scratch
+from dpreg.solvers import blas, tiles
 from dpreg.solvers.tsqr import RFactor
 
 _OFFSET = 1e-2  # the least share of a column's mean square that its variance may be
@@ -25,8 +24,8 @@ def size(columns: int) -> int:
 
 
 def columns_of(x: np.ndarray, targets: int) -> np.ndarray:
-    """[n, 1 + d + t] float64: 1, x [n, d], and targets of any values, in `scratch` of this thread."""
-    columns = scratch(len(x), 1 + x.shape[1] + targets)
+    """[n, 1 + d + t] float64: 1, x [n, d], and targets of any values, in `blas.scratch`."""
+    columns = blas.scratch(len(x), 1 + x.shape[1] + targets)
     columns[:, 0], columns[:, 1 : 1 + x.shape[1]] = 1, x
     return columns
 
@@ -78,65 +77,74 @@ def factor(sums: np.ndarray, num_inputs: int, num_targets: int, epsilon: float) 
     if (variance[varies] < np.maximum(_OFFSET * raw[varies], _SMALLEST)).any():
         return None
     scale = np.where(varies, np.sqrt(np.maximum(variance, 0)), 1.0)
-    unit = _correlations(packed, first, mean, scale)[1:, 1:]
+    whole = np.zeros((m, m))  # Large, so that all steps use its memory.
+    _correlate(packed, first, mean, scale, whole)
+    unit, rank = whole[1:, 1:], d
+    independent: slice | np.ndarray = slice(0, d)
+    of_x, of_y = unit[:d, :d], unit[:d, d:]
+    if not _decompose(of_x):
+        _correlate(packed, first, mean, scale, whole)
+        found, independent = _decompose_with_pivots(of_x)
+        rank = len(found)
+        # What rounding the values of a combination of other columns leaves of it, as `RFactor.rounding` has it.
+        if (np.diagonal(of_x) - np.square(found).sum(axis=0) > np.square(2 * epsilon)).any():
+            return None
+        of_x[:rank], of_x[rank:] = found, 0
+        of_y[:rank], of_y[rank:] = of_y[independent], 0
     mean, scale, varies = mean[1:], scale[1:], varies[1:]
-    of_x, independent = _cholesky(unit[:d, :d])
-    rank = len(of_x)
-    # What rounding the values of a combination of other columns leaves of it, as `RFactor.rounding` has it.
-    if rank < d and (np.diagonal(unit)[:d] - np.square(of_x).sum(axis=0) > np.square(2 * epsilon)).any():
-        return None
-    of_y = unit[independent, d:]
     if rank:
-        of_y = scipy.linalg.solve_triangular(of_x[:, independent], of_y, trans="T", check_finite=False)
-    rest = unit[d:, d:] - of_y.T @ of_y
+        r = of_x[:rank, independent]
+        of_y[:rank] = scipy.linalg.solve_triangular(r, of_y[:rank], trans="T", check_finite=False)
+    rest = unit[d:, d:]
+    rest -= of_y.T @ of_y
     if (np.diagonal(rest)[varies[d:]] < _UNEXPLAINED).any():
         return None
     rest[np.diag_indices_from(rest)] += ~varies[d:]  # a target that is 0 in every row
     try:
-        of_rest = np.linalg.cholesky(rest).T
+        rest[:] = scipy.linalg.cholesky(rest, check_finite=False)
     except np.linalg.LinAlgError:  # a target is a combination of others
         return None
-    whole = np.zeros((m, m))
     whole[0] = np.sqrt(weight) * np.append(1.0, mean)
-    np.multiply(of_x, scale[:d], out=whole[1 : 1 + rank, 1 : 1 + d])
-    whole[1 : 1 + rank, 1 + d :] = of_y * scale[d:]
-    whole[1 + d :, 1 + d :] = of_rest * np.where(varies[d:], scale[d:], 0.0)
+    unit[:d] *= scale
+    rest *= np.where(varies[d:], scale[d:], 0.0)
     return RFactor(whole, np.zeros(m - 1), d, rows, weight, epsilon)
 
 
-def _correlations(packed: np.ndarray, first: np.ndarray, mean: np.ndarray, scale: np.ndarray) -> np.ndarray:
-    """The products of centred columns of length 1, [m, m]: in tiles on and above the diagonal; others are 0.
+def _correlate(packed: np.ndarray, first: np.ndarray, mean: np.ndarray, scale: np.ndarray, unit: np.ndarray) -> None:
+    """Writes the products of centred columns of length 1 to the upper triangle of `unit` [m, m].
 
     Args:
       packed: the products; first: [m] those with the constant, the column 0.
       mean, scale: [m] of each column.
     """
-    unit, of_tile = np.zeros((len(first), len(first))), {own.start: v for own, v in tiles.unpacked(packed, len(first))}
+    of_tile = {own.start: values for own, values in tiles.unpacked(packed, len(first))}
 
     def fill(own: slice) -> None:
         after = slice(own.start, None)
         centred = of_tile[own.start] - np.outer(mean[own], first[after])
         np.divide(centred, np.outer(scale[own], scale[after]), out=unit[own, after])
+        unit[own, own] = np.triu(unit[own, own])
 
-    with tiles.threads() as for_each:
-        for_each(fill, tiles.tiles(0, len(first)))
-    return unit
+    blas.Threads().each(fill, tiles.tiles(0, len(first)))
 
 
-def _cholesky(gram: np.ndarray) -> tuple[np.ndarray, slice | np.ndarray]:
-    """(R [k, d] with R'R = gram, the numbers of k independent columns), by Cholesky decomposition.
+def _decompose(gram: np.ndarray) -> bool:
+    """Writes R with R'R = gram [d, d] to `gram`, see `tiles.cholesky`; returns whether its columns are independent."""
+    size, d = tiles.norm(gram), len(gram)
+    if not tiles.cholesky(gram):
+        return False
+    # As a lower triangle, which LAPACK takes without a copy.
+    reciprocal = scipy.linalg.lapack.dpocon(gram.T, size, uplo="L")[0] if d else 1.0
+    return bool(reciprocal > _WELL_CONDITIONED / np.sqrt(d or 1))
+
+
+def _decompose_with_pivots(gram: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(R [k, d] with R'R = gram, the numbers of k independent columns), by Cholesky decomposition with pivoting.
 
     Args:
       gram: [d, d], with a diagonal of 1, or of 0 for columns of zeros; its upper triangle is read.
     """
-    d = len(gram)
-    r = tiles.cholesky(gram)
-    if r is not None:
-        # As a lower triangle, which LAPACK takes without a copy.
-        reciprocal = scipy.linalg.lapack.dpocon(r.T, tiles.norm(gram), uplo="L")[0] if d else 1.0
-        if reciprocal > _WELL_CONDITIONED / np.sqrt(d or 1):
-            return r, slice(0, d)
     r, order, rank, _ = scipy.linalg.lapack.dpstrf(gram, tol=_INDEPENDENT)
-    found = np.zeros((rank, d))
+    found = np.zeros((rank, len(gram)))
     found[:, order - 1] = np.triu(r)[:rank]
     return found, order[:rank] - 1

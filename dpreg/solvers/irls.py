@@ -1,6 +1,5 @@
 """Generalised linear models over all shards, by iteratively reweighted least squares."""
 
-import contextlib
 import dataclasses
 from typing import NamedTuple
 
@@ -55,6 +54,14 @@ class _Sums(NamedTuple):
     pearson: float
     total: float
     mixed: float
+
+
+class _SeparatedError(NoOptimumError):
+    """The features separate all rows that were read."""
+
+
+class _WeightlessError(InputError):
+    """No row that was read has a weight."""
 
 
 class GeneralizedLinearModels(Factors):
@@ -145,24 +152,33 @@ class GeneralizedLinearModels(Factors):
             null = self._null_prediction(objective, total / weight) if objective.intercept else 0.0
             return np.append(null, np.zeros(self._inputs))
 
-        if start is None:
-            with contextlib.suppress(InputError):  # as where a sample has no row with a weight
-                theta, at = minimum(evaluated, self._near(objective, enough), safe, enough, _FEW_STEPS)
+        if start is None and (near := self._near(objective, enough)) is not None:
+            try:
+                theta, at = minimum(evaluated, near, safe, enough, _FEW_STEPS)
                 if objective.l2 or _is_determined(at.detail[0], objective.spread):
                     return theta, at
-            start = self._fit_start(objective)
-        return minimum(evaluated, start, safe, enough)
+            except _SeparatedError:
+                raise
+            except NoOptimumError:  # A sample may be unlike the other rows.
+                pass
+        return minimum(evaluated, self._fit_start(objective) if start is None else start, safe, enough)
 
-    def _near(self, objective: Objective, enough: float) -> np.ndarray:
-        """A b and w [1 + d] near the minimum, where scores lead, whose sums take less time than those of products.
+    def _near(self, objective: Objective, enough: float) -> np.ndarray | None:
+        """A b and w [1 + d] near the minimum; None where the first predictions of the family are the best start.
 
-        They do so with a Hessian: that of the null model for many features, else that near the minimum of a sample, or
-        of all rows where these are few.
+        With l1 it is the minimum of a sample. Else scores lead there, whose sums take less time than those of products,
+        with a Hessian: that near the minimum of a sample, or of all rows where these are few; that of the null model
+        where these are few beside many features.
         """
         every = min(_SAMPLED, len(self._source) // (_SAMPLED_ROWS * self._every * (1 + self._inputs)))
         if every > 1 or not (enough or objective.l1 or self._inputs >= WIDE):
-            with self._sampling(max(every, 1)):
-                start, at = self._minimum(objective, None, _NEAR)
+            try:
+                with self._sampling(max(every, 1)):
+                    start, at = self._minimum(objective, None, _NEAR)
+            except (NoOptimumError, _WeightlessError):
+                if every > 1:
+                    return None
+                raise
             if objective.l1:
                 return start
             along, centred, most = *_unit_hessian(objective, at), _FEW_SCORES
@@ -170,7 +186,7 @@ class GeneralizedLinearModels(Factors):
             start, along, centred = self._null_model(objective)
             most = _SCORES
         else:
-            return self._fit_start(objective)
+            return None
 
         def evaluate(theta: np.ndarray, roughly: bool) -> tuple[float, np.ndarray]:
             return self._gradient(objective, theta, roughly and centred)
@@ -257,7 +273,8 @@ class GeneralizedLinearModels(Factors):
             null = self._null_prediction(objective, total / weight)
             of_w = scipy.sparse.hstack([scipy.sparse.csr_array((self._inputs, 1)), of_w])
             of_b = np.append(1.0, -means[kept] / spread[kept])[None]
-        information = float(objective.family.terms(np.full((1, 1), null), np.ones((1, 1))).information[0, 0])
+        with np.errstate(all="ignore"):  # Where all targets are alike, the null model may be infinite.
+            information = float(objective.family.terms(np.full((1, 1), null), np.ones((1, 1))).information[0, 0])
         along = scipy.sparse.vstack([scipy.sparse.csr_array(of_b), of_w], format="csr") / np.sqrt(information or 1.0)
         centred = bool((np.abs(means) <= _CENTRED * spread)[kept].all())
         return np.append(null, np.zeros(self._inputs)), along, centred
@@ -338,13 +355,13 @@ def _is_determined(fit: Fit, spread: np.ndarray) -> bool:
 
 def _require_weight(weight: float) -> None:
     if not weight > 0:
-        raise InputError("there is no row with a weight to fit; give one row at least a weight")
+        raise _WeightlessError("there is no row with a weight to fit; give one row at least a weight")
 
 
 def _require_optimum(objective: Objective, mixed: float) -> None:
     """Refuses a model that separates all rows: the larger its weights, the less its loss (Albert and Anderson 1984)."""
     if mixed == 0 and not (objective.l1 or objective.l2):
-        raise NoOptimumError(
+        raise _SeparatedError(
             "no optimum: the features separate the targets, so that the loss decreases as the weights grow; give a "
             f"penalty, such as {spell('l2', 0.001)}"
         )

@@ -44,4 +44,4 @@ def values(rows: Rows, target: int | slice = slice(None)) -> tuple[np.ndarray, n
     """
     x, y, weight = (rows[name].astype(np.float64, copy=False) for name in ("x", "y", "weight"))
     offset = rows["offset"].astype(np.float64) if "offset" in rows else np.zeros(1)
-    return x, y[:, target].reshape(len(x), -1), weight, offset[:, None]
+    return x, y[:, target] if isinstance(target, slice) else y[:, target, None], weight, offset[:, None]

@@ -22,7 +22,7 @@ from dpreg.solvers.tsqr import RFactor
 from dpreg.spelling import spell
 
 # Parameters up to which an exact solution takes seconds. A pass for sums of products costs the square of the parameters
-# for each row. Squared loss takes one, a GLM two or so after passes for scores alone, and other losses several.
+# for each row. Squared loss takes one, a GLM one or two after passes for scores alone, and other losses several.
 _WIDEST, _WIDEST_OF_OTHERS = 4096, 1024
 _LEAST_ALPHA, _ALPHA_AT_REST, _MOST_ALPHAS = 1e-8, 1e-10, 50  # of negative binomial models
 

@@ -5,15 +5,10 @@ the number of threads (Buttari, Langou, Kurzak and Dongarra 2009). A matrix of o
 linear algebra uses several threads, call these functions within `one_blas_thread`.
 """
 
-import contextlib
-from collections.abc import Callable, Iterator, Sequence
-
 import numpy as np
 import scipy
 
 from dpreg.solvers import blas
-
-ForEach = Callable[[Callable[[slice], object], Sequence[slice]], None]
 
 _TILE = 256  # rows and columns of a tile
 
@@ -21,18 +16,6 @@ _TILE = 256  # rows and columns of a tile
 def tiles(start: int, stop: int) -> list[slice]:
     """The tiles of the rows, or the columns, from `start` to `stop`."""
     return [slice(first, min(first + _TILE, stop)) for first in range(start, stop, _TILE)]
-
-
-@contextlib.contextmanager
-def threads() -> Iterator[ForEach]:
-    """Yields a function that calls a function for each of some tiles, on several threads."""
-    several = blas.Threads()
-
-    def for_each(work: Callable[[slice], object], of: Sequence[slice]) -> None:
-        for _ in several.map(work, of):
-            pass
-
-    yield for_each
 
 
 def packed_size(size: int) -> int:
@@ -63,8 +46,7 @@ def products(x: np.ndarray, packed: np.ndarray) -> None:
 def gram(x: np.ndarray) -> np.ndarray:
     """The tiles on and above the diagonal of x'x [d, d], for x [n, d] float64; the others are 0."""
     found = np.zeros((x.shape[1], x.shape[1]))
-    with threads() as for_each:
-        for_each(lambda own: _multiply(x, own, found[own, own.start :]), tiles(0, len(found)))
+    blas.Threads().each(lambda own: _multiply(x, own, found[own, own.start :]), tiles(0, len(found)))
     return found
 
 
@@ -75,54 +57,48 @@ def _multiply(x: np.ndarray, own: slice, values: np.ndarray) -> None:
     np.matmul(left, x[:, own.stop :], out=values[:, width:])
 
 
-def cholesky(gram: np.ndarray) -> np.ndarray | None:
-    """The upper triangle R [d, d] with R'R = gram [d, d] float64, whose tiles on and above the diagonal are read.
+def cholesky(gram: np.ndarray) -> bool:
+    """Writes the upper triangle R with R'R = gram [d, d] float64 to `gram`. Tiles below its diagonal are not read.
 
     Returns:
-      R; None if the matrix is not positive definite.
+      whether the matrix is positive definite; if not, its values are lost.
     """
-    r = np.zeros(gram.shape)
-    with threads() as for_each:
-        for own in tiles(0, len(r)):
-            if not _eliminate(own, r if own.start else gram, r, for_each):
-                return None
-    return r
+    threads = blas.Threads()
+    return all(_eliminate(own, gram, threads) for own in tiles(0, len(gram)))
 
 
-def _eliminate(own: slice, rest: np.ndarray, r: np.ndarray, for_each: ForEach) -> bool:
-    """One step of `cholesky`: writes the rows `own` of R to `r`, and below them what is left of the matrix `rest`.
+def _eliminate(own: slice, r: np.ndarray, threads: blas.Threads) -> bool:
+    """One step of `cholesky`: writes the rows `own` of R, and below them what is left of the matrix.
 
     Returns:
       whether that is possible.
     """
-    diagonal, failed = scipy.linalg.lapack.dpotrf(rest[own, own])
+    diagonal, failed = scipy.linalg.lapack.dpotrf(r[own, own])
     if failed:
         return False
     left = scipy.linalg.lapack.dtrtri(diagonal)[0].T
     r[own, own] = diagonal
 
     def finish(columns: slice) -> None:
-        r[own, columns] = left @ rest[own, columns]
+        r[own, columns] = left @ r[own, columns]
 
     def update(rows: slice) -> None:
-        after = slice(rows.start, None)
-        np.subtract(rest[rows, after], r[own, rows].T @ r[own, after], out=r[rows, after])
+        r[rows, rows.start :] -= r[own, rows].T @ r[own, rows.start :]
 
     for work in (finish, update):
-        for_each(work, tiles(own.stop, len(r)))
+        threads.each(work, tiles(own.stop, len(r)))
     return True
 
 
 def inverse(r: np.ndarray) -> np.ndarray:
     """The inverse of an upper triangle [d, d] float64 without a 0 on its diagonal."""
-    found = np.zeros(r.shape)
-    with threads() as for_each:
-        for own in tiles(0, len(r)):
-            _fill_columns(own, r, found, for_each)
+    found, threads = np.zeros(r.shape), blas.Threads()
+    for own in tiles(0, len(r)):
+        _fill_columns(own, r, found, threads)
     return found
 
 
-def _fill_columns(own: slice, r: np.ndarray, found: np.ndarray, for_each: ForEach) -> None:
+def _fill_columns(own: slice, r: np.ndarray, found: np.ndarray, threads: blas.Threads) -> None:
     """One step of `inverse`: writes the columns `own` of it to `found`, which has those before them."""
     found[own, own] = diagonal = scipy.linalg.lapack.dtrtri(r[own, own])[0]
 
@@ -130,14 +106,14 @@ def _fill_columns(own: slice, r: np.ndarray, found: np.ndarray, for_each: ForEac
         between = slice(rows.start, own.start)
         found[rows, own] = found[rows, between] @ r[between, own] @ -diagonal
 
-    for_each(fill, tiles(0, own.start))
+    threads.each(fill, tiles(0, own.start))
 
 
 def norm(gram: np.ndarray) -> float:
-    """The largest sum of absolute values of a column of a symmetric matrix, from the tiles that `cholesky` reads."""
+    """The largest sum of absolute values of a column of a symmetric matrix, of which the upper triangle is read."""
     sums = np.zeros(len(gram))
     for own in tiles(0, len(gram)):
-        sizes = np.abs(gram[own, own.start :])
+        sizes = np.triu(np.abs(gram[own, own.start :]))
         sums[own.start :] += sizes.sum(axis=0)
-        sums[own] += sizes[:, own.stop - own.start :].sum(axis=1)
+        sums[own] += sizes.sum(axis=1) - np.diagonal(sizes)
     return float(sums.max(initial=0.0))

@@ -223,9 +223,10 @@ def _decompose_wide(
     else:
         gram = tiles.gram(x)
         gram[np.diag_indices_from(gram)] += np.square(ridge)
-        if (found := tiles.cholesky(gram)) is None:
+        size = tiles.norm(gram)
+        if not tiles.cholesky(gram):
             return None
-        r, reciprocal = found, float(lapack.dpocon(found.T, tiles.norm(gram), uplo="L")[0])
+        r, reciprocal = gram, float(lapack.dpocon(gram.T, size, uplo="L")[0])
         targets = np.asarray(scipy.linalg.solve_triangular(r, x.T @ y, trans="T", check_finite=False))
     return (np.arange(d), r, targets) if reciprocal > _WELL_CONDITIONED else None
 

@@ -82,7 +82,7 @@ class Column:
         return len(self._values)
 
     def values(self, rows: np.ndarray | slice = slice(None)) -> np.ndarray:
-        """The values of all rows, after a check of those at `rows`: some of them, or consecutive ones.
+        """The values of all rows, after a check of those at `rows`, their numbers or a range (all by default).
 
         Raises:
           DamagedCacheError: when a value that is checked differs from what was written.

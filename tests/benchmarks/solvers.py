@@ -42,6 +42,7 @@ LOSSES = ("squared", "logistic", "poisson")
 STREAMED = 10_000_000  # So many rows, or more, dpreg reads from its row cache.
 _LEAST_SECONDS = 20.0
 _SETTLED = 0.02  # seconds, of whose processor time at most a tenth is used
+_PATIENCE = 500  # times that this is waited for
 _SHORT = 1.0  # The most seconds of a call that is repeated at once, where memory and threads are still there.
 _SLOWEST = 60.0  # A program that takes more seconds gets no further round.
 _COPIES = {"statsmodels GLM": 8}  # The copies of the rows that a peer holds, where this is many.
@@ -133,11 +134,12 @@ def programs(loss: str, num_inputs: int) -> dict[str, Program]:
 
 def settle() -> None:
     """Waits until no thread of this process is busy: those of a BLAS look for more work, for .1 s or so."""
-    used = np.inf
-    while used > 0.1 * _SETTLED:
+    for _ in range(_PATIENCE):
         before = time.process_time()
         time.sleep(_SETTLED)
-        used = time.process_time() - before
+        if time.process_time() - before <= 0.1 * _SETTLED:
+            return
+    raise SystemExit("a thread of this process does not come to rest; no time would be right")
 
 
 def measure(program: Program, x: np.ndarray, y: np.ndarray) -> tuple[float, np.ndarray]:

@@ -8,35 +8,48 @@ import scipy
 from jax.sharding import Mesh
 
 import dpreg
+from dpreg.config import Config
 from dpreg.solvers import irls
-from dpreg.solvers.glm import FAMILIES
+from dpreg.solvers.glm import family_of
 from dpreg.solvers.solver import Solver
 
 from .refusal import check_line
 
-# Of each loss: what a row of target y adds at the prediction z, less a constant, and its first and second derivatives.
+# Of each loss: the first and the second derivative of what a row of target y adds at the prediction z.
 LOSSES = {
     "logistic": (
-        lambda z, y: np.logaddexp(0, z) - y * z,
         lambda z, y: scipy.special.expit(z) - y,
         lambda z, y: scipy.special.expit(z) * scipy.special.expit(-z),
     ),
-    "poisson": (lambda z, y: np.exp(z) - y * z, lambda z, y: np.exp(z) - y, lambda z, y: np.exp(z)),
-    "gamma": (lambda z, y: y * np.exp(-z) + z, lambda z, y: 1 - y * np.exp(-z), lambda z, y: y * np.exp(-z)),
+    "poisson": (lambda z, y: np.exp(z) - y, lambda z, y: np.exp(z)),
+    "gamma": (lambda z, y: 1 - y * np.exp(-z), lambda z, y: y * np.exp(-z)),
+    "tweedie": (
+        lambda z, y: np.exp(z / 2) - y * np.exp(-z / 2),
+        lambda z, y: np.exp(z / 2) / 2 + y * np.exp(-z / 2) / 2,
+    ),
+    "negative_binomial": (
+        lambda z, y: (np.exp(z) - y) / (1 + np.exp(z) / 2),
+        lambda z, y: np.exp(z) * (1 + y / 2) / (1 + np.exp(z) / 2) ** 2,
+    ),
 }
 
 
 def run(rng, folder):
     loss, intercept = str(rng.choice([*LOSSES])), bool(rng.random() < 0.8)
-    x, y, weight, offset = draw(rng, loss)
+    dtype = rng.choice([np.float32, np.float64])
+    x, y, weight, offset = (None if values is None else values.astype(dtype) for values in draw(rng, loss, dtype))
     l2 = float(rng.choice([0.0, 0.0, 1e-3, 1.0]))
     columns = [x] if offset is None else [x, offset[:, None]]
-    source = dpreg.ArraySource(np.concatenate(columns, axis=1), y, weight, dtype=np.float64)
+    source = dpreg.ArraySource(np.concatenate(columns, axis=1), y, weight, dtype=dtype)
+    x, y, weight = (values.astype(np.float64) for values in (x, y, weight))
+    family = family_of(
+        Config(loss=loss, tweedie_power=1.5, negative_binomial_alpha=0.5 if loss == "negative_binomial" else None)
+    )
 
     def solve(devices):
         mesh = Mesh(np.array(jax.devices()[:devices]), ("data",))
         solver = Solver(source, mesh, 8, offset=None if offset is None else x.shape[1])
-        return solver.newton(FAMILIES[loss], l2, intercept)[0]
+        return solver.newton(family, l2, intercept)[0]
 
     with mock.patch.object(irls, "WIDE", int(rng.choice([2, 256]))):  # so that few features are many, at times
         fit, error = attempt(solve, 1)
@@ -51,7 +64,7 @@ def run(rng, folder):
     if not intercept:
         a, theta = a[:, 1:], theta[1:]
     counted = weight > 0
-    _, slope, curvature = LOSSES[loss]
+    slope, curvature = LOSSES[loss]
     z = (a @ theta + (0 if offset is None else offset))[counted]
     penalty = np.full(len(theta), l2 * weight.sum())
     penalty[: int(intercept)] = 0
@@ -75,12 +88,14 @@ def attempt(solve, devices):
         return None, error
 
 
-def draw(rng, loss):
+def draw(rng, loss, dtype):
     """Returns x [n, d], y [n], weight [n] and an offset [n] or None."""
     n, d = int(rng.integers(4, 300)), int(rng.integers(1, 9))
     if rng.random() < 0.3:  # enough rows for a sample
         n, d = int(rng.integers(1500, 4000)), int(rng.integers(1, 4))
     x = rng.normal(size=(n, d)) * rng.choice([0.1, 1.0, 2.0], d) + rng.choice([0.0, 0.0, 1.0, 30.0], d)
+    if dtype == np.float32:  # in which combinations of columns are combinations, too
+        x = np.round(x * 64) / 64
     for column in range(d):
         kind = rng.random()
         if kind < 0.25:
@@ -96,7 +111,10 @@ def draw(rng, loss):
     if loss == "logistic":
         y = rng.random(n) < scipy.special.expit(z)
     else:
-        y = rng.poisson(np.exp(z)) if loss == "poisson" else rng.gamma(2.0, np.exp(z) / 2) + 1e-6
+        counts = loss in ("poisson", "negative_binomial")
+        y = rng.poisson(np.exp(z)) if counts else rng.gamma(2.0, np.exp(z) / 2) + 1e-6
+    if loss == "tweedie":
+        y = np.where(rng.random(n) < 0.3, 0, y)
     if loss != "gamma" and rng.random() < 0.1:  # Where a feature is 0 or 1, this leaves no optimum.
         y = np.where(x[:, 0] > np.quantile(x[:, 0], 0.9), 0, y)
     if rng.random() < 0.1:
