@@ -16,6 +16,7 @@ tolerance of 1e-12 brings lbfgs no nearer than 1e-10.
 import argparse
 import collections
 import contextlib
+import ctypes
 import importlib.util
 import pathlib
 import tempfile
@@ -133,7 +134,7 @@ def programs(loss: str, num_inputs: int) -> dict[str, Program]:
 
 
 def settle() -> None:
-    """Waits until no thread of this process is busy: those of a BLAS look for more work, for .1 s or so."""
+    """Waits until no thread of this process is busy: those of a BLAS look for more work for a while."""
     for _ in range(_PATIENCE):
         before = time.process_time()
         time.sleep(_SETTLED)
@@ -164,6 +165,7 @@ def peak_memory(program: Callable[[], object]) -> float:
         lines = pathlib.Path("/proc/self/status").read_text().splitlines()
         return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("RssAnon"))
 
+    ctypes.CDLL(None).malloc_trim(0)  # or else the call would use again what the process has already freed
     before, most, done = used(), [0], threading.Event()
 
     def watch() -> None:
