@@ -40,7 +40,7 @@ class WithOffset:
 def values(rows: Rows, target: int | slice = slice(None)) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """(x [n, d], y [n, t], weight [n] and offset [n, 1]) of rows, in float64; y of one target is [n, 1].
 
-    Without an offset that is 0, [1, 1].
+    Where there is no offset, a single 0 [1, 1] stands for it.
     """
     x, y, weight = (rows[name].astype(np.float64, copy=False) for name in ("x", "y", "weight"))
     offset = rows["offset"].astype(np.float64) if "offset" in rows else np.zeros(1)
